@@ -1,0 +1,165 @@
+"""The Gemma decoder (Gemma Team 2024): RMSNorm with 1 + w, rotary positions, grouped queries, gated GELU. Axes: layers.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from paligemma_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of a decoder. The soft caps and post norms are Gemma 2's."""
+
+    vocab_size: int = 257_152
+    width: int = 2048
+    depth: int = 18
+    mlp_dim: int = 16_384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    query_scale: float | None = None  # factor on the scores; None means head_dim ** -0.5
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    post_norms: bool = False
+    remat: str = "none"  # see layers.scan_stack
+    dtype: str = "float32"  # compute dtype
+    param_dtype: str = "float32"
+
+
+class Embedder(nnx.Module):
+    """The token table, used to embed (times sqrt(D)) and, tied, to compute logits."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32) * config.width**-0.5
+        self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)
+        return x * x.shape[-1] ** 0.5
+
+
+class GemmaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions and an optional key/value cache."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        self.q_proj = layers.Projection("decoder/q_proj", (config.width,), queries, **options)
+        self.k_proj = layers.Projection("decoder/k_proj", (config.width,), keys, **options)
+        self.v_proj = layers.Projection("decoder/v_proj", (config.width,), keys, **options)
+        self.o_proj = layers.Projection("decoder/o_proj", queries, (config.width,), **options)
+
+    def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
+        """Returns the attended values [B, T, D] in float32 and the cache, written at (layer, slot) = `slot`."""
+        config = self.config
+        q = layers.rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
+        k = layers.rotary(self.k_proj(x, dropout_keys), positions, config.rope_theta)
+        v = self.v_proj(x, dropout_keys)
+        if cache is not None:
+            layer, start = slot
+            cache = {
+                name: lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), (layer, 0, start, 0, 0))
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(q.dtype) for name in "kv")
+        scale = config.query_scale or config.head_dim**-0.5
+        out = layers.attention(q, k, v, mask, scale=scale, cap=config.attn_softcap)
+        return self.o_proj(out, dropout_keys, jnp.float32), cache
+
+
+class GemmaMlp(nnx.Module):
+    """down(gelu(gate(x)) * up(x)), the gate's product in float32."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+        self.gate_proj = layers.Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
+        self.up_proj = layers.Projection("decoder/up_proj", (config.width,), (config.mlp_dim,), **options)
+        self.down_proj = layers.Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
+
+    def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
+        gate = jax.nn.gelu(self.gate_proj(x, dropout_keys, jnp.float32), approximate=True)
+        return self.down_proj(gate * self.up_proj(x, dropout_keys, jnp.float32), dropout_keys, jnp.float32)
+
+
+class GemmaBlock(nnx.Module):
+    """One decoder layer; with `post_norms` each branch is normed again before it is added (Gemma 2)."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        norm = dict(eps=config.eps, param_dtype=config.param_dtype)
+        self.pre_attention_norm = layers.RMSNorm(config.width, **norm)
+        self.self_attn = GemmaAttention(config, rngs=rngs)
+        self.pre_ffw_norm = layers.RMSNorm(config.width, **norm)
+        self.mlp = GemmaMlp(config, rngs=rngs)
+        self.post_attention_norm = layers.RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
+        self.post_ffw_norm = layers.RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
+
+    def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
+        branch, cache = self.self_attn(self.pre_attention_norm(x), positions, mask, cache, slot, dropout_keys)
+        x = x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch))
+        branch = self.mlp(self.pre_ffw_norm(x), dropout_keys)
+        return x + (branch if self.post_ffw_norm is None else self.post_ffw_norm(branch)), cache
+
+
+class Gemma(nnx.Module):
+    """Embeds tokens, runs the blocks, norms; logits are a separate call, so that losses can compute them in chunks."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedder(config, rngs=rngs)
+        self.layers = layers.make_stack(lambda rngs: GemmaBlock(config, rngs=rngs), config.depth, rngs)
+        self.norm = layers.RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: dict | None = None,
+        start: Int[Array, ""] | int = 0,
+        dropout_keys=None,
+    ) -> tuple[Float[Array, "B T D"], dict | None, dict]:
+        """Runs the blocks over embedded inputs.
+
+        Args:
+          x: embedded tokens (already times sqrt(D)) and image features (unscaled), float32.
+          positions: rotary position of each input, counted over real tokens.
+          mask: who reads whom; S is T without a cache, else the cache's length.
+          cache: from `empty_cache`, or None.
+          start: first cache slot that the T inputs fill.
+          dropout_keys: one key an example for adapter dropout, None for none.
+
+        Returns:
+          Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual
+          stream before the final norm).
+        """
+
+        def call(block, carry, layer):
+            x, cache = carry
+            keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
+            return block(x, positions, mask, cache, (layer, start), keys), None
+
+        (x, cache), _ = layers.scan_stack(
+            self.layers, call, (x.astype(jnp.float32), cache), jnp.arange(self.config.depth), remat=self.config.remat
+        )
+        return self.norm(x), cache, {"encoded": x}
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits over the vocabulary, soft-capped if the config says so."""
+        dtype = jnp.dtype(self.config.dtype)
+        table = self.embed_tokens.embedding[...].astype(dtype)
+        logits = jnp.einsum("BTD,VD->BTV", layers.cast(hidden, dtype), table, preferred_element_type=jnp.float32)
+        return layers.soft_cap(logits, self.config.final_softcap)
+
+    def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, Array]:
+        """Zeros for `length` slots: {"k", "v"} of [L, B, S, K, H], in the compute dtype unless told otherwise."""
+        config = self.config
+        shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
+        return {name: jnp.zeros(shape, jnp.dtype(dtype or config.dtype)) for name in "kv"}

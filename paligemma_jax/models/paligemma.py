@@ -1,0 +1,159 @@
+"""PaliGemma (Beyer et al. 2024): SigLIP patches, a linear projector, and Gemma with a prefix-LM mask. Axes: layers.py.
+
+The sequence is [image patches][text], and a row of text is [BOS prefix]["\\n"][suffix EOS][padding]:
+
+  tokens      <bos> how many ? \\n  2  <eos> <pad>
+  mask_ar       0    0    0  0  0  1    1     1     0 reads both ways, 1 opens a causal block
+  mask_input    1    1    1  1  1  1    1     0     padding is read by nobody
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models import layers
+from paligemma_jax.models.gemma import Gemma, GemmaConfig
+from paligemma_jax.models.vit import ViT, ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PaliGemmaConfig:
+    """A vision tower, a decoder, and how images are prepared for them (None: not known, as for a new model)."""
+
+    vision: ViTConfig = ViTConfig()
+    decoder: GemmaConfig = GemmaConfig()
+    preprocessing: Preprocessing | None = None
+
+    def replace(self, *, vision: dict | None = None, decoder: dict | None = None, both: dict | None = None):
+        """A copy with fields of either tower, or of `both`, changed."""
+        both = both or {}
+        return dataclasses.replace(
+            self,
+            vision=dataclasses.replace(self.vision, **both, **(vision or {})),
+            decoder=dataclasses.replace(self.decoder, **both, **(decoder or {})),
+        )
+
+
+def variant(name: str) -> PaliGemmaConfig:
+    """Sizes by name: "tiny" (the model that ships with this package), "3b-224", "3b-448", "3b-896".
+
+    Raises:
+      ValueError: another name.
+    """
+    if name == "tiny":
+        return PaliGemmaConfig(
+            vision=ViTConfig(
+                image_size=64, patch_size=8, width=128, depth=4, mlp_dim=512, num_heads=4, posemb="sincos2d"
+            ),
+            decoder=GemmaConfig(vocab_size=2048, width=192, depth=4, mlp_dim=576, num_heads=4, head_dim=48),
+        )
+    if name in ("3b-224", "3b-448", "3b-896"):
+        return PaliGemmaConfig(vision=ViTConfig(image_size=int(name[3:])))
+    raise ValueError(f"variant {name!r} is unknown, expected 'tiny', '3b-224', '3b-448' or '3b-896'.")
+
+
+class Projector(nnx.Module):
+    """One linear layer from the tower's width to the decoder's."""
+
+    def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
+        self.linear = layers.Projection(
+            "projector/linear",
+            (config.vision.width,),
+            (config.decoder.width,),
+            use_bias=True,
+            dtype=config.decoder.dtype,
+            param_dtype=config.decoder.param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B P E"], dropout_keys=None) -> Float[Array, "B P D"]:
+        return self.linear(x, dropout_keys, jnp.float32)
+
+
+class PaliGemma(nnx.Module):
+    """Images and text in, next-token logits at the text positions out."""
+
+    def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = ViT(config.vision, rngs=rngs)
+        self.projector = Projector(config, rngs=rngs)
+        self.decoder = Gemma(config.decoder, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "B I I 3"],
+        tokens: Int[Array, "B T"],
+        mask_ar: Int[Array, "B T"],
+        mask_input: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        dropout_keys=None,
+    ) -> tuple[Float[Array, "B T V"], dict]:
+        """Logits at every text position; position t predicts token t + 1.
+
+        Args:
+          images: float32 in the checkpoint's value range ([-1, 1]), prepared by its preprocessing.
+          tokens: text token ids only, no placeholders for the image.
+          mask_ar: 0 over prefix and separator, 1 over the suffix (and padding); see the module's docstring.
+          mask_input: true on real tokens; None means all are real. Padding may stand on either side.
+          dropout_keys: one key an example switches adapter dropout on (training); None is deterministic.
+
+        Returns:
+          logits: float32.
+          out: named intermediates `vision/*`, `image_features`, `embedded`, `encoded`, `hidden`.
+        """
+        features, out = self.encode_image(images, dropout_keys)
+        hidden, text_out = self.hidden(features, tokens, mask_ar, mask_input, dropout_keys)
+        return self.decoder.logits(hidden), out | text_out
+
+    def encode_image(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B P D"], dict]:
+        """Projected patch features, ready for the decoder (float32, unscaled), and intermediates."""
+        x, out = self.vision(images, dropout_keys)
+        features = self.projector(x, dropout_keys)
+        return features, {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
+
+    def hidden(
+        self,
+        features: Float[Array, "B P D"],
+        tokens: Int[Array, "B T"],
+        mask_ar: Int[Array, "B T"],
+        mask_input: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        dropout_keys=None,
+    ) -> tuple[Float[Array, "B T D"], dict]:
+        """Hidden states after the final norm at the text positions, for a loss that makes logits in chunks."""
+        if mask_input is None:
+            mask_input = jnp.ones(tokens.shape, bool)
+        valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
+        mask = layers.prefix_mask(valid, causal)
+        return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
+
+    def decode(
+        self,
+        features: Float[Array, "B P D"],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B P+T"],
+        mask: Bool[Array, "B P+T P+T"],
+        dropout_keys=None,
+    ) -> tuple[Float[Array, "B T D"], dict]:
+        """As `hidden`, with positions and mask spelled out (several texts packed behind one image use this)."""
+        embedded = self.decoder.embed_tokens(tokens)
+        x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)
+        hidden, _, out = self.decoder(x, positions, mask, dropout_keys=dropout_keys)
+        hidden = hidden[:, features.shape[1] :]
+        return hidden, {"embedded": embedded, "encoded": out["encoded"], "hidden": hidden}
+
+
+def join_masks(
+    num_patches: int, mask_input: Bool[Array, "B T"] | Int[Array, "B T"], mask_ar: Int[Array, "B T"]
+) -> tuple[Bool[Array, "B P+T"], Int[Array, "B P+T"]]:
+    """Puts the image in front of the text's masks: always real, never causal."""
+    image = jnp.ones((mask_input.shape[0], num_patches), bool)
+    valid = jnp.concatenate([image, mask_input.astype(bool)], axis=1)
+    causal = jnp.concatenate([jnp.zeros(image.shape, jnp.int32), mask_ar.astype(jnp.int32)], axis=1)
+    return valid, causal
+
+
+def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Position of each real token among the real ones, from 0; rotary positions are relative, so any offset is equal."""
+    return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
