@@ -1,16 +1,17 @@
 """`pg.load`: one function that reads a model from wherever it lies."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import json
 from flax import nnx
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import resample_positions
-from paligemma_jax.weights import big_vision, hugging_face, params
+from paligemma_jax.weights import big_vision, hugging_face
+from train_jax import params
 from train_jax.errors import UserError
 
 TINY = Path(__file__).parent.parent / "tiny"

@@ -1,0 +1,93 @@
+"""What a run must provide: the Task protocol. A config names its task by import path, so adding one touches no list."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train_jax.errors import UserError
+from train_jax.input import Source
+from train_jax.metrics import Metrics
+from train_jax.sharding import Spec
+
+
+class Task(Protocol):
+    """A model, its data and its loss; everything the loop does not know.
+
+    A task is constructed as `Class(config, mesh)` with the validated config; the constructor checks whatever can be
+    checked without computing (files, vocabularies, patterns) and raises UserError.
+    """
+
+    harmless_keys: Sequence[str]
+    """Patterns of this task's config keys that do not change the mathematics (see config.check_resume)."""
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        """The task's own config keys with their default values, beside the runtime's."""
+        ...
+
+    def init(self) -> nnx.Module:
+        """The model at the start of training, weights loaded and adapters attached; a function of the config."""
+        ...
+
+    def trainable(self) -> str:
+        """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state."""
+        ...
+
+    def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        """(pattern, spec) pairs for every parameter, see sharding.shardings."""
+        ...
+
+    def train_source(self) -> Source:
+        """Random access to training examples of fixed shapes."""
+        ...
+
+    def normalizer(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """What the summed loss of a whole batch [A, b, ...] is divided by (the supervised tokens, say): a scalar.
+
+        It depends on the batch alone, so gradients of micro-batches add up to the gradient of the whole batch.
+        """
+        ...
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], keys: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Summed loss of one micro-batch [b, ...] and its metrics as sums and counts.
+
+        Args:
+          model: parameters in place.
+          batch: rows on the leading axis.
+          keys: one key an example, a function of (seed, step, row), for dropout and noise.
+        """
+        ...
+
+    def validate(self, model: nnx.Module) -> dict[str, float]:
+        """Cheap evaluation in the course of training; its metrics choose the best checkpoint."""
+        ...
+
+    def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        """The reported evaluation: writes predictions and pictures into `workdir`, returns what `eval.json` holds."""
+        ...
+
+
+def task_class(path: str) -> type:
+    """The class behind "package.module:Class".
+
+    Raises:
+      UserError: no such module or class.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"config.task is {path!r}, which cannot be imported ({error}): expected 'package.module:Class'."
+        ) from error
+
+
+def make_task(config: ConfigDict, mesh: Mesh) -> Task:
+    """The task of a config."""
+    return task_class(config.task)(config, mesh)
