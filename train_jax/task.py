@@ -1,6 +1,5 @@
 """What a run must provide: the Task protocol. A config names its task by import path, so adding one touches no list."""
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax.errors import UserError
+from train_jax.config import task_class
 from train_jax.input import Source
 from train_jax.metrics import Metrics
 from train_jax.sharding import Spec
@@ -24,7 +23,7 @@ class Task(Protocol):
     """
 
     harmless_keys: Sequence[str]
-    """Patterns of this task's config keys that do not change the mathematics (see config.check_resume)."""
+    """Patterns of this task's config keys that do not change the mathematics (see resume.check_resume)."""
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -71,21 +70,6 @@ class Task(Protocol):
     def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
         """The reported evaluation: writes predictions and pictures into `workdir`, returns what `eval.json` holds."""
         ...
-
-
-def task_class(path: str) -> type:
-    """The class behind "package.module:Class".
-
-    Raises:
-      UserError: no such module or class.
-    """
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"config.task is {path!r}, which cannot be imported ({error}): expected 'package.module:Class'."
-        ) from error
 
 
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:

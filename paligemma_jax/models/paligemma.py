@@ -46,9 +46,10 @@ def variant(name: str) -> PaliGemmaConfig:
     if name == "tiny":
         return PaliGemmaConfig(
             vision=ViTConfig(
-                image_size=64, patch_size=8, width=128, depth=4, mlp_dim=512, num_heads=4, posemb="sincos2d"
+                image_size=96, patch_size=12, width=128, depth=4, mlp_dim=512, num_heads=4, posemb="sincos2d"
             ),
-            decoder=GemmaConfig(vocab_size=2048, width=192, depth=4, mlp_dim=576, num_heads=4, head_dim=48),
+            decoder=GemmaConfig(vocab_size=1792, width=160, depth=5, mlp_dim=480, num_heads=4, head_dim=40),
+            preprocessing=Preprocessing.siglip(96),
         )
     if name in ("3b-224", "3b-448", "3b-896"):
         return PaliGemmaConfig(vision=ViTConfig(image_size=int(name[3:])))

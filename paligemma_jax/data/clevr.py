@@ -1,0 +1,225 @@
+"""CLEVR (Johnson et al., 2017, https://arxiv.org/abs/1612.06890): prepared once as array_record, read by question.
+
+`prepare_clevr` writes what the public TFDS builder `clevr` 3.1.0 writes, feature by feature, but without TensorFlow and
+from a folder or zip the user already has; `tfds.data_source("clevr", data_dir=...)` reads it too. `ClevrQuestions` is
+the source over questions. Images stay encoded until the pipeline decodes them.
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from paligemma_jax.data.clevr_tree import SPLITS, ClevrTree
+from paligemma_jax.data.lru import ByteLRU
+from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from train_jax.errors import UserError
+
+VERSION = "3.1.0"
+SOURCE_FILE = "source.json"  # beside dataset_info.json: which tree the data came from
+
+# The order of the names is the meaning of the integer labels: it is the public builder's.
+COLORS = ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]
+MATERIALS = ["rubber", "metal"]
+SHAPES = ["cube", "sphere", "cylinder"]
+SIZES = ["small", "large"]
+
+
+def clevr_features() -> tfds.features.FeaturesDict:
+    """The features of the public builder `clevr` 3.1.0."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "file_name": tfds.features.Text(),
+            "objects": tfds.features.Sequence(
+                {
+                    "color": tfds.features.ClassLabel(names=COLORS),
+                    "material": tfds.features.ClassLabel(names=MATERIALS),
+                    "shape": tfds.features.ClassLabel(names=SHAPES),
+                    "size": tfds.features.ClassLabel(names=SIZES),
+                    "rotation": tfds.features.Tensor(shape=(), dtype=np.float32),
+                    "3d_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+                    "pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+                }
+            ),
+            "question_answer": tfds.features.Sequence(
+                {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+            ),
+        }
+    )
+
+
+class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder that writes a `ClevrTree`; use `prepare_clevr`."""
+
+    name = "clevr"
+    VERSION = tfds.core.Version(VERSION)
+    pkg_dir_path = None  # no metadata files beside this module
+
+    def __init__(self, *, tree: ClevrTree, **kwargs: Any):
+        self.tree = tree  # set first: the base class already calls _info
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="CLEVR: questions about rendered scenes of simple objects, with scene graphs.",
+            features=clevr_features(),
+            homepage="https://cs.stanford.edu/people/jcjohns/clevr/",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        # Written now, into the temporary folder that becomes the data set in one rename.
+        (self.data_path / SOURCE_FILE).write_text(json.dumps(self.tree.identity(), indent=2))
+        return {split: self._generate_examples(split) for split in self.tree.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        total = len(self.tree.image_files(split))
+        examples = self.tree.examples(split)
+        yield from tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
+
+
+def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
+    """Writes CLEVR as array_record under `data_dir`/clevr/3.1.0, unless it is there already; returns that folder.
+
+    An interrupted run leaves no half-written data set behind. Disk space needed: that of the images.
+
+    Args:
+      source: folder or zip in the layout of `ClevrTree`; may be gone once the data are prepared.
+      data_dir: root folder for TFDS data sets; a leading ~ is the home folder.
+
+    Raises:
+      UserError: if `source` is no CLEVR tree, or `data_dir` already holds CLEVR prepared from another one.
+    """
+    source, data_dir = Path(source).expanduser(), Path(data_dir).expanduser()
+    folder = data_dir / "clevr" / VERSION
+    if (folder / "dataset_info.json").is_file():
+        origin = folder / SOURCE_FILE  # absent if TFDS's own builder wrote the data
+        if origin.is_file() and source.exists() and json.loads(origin.read_text()) != ClevrTree(source).identity():
+            raise UserError(
+                f"{folder} holds CLEVR prepared from another tree than {source}, expected the same one; "
+                "choose another data_dir or delete that folder."
+            )
+        logging.info("CLEVR is already prepared in %s", folder)
+        return folder
+    builder = Clevr(tree=ClevrTree(source), data_dir=data_dir)
+    tfds.disable_progress_bar()  # ours knows the number of images
+    with contextlib.redirect_stdout(None):  # TFDS would announce a download
+        builder.download_and_prepare()
+    return folder
+
+
+class ClevrQuestions:
+    """The questions of one split, question by question, in the order of the prepared data (TFDS hashes file names).
+
+    The row number maps to an image through the running count of questions, built on first use by one pass over the
+    split that decodes no image, and kept beside the data; together with a digest of all names, questions and answers.
+
+    Args:
+      data_dir: what was given to `prepare_clevr`, or the version folder itself.
+      split: "train", "validation" or "test".
+      prompt: the prefix, with {question} in place of the question: as it stands, or "answer en {question}".
+      cache_bytes: images of examples read last are kept up to this size; sequential reading then parses each once.
+
+    Raises:
+      UserError: if no prepared CLEVR of a readable format is found there, or it has no such split.
+    """
+
+    def __init__(
+        self, data_dir: str | Path, split: str = "train", prompt: str = "{question}", cache_bytes: int = 64 << 20
+    ):
+        self._folder = _prepared_folder(Path(data_dir).expanduser())
+        self._examples = _data_source(self._folder, split)
+        self._prompt = prompt_checked(prompt)
+        self._starts, digest = _question_index(self._folder / f"questions-{split}.npz", self._examples)
+        self._cache = ByteLRU(cache_bytes)
+        self.split = split
+        self.fingerprint = fingerprint_of(kind="clevr", version=VERSION, split=split, digest=digest, prompt=prompt)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        image_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        image, name, questions, answers = self._cache.get(image_index, lambda: self._example(image_index))
+        row = index - int(self._starts[image_index])
+        prefix = self._prompt.replace("{question}", questions[row])
+        return Record(image, name, image_index, prefix, answers[row])
+
+    def _example(self, image_index: int) -> tuple[tuple[bytes, str, list[str], list[str]], int]:
+        try:
+            example = self._examples[image_index]
+        except (RuntimeError, ValueError) as error:  # array_record's checksums, or a record that does not parse
+            raise BadRow(
+                f"example {image_index} of {self._folder} cannot be read ({error}), expected an intact CLEVR record; "
+                "delete the folder and prepare it again."
+            ) from error
+        texts = example["question_answer"]
+        questions, answers = ([text.decode() for text in texts[key]] for key in ("question", "answer"))
+        return (example["image"], example["file_name"].decode(), questions, answers), len(example["image"])
+
+
+def _prepared_folder(data_dir: Path) -> Path:
+    for folder in (data_dir, data_dir / "clevr" / VERSION):
+        if (folder / "dataset_info.json").is_file():
+            return folder
+    raise UserError(
+        f"no prepared CLEVR in {data_dir}, expected clevr/{VERSION}/dataset_info.json below it; "
+        "prepare it with --config.data.source=FOLDER_OR_ZIP."
+    )
+
+
+def _data_source(folder: Path, split: str) -> Any:
+    builder = tfds.builder_from_directory(folder)
+    info = builder.info
+    if info.name != "clevr" or "question_answer" not in info.features:
+        raise UserError(f"{folder} holds {info.full_name}, expected clevr/{VERSION} with questions; prepare that one.")
+    if info.file_format.value != "array_record":
+        raise UserError(
+            f"{folder} is stored as {info.file_format.value}, which has no random access, expected array_record; "
+            "convert it once with paligemma_jax.data.tfrecord.convert_tfrecord."
+        )
+    if split not in info.splits or split not in SPLITS:
+        raise UserError(f"{folder} has no split {split!r}, expected one of {sorted(info.splits)}; choose one of them.")
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _question_index(cache: Path, examples: Any) -> tuple[np.ndarray, str]:
+    """First question of each image and, last, the total, int64 [images + 1]; and a digest of the texts."""
+    if cache.is_file():
+        with np.load(cache, allow_pickle=False) as stored:
+            starts, digest = stored["starts"], str(stored["digest"])
+        if len(starts) == len(examples) + 1:
+            return starts, digest
+    counts, digest = np.zeros(len(examples) + 1, np.int64), hashlib.sha256()
+    rows = tqdm(range(len(examples)), "Indexing CLEVR questions", unit="image", disable=not sys.stderr.isatty())
+    for i in rows:
+        example = examples[i]
+        texts = example["question_answer"]
+        counts[i + 1] = len(texts["question"])
+        fields = [example["file_name"], *texts["question"], *texts["answer"]]
+        digest.update(json.dumps([field.decode() for field in fields]).encode())
+    starts = np.cumsum(counts)
+    _save_atomically(cache, starts=starts, digest=np.array(digest.hexdigest()))
+    return starts, digest.hexdigest()
+
+
+def _save_atomically(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an npz under a temporary name and renames it; where that cannot be done the next start pays."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, **arrays)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logging.warning("The question index is not kept (%s); it is built again at the next start.", error)

@@ -1,0 +1,210 @@
+"""Reads the official CLEVR_v1.0 layout, from a folder or straight from the zip, one image at a time.
+
+    CLEVR_v1.0/
+        images/{train,val,test}/CLEVR_train_000000.png ...
+        questions/CLEVR_{train,val,test}_questions.json   {"questions": [{"image_filename", "question", "answer"}, ...]}
+        scenes/CLEVR_{train,val}_scenes.json              {"scenes": [{"image_filename", "objects"}, ...]}
+
+The test split has neither scenes nor answers. Nothing is extracted, and no name found in a file is used as a path.
+The question files are parsed as a stream: the train split's 713 MB would grow to several GB as Python objects.
+"""
+
+import collections
+import contextlib
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train_jax.errors import UserError
+
+SPLITS = {"train": "train", "validation": "val", "test": "test"}  # our name (and TFDS's) -> CLEVR's
+OBJECT_FIELDS = ("color", "material", "shape", "size", "rotation", "3d_coords", "pixel_coords")
+CHUNK = 1 << 20  # characters or bytes read at a time
+
+
+class ClevrTree:
+    """An official CLEVR tree: the folder `CLEVR_v1.0`, a folder that holds it, or the zip.
+
+    A split is there when its questions are; the tree must have at least one, each with its images.
+
+    Raises:
+      UserError: if `source` is no CLEVR tree, with what is missing; while reading, for files that do not fit together.
+    """
+
+    def __init__(self, source: str | Path):
+        self.source = Path(source)
+        root = _open_root(self.source)
+        inner = root / "CLEVR_v1.0"
+        self.root = inner if inner.is_dir() else root
+        self.splits = [split for split in SPLITS if self._file("questions", split).exists()]
+        wanted = [f"images/{SPLITS[split]}" for split in self.splits]
+        missing = [name for name in wanted if not (self.root / name).is_dir()]
+        if not self.splits:
+            missing = [f"questions/CLEVR_{name}_questions.json" for name in SPLITS.values()]
+        if missing:
+            raise UserError(
+                f"{source} is no CLEVR tree: it lacks {' and '.join(missing)}, expected the layout of CLEVR_v1.0 "
+                "(images/, questions/, scenes/); give the extracted folder or CLEVR_v1.0.zip."
+            )
+
+    def _file(self, kind: str, split: str) -> Path | zipfile.Path:
+        return self.root / kind / f"CLEVR_{SPLITS[split]}_{kind}.json"
+
+    def image_files(self, split: str) -> dict[str, Path | zipfile.Path]:
+        """Image files by name, in the order of their names."""
+        files = (self.root / "images" / SPLITS[split]).iterdir()
+        found = {file.name: file for file in files if file.name.endswith(".png") and not file.name.startswith(".")}
+        return dict(sorted(found.items()))
+
+    def questions(self, split: str) -> dict[str, list[dict[str, str]]]:
+        """By image name, its questions in file order; the answer is empty where the file has none (test)."""
+        grouped = collections.defaultdict(list)
+        with self._open("questions", split) as entries:
+            for entry in entries:
+                row = {"question": entry["question"], "answer": entry.get("answer", "")}
+                grouped[entry["image_filename"]].append(row)
+        return grouped
+
+    def objects(self, split: str) -> dict[str, list[dict[str, Any]]]:
+        """By image name, the objects of its scene with `OBJECT_FIELDS` each; empty where there is no scenes file."""
+        if not self._file("scenes", split).exists():
+            return {}
+        with self._open("scenes", split) as scenes:
+            return {
+                scene["image_filename"]: [
+                    {field: thing[field] for field in OBJECT_FIELDS} for thing in scene["objects"]
+                ]
+                for scene in scenes
+            }
+
+    def examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields image name and TFDS example (image bytes, file_name, objects, question_answer), ordered by name."""
+        images, questions, objects = self.image_files(split), self.questions(split), self.objects(split)
+        absent = sorted(set(questions) - set(images))
+        if absent:
+            raise UserError(
+                f"{self._file('questions', split).name} asks about {len(absent)} images that images/{SPLITS[split]} "
+                f"lacks (first: {absent[0]}), expected all of them; extract CLEVR_v1.0.zip again."
+            )
+        for name, file in images.items():
+            yield (
+                name,
+                {
+                    "image": file.read_bytes(),
+                    "file_name": name,
+                    "objects": objects.get(name, []),
+                    "question_answer": questions.get(name, []),
+                },
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one tree from another: per split, the number of images and a digest of its first questions."""
+        splits = {}
+        for split in self.splits:
+            with self._file("questions", split).open("rb") as file:
+                digest = hashlib.sha256(file.read(CHUNK)).hexdigest()
+            splits[split] = {"images": len(self.image_files(split)), "questions_sha256_of_first_MiB": digest}
+        return splits
+
+    @contextlib.contextmanager
+    def _open(self, kind: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
+        """The entries of a questions or scenes file; whatever does not fit in the block becomes a UserError."""
+        file = self._file(kind, split)
+        try:
+            with file.open("r", encoding="utf-8") as text:
+                yield stream_array(text, kind)
+        except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{file.name} in {self.source} cannot be read ({type(error).__name__}: {error}), expected CLEVR's "
+                f"JSON with a list {kind!r}; extract or download it again."
+            ) from error
+
+
+def _open_root(source: Path) -> Path | zipfile.Path:
+    if source.is_dir():
+        return source
+    if not source.is_file():
+        raise UserError(f"{source} does not exist, expected a CLEVR_v1.0 folder or zip; correct data.source.")
+    try:
+        return zipfile.Path(zipfile.ZipFile(source))
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{source} is no zip file ({error}), expected a CLEVR_v1.0 folder or zip; download it again."
+        ) from error
+
+
+def stream_array(text: io.TextIOBase, key: str) -> Iterator[Any]:
+    """Yields the elements of the list under `key` of a JSON object, holding one element and one chunk at a time.
+
+    Raises:
+      KeyError: if the object has no such key.
+      ValueError: if the text is not JSON of that form (json.JSONDecodeError is one).
+    """
+    reader = _JsonReader(text)
+    reader.expect("{")
+    while reader.value() != key:
+        reader.expect(":")
+        reader.value()
+        if reader.expect(",}") == "}":
+            raise KeyError(key)
+    reader.expect(":")
+    reader.expect("[")
+    if reader.peek() == "]":
+        return
+    while True:
+        yield reader.value()
+        if reader.expect(",]") == "]":
+            return
+
+
+class _JsonReader:
+    """Decodes one value or one punctuation mark at a time from a text file, reading ahead by `CHUNK`."""
+
+    def __init__(self, text: io.TextIOBase):
+        self._text = text
+        self._buffer = ""
+        self._position = 0
+        self._decoder = json.JSONDecoder()
+
+    def _more(self) -> bool:
+        chunk = self._text.read(CHUNK)
+        self._buffer, self._position = self._buffer[self._position :] + chunk, 0
+        return bool(chunk)
+
+    def peek(self) -> str:
+        """The next character that is not white space, not consumed; empty at the end of the file."""
+        while True:
+            while self._position < len(self._buffer) and self._buffer[self._position].isspace():
+                self._position += 1
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            if not self._more():
+                return ""
+
+    def expect(self, marks: str) -> str:
+        """Consumes one of `marks` and returns it."""
+        found = self.peek()
+        if not found or found not in marks:
+            raise ValueError(f"found {found!r} where one of {marks!r} was expected")
+        self._position += 1
+        return found
+
+    def value(self) -> Any:
+        """Consumes one JSON value, reading on while it may be cut off by the end of the buffer."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._position)
+            except json.JSONDecodeError:
+                if self._more():
+                    continue
+                raise
+            complete = self._buffer[end : end + 1] in tuple(" \t\r\n,:]}")  # 12 may be the beginning of 12.5
+            if not complete and self._more():
+                continue
+            self._position = end
+            return value

@@ -1,0 +1,206 @@
+"""From encoded image to model input, the way the checkpoint's family does it.
+
+Two families, two resize kernels, and they are not interchangeable: big_vision squashes with `tf.image.resize`
+(bilinear at half-pixel centres, by default without antialiasing, cast back to uint8 by truncation), transformers
+resizes with PIL (bicubic, always antialiased, rounded). Both then scale [0, 255] to the range the tower was trained on.
+
+Decoding is the same for all: RGB uint8. Decisions where libraries differ:
+- EXIF orientation is applied, so a phone's photograph stands upright (CLEVR's images carry none);
+- alpha is dropped, not composited, as both families do (CLEVR's PNGs are RGBA, fully opaque);
+- 16 bits per channel keep their high byte (PIL's own conversion of grey images would saturate);
+- grey, palette and CMYK images are converted to RGB; of an animation the first frame counts;
+- floating-point images have no defined range and are refused.
+"""
+
+import dataclasses
+import io
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageOps
+
+from paligemma_jax.data import resize_tf
+from paligemma_jax.data.records import BadRow
+from train_jax.errors import UserError
+
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Numbers as PIL and the `resample` field of Hugging Face's preprocessor_config.json count the kernels.
+PIL_KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes a PNG, JPEG or other file that PIL reads to RGB, 0 to 255; see the module for the fine print.
+
+    Raises:
+      BadRow: if the bytes are no complete image, or one that is refused.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except Exception as error:  # PIL's plugins raise SyntaxError, struct.error, ValueError and more on corrupt bytes.
+        raise BadRow(f"cannot decode the image ({len(data)} bytes): {error}; replace the file.") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise BadRow("the image has floating-point pixels, expected 8 or 16 bits per channel; convert the file.")
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL also opens as 32-bit "I".
+        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How one checkpoint family turns RGB uint8 into input; stored in `config.json` by `to_dict`.
+
+    Attributes:
+      size: side of the square output, in pixels.
+      source: whose resize is reproduced: "big_vision" (tf.image.resize) or "transformers" (PIL).
+      method: resize kernel: "bilinear" for big_vision; a key of `PIL_KERNELS` for transformers.
+      antialias: whether shrinking widens the kernel; PIL always does.
+      mean: per channel, subtracted after scaling to [0, 1].
+      std: per channel, divided by after that; 0.5 and 0.5 give the value range [-1, 1].
+      crop: False squashes the image to the square; True resizes its short side and crops the centre (CLIP).
+
+    Raises:
+      UserError: for a combination that the named source does not have.
+    """
+
+    size: int
+    source: Literal["big_vision", "transformers"] = "big_vision"
+    method: str = "bilinear"
+    antialias: bool = False
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    crop: bool = False
+
+    def __post_init__(self):
+        if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
+            raise UserError(
+                f"preprocessing has size {self.size}, mean {self.mean} and std {self.std}, expected a positive size, "
+                "three means and three non-zero deviations; change them."
+            )
+        if self.source == "big_vision":
+            ok = self.method == "bilinear" and not self.crop
+        else:
+            ok = self.source == "transformers" and self.method in PIL_KERNELS and self.antialias
+        if not ok:
+            raise UserError(
+                f"preprocessing source={self.source!r}, method={self.method!r}, antialias={self.antialias}, "
+                f"crop={self.crop} is unknown, expected big_vision with bilinear and no crop or transformers with one "
+                f"of {sorted(PIL_KERNELS)} and antialias; choose one of these."
+            )
+
+    @classmethod
+    def big_vision(cls, size: int, antialias: bool = False) -> "Preprocessing":
+        """PaliGemma and SigLIP as big_vision feeds them: `resize(size[, antialias])|value_range(-1, 1)`."""
+        return cls(size, "big_vision", "bilinear", antialias)
+
+    @classmethod
+    def siglip(cls, size: int) -> "Preprocessing":
+        """PaliGemma and SigLIP as transformers feeds them (SiglipImageProcessor): PIL bicubic to a square."""
+        return cls(size, "transformers", "bicubic", True)
+
+    @classmethod
+    def clip(cls, size: int = 224) -> "Preprocessing":
+        """CLIP as OpenAI and transformers feed it: PIL bicubic on the short side, centre crop, CLIP's mean and std."""
+        return cls(size, "transformers", "bicubic", True, CLIP_MEAN, CLIP_STD, crop=True)
+
+    @staticmethod
+    def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+        """Encoded bytes to RGB; the same for every family. Raises BadRow."""
+        return decode(data)
+
+    def resize(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "size size 3"]:
+        """Brings an RGB image to `size` x `size`, still 0 to 255."""
+        if self.source == "big_vision":
+            # big_vision casts the float result back to the image's dtype: truncation, not rounding.
+            return resize_tf.bilinear(image, (self.size, self.size), self.antialias).astype(np.uint8, order="C")
+        if not self.crop:
+            return self._resize_pil(image, self.size, self.size)
+        height, width = image.shape[:2]
+        short, long = min(height, width), max(height, width)
+        long = int(self.size * long / short)  # transformers truncates here.
+        height, width = (self.size, long) if height < width else (long, self.size)
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return self._resize_pil(image, height, width)[top : top + self.size, left : left + self.size]
+
+    def _resize_pil(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        return np.array(Image.fromarray(image).resize((width, height), PIL_KERNELS[self.method]))
+
+    def normalize(self, images: UInt8[np.ndarray | Array, "*batch 3"]) -> Float[np.ndarray | Array, "*batch 3"]:
+        """Scales RGB 0 to 255 to the tower's range, float32; numpy in, numpy out; works on JAX arrays under jit."""
+        return (images.astype(np.float32) / np.float32(255) - np.float32(self.mean)) / np.float32(self.std)
+
+    def apply(self, image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "size size 3"]:
+        """Resizes and normalises one RGB image; float32, in [-1, 1] for PaliGemma and SigLIP."""
+        return self.normalize(self.resize(image))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; `from_dict` is the inverse."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Reads what `to_dict` wrote. Raises UserError for unknown fields or a missing size."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if not {"size"} <= set(values) <= fields:
+            raise UserError(
+                f"the preprocessing entry has keys {sorted(values)}, expected size and any of {sorted(fields)}; "
+                "mend config.json."
+            )
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    @classmethod
+    def from_hugging_face(cls, config: dict[str, Any]) -> "Preprocessing":
+        """Reads a `preprocessor_config.json` of a SigLIP, PaliGemma or CLIP folder.
+
+        Raises:
+          UserError: for steps that these three families do not take (other size kinds, kernels or scales).
+        """
+        size, crop = config.get("size", {}), bool(config.get("do_center_crop", False))
+        side = size if isinstance(size, int) else size.get("shortest_edge" if crop else "height")
+        edges = (config.get("crop_size", side),) if crop else (size,)
+        square = all(edge == side or edge == {"height": side, "width": side} for edge in edges)
+        kernels = {number: name for name, number in PIL_KERNELS.items()}
+        kernel = kernels.get(config.get("resample", PIL_KERNELS["bicubic"]))
+        standard = config.get("do_resize", True) and config.get("do_rescale", True) and config.get("do_normalize", True)
+        scale = config.get("rescale_factor", 1 / 255)
+        if not (isinstance(side, int) and square and kernel and standard and abs(scale - 1 / 255) < 1e-9):
+            raise UserError(
+                f"preprocessor_config.json has size {size}, crop_size {config.get('crop_size')}, resample "
+                f"{config.get('resample')} and rescale_factor {scale}, expected the resize, rescale by 1/255 and "
+                "normalise steps of SigLIP or CLIP to one square size; use a folder of those families."
+            )
+        mean, std = (tuple(config.get(key, HALF)) for key in ("image_mean", "image_std"))
+        return cls(side, "transformers", kernel, True, mean, std, crop)
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The `preprocessor_config.json` for transformers; `from_hugging_face` is its inverse.
+
+        Transformers cannot express big_vision's resize without antialiasing; its nearest, PIL's bilinear, is named.
+        """
+        edge = {"height": self.size, "width": self.size}
+        resize = {"size": edge, "do_center_crop": False}
+        if self.crop:
+            resize = {"size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": edge}
+        return {
+            "image_processor_type": "CLIPImageProcessor" if self.crop else "SiglipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            **resize,
+            "resample": PIL_KERNELS[self.method],
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }

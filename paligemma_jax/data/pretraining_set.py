@@ -1,0 +1,104 @@
+"""The scenes that pretrain the small base: pictures, scene graphs and what each patch shows, built once and cached.
+
+Texts are not stored. They are written when a row is read, from the scene and a seed of their own, so one scene comes
+with other texts every time it is seen (`views`), and a row is still a function of its index.
+"""
+
+import json
+import multiprocessing
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.build import split_scene
+from paligemma_jax.data.synthetic_clevr.geometry import cast
+from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
+from paligemma_jax.data.synthetic_clevr.render import render
+
+
+TEXTS = zlib.crc32(b"pretraining texts")
+
+
+def build(
+    folder: Path,
+    num_scenes: int,
+    size: int,
+    grid: int,
+    stream: str = "pretraining",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes images.npy, patches.npy and scenes.jsonl into `folder`, unless they are there.
+
+    Args:
+      num_scenes: with 1 to 10 objects each; few objects first teach what a thing is, many then teach to count.
+      size: pixels a side.
+      grid: patches a side.
+      stream: the split's name, which seeds the scenes: splits of different names share none.
+      workers: processes; the result does not depend on them.
+      progress: called with scenes done and scenes in all.
+    """
+    if (folder / "scenes.jsonl").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, size, size, 3))
+    patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, (num_scenes, grid**2, 4))
+    jobs = ((stream, index, size, grid) for index in range(num_scenes))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, open(folder / ".scenes.tmp", "w") as file:
+        for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
+            images[index], patches[index] = image, labels
+            file.write(json.dumps(scene) + "\n")
+            if progress:
+                progress(index + 1, num_scenes)
+    images.flush()
+    patches.flush()
+    (folder / ".scenes.tmp").rename(folder / "scenes.jsonl")
+    return folder
+
+
+def _make(job: tuple[str, int, int, int]):
+    """One scene, its picture and its patch labels."""
+    stream, index, size, grid = job
+    scene = split_scene(0, stream, index, num_objects=(1, 10))
+    return scene, render(scene, size, size), patch_labels(scene, size, grid)
+
+
+def patch_labels(scene: dict, size: int, grid: int) -> UInt8[np.ndarray, "P 4"]:
+    """For every patch the attributes (in the order of ATTRIBUTES) of the object that fills most of it.
+
+    Returns:
+      Indices into the attribute's values plus one, or 0 where less than a tenth of the patch shows any one object.
+    """
+    ids, _, _ = cast(scene, size, size)
+    p = size // grid
+    tiles = ids.reshape(grid, p, grid, p).transpose(0, 2, 1, 3).reshape(grid**2, p * p)
+    counts = np.stack([(tiles == index).sum(1) for index in range(len(scene["objects"]))], axis=1)
+    owner = np.where(counts.max(1) >= 0.1 * p * p, counts.argmax(1) + 1, 0)
+    table = [[0] * 4] + [
+        [values.index(item[name]) + 1 for name, values in ATTRIBUTES.items()] for item in scene["objects"]
+    ]
+    return np.array(table, np.uint8)[owner]
+
+
+class PretrainingScenes:
+    """Random access to (scene picture, patch labels, texts); index i is view i // num_scenes of scene i % num_scenes."""
+
+    def __init__(self, folder: Path, views: int, num_segments: int):
+        self._images = np.load(folder / "images.npy", mmap_mode="r")
+        self._patches = np.load(folder / "patches.npy", mmap_mode="r")
+        self._scenes = (folder / "scenes.jsonl").read_text().splitlines()
+        self._views, self._num_segments = views, num_segments
+
+    def __len__(self) -> int:
+        return len(self._scenes) * self._views
+
+    def read(self, index: int) -> tuple[UInt8[np.ndarray, "I I 3"], Int[np.ndarray, "P 4"], list[tuple[str, str]]]:
+        """Picture, patch labels, and `num_segments` (prefix, suffix) pairs."""
+        row = index % len(self._scenes)
+        rng = np.random.Generator(np.random.PCG64((TEXTS, index)))
+        segments = pretraining_segments(json.loads(self._scenes[row]), rng, self._num_segments)
+        return np.array(self._images[row]), self._patches[row].astype(np.int32), segments

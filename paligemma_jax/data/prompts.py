@@ -1,0 +1,153 @@
+"""Builds the sequence that PaliGemma reads: the one place that knows prefix, separator, suffix, EOS and the masks.
+
+A training example of length 10 (arrays one longer: the model reads all but the last, and is asked for all but the
+first), prefix "how many cubes", suffix "two red":
+
+    tokens      <bos> how many cubes \\n two red <eos> <pad> <pad> <pad>
+    mask_ar       0    0   0     0    0  1   1    1     1     1     1     1: only later positions may look at this one
+    mask_input    1    1   1     1    1  1   1    1     0     0     0     1: a real token
+    mask_loss     0    0   0     0    0  1   1    1     0     0     0     1: the model is asked for this token
+
+    model reads <bos> how many cubes \\n two red <eos> <pad> <pad>
+    targets      how many cubes \\n two red <eos> <pad> <pad> <pad>
+    weights       0    0   0    0   1   1    1     0     0     0
+
+A prompt for generation has the first five columns, then pads. Prefix, separator and suffix are tokenised apart, so
+the separator never merges with its neighbours and the prompt of generation is exactly the start of training's
+(big_vision `transfers/common.py`; transformers' processor builds the same `bos + prompt + "\\n"`, then suffix + eos).
+Image tokens are put in front by the model; they are no part of the text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from train_jax.errors import UserError
+
+from .tokenizer import Tokenizer
+
+_ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
+_LINE = 120
+
+
+class TruncationError(UserError):
+    """A text that does not fit. Whoever reads the data decides whether it stops the run or is skipped and counted."""
+
+
+def make_example(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str | None,
+    length: int,
+    *,
+    prefix_length: int | None = None,
+    suffix_length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Tokens and masks of one example, padded on the right; see the rows at the top of the module.
+
+    Args:
+        tokenizer: encodes the three pieces.
+        prefix: the prompt, without BOS, separator and image placeholders.
+        suffix: the answer to learn, or None for a prompt that is to be continued.
+        length: text positions that the model reads. With a suffix the arrays have `length + 1` entries, for the last
+            token is only ever a target; without, `length`.
+        prefix_length: most tokens that BOS + prefix + separator may have (default: no limit of its own).
+        suffix_length: most tokens that suffix + EOS may have (likewise).
+
+    Returns:
+        `tokens` int32, `mask_ar` int32, `mask_input` bool, `mask_loss` bool.
+
+    Raises:
+        TruncationError: a part is longer than its limit or all of it than the arrays. Nothing is ever cut: a cut prefix
+            asks another question, a cut suffix never teaches EOS.
+        UserError: the text holds `<image>`.
+    """
+    head = [tokenizer.bos_id, *_encode(tokenizer, prefix), *tokenizer.separator_ids]
+    tail = [] if suffix is None else [*_encode(tokenizer, suffix), tokenizer.eos_id]
+    entries = length if suffix is None else length + 1
+    _check("prefix with BOS and separator", len(head), prefix_length, prefix)
+    _check("suffix with EOS", len(tail), suffix_length, suffix)
+    _check("prefix and suffix together", len(head) + len(tail), entries, prefix)
+
+    tokens = np.full(entries, tokenizer.pad_id, np.int32)
+    tokens[: len(head) + len(tail)] = head + tail
+    at = np.arange(entries)
+    in_prefix, real = at < len(head), at < len(head) + len(tail)
+    return {
+        "tokens": tokens,
+        "mask_ar": (~in_prefix).astype(np.int32),
+        "mask_input": real,
+        "mask_loss": real & ~in_prefix,
+    }
+
+
+def empty_example(tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """An example of the same shapes that teaches nothing, for the slot of a skipped row: BOS, separator, no loss."""
+    example = make_example(tokenizer, "", "", length)
+    return example | {"mask_loss": np.zeros_like(example["mask_loss"])}
+
+
+def training_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training step needs of `[..., T + 1]` arrays: inputs, targets and float32 weights, each `[..., T]`.
+
+    NumPy and JAX arrays alike. `targets[t]` is the token after `tokens[t]`; `weights` are `mask_loss` of the targets.
+    """
+    inputs = {key: batch[key][..., :-1] for key in ("tokens", "mask_ar", "mask_input")}
+    return inputs | {"targets": batch["tokens"][..., 1:], "weights": batch["mask_loss"][..., 1:].astype(np.float32)}
+
+
+def format_batch(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> str:
+    """A batch as text: per example its tokens with every mask aligned below, trailing pads counted.
+
+    `batch` holds `[B, L]` arrays under (some of) tokens, targets, mask_ar, mask_input, mask_loss, weights.
+    """
+    keys = [key for key in _ROWS if key in batch]
+    examples = ({key: np.asarray(batch[key][index]) for key in keys} for index in range(len(batch["tokens"])))
+    return "\n\n".join(f"example {index}\n{_format_example(tokenizer, rows)}" for index, rows in enumerate(examples))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = tokenizer.encode(text)
+    if tokenizer.image_id in ids:
+        raise UserError(f"The text {text!r} holds <image>; remove it, image tokens are placed by the model.")
+    return ids
+
+
+def _check(what: str, count: int, limit: int | None, text: str | None) -> None:
+    if limit is not None and count > limit:
+        raise TruncationError(
+            f"The {what} has {count} tokens but {limit} fit ({text!r}); raise the length or shorten the text."
+        )
+
+
+def _format_example(tokenizer: Tokenizer, rows: Mapping[str, np.ndarray]) -> str:
+    # Up to the first pad, which shows how pads are masked.
+    shown = np.flatnonzero(rows["tokens"] != tokenizer.pad_id).max(initial=-1) + 2
+    pads = len(rows["tokens"]) - shown
+    cells = {key: [_cell(tokenizer, key, value) for value in row[:shown]] for key, row in rows.items()}
+    widths = [max(map(len, column)) for column in zip(*cells.values(), strict=True)]
+    margin = max(map(len, rows)) + 2
+    padded = {key: [cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for key, row in cells.items()}
+    blocks = (
+        "\n".join(key.ljust(margin) + " ".join(row[start:end]) for key, row in padded.items())
+        for start, end in _wrap(widths, _LINE - margin)
+    )
+    return "\n\n".join(blocks) + (f"\n({pads} more <pad>)" if pads > 0 else "")
+
+
+def _cell(tokenizer: Tokenizer, key: str, value: np.generic) -> str:
+    if key in ("tokens", "targets"):
+        return tokenizer.piece(int(value)).replace("\n", "\\n")
+    return f"{float(value):.3g}"
+
+
+def _wrap(widths: list[int], room: int) -> list[tuple[int, int]]:
+    """Ranges of columns that fit a line each."""
+    ranges, start, used = [], 0, 0
+    for index, width in enumerate(widths):
+        if used + width > room and index > start:
+            ranges.append((start, index))
+            start, used = index, 0
+        used += width + 1
+    return [*ranges, (start, len(widths))]

@@ -1,0 +1,129 @@
+"""Writes a synthetic CLEVR split to disk in the layout of the official CLEVR_v1.0 folder."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .geometry import WINDOW
+from .questions import AnswerBalance, generate_questions
+from .render import render
+from .scenes import sample_scene
+
+_SCENE_STREAM, _QUESTION_STREAM = 0, 1
+_INFO = {"version": "1.0", "license": "Apache-2.0", "generator": "paligemma_jax.data.synthetic_clevr"}
+
+
+def split_seed(seed: int, split: str) -> tuple[int, int]:
+    """Root of a split's random streams; splits of other names are disjoint, on every machine and Python."""
+    return seed, zlib.crc32(split.encode())
+
+
+def split_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] = (3, 10)) -> dict[str, Any]:
+    """Scene number `index` of a split, without building the split."""
+    name = f"CLEVR_{split}_{index:06d}.png"
+    return sample_scene((*split_seed(seed, split), _SCENE_STREAM, index), num_objects, index, name, split)
+
+
+def encode_png(image) -> bytes:
+    """PNG bytes of a uint8 [H, W, 3] picture; fixed options, so the same bytes for the same picture and zlib."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=6, optimize=False)
+    return buffer.getvalue()
+
+
+def build_tree(
+    folder: str | Path,
+    split: str,
+    num_scenes: int,
+    questions_per_scene: int,
+    width: int,
+    height: int,
+    seed: int,
+    first_index: int = 0,
+    num_objects: tuple[int, int] = (3, 10),
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+) -> None:
+    """Adds one split to `folder`: images/<split>/*.png, scenes/ and questions/CLEVR_<split>_*.json.
+
+    The files are a function of the arguments, except of `progress` (called with scenes done and scenes in all) and
+    `workers` (processes that sample and render). `pixel_coords` refer to the written size. All is written aside and
+    renamed at the end, the questions file last: where it is, the split is complete (`is_built`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+    try:
+        (draft / "images").mkdir()
+        scenes, questions, balance = [], [], AnswerBalance()
+        make = partial(_picture, seed, split, num_objects, width, height)
+        for scene, png in _map(make, range(first_index, first_index + num_scenes), workers):
+            (draft / "images" / scene["image_filename"]).write_bytes(png)
+            stream = (*split_seed(seed, split), _QUESTION_STREAM, scene["image_index"])
+            asked = generate_questions(scene, questions_per_scene, stream, balance)
+            questions += [item | {"question_index": len(questions) + k} for k, item in enumerate(asked)]
+            scenes.append(_in_pixels(scene, width, height))
+            if progress:
+                progress(len(scenes), num_scenes)
+        info = _INFO | {"split": split}
+        _write_json(draft / "scenes.json", {"info": info, "scenes": scenes})
+        _write_json(draft / "questions.json", {"info": info, "questions": questions})
+        _publish(draft, folder, split)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def is_built(folder: str | Path, split: str) -> bool:
+    """Whether `build_tree` has completed this split in the folder."""
+    return (Path(folder) / "questions" / f"CLEVR_{split}_questions.json").is_file()
+
+
+def _picture(seed: int, split: str, num_objects: tuple[int, int], width: int, height: int, index: int):
+    """(scene, PNG bytes); a module-level function, so that worker processes can import it."""
+    scene = split_scene(seed, split, index, num_objects)
+    return scene, encode_png(render(scene, width, height))
+
+
+def _map(function: Callable, indices: range, workers: int) -> Iterator:
+    """Ordered map, in this process or in `workers` spawned ones."""
+    if workers <= 1:
+        yield from map(function, indices)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(function, indices, chunksize=8)
+
+
+def _in_pixels(scene: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """The scene with `pixel_coords` in the written picture instead of the official window."""
+    scale = width / WINDOW[0], height / WINDOW[1]
+
+    def moved(item: dict[str, Any]) -> dict[str, Any]:
+        x, y, depth = item["pixel_coords"]
+        return item | {"pixel_coords": [round(x * scale[0]), round(y * scale[1]), depth]}
+
+    return scene | {"objects": [moved(item) for item in scene["objects"]]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def _publish(draft: Path, folder: Path, split: str) -> None:
+    for name in ("images", "scenes", "questions"):
+        (folder / name).mkdir(exist_ok=True)
+    images = folder / "images" / split
+    if images.exists():  # left by an interrupted call or an earlier build
+        shutil.rmtree(images)
+    os.replace(draft / "images", images)
+    for name in ("scenes", "questions"):
+        os.replace(draft / f"{name}.json", folder / name / f"CLEVR_{split}_{name}.json")

@@ -1,0 +1,182 @@
+"""Pictures of the synthetic scenes by ray casting: three lights, soft shadows, matte rubber, mirroring metal.
+
+A person should recognise shape, colour and material at 64 x 64, and a model should find at that size what it would
+find in CLEVR's own pictures; physical truth is not the aim. Bytes are a function of scene and size (see `geometry`).
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+from .attributes import COLORS
+from .geometry import (
+    Camera,
+    Components,
+    Solid,
+    bounding_corners,
+    camera_of,
+    cast,
+    image_rectangles,
+    intersect,
+    local_normal,
+    solid_of,
+    to_local,
+    to_world,
+)
+
+# Of each light its power at the middle of the ground, the width of its penumbra per unit of distance from what casts
+# the shadow, and the share of it that a full shadow takes away.
+_LIGHTS = {"key": (0.62, 0.12, 0.75), "fill": (0.25, 0.0, 0.0), "back": (0.38, 0.16, 0.6)}
+_AMBIENT = 0.5
+_FALLOFF = 70.0  # squared distance at which a light has lost half its power
+_METAL_DIFFUSE = 0.25
+
+Image = Float32[np.ndarray, "H W"]
+
+
+def render(scene: dict, width: int, height: int, supersample: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+    """Picture of a scene, sRGB 0..255, each pixel the mean of `supersample` squared rays."""
+    w, h = width * supersample, height * supersample
+    ids, distance, rays = cast(scene, w, h)
+    solids = [solid_of(item) for item in scene["objects"]]
+    camera = camera_of(scene)
+    points = tuple(np.float32(camera.location[k]) + distance * rays[k] for k in range(3))
+    normals = _normals(solids, ids, points)
+    rgb = _shade(scene, solids, camera, ids, points, normals, rays)
+    return _to_bytes(rgb, supersample)
+
+
+def _normals(solids: list[Solid], ids: np.ndarray, points: Components) -> Components:
+    """Unit normals of what every pixel sees; the ground's is up."""
+    normals = np.zeros_like(points[0]), np.zeros_like(points[0]), np.ones_like(points[0])
+    for index, solid in enumerate(solids):
+        where = np.nonzero(ids == index)
+        local = to_local(solid, *(p[where] - np.float32(c) for p, c in zip(points, solid.center, strict=True)))
+        for target, value in zip(normals, to_world(solid, *local_normal(solid, *local)), strict=True):
+            target[where] = value
+    return normals
+
+
+def _shade(scene, solids, camera: Camera, ids, points: Components, normals: Components, rays: Components):
+    """Linear light per channel, three float32 [H, W]."""
+    length = np.sqrt(rays[0] * rays[0] + rays[1] * rays[1] + rays[2] * rays[2])
+    view = tuple(-d / length for d in rays)  # towards the camera
+    table, metal = _surfaces(scene)
+    albedo, metal = tuple(table[ids, k] for k in range(3)), metal[ids]  # index -1, the ground, is the last row
+    diffuse = _AMBIENT * (0.7 + 0.3 * normals[2]) * _ground_occlusion(solids, camera, ids, points)
+    gloss = np.zeros_like(diffuse)
+    for name, (power, softness, depth) in _LIGHTS.items():
+        light = scene["view"]["lights"][name]
+        offset = tuple(np.float32(q) - p for q, p in zip(light, points, strict=True))
+        square = offset[0] * offset[0] + offset[1] * offset[1] + offset[2] * offset[2]
+        inverse = 1.0 / np.sqrt(square)
+        toward = tuple(o * inverse for o in offset)
+        facing = np.maximum(_dot(normals, toward), 0.0)
+        shadow = _shadow(solids, camera, ids, points, toward, light, softness)
+        strength = (power * 2.0 * _FALLOFF / (_FALLOFF + square)) * (1.0 - depth * shadow)
+        diffuse += strength * facing
+        gloss += strength * _highlight(normals, toward, view, metal)
+    scatter = np.where(metal, np.float32(_METAL_DIFFUSE), np.float32(1.0)) * diffuse
+    rgb = tuple(a * scatter + gloss for a in albedo)
+    where = np.nonzero(metal)
+    mirrored = _mirrored(solids, table, ids[where], *(tuple(c[where] for c in v) for v in (points, normals, view)))
+    for channel, own, light in zip(rgb, albedo, mirrored, strict=True):
+        channel[where] += own[where] * light
+    return rgb
+
+
+def _dot(a: Components, b: Components) -> np.ndarray:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _surfaces(scene: dict) -> tuple[Float32[np.ndarray, "surfaces 3"], Bool[np.ndarray, " surfaces"]]:
+    """Linear albedo of each object and, last, of the ground; and which of them is metal."""
+    table = [[c / 255.0 for c in COLORS[item["color"]]] for item in scene["objects"]] + [[scene["view"]["ground"]] * 3]
+    table = np.array(table, np.float32)
+    metal = np.array([item["material"] == "metal" for item in scene["objects"]] + [False])
+    return table * table, metal  # display values to linear light; gamma 2, for pow differs between machines
+
+
+def _shadow(solids, camera: Camera, ids, points: Components, toward: Components, light, softness: float) -> Image:
+    """Share of one light that other objects take away from each pixel, 0..1."""
+    total = np.zeros_like(points[0])
+    if not softness:
+        return total
+    covers = _shadow_rectangles(camera, solids, light, softness, total.shape)
+    for index, (solid, where) in enumerate(zip(solids, covers, strict=True)):
+        start = to_local(solid, *(p[where] - np.float32(c) for p, c in zip(points, solid.center, strict=True)))
+        near, far, clearance = intersect(solid, start, to_local(solid, *(t[where] for t in toward)))
+        cover = np.clip(0.5 + clearance / (softness * np.maximum(near, 0.1)), 0.0, 1.0)
+        cover[(far < 0.0) | (ids[where] == index)] = 0.0
+        total[where] = np.maximum(total[where], cover)
+    return total
+
+
+def _shadow_rectangles(camera: Camera, solids, light, softness: float, shape) -> list[tuple[slice, slice]]:
+    """Image rectangles of all that each solid can shade: the hull of the solid and of its shadow on the ground."""
+    corners = bounding_corners(solids, grow=2.0 * softness)
+    lamp = np.array(light)
+    corners[..., 2] = np.clip(corners[..., 2], 0.0, lamp[2] - 0.5)
+    on_ground = lamp + (corners - lamp) * (lamp[2] / (lamp[2] - corners[..., 2:]))
+    return image_rectangles(camera, np.concatenate([corners, on_ground], axis=1), shape[1], shape[0])
+
+
+def _ground_occlusion(solids, camera: Camera, ids, points: Components) -> Image:
+    """How much of the ambient light reaches each pixel: less on the ground close to an object."""
+    open_sky = np.ones_like(points[0])
+    around = bounding_corners([solid._replace(radius=solid.radius * 2.0) for solid in solids])
+    covers = image_rectangles(camera, around, ids.shape[1], ids.shape[0])
+    for solid, where in zip(solids, covers, strict=True):
+        dx, dy = points[0][where] - np.float32(solid.center[0]), points[1][where] - np.float32(solid.center[1])
+        reach = np.clip(2.0 - np.sqrt(dx * dx + dy * dy) / np.float32(solid.radius), 0.0, 1.0)
+        open_sky[where] *= np.where(ids[where] < 0, 1.0 - 0.5 * reach * reach, 1.0)
+    return open_sky
+
+
+def _highlight(normals: Components, toward: Components, view: Components, metal: np.ndarray) -> Image:
+    """Blinn highlight: sharp and strong on metal, a faint sheen on rubber, none on the ground."""
+    half = tuple(t + v for t, v in zip(toward, view, strict=True))
+    cosine = np.maximum(_dot(normals, half), 0.0) / np.sqrt(_dot(half, half))
+    broad = _power(cosine, 4)
+    return np.where(metal, 2.6 * _power(broad, 2), 0.03 * broad)
+
+
+def _power(x: np.ndarray, doublings: int) -> np.ndarray:
+    """x to the power 2**doublings by squaring."""
+    for _ in range(doublings):
+        x = x * x
+    return x
+
+
+def _mirrored(solids, table, own, points: Components, normals: Components, view: Components) -> Components:
+    """Light per channel that metal surface points mirror: other objects, else ground or studio; arrays of one axis."""
+    twice = 2.0 * _dot(normals, view)
+    direction = tuple(twice * n - v for n, v in zip(normals, view, strict=True))
+    light = _studio(points, direction)
+    seen = np.full(own.shape, -1)
+    nearest = np.full(own.shape, np.inf, np.float32)
+    for index, solid in enumerate(solids):
+        start = to_local(solid, *(p - np.float32(c) for p, c in zip(points, solid.center, strict=True)))
+        near, _, clearance = intersect(solid, start, to_local(solid, *direction))
+        hit = (clearance > 0.0) & (near > 0.0) & (near < nearest) & (own != index)
+        nearest = np.where(hit, near, nearest)
+        seen[hit] = index
+    return tuple(np.where(seen < 0, light, np.float32(0.7) * table[seen, k]) for k in range(3))
+
+
+def _studio(points: Components, direction: Components) -> np.ndarray:
+    """What is mirrored where no object is: ground, darker near the contact, below; a room with bright strips above."""
+    x, y, z = direction
+    reach = points[2] / np.maximum(-z, 0.05)  # way to the ground
+    ground = 0.05 + 1.05 * reach / (reach + 0.8)
+    strips = np.abs((x - y) / (np.abs(z) + 0.3) % 2.0 - 1.0)  # a triangle wave over the ceiling, 0..1
+    return np.where(z < 0.0, ground, 0.35 + 1.6 * np.clip(strips * 2.5 - 0.6, 0.0, 1.0))
+
+
+def _to_bytes(rgb: Components, supersample: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Mean over each pixel's rays, then display bytes (gamma 2)."""
+    out = np.empty((rgb[0].shape[0] // supersample, rgb[0].shape[1] // supersample, 3), np.uint8)
+    for k, channel in enumerate(rgb):
+        channel = np.clip(channel, 0.0, 1.0)
+        total = sum(channel[i::supersample, j::supersample] for i in range(supersample) for j in range(supersample))
+        out[..., k] = np.sqrt(total * np.float32(1.0 / supersample**2)) * np.float32(255.0) + np.float32(0.5)
+    return out

@@ -1,0 +1,93 @@
+"""Makes the tokenizer that ships with the tiny model: every word of CLEVR one piece, anything else as bytes.
+
+    python -m paligemma_jax.data.train_tokenizer --output=paligemma_jax/tiny/tokenizer.model
+
+The texts are those of the synthetic generator, so the words are few and known. Each becomes a piece twice, with and
+without its leading space, and all pieces score alike: SentencePiece's best segmentation is then the one of fewest
+pieces, and it does not depend on word counts. No trainer is run, so the file is the same on every machine.
+Text is neither normalised nor prefixed with a space, so decoding gives back exactly what was encoded.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+from .synthetic_clevr.pretraining_texts import pretraining_segments
+from .synthetic_clevr.questions import generate_questions
+from .synthetic_clevr.scenes import sample_scene
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_WORD = re.compile(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]")
+_LOCATION = re.compile(r"<loc\d{4}>")
+_SCENES = 400  # the words of 100 scenes are already all there are
+
+# The words of the official CLEVR v1.0 questions and answers, so that they stay whole if the generator says less.
+_OFFICIAL = """
+a an and another any anything are as ball balls behind big block blocks blue both brown color cube cubes cyan cylinder
+cylinders do does either else equal fewer front gray greater green has have how in is it its large left less made many
+material matte metal metallic more no number object objects of on or other purple red right rubber same shape shiny
+side size small sphere spheres than that the there thing things tiny to visible what yellow yes
+Are Do Does How Is The There What ? ; . , 0 1 2 3 4 5 6 7 8 9 10
+"""
+_PROMPTS = "answer caption detect point describe question segment ocr en"  # PaliGemma's task words
+
+
+def synthetic_texts(scenes: int = _SCENES) -> Iterator[str]:
+    """Questions, answers and pretraining texts of scenes that belong to no split."""
+    for index in range(scenes):
+        scene = sample_scene((0x70, index))
+        for item in generate_questions(scene, 10, (0x71, index)):
+            yield from (item["question"], item["answer"])
+        for segment in pretraining_segments(scene, np.random.Generator(np.random.PCG64((0x72, index))), 20):
+            yield from segment
+
+
+def words(texts: Iterable[str]) -> list[str]:
+    """The different words, numbers and punctuation marks, sorted; `<loc0000>` tokens are none of them."""
+    return sorted({word for text in texts for word in _WORD.findall(_LOCATION.sub(" ", text))})
+
+
+def build_model(vocabulary: Iterable[str]) -> bytes:
+    """A SentencePiece unigram model (file content): 4 specials, newline, 256 bytes, space, words in both variants."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    kinds = proto.SentencePiece
+    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
+    proto.trainer_spec.byte_fallback = True
+    specials = ("pad", "eos", "bos", "unk")  # Gemma's names and ids
+    for index, key in enumerate(specials):
+        setattr(proto.trainer_spec, f"{key}_id", index)
+        setattr(proto.trainer_spec, f"{key}_piece", f"<{key}>")
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    proto.normalizer_spec.escape_whitespaces = True
+
+    pieces = [(f"<{key}>", kinds.UNKNOWN if key == "unk" else kinds.CONTROL) for key in specials]
+    pieces += [("\n", kinds.USER_DEFINED)]
+    pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    pieces += [(_SPACE, kinds.NORMAL)]
+    pieces += [(space + word, kinds.NORMAL) for word in vocabulary for space in ("", _SPACE)]
+    for piece, kind in pieces:
+        score = -1.0 if kind == kinds.NORMAL else 0.0
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString(deterministic=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the tokenizer to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="file to write, for example tokenizer.model")
+    output = parser.parse_args(arguments).output
+    model = build_model(words([*synthetic_texts(), _OFFICIAL, _PROMPTS]))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(model)
+    print(f"{output}: {len(sentencepiece_model_pb2.ModelProto.FromString(model).pieces)} pieces, {len(model):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What several tasks need: how parameters lie on the mesh, where caches live, a progress bar for slow preparations."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from train_jax.sharding import Spec
+
+# Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an adapter
+# is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
+SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    (r".*/layers/self_attn/[qkv]_proj/kernel", (None, "fsdp", "tensor", None)),
+    (r".*/layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
+    (r".*/layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),
+    (r".*/layers/self_attn/(o|out)_proj/kernel", (None, "tensor", None, "fsdp")),
+    (r".*/layers/self_attn/(o|out)_proj/lora_a", (None, "tensor", None, None)),
+    (r".*/layers/self_attn/(o|out)_proj/lora_b", (None, None, "fsdp")),
+    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/kernel", (None, "fsdp", "tensor")),
+    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/lora_a", (None, "fsdp", None)),
+    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/lora_b", (None, None, "tensor")),
+    (r".*/layers/mlp/(down_proj|fc2)/kernel", (None, "tensor", "fsdp")),
+    (r".*/layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
+    (r".*/layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
+    (r".*/embed_tokens/embedding", ("tensor", "fsdp")),
+    (r".*projector/linear/(kernel|lora_a)", (None, "fsdp")),
+    (r".*", ()),
+)
+
+
+def cache_dir() -> str:
+    """Where prepared data goes: $XDG_CACHE_HOME/paligemma_jax, by default ~/.cache/paligemma_jax."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "paligemma_jax")
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `told(done, total)`: a bar with rate and time left on a terminal, else a line now and then."""
+    bar, last = None, time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal bar, last
+        if jax.process_index() != 0:
+            return
+        if sys.stderr.isatty():
+            bar = bar or tqdm(total=total, desc=what, dynamic_ncols=True)
+            bar.update(done - bar.n)
+        elif time.monotonic() - last > 10 or done == total:
+            last = time.monotonic()
+            print(f"{what}: {done}/{total}", flush=True)
+
+    try:
+        yield told
+    finally:
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,226 @@
+"""Pretrains the small base that ships with this package, on texts about synthetic scenes. Axes: models/layers.py.
+
+Two things make this work on a few CPU cores: several texts share one image (packed in one row; a text sees the image and
+itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from paligemma_jax.data.pretraining_set import PretrainingScenes, build
+from paligemma_jax.data.prompts import TruncationError, make_example
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.losses import token_cross_entropy
+from paligemma_jax.models.paligemma import PaliGemma, positions_of, variant
+from paligemma_jax.tasks import common
+from train_jax.metrics import Metrics
+
+TASKS = ("answer", "caption", "detect", "point", "describe")
+
+
+class PretrainingModel(nnx.Module):
+    """The model to keep, and the patch heads that only training uses."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        self.model = PaliGemma(config, rngs=rngs)
+        self.patch_heads = nnx.Dict(
+            {
+                name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs)
+                for name, values in ATTRIBUTES.items()
+            }
+        )
+
+
+class PackedTexts:
+    """Rows of one image and as many texts as fit `length` tokens; see `pack`."""
+
+    def __init__(self, scenes: PretrainingScenes, tokenizer, length: int, text_weights: dict[str, float]):
+        self._scenes, self._tokenizer, self._length, self._weights = scenes, tokenizer, length, text_weights
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        image, patches, segments = self._scenes.read(index)
+        return {"image": image, "patches": patches} | pack(self._tokenizer, segments, self._length, self._weights)
+
+
+def pack(tokenizer, segments, length: int, text_weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Lays texts one after another:
+
+      tokens    <bos> detect ball \\n <loc> <bos> caption \\n a   red   <pad>
+      targets   .     .      .   <loc> <eos> .    .      a red <eos>   .
+      segment   1     1      1    1    1     2    2      2 2    2      0
+      suffix    0     0      0    0    1     0    0      0 1    1      0
+      offset    0     1      2    3    4     0    1      2 3    4      0
+
+    `suffix` marks tokens that read causally; `weight` is the text's weight where a target counts, else 0.
+    """
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment", "suffix", "offset", "kind")}
+    weight = np.zeros(length, np.float32)
+    at = 0
+    for number, (prefix, suffix) in enumerate(segments, start=1):
+        kind = TASKS.index(prefix.split()[0])
+        try:
+            example = make_example(tokenizer, prefix, suffix, length - at)
+        except TruncationError:
+            continue  # no room left for this one, perhaps for a shorter one
+        n = int(example["mask_input"].sum()) - 1
+        tokens = example["tokens"][: n + 1]
+        part = slice(at, at + n)
+        row["tokens"][part], row["targets"][part] = tokens[:-1], tokens[1:]
+        row["segment"][part], row["offset"][part] = number, np.arange(n)
+        row["suffix"][part], row["kind"][part] = example["mask_ar"][:n], kind
+        weight[part] = example["mask_loss"][1 : n + 1] * text_weights[TASKS[kind]]
+        at += n
+    return row | {"weight": weight}
+
+
+def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.Array:
+    """Who reads whom, bool [B, P+T, P+T]: patches one another; a text the patches and, prefix-LM, itself."""
+    B, T = segment.shape
+    position = jnp.arange(T)
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
+    visible = (position[None, :] <= position[:, None]) | (suffix[:, None, :] == 0)
+    text = same & visible
+    image_rows = jnp.concatenate([jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)], 2)
+    text_rows = jnp.concatenate([jnp.ones((B, T, num_patches), bool), text], 2)
+    return jnp.concatenate([image_rows, text_rows], 1)
+
+
+class Pretraining:
+    """The task; see the module."""
+
+    harmless_keys = (r"data\.build_workers",)
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = ConfigDict()
+        config.model = ConfigDict({"variant": "tiny", "remat": "none"})
+        config.tokenizer = "tiny"
+        config.init_from = placeholder(str)  # a run of this task to go on from (its model, not its optimizer)
+        config.data = ConfigDict(
+            {
+                "cache_dir": common.cache_dir(),
+                "num_scenes": 20_000,
+                "views": 100,  # times a scene comes with new texts before they repeat
+                "build_workers": 2,
+                "text_length": 192,  # tokens of a packed row
+                "num_segments": 16,  # texts offered for a row; those that do not fit are left out
+                "num_held_out": 200,
+            }
+        )
+        config.patch_loss = 0.5  # weight of the patch heads' loss
+        config.weights = ConfigDict({"answer": 3.0, "caption": 0.5, "detect": 0.3, "point": 0.5, "describe": 1.0})
+        return config
+
+    def __init__(self, config: ConfigDict, mesh):
+        self.config, self.mesh = config, mesh
+        self.model_config = variant(config.model.variant).replace(
+            both=dict(dtype=config.compute_dtype, remat=config.model.remat)
+        )
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer.fits(self.model_config.decoder.vocab_size)
+
+    def init(self) -> nnx.Module:
+        return PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+
+    def trainable(self) -> str:
+        return r".*"
+
+    def sharding_rules(self):
+        return common.SHARDING_RULES
+
+    def _source(self, stream: str, num_scenes: int, views: int) -> PackedTexts:
+        data, vision = self.config.data, self.model_config.vision
+        folder = Path(data.cache_dir).expanduser() / f"{stream}-{vision.image_size}-{num_scenes}"
+        with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
+            build(folder, num_scenes, vision.image_size, vision.grid, stream, workers=data.build_workers, progress=told)
+        scenes = PretrainingScenes(folder, views, data.num_segments)
+        return PackedTexts(scenes, self.tokenizer, data.text_length, dict(self.config.weights))
+
+    def train_source(self):
+        return self._source("pretraining", self.config.data.num_scenes, self.config.data.views)
+
+    def normalizer(self, batch) -> jax.Array:
+        return batch["weight"].sum()
+
+    def forward(self, module: PretrainingModel, batch):
+        """Hidden states at the text positions [B, T, D] and tower features [B, P, D]."""
+        images = self.normalize(batch["image"])
+        features, out = module.model.encode_image(images)
+        P = features.shape[1]
+        mask = packed_mask(batch["segment"], batch["suffix"], P)
+        image_positions = jnp.broadcast_to(jnp.arange(P), (images.shape[0], P))
+        positions = jnp.concatenate([image_positions, P + batch["offset"]], axis=1)
+        hidden, _ = module.model.decode(features, batch["tokens"], positions, mask)
+        return hidden, out["vision/encoded"]
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 [0, 255] to float32 [-1, 1]."""
+        return images.astype(jnp.float32) / 127.5 - 1.0
+
+    def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
+        hidden, tower = self.forward(model, batch)
+        table = model.model.decoder.embed_tokens.embedding[...]
+        text = token_cross_entropy(hidden, table, batch["targets"], batch["weight"], chunk_size=1024)
+        patch, metrics = patch_loss(model.patch_heads, tower, batch["patches"])
+        weight = batch["weight"].sum()
+        metrics = metrics | {"text_loss": (text, weight)}
+        return text + self.config.patch_loss * weight * patch, metrics
+
+    def validate(self, model: PretrainingModel) -> dict[str, float]:
+        """Teacher-forced accuracy of whole suffixes by kind of text, on held-out scenes."""
+        source = self._source("pretraining-held-out", self.config.data.num_held_out, 1)
+        from train_jax.input import evaluation_batches
+
+        total: dict[str, Any] = {}
+        step = jax.jit(self._score)
+        size = min(20, len(source))
+        for index in range(0, len(source), size):
+            rows = [source[i] for i in range(index, min(index + size, len(source)))]
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            for name, (value, count) in jax.device_get(step(model, batch)).items():
+                old = total.get(name, (0.0, 0.0))
+                total[name] = (old[0] + float(value), old[1] + float(count))
+        return {name: value / max(count, 1e-9) for name, (value, count) in total.items()}
+
+    def _score(self, model: PretrainingModel, batch) -> Metrics:
+        hidden, tower = self.forward(model, batch)
+        wrong = (model.model.decoder.logits(hidden).argmax(-1) != batch["targets"]) & (batch["weight"] > 0)
+        n = self.config.data.num_segments + 1
+        B = wrong.shape[0]
+        rows = jnp.arange(B)[:, None]
+        mistakes = jnp.zeros((B, n)).at[rows, batch["segment"]].add(wrong)
+        kind = jnp.zeros((B, n), jnp.int32).at[rows, batch["segment"]].max(batch["kind"])
+        present = jnp.zeros((B, n)).at[rows, batch["segment"]].max(batch["weight"] > 0)
+        out = {}
+        for number, name in enumerate(TASKS):
+            counted = present * (kind == number) * (jnp.arange(n) > 0)
+            out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
+        return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
+
+    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        return self.validate(model)
+
+
+def patch_loss(heads: nnx.Dict, tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
+    loss, metrics = jnp.zeros(()), {}
+    for index, name in enumerate(ATTRIBUTES):
+        logits, label = heads[name](tower), labels[..., index]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        thing = (label > 0).astype(jnp.float32)
+        on, off = thing.sum() + 1e-6, (1 - thing).sum() + 1e-6
+        loss += 0.5 * ((nll * thing).sum() / on + (nll * (1 - thing)).sum() / off)
+        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * thing).sum(), on
+    return loss / len(ATTRIBUTES), metrics

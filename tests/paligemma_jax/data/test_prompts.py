@@ -1,0 +1,121 @@
+"""Prompts: the aligned rows of the module's docstring, budgets, training arrays, the printed batch."""
+
+import numpy as np
+import pytest
+
+from paligemma_jax.data import prompts
+from paligemma_jax.data.prompts import TruncationError, empty_example, format_batch, make_example, training_arrays
+from paligemma_jax.data.tokenizer import load_tokenizer
+from train_jax.errors import UserError
+
+TINY = load_tokenizer("tiny")
+#         <bos> how many cubes \n two red <eos> <pad> <pad> <pad>   as in the module's docstring
+MASK_AR = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
+MASK_INPUT = [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+MASK_LOSS = [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+PIECES = ["<bos>", "how", "▁many", "▁cubes", "\n", "two", "▁red", "<eos>", "<pad>", "<pad>", "<pad>"]
+
+
+def pieces(ids):
+    return [TINY.piece(i) for i in ids]
+
+
+def docstring_row(name):
+    (line,) = [line for line in prompts.__doc__.splitlines() if line.split()[:1] == [name]]
+    return [int(bit) for bit in line.split("1:")[0].split()[1:]]
+
+
+def test_training_example_is_the_docstrings_rows():
+    example = make_example(TINY, "how many cubes", "two red", length=10)
+    assert pieces(example["tokens"]) == PIECES
+    for name, row in (("mask_ar", MASK_AR), ("mask_input", MASK_INPUT), ("mask_loss", MASK_LOSS)):
+        assert example[name].tolist() == row == docstring_row(name)
+    assert {key: value.dtype for key, value in example.items()} == {
+        "tokens": np.int32,
+        "mask_ar": np.int32,
+        "mask_input": np.bool_,
+        "mask_loss": np.bool_,
+    }
+
+
+def test_training_arrays_ask_for_the_next_token():
+    example = make_example(TINY, "how many cubes", "two red", length=10)
+    batch = training_arrays({key: np.stack([value, value]) for key, value in example.items()})
+    assert all(value.shape == (2, 10) for value in batch.values())
+    assert pieces(batch["tokens"][1]) == PIECES[:-1]
+    assert pieces(batch["targets"][1]) == PIECES[1:]
+    assert batch["weights"][1].tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0] == docstring_row("weights")
+    assert batch["weights"].dtype == np.float32
+    assert batch["mask_ar"][1].tolist() == MASK_AR[:-1] and batch["mask_input"][1].tolist() == MASK_INPUT[:-1]
+
+
+def test_a_prompt_is_the_start_of_its_training_example():
+    prompt = make_example(TINY, "how many cubes", None, length=8)
+    assert pieces(prompt["tokens"]) == [*PIECES[:5], "<pad>", "<pad>", "<pad>"]
+    assert prompt["mask_ar"].tolist() == MASK_AR[:8]
+    assert prompt["mask_input"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert not prompt["mask_loss"].any()
+
+
+def test_transformers_convention():
+    """`bos + prompt + "\\n"`, then suffix + eos."""
+    tokens = make_example(TINY, "detect cube", "<loc0001><loc0002> cube", length=30)["tokens"].tolist()
+    prompt = [2, *TINY.encode("detect cube"), *TINY.encode("\n")]
+    answer = [TINY.loc(1), TINY.loc(2), *TINY.encode(" cube"), 1]
+    assert tokens == prompt + answer + [0] * (31 - len(prompt + answer))
+
+
+def test_what_just_fits_and_what_does_not():
+    """5 tokens of prefix, 3 of suffix: 8 entries, of which the model reads 7."""
+    example = make_example(TINY, "how many cubes", "two red", 7, prefix_length=5, suffix_length=3)
+    assert pieces(example["tokens"]) == PIECES[:8]
+    assert len(make_example(TINY, "how many cubes", None, 5)["tokens"]) == 5
+    for length, limits, words in (
+        (6, {}, "8 tokens but 7 fit"),
+        (20, {"prefix_length": 4}, "5 tokens but 4 fit"),
+        (20, {"suffix_length": 2}, "suffix with EOS has 3 tokens but 2 fit"),
+    ):
+        with pytest.raises(TruncationError, match=words):
+            make_example(TINY, "how many cubes", "two red", length, **limits)
+    with pytest.raises(TruncationError, match="5 tokens but 4 fit"):
+        make_example(TINY, "how many cubes", None, 4)
+
+
+def test_an_empty_example_has_the_shapes_and_no_loss():
+    example, full = empty_example(TINY, 10), make_example(TINY, "how many cubes", "two red", 10)
+    assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
+        key: (value.shape, value.dtype) for key, value in full.items()
+    }
+    assert not example["mask_loss"].any()
+    assert example["mask_input"].any()  # a row in which nothing may be attended to would be undefined
+
+
+def test_image_placeholders_are_refused():
+    for prefix, suffix in (("<image>answer en", "yes"), ("answer en", "<image>")):
+        with pytest.raises(UserError, match="<image>; remove it"):
+            make_example(TINY, prefix, suffix, 20)
+
+
+def test_printed_batch():
+    example = make_example(TINY, "how many cubes", "two red", length=10)
+    text = format_batch(TINY, {key: value[None] for key, value in example.items()})
+    assert text == "\n".join(
+        [
+            "example 0",
+            "tokens      <bos> how ▁many ▁cubes \\n two ▁red <eos> <pad>",
+            "mask_ar         0   0     0      0  0   1    1     1     1",
+            "mask_input      1   1     1      1  1   1    1     1     0",
+            "mask_loss       0   0     0      0  0   1    1     1     0",
+            "(2 more <pad>)",
+        ]
+    )
+
+
+def test_printed_batch_wraps_and_keeps_columns_together():
+    example = make_example(TINY, "how many cubes " * 20, "two", length=70)
+    batch = training_arrays({key: value[None] for key, value in example.items()})
+    lines = format_batch(TINY, batch).splitlines()
+    assert max(map(len, lines)) <= 120
+    words = [word for line in lines if line.startswith("tokens ") for word in line.split()[1:]]
+    bits = [word for line in lines if line.startswith("weights ") for word in line.split()[1:]]
+    assert len(words) == len(bits) and words[-3:] == ["two", "<eos>", "<pad>"] and bits[-4:] == ["1", "1", "0", "0"]

@@ -1,0 +1,237 @@
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from train_jax.errors import UserError
+from train_jax.input import Pipeline, evaluation_batches
+
+N = 23  # no multiple of any batch below
+
+
+class Numbers:
+    """Example i holds i and a row of i's."""
+
+    def __init__(self, size=N, weights=None):
+        self.size, self.weights = size, weights
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        example = {"id": np.int64(index), "row": np.full(3, index, np.float32)}
+        return example if self.weights is None else example | {"weight": np.float32(self.weights[index])}
+
+
+def pipeline(**changes):
+    options = dict(batch_size=8, micro_batch=None, num_steps=12, seed=5, threads=2)
+    return Pipeline(Numbers(), **(options | changes))
+
+
+def ids(batches):
+    return np.stack([batch["id"] for batch in batches])
+
+
+def reference():
+    return ids(pipeline().iterate()).reshape(12, 8)
+
+
+def test_each_epoch_holds_every_example_once_in_another_order():
+    stream = ids(Pipeline(Numbers(), batch_size=N, num_steps=4, seed=1).iterate()).reshape(4, N)
+    for epoch in stream:
+        assert sorted(epoch) == list(range(N))
+    for one, other in itertools.combinations(stream, 2):
+        assert (one != other).any()
+
+
+def test_epochs_are_shuffled_across_batches():
+    stream = reference().ravel()
+    assert sorted(stream[:N]) == list(range(N))
+    assert sorted(stream[N : 2 * N]) == list(range(N))
+
+
+def test_seed_decides_the_order():
+    assert (ids(pipeline(seed=5).iterate()) == ids(pipeline(seed=5).iterate())).all()
+    # No epoch of a seed is an epoch of the next one, as it would be with order(seed + epoch).
+    orders = [ids(Pipeline(Numbers(), N, num_steps=3, seed=seed).iterate()).reshape(3, N) for seed in (5, 6)]
+    assert all((one != other).any() for one in orders[0] for other in orders[1])
+
+
+def test_unshuffled_reads_in_order_again_and_again():
+    stream = ids(pipeline(shuffle=False).iterate()).ravel()
+    assert (stream == np.arange(12 * 8) % N).all()
+
+
+def test_arrays_of_one_example_stay_together():
+    for batch in pipeline(micro_batch=4).iterate():
+        assert batch["row"].shape == (2, 4, 3) and batch["row"].dtype == np.float32
+        assert (batch["row"] == batch["id"][..., None]).all()
+
+
+@pytest.mark.parametrize("micro_batch, processes", [(8, 1), (4, 1), (2, 2), (8, 2), (4, 4), (8, 8)])
+def test_global_batches_do_not_depend_on_micro_batch_or_processes(micro_batch, processes):
+    parts = [
+        ids(pipeline(micro_batch=micro_batch, process_index=p, process_count=processes).iterate())
+        for p in range(processes)
+    ]
+    assert parts[0].shape == (12, 8 // micro_batch, micro_batch // processes)  # [step, A, b_local]
+    assert (np.concatenate(parts, axis=2).reshape(12, 8) == reference()).all()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_order_does_not_depend_on_threads(threads):
+    assert (ids(pipeline(threads=threads).iterate()).reshape(12, 8) == reference()).all()
+
+
+@pytest.mark.slow
+def test_order_does_not_depend_on_workers():
+    batches = pipeline(workers=2).iterate(start_step=5)
+    try:
+        assert (ids(batches).reshape(7, 8) == reference()[5:]).all()
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 11])
+def test_seek_continues_the_stream(start):
+    assert (ids(pipeline().iterate(start)).reshape(-1, 8) == reference()[start:]).all()
+
+
+def test_batch_at_equals_iteration():
+    one = pipeline()
+    assert all((one.batch_at(step)["id"] == batch["id"]).all() for step, batch in enumerate(one.iterate()))
+
+
+def test_seek_reads_only_what_it_returns():
+    read = []
+
+    class Counting(Numbers):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batch = Pipeline(Counting(), 8, num_steps=10**9).batch_at(10**8)
+    assert read == batch["id"].ravel().tolist()
+
+
+def test_resuming_at_the_end_yields_nothing():
+    assert list(pipeline().iterate(12)) == []
+
+
+def test_reading_ahead_is_bounded():
+    read, lock = [], threading.Lock()
+
+    class Counting(Numbers):
+        def __getitem__(self, index):
+            with lock:
+                read.append(index)
+            return super().__getitem__(index)
+
+    batches = Pipeline(Counting(), 8, num_steps=1000, threads=2).iterate()
+    next(batches)
+    batches.close()
+    assert len(read) <= (1 + 3) * 8  # the batch itself, and threads + 1 ahead
+
+
+def test_wait_is_measured():
+    release = threading.Event()
+
+    class Slow(Numbers):
+        def __getitem__(self, index):
+            release.wait(0.05)
+            return super().__getitem__(index)
+
+    batches = Pipeline(Slow(), 4, num_steps=2, threads=0).iterate()
+    next(batches)
+    slow = batches.wait_seconds
+    assert 0.19 < slow < 5  # four rows of 0.05 s
+    release.set()
+    next(batches)
+    assert batches.wait_seconds < slow
+
+
+def test_fingerprint_follows_the_stream_alone():
+    base = pipeline().fingerprint
+    assert pipeline(micro_batch=2, threads=0, process_count=2, num_steps=99).fingerprint == base
+    for change in ({"seed": 6}, {"batch_size": 4}, {"shuffle": False}):
+        assert pipeline(**change).fingerprint != base
+    assert Pipeline(Numbers(N + 1), 8, num_steps=12, seed=5).fingerprint != base
+
+
+def test_fingerprint_holds_the_source_s():
+    source = Numbers()
+    source.fingerprint = "v1"
+    assert Pipeline(source, 8, num_steps=1).fingerprint["source"] == "v1"
+
+
+def test_errors_of_the_source_reach_the_reader():
+    class Broken(Numbers):
+        def __getitem__(self, index):
+            raise UserError("row 3 of x.jsonl is bad")
+
+    with pytest.raises(UserError, match="row 3 of x.jsonl is bad"):
+        next(Pipeline(Broken(), 4, num_steps=2).iterate())
+
+
+def test_ragged_examples_are_named():
+    class Ragged(Numbers):
+        def __getitem__(self, index):
+            return {"id": np.int64(index), "row": np.zeros(index)}
+
+    with pytest.raises(ValueError, match="for 'row', expected one shape"):
+        Pipeline(Ragged(), 4, num_steps=1).batch_at(0)
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(UserError, match="batch_size=8 does not divide into micro-batches of 3"):
+        pipeline(micro_batch=3)
+    with pytest.raises(UserError, match="a batch of 8 does not divide over 3 processes"):
+        pipeline(process_count=3)
+    with pytest.raises(UserError, match="the training data has no examples"):
+        Pipeline(Numbers(0), 4, num_steps=1)
+
+
+@pytest.mark.parametrize("size, batch_size", [(23, 8), (24, 8), (3, 8), (1, 1)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_covers_every_example_once_in_order(size, batch_size, processes):
+    if batch_size % processes:
+        batch_size *= processes
+    parts = [
+        list(evaluation_batches(Numbers(size), batch_size, process_index=p, process_count=processes))
+        for p in range(processes)
+    ]
+    seen, weights = (
+        np.concatenate([np.concatenate([batch[name] for batch in step]) for step in zip(*parts, strict=True)])
+        for name in ("id", "weight")
+    )
+    assert len(seen) % batch_size == 0 and weights.dtype == np.float32
+    assert seen[weights == 1].tolist() == list(range(size))
+    assert (weights[size:] == 0).all()
+    assert (seen[size:] == (len(seen) - batch_size)).all()  # padding repeats row 0 of the last batch
+
+
+def test_evaluation_keeps_the_source_s_weights():
+    weights = np.ones(N)
+    weights[[2, 22]] = 0, 0.5
+    batches = list(evaluation_batches(Numbers(weights=weights), 8))
+    assert np.concatenate([batch["weight"] for batch in batches]).tolist() == [*weights, 0]
+
+
+def test_evaluation_of_nothing_yields_nothing():
+    assert list(evaluation_batches(Numbers(0), 8)) == []
+
+
+def test_evaluation_reads_ahead_within_bounds():
+    read, lock = [], threading.Lock()
+
+    class Counting(Numbers):
+        def __getitem__(self, index):
+            with lock:
+                read.append(index)
+            return super().__getitem__(index)
+
+    batches = evaluation_batches(Counting(100_000), 8, threads=2)
+    next(batches)
+    batches.close()
+    assert len(read) <= (1 + 3) * 8

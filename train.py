@@ -1,0 +1,31 @@
+"""Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+
+The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well.
+"""
+
+from absl import flags
+
+from train_jax import command_line
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("progress", "auto", ["auto", "bar", "plain", "none"], "how to show progress", flag_values=values)
+    flags.DEFINE_bool("print_batch", False, "show a decoded training batch with its masks, and stop", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags and calls the loop."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
+    from train_jax import loop  # JAX starts here, after mistakes in the flags have been told
+
+    if values.distributed:
+        loop.start_distributed()
+    if values.print_batch:
+        print(loop.describe_batch(config))
+    else:
+        loop.fit(config, workdir, values.progress)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

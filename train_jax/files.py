@@ -1,0 +1,53 @@
+"""Small files of a run, written so that a reader never meets half of one."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text beside `path`, then renames it: after a crash `path` holds the old text or the new, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # there only if something failed, e.g. a full disk
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of nested dicts, lists, scalars and arrays (Python's, numpy's or on a device).
+
+    NaN and infinities, for which JSON has no words, become null.
+    """
+    return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+
+
+def plain(value: Any) -> Any:
+    """The same value in JSON's own types: str keys, lists, Python scalars, None for a non-finite number."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars, numpy arrays and device arrays
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one level of "/"-joined names: `{"a": {"b": 1}}` becomes `{"a/b": 1}`."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else str(name)
+        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat

@@ -1,0 +1,212 @@
+"""Input: a random-access source becomes a stream of batches that is a pure function of (seed, step).
+
+The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch:
+
+    position k of the stream = step * batch_size + row,    example = order(seed, k)
+
+where `order` is grain's global shuffle, another permutation in every epoch, computed for one index at a time. So
+seeking to any step costs nothing, and a run resumes from the step number alone (grain's own iterator state breaks when
+the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
+"""
+
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from train_jax.errors import UserError
+from train_jax.sharding import local_rows
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access to examples; `__getitem__` runs in several threads (or worker processes) at once.
+
+    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches that are read ahead in the background.
+
+    Attributes:
+      wait_seconds: how long the latest `next()` waited for its batch; near 0 when input keeps up.
+    """
+
+    def __init__(self, batches: Any, threads: int, workers: int = 0):
+        # As many batches ahead as there are threads, and one: memory is bounded whatever the size of the source.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+        if workers:
+            # grain's workers read absl's global flags, which nobody has parsed in a notebook or in pytest.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._iterator = iter(dataset)
+        self.wait_seconds = 0.0
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._iterator)
+        self.wait_seconds = time.perf_counter() - start
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead and ends the threads and workers."""
+        self._iterator.close()
+
+
+class _Steps:
+    """Random access to the batches of steps `start`, `start + 1`, ... of one process."""
+
+    def __init__(self, pipeline: "Pipeline", start: int):
+        self._pipeline = pipeline
+        self._start = start
+
+    def __len__(self) -> int:
+        return self._pipeline.num_steps - self._start
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._pipeline.batch_at(self._start + index)
+
+
+class Pipeline:
+    """The training batches of one process: {name: [A, b_local, ...]}, shuffled and repeated without end of epoch.
+
+    Attributes:
+      num_steps: the number of updates, at which iteration ends.
+      micro_batch: b, rows of a micro-batch over all processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        micro_batch: int | None = None,
+        *,
+        num_steps: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        threads: int = 2,
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Prepares the stream; nothing is read yet.
+
+        Args:
+          source: the examples.
+          batch_size: examples of one update, over all micro-batches and processes.
+          micro_batch: examples computed at once over all processes, a divisor of `batch_size`; None = all.
+          num_steps: the number of updates.
+          seed: of the shuffle.
+          shuffle: False reads the source in order, again and again.
+          threads: of this process (or of each worker) that read batches ahead; 0 reads when asked.
+          workers: processes that read; 0 reads in this process, which is faster unless decoding holds the GIL.
+          process_index: which process this is.
+          process_count: how many processes share every batch.
+
+        Raises:
+          UserError: an empty source, or a batch that does not divide into micro-batches and processes.
+        """
+        if not len(source):
+            raise UserError("the training data has no examples, expected at least one: check config.data")
+        self.micro_batch = micro_batch or batch_size
+        if batch_size % self.micro_batch:
+            raise UserError(
+                f"batch_size={batch_size} does not divide into micro-batches of {micro_batch}: "
+                f"choose a micro_batch that divides it"
+            )
+        self.num_steps = num_steps
+        self._source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
+        self._threads, self._workers = threads, workers
+        self._rows = local_rows(process_index, process_count, self.micro_batch)
+        indices = grain.MapDataset.range(len(source)).seed(seed)
+        self._order = (indices.shuffle() if shuffle else indices).repeat()
+
+    def iterate(self, start_step: int = 0) -> Batches:
+        """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1; seeking costs nothing."""
+        return Batches(_Steps(self, start_step), self._threads, self._workers)
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of one step, read now: {name: [A, b_local, ...]}."""
+        rows = np.arange(self._batch_size).reshape(-1, self.micro_batch)[:, self._rows]  # [A, b_local]
+        examples = [self._source[int(self._order[step * self._batch_size + int(row)])] for row in rows.ravel()]
+        return {name: values.reshape(rows.shape + values.shape[1:]) for name, values in _stack(examples).items()}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stream depends on, as JSON: a run may only resume on an equal one.
+
+        Holds the beginning of the order itself, so that a release of grain that shuffles otherwise is noticed, and the
+        source's own `fingerprint` where it has one.
+        """
+        head = np.array([self._order[k] for k in range(min(len(self._source), 256))], np.int64)
+        return {
+            "examples": len(self._source),
+            "batch_size": self._batch_size,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "order": zlib.crc32(head.tobytes()),
+            "source": getattr(self._source, "fingerprint", None),
+        }
+
+
+class _Evaluation:
+    """Random access to the batches of one pass over a source, in order, the last one padded with weight 0."""
+
+    def __init__(self, source: Source, batch_size: int, rows: slice):
+        self._source, self._batch_size, self._rows = source, batch_size, rows
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self._batch_size
+        positions = np.arange(first, first + self._batch_size)[self._rows]
+        real = positions < len(self._source)
+        batch = _stack([self._source[int(i)] for i in np.where(real, positions, first)])
+        weight = batch.get("weight", np.ones(len(positions), np.float32))
+        return batch | {"weight": np.where(real, weight, 0).astype(np.float32)}
+
+
+def evaluation_batches(
+    source: Source, batch_size: int, *, threads: int = 2, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Returns one pass over `source` in order, as batches {name: [b_local, ...]} of one fixed size.
+
+    The last batch is filled up with copies of its row 0. Every batch has a "weight", float32 [b_local]: the source's
+    own (or 1), and 0 for the copies. Memory does not depend on the size of the source.
+
+    Args:
+      source: the examples.
+      batch_size: rows of a batch over all processes.
+      threads: that read batches ahead; 0 reads when asked.
+      process_index: which process this is.
+      process_count: how many processes share every batch.
+
+    Raises:
+      UserError: the batch does not divide over the processes.
+    """
+    return Batches(_Evaluation(source, batch_size, local_rows(process_index, process_count, batch_size)), threads)
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    """Stacks examples on a new first axis; examples that differ in keys or shapes are a fault of the source."""
+    batch = {}
+    for name in examples[0]:
+        values = [np.asarray(example[name]) for example in examples]
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise ValueError(f"examples of one batch have shapes {shapes} for {name!r}, expected one shape")
+        batch[name] = np.stack(values)
+    return batch

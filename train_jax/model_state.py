@@ -1,0 +1,74 @@
+"""From a task's module to sharded arrays: what trains, what is frozen, and how every leaf lies on the mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from train_jax import params, patterns, sharding, state
+from train_jax.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A model as the loop holds it."""
+
+    graph: nnx.GraphDef
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    shardings: dict[str, NamedSharding]  # of all paths
+    notes: list[str]  # dimensions that could not be split
+
+    def merge(self, arrays: dict[str, jax.Array]) -> nnx.Module:
+        """All parameters by path -> the model."""
+        return params.merge(self.graph, arrays)
+
+    def model(self, trained: dict[str, jax.Array] | None = None) -> nnx.Module:
+        """The model with some trained parameters (those of the start when None)."""
+        return self.merge((self.trainable if trained is None else trained) | self.frozen)
+
+
+def build(task: Task, mesh: Mesh) -> Bundle:
+    """Initialises the model and puts every leaf into its sharding.
+
+    Raises:
+      UserError: the trainable pattern matches nothing, or a leaf has no sharding rule.
+    """
+    graph, arrays = params.split(task.init())
+    trains = set(patterns.select(task.trainable(), arrays, what="trainable parameters"))
+    places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
+    placed = {path: jax.device_put(array, places[path]) for path, array in arrays.items()}
+    return Bundle(
+        graph,
+        {path: array for path, array in placed.items() if path in trains},
+        {path: array for path, array in placed.items() if path not in trains},
+        places,
+        notes,
+    )
+
+
+def create_state(
+    bundle: Bundle, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
+) -> state.TrainState:
+    """The state before the first step, moments sharded as their parameters. Takes over the trainable arrays."""
+
+    def make(trainable):
+        return state.create(trainable, optimizer, **options)
+
+    return jax.jit(make, out_shardings=state_shardings(make, bundle, mesh))(bundle.trainable)
+
+
+def state_shardings(make: Callable, bundle: Bundle, mesh: Mesh) -> Any:
+    """A sharding for every leaf of a state: that of the parameter whose path and shape it has, else replicated."""
+
+    def place(keys, leaf):
+        path = next((key.key for key in keys if getattr(key, "key", None) in bundle.trainable), None)
+        if path is not None and leaf.shape == bundle.trainable[path].shape:
+            return bundle.shardings[path]
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, bundle.trainable))
