@@ -5,22 +5,23 @@ The work is done by train_jax.loop.fit(config, workdir), which a notebook may ca
 
 from absl import flags
 
-from train_jax import command_line
+from train_jax import command_line, distributed
 
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("progress", "auto", ["auto", "bar", "plain", "none"], "how to show progress", flag_values=values)
-    flags.DEFINE_bool("print_batch", False, "show a decoded training batch with its masks, and stop", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "call jax.distributed.initialize() first", flag_values=values)
+    flags.DEFINE_bool(
+        "print_batch", False, "show a decoded training batch with its masks, and stop", flag_values=values
+    )
+    distributed.define_flags(values)
 
 
 def main(argv: list[str]) -> None:
     """Parses the flags and calls the loop."""
     config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # JAX starts here, after mistakes in the flags have been told
+    from train_jax import loop  # slow to import: after mistakes in the flags have been told
 
-    if values.distributed:
-        loop.start_distributed()
+    distributed.start_from_flags(values)
     if values.print_batch:
         print(loop.describe_batch(config))
     else:

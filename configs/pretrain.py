@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config; arg "smoke" for a short run."""
     arg = parse_arg(arg, smoke=False)
     config = base_config("paligemma_jax.tasks.pretraining:Pretraining")
-    config.total_steps = 24_000
+    config.total_steps = 3500
     config.batch_size = 16  # images; each carries about eight texts
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.schedule = "cosine"

@@ -78,7 +78,7 @@ def _duration(prefix: str, *units: str) -> dict[str, FieldReference]:
 
 
 def steps(
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
     prefix: str,
     batch_size: int,
     epoch_examples: int | None = None,

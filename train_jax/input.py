@@ -12,7 +12,7 @@ the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -22,8 +22,10 @@ from train_jax.errors import UserError
 from train_jax.sharding import local_rows
 
 Batch = dict[str, np.ndarray]
+Example = dict[str, np.ndarray | np.generic]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples; `__getitem__` runs in several threads (or worker processes) at once.
 
@@ -32,7 +34,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Batch: ...
+    def __getitem__(self, index: int) -> Example: ...
 
 
 class Batches(Iterator[Batch]):
@@ -200,7 +202,7 @@ def evaluation_batches(
     return Batches(_Evaluation(source, batch_size, local_rows(process_index, process_count, batch_size)), threads)
 
 
-def _stack(examples: list[Batch]) -> Batch:
+def _stack(examples: list[Example]) -> Batch:
     """Stacks examples on a new first axis; examples that differ in keys or shapes are a fault of the source."""
     batch = {}
     for name in examples[0]:

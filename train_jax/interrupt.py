@@ -42,7 +42,9 @@ class Interrupt:
         self._signal = int(votes.max()) or None
         return self._signal is not None
 
-    def leave(self, step: int) -> None:
-        """Ends the process with the status a shell expects of that signal."""
-        print(f"interrupted: saved at step {step}; run the same command to resume.", flush=True)
+    def leave(self, saved: int | None) -> None:
+        """Ends the process with the status a shell expects of that signal, after telling the step last saved."""
+        if jax.process_index() == 0:
+            found = "nothing was saved yet" if saved is None else f"saved at step {saved}"
+            print(f"interrupted: {found}; run the same command to resume.", flush=True)
         sys.exit(128 + self._signal)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -42,6 +43,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto") -> dict
     Raises:
       UserError: a config that cannot run, or a workdir of another run; before anything is compiled.
       RunStopped: too many non-finite updates in a row.
+      SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
     began = time.perf_counter()
     validate(config)
@@ -53,16 +55,17 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto") -> dict
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode)
     try:
         if checkpoints.latest_step() is not None:
-            stored = config_lib.from_json((workdir / "config.json").read_text())
-            for note in check_resume(stored, config, len(source)):
-                print(note, flush=True)
-        if jax.process_index() == 0:
-            files.write_atomically(workdir / "config.json", config_lib.to_json(config))
-        done = _finished(workdir, checkpoints, plan)
+            for note in check_resume(_stored_config(workdir), config, len(source)):
+                _say(note)
+        done = _finished(workdir, checkpoints, plan, config.patience)
         if done is not None:
-            print(f"{workdir} is complete: {plan.total} steps trained and evaluated, see {workdir / 'eval.json'}.")
+            steps = checkpoints.latest_step()
+            _say(f"{workdir} is complete: {steps} steps trained and evaluated, see {workdir / 'eval.json'}.")
             return done
         run = Run(config, workdir, mesh, task, plan, checkpoints, source)
+        if jax.process_index() == 0:
+            files.write_atomically(workdir / "config.json", config_lib.to_json(config))
+            getattr(task, "start", lambda workdir: None)(workdir)
         with Interrupt() as interrupt:
             run.train(progress, interrupt)
         return run.finish(progress, began)
@@ -73,30 +76,72 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto") -> dict
 def evaluate(
     config: ConfigDict, workdir: str | Path, split: str | None = None, checkpoint: str | int = "best"
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run, or the model before training where the workdir holds no checkpoint.
+    """Evaluates a checkpoint of a run, or the model before training where the workdir has no `checkpoints/`.
 
     Args:
       config: the run's own, with changes that do not alter the model.
       split: data split; None is the task's own, whose results go to `eval.json` (another's to `eval-<split>.json`).
       checkpoint: "best" (the latest where none was ranked), "latest", or a step.
+
+    Raises:
+      UserError: a config that cannot run, or no such checkpoint.
     """
     began = time.perf_counter()
     validate(config)
     workdir = Path(workdir)
+    task, model, step = _trained(config, workdir, checkpoint)
+    workdir.mkdir(parents=True, exist_ok=True)
+    results = {"step": step} | task.evaluate(model, workdir, split) | _costs(began)
+    _write_results(workdir, results, split)
+    return results
+
+
+def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best") -> nnx.Module:
+    """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
+    validate(config)
+    return _trained(config, Path(workdir), checkpoint)[1]
+
+
+def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[Task, nnx.Module, int]:
+    """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
     mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
     bundle = model_state.build(task, mesh)
-    trained, step = None, 0
-    if (workdir / "checkpoints").is_dir():
-        checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode, read_only=True)
+    if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
+        return task, bundle.model(), 0
+    checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode, read_only=True)
+    try:
         step = _resolve(checkpoints, checkpoint)
         item = "ema" if config.ema_decay is not None else "params"
-        trained = checkpoints.restore_params(step, bundle.trainable, item)
+        return task, bundle.model(checkpoints.restore_params(step, bundle.trainable, item)), step
+    finally:
         checkpoints.close()
-    workdir.mkdir(parents=True, exist_ok=True)
-    results = {"step": step} | task.evaluate(bundle.model(trained), workdir, split) | _costs(began)
-    _write_results(workdir, results, split)
-    return results
+
+
+def describe_batch(config: ConfigDict) -> str:
+    """The first training batch as the task shows it to a person.
+
+    Raises:
+      UserError: a config that cannot run.
+    """
+    validate(config)
+    task = make_task(config, sharding.make_mesh(config.mesh))
+    return task.describe_batch(_pipeline(config, task.train_source(), num_steps=1).batch_at(0))
+
+
+def _pipeline(config: ConfigDict, source, num_steps: int) -> Pipeline:
+    """This process's share of the training batches."""
+    return Pipeline(
+        source,
+        config.batch_size,
+        config.micro_batch,
+        seed=config.seed,
+        num_steps=num_steps,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +161,10 @@ class Plan:
             return config_lib.steps(holder, prefix, config.batch_size, epoch_examples, **options)
 
         total = steps("total")
+        if total < 1:
+            raise UserError(
+                "the run has 0 steps, expected at least one: lengthen config.total_steps (or its other units)"
+            )
         log, eval_, checkpoint = (max(steps(name, total_steps=total), 1) for name in ("log", "eval", "checkpoint"))
         return cls(total, steps("warmup", total_steps=total, default=0), log, eval_, checkpoint)
 
@@ -126,17 +175,7 @@ class Run:
     def __init__(self, config, workdir: Path, mesh: Mesh, task: Task, plan: Plan, checkpoints: Checkpoints, source):
         self.config, self.workdir, self.mesh, self.task, self.plan = config, workdir, mesh, task, plan
         self.checkpoints, self.source = checkpoints, source
-        self.pipeline = Pipeline(
-            source,
-            config.batch_size,
-            config.micro_batch,
-            seed=config.seed,
-            num_steps=plan.total,
-            threads=config.data.threads,
-            workers=config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        self.pipeline = _pipeline(config, source, plan.total)
         self.bundle = model_state.build(task, mesh)
         self.schedule = optimizers.make_schedule(config.optimizer, plan.total, plan.warmup)
         self.optimizer = optimizers.make_optimizer(config.optimizer, self.schedule, self.bundle.trainable)
@@ -157,6 +196,8 @@ class Run:
         """Runs the steps that are left."""
         if self.step >= self.plan.total or self.stopped_early:
             return
+        if jax.process_index() == 0:  # of a shorter run that is being extended
+            (self.workdir / "eval.json").unlink(missing_ok=True)
         reporter = Reporter(self.workdir, self.plan.total, self.step, self.config.batch_size, progress)
         batches = self.pipeline.iterate(self.step)
         try:
@@ -173,19 +214,19 @@ class Run:
                 if synchronous:
                     jax.block_until_ready(totals)
                 last = self.step == self.plan.total
-                if self.step % self.plan.log == 0 or last:
+                interrupted = interrupt.requested(self.step % self.plan.log == 0)
+                if self.step % self.plan.log == 0 or last or interrupted:
                     self._log(reporter, totals, waited)
                     totals, waited = _copy(zeros), 0.0
                 reporter.tick(self.step)
-                interrupted = interrupt.requested(self.step % self.plan.log == 0)
                 with reporter.paused():
                     if self.step % self.plan.eval == 0 or last:
                         self._validate(reporter)
                     elif self.step % self.plan.checkpoint == 0 or interrupted:
                         self._save(reporter)
-                    if interrupted and not last:
-                        self.checkpoints.wait()
-                        interrupt.leave(self.step)
+                if interrupted:
+                    self.checkpoints.wait()
+                    interrupt.leave(self.checkpoints.latest_step())
         finally:
             batches.close()
             reporter.close()
@@ -233,9 +274,8 @@ class Run:
         means["data_wait_seconds"] = waited
         if self.state.loss_scale is not None:
             means |= {"loss_scale": float(self.state.loss_scale.value), "loss_scale_skips": int(guard.scale_skips)}
-        bad = getattr(self.source, "bad", 0)
-        if bad:
-            means["bad_rows"] = int(bad)
+        if getattr(self.source, "bad_rows", None):
+            means["bad_rows"] = len(self.source.bad_rows)
         if guard.total:
             means["bad_steps"] = int(guard.total)
         reporter.write(self.step, means)
@@ -245,12 +285,19 @@ class Run:
                 f"gradient and were skipped"
             )
             self.faults_told = int(guard.total)
+        self._check_guard()
+
+    def _check_guard(self) -> state.Guard:
+        """The guard, read from the device; ends the run if it has latched."""
+        guard = jax.device_get(self.state.guard)
         if guard.stopped:
             self._stop(int(guard.first_bad), int(guard.in_a_row))
+        return guard
 
     def _stop(self, first_bad: int, in_a_row: int) -> None:
         """Writes the first bad batch out and gives up; checkpoints stay as they are."""
-        file = self.workdir / f"bad_batch_{first_bad}.npz"
+        process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""  # each has rows of its own
+        file = self.workdir / f"bad_batch_{first_bad}{process}.npz"
         np.savez(file, **self.pipeline.batch_at(first_bad))
         kept = self.checkpoints.latest_step()
         kept = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
@@ -262,14 +309,17 @@ class Run:
 
     def _validate(self, reporter: Reporter) -> None:
         """Evaluates, ranks, saves."""
+        self._check_guard()
         results = self.task.validate(self.bundle.model(self._parameters()))
         reporter.write_validation(self.step, results)
         metric = self.config.best_metric
         if metric is not None:
             if metric not in results:
-                raise UserError(f"best_metric is {metric!r}, which the evaluation does not measure: it has {[*results]}.")
-            value = results[metric] * (1 if self.config.best_mode == "max" else -1)
-            if self.best_value is None or value > self.best_value:
+                raise UserError(
+                    f"best_metric is {metric!r}, which the evaluation does not measure: it has {[*results]}."
+                )
+            value = float(results[metric]) * (1 if self.config.best_mode == "max" else -1)
+            if math.isfinite(value) and (self.best_value is None or value > self.best_value):
                 self.best_value, self.without_improvement = value, 0
             else:
                 self.without_improvement += 1
@@ -283,9 +333,7 @@ class Run:
 
     def _save(self, reporter: Reporter, results: dict[str, float] | None = None) -> None:
         """Saves the state, unless its guard is not clean."""
-        guard = jax.device_get(self.state.guard)
-        if guard.stopped:
-            self._stop(int(guard.first_bad), int(guard.in_a_row))
+        guard = self._check_guard()
         if guard.in_a_row:
             reporter.say(f"step {self.step} is not saved: the last {int(guard.in_a_row)} update(s) were non-finite")
             return
@@ -323,7 +371,10 @@ class Run:
         meta = self.checkpoints.read_meta(latest)
         fingerprint = files.plain(self.pipeline.fingerprint)
         if meta["fingerprint"] != fingerprint:
-            changed = {k: (meta["fingerprint"].get(k), v) for k, v in fingerprint.items() if meta["fingerprint"].get(k) != v}
+            before = meta["fingerprint"]
+            changed = {
+                name: (before.get(name), value) for name, value in fingerprint.items() if before.get(name) != value
+            }
             raise UserError(
                 f"the training data is not that of the checkpoint in {self.workdir} (was, is: {changed}): restore the "
                 "data, or choose another --workdir."
@@ -334,9 +385,7 @@ class Run:
             rest["step"], found.params, rest["optimizer"], rest["raw_ema"], rest["guard"], rest["loss_scale"]
         )
         self.best_value, self.without_improvement = meta["best_value"], meta["without_improvement"]
-        self.stopped_early = meta["stopped_early"] and not (
-            self.config.patience is None or self.without_improvement < self.config.patience
-        )
+        self.stopped_early = _gave_up(meta, self.config.patience)
         self.faults_told = int(self.state.guard.total)
         return latest
 
@@ -345,8 +394,8 @@ class Run:
         current = self.state
         if current.ema is None:
             return current.params
-        updates = current.step - current.guard.total - current.guard.scale_skips
-        return jax.jit(state.debiased)(current.ema, self.config.ema_decay, updates, current.params)
+        debiased = jax.jit(state.debiased, static_argnums=1)
+        return debiased(current.ema, self.config.ema_decay, current.updates, current.params)
 
     # The end.
 
@@ -360,7 +409,7 @@ class Run:
         self.state = None  # moments are not needed any more; their memory is
         companions = {}
         for name, companion in getattr(self.task, "companions", dict)().items():
-            print(f"companion run {name} in {self.workdir / name}", flush=True)
+            _say(f"companion run {name} in {self.workdir / name}")
             companions[name] = fit(companion, self.workdir / name, progress)
         options = {"companions": companions} if companions else {}
         results = {"step": chosen} | self.task.evaluate(model, self.workdir, **options) | _costs(began)
@@ -376,14 +425,35 @@ class Run:
         return results
 
 
-def _finished(workdir: Path, checkpoints: Checkpoints, plan: Plan) -> dict[str, Any] | None:
+def _say(text: str) -> None:
+    """Tells a person something, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _stored_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir that holds checkpoints."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir"
+        )
+    return config_lib.from_json(file.read_text(encoding="utf-8"))
+
+
+def _finished(workdir: Path, checkpoints: Checkpoints, plan: Plan, patience: int | None) -> dict[str, Any] | None:
     """The results of a run that is complete, else None."""
     latest, file = checkpoints.latest_step(), workdir / "eval.json"
     if latest is None or not file.exists():
         return None
-    if latest < plan.total and not checkpoints.read_meta(latest)["stopped_early"]:
+    if latest < plan.total and not _gave_up(checkpoints.read_meta(latest), patience):
         return None
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+    """Whether the run of a checkpoint stopped early, and would again under this patience."""
+    return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
 
 
 def _resolve(checkpoints: Checkpoints, which: str | int) -> int:
@@ -393,12 +463,16 @@ def _resolve(checkpoints: Checkpoints, which: str | int) -> int:
     return checkpoints.resolve(which)
 
 
+def _ignore(workdir: Path) -> None:
+    """What a task without `start` does."""
+
+
 def _copy(tree):
     return jax.tree.map(lambda x: x.copy(), tree)
 
 
 def _costs(began: float) -> dict[str, Any]:
-    """Wall time and peak memory, in seconds and bytes: the fullest device's, or the process's where it does not tell."""
+    """Wall time in seconds and peak memory in bytes: the fullest device's, or the process's where that is not told."""
     peak = peak_memory_bytes()
     return {"peak_memory_bytes": peak.device or peak.process, "seconds": time.perf_counter() - began}
 

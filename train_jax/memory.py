@@ -69,3 +69,10 @@ def format_bytes(size: int | float) -> str:
         size, power = size / 1024, power + 1
     decimals = 0 if power == 0 or size >= 100 else 1 if size >= 10 else 2
     return f"{size:.{decimals}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def device_memory_limit() -> int | None:
+    """Bytes still free on the fullest local device; None where devices do not tell (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = [stat["bytes_limit"] - stat["bytes_in_use"] for stat in stats if "bytes_limit" in stat]
+    return min(free, default=None)

@@ -54,12 +54,16 @@ def build(task: Task, mesh: Mesh) -> Bundle:
 def create_state(
     bundle: Bundle, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> state.TrainState:
-    """The state before the first step, moments sharded as their parameters. Takes over the trainable arrays."""
+    """The state before the first step, moments sharded as their parameters.
+
+    Takes over the trainable arrays of the bundle (they are donated), so that they lie in memory once.
+    """
 
     def make(trainable):
         return state.create(trainable, optimizer, **options)
 
-    return jax.jit(make, out_shardings=state_shardings(make, bundle, mesh))(bundle.trainable)
+    places = state_shardings(make, bundle, mesh)
+    return jax.jit(make, out_shardings=places, donate_argnums=0)(bundle.trainable)
 
 
 def state_shardings(make: Callable, bundle: Bundle, mesh: Mesh) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from train_jax import patterns
 from train_jax.errors import UserError
@@ -25,7 +26,7 @@ BATCH_AXES = ("data", "fsdp")
 Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
-def mesh_shape(sizes: Mapping[str, int], device_count: int, process_count: int = 1) -> dict[str, int]:
+def mesh_shape(sizes: Mapping[str, int] | ConfigDict, device_count: int, process_count: int = 1) -> dict[str, int]:
     """Resolves the sizes of a config's `mesh` to the number of devices along each axis.
 
     Args:
@@ -63,7 +64,7 @@ def mesh_shape(sizes: Mapping[str, int], device_count: int, process_count: int =
     return shape
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | ConfigDict) -> Mesh:
     """Returns the mesh of a config's `mesh` with axes ("data", "fsdp", "tensor"), all `AxisType.Auto`.
 
     data=-1, the default, means all devices: one on a laptop, eight on a TPU host. Devices are laid out process by

@@ -21,6 +21,7 @@ from train_jax import metrics as metrics_lib
 from train_jax.metrics import Metrics
 
 Params = dict[str, jax.Array]
+Leaf = Any  # an array; or whatever JAX puts in its place in a tree: shapes, shardings, "unspecified"
 
 
 def _pytree(cls):
@@ -33,11 +34,11 @@ def _pytree(cls):
 class Guard:
     """Faults seen so far; int32 scalars."""
 
-    in_a_row: jax.Array
-    total: jax.Array
-    first_bad: jax.Array  # step of the first fault of the current row, -1 for none
-    stopped: jax.Array  # bool: too many in a row, all further updates are masked
-    scale_skips: jax.Array  # updates skipped because the float16 loss scale was too large
+    in_a_row: Leaf
+    total: Leaf
+    first_bad: Leaf  # step of the first fault of the current row, -1 for none
+    stopped: Leaf  # bool: too many in a row, all further updates are masked
+    scale_skips: Leaf  # updates skipped because the float16 loss scale was too large
 
     @classmethod
     def clean(cls) -> "Guard":
@@ -47,10 +48,10 @@ class Guard:
 
 @_pytree
 class LossScale:
-    """Dynamic loss scale of float16 (Micikevicius et al. 2018): doubles after `interval` good steps, halves on overflow."""
+    """Dynamic loss scale of float16 (Micikevicius et al. 2018): doubles after INTERVAL good steps or halves."""
 
-    value: jax.Array  # float32
-    good_steps: jax.Array  # int32, since the last change
+    value: Leaf  # float32
+    good_steps: Leaf  # int32, since the last change
 
     INTERVAL = 1000
     SMALLEST = 1.0
@@ -70,12 +71,17 @@ class LossScale:
 class TrainState:
     """Everything a step changes. Frozen parameters are not part of it."""
 
-    step: jax.Array  # int32, updates attempted so far
-    params: Params  # trainable
+    step: Leaf  # int32, updates attempted so far
+    params: Leaf | dict[str, Leaf]  # trainable
     opt_state: Any
-    ema: Params | None  # moving average of params, not yet debiased
-    guard: Guard
-    loss_scale: LossScale | None  # float16 only
+    ema: Leaf | dict[str, Leaf] | None  # moving average of params, not yet debiased
+    guard: Leaf | Guard
+    loss_scale: Leaf | LossScale | None  # float16 only
+
+    @property
+    def updates(self) -> jax.Array:
+        """Updates applied so far (while the guard has not stopped), which the optimizer's schedule counts too."""
+        return self.step - self.guard.total - self.guard.scale_skips
 
 
 def create(params: Params, optimizer: optax.GradientTransformation, *, ema: bool, float16: bool) -> TrainState:
@@ -91,9 +97,17 @@ def create(params: Params, optimizer: optax.GradientTransformation, *, ema: bool
 
 
 def debiased(ema: Params, decay: float, updates: int | jax.Array, params: Params) -> Params:
-    """The moving average without its bias towards the zero start, in the parameters' dtypes."""
-    weight = 1.0 - decay ** jnp.maximum(updates, 1)
-    return {path: (ema[path] / weight).astype(params[path].dtype) for path in params}
+    """The moving average without its bias towards the zero start, in the parameters' dtypes.
+
+    Args:
+      ema: sum over updates i of `(1 - decay) * decay ** (updates - i) * params_i`.
+      decay: a Python number: 1 - 0.9999 taken in float32 would be wrong by 5e-4.
+      updates: how many were applied; before the first the average is that of `params` alone.
+      params: the current parameters.
+    """
+    weight = -jnp.expm1(updates * jnp.log1p(decay - 1.0))  # 1 - decay ** updates
+    average = {path: jnp.where(updates > 0, ema[path] / weight, params[path]) for path in params}
+    return {path: average[path].astype(params[path].dtype) for path in params}
 
 
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -159,7 +173,7 @@ def make_train_step(
 
     def step(state: TrainState, totals: Metrics, frozen: Params, batch: dict) -> tuple[TrainState, Metrics]:
         grads, value, metrics = accumulate(state, frozen, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         guard, loss_scale, apply = judge(state, jnp.isfinite(value), jnp.isfinite(norm), max_bad_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -169,7 +183,8 @@ def make_train_step(
             moved = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(jnp.float32), ema, params)
             ema = _where(apply, moved, ema)
         one = jnp.float32(1)
-        metrics = metrics | {"loss": (value, one), "grad_norm": (norm, one), "learning_rate": (schedule(state.step), one)}
+        rate = schedule(state.updates)
+        metrics = metrics | {"loss": (value, one), "grad_norm": (norm, one), "learning_rate": (rate, one)}
         # A masked step leaves no trace in the means either.
         metrics = _where(apply, metrics, metrics_lib.zeros_like(metrics))
         new = TrainState(state.step + 1, params, opt_state, ema, guard, loss_scale)
@@ -186,7 +201,7 @@ def judge(
     overflow = jnp.zeros((), bool)
     if scale is not None:
         overflow = finite_loss & ~finite_grads & (scale.value > LossScale.SMALLEST)
-        scale = jax.tree.map(lambda new, old: jnp.where(guard.stopped, old, new), scale.update(finite_grads), scale)
+        scale = _where(finite_loss & ~guard.stopped, scale.update(finite_grads), scale)
     bad = ~(finite_loss & finite_grads) & ~overflow & ~guard.stopped
     in_a_row = jnp.where(guard.stopped | overflow, guard.in_a_row, jnp.where(bad, guard.in_a_row + 1, 0))
     fresh = bad & (guard.in_a_row == 0)

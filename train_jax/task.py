@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -15,11 +15,19 @@ from train_jax.metrics import Metrics
 from train_jax.sharding import Spec
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model, its data and its loss; everything the loop does not know.
 
     A task is constructed as `Class(config, mesh)` with the validated config; the constructor checks whatever can be
     checked without computing (files, vocabularies, patterns) and raises UserError.
+
+    Beside the methods below a task may have
+      start(workdir): called once before training, to put files of its own there;
+      describe(model) -> str: lines for the start-up report;
+      describe_batch(batch) -> str: a training batch as a person reads it (train.py --print_batch);
+      companions() -> {name: config}: runs that are trained in `workdir/name` before the evaluation, which gets
+        their results as `companions={name: results}`.
     """
 
     harmless_keys: Sequence[str]

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): a trainable low-rank update beside each frozen kernel, y = x W + (alpha / r) (x A) B.
 
-The update lives inside the projection layer (models/layers.py), so base parameter names survive: a base checkpoint loads
-unchanged, and `attach_lora` and `detach_lora` are inverses. Axes: layers.py.
+The update lives inside the projection layer (models/layers.py), so base parameter names survive: a base checkpoint
+loads unchanged, and `attach_lora` and `detach_lora` are inverses. Axes: layers.py.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ def attach_lora(
     model: nnx.Module,
     targets: str = r"decoder/.*/(q_proj|o_proj)",
     rank: int = 8,
-    alpha: float = 32.0,
-    dropout: float = 0.0,
+    alpha: int | float = 32.0,
+    dropout: int | float = 0.0,
     *,
     rngs: nnx.Rngs,
     rslora: bool = False,
@@ -61,10 +61,12 @@ def attach_lora(
     modules = projections(model)
     if rank < 1 or not 0.0 <= dropout < 1.0:
         raise UserError(f"lora has rank {rank} and dropout {dropout}, expected rank >= 1 and 0 <= dropout < 1.")
-    for path in patterns.select(targets, modules, what="lora targets"):
-        module = modules[path]
-        if module.lora_a is not None:
+    matched = patterns.select(targets, modules, what="lora targets")
+    for path in matched:
+        if modules[path].lora_a is not None:
             raise UserError(f"{path} has a LoRA adapter already: merge or detach it before attaching another.")
+    for path in matched:
+        module = modules[path]
         stack = module.kernel.shape[: -len(module.in_shape) - len(module.out_shape)]
         bound = 1.0 / math.sqrt(math.prod(module.in_shape))
         shape = (*stack, *module.in_shape, rank)

@@ -157,6 +157,10 @@ class ClevrQuestions:
         prefix = self._prompt.replace("{question}", questions[row])
         return Record(image, name, image_index, prefix, answers[row])
 
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
+
     def _example(self, image_index: int) -> tuple[tuple[bytes, str, list[str], list[str]], int]:
         try:
             example = self._examples[image_index]

@@ -138,7 +138,9 @@ class Preprocessing:
 
     def normalize(self, images: UInt8[np.ndarray | Array, "*batch 3"]) -> Float[np.ndarray | Array, "*batch 3"]:
         """Scales RGB 0 to 255 to the tower's range, float32; numpy in, numpy out; works on JAX arrays under jit."""
-        return (images.astype(np.float32) / np.float32(255) - np.float32(self.mean)) / np.float32(self.std)
+        channels = (1,) * (images.ndim - 1) + (3,)
+        mean, std = (np.asarray(v, np.float32).reshape(channels) for v in (self.mean, self.std))
+        return (images.astype(np.float32) / np.float32(255) - mean) / std
 
     def apply(self, image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "size size 3"]:
         """Resizes and normalises one RGB image; float32, in [-1, 1] for PaliGemma and SigLIP."""

@@ -14,6 +14,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from train_jax.errors import UserError
 
@@ -67,6 +69,10 @@ class JsonlRecords:
                 "image file; add it or remove the line."
             ) from error
         return Record(image, row["image"], self._images[index], row["prefix"], row["suffix"])
+
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return np.asarray(self._images)
 
     def _parse(self, line: bytes, line_number: int) -> dict[str, str]:
         try:

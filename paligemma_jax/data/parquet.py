@@ -77,6 +77,10 @@ class ParquetQuestions:
         prefix = self._prompt.replace("{question}", row["question"])
         return Record(image["bytes"], name, int(self._image_index[index]), prefix, row["answer"] or "")
 
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return np.asarray(self._image_index)
+
     def _load(self, group: int) -> tuple[Any, int]:
         number, group_in_file = self._groups[group]
         try:

@@ -59,6 +59,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, int [rows], without reading any."""
+        ...
+
 
 def fingerprint_of(**identity: Any) -> str:
     """Sixteen hexadecimal digits, equal if and only if the JSON-serialisable keyword values are equal."""
@@ -136,6 +140,10 @@ class Subset:
 
     def __getitem__(self, index: int) -> Record:
         return self.source[int(self.indices[checked_index(index, len(self))])]
+
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return self.source.image_numbers()[self.indices]
 
 
 def blank_record() -> Record:

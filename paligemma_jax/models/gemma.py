@@ -1,4 +1,4 @@
-"""The Gemma decoder (Gemma Team 2024): RMSNorm with 1 + w, rotary positions, grouped queries, gated GELU. Axes: layers.py."""
+"""The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: layers.py."""
 
 import dataclasses
 
@@ -66,7 +66,9 @@ class GemmaAttention(nnx.Module):
         if cache is not None:
             layer, start = slot
             cache = {
-                name: lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), (layer, 0, start, 0, 0))
+                name: lax.dynamic_update_slice(
+                    cache[name], new[None].astype(cache[name].dtype), (layer, 0, start, 0, 0)
+                )
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(q.dtype) for name in "kv")

@@ -34,6 +34,11 @@ def cast(x: Array, dtype) -> Array:
     return x.astype(dtype)
 
 
+def broadcast(x: Array, like: Array) -> Array:
+    """Gives x leading axes of size 1 up to the rank of `like`: elsewhere, ranks that differ are a mistake."""
+    return lax.expand_dims(x, range(like.ndim - x.ndim))
+
+
 def fan_in_normal(num_contracted: int) -> Callable:
     """Truncated-free normal of variance 1 / (product of the contracted axes), for kernels shaped [in..., out...]."""
 
@@ -75,7 +80,7 @@ class Projection(nnx.Module):
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
 
-    def __call__(self, x: Array, dropout_keys: Key[Array, "B"] | None = None, out_dtype=None) -> Array:
+    def __call__(self, x: Array, dropout_keys: Key[Array, " B"] | None = None, out_dtype=None) -> Array:
         """Maps [B, ..., *in_shape] to [B, ..., *out_shape].
 
         Args:
@@ -87,7 +92,7 @@ class Projection(nnx.Module):
         x = cast(x, dtype)
         y = _contract(x, self.kernel[...].astype(dtype), len(self.in_shape))
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + broadcast(self.bias[...].astype(jnp.float32), y)
         if self.lora_a is not None:
             if dropout_keys is not None and self.lora_dropout > 0.0:
                 x = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
@@ -104,13 +109,13 @@ def _contract(x: Array, kernel: Array, num_contracted: int) -> Array:
     return lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), preferred_element_type=jnp.float32)
 
 
-def fold_in_name(keys: Key[Array, "B"], name: str | int | Array) -> Key[Array, "B"]:
+def fold_in_name(keys: Key[Array, " B"], name: str | int | Array) -> Key[Array, " B"]:
     """Folds a name or a number into one key an example."""
     data = zlib.crc32(name.encode()) if isinstance(name, str) else name
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
-def example_dropout(x: Array, rate: float, keys: Key[Array, "B"]) -> Array:
+def example_dropout(x: Array, rate: float, keys: Key[Array, " B"]) -> Array:
     """Inverted dropout whose mask depends on the example's key alone, not on its place in the batch.
 
     So splitting a batch into micro-batches, or over devices, leaves the masks as they are.
@@ -131,11 +136,12 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        scale, bias = (broadcast(param[...].astype(jnp.float32), x) for param in (self.scale, self.bias))
+        return x * scale + bias
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with Gemma's zero-centred scale: x / rms(x) * (1 + w), in float32 (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm with Gemma's zero-centred scale: x / rms(x) * (1 + w), float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, *, eps: float = 1e-6, param_dtype: str = "float32"):
         self.eps = eps
@@ -144,14 +150,14 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return x * (1.0 + self.scale[...].astype(jnp.float32))
+        return x * broadcast(1.0 + self.scale[...].astype(jnp.float32), x)
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary positions on the two halves of the head width (Su et al. 2021; pairs are (i, i + H/2), as Gemma has them)."""
+    """Rotary positions on the two halves of the head width (Su et al. 2021; pairs are (i, i + H/2), as in Gemma)."""
     half = x.shape[-1] // 2
     timescale = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) / timescale
+    angle = positions[..., None, None].astype(jnp.float32) / timescale[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

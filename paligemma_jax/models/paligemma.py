@@ -133,11 +133,11 @@ class PaliGemma(nnx.Module):
         self,
         features: Float[Array, "B P D"],
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B P+T"],
-        mask: Bool[Array, "B P+T P+T"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S S"],
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """As `hidden`, with positions and mask spelled out (several texts packed behind one image use this)."""
+        """As `hidden`, with positions and mask of all S = P + T inputs given (for several texts behind one image)."""
         embedded = self.decoder.embed_tokens(tokens)
         x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)
         hidden, _, out = self.decoder(x, positions, mask, dropout_keys=dropout_keys)
@@ -147,8 +147,8 @@ class PaliGemma(nnx.Module):
 
 def join_masks(
     num_patches: int, mask_input: Bool[Array, "B T"] | Int[Array, "B T"], mask_ar: Int[Array, "B T"]
-) -> tuple[Bool[Array, "B P+T"], Int[Array, "B P+T"]]:
-    """Puts the image in front of the text's masks: always real, never causal."""
+) -> tuple[Bool[Array, "B S"], Int[Array, "B S"]]:
+    """Puts the image in front of the text's masks (S = num_patches + T): always real, never causal."""
     image = jnp.ones((mask_input.shape[0], num_patches), bool)
     valid = jnp.concatenate([image, mask_input.astype(bool)], axis=1)
     causal = jnp.concatenate([jnp.zeros(image.shape, jnp.int32), mask_ar.astype(jnp.int32)], axis=1)
@@ -156,5 +156,5 @@ def join_masks(
 
 
 def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
-    """Position of each real token among the real ones, from 0; rotary positions are relative, so any offset is equal."""
+    """Position of each real token among the real ones, from 0; rotary positions are relative: any offset is equal."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)

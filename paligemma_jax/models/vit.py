@@ -1,4 +1,4 @@
-"""The vision tower: SigLIP's ViT with learned positions (Zhai et al. 2023; Dosovitskiy et al. 2021). Axes: layers.py."""
+"""The vision tower: SigLIP's ViT, learned positions (Zhai et al. 2023; Dosovitskiy et al. 2021). Axes: layers.py."""
 
 import dataclasses
 
@@ -122,7 +122,7 @@ class ViT(nnx.Module):
         g, p = config.grid, config.patch_size
         patches = images.reshape(B, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B, g * g, p, p, 3)
         x = out["patches"] = self.patch_embedding(patches, dropout_keys, jnp.float32)
-        x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)
+        x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)[None]
 
         def call(block, x, layer):
             keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)

@@ -1,4 +1,4 @@
-"""big_vision's npz checkpoints of PaliGemma: flat names joined by "/", layers stacked or one by one, bfloat16 as void16."""
+"""big_vision's npz checkpoints of PaliGemma: names joined by "/", layers stacked or one by one, bfloat16 as void16."""
 
 import zipfile
 from pathlib import Path
@@ -62,8 +62,10 @@ class Npz:
         self.path = path
         try:
             self._file = np.load(path, allow_pickle=False)
+            if not isinstance(self._file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
             keys = list(self._file.keys())
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} cannot be read as npz ({error}): download it again.") from None
         prefixed = [key for key in keys if key.startswith("params/")]
         self._where = {key.removeprefix("params/"): key for key in (prefixed or keys)}
@@ -75,7 +77,9 @@ class Npz:
         try:
             array = self._file[self._where[name]]
         except KeyError:
-            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma checkpoint of big_vision.") from None
+            raise UserError(
+                f"{self.path} has no array {name}: it is not a PaliGemma checkpoint of big_vision."
+            ) from None
         except (ValueError, zipfile.BadZipFile, EOFError) as error:
             raise UserError(f"{self.path}: the array {name} cannot be read ({error}).") from None
         return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array

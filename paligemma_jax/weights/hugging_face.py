@@ -1,29 +1,22 @@
-"""Hugging Face folders: config.json and safetensors (one file, or shards with an index), PaliGemma 1 names."""
+"""PaliGemma as transformers saves it: config.json and array names, in both directions."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights.folder import Folder, read_json
 from paligemma_jax.weights.tables import Row, read_rows, write_rows
 from train_jax.errors import UserError
 
-# Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
-PREFIXES = (
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
-    ("vision_tower.vision_model.", "model.vision_tower."),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-)
-
+SIZES = ("num_hidden_layers", "intermediate_size", "num_attention_heads")
 VISION = "vision_tower.vision_model.encoder.layers.{i}."
+EMBEDDING = "language_model.model.embed_tokens.weight"
 DECODER = "language_model.model.layers.{i}."
 
 
@@ -38,7 +31,7 @@ def rows(post_norms: bool = False) -> list[Row]:
         Row("vision/post_layernorm/bias", f"{tower}post_layernorm.bias"),
         Row("projector/linear/kernel", "multi_modal_projector.linear.weight", "linear"),
         Row("projector/linear/bias", "multi_modal_projector.linear.bias"),
-        Row("decoder/embed_tokens/embedding", "language_model.model.embed_tokens.weight"),
+        Row("decoder/embed_tokens/embedding", EMBEDDING),
         Row("decoder/norm/scale", "language_model.model.norm.weight"),
     ]
     for norm in ("layer_norm1", "layer_norm2"):
@@ -57,7 +50,7 @@ def rows(post_norms: bool = False) -> list[Row]:
         name = VISION + module.replace("/", ".")
         table += [
             Row(f"vision/layers/{module}/kernel", f"{name}.weight", "linear", contracted),
-            Row(f"vision/layers/{module}/bias", f"{name}.bias"),
+            Row(f"vision/layers/{module}/bias", f"{name}.bias", "flat"),
         ]
     for module, contracted in (
         ("self_attn/q_proj", 1),
@@ -81,80 +74,35 @@ def rows(post_norms: bool = False) -> list[Row]:
     return table + [Row(f"decoder/layers/{a}/scale", f"{DECODER}{b}.weight") for a, b in norms.items()]
 
 
-def canonical(name: str) -> str:
-    """The spelling of a key that the table uses."""
-    if name in ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"):
-        return "lm_head.weight"
-    for ours, theirs in PREFIXES:
-        if name.startswith(ours):
-            return name
-        if name.startswith(theirs):
-            return ours + name[len(theirs) :]
-    return name
-
-
-class Folder:
-    """Random access to the arrays of a folder's safetensors files; nothing outside the folder is ever opened."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            outside = [file for file in set(weight_map.values()) if Path(file).name != file]
-            if outside:
-                raise UserError(f"{index} points to {outside[0]!r}, outside its folder: shards must lie beside it.")
-        elif (path / "model.safetensors").exists():
-            weight_map = None
-        else:
-            raise UserError(
-                f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as "
-                "transformers saves it."
-            )
-        files = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
-        self._handles = {file: self._open(path / file) for file in files}
-        self._where = {canonical(key): (file, key) for file, handle in self._handles.items() for key in handle.keys()}
-
-    @staticmethod
-    def _open(file: Path):
-        try:
-            return safe_open(file, framework="flax")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read as safetensors ({error}): download it again.") from None
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        file, key = self._where[name]
-        return tuple(self._handles[file].get_slice(key).get_shape())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        file, key = self._where[name]
-        return np.asarray(self._handles[file].get_tensor(key))
-
-
 def read_config(folder: Path) -> dict:
     """The folder's config.json.
 
     Raises:
-      UserError: it is missing, or of another architecture.
+      UserError: it is missing or broken, of another architecture, or lacks a size that the arrays do not tell.
     """
     file = folder / "config.json"
-    if not file.exists():
-        raise UserError(f"{folder} holds no config.json: give a folder as transformers saves it.")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     if config.get("model_type") != "paligemma":
-        raise UserError(f"{file} describes a {config.get('model_type')!r} model, expected 'paligemma'.")
+        raise UserError(
+            f"{file} describes a {config.get('model_type')!r} model, expected 'paligemma': give another folder."
+        )
+    needed = {
+        "text_config": ("model_type", *SIZES, "num_key_value_heads"),
+        "vision_config": SIZES,
+    }
+    for section, keys in needed.items():
+        missing = [key for key in keys if key not in config.get(section, {})]
+        if missing:
+            raise UserError(f"{file} lacks {section}.{missing[0]}: add it, as newer transformers write it.")
     return config
 
 
 def model_config(config: dict, arrays: Folder, preprocessing: Preprocessing | None = None) -> PaliGemmaConfig:
     """Our config from theirs; what old config files leave out is read from the arrays or is the released models'."""
     text, vision = config["text_config"], config["vision_config"]
-    positions, width = arrays.shape("vision_tower.vision_model.embeddings.position_embedding.weight")
-    vocab, hidden = arrays.shape("language_model.model.embed_tokens.weight")
-    _, _, patch, _ = arrays.shape("vision_tower.vision_model.embeddings.patch_embedding.weight")
+    positions, width = arrays.shape("vision_tower.vision_model.embeddings.position_embedding.weight", 2)
+    vocab, hidden = arrays.shape(EMBEDDING, 2)
+    _, _, patch, _ = arrays.shape("vision_tower.vision_model.embeddings.patch_embedding.weight", 4)
     image_size = round(positions**0.5) * patch
     gemma2 = text["model_type"] == "gemma2"
     head_dim = text.get("head_dim", 256)
@@ -191,7 +139,12 @@ def model_config(config: dict, arrays: Folder, preprocessing: Preprocessing | No
 
 def read(arrays: Folder, config: PaliGemmaConfig, shapes: dict, dtype) -> dict[str, np.ndarray]:
     """All parameters of a folder, cast to `dtype`; the tied output table may be stored a second time."""
-    names = arrays.names() - {"lm_head.weight"}
+    names = arrays.names()
+    if "lm_head.weight" in names and not np.array_equal(arrays["lm_head.weight"], arrays[EMBEDDING]):
+        raise UserError(
+            f"{arrays.path}: lm_head.weight differs from {EMBEDDING}, expected the tied table: train it tied."
+        )
+    names = names - {"lm_head.weight"}
     return read_rows(rows(config.decoder.post_norms), names, arrays.__getitem__, shapes, dtype, source=str(arrays.path))
 
 

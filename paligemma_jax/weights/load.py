@@ -1,7 +1,6 @@
 """`pg.load`: one function that reads a model from wherever it lies."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,10 +10,12 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.weights import big_vision, hugging_face
+from paligemma_jax.weights.folder import Folder, read_json
 from train_jax import params
 from train_jax.errors import UserError
 
 TINY = Path(__file__).parent.parent / "tiny"
+DTYPES = ("float32", "bfloat16", "float16")
 POSITIONS = "vision/position_embedding"
 
 
@@ -43,8 +44,12 @@ def load(
       The model; `model.config` holds its sizes and its preprocessing.
 
     Raises:
-      UserError: no such file or folder, another format, or arrays that do not match the model; nothing is half loaded.
+      UserError: no such file or folder, another format, an unknown dtype, an image size that is no multiple of the
+        patch size, or arrays that do not match the model; nothing is half loaded.
     """
+    for kind in (dtype, param_dtype or dtype):
+        if kind not in DTYPES:
+            raise UserError(f"the dtype is {kind!r}, expected one of {', '.join(DTYPES)}: choose one of these.")
     source, config, read = _open(path, decoder)
     stored = config
     if image_size is not None and image_size != config.vision.image_size:
@@ -65,7 +70,7 @@ def _open(path: str | Path, decoder: dict):
     """Which reader a path belongs to: its source, its config and its read function."""
     folder = TINY if str(path) == "tiny" else Path(path).expanduser()
     if folder.is_dir():
-        arrays = hugging_face.Folder(folder)
+        arrays = Folder(folder)
         config = hugging_face.model_config(hugging_face.read_config(folder), arrays, _preprocessing(folder))
         if decoder:
             config = config.replace(decoder=decoder)
@@ -81,15 +86,16 @@ def _open(path: str | Path, decoder: dict):
 def _preprocessing(folder: Path) -> Preprocessing | None:
     """A folder's own preprocessor_config.json, where it has one."""
     file = folder / "preprocessor_config.json"
-    return Preprocessing.from_hugging_face(json.loads(file.read_text())) if file.exists() else None
+    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
 
 
 def _resized(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
     """The same model for another image size."""
-    if image_size % config.vision.patch_size:
+    patch = config.vision.patch_size
+    if image_size < 1 or image_size % patch:
         raise UserError(
-            f"image_size is {image_size}, expected a multiple of the patch size {config.vision.patch_size}: choose "
-            f"{image_size // config.vision.patch_size * config.vision.patch_size} or add a patch."
+            f"image_size is {image_size}, expected a multiple of the patch size {patch}: choose "
+            f"{max(image_size // patch, 1) * patch}, say."
         )
     preprocessing = dataclasses.replace(config.preprocessing, size=image_size)
     return dataclasses.replace(config.replace(vision=dict(image_size=image_size)), preprocessing=preprocessing)

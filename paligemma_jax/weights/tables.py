@@ -5,6 +5,7 @@ where the other format stores one array a layer; ours always stacks layers on th
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -18,12 +19,13 @@ from train_jax.errors import UserError
 class Row:
     """Our path, their name (template), and the layout on their side.
 
-    Layouts, for a kernel of ours shaped [in..., out...] in one layer:
-      "same"      equal up to a reshape
+    Layouts, for a leaf of ours of one layer, kernels being shaped [in..., out...]:
+      "same"      equal
+      "flat"      a vector (torch's biases) for our [N, H]
       "linear"    torch's Linear weight (out, in), the kernel's `contracted` leading axes being the input
       "conv"      torch's Conv2d weight (out, in, kh, kw) for our [kh, kw, in, out]
       "heads_in"  big_vision's [N, D, H] for our [D, N, H]
-    `part` picks an index of a leading axis that holds several leaves of ours (big_vision's kv and gating einsums).
+    `part` picks an index of a leading axis that holds two leaves of ours (big_vision's kv and gating einsums).
     """
 
     ours: str
@@ -32,8 +34,29 @@ class Row:
     contracted: int = 1
     part: int | None = None
 
-    def read(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Their array of one layer as ours of `shape`."""
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape on their side of a leaf that is `shape` here."""
+        if self.layout == "linear":
+            inputs, outputs = shape[: self.contracted], shape[self.contracted :]
+            return math.prod(outputs), math.prod(inputs)
+        axes = {"conv": (3, 2, 0, 1), "heads_in": (1, 0, 2)}.get(self.layout)
+        stored = tuple(shape[axis] for axis in axes) if axes else tuple(shape)
+        stored = (math.prod(stored),) if self.layout == "flat" else stored
+        return stored if self.part is None else (2, *stored)
+
+    def read(self, array: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+        """Their array of one layer as ours of `shape`; `where` (file and name) is for the message.
+
+        Raises:
+          UserError: it has another shape; axes of size 1 do not count.
+        """
+        expected = self.stored_shape(shape)
+        if [n for n in array.shape if n != 1] != [n for n in expected if n != 1]:
+            raise UserError(
+                f"{where} has shape {array.shape}, but {self.ours} needs {expected}: the file belongs to a model of "
+                "other sizes."
+            )
+        array = array.reshape(expected)
         if self.part is not None:
             array = array[self.part]
         if self.layout == "linear":
@@ -42,23 +65,17 @@ class Row:
             array = array.transpose(2, 3, 1, 0)
         elif self.layout == "heads_in":
             array = array.transpose(1, 0, 2)
-        if array.size != np.prod(shape):
-            raise UserError(
-                f"the stored {self.theirs} has shape {array.shape}, but {self.ours} needs {tuple(shape)}: the file "
-                "belongs to a model of other sizes."
-            )
         return array.reshape(shape)
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """Our array of one layer in their layout (without joining parts)."""
         if self.layout == "linear":
-            split = self.contracted
-            return array.reshape(int(np.prod(array.shape[:split])), -1).T
+            return array.reshape(self.stored_shape(array.shape)[::-1]).T
         if self.layout == "conv":
             return array.transpose(3, 2, 0, 1)
         if self.layout == "heads_in":
             return array.transpose(1, 0, 2)
-        return array
+        return array.reshape(-1) if self.layout == "flat" else array
 
 
 def stacked(path: str) -> bool:
@@ -88,7 +105,8 @@ def read_rows(
       scanned: the other format stacks layers too (no `{i}` in its names).
 
     Raises:
-      UserError: a leaf of ours that the file lacks or a key of the file that the table does not use; lists them.
+      UserError: a leaf of ours that the file lacks, a key of the file that the table does not use (lists them), or an
+        array of another shape.
     """
     table = {row.ours: row for row in rows}
     unknown = sorted(set(shapes) - set(table))
@@ -107,15 +125,18 @@ def read_rows(
         array = np.empty(leaf.shape, dtype)
         if "{i}" in row.theirs:
             for i, name in enumerate(each):
-                array[i] = row.read(fetch(name), leaf.shape[1:])
+                array[i] = row.read(fetch(name), leaf.shape[1:], f"{source}: {name}")
         elif scanned and stacked(path):
-            stored = fetch(each[0])
-            if stored.shape[0] != leaf.shape[0]:
-                raise UserError(f"{source}: {each[0]} holds {stored.shape[0]} layers, expected {leaf.shape[0]}.")
-            for i in range(leaf.shape[0]):
-                array[i] = row.read(stored[i], leaf.shape[1:])
+            layers = fetch(each[0])
+            if layers.shape[:1] != leaf.shape[:1]:
+                raise UserError(
+                    f"{source}: {each[0]} has shape {layers.shape}, expected {leaf.shape[0]} layers on its first axis: "
+                    "the file belongs to a model of other sizes."
+                )
+            for i, layer in enumerate(layers):
+                array[i] = row.read(layer, leaf.shape[1:], f"{source}: layer {i} of {each[0]}")
         else:
-            array[...] = row.read(fetch(each[0]), leaf.shape)
+            array[...] = row.read(fetch(each[0]), leaf.shape, f"{source}: {each[0]}")
         out[path] = array
     unused = sorted(names - used)
     if missing or unused:

@@ -33,7 +33,8 @@ def test_layout(tree):
     assert [q["question_index"] for q in questions["questions"]] == list(range(30))
     keys = {"question", "answer", "program", "question_family_index", "image_index", "image_filename", "question_index"}
     assert all(set(q) == keys | {"split"} and q["split"] == "val" for q in questions["questions"])
-    assert Image.open(tree / "images" / "val" / names[0]).size == (48, 32)
+    with Image.open(tree / "images" / "val" / names[0]) as image:
+        assert image.size == (48, 32)
 
 
 def test_pictures_are_those_of_the_scenes(tree):

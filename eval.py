@@ -1,0 +1,28 @@
+"""Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
+
+The config is the workdir's own config.json. With --config=FILE and a workdir that holds no run, evaluates the base model of
+that config. The work is done by train_jax.loop.evaluate(config, workdir, split, checkpoint).
+"""
+
+from absl import flags
+
+from train_jax import command_line, distributed
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("split", None, "data split; the config's validation split when absent", flag_values=values)
+    flags.DEFINE_string("checkpoint", "best", "best, latest or a step", flag_values=values)
+    distributed.define_flags(values)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags and calls the loop."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
+    from train_jax import loop  # slow to import: after mistakes in the flags have been told
+
+    distributed.start_from_flags(values)
+    loop.evaluate(config, workdir, values.split, values.checkpoint)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""Flow matching in JAX: this half of the toolkit is under construction."""

@@ -1,0 +1,37 @@
+"""PaliGemma in JAX: load, adapt, fine-tune, generate.
+
+    import paligemma_jax as pg
+    model = pg.load("tiny")
+    tokens = pg.generate(model, images, prompt_tokens)
+"""
+
+from paligemma_jax import losses, metrics
+from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
+from paligemma_jax.candidates import score_candidates
+from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.generate import generate
+from paligemma_jax.loading import load
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
+
+__all__ = [
+    # Models
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "load",
+    "variant",
+    # Text
+    "generate",
+    "load_tokenizer",
+    "make_example",
+    "score_candidates",
+    # Adapters
+    "attach_lora",
+    "detach_lora",
+    "format_lora_table",
+    "lora_table",
+    "merge_lora",
+    # Submodules
+    "losses",
+    "metrics",
+]

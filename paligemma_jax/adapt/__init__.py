@@ -1,0 +1,1 @@
+"""Changes to a loaded model that leave its code alone."""

@@ -1,0 +1,130 @@
+"""Beam search over a decoder with a key/value cache, by the rules of transformers' `generate(num_beams=K)`.
+
+A step extends the K open hypotheses of a row by every word and looks at the best 2 K extensions:
+- one that ends (in EOS, or because it is the last step) and ranks among the first K joins the row's K best closed
+  hypotheses, which are ordered by score = sum of log p / length ** length_penalty, EOS counted in both;
+- the best K of those that do not end in EOS stay open.
+A row is done when it has K closed hypotheses, none of which scores below the best open one as it stands now. That is
+transformers' default (`early_stopping=False`): a heuristic, since a longer hypothesis can have a better mean.
+
+With K = 1 this is greedy decoding; with K at least the number of open hypotheses it is exhaustive search.
+
+Axes: B rows, K beams, C = 2 K candidates, N new tokens, V vocabulary, S cache slots.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Hypotheses(NamedTuple):
+    """K hypotheses a row, best first; places not taken have -inf."""
+
+    tokens: Int[Array, "B K N"]  # 0 after the end
+    scores: Float[Array, "B K"]  # open: sum of log p; closed: with length normalisation
+
+
+class _State(NamedTuple):
+    step: Int[Array, ""]  # tokens of every open hypothesis
+    open: Hypotheses
+    closed: Hypotheses
+    parents: Int[Array, "B K"]  # the beam each open hypothesis came from in the last step
+    done: Bool[Array, " B"]  # closed hypotheses are final
+
+
+def beam_search(
+    logits: Float[Array, "B V"],
+    cache: dict[str, Array],
+    advance: Callable,
+    *,
+    num_beams: int,
+    num_tokens: int,
+    prompt_slots: int,
+    eos_id: Int[Array, ""] | int,
+    length_penalty: Float[Array, ""] | float,
+) -> tuple[Int[Array, "B N"], Float[Array, " B"], Int[Array, ""]]:
+    """The best closed hypothesis of every row.
+
+    Args:
+      logits: float32, of the first new token.
+      cache: {"k", "v"} of [L, B, S, heads, width] that holds the prompt in its first slots.
+      advance: (cache of B K rows, tokens [B K], index of these tokens) -> (logits [B K, V] of the next, cache).
+      num_beams: K.
+      num_tokens: N.
+      prompt_slots: first cache slots, which the beams of a row share, so that reordering leaves them alone.
+      eos_id: ends a hypothesis; -1 for never.
+      length_penalty: exponent of the length; 0 ranks by the sum, 1 by the mean log-probability.
+
+    Returns:
+      Tokens with 0 after the end, their score, and the number of steps taken.
+    """
+    rows = logits.shape[0]
+    nothing = Hypotheses(
+        jnp.zeros((rows, num_beams, num_tokens), jnp.int32), jnp.full((rows, num_beams), -jnp.inf, jnp.float32)
+    )
+    root = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))
+    parents = jnp.zeros((rows, num_beams), jnp.int32)
+    state = _State(jnp.zeros((), jnp.int32), root, nothing, parents, jnp.zeros((rows,), bool))
+
+    def extend(state: _State, logits) -> _State:
+        return _extend(state, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
+
+    def body(carry):
+        state, cache = carry
+        cache = _reorder(cache, state.parents, prompt_slots)
+        last = state.step - 1
+        logits, cache = advance(cache, jnp.take(state.open.tokens, last, axis=2).reshape(-1), last)
+        return extend(state, logits.reshape(rows, num_beams, -1)), cache
+
+    state = extend(state, jnp.repeat(logits[:, None], num_beams, axis=1))
+    cache = {name: jnp.repeat(array, num_beams, axis=1) for name, array in cache.items()}
+    state, _ = lax.while_loop(lambda c: (c[0].step < num_tokens) & ~c[0].done.all(), body, (state, cache))
+    return state.closed.tokens[:, 0], state.closed.scores[:, 0], state.step
+
+
+def _extend(state: _State, log_probs: Float[Array, "B K V"], eos_id, length_penalty) -> _State:
+    """One step of every row, from the log-probabilities of the next token after each open hypothesis."""
+    rows, num_beams, vocab = log_probs.shape
+    totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
+    scores, index = lax.top_k(totals, 2 * num_beams)
+    parents, words = index // vocab, (index % vocab).astype(jnp.int32)
+    tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
+    candidates = Hypotheses(tokens.at[:, :, state.step].set(words), scores)  # [B, C]
+
+    length = state.step + 1
+    is_last = length == tokens.shape[-1]
+    closes = ((words == eos_id) | is_last) & (jnp.arange(2 * num_beams) < num_beams)[None, :]
+    normalizer = length.astype(jnp.float32) ** length_penalty
+    ended = candidates._replace(scores=jnp.where(closes, scores / normalizer, -jnp.inf))
+    closed, _ = _best(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.closed, ended), num_beams)
+    closed = jax.tree.map(lambda old, new: jnp.where(_like(state.done, new), old, new), state.closed, closed)
+
+    going = candidates._replace(scores=jnp.where(words == eos_id, -jnp.inf, scores))
+    still_open, chosen = _best(going, num_beams)
+    done = state.done | (closed.scores[:, -1] >= still_open.scores[:, 0] / normalizer)
+    parents = jnp.take_along_axis(parents, chosen, axis=1).astype(jnp.int32)
+    return _State(length, still_open, closed, parents, done)
+
+
+def _best(hypotheses: Hypotheses, count: int) -> tuple[Hypotheses, Int[Array, "B K"]]:
+    """The `count` best hypotheses of every row, best first (of equal ones the earlier), and where they stood."""
+    scores, chosen = lax.top_k(hypotheses.scores, count)
+    return Hypotheses(jnp.take_along_axis(hypotheses.tokens, chosen[..., None], axis=1), scores), chosen
+
+
+def _like(row_flags: Bool[Array, " B"], array: Array) -> Bool[Array, "B ..."]:
+    return row_flags.reshape(-1, *[1] * (array.ndim - 1))
+
+
+def _reorder(cache: dict[str, Array], parents: Int[Array, "B K"], start: int) -> dict[str, Array]:
+    """Gives every beam its parent's slots from `start` on."""
+    rows, num_beams = parents.shape
+    sources = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
+    return {
+        name: lax.dynamic_update_slice_in_dim(array, jnp.take(array[:, :, start:], sources, axis=1), start, axis=2)
+        for name, array in cache.items()
+    }

@@ -1,0 +1,86 @@
+"""Answers to prompts about image files, by a base model or the model of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.generate import generate
+from paligemma_jax.loading import is_run, load
+from train_jax import config
+from train_jax.errors import UserError
+
+BATCH = 16  # prompts answered at once
+
+
+def predict(
+    images: Sequence[str],
+    texts: Sequence[str],
+    *,
+    workdir: str | None = None,
+    model: str | None = None,
+    checkpoint: str = "best",
+    max_new_tokens: int = 64,
+    sampler: str = "greedy",
+    seed: int = 0,
+) -> list[tuple[str, str, str]]:
+    """Answers every (image, prompt) pair.
+
+    Args:
+      images, texts: image files and prompts: as many of each, or one of either for all of the other.
+      workdir: a run, whose template wraps the prompts; or
+      model: a base model, which gets the prompts as they are.
+      checkpoint: of the run.
+      max_new_tokens, sampler, seed: see generate.generate.
+
+    Returns:
+      (image, prompt, answer), in the order given.
+
+    Raises:
+      UserError: an image that cannot be read, neither or both of workdir and model, numbers that do not pair up.
+    """
+    if (workdir is None) == (model is None):
+        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    if not images or not texts or (len(images) != len(texts) and 1 not in (len(images), len(texts))):
+        raise UserError(
+            f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
+            "--image or --prompt."
+        )
+    count = max(len(images), len(texts))
+    images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
+    prompt, path = "{question}", model
+    if workdir is not None:
+        if not is_run(workdir):
+            raise UserError(f"{workdir} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")
+        settings, path = config.from_json((Path(workdir) / "config.json").read_text()), workdir
+        prompt = settings.data.prompt
+    loaded = load(path, which=checkpoint) if workdir is not None else load(path)
+    tokenizer, prepare = load_tokenizer(path), loaded.config.preprocessing
+    pixels = {image: prepare.apply(prepare.decode(_read(image))) for image in dict.fromkeys(images)}
+    prefixes = [prompt.replace("{question}", text) for text in texts]
+    longest = max(len(tokenizer.encode(prefix)) for prefix in prefixes) + 1 + len(tokenizer.separator_ids)
+    rows = [make_example(tokenizer, prefix, None, longest) for prefix in prefixes]
+    answers = []
+    for start in range(0, count, BATCH):
+        part = slice(start, start + BATCH)
+        tokens = generate(
+            loaded,
+            np.stack([pixels[image] for image in images[part]]),
+            np.stack([row["tokens"] for row in rows[part]]),
+            np.stack([row["mask_input"] for row in rows[part]]),
+            max_new_tokens,
+            tokenizer.eos_id,
+            sampler,
+            seed,
+        )
+        answers += [tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
+    return list(zip(images, texts, answers, strict=True))
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): correct --image.") from error

@@ -1,0 +1,52 @@
+"""Takes the model out of a pretraining run: python -m paligemma_jax.tasks.export RUN FOLDER [best|latest|STEP]
+
+Writes a folder as transformers saves it (config.json, model.safetensors in float16, preprocessor_config.json) with the
+tokenizer beside it, which `pg.load(FOLDER)` reads.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from paligemma_jax.tasks.pretraining import Pretraining
+from paligemma_jax.weights import hugging_face
+from train_jax import command_line, config, sharding
+from train_jax.checkpoints import Checkpoints
+from train_jax.errors import UserError
+
+PREFIX = "model/"
+
+
+def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
+    """Writes the moving average of a pretraining run's parameters to `folder`.
+
+    Raises:
+      UserError: `run` is no pretraining run, or has no such checkpoint.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise UserError(f"{run} has no config.json, expected the workdir of configs/pretrain.py: correct the path.")
+    settings = config.from_json(file.read_text())
+    task = Pretraining(settings, sharding.make_mesh(settings.mesh))
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    arrays = checkpoints.restore_params(checkpoints.resolve(checkpoint), item="ema")
+    checkpoints.close()
+    params = {name.removeprefix(PREFIX): a.astype(np.float16) for name, a in arrays.items() if name.startswith(PREFIX)}
+    hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
+    preprocessor = task.model_config.preprocessing.to_hugging_face()
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    (folder / "tokenizer.model").write_bytes(task.tokenizer.model_bytes)
+
+
+def main(argv: list[str]) -> None:
+    """Command line of `export`."""
+    if len(argv) not in (3, 4):
+        raise UserError("expected RUN FOLDER [best|latest|STEP]: give the workdir of a pretraining run and a new folder.")
+    export(Path(argv[1]), Path(argv[2]), *argv[3:])
+    print(f"wrote {argv[2]}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, sys.argv)

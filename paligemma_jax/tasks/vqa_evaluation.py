@@ -1,0 +1,288 @@
+"""Answers questions batch by batch, in memory that depends neither on the number of questions nor on the batch asked for.
+
+What training keeps whole and runs out of memory with (logits of every token over 257,152 words) is never made here: answers
+are generated with a cache, likelihoods and losses are computed in chunks, and of each batch only ids and sums survive.
+The batch starts as large as the config allows, or as the compiled step says the device can hold, and halves whenever
+the device runs out all the same.
+"""
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from paligemma_jax.data import prompts
+from paligemma_jax.data.families import question_family
+from paligemma_jax.data.records import Record, Source
+from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
+from paligemma_jax.candidates import score_candidates
+from paligemma_jax.generate import generate
+from paligemma_jax.metrics import Accuracy, exact_match
+from paligemma_jax.tasks.features import FeatureCache
+from paligemma_jax.tasks.vqa_answer import Answer, question_of
+from train_jax import sharding
+from train_jax.errors import UserError
+from train_jax.memory import device_memory_limit, step_memory
+
+OUTPUTS = ("generate", "likelihood", "loss")
+
+
+def candidate_answers(candidates: str) -> tuple[str, ...]:
+    """The answers of config.eval.candidates."""
+    return ANSWERS if candidates == "clevr" else tuple(filter(None, candidates.split("|")))
+
+
+class Evaluation:
+    """One model over any number of sources."""
+
+    def __init__(self, task, model):
+        self.task, self.model, self.config = task, model, task.config
+        parts = task.mesh.shape["data"] * task.mesh.shape["fsdp"]
+        self._parts = parts
+        self._size = max(self.config.eval.batch_size // parts, 1) * parts
+        self._fitted = False
+        self._candidates = self._tokenize_candidates()
+
+    def summary(self, source: Source, wanted: tuple[str, ...]) -> dict[str, float]:
+        """Accuracy and token loss of a source, for the course of training."""
+        accuracy, nll, tokens = Accuracy(), 0.0, 0.0
+        for answer in self.answers(source, wanted):
+            accuracy.add(exact_match(answer.prediction, answer.reference))
+            nll, tokens = nll + answer.nll, tokens + answer.tokens
+        return {"accuracy": accuracy.overall, "loss": nll / max(tokens, 1.0), "examples": accuracy.examples}
+
+    def answers(self, source: Source, wanted: tuple[str, ...], shuffled: bool = False) -> Iterator[Answer]:
+        """Answers the good rows of a source, in order.
+
+        Args:
+          source: the records; those that cannot be read or do not fit are left out, as the config's policy says.
+          wanted: what to compute, of OUTPUTS.
+          shuffled: show each question the image of another scene (all questions of an image the same one).
+        """
+        reader = _Reader(self.task, source, self._encoder(), self._size, shuffled)
+        start = 0
+        while start < len(source):
+            if not self._fitted:
+                self._fit(reader, wanted)
+            rows = range(start, min(start + self._size, len(source)))
+            try:
+                found = self._batch(reader, rows, wanted)
+            except jax.errors.JaxRuntimeError as error:
+                self._shrink(error)
+                continue
+            start += len(rows)
+            yield from found
+        reader.check()
+
+    def _batch(self, reader: "_Reader", rows: range, wanted: tuple[str, ...]) -> list[Answer]:
+        """Reads, computes, and turns one batch into answers."""
+        records, arrays = reader.read(rows, self._size)
+        out = self._compute(arrays, wanted)
+        answers = []
+        for i, record in enumerate(records):
+            if arrays["weight"][i] == 0:
+                continue
+            question = question_of(record.prefix, self.config.data.prompt)
+            values: dict[str, Any] = {}
+            if "generate" in out:
+                values["prediction"] = self.task.tokenizer.decode(out["generate"][i].tolist())
+            if "likelihood" in out:
+                values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
+            if "loss" in out:
+                values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
+            answers.append(
+                Answer(record.image_name, question, question_family(question), record.suffix, **values)
+            )
+        return answers
+
+    def _compute(self, arrays: dict[str, np.ndarray], wanted: tuple[str, ...]) -> dict[str, Any]:
+        """Device results of one batch, on the host."""
+        batch = self._place(arrays)
+        out: dict[str, Any] = {}
+        if "generate" in wanted:
+            out["generate"] = self._generate(batch)
+        if "likelihood" in wanted and self._candidates is not None:
+            out["likelihood"] = self._score(batch)
+        if "loss" in wanted:
+            out["loss"] = _token_loss(self.task, self.model, batch)
+        return jax.tree.map(_to_host, out)
+
+    def _generate(self, batch) -> jax.Array:
+        return generate(
+            self.model,
+            None,
+            batch["prompt"],
+            batch["prompt_mask"],
+            self.config.eval.max_new_tokens,
+            self.task.tokenizer.eos_id,
+            image_features=batch["features"],
+        )
+
+    def _score(self, batch) -> jax.Array:
+        _, ids, mask = self._candidates
+        return score_candidates(self.model, batch["features"], batch["prompt"], batch["prompt_mask"], ids, mask)
+
+    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Rows onto the mesh; with several processes each gives its own."""
+        mesh = self.task.mesh
+        rows = sharding.local_rows(jax.process_index(), jax.process_count(), self._size)
+        local = {name: array[rows] for name, array in arrays.items()}
+        return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
+
+    def _encoder(self):
+        """uint8 images -> features on the host."""
+        model, task = self.model, self.task
+
+        def encode(images: np.ndarray) -> np.ndarray:
+            return _to_host(_encode(task, model, self._place({"image": images})["image"]))
+
+        return encode
+
+    # Memory.
+
+    def _fit(self, reader: "_Reader", wanted: tuple[str, ...]) -> None:
+        """Halves the batch until the compiled step fits what the device has left (where it tells)."""
+        self._fitted = True
+        limit = device_memory_limit()
+        while limit is not None and self._size > self._parts:
+            _, arrays = reader.read(range(min(self._size, len(reader))), self._size)
+            batch = self._place(arrays)
+            step = jax.jit(functools.partial(_everything, self, wanted=wanted)).lower(self.model, batch).compile()
+            memory = step_memory(step)
+            if memory is None or memory.temp + memory.output <= limit:
+                break
+            self._halve(f"a batch needs {memory.temp + memory.output:,} bytes beside the model, {limit:,} are free")
+        reader.resize(self._size)
+
+    def _shrink(self, error: Exception) -> None:
+        """Halves the batch after the device ran out of memory.
+
+        Raises:
+          UserError: not even one row a device fits.
+        """
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        if self._size <= self._parts:
+            raise UserError(
+                f"evaluation of {self._size} question(s) at once does not fit the device's memory: use a device with "
+                "more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype."
+            ) from error
+        self._halve("the device ran out of memory")
+
+    def _halve(self, why: str) -> None:
+        self._size = max(self._size // 2 // self._parts, 1) * self._parts
+        logging.warning("Evaluation goes on with %d questions at once: %s.", self._size, why)
+
+    def _tokenize_candidates(self):
+        """The candidates as texts, ids [C, M] and mask [C, M], each with its EOS; None without candidates."""
+        answers = candidate_answers(self.config.eval.candidates)
+        if not answers:
+            return None
+        tokenizer = self.task.tokenizer
+        rows = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in answers]
+        ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_id, np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        mask = np.arange(ids.shape[1])[None] < np.array([len(row) for row in rows])[:, None]
+        return answers, jnp.asarray(ids), jnp.asarray(mask)
+
+
+class _Reader:
+    """Reads rows of a source as prompts, targets and features, bad ones with weight 0."""
+
+    def __init__(self, task, source: Source, encode, size: int, shuffled: bool):
+        self._task, self._source = task, source
+        self._texts = task.guarded(source, self._prepare)
+        self._images = task.guarded(source, task.prepare_image)
+        self._numbers = np.asarray(source.image_numbers())
+        self._shown = _other_images(self._numbers) if shuffled else self._numbers
+        unique, first = np.unique(self._numbers, return_index=True)
+        self._row_of = dict(zip(unique.tolist(), first.tolist(), strict=True))
+        self._unusable: set[int] = set()
+        self._encode, self._pool = encode, ThreadPoolExecutor(2)
+        self._blank: Record | None = None
+        self.resize(size)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def resize(self, size: int) -> None:
+        """Another number of rows at once."""
+        megabytes = self._task.config.eval.feature_cache_mb if jax.process_count() == 1 else 0
+        self._cache = FeatureCache(self._encode, size, megabytes << 20)
+
+    def check(self) -> None:
+        """Judges the share of bad rows."""
+        self._texts.check()
+        self._images.check()
+
+    def _prepare(self, record: Record) -> dict[str, Any]:
+        prompt = self._task.prepare_prompt(record)
+        return {"record": record, "prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | (
+            self._task.prepare_text(record)
+        )
+
+    def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
+        """Records and arrays of some rows, filled up to `size` rows with copies of weight 0."""
+        examples = [self._texts[i] for i in rows]
+        records = [example.pop("record") for example in examples]
+        keys = [int(self._shown[i]) for i in rows]
+        features = self._cache.get(keys, self._fetch)
+        batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        batch["weight"] = batch["weight"] * np.array([key not in self._unusable for key in keys], np.float32)
+        batch["features"] = features
+        missing = size - len(rows)
+        batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
+        batch["weight"][len(rows) :] = 0
+        return records, batch
+
+    def _fetch(self, keys: list[int]) -> list[np.ndarray]:
+        """The images with these numbers, decoded in threads."""
+        rows = list(self._pool.map(lambda key: self._images[self._row_of[key]], keys))
+        self._unusable |= {key for key, row in zip(keys, rows, strict=True) if row["weight"] == 0}
+        return [row["image"] for row in rows]
+
+
+def _other_images(numbers: np.ndarray) -> np.ndarray:
+    """For every row the number of another image: a random cycle through the images, so none keeps its own."""
+    unique = np.unique(numbers)
+    order = unique[np.argsort(np.random.PCG64(0).random_raw(len(unique)), kind="stable")]
+    after = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    return np.array([after[number] for number in numbers.tolist()])
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    """All rows, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(task, model, images):
+    return model.encode_image(task.normalize(model, images))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_loss(task, model, batch):
+    return task.token_loss(model, batch)
+
+
+def _everything(evaluation: Evaluation, model, batch, wanted):
+    """All of a batch's computations in one program, to ask the compiler what they take."""
+    twin = object.__new__(Evaluation)
+    twin.__dict__.update(evaluation.__dict__, model=model)
+    out = []
+    if "generate" in wanted:
+        out.append(twin._generate(batch))
+    if "likelihood" in wanted and twin._candidates is not None:
+        out.append(twin._score(batch))
+    if "loss" in wanted:
+        out.append(_token_loss(twin.task, model, batch))
+    return out

@@ -1,0 +1,109 @@
+"""The files of a Hugging Face folder: JSON, and safetensors (one file, or shards with an index)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from train_jax.errors import UserError
+
+# Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
+PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
+def canonical(name: str) -> str:
+    """The spelling of a key that the table uses."""
+    if name in ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"):
+        return "lm_head.weight"
+    for ours, theirs in PREFIXES:
+        if name.startswith(ours):
+            return name
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name
+
+
+class Folder:
+    """Random access to the arrays of a folder's safetensors files; nothing outside the folder is ever opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            files = self._shards(index)
+        elif (path / "model.safetensors").exists():
+            files = ["model.safetensors"]
+        else:
+            raise UserError(
+                f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as "
+                "transformers saves it."
+            )
+        self._handles = {file: self._open(path / file) for file in files}
+        self._where = {}
+        for file, handle in self._handles.items():
+            keys = handle.keys()
+            for key in keys:
+                other = self._where.setdefault(canonical(key), (file, key))
+                if other != (file, key):
+                    raise UserError(f"{path} holds one array twice, as {other[1]} and as {key}: remove one of them.")
+
+    @staticmethod
+    def _shards(index: Path) -> list[str]:
+        """The files that an index names, all of them beside it."""
+        weight_map = read_json(index).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not files or not all(isinstance(file, str) for file in files):
+            raise UserError(f"{index} has no weight_map from arrays to files: download it again.")
+        files = sorted(files)
+        outside = [file for file in files if file == ".." or Path(file).name != file]
+        if outside:
+            raise UserError(f"{index} points to {outside[0]!r}, outside its folder: shards must lie beside it.")
+        return files
+
+    @staticmethod
+    def _open(file: Path):
+        try:
+            return safe_open(file, framework="flax")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read as safetensors ({error}): download it again.") from None
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Shape of an array of `rank` axes, without reading it."""
+        if name not in self._where:
+            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma as transformers saves it.")
+        file, key = self._where[name]
+        shape = tuple(self._handles[file].get_slice(key).get_shape())
+        if len(shape) != rank:
+            raise UserError(f"{self.path}: {key} has shape {shape}, expected {rank} axes: it belongs to another model.")
+        return shape
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file, key = self._where[name]
+        return np.asarray(self._handles[file].get_tensor(key))
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file that holds one object.
+
+    Raises:
+      UserError: it is missing or broken.
+    """
+    if not file.exists():
+        raise UserError(f"{file.parent} holds no {file.name}: give a folder as transformers saves it.")
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): download it again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}, expected a JSON object: download it again.")
+    return values

@@ -1,0 +1,58 @@
+"""Answers prompts about images: python predict.py --workdir=DIR --image=x.png --prompt="How many red cubes are there?"
+
+--image and --prompt may be given several times: as many of each, or one of either for all of the other. With --model=PATH
+(a Hugging Face folder, a big_vision .npz, or "tiny") a base model answers; it gets the prompt as it is, a run's model gets
+it in the template it was trained on (data.prompt).
+"""
+
+from absl import flags
+
+from train_jax import command_line
+from train_jax.errors import UserError
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    options = dict(flag_values=values)
+    flags.DEFINE_string("workdir", None, "a run of train.py", **options)
+    flags.DEFINE_string("model", None, "a base model instead of a run", **options)
+    flags.DEFINE_string("checkpoint", "best", "of the run: best, latest or a step", **options)
+    flags.DEFINE_multi_string("image", [], "image file", **options)
+    flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
+    flags.DEFINE_integer("max_new_tokens", 64, "tokens to generate, at most", **options)
+    flags.DEFINE_string("sampler", "greedy", "greedy, temperature, top_k, nucleus or beam", **options)
+    flags.DEFINE_integer("seed", 0, "of the draws", **options)
+    flags.DEFINE_bool("help", False, "print this", **options)
+    return values
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, answers, prints one line an answer."""
+    values = _flags()
+    try:
+        rest = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from error
+    if values.help:
+        print(f"{__doc__.strip()}\n\nFlags:\n{values.get_help()}")
+        return
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}: give images with --image and prompts with --prompt.")
+    from paligemma_jax.predict import predict
+
+    answers = predict(
+        values.image,
+        values.prompt,
+        workdir=values.workdir,
+        model=values.model,
+        checkpoint=values.checkpoint,
+        max_new_tokens=values.max_new_tokens,
+        sampler=values.sampler,
+        seed=values.seed,
+    )
+    for image, prompt, answer in answers:
+        print(f"{image}  {prompt}  ->  {answer}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

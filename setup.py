@@ -1,0 +1,3 @@
+from setuptools import setup  # everything else is in pyproject.toml
+
+setup()

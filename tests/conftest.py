@@ -1,0 +1,21 @@
+"""Every test runs on 8 fake CPU devices, with strict broadcasting, and with shapes and types checked at each call."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+# Sharding code meets several devices, and shapes of different rank meet only where the code says so.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Annotations are executed: jaxtyping's shapes under beartype, in the runtime and in everything that computes on arrays.
+# Readers and scene makers are left out: they handle one Python object at a time, and the checks would cost more than
+# the work.
+PACKAGE = Path(__file__).parent.parent / "paligemma_jax"
+COMPUTING = {f"paligemma_jax.{path.stem}" for path in PACKAGE.iterdir()} - {"paligemma_jax.data"}
+ARRAY_DATA = {"paligemma_jax.data.images", "paligemma_jax.data.resize_tf"}
+install_import_hook(["train_jax", "flow_jax", *COMPUTING, *ARRAY_DATA], "beartype.beartype")

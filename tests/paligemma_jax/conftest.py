@@ -1,0 +1,114 @@
+"""Golden cases and the models read from them, shared by the tests of models, weights and adapters."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights.load import load
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+# Sizes that are pairwise different wherever a mix-up of axes could hide, and divisible by 2 for sharding.
+SMALL = PaliGemmaConfig(
+    vision=ViTConfig(image_size=12, patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2),
+    decoder=GemmaConfig(vocab_size=64, width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8),
+)
+
+
+def our_layout(stored, patches):
+    """A batch stored by transformers (NCHW images, image placeholders in the text) as our model takes it."""
+    text = {name: stored[name][:, patches:] for name in ("input_ids", "token_type_ids", "attention_mask", "labels")}
+    labels = np.concatenate([text["labels"][:, 1:], np.full_like(text["labels"][:, :1], -100)], axis=1)
+    return SimpleNamespace(
+        stored=stored,
+        patches=patches,
+        inputs=dict(
+            images=jnp.asarray(stored["pixel_values"].transpose(0, 2, 3, 1)),
+            tokens=jnp.asarray(text["input_ids"], jnp.int32),
+            mask_ar=jnp.asarray(text["token_type_ids"], jnp.int32),
+            mask_input=jnp.asarray(text["attention_mask"], bool),
+        ),
+        real=text["attention_mask"] == 1,
+        targets=jnp.asarray(np.maximum(labels, 0), jnp.int32),
+        weights=jnp.asarray(labels >= 0, jnp.float32),
+    )
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of golden cases."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def big_vision_case():
+    return dict(np.load(GOLDEN / "bigvision_paligemma/case.npz"))
+
+
+@pytest.fixture(scope="session")
+def big_vision_model():
+    """Read-only: a test that changes it works on `nnx.clone`."""
+    return load(GOLDEN / "bigvision_paligemma/params.npz")
+
+
+@pytest.fixture(scope="session")
+def hugging_face_model():
+    """Read-only: a test that changes it works on `nnx.clone`."""
+    return load(GOLDEN / "hf_paligemma")
+
+
+@pytest.fixture(scope="session")
+def hugging_face_case(hugging_face_model):
+    stored = dict(np.load(GOLDEN / "hf_paligemma/case.npz"))
+    return our_layout(stored, hugging_face_model.config.vision.num_patches)
+
+
+@pytest.fixture(scope="session")
+def peft_case(hugging_face_model):
+    stored = dict(np.load(GOLDEN / "hf_peft_lora/case.npz"))
+    return our_layout(stored, hugging_face_model.config.vision.num_patches)
+
+
+@pytest.fixture(scope="session")
+def peft_training_case(hugging_face_model):
+    stored = dict(np.load(GOLDEN / "hf_lora_training/case.npz"))
+    return our_layout(stored, hugging_face_model.config.vision.num_patches)
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """Random weights, the final norm's scale not at its initial zero; read-only."""
+    model = PaliGemma(SMALL, rngs=nnx.Rngs(0))
+    model.decoder.norm.scale[...] = jnp.linspace(-0.5, 0.5, SMALL.decoder.width)
+    return model
+
+
+@pytest.fixture(scope="session")
+def small_batch():
+    """Three rows: [BOS prefix SEP suffix EOS PAD...] of different lengths."""
+    rng = np.random.default_rng(0)
+    prefix, suffix, length = (3, 5, 2), (2, 1, 3), 8
+    tokens, mask_ar, mask_input = (np.zeros((3, length), np.int32) for _ in range(3))
+    for row, (p, s) in enumerate(zip(prefix, suffix, strict=True)):
+        tokens[row, : p + s] = rng.integers(3, 64, p + s)
+        mask_ar[row, p:] = 1
+        mask_input[row, : p + s] = 1
+    images = rng.uniform(-1, 1, (3, 12, 12, 3)).astype(np.float32)
+    return dict(
+        images=jnp.asarray(images),
+        tokens=jnp.asarray(tokens),
+        mask_ar=jnp.asarray(mask_ar),
+        mask_input=jnp.asarray(mask_input, bool),
+    )

@@ -1,0 +1,151 @@
+"""Who may import whom, and that what is imported is declared.
+
+Entry points -> tasks -> (models, adapt, weights, losses, data) and (the runtime) -> plain JAX: no import runs up.
+"""
+
+import ast
+import graphlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
+
+# (modules, what they may not import, what is allowed all the same). The exceptions are vocabulary that every floor
+# shares: the error a user sees, parameter paths, patterns over them.
+FLOORS = [
+    (r"train_jax(\..*)?", r"(paligemma_jax|flow_jax)(\..*)?", None),
+    (r"flow_jax(\..*)?", r"paligemma_jax(\..*)?", None),
+    (r"paligemma_jax(?!\.tasks\.text_to_image$)(\..*)?", r"flow_jax(\..*)?", None),
+    (r"paligemma_jax\.models(\..*)?", r"train_jax(\..*)?", None),
+    (r"paligemma_jax(?!\.tasks)\..*", r"train_jax(\..*)?", r"train_jax\.(errors|params|patterns)"),
+    (r"(?!paligemma_jax\.tasks).*", r"paligemma_jax\.tasks(\..*)?", None),
+    (r".*", r"(tensorflow|torch|clu|pickle|dill)(\..*)?", None),
+]
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """{dotted name: file} of our packages; a package goes by its own name."""
+    files = [file for package in PACKAGES for file in sorted((root / package).rglob("*.py"))]
+    names = [file.relative_to(root).with_suffix("").parts for file in files]
+    return {".".join(p[:-1] if p[-1] == "__init__" else p): file for p, file in zip(names, files, strict=True)}
+
+
+def imports_of(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
+    """Every module that `name` imports, at its top or inside a function; `from a import b` is a.b where that is a module."""
+    found = set()
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, [above, node.module]))
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {module if module in modules else base for module in inner}
+    return found - {name}
+
+
+def graph_of(root: Path) -> dict[str, set[str]]:
+    modules = modules_of(root)
+    return {name: imports_of(name, file, modules) for name, file in modules.items()}
+
+
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} imports {target}"
+        for who, forbidden, allowed in FLOORS
+        for name, targets in graph.items()
+        for target in sorted(targets)
+        if re.fullmatch(who, name)
+        and re.fullmatch(forbidden, target)
+        and not (allowed and re.fullmatch(allowed, target))
+    ]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports, [] without one."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_runs_up():
+    graph = graph_of(ROOT)
+    assert {"train_jax.loop", "paligemma_jax.models.paligemma", "flow_jax"} <= set(graph)
+    assert violations(graph) == []
+
+
+def test_no_circles():
+    assert circle(graph_of(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "file, source, expected",
+    [
+        ("train_jax/loop.py", "import paligemma_jax.losses", "train_jax.loop imports paligemma_jax.losses"),
+        ("train_jax/loop.py", "def f():\n    from flow_jax import paths", "train_jax.loop imports flow_jax"),
+        ("flow_jax/task.py", "import paligemma_jax as pg", "flow_jax.task imports paligemma_jax"),
+        ("paligemma_jax/losses.py", "from train_jax import loop", "paligemma_jax.losses imports train_jax.loop"),
+        ("paligemma_jax/losses.py", "from .tasks import vqa", "paligemma_jax.losses imports paligemma_jax.tasks.vqa"),
+        ("paligemma_jax/tasks/vqa.py", "import flow_jax", "paligemma_jax.tasks.vqa imports flow_jax"),
+        ("paligemma_jax/data/x.py", "from torch import nn", "paligemma_jax.data.x imports torch"),
+        ("paligemma_jax/losses.py", "from train_jax.errors import UserError", None),
+        ("paligemma_jax/tasks/text_to_image.py", "import flow_jax", None),
+        ("paligemma_jax/tasks/vqa.py", "from train_jax import loop", None),
+    ],
+)
+def test_violations_are_found(tmp_path, file, source, expected):
+    for name in {
+        "train_jax/loop.py",
+        "train_jax/errors.py",
+        "paligemma_jax/tasks/vqa.py",
+        "flow_jax/__init__.py",
+        file,
+    }:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source if name == file else "")
+    assert violations(graph_of(tmp_path)) == ([expected] if expected else [])
+
+
+def test_circles_are_found(tmp_path):
+    (tmp_path / "flow_jax").mkdir()
+    (tmp_path / "flow_jax/__init__.py").write_text("from .a import x")
+    (tmp_path / "flow_jax/a.py").write_text("from flow_jax.b import x")
+    (tmp_path / "flow_jax/b.py").write_text("def f():\n    from . import x")
+    assert set(circle(graph_of(tmp_path))) == {"flow_jax", "flow_jax.a", "flow_jax.b"}
+
+
+def test_importing_everything_loads_neither_tensorflow_nor_torch():
+    """Of the packages we import, none may pull them in either."""
+    names = sorted(modules_of(ROOT))
+    script = (
+        f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'tensorflow', 'torch', 'jax'}))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "['jax']"
+
+
+def normalized(requirement: str) -> str:
+    """The distribution's name as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def test_dependencies_are_what_is_imported():
+    tops = {target.partition(".")[0] for targets in graph_of(ROOT).values() for target in targets}
+    owners = importlib.metadata.packages_distributions()
+    imported = {tuple(map(normalized, owners[top])) for top in tops - sys.stdlib_module_names - set(PACKAGES)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {(normalized(requirement),) for requirement in project["dependencies"]}
+    # tensorflow-datasets imports importlib_resources without asking for it.
+    assert imported == declared - {("importlib-resources",)}

@@ -1,0 +1,71 @@
+"""What a built wheel holds, and that CI runs what the README tells a user to run."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
+TINY = ROOT / "paligemma_jax" / "tiny"
+MAX_TINY_BYTES = 8 * 2**20
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built offline from a copy, so that neither a stale build/ nor the checkout is touched."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    script = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    result = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (path,) = (copy / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def sources(*suffixes):
+    """Files of the packages as the wheel names them."""
+    files = [file for package in PACKAGES for suffix in suffixes for file in (ROOT / package).rglob(f"*{suffix}")]
+    return {str(file.relative_to(ROOT)) for file in files}
+
+
+def test_wheel_holds_the_tiny_model(wheel):
+    in_tree = {f"paligemma_jax/tiny/{file.name}": file.read_bytes() for file in TINY.iterdir()}
+    in_wheel = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("paligemma_jax/tiny/")}
+    assert in_wheel == in_tree
+    assert "paligemma_jax/tiny/tokenizer.model" in in_wheel
+    assert sum(map(len, in_wheel.values())) <= MAX_TINY_BYTES
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name for name in names if name.endswith(".py")} == sources(".py")
+    assert {name for name in names if not name.endswith(".py")} == {
+        f"paligemma_jax/tiny/{f.name}" for f in TINY.iterdir()
+    }
+
+
+def test_wheel_metadata(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert {"cuda", "tpu", "parquet", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert name.replace("METADATA", "licenses/LICENSE") in wheel.namelist()
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    command = next(line for line in readme.splitlines() if line.endswith("pytest"))
+    steps = command.split(" && ")
+    assert steps[:2] == ["python3 -m venv .venv", ". .venv/bin/activate"]
+    assert all(re.search(rf"^{re.escape(step)}(\s|$)", ci, re.MULTILINE) for step in steps[2:])

@@ -1,0 +1,309 @@
+"""The contract of a workdir, and what the durations, the evaluations and the checkpoints of a run are."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train_jax.runs import logged, metrics, steps_kept, stored
+from tests.train_jax.toy_task import toy_config
+from train_jax import loop, plots
+from train_jax.config import from_json
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_runs")
+
+
+def config(**changes):
+    return toy_config(**{"mesh__data": 1, **changes})
+
+
+def fit(workdir, **changes):
+    return loop.fit(config(**changes), workdir, "none")
+
+
+def eval_steps(workdir, name="loss"):
+    """Steps at which the run was evaluated."""
+    return [record["step"] for record in metrics(workdir) if f"eval/{name}" in record]
+
+
+def trained_steps(workdir):
+    return [record["step"] for record in metrics(workdir) if "grad_norm" in record]
+
+
+@pytest.fixture(scope="module")
+def finished(fast_runs, tmp_path_factory):
+    """A run of 8 steps, and what `fit` returned."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_curves", plots.plot_curves)
+        return workdir, fit(workdir)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    import shutil
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+# The workdir.
+
+
+def test_what_a_run_leaves(finished):
+    workdir, results = finished
+    assert {file.name for file in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "eval.json", "checkpoints", "tensorboard", "curves.png"
+    }  # fmt: skip
+    assert from_json((workdir / "config.json").read_text()) == config()
+    records = metrics(workdir)
+    assert all(isinstance(record["step"], int) for record in records)
+    assert trained_steps(workdir) == list(range(1, 9)) and eval_steps(workdir) == [4, 8]
+    assert {"loss", "error", "grad_norm", "learning_rate", "data_wait_seconds"} <= records[0].keys()
+    assert json.loads((workdir / "eval.json").read_text()) == results
+    assert results["step"] == 8 and results["seconds"] > 0 and results["peak_memory_bytes"] > 2**26
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_loss_falls(tmp_path):
+    fit(tmp_path, total_steps=300, eval_steps=100, log_steps=100, model__dropout=0.0)
+    losses = logged(tmp_path)
+    assert losses[300] < 0.3 * losses[100]
+
+
+def test_the_same_config_again_retrains_nothing(run, capsys):
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    results = fit(run)
+    assert f"{run} is complete: 8 steps trained and evaluated, see {run / 'eval.json'}." in capsys.readouterr().out
+    assert results == json.loads((run / "eval.json").read_text())
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_killed_before_its_evaluation_only_evaluates(run):
+    (run / "eval.json").unlink()
+    before = (run / "metrics.jsonl").read_text()
+    assert fit(run)["step"] == 8
+    assert (run / "metrics.jsonl").read_text() == before and (run / "eval.json").exists()
+
+
+def test_a_changed_config_is_refused_with_the_difference(run):
+    with pytest.raises(UserError) as error:
+        fit(run, optimizer__learning_rate=0.02, model__width=16, mesh__data=2)
+    assert "optimizer.learning_rate: 0.01 -> 0.02" in str(error.value)
+    assert "model.width: 8 -> 16" in str(error.value)
+    assert "mesh" not in str(error.value)
+    assert from_json((run / "config.json").read_text()) == config()
+
+
+def test_what_does_not_change_the_mathematics_is_free(run, capsys):
+    """The run goes on under another mesh, micro-batch and intervals, and learns the same."""
+    fit(
+        run, total_steps=12, mesh__data=2, micro_batch=4, log_steps=2, eval_steps=3, checkpoint_steps=5, data__threads=1
+    )
+    printed = capsys.readouterr().out
+    assert "micro_batch: None -> 4 (does not change the mathematics)" in printed
+    assert "mesh.data: 1 -> 2 (does not change the mathematics)" in printed
+    assert "the run is extended from 8 to 12 steps (total_steps=8 -> total_steps=12)" in printed
+    fit(run.parent / "straight", total_steps=12)
+    straight, resumed = logged(run.parent / "straight"), logged(run)
+    assert sorted(resumed) == [*range(1, 9), 10, 12] and eval_steps(run) == [4, 8, 9, 12]
+    for step in (10, 12):
+        assert resumed[step] == pytest.approx((straight[step - 1] + straight[step]) / 2, rel=1e-5)
+    assert from_json((run / "config.json").read_text()).total_steps == 12
+
+
+def test_a_longer_run_forgets_the_results_of_the_shorter(run, monkeypatch):
+    """Killed after its last step, it must not pass for complete with the old results."""
+    monkeypatch.setattr(loop.Run, "finish", lambda *args: {})
+    fit(run, total_steps=12)
+    assert not (run / "eval.json").exists()
+
+
+def test_a_shorter_run_is_refused(run):
+    with pytest.raises(UserError, match="holds a run of 8 steps .* and total_steps=4 asks for 4, expected as many"):
+        fit(run, total_steps=4)
+
+
+def test_other_data_is_refused(run, monkeypatch):
+    """The same config, and files that have changed."""
+    from tests.train_jax.toy_task import Rows
+
+    monkeypatch.setattr(Rows, "__len__", lambda self: 999)
+    with pytest.raises(UserError, match=r"training data is not that of the checkpoint in .*'examples': \(1000, 999\)"):
+        fit(run, total_steps=12)
+    assert from_json((run / "config.json").read_text()).total_steps == 8
+
+
+def test_checkpoints_without_their_config_are_refused(run):
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints but no config.json"):
+        fit(run)
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    with pytest.raises(UserError, match="the run has 0 steps, expected at least one"):
+        fit(tmp_path, total_steps=0)
+
+
+# Durations.
+
+
+def test_durations_in_epochs_percent_and_examples(tmp_path):
+    fit(
+        tmp_path,
+        data__examples=64,
+        total_steps=None,
+        total_epochs=2.5,  # of 8 batches
+        eval_steps=None,
+        eval_epochs=1.0,
+        log_steps=None,
+        log_examples=40,
+        checkpoint_steps=None,
+        checkpoint_percent=0.3,
+    )
+    assert trained_steps(tmp_path) == [5, 10, 15, 20]
+    assert eval_steps(tmp_path) == [8, 16, 20]
+
+
+def test_schedule_and_warm_up(tmp_path):
+    fit(tmp_path, optimizer__schedule="linear", optimizer__warmup_percent=0.25, eval_steps=8)
+    rates = [0.0, 0.005] + [0.01 * (1 - t / 6) for t in range(6)]
+    np.testing.assert_allclose(list(logged(tmp_path, "learning_rate").values()), rates, rtol=1e-6)
+
+
+# Evaluations.
+
+
+def test_patience_keeps_and_loads_the_best(tmp_path, capsys):
+    run = {"total_steps": 20, "eval_steps": 2, "checkpoint_steps": 1, "patience": 2}
+    run |= {"best_metric": "score", "load_best_at_end": True, "scores": (0.5, 0.9, 0.8, 0.9, 0.99)}
+    results = fit(tmp_path, **run)
+    assert eval_steps(tmp_path) == [2, 4, 6, 8] and max(trained_steps(tmp_path)) == 8
+    assert "score has not improved in 2 evaluations: stopping at step 8." in capsys.readouterr().out
+    assert results["step"] == 4 and steps_kept(tmp_path) == [4, 8]
+    assert results["loss"] == pytest.approx(
+        next(r for r in metrics(tmp_path) if r["step"] == 4 and "eval/loss" in r)["eval/loss"]
+    )
+    assert fit(tmp_path, **run) == json.loads((tmp_path / "eval.json").read_text())
+    assert "is complete: 8 steps trained" in capsys.readouterr().out
+    # With more patience it goes on.
+    results = fit(tmp_path, **run | {"patience": 3, "total_steps": 12, "scores": (0.95, 0.7), "load_best_at_end": True})
+    assert results["step"] == 10 and steps_kept(tmp_path) == [10, 12]
+
+
+def test_a_resume_in_the_midst_of_patience(tmp_path):
+    run = {"eval_steps": 2, "patience": 2, "best_metric": "score", "load_best_at_end": True}
+    fit(tmp_path, **run, total_steps=6, scores=(0.5, 0.9, 0.8))
+    results = fit(tmp_path, **run, total_steps=20, scores=(0.85, 0.95))
+    assert eval_steps(tmp_path) == [2, 4, 6, 8] and results["step"] == 4
+
+
+def test_best_may_be_the_smallest(tmp_path):
+    results = fit(
+        tmp_path, eval_steps=2, best_metric="score", best_mode="min", load_best_at_end=True, scores=(3.0, 1.0, 2.0, 1.5)
+    )
+    assert results["step"] == 4 and steps_kept(tmp_path) == [4, 8]
+
+
+def test_a_nan_is_never_best(tmp_path):
+    nan = math.nan
+    run = {"eval_steps": 2, "patience": 2, "best_metric": "score", "load_best_at_end": True}
+    results = fit(tmp_path, **run, scores=(nan, 0.1, nan, 0.2))
+    assert results["step"] == 8 and eval_steps(tmp_path) == [2, 4, 6, 8]
+
+
+def test_a_metric_that_is_not_measured(tmp_path):
+    with pytest.raises(UserError, match=r"best_metric is 'accuracy', .* has \['loss'\]"):
+        fit(tmp_path, best_metric="accuracy")
+
+
+def test_the_average_is_evaluated_and_saved(tmp_path):
+    """After one update the average is that update; later it lags behind."""
+    fit(tmp_path, total_steps=1, ema_decay=0.99)
+    first = stored(tmp_path, 1)
+    results = fit(tmp_path, total_steps=6, ema_decay=0.99)
+    last = stored(tmp_path, 6)
+    for path in (name.removeprefix("ema:") for name in last if name.startswith("ema:")):
+        np.testing.assert_allclose(first[f"ema:{path}"], first[f"params:{path}"], rtol=1e-6)
+        assert not np.allclose(last[f"ema:{path}"], last[f"params:{path}"], rtol=1e-3)
+    final = [record for record in metrics(tmp_path) if "eval/loss" in record][-1]
+    assert results["loss"] == final["eval/loss"]
+    assert loop.evaluate(config(total_steps=6, ema_decay=0.99), tmp_path)["loss"] == results["loss"]
+
+
+# evaluate()
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(fast_runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    changes = {"best_metric": "score", "scores": (0.9, 0.1)}
+    fit(workdir, **changes)
+    return config(**changes), workdir
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 4), ("latest", 8), ("4", 4), (8, 8)])
+def test_evaluate_a_checkpoint(two_checkpoints, which, step):
+    run_config, workdir = two_checkpoints
+    results = loop.evaluate(run_config, workdir, split="tune", checkpoint=which)
+    measured = {record["step"]: record["eval/loss"] for record in metrics(workdir) if "eval/loss" in record}
+    assert results["step"] == step and results["loss"] == pytest.approx(measured[step], rel=1e-6)
+    assert json.loads((workdir / "eval-tune.json").read_text()) == json.loads(json.dumps(results))
+    assert results["split"] == "tune"
+
+
+def test_evaluate_a_checkpoint_that_is_not_there(two_checkpoints, tmp_path):
+    run_config, workdir = two_checkpoints
+    with pytest.raises(UserError, match="checkpoint '5' not found .* choose 'best', 'latest' or a step of 4, 8"):
+        loop.evaluate(run_config, workdir, checkpoint="5")
+    with pytest.raises(UserError, match="no checkpoints in .*which does not exist"):
+        loop.evaluate(run_config, tmp_path / "none", checkpoint="latest")
+
+
+def test_evaluate_the_model_before_training(tmp_path):
+    results = loop.evaluate(config(), tmp_path / "base")
+    assert results["step"] == 0
+    fit(tmp_path / "run", total_steps=1, optimizer__learning_rate=0.0)
+    assert results["loss"] == json.loads((tmp_path / "run" / "eval.json").read_text())["loss"]
+    assert json.loads((tmp_path / "base" / "eval.json").read_text()) == results
+
+
+def test_evaluate_on_other_devices(two_checkpoints):
+    run_config, workdir = two_checkpoints
+    expected = loop.evaluate(run_config, workdir, split="one")["loss"]
+    with run_config.unlocked():
+        run_config.mesh.data, run_config.mesh.fsdp, run_config.mesh.tensor = 2, 2, 2
+    try:
+        assert loop.evaluate(run_config, workdir, split="eight")["loss"] == pytest.approx(expected, rel=1e-5)
+    finally:
+        with run_config.unlocked():
+            run_config.mesh.data, run_config.mesh.fsdp, run_config.mesh.tensor = 1, 1, 1
+
+
+def test_print_batch_shows_the_first_batch():
+    text = loop.describe_batch(config(micro_batch=4))
+    assert text == loop.describe_batch(config())  # the rows of a batch do not depend on the micro-batch
+    assert text.startswith("8 rows: ") and len(set(text.split()[2:])) == 8
+    assert text != loop.describe_batch(config(seed=1))
+
+
+def test_companions_are_runs_of_their_own(tmp_path, monkeypatch):
+    from tests.train_jax.toy_task import Toy
+
+    def companions(self):
+        return {} if self.config.seed else {"blind": config(seed=1, total_steps=2)}
+
+    def evaluate(self, model, workdir, split=None, companions=None):
+        return {"seed": self.config.seed, "companions": companions}
+
+    monkeypatch.setattr(Toy, "companions", companions, raising=False)
+    monkeypatch.setattr(Toy, "evaluate", evaluate)
+    results = fit(tmp_path, total_steps=2)
+    assert results["seed"] == 0 and results["companions"]["blind"]["seed"] == 1
+    assert from_json((tmp_path / "blind" / "config.json").read_text()).seed == 1
+    assert jax.process_count() == 1
