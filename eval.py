@@ -1,7 +1,7 @@
 """Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
 
-The config is the workdir's own config.json. With --config=FILE and a workdir that holds no run, evaluates the base model of
-that config. The work is done by train_jax.loop.evaluate(config, workdir, split, checkpoint).
+The config is the workdir's own config.json. With --config=FILE and a workdir that holds no run, evaluates the base
+model of that config. The work is done by train_jax.loop.evaluate(config, workdir, split, checkpoint).
 """
 
 from absl import flags

@@ -1,8 +1,8 @@
 """Answers prompts about images: python predict.py --workdir=DIR --image=x.png --prompt="How many red cubes are there?"
 
---image and --prompt may be given several times: as many of each, or one of either for all of the other. With --model=PATH
-(a Hugging Face folder, a big_vision .npz, or "tiny") a base model answers; it gets the prompt as it is, a run's model gets
-it in the template it was trained on (data.prompt).
+--image and --prompt may be given several times: as many of each, or one of either for all of the other. With
+--model=PATH (a Hugging Face folder, a big_vision .npz, or "tiny") a base model answers; it gets the prompt as it is, a
+run's model gets it in the template it was trained on (data.prompt).
 """
 
 from absl import flags

@@ -2,19 +2,20 @@
 
     python train.py --config=configs/clevr.py
 
-The default trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes, with nothing downloaded: about 5
-minutes and 2 GB of memory on 2 CPU cores. The same on the real data, once you have them (docs/data.md):
+The default trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes, with nothing downloaded:
+about 5 minutes and 2 GB of memory on 2 CPU cores. The same on the real data, once you have them (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
 
-`:3b` is the run of the report: PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of CLEVR's
-questions, one epoch. Weights are gated, so you give their path:
+`:3b` is the run of the report: PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of
+CLEVR's questions, one epoch. Weights are gated, so you give their path:
 
-    python train.py --config=configs/clevr.py:3b --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
+    python train.py --config=configs/clevr.py:3b \\
+        --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
-It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did); docs/memory.md has what it takes. Its
-one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions, the
-same number of them.
+It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did); docs/memory.md has what it takes.
+Its one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
+the same number of them.
 
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
 """

@@ -1,8 +1,8 @@
 """PaliGemma in JAX: load, adapt, fine-tune, generate.
 
-    import paligemma_jax as pg
-    model = pg.load("tiny")
-    tokens = pg.generate(model, images, prompt_tokens)
+import paligemma_jax as pg
+model = pg.load("tiny")
+tokens = pg.generate(model, images, prompt_tokens)
 """
 
 from paligemma_jax import losses, metrics

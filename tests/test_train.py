@@ -80,8 +80,8 @@ def test_a_model_or_optimizer_that_cannot_be(tmp_path, capsys, monkeypatch, chan
          "--process_id together: add what is missing, or use --distributed alone on a cluster"),
         (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "--process_id=2, expected 0 to 1: correct it or "
          "--num_processes"),
-        (["--coordinator=here", "--num_processes=2", "--process_id=1"], "--coordinator=here, expected host:port such as "
-         "10.0.0.1:1234: add the port"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=1"], "--coordinator=here, expected host:port such "
+         "as 10.0.0.1:1234: add the port"),
     ],
 )  # fmt: skip
 def test_flags(tmp_path, capsys, more, sentence):

@@ -1,4 +1,4 @@
-"""A Flax NNX module as a graph and a flat dictionary of arrays, "decoder/layers/self_attn/q_proj/kernel": array, and back.
+"""A Flax NNX module as a graph and a flat dictionary of arrays by path ("decoder/layers/self_attn/q_proj/kernel").
 
 Everything outside the models (optimizers, sharding rules, checkpoints, freezing, weight tables) speaks in these paths.
 """

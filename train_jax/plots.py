@@ -7,7 +7,7 @@ EVALUATION = "eval/"  # prefix of what an evaluation measured
 RATE = "learning_rate"
 BOOKKEEPING = ("steps_per_second", "examples_per_second", "seconds", "examples", "peak_memory_bytes")  # not drawn
 
-Curve = tuple[list[int], list[float]]
+Curve = tuple[list[int], list[int | float]]
 
 
 def read_curves(metrics_jsonl: str | Path) -> dict[str, Curve]:

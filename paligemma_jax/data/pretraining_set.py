@@ -19,7 +19,6 @@ from paligemma_jax.data.synthetic_clevr.geometry import cast
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
 from paligemma_jax.data.synthetic_clevr.render import render
 
-
 TEXTS = zlib.crc32(b"pretraining texts")
 
 
@@ -85,7 +84,7 @@ def patch_labels(scene: dict, size: int, grid: int) -> UInt8[np.ndarray, "P 4"]:
 
 
 class PretrainingScenes:
-    """Random access to (scene picture, patch labels, texts); index i is view i // num_scenes of scene i % num_scenes."""
+    """Random access to (picture, patch labels, texts); index i is view i // num_scenes of scene i % num_scenes."""
 
     def __init__(self, folder: Path, views: int, num_segments: int):
         self._images = np.load(folder / "images.npy", mmap_mode="r")

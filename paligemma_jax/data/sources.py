@@ -1,8 +1,8 @@
 """Opens the data a config names, and divides it: questions to train on, to choose the checkpoint by, to report.
 
-    training    the subset `fraction` of the training split's questions, on images outside the tuning share
-    tuning      questions on a share of the training split's images that training never sees; chooses the checkpoint
-    reported    the validation split
+training    the subset `fraction` of the training split's questions, on images outside the tuning share
+tuning      questions on a share of the training split's images that training never sees; chooses the checkpoint
+reported    the validation split
 """
 
 import zlib

@@ -121,7 +121,7 @@ def example_dropout(x: Array, rate: float, keys: Key[Array, " B"]) -> Array:
     So splitting a batch into micro-batches, or over devices, leaves the masks as they are.
     """
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+    return jnp.where(keep, cast(x.astype(jnp.float32) / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
 class LayerNorm(nnx.Module):

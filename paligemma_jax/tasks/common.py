@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from train_jax.sharding import Spec
 
-# Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an adapter
-# is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
+# Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
+# adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*/layers/self_attn/[qkv]_proj/kernel", (None, "fsdp", "tensor", None)),
     (r".*/layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),

@@ -1,7 +1,7 @@
 """Pretrains the small base that ships with this package, on texts about synthetic scenes. Axes: models/layers.py.
 
-Two things make this work on a few CPU cores: several texts share one image (packed in one row; a text sees the image and
-itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
+Two things make this work on a few CPU cores: several texts share one image (packed in one row; a text sees the image
+and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
 """
 
 from pathlib import Path
@@ -13,15 +13,17 @@ import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.pretraining_set import PretrainingScenes, build
 from paligemma_jax.data.prompts import TruncationError, make_example
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import token_cross_entropy
-from paligemma_jax.models.paligemma import PaliGemma, positions_of, variant
+from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
+from train_jax import params
+from train_jax.checkpoints import Checkpoints
+from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 
 TASKS = ("answer", "caption", "detect", "point", "describe")
@@ -33,11 +35,39 @@ class PretrainingModel(nnx.Module):
     def __init__(self, config, *, rngs: nnx.Rngs):
         self.model = PaliGemma(config, rngs=rngs)
         self.patch_heads = nnx.Dict(
-            {
-                name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs)
-                for name, values in ATTRIBUTES.items()
-            }
+            {name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs) for name, values in ATTRIBUTES.items()}
         )
+
+
+def initial_model(config, seed: int, runs: tuple[str, ...]) -> PretrainingModel:
+    """A new model, with whatever the averaged parameters of earlier runs hold of it.
+
+    Raises:
+      UserError: a run without a checkpoint, or of a model of other sizes.
+    """
+    model = PretrainingModel(config, rngs=nnx.Rngs(seed))
+    shapes = params.abstract(model)
+    for run in runs:
+        checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
+        arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
+        checkpoints.close()
+        for path, array in arrays.items():
+            if path not in shapes or shapes[path].shape != array.shape:
+                raise UserError(f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another.")
+        model = params.assign(model, arrays)
+    return model
+
+
+def rendered(data: ConfigDict, vision, stream: str, num_scenes: int) -> Path:
+    """The folder of a stream's scenes, rendered on first use."""
+    folder = Path(data.cache_dir).expanduser() / f"{stream}-{vision.image_size}-{num_scenes}"
+    with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
+        return build(folder, num_scenes, vision.image_size, vision.grid, stream, data.build_workers, told)
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 class PackedTexts:
@@ -92,7 +122,8 @@ def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.
     same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
     visible = (position[None, :] <= position[:, None]) | (suffix[:, None, :] == 0)
     text = same & visible
-    image_rows = jnp.concatenate([jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)], 2)
+    seen, unseen = jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)
+    image_rows = jnp.concatenate([seen, unseen], 2)
     text_rows = jnp.concatenate([jnp.ones((B, T, num_patches), bool), text], 2)
     return jnp.concatenate([image_rows, text_rows], 1)
 
@@ -107,7 +138,7 @@ class Pretraining:
         config = ConfigDict()
         config.model = ConfigDict({"variant": "tiny", "remat": "none"})
         config.tokenizer = "tiny"
-        config.init_from = placeholder(str)  # a run of this task to go on from (its model, not its optimizer)
+        config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
         config.data = ConfigDict(
             {
                 "cache_dir": common.cache_dir(),
@@ -132,7 +163,7 @@ class Pretraining:
         self.tokenizer.fits(self.model_config.decoder.vocab_size)
 
     def init(self) -> nnx.Module:
-        return PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+        return initial_model(self.model_config, self.config.seed, self.config.init_from)
 
     def trainable(self) -> str:
         return r".*"
@@ -141,11 +172,8 @@ class Pretraining:
         return common.SHARDING_RULES
 
     def _source(self, stream: str, num_scenes: int, views: int) -> PackedTexts:
-        data, vision = self.config.data, self.model_config.vision
-        folder = Path(data.cache_dir).expanduser() / f"{stream}-{vision.image_size}-{num_scenes}"
-        with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
-            build(folder, num_scenes, vision.image_size, vision.grid, stream, workers=data.build_workers, progress=told)
-        scenes = PretrainingScenes(folder, views, data.num_segments)
+        data = self.config.data
+        scenes = PretrainingScenes(rendered(data, self.model_config.vision, stream, num_scenes), views, data.num_segments)
         return PackedTexts(scenes, self.tokenizer, data.text_length, dict(self.config.weights))
 
     def train_source(self):
@@ -156,7 +184,7 @@ class Pretraining:
 
     def forward(self, module: PretrainingModel, batch):
         """Hidden states at the text positions [B, T, D] and tower features [B, P, D]."""
-        images = self.normalize(batch["image"])
+        images = normalize(batch["image"])
         features, out = module.model.encode_image(images)
         P = features.shape[1]
         mask = packed_mask(batch["segment"], batch["suffix"], P)
@@ -164,10 +192,6 @@ class Pretraining:
         positions = jnp.concatenate([image_positions, P + batch["offset"]], axis=1)
         hidden, _ = module.model.decode(features, batch["tokens"], positions, mask)
         return hidden, out["vision/encoded"]
-
-    def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8 [0, 255] to float32 [-1, 1]."""
-        return images.astype(jnp.float32) / 127.5 - 1.0
 
     def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, tower = self.forward(model, batch)
@@ -181,7 +205,6 @@ class Pretraining:
     def validate(self, model: PretrainingModel) -> dict[str, float]:
         """Teacher-forced accuracy of whole suffixes by kind of text, on held-out scenes."""
         source = self._source("pretraining-held-out", self.config.data.num_held_out, 1)
-        from train_jax.input import evaluation_batches
 
         total: dict[str, Any] = {}
         step = jax.jit(self._score)

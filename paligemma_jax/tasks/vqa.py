@@ -1,7 +1,7 @@
 """Visual question answering: fine-tunes a PaliGemma on (image, prefix, suffix) rows, CLEVR's or a user's own.
 
-The prompt, its masks and its truncation come from data/prompts.py, for training and evaluation alike. Evaluation and its
-controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
+The prompt, its masks and its truncation come from data/prompts.py, for training and evaluation alike. Evaluation and
+its controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
 """
 
 import re
@@ -35,7 +35,12 @@ ADAPTERS = ("lora", "none")
 class VQA:
     """The task; see the module."""
 
-    harmless_keys = (r"eval\..*", r"data\.(build_workers|cache_dir)", r"loss\.(chunk_size|vocab_chunk)", "cache_features")
+    harmless_keys = (
+        r"eval\..*",
+        r"data\.(build_workers|cache_dir)",
+        r"loss\.(chunk_size|vocab_chunk)",
+        "cache_features",
+    )
 
     @staticmethod
     def defaults() -> ConfigDict:

@@ -1,9 +1,9 @@
-"""Answers questions batch by batch, in memory that depends neither on the number of questions nor on the batch asked for.
+"""Answers questions batch by batch, in memory that depends neither on their number nor on the batch asked for.
 
-What training keeps whole and runs out of memory with (logits of every token over 257,152 words) is never made here: answers
-are generated with a cache, likelihoods and losses are computed in chunks, and of each batch only ids and sums survive.
-The batch starts as large as the config allows, or as the compiled step says the device can hold, and halves whenever
-the device runs out all the same.
+What training keeps whole and runs out of memory with (logits of every token over 257,152 words) is never made here:
+answers are generated with a cache, likelihoods and losses are computed in chunks, and of each batch only ids and sums
+survive. The batch starts as large as the config allows, or as the compiled step says the device can hold, and halves
+whenever the device runs out all the same.
 """
 
 import functools
@@ -17,11 +17,10 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from paligemma_jax.data import prompts
+from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
 from paligemma_jax.data.records import Record, Source
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
-from paligemma_jax.candidates import score_candidates
 from paligemma_jax.generate import generate
 from paligemma_jax.metrics import Accuracy, exact_match
 from paligemma_jax.tasks.features import FeatureCache
@@ -96,9 +95,7 @@ class Evaluation:
                 values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
             if "loss" in out:
                 values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
-            answers.append(
-                Answer(record.image_name, question, question_family(question), record.suffix, **values)
-            )
+            answers.append(Answer(record.image_name, question, question_family(question), record.suffix, **values))
         return answers
 
     def _compute(self, arrays: dict[str, np.ndarray], wanted: tuple[str, ...]) -> dict[str, Any]:

@@ -14,13 +14,17 @@ from paligemma_jax.tasks.vqa_answer import Answer
 matplotlib.use("Agg")
 
 
-def save_sheet(source: Source, answers: list[Answer], file: Path, columns: int = 4) -> None:
+def save_sheet(
+    source: Source, answers: list[Answer], file: Path, columns: int = 4, view_ratio: float | None = None
+) -> None:
     """Draws the answers' scenes in a grid; right answers green, wrong ones red.
 
     Args:
       source: where the answers come from, for the pictures.
       answers: one a scene, in the source's order.
       file: the PNG.
+      columns: of the grid.
+      view_ratio: width over height of the view, where pictures may be stored squeezed; None shows pixels as squares.
     """
     import matplotlib.pyplot as plt
 
@@ -28,18 +32,23 @@ def save_sheet(source: Source, answers: list[Answer], file: Path, columns: int =
         return
     pictures = _pictures(source, {answer.image_name for answer in answers})
     rows = -(-len(answers) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 4.0 * rows), squeeze=False)
-    for axis in axes.flat:
+    height = 3.4 / (view_ratio or 1.0) + 1.3  # room for the answer above and three lines of question below
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, height * rows), squeeze=False)
+    for axis in axes.flat[len(answers) :]:
         axis.axis("off")
     for axis, answer in zip(axes.flat, answers, strict=False):
-        axis.imshow(pictures[answer.image_name])
+        picture = pictures[answer.image_name]
+        stretch = 1.0 if view_ratio is None else picture.width / picture.height / view_ratio
+        axis.imshow(picture, aspect=stretch, interpolation="bilinear")
+        axis.set_xticks([])
+        axis.set_yticks([])
         right = exact_match(answer.prediction, answer.reference)
-        said = f"{answer.prediction}" if right else f"{answer.prediction}  (is {answer.reference})"
-        question = "\n".join(textwrap.wrap(answer.question, 38))
-        axis.set_title(question, fontsize=8, loc="left")
-        axis.text(0.0, -0.03, said, fontsize=10, color="green" if right else "red", va="top", transform=axis.transAxes)
+        said = answer.prediction.strip() or "(nothing)"
+        said = said if right else f"{said}   (right: {answer.reference})"
+        axis.set_title(said, fontsize=11, color="green" if right else "red")
+        axis.set_xlabel("\n".join(textwrap.wrap(answer.question, 44)), fontsize=9)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=90)
     plt.close(figure)
 
 

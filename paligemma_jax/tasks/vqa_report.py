@@ -1,9 +1,9 @@
-"""The reported evaluation: accuracies, their blind controls, ROUGE, the predictions one by one, and a sheet of pictures.
+"""The evaluation reported: accuracies, blind controls, ROUGE, the predictions one by one, and a sheet of pictures.
 
 What each number means:
 
     accuracy                 share of questions whose generated answer equals the reference
-    accuracy_likelihood      the likeliest of the candidate answers equals it: fair to a model that does not know the format
+    accuracy_likelihood      the likeliest of the candidate answers equals it: fair to a model new to the format
     accuracy_before          the same likelihood accuracy for the model before training
     accuracy_shuffled        as accuracy, every question shown the image of another scene
     accuracy_most_frequent   the most frequent training answer of the question's family
@@ -41,7 +41,9 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
     if config.max_examples is not None and config.max_examples < len(source):
         source = Subset(source, indices=range(config.max_examples))
     evaluation = Evaluation(task, model)
-    file = workdir / ("predictions.jsonl" if split == task.config.data.validation_split else f"predictions-{split}.jsonl")
+    file = workdir / (
+        "predictions.jsonl" if split == task.config.data.validation_split else f"predictions-{split}.jsonl"
+    )
     answers = evaluation.answers(source, ("generate", "likelihood", "loss"))
     with _writer(file) as write:
         results, shown = _score(answers, write)
@@ -50,7 +52,9 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
     if config.before:
         results |= _before(task, model, source)
     if jax.process_index() == 0:
-        save_sheet(source, shown, workdir / "scenes.png")
+        # CLEVR's view is 3:2, also where its pictures are stored as squares.
+        ratio = 1.5 if task.config.data.name in ("synthetic_clevr", "clevr") else None
+        save_sheet(source, shown, workdir / "scenes.png", view_ratio=ratio)
     return results
 
 

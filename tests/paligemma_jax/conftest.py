@@ -1,5 +1,6 @@
 """Golden cases and the models read from them, shared by the tests of models, weights and adapters."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from paligemma_jax.adapt.lora import projections
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.load import load
+from train_jax import params
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -87,12 +90,30 @@ def small_config():
     return SMALL
 
 
+def randomised(model, seed=0):
+    """An abstract module with all leaves drawn: kernels of unit gain, no bias or scale at its initial value.
+
+    Drawn by numpy, since compiling a module's own initialisers takes longer than most tests.
+    """
+    rng = np.random.default_rng(seed)
+    fan_in = {f"{path}/kernel": math.prod(module.in_shape) for path, module in projections(model).items()}
+    arrays = {}
+    for path, leaf in params.abstract(model).items():
+        array = rng.standard_normal(leaf.shape)
+        array = array * fan_in[path] ** -0.5 if path in fan_in else 0.2 * array
+        arrays[path] = jnp.asarray(array, leaf.dtype)
+    return params.assign(model, arrays)
+
+
+@pytest.fixture(scope="session")
+def make_random():
+    return randomised
+
+
 @pytest.fixture(scope="session")
 def small_model():
-    """Random weights, the final norm's scale not at its initial zero; read-only."""
-    model = PaliGemma(SMALL, rngs=nnx.Rngs(0))
-    model.decoder.norm.scale[...] = jnp.linspace(-0.5, 0.5, SMALL.decoder.width)
-    return model
+    """Random weights; read-only."""
+    return randomised(nnx.eval_shape(lambda: PaliGemma(SMALL, rngs=nnx.Rngs(0))))
 
 
 @pytest.fixture(scope="session")

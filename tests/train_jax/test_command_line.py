@@ -210,7 +210,8 @@ def test_help_prints_usage_and_flags(capsys):
     assert caught.value.code == 0 and out.startswith("Trains a model.") and "--workdir" in out
 
 
-def test_user_errors_end_with_status_2_and_one_line(capsys):
+def test_user_errors_end_with_status_2_and_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no file there that could be meant
     with pytest.raises(SystemExit) as caught:
         run(load_from_flags, ["bin/train.py", "--config=nowhere.py"])
     assert caught.value.code == 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -45,8 +46,6 @@ def finished(fast_runs, tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy of the finished run."""
-    import shutil
-
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -70,10 +69,10 @@ def test_what_a_run_leaves(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_the_loss_falls(tmp_path):
-    fit(tmp_path, total_steps=300, eval_steps=100, log_steps=100, model__dropout=0.0)
-    losses = logged(tmp_path)
-    assert losses[300] < 0.3 * losses[100]
+def test_the_model_learns(tmp_path):
+    """From weighted examples; the best constant has a loss of about 0.5."""
+    run = {"total_steps": 100, "eval_steps": 100, "log_steps": 100, "model__dropout": 0.0}
+    assert fit(tmp_path, **run)["loss"] < 0.25
 
 
 def test_the_same_config_again_retrains_nothing(run, capsys):
@@ -191,9 +190,9 @@ def test_patience_keeps_and_loads_the_best(tmp_path, capsys):
     )
     assert fit(tmp_path, **run) == json.loads((tmp_path / "eval.json").read_text())
     assert "is complete: 8 steps trained" in capsys.readouterr().out
-    # With more patience it goes on.
-    results = fit(tmp_path, **run | {"patience": 3, "total_steps": 12, "scores": (0.95, 0.7), "load_best_at_end": True})
-    assert results["step"] == 10 and steps_kept(tmp_path) == [10, 12]
+    # With more patience it goes on, and gives up later.
+    results = fit(tmp_path, **run | {"patience": 3, "scores": (0.95, 0.7)})
+    assert results["step"] == 10 and steps_kept(tmp_path) == [10, 16]
 
 
 def test_a_resume_in_the_midst_of_patience(tmp_path):

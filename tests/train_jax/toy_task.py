@@ -176,7 +176,7 @@ class Prepare:
         time.sleep(self.delay)
         rng = np.random.default_rng((self.seed, index))
         x = rng.normal(size=FEATURES).astype(np.float32)
-        y = np.float32(np.sin(x.sum()))
+        y = np.float32(np.tanh(x[0] - x[1]))
         if index in self.nans:
             x[0] = np.nan
         if index in self.spikes:

@@ -110,7 +110,9 @@ def test_active_and_merged_logits_equal_peft(golden, hugging_face_model, peft_ca
 
 def test_loss_of_an_active_adapter_equals_peft(golden, hugging_face_model, peft_case):
     model = adapted_like_peft(hugging_face_model, golden / "hf_peft_lora/adapter_qo")
-    np.testing.assert_allclose(token_mean(model, peft_case), peft_case.stored["qo_loss"], rtol=0, atol=2e-5)
+    graph, arrays = params.split(model)
+    loss = jax.jit(lambda arrays: token_mean(params.merge(graph, arrays), peft_case))(arrays)
+    np.testing.assert_allclose(loss, peft_case.stored["qo_loss"], rtol=0, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

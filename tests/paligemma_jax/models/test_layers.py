@@ -194,10 +194,10 @@ def test_projection_computes_in_its_dtype_and_accumulates_in_float32(dtype, tole
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 0.02), ("bfloat16", 0.1)])
-def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(dtype, tolerance):
+def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(make_random, dtype, tolerance):
     """Residuals near 1e4 and beyond, with one huge feature, as trained Gemma has."""
     sizes = dict(vocab_size=32, width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
-    exact = Gemma(GemmaConfig(**sizes), rngs=nnx.Rngs(0))
+    exact = make_random(nnx.eval_shape(lambda: Gemma(GemmaConfig(**sizes), rngs=nnx.Rngs(0))))
     _, arrays = params.split(exact)
     # Feed-forward branches add about 1e4 to the residual stream.
     arrays["layers/mlp/down_proj/kernel"] = arrays["layers/mlp/down_proj/kernel"] * 2e4
@@ -211,11 +211,11 @@ def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(dtype, tol
         results = []
         for model in (exact, half):
             hidden, _, out = params.merge(nnx.graphdef(model), arrays)(x, positions, mask)
-            results.append((hidden, out["encoded"], model.logits(hidden) if model is exact else hidden))
+            results.append((hidden, out["encoded"]))
         return results
 
-    (expected, encoded, _), (hidden, half_encoded, _) = run(arrays)
-    assert float(jnp.abs(encoded).max()) > 3e5 and float(jnp.median(jnp.abs(encoded))) > 1e4
+    (expected, encoded), (hidden, half_encoded) = run(arrays)
+    assert float(jnp.abs(encoded).max()) > 1e5 and float(jnp.median(jnp.abs(encoded))) > 1e4
     assert hidden.dtype == half_encoded.dtype == jnp.float32
     assert bool(jnp.isfinite(hidden).all()) and bool(jnp.isfinite(half_encoded).all())
     np.testing.assert_allclose(hidden, expected, rtol=0, atol=tolerance)
