@@ -1,7 +1,8 @@
 """Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
 
-The config is the workdir's own config.json. With --config=FILE and a workdir that holds no run, evaluates the base
-model of that config. The work is done by train_jax.loop.evaluate(config, workdir, split, checkpoint).
+The config is the workdir's own config.json. With --config=FILE and no workdir, evaluates the base model of that config,
+as it is before training, into runs/<config>-base. The work is done by train_jax.loop.evaluate(config, workdir, split,
+checkpoint).
 """
 
 from absl import flags
@@ -21,6 +22,8 @@ def main(argv: list[str]) -> None:
     from train_jax import loop  # slow to import: after mistakes in the flags have been told
 
     distributed.start_from_flags(values)
+    if values.workdir is None:
+        workdir += "-base"
     loop.evaluate(config, workdir, values.split, values.checkpoint)
 
 

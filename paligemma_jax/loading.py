@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights import load as checkpoint
 from train_jax import config
+from train_jax.errors import UserError
 
 
 def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best", **options) -> PaliGemma:
@@ -14,7 +17,8 @@ def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best",
       path: where the model is.
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
-      options: of a checkpoint, see weights.load.load (image_size, param_dtype, remat, decoder fields).
+      options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, decoder fields); a run has
+        its own in its config.json.
 
     Returns:
       The model; `model.config` has its sizes and its preprocessing.
@@ -24,14 +28,24 @@ def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best",
     """
     if not is_run(path):
         return checkpoint.load(path, dtype, **options)
+    if options:
+        raise UserError(
+            f"{path} is a run, loaded with {', '.join(options)}, expected no such options: its config.json decides."
+        )
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
-    settings = config.from_json((Path(path) / "config.json").read_text())
-    with settings.unlocked():
-        settings.compute_dtype = dtype
-    return loop.load_model(settings, Path(path), which)
+    settings = run_config(path)
+    settings.compute_dtype = dtype
+    settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
+    return loop.load_model(settings, Path(path).expanduser(), which)
+
+
+def run_config(path: str | Path) -> ConfigDict:
+    """The config of a run, from its workdir."""
+    return config.from_json((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
 
 
 def is_run(path: str | Path) -> bool:
     """Whether a folder is the workdir of a run."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+    folder = Path(path).expanduser()
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
-from paligemma_jax.loading import is_run, load
-from train_jax import config
+from paligemma_jax.loading import is_run, load, run_config
 from train_jax.errors import UserError
 
 BATCH = 16  # prompts answered at once
@@ -54,11 +54,11 @@ def predict(
     if workdir is not None:
         if not is_run(workdir):
             raise UserError(f"{workdir} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")
-        settings, path = config.from_json((Path(workdir) / "config.json").read_text()), workdir
-        prompt = settings.data.prompt
+        data, path = run_config(workdir).data, workdir
+        prompt = "{question}" if data.name == "jsonl" else data.prompt  # rows of a JSONL file bring whole prompts
     loaded = load(path, which=checkpoint) if workdir is not None else load(path)
     tokenizer, prepare = load_tokenizer(path), loaded.config.preprocessing
-    pixels = {image: prepare.apply(prepare.decode(_read(image))) for image in dict.fromkeys(images)}
+    pixels = {image: _pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
     longest = max(len(tokenizer.encode(prefix)) for prefix in prefixes) + 1 + len(tokenizer.separator_ids)
     rows = [make_example(tokenizer, prefix, None, longest) for prefix in prefixes]
@@ -79,8 +79,11 @@ def predict(
     return list(zip(images, texts, answers, strict=True))
 
 
-def _read(file: str) -> bytes:
+def _pixels(file: str, prepare: Preprocessing) -> np.ndarray:
+    """An image file as the model takes it, float32 [I, I, 3]."""
     try:
-        return Path(file).expanduser().read_bytes()
+        return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): correct --image.") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error

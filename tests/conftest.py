@@ -19,3 +19,6 @@ PACKAGE = Path(__file__).parent.parent / "paligemma_jax"
 COMPUTING = {f"paligemma_jax.{path.stem}" for path in PACKAGE.iterdir()} - {"paligemma_jax.data"}
 ARRAY_DATA = {"paligemma_jax.data.images", "paligemma_jax.data.resize_tf"}
 install_import_hook(["train_jax", "flow_jax", *COMPUTING, *ARRAY_DATA], "beartype.beartype")
+
+# Fixtures of a small model and its runs, for the tests of tasks and entry points.
+pytest_plugins = ["tests.paligemma_jax.mini"]

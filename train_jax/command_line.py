@@ -29,6 +29,9 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     argv = sys.argv if argv is None else argv
     try:
         main(argv)
+    except KeyboardInterrupt:
+        print(f"{Path(argv[0]).name}: interrupted; the same command goes on from the last save.", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

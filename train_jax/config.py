@@ -9,6 +9,7 @@ import ast
 import importlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -221,6 +222,16 @@ def from_json(text: str) -> ConfigDict:
         except TypeError as error:
             raise UserError(f"config.json: {key}={value!r}, expected {parent.get_type(name).__name__}") from error
     return config
+
+
+def stored_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a workdir that holds checkpoints."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir"
+        )
+    return from_json(file.read_text(encoding="utf-8"))
 
 
 def _tuples(value: Any) -> Any:

@@ -13,7 +13,7 @@ from flax import nnx
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, jax.Array]]:
     """The module's structure and its arrays by path; `merge` is the inverse."""
     graph, state = nnx.split(model)
-    return graph, {_join(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graph: nnx.GraphDef, arrays: Mapping[str, Any]) -> nnx.Module:

@@ -24,6 +24,8 @@ class Task(Protocol):
 
     Beside the methods below a task may have
       start(workdir): called once before training, to put files of its own there;
+      default_split: the split of `evaluate` when none is asked for;
+      model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;
       describe_batch(batch) -> str: a training batch as a person reads it (train.py --print_batch);
       companions() -> {name: config}: runs that are trained in `workdir/name` before the evaluation, which gets

@@ -28,10 +28,14 @@ MINIMA = {
 FRACTIONS = ("ema_decay", "data.max_bad_fraction", "optimizer.end_factor", "optimizer.b1", "optimizer.b2")
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, training: bool = True) -> None:
     """Checks keys, types, ranges, durations and the batch against `base_config(config.task)` and the devices.
 
     Initialises JAX's backend, so several processes call `jax.distributed.initialize` first.
+
+    Args:
+      config: the finished config.
+      training: also check that the training batch fits the devices; a run may be evaluated on others.
 
     Raises:
       UserError: the first fault found.
@@ -41,7 +45,8 @@ def validate(config: ConfigDict) -> None:
         _check_type(key, value, base)
     _check_values(leaves(config))
     _check_durations(config)
-    _check_batch(config, jax.device_count(), jax.process_count())
+    if training:
+        _check_batch(config, jax.device_count(), jax.process_count())
 
 
 def unknown_key(key: str, config: ConfigDict) -> UserError:
@@ -112,6 +117,8 @@ def _check_values(values: dict[str, Any]) -> None:
     for key in FRACTIONS:
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise UserError(f"config.{key}={values[key]}, expected a number from 0 to 1: change it")
+    if values["ema_decay"] == 1:
+        raise UserError("config.ema_decay=1.0 would never take in a parameter, expected less than 1: change it")
     if values["best_metric"] is None and (values["patience"] is not None or values["load_best_at_end"]):
         asking = "load_best_at_end" if values["load_best_at_end"] else "patience"
         raise UserError(f"config.{asking} is set but config.best_metric is None: name the metric that decides")

@@ -88,11 +88,11 @@ class JsonlRecords:
         return row
 
     def _image_number(self, line: bytes, line_number: int, numbers: dict[str, int]) -> int:
-        """The image's number by first appearance. A malformed line shares number 0: it is never read as an image."""
+        """The image's number by first appearance; a malformed line has one of its own."""
         try:
             name = self._parse(line, line_number)["image"]
         except BadRow:
-            return 0
+            return numbers.setdefault(f"\0{line_number}", len(numbers))  # no name holds a NUL
         if name not in numbers:
             folder = self.file.parent.resolve()
             if not (folder / name).resolve().is_relative_to(folder):

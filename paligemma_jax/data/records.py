@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -165,6 +165,7 @@ class GuardedSource:
       source: records to prepare.
       prepare: turns a record into a dict of numpy arrays, decoding the image; must accept `placeholder`.
       on_error: "skip" as described, "raise" to stop at the first bad row.
+      policies: what to do instead, "skip" or "raise", for some kinds of error.
       max_bad_fraction: largest share of bad rows that is tolerated, 0 to 1.
       placeholder: the record prepared in place of a bad one.
 
@@ -184,6 +185,7 @@ class GuardedSource:
         on_error: str = "skip",
         max_bad_fraction: float = 0.01,
         placeholder: Record | None = None,
+        policies: Mapping[type[Exception], str] | None = None,
     ):
         if on_error not in ("skip", "raise"):
             raise UserError(f"data.on_error is {on_error!r}, expected 'skip' or 'raise'; choose one of them.")
@@ -193,6 +195,7 @@ class GuardedSource:
         self.prepare = prepare
         self.on_error = on_error
         self.max_bad_fraction = max_bad_fraction
+        self.policies = dict(policies or {})
         self.fingerprint = source.fingerprint
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
         self._lock = threading.Lock()
@@ -211,7 +214,7 @@ class GuardedSource:
             record = self.source[index]
             example, weight = self.prepare(record), record.weight
         except (UserError, OSError) as error:
-            if self.on_error == "raise":
+            if self._policy(error) == "raise":
                 raise
             example, weight, failure = self.prepare(self._placeholder), 0.0, error
         self._count(index, record, failure)
@@ -233,6 +236,9 @@ class GuardedSource:
                 f"{bad} of {seen} rows read were bad ({bad / seen:.1%}; first: {first}), expected at most "
                 f"{self.max_bad_fraction:.1%}; mend the data or raise data.max_bad_fraction."
             )
+
+    def _policy(self, error: Exception) -> str:
+        return next((policy for kind, policy in self.policies.items() if isinstance(error, kind)), self.on_error)
 
     def _count(self, index: int, record: Record | None, failure: Exception | None) -> None:
         with self._lock:

@@ -5,8 +5,10 @@ tuning      questions on a share of the training split's images that training ne
 reported    the validation split
 """
 
+import contextlib
+import fcntl
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from paligemma_jax.data.clevr import ClevrQuestions, prepare_clevr
 from paligemma_jax.data.jsonl import JsonlRecords
 from paligemma_jax.data.parquet import ParquetQuestions
 from paligemma_jax.data.records import Source, Subset
-from paligemma_jax.data.synthetic_clevr.build import build_tree
+from paligemma_jax.data.synthetic_clevr.build import build_tree, is_built
 from train_jax.errors import UserError
 
 NAMES = ("synthetic_clevr", "clevr", "parquet", "jsonl")
@@ -45,7 +47,8 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
         if (source / "dataset_info.json").is_file() or (source / "clevr").is_dir():
             return ClevrQuestions(source, split, data.prompt)  # prepared before, by us or by TFDS
         folder = Path(data.cache_dir).expanduser() / f"clevr-{zlib.crc32(str(source.resolve()).encode()):08x}"
-        return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)
+        with _locked(folder):
+            return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)
     if data.name == "parquet":
         return ParquetQuestions(data.source, split, data.prompt)
     return JsonlRecords(data.source, split)
@@ -56,8 +59,10 @@ def _synthetic(data: ConfigDict, progress: Progress) -> Path:
     size, numbers = data.image_size, (data.num_train_scenes, data.num_validation_scenes)
     name = f"synthetic-{size}-{numbers[0]}-{numbers[1]}-{data.questions_per_scene}-{data.scene_seed}"
     folder = Path(data.cache_dir).expanduser() / name
-    for split, number in zip(("train", "val"), numbers, strict=True):
-        if not (folder / "prepared").is_dir():
+    with _locked(folder):
+        for split, number in zip(("train", "val"), numbers, strict=True):
+            if is_built(folder / "CLEVR", split):
+                continue
             with progress(f"rendering {number} {split} scenes") as told:
                 build_tree(
                     folder / "CLEVR",
@@ -70,7 +75,16 @@ def _synthetic(data: ConfigDict, progress: Progress) -> Path:
                     progress=told,
                     workers=data.build_workers,
                 )
-    return prepare_clevr(folder / "CLEVR", folder / "prepared")
+        return prepare_clevr(folder / "CLEVR", folder / "prepared")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Of several processes that want the data of a folder, one prepares them and the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subset]:
@@ -78,18 +92,26 @@ def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subse
 
     Args:
       source: all questions of the training split.
-      data: `tune_fraction` of the images are kept for tuning, of whose questions at most `tune_examples` are used;
-        of the rest, `fraction` of the questions (drawn with `subset_seed`) train.
+      data: `tune_fraction` of the images (one at least, and one stays) are kept for tuning, of whose questions at most
+        `tune_examples` are used; of the rest, `fraction` of the questions (drawn with `subset_seed`) train.
+
+    Raises:
+      UserError: a share or a number out of range, or a single image, which cannot be divided.
     """
-    images = source.image_numbers()
-    order = np.argsort(np.random.PCG64(data.subset_seed).random_raw(int(images.max()) + 1), kind="stable")
-    kept = np.zeros(len(order), bool)
-    kept[order[: round(data.tune_fraction * len(order))]] = True
-    if kept.all() or not kept.any():
+    if not 0 < data.tune_fraction < 1 or data.tune_examples < 1:
         raise UserError(
-            f"data.tune_fraction={data.tune_fraction} of {len(order)} images leaves nothing to tune on or to train on: "
-            "choose a share that gives each at least one image."
+            f"data.tune_fraction is {data.tune_fraction} and data.tune_examples {data.tune_examples}, expected a share "
+            "between 0 and 1 and at least one example: change them."
         )
+    numbers, images = np.unique(source.image_numbers(), return_inverse=True)
+    if len(numbers) < 2:
+        raise UserError(
+            "the training data hold one image, expected at least two, one to train on and one to choose the "
+            "checkpoint by: add images."
+        )
+    order = np.argsort(np.random.PCG64(data.subset_seed).random_raw(len(numbers)), kind="stable")
+    kept = np.zeros(len(numbers), bool)
+    kept[order[: min(max(1, round(data.tune_fraction * len(numbers))), len(numbers) - 1)]] = True
     rows = np.arange(len(source))
     train = Subset(source, indices=rows[~kept[images]])
     tune = Subset(source, indices=rows[kept[images]])

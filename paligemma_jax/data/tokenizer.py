@@ -123,9 +123,12 @@ class Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of "tiny" (ships with the package), of a folder that holds `tokenizer.model`, or of that file.
 
-    A folder may be a Hugging Face download or a run's workdir. Raises UserError when there is no such file.
+    A folder may be a Hugging Face download or a run's workdir; a big_vision .npz has it beside it. Raises UserError
+    when there is no such file.
     """
-    file = _TINY if str(path) == "tiny" else Path(path)
+    file = _TINY if str(path) == "tiny" else Path(path).expanduser()
+    if file.suffix == ".npz":
+        file = file.parent
     if file.is_dir():
         file = file / "tokenizer.model"
     if not file.is_file():

@@ -20,7 +20,7 @@ PREFIX = "model/"
 
 
 def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
-    """Writes the moving average of a pretraining run's parameters to `folder`.
+    """Writes a pretraining run's parameters (their moving average, where one was kept) to `folder`.
 
     Raises:
       UserError: `run` is no pretraining run, or has no such checkpoint.
@@ -28,11 +28,16 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
     file = run / "config.json"
     if not file.is_file():
         raise UserError(f"{run} has no config.json, expected the workdir of configs/pretrain.py: correct the path.")
-    settings = config.from_json(file.read_text())
+    settings = config.from_json(file.read_text(encoding="utf-8"))
+    if config.task_class(settings.task) is not Pretraining:
+        raise UserError(f"{run} is a run of {settings.task}, expected one of configs/pretrain.py: correct the path.")
     task = Pretraining(settings, sharding.make_mesh(settings.mesh))
     checkpoints = Checkpoints(run / "checkpoints", read_only=True)
-    arrays = checkpoints.restore_params(checkpoints.resolve(checkpoint), item="ema")
-    checkpoints.close()
+    item = "ema" if settings.ema_decay is not None else "params"
+    try:
+        arrays = checkpoints.restore_params(checkpoints.resolve(checkpoint), item=item)
+    finally:
+        checkpoints.close()
     params = {name.removeprefix(PREFIX): a.astype(np.float16) for name, a in arrays.items() if name.startswith(PREFIX)}
     hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
     preprocessor = task.model_config.preprocessing.to_hugging_face()

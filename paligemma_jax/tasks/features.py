@@ -4,10 +4,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-Encode = Callable[..., jax.Array]  # images uint8 [B, I, I, 3] -> features [B, P, D]
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source, Subset
+from paligemma_jax.models.paligemma import PaliGemma
+
+Encode = Callable[[np.ndarray], jax.Array | np.ndarray]  # images uint8 [B, I, I, 3] -> features float32 [B, P, D]
+
+
+@jax.jit
+def encode_images(model: PaliGemma, images: jax.Array | np.ndarray) -> jax.Array:
+    """Features float32 [B, P, D] of images uint8 [B, I, I, 3], in the value range of the model's family."""
+    return model.encode_image(model.config.preprocessing.normalize(images))[0]
 
 
 class FeatureCache:
@@ -25,9 +33,8 @@ class FeatureCache:
         fresh: dict[int, np.ndarray] = {}
         for start in range(0, len(missing), self._batch_size):
             part = missing[start : start + self._batch_size]
-            images = fetch(part)
-            images += [images[0]] * (self._batch_size - len(part))
-            fresh |= zip(part, np.asarray(self._encode(np.stack(images))), strict=False)
+            encoded = np.asarray(self._encode(_stack(fetch(part), self._batch_size)))
+            fresh |= zip(part, encoded[: len(part)], strict=True)
         out = np.stack([fresh[key] if key in fresh else self._touch(key) for key in keys])
         for key, value in fresh.items():
             self._features[key] = value.copy()  # not a view, which would keep the whole batch alive
@@ -44,40 +51,69 @@ class FeatureCache:
 class FeatureStore:
     """Training rows with `features` [P, D] in place of `image`; every image is encoded once, at the start.
 
-    Exact while the tower is frozen. Takes P x D x 4 bytes an image of host memory (41 KB for the tiny model).
+    Exact while the tower is frozen. Takes P x D x 4 bytes an image of host memory (41 KB for the tiny model). All rows
+    of an image that cannot be used are bad.
     """
 
     BATCH = 32
 
-    def __init__(self, texts, images, encode: Encode, progress):
+    def __init__(
+        self,
+        source: Source,
+        guard: Callable[..., GuardedSource],
+        prepare_text: Callable[[Record], dict],
+        prepare_image: Callable[[Record], dict],
+        encode: Encode,
+        progress,
+    ):
         """Encodes the images of all rows.
 
         Args:
-          texts, images: guarded sources of the same records, one without and one with the `image`.
+          source: the records.
+          guard: makes a GuardedSource of a source and what prepares its records (and `max_bad_fraction`).
+          prepare_text, prepare_image: what a row holds beside its features; its `image`.
           encode: the tower.
           progress: see tasks.common.progress.
         """
-        self._texts, self._images = texts, images
-        self.fingerprint = texts.fingerprint
-        unique, first, self._place = np.unique(texts.source.image_numbers(), return_index=True, return_inverse=True)
-        self._usable = np.ones(len(unique), np.float32)
-        encode, parts = jax.jit(encode), []
-        with progress(f"encoding {len(unique)} training images") as told:
-            for start in range(0, len(unique), self.BATCH):
-                rows = [images[int(i)] for i in first[start : start + self.BATCH]]
-                self._usable[start : start + len(rows)] = [row["weight"] for row in rows]
-                pixels = np.stack([row["image"] for row in rows + rows[:1] * (self.BATCH - len(rows))])
-                parts.append(np.asarray(encode(jnp.asarray(pixels)))[: len(rows)])
-                told(start + len(rows), len(unique))
-        self._features = np.concatenate(parts)
+        self._prepare_text = prepare_text
+        numbers, first = np.unique(source.image_numbers(), return_index=True)
+        # Shares are judged by row, in `_rows`: an image may have one question or many.
+        images = guard(Subset(source, indices=first), prepare_image, max_bad_fraction=1.0)
+        self._features, self._place = None, {}
+        with progress(f"encoding {len(numbers)} training images") as told:
+            for start in range(0, len(numbers), self.BATCH):
+                rows = [images[i] for i in range(start, min(start + self.BATCH, len(numbers)))]
+                encoded = np.asarray(encode(_stack([row["image"] for row in rows], self.BATCH)))
+                if self._features is None:
+                    self._features = np.empty((len(numbers), *encoded.shape[1:]), encoded.dtype)
+                self._features[start : start + len(rows)] = encoded[: len(rows)]
+                self._place |= {int(numbers[start + i]): start + i for i, row in enumerate(rows) if row["weight"]}
+                told(start + len(rows), len(numbers))
+        self._rows = guard(source, self._prepare)
+        self.fingerprint = self._rows.fingerprint
 
     @property
     def bad_rows(self) -> dict[int, str]:
-        return self._texts.bad_rows | self._images.bad_rows
+        """See GuardedSource."""
+        return self._rows.bad_rows
+
+    def check(self) -> None:
+        """Judges the share of bad rows, see GuardedSource."""
+        self._rows.check()
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row, place = self._texts[index], self._place[index]
-        return row | {"features": self._features[place], "weight": row["weight"] * self._usable[place]}
+        return self._rows[index]
+
+    def _prepare(self, record: Record) -> dict[str, np.ndarray]:
+        place = self._place.get(record.image_index)
+        if place is None and record.weight:
+            raise BadRow(f"the image {record.image_name} cannot be used; replace the file.")
+        return self._prepare_text(record) | {"features": self._features[place or 0]}
+
+
+def _stack(images: list[np.ndarray], size: int) -> np.ndarray:
+    """`size` images: those given, and copies of the first."""
+    return np.stack(images + images[:1] * (size - len(images)))

@@ -53,7 +53,9 @@ def initial_model(config, seed: int, runs: tuple[str, ...]) -> PretrainingModel:
         checkpoints.close()
         for path, array in arrays.items():
             if path not in shapes or shapes[path].shape != array.shape:
-                raise UserError(f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another.")
+                raise UserError(
+                    f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
+                )
         model = params.assign(model, arrays)
     return model
 
@@ -173,7 +175,8 @@ class Pretraining:
 
     def _source(self, stream: str, num_scenes: int, views: int) -> PackedTexts:
         data = self.config.data
-        scenes = PretrainingScenes(rendered(data, self.model_config.vision, stream, num_scenes), views, data.num_segments)
+        folder = rendered(data, self.model_config.vision, stream, num_scenes)
+        scenes = PretrainingScenes(folder, views, data.num_segments)
         return PackedTexts(scenes, self.tokenizer, data.text_length, dict(self.config.weights))
 
     def train_source(self):

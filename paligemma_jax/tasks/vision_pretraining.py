@@ -1,7 +1,7 @@
 """The warm start of the small base's vision tower: every patch tells what it shows, without any text.
 
-A picture costs a fifth of what it costs with its texts (tasks/pretraining.py), and the texts teach little before the tower
-can tell a cube from a cylinder; so the tower learns that first, on its own.
+A picture costs a fifth of what it costs with its texts (tasks/pretraining.py), and the texts teach little before the
+tower can tell a cube from a cylinder; so the tower learns that first, on its own.
 """
 
 from pathlib import Path

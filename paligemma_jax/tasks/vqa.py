@@ -4,7 +4,7 @@ The prompt, its masks and its truncation come from data/prompts.py, for training
 its controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
 """
 
-import re
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt import lora
 from paligemma_jax.data import prompts, sources
-from paligemma_jax.data.records import GuardedSource, Record
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.features import FeatureStore
+from paligemma_jax.tasks.features import FeatureStore, encode_images
 from paligemma_jax.weights.load import load
-from train_jax import params
+from train_jax import params, patterns
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 
@@ -40,7 +41,9 @@ class VQA:
         r"data\.(build_workers|cache_dir)",
         r"loss\.(chunk_size|vocab_chunk)",
         "cache_features",
+        r"model\.remat",
     )
+    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable")
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -72,16 +75,16 @@ class VQA:
                 "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
                 "cache_dir": common.cache_dir(),
                 "build_workers": 2,  # processes that render
-                "prompt": "answer en {question}",  # PaliGemma's task prefix for questions in English
+                "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
                 "blank_images": False,  # the question-only control: same run, black images
                 "fraction": 1.0,  # of the training questions
                 "subset_seed": 42,  # draws that fraction (not the permutation of the `datasets` library)
-                "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by
+                "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by; at least one
                 "tune_examples": 300,  # questions on those images, at most
                 "validation_split": "validation",
                 "prefix_length": 64,  # tokens of BOS + prompt + separator
                 "suffix_length": 16,  # tokens of the answer with its EOS
-                "on_truncation": "raise",  # raise | skip (counted as a bad row): a text that does not fit is never cut
+                "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
                 # Synthetic scenes only:
                 "image_size": 96,
                 "num_train_scenes": 1000,
@@ -118,9 +121,15 @@ class VQA:
             raise UserError(f"loss.reduction is {config.loss.reduction!r}, expected 'token_mean' or 'example_mean'.")
         if config.data.on_truncation not in ("raise", "skip"):
             raise UserError(f"data.on_truncation is {config.data.on_truncation!r}, expected 'raise' or 'skip'.")
+        if config.adapter.name != "none" and config.trainable is not None:
+            raise UserError(
+                f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "
+                "trains, expected one of the two: set trainable=None or adapter.name=none."
+            )
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         self._base: PaliGemma | None = None
-        self._splits = None
+        self._preprocessing: Preprocessing | None = None
+        self._splits: dict[str, Source] = {}
 
     # Model.
 
@@ -137,6 +146,7 @@ class VQA:
                 remat=config.model.remat,
             )
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
+            self._preprocessing = self._base.config.preprocessing
         return self._base
 
     def init(self) -> nnx.Module:
@@ -167,46 +177,58 @@ class VQA:
 
     # Data.
 
-    def split(self, name: str):
+    def split(self, name: str) -> Source:
         """Records of "train", "tune", or a split of the source."""
-        data = self.config.data
-        if name in ("train", "tune"):
-            if self._splits is None:
+        if name not in self._splits:
+            data = self.config.data
+            if name in ("train", "tune"):
                 source = sources.open_source(data, "train", common.progress)
-                self._splits = sources.training_and_tuning(source, data)
-            return self._splits[name == "tune"]
-        return sources.open_source(data, name, common.progress)
+                self._splits |= zip(("train", "tune"), sources.training_and_tuning(source, data), strict=True)
+            else:
+                self._splits[name] = sources.open_source(data, name, common.progress)
+        return self._splits[name]
+
+    @property
+    def default_split(self) -> str:
+        """The split that a run reports."""
+        return self.config.data.validation_split
 
     def train_source(self):
+        model = self.base()  # first, for what can be told of it before images are rendered or encoded
+        self._check_what_trains(model)
         records = self.split("train")
+        self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
         if not self.config.cache_features:
-            return self.guarded(records, lambda record: self.prepare_image(record) | self.prepare_text(record))
-        model = self.base()
-        self._check_tower_is_frozen(model)
-        return FeatureStore(
-            self.guarded(records, self.prepare_text),
-            self.guarded(records, self.prepare_image),
-            lambda images: model.encode_image(self.normalize(model, images))[0],
-            common.progress,
-        )
+            return self.guarded(records, self._prepare)
+        encode = functools.partial(encode_images, model)
+        return FeatureStore(records, self.guarded, self.prepare_text, self.prepare_image, encode, common.progress)
 
-    def _check_tower_is_frozen(self, model: PaliGemma) -> None:
+    def _prepare(self, record: Record) -> dict[str, np.ndarray]:
+        return self.prepare_image(record) | self.prepare_text(record)
+
+    def _check_what_trains(self, model: PaliGemma) -> None:
         adapter = self.config.adapter
         if adapter.name == "lora":
-            pattern, paths = adapter.targets, lora.projections(model)
+            trained = patterns.select(adapter.targets, lora.projections(model), what="lora targets")
         else:
-            pattern, paths = self.trainable(), params.abstract(model)
-        trained = [path for path in paths if not path.startswith("decoder/") and re.fullmatch(pattern, path)]
-        if trained:
+            trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+        outside = [path for path in trained if not path.startswith("decoder/")]
+        if self.config.cache_features and outside:
             raise UserError(
-                f"cache_features is on but {trained[0]} trains, which changes the image features with every step: set "
+                f"cache_features is on but {outside[0]} trains, which changes the image features with every step: set "
                 "cache_features=False."
             )
 
-    def guarded(self, source, prepare) -> GuardedSource:
+    def guarded(self, source: Source, prepare, max_bad_fraction: float | None = None) -> GuardedSource:
         """A source whose bad rows keep their slot with weight 0 (or stop the run, as the config says)."""
         data = self.config.data
-        return GuardedSource(source, prepare, on_error=data.on_error, max_bad_fraction=data.max_bad_fraction)
+        return GuardedSource(
+            source,
+            prepare,
+            on_error=data.on_error,
+            max_bad_fraction=data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
+            policies={prompts.TruncationError: data.on_truncation},
+        )
 
     def prepare_text(self, record: Record) -> dict[str, np.ndarray]:
         """Tokens [T + 1] and masks of a training row."""
@@ -227,20 +249,12 @@ class VQA:
 
     def prepare_image(self, record: Record) -> dict[str, np.ndarray]:
         """The record's picture, resized to the model's input, uint8 [I, I, 3]."""
-        preprocessing = self.preprocessing
-        pixels = preprocessing.resize(preprocessing.decode(record.image))
+        preprocessing = self._preprocessing or self.base().config.preprocessing
+        try:
+            pixels = preprocessing.resize(preprocessing.decode(record.image))
+        except BadRow as error:
+            raise BadRow(f"{record.image_name}: {error}") from error
         return {"image": np.zeros_like(pixels) if self.config.data.blank_images else pixels}
-
-    @property
-    def preprocessing(self):
-        if not hasattr(self, "_preprocessing"):
-            self._preprocessing = self.base().config.preprocessing
-        return self._preprocessing
-
-    @staticmethod
-    def normalize(model: PaliGemma, images: jax.Array) -> jax.Array:
-        """uint8 [0, 255] to the value range of the model's family."""
-        return model.config.preprocessing.normalize(images)
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""
@@ -262,7 +276,7 @@ class VQA:
         """Image features of a batch, from the store or the tower."""
         if FEATURES in batch:
             return batch[FEATURES]
-        return model.encode_image(self.normalize(model, batch["image"]), keys)[0]
+        return model.encode_image(model.config.preprocessing.normalize(batch["image"]), keys)[0]
 
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, arrays = self._hidden(model, batch, keys)
@@ -326,4 +340,4 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
-        return report(self, model, workdir, split or self.config.data.validation_split, companions)
+        return report(self, model, workdir, split or self.default_split, companions)

@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
-from paligemma_jax.data.records import Record, Source
+from paligemma_jax.data.records import BadRow, Record, Source, blank_record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generate import generate
 from paligemma_jax.metrics import Accuracy, exact_match
-from paligemma_jax.tasks.features import FeatureCache
+from paligemma_jax.tasks.features import FeatureCache, encode_images
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from train_jax import sharding
 from train_jax.errors import UserError
@@ -63,21 +63,26 @@ class Evaluation:
           source: the records; those that cannot be read or do not fit are left out, as the config's policy says.
           wanted: what to compute, of OUTPUTS.
           shuffled: show each question the image of another scene (all questions of an image the same one).
+
+        Raises:
+          UserError: too many bad rows, no good one, or a device too small for a single question.
         """
         reader = _Reader(self.task, source, self._encoder(), self._size, shuffled)
-        start = 0
+        self._fit(reader, wanted)
+        start, good = 0, 0
         while start < len(source):
-            if not self._fitted:
-                self._fit(reader, wanted)
             rows = range(start, min(start + self._size, len(source)))
             try:
                 found = self._batch(reader, rows, wanted)
             except jax.errors.JaxRuntimeError as error:
                 self._shrink(error)
+                reader.resize(self._size)
                 continue
-            start += len(rows)
+            start, good = start + len(rows), good + len(found)
             yield from found
         reader.check()
+        if not good:
+            raise UserError(f"none of the {len(source)} rows to evaluate can be used: mend the data.")
 
     def _batch(self, reader: "_Reader", rows: range, wanted: tuple[str, ...]) -> list[Answer]:
         """Reads, computes, and turns one batch into answers."""
@@ -103,16 +108,16 @@ class Evaluation:
         batch = self._place(arrays)
         out: dict[str, Any] = {}
         if "generate" in wanted:
-            out["generate"] = self._generate(batch)
+            out["generate"] = self._generate(self.model, batch)
         if "likelihood" in wanted and self._candidates is not None:
-            out["likelihood"] = self._score(batch)
+            out["likelihood"] = self._score(self.model, batch)
         if "loss" in wanted:
             out["loss"] = _token_loss(self.task, self.model, batch)
         return jax.tree.map(_to_host, out)
 
-    def _generate(self, batch) -> jax.Array:
+    def _generate(self, model, batch) -> jax.Array:
         return generate(
-            self.model,
+            model,
             None,
             batch["prompt"],
             batch["prompt_mask"],
@@ -121,9 +126,10 @@ class Evaluation:
             image_features=batch["features"],
         )
 
-    def _score(self, batch) -> jax.Array:
+    def _score(self, model, batch) -> jax.Array:
         _, ids, mask = self._candidates
-        return score_candidates(self.model, batch["features"], batch["prompt"], batch["prompt_mask"], ids, mask)
+        chunks = self.config.loss.chunk_size, self.config.loss.vocab_chunk
+        return score_candidates(model, batch["features"], batch["prompt"], batch["prompt_mask"], ids, mask, *chunks)
 
     def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Rows onto the mesh; with several processes each gives its own."""
@@ -134,10 +140,9 @@ class Evaluation:
 
     def _encoder(self):
         """uint8 images -> features on the host."""
-        model, task = self.model, self.task
 
         def encode(images: np.ndarray) -> np.ndarray:
-            return _to_host(_encode(task, model, self._place({"image": images})["image"]))
+            return _to_host(encode_images(self.model, self._place({"image": images})["image"]))
 
         return encode
 
@@ -145,17 +150,41 @@ class Evaluation:
 
     def _fit(self, reader: "_Reader", wanted: tuple[str, ...]) -> None:
         """Halves the batch until the compiled step fits what the device has left (where it tells)."""
-        self._fitted = True
-        limit = device_memory_limit()
-        while limit is not None and self._size > self._parts:
-            _, arrays = reader.read(range(min(self._size, len(reader))), self._size)
-            batch = self._place(arrays)
-            step = jax.jit(functools.partial(_everything, self, wanted=wanted)).lower(self.model, batch).compile()
+        limit = _free_memory()
+        while limit is not None and not self._fitted and self._size > self._parts:
+            batch, images = self._shapes(reader)
+            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
             memory = step_memory(step)
             if memory is None or memory.temp + memory.output <= limit:
                 break
             self._halve(f"a batch needs {memory.temp + memory.output:,} bytes beside the model, {limit:,} are free")
+        self._fitted = True
         reader.resize(self._size)
+
+    def _shapes(self, reader: "_Reader"):
+        """A batch and its images as shapes on the mesh."""
+        rows = sharding.batch_sharding(self.task.mesh, accumulate=False)
+
+        def shape(array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self._size, *array.shape), array.dtype, sharding=rows)
+
+        example = reader.blank()
+        images = shape(example.pop("image"))
+        features = jax.eval_shape(encode_images, self.model, images)
+        return {name: shape(array) for name, array in example.items()} | {
+            "features": jax.ShapeDtypeStruct(features.shape, features.dtype, sharding=rows)
+        }, images
+
+    def _everything(self, model, batch, images, wanted: tuple[str, ...]):
+        """All of a batch's computations in one program, to ask the compiler what they take."""
+        out = [encode_images(model, images)]
+        if "generate" in wanted:
+            out.append(self._generate(model, batch))
+        if "likelihood" in wanted and self._candidates is not None:
+            out.append(self._score(model, batch))
+        if "loss" in wanted:
+            out.append(_token_loss(self.task, model, batch))
+        return out
 
     def _shrink(self, error: Exception) -> None:
         """Halves the batch after the device ran out of memory.
@@ -194,20 +223,17 @@ class _Reader:
     """Reads rows of a source as prompts, targets and features, bad ones with weight 0."""
 
     def __init__(self, task, source: Source, encode, size: int, shuffled: bool):
-        self._task, self._source = task, source
-        self._texts = task.guarded(source, self._prepare)
-        self._images = task.guarded(source, task.prepare_image)
+        self._task = task
+        self._rows = task.guarded(source, self._prepare)
+        # Shares are judged by row, in `_rows`: an image may have one question or many.
+        self._images = task.guarded(source, task.prepare_image, max_bad_fraction=1.0)
         self._numbers = np.asarray(source.image_numbers())
-        self._shown = _other_images(self._numbers) if shuffled else self._numbers
         unique, first = np.unique(self._numbers, return_index=True)
         self._row_of = dict(zip(unique.tolist(), first.tolist(), strict=True))
+        self._shown = other_images(unique) if shuffled else {number: number for number in self._row_of}
         self._unusable: set[int] = set()
         self._encode, self._pool = encode, ThreadPoolExecutor(2)
-        self._blank: Record | None = None
         self.resize(size)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
     def resize(self, size: int) -> None:
         """Another number of rows at once."""
@@ -216,10 +242,17 @@ class _Reader:
 
     def check(self) -> None:
         """Judges the share of bad rows."""
-        self._texts.check()
-        self._images.check()
+        self._rows.check()
+
+    def blank(self) -> dict[str, np.ndarray]:
+        """The arrays of a row that holds nothing, with its `image`."""
+        record = blank_record()
+        example = self._prepare(record) | self._task.prepare_image(record) | {"weight": np.float32(0)}
+        return {name: value for name, value in example.items() if name != "record"}
 
     def _prepare(self, record: Record) -> dict[str, Any]:
+        if record.weight and self._shown[record.image_index] in self._unusable:
+            raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
         prompt = self._task.prepare_prompt(record)
         return {"record": record, "prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | (
             self._task.prepare_text(record)
@@ -227,12 +260,11 @@ class _Reader:
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
         """Records and arrays of some rows, filled up to `size` rows with copies of weight 0."""
-        examples = [self._texts[i] for i in rows]
-        records = [example.pop("record") for example in examples]
-        keys = [int(self._shown[i]) for i in rows]
+        keys = [self._shown[int(self._numbers[i])] for i in rows]
         features = self._cache.get(keys, self._fetch)
+        examples = [self._rows[i] for i in rows]  # after the images: rows without a usable one are bad
+        records = [example.pop("record") for example in examples]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        batch["weight"] = batch["weight"] * np.array([key not in self._unusable for key in keys], np.float32)
         batch["features"] = features
         missing = size - len(rows)
         batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
@@ -246,12 +278,19 @@ class _Reader:
         return [row["image"] for row in rows]
 
 
-def _other_images(numbers: np.ndarray) -> np.ndarray:
-    """For every row the number of another image: a random cycle through the images, so none keeps its own."""
-    unique = np.unique(numbers)
-    order = unique[np.argsort(np.random.PCG64(0).random_raw(len(unique)), kind="stable")]
-    after = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-    return np.array([after[number] for number in numbers.tolist()])
+def other_images(numbers: np.ndarray) -> dict[int, int]:
+    """For each of two or more different images another one: a random cycle, so that none keeps its own."""
+    order = numbers[np.argsort(np.random.PCG64(0).random_raw(len(numbers)), kind="stable")]
+    return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+
+
+def _free_memory() -> int | None:
+    """Bytes free on the fullest device of all processes, in steps of 1 MiB; None where devices do not tell."""
+    limit = device_memory_limit()
+    if limit is None or jax.process_count() == 1:
+        return limit
+    # Every process must come to the same batch.
+    return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20
 
 
 def _to_host(array: jax.Array) -> np.ndarray:
@@ -262,24 +301,5 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(task, model, images):
-    return model.encode_image(task.normalize(model, images))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _token_loss(task, model, batch):
     return task.token_loss(model, batch)
-
-
-def _everything(evaluation: Evaluation, model, batch, wanted):
-    """All of a batch's computations in one program, to ask the compiler what they take."""
-    twin = object.__new__(Evaluation)
-    twin.__dict__.update(evaluation.__dict__, model=model)
-    out = []
-    if "generate" in wanted:
-        out.append(twin._generate(batch))
-    if "likelihood" in wanted and twin._candidates is not None:
-        out.append(twin._score(batch))
-    if "loss" in wanted:
-        out.append(_token_loss(twin.task, model, batch))
-    return out

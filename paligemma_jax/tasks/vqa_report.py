@@ -9,6 +9,9 @@ What each number means:
     accuracy_most_frequent   the most frequent training answer of the question's family
     accuracy_question_only   as accuracy, for the same fine-tuning on black images
     accuracy_blind           the best of these last three: what the questions alone are worth
+
+A number that has no meaning (a shuffled image where there is only one, a likelihood without candidates, the question
+alone without its run) is null.
 """
 
 import contextlib
@@ -20,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from paligemma_jax.adapt.lora import detach_lora
 from paligemma_jax.data.families import question_family
-from paligemma_jax.data.records import Subset
+from paligemma_jax.data.records import Source, Subset
 from paligemma_jax.metrics import Accuracy, RougeSums, exact_match
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
-from paligemma_jax.tasks.vqa_evaluation import Evaluation
+from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
+from train_jax import loop, model_state
 
-CONTROLS = ("accuracy_shuffled", "accuracy_most_frequent", "accuracy_question_only")
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
 SHEET = 12  # scenes on the contact sheet
 
@@ -41,29 +45,40 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
     if config.max_examples is not None and config.max_examples < len(source):
         source = Subset(source, indices=range(config.max_examples))
     evaluation = Evaluation(task, model)
-    file = workdir / (
-        "predictions.jsonl" if split == task.config.data.validation_split else f"predictions-{split}.jsonl"
-    )
+    reported = split == task.default_split
+    suffix = "" if reported else f"-{split}"
+    frequent = Frequent(task) if config.controls else None
     answers = evaluation.answers(source, ("generate", "likelihood", "loss"))
-    with _writer(file) as write:
-        results, shown = _score(answers, write)
-    if config.controls:
-        results |= _controls(task, evaluation, source, companions or {})
+    with _writer(workdir / f"predictions{suffix}.jsonl") as write:
+        results, shown = _score(answers, write, frequent)
+    results["bad_rows"] = len(source) - results["examples"]
+    if frequent is not None:
+        blank = (companions or {}).get("question_only")
+        if blank is None or blank["examples"] != results["examples"]:
+            blank = _question_only(task, workdir, None if reported else split)
+        controls = {
+            "accuracy_shuffled": _shuffled(evaluation, source),
+            "accuracy_most_frequent": frequent.accuracy,
+            "accuracy_question_only": blank,
+        }
+        results |= _best_of(controls)
     if config.before:
         results |= _before(task, model, source)
     if jax.process_index() == 0:
         # CLEVR's view is 3:2, also where its pictures are stored as squares.
         ratio = 1.5 if task.config.data.name in ("synthetic_clevr", "clevr") else None
-        save_sheet(source, shown, workdir / "scenes.png", view_ratio=ratio)
+        save_sheet(source, shown, workdir / f"scenes{suffix}.png", view_ratio=ratio)
     return results
 
 
-def _score(answers: Iterable[Answer], write) -> tuple[dict[str, Any], list[Answer]]:
+def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tuple[dict[str, Any], list[Answer]]:
     """Sums over all answers in constant memory; the first answer of each of the first scenes is kept for the sheet."""
     generated, likely, rouge = Accuracy(), Accuracy(), RougeSums()
     nll, tokens, shown = 0.0, 0.0, {}
     for answer in answers:
         generated.add(exact_match(answer.prediction, answer.reference), answer.family)
+        if frequent is not None:
+            frequent.add(answer)
         rouge.add(answer.prediction, answer.reference)
         if answer.likeliest is not None:
             likely.add(exact_match(answer.likeliest, answer.reference), answer.family)
@@ -79,43 +94,68 @@ def _score(answers: Iterable[Answer], write) -> tuple[dict[str, Any], list[Answe
         "accuracy_by_family": generated.by_family(),
         "examples_by_family": dict(sorted(generated.total.items())),
     }
-    scores = rouge.result() if rouge.pairs else {}
-    return results | {name: score["f1"] for name, score in scores.items()}, list(shown.values())
+    scores = rouge.result()
+    results |= {name: score["f1"] for name, score in scores.items()} | {"rouge": scores}
+    return results, list(shown.values())
 
 
-def _controls(task, evaluation: Evaluation, source, companions: dict[str, dict]) -> dict[str, Any]:
-    """The blind controls, each by its own name and by family, and the best of them."""
-    shuffled, frequent, guesses = Accuracy(), Accuracy(), _most_frequent(task)
+class Frequent:
+    """The blind control that gives every question the most frequent training answer of its family."""
+
+    def __init__(self, task):
+        """Counts the answers of the training rows."""
+        counts: dict[str, Counter] = defaultdict(Counter)
+        train = task.split("train")
+        for index in range(min(len(train), MOST_TRAINING_ROWS)):
+            with contextlib.suppress(ValueError, OSError):  # bad rows train nothing
+                record = train[index]
+                counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
+        self.guesses = {family: answers.most_common(1)[0][0] for family, answers in counts.items()}
+        self.accuracy = Accuracy()
+
+    def add(self, answer: Answer) -> None:
+        """Compares the guess with the answer's reference; a family that never trained has no guess."""
+        self.accuracy.add(exact_match(self.guesses.get(answer.family, ""), answer.reference), answer.family)
+
+
+def _shuffled(evaluation: Evaluation, source: Source) -> Accuracy | None:
+    """The model's accuracy where every question is shown another's image; None where there is only one image."""
+    if len(np.unique(source.image_numbers())) < 2:
+        return None
+    accuracy = Accuracy()
     for answer in evaluation.answers(source, ("generate",), shuffled=True):
-        shuffled.add(exact_match(answer.prediction, answer.reference), answer.family)
-        frequent.add(exact_match(guesses.get(answer.family, ""), answer.reference), answer.family)
-    results = {"accuracy_shuffled": shuffled.overall, "accuracy_most_frequent": frequent.overall}
-    families = {"accuracy_shuffled": shuffled.by_family(), "accuracy_most_frequent": frequent.by_family()}
-    blank = companions.get("question_only")
-    if blank is not None:
-        results["accuracy_question_only"] = blank["accuracy"]
-        families["accuracy_question_only"] = blank["accuracy_by_family"]
-    return {"accuracy_blind": max(results.values())} | results | {"controls_by_family": families}
+        accuracy.add(exact_match(answer.prediction, answer.reference), answer.family)
+    return accuracy
 
 
-def _most_frequent(task) -> dict[str, str]:
-    """The most frequent training answer of every family."""
-    counts: dict[str, Counter] = defaultdict(Counter)
-    train = task.split("train")
-    for index in range(min(len(train), MOST_TRAINING_ROWS)):
-        with contextlib.suppress(ValueError, OSError):  # bad rows train nothing
-            record = train[index]
-            counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
-    return {family: answers.most_common(1)[0][0] for family, answers in counts.items()}
+def _question_only(task, workdir: Path, split: str | None) -> dict[str, Any] | None:
+    """Evaluates the run on black images that lies in the workdir; None where there is none."""
+    config, folder = task.companions().get("question_only"), workdir / "question_only"
+    if config is None or not (folder / "checkpoints").is_dir():
+        return None
+    return loop.evaluate(config, folder, split)
+
+
+def _best_of(controls: dict[str, Accuracy | dict | None]) -> dict[str, Any]:
+    """Every control by its own name and by family, and the best of them."""
+    overall: dict[str, float | None] = dict.fromkeys(controls)
+    families = {}
+    for name, found in controls.items():
+        if isinstance(found, Accuracy):
+            overall[name], families[name] = found.overall, found.by_family()
+        elif found is not None:
+            overall[name], families[name] = found["accuracy"], found["accuracy_by_family"]
+    best = max(value for value in overall.values() if value is not None)
+    return {"accuracy_blind": best} | overall | {"controls_by_family": families}
 
 
 def _before(task, model, source) -> dict[str, Any]:
     """Accuracy of the model before training, by likelihood, and by family."""
+    if not candidate_answers(task.config.eval.candidates):
+        return {"accuracy_before": None}
     accuracy = Accuracy()
     before = Evaluation(task, _untrained(task, model))
     for answer in before.answers(source, ("likelihood",)):
-        if answer.likeliest is None:
-            return {"accuracy_before": None}
         accuracy.add(exact_match(answer.likeliest, answer.reference), answer.family)
     return {"accuracy_before": accuracy.overall, "accuracy_before_by_family": accuracy.by_family()}
 
@@ -124,7 +164,7 @@ def _untrained(task, model):
     """The model as it was: without its adapters (sharing every frozen array), or read again if the base trained."""
     if task.config.adapter.name == "lora":
         return detach_lora(nnx.clone(model))
-    return task.init()
+    return model_state.build(task, task.mesh).model()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.weights import big_vision, hugging_face
 from paligemma_jax.weights.folder import Folder, read_json
@@ -16,6 +16,7 @@ from train_jax.errors import UserError
 
 TINY = Path(__file__).parent.parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
+RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
 
 
@@ -31,8 +32,8 @@ def load(
     """Reads a PaliGemma.
 
     Args:
-      path: a folder as transformers saves it, a big_vision `.npz` file, or "tiny" (the model that ships with this
-        package).
+      path: a folder as transformers saves it, a big_vision `.npz` file, "tiny" (the model that ships with this
+        package), or "random:3b-224" for random weights of a variant's sizes (to measure memory and speed).
       dtype: compute dtype, float32, bfloat16 or float16.
       image_size: pixels a side, where it should differ from the checkpoint's: the learned positions are resampled
         with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
@@ -50,6 +51,8 @@ def load(
     for kind in (dtype, param_dtype or dtype):
         if kind not in DTYPES:
             raise UserError(f"the dtype is {kind!r}, expected one of {', '.join(DTYPES)}: choose one of these.")
+    if str(path).startswith(RANDOM):
+        return _random(str(path), image_size, dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat))
     source, config, read = _open(path, decoder)
     stored = config
     if image_size is not None and image_size != config.vision.image_size:
@@ -64,6 +67,19 @@ def load(
         table = resample_positions(arrays[POSITIONS].astype("float32"), config.vision.grid, method)
         arrays[POSITIONS] = table.astype(arrays[POSITIONS].dtype)
     return params.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
+
+
+def _random(path: str, image_size: int | None, both: dict) -> PaliGemma:
+    """A new model of a variant's sizes."""
+    try:
+        config = variant(path.removeprefix(RANDOM))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
+    if image_size is not None:
+        config = _resized(config, image_size)
+    config = config.replace(both=both)
+    return nnx.jit(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))()
 
 
 def _open(path: str | Path, decoder: dict):

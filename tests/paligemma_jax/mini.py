@@ -1,0 +1,192 @@
+"""A PaliGemma and a CLEVR small enough to train and evaluate in seconds, and running the entry points on them."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import train
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.data.records import Record
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights import hugging_face
+from train_jax import command_line, params, sharding
+
+ROOT = Path(__file__).parents[2]
+CLEVR = str(ROOT / "configs/clevr.py")
+MINI = PaliGemmaConfig(
+    vision=ViTConfig(image_size=24, patch_size=12, width=16, depth=1, mlp_dim=32, num_heads=2),
+    decoder=GemmaConfig(vocab_size=1792, width=32, depth=2, mlp_dim=32, num_heads=4, head_dim=8),
+    preprocessing=Preprocessing.siglip(24),
+)
+SCENES = {
+    "data.image_size": 24,
+    "data.num_train_scenes": 8,
+    "data.num_validation_scenes": 4,
+    "data.questions_per_scene": 5,
+    "data.build_workers": 1,
+    "data.tune_fraction": 0.25,
+}
+SHORT = {
+    "batch_size": 8,
+    "total_steps": 6,
+    "log_steps": 2,
+    "eval_steps": 3,
+    "checkpoint_steps": 3,
+    "mesh.data": 1,
+    "eval.batch_size": 8,
+    "data.threads": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def mini_folder(tmp_path_factory):
+    """The model as transformers saves it, with random weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("mini")
+    tokenizer = load_tokenizer("tiny")
+    rng = np.random.default_rng(0)
+    shapes = params.abstract(nnx.eval_shape(lambda: PaliGemma(MINI, rngs=nnx.Rngs(0))))
+    arrays = {path: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+    hugging_face.save(folder, MINI, arrays, tokenizer.image_id)
+    (folder / "preprocessor_config.json").write_text(json.dumps(MINI.preprocessing.to_hugging_face()))
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_options(mini_folder, tmp_path_factory):
+    """Overrides by dotted key that make configs/clevr.py a run of seconds."""
+    cache = tmp_path_factory.mktemp("cache")
+    return {"model.path": str(mini_folder), "data.cache_dir": str(cache)} | SCENES | SHORT
+
+
+@pytest.fixture(scope="session")
+def _mini_compiled(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@contextlib.contextmanager
+def compiling_fast(folder: str):
+    """Compiles with few optimizations, and each program once."""
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX asks once in a process whether there is a cache
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="module")
+def fast_compilation(_mini_compiled):
+    """Quick compilation for the tests of a module."""
+    with compiling_fast(_mini_compiled):
+        yield
+
+
+@pytest.fixture(scope="session")
+def mini_run(mini_options, tmp_path_factory, _mini_compiled):
+    """The workdir of a finished run; read-only."""
+    workdir = tmp_path_factory.mktemp("runs") / "clevr"
+    with compiling_fast(_mini_compiled):
+        train_main(workdir, mini_options)
+    return workdir
+
+
+def arguments(workdir: Path | None, options: dict, *more: str, config: str | None = CLEVR) -> list[str]:
+    """A command line."""
+    places = [f"--config={config}"] * (config is not None) + [f"--workdir={workdir}"] * (workdir is not None)
+    return [str(ROOT / "train.py"), *places, *(f"--config.{key}={value}" for key, value in options.items()), *more]
+
+
+def train_main(workdir: Path, options: dict, *more: str, config: str = CLEVR) -> None:
+    """train.py in this process."""
+    train.main(arguments(workdir, options, "--progress=none", *more, config=config))
+
+
+def config_of(options: dict, config: str = CLEVR):
+    """The config of a command line."""
+    return command_line.load_from_flags(arguments(None, options, config=config))[0]
+
+
+def task_of(options: dict, config: str = CLEVR):
+    """The task of a command line."""
+    from paligemma_jax.tasks.vqa import VQA  # slow to import
+
+    settings = config_of(options, config)
+    return VQA(settings, sharding.make_mesh(settings.mesh))
+
+
+def mistake(capsys, options: dict, workdir: Path, *more: str, config: str = CLEVR, main=train.main) -> str:
+    """The one sentence that a command line ends with; its exit status is 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(main, arguments(workdir, options, *more, config=config))
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(lines) == 1
+    return lines[0].partition(": error: ")[2]
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_rows(folder: Path, split: str, rows: list[dict]) -> None:
+    """A JSONL split."""
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Rows:
+    """Records in a list, as a source."""
+
+    fingerprint = "rows"
+
+    def __init__(self, records: list[Record]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+    def image_numbers(self) -> np.ndarray:
+        return np.array([record.image_index for record in self.records])
+
+
+def png(seed: int) -> bytes:
+    """A picture of noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def mini_rows():
+    """Thirteen questions on five images, three of each but the last."""
+    questions = ("How many red cubes are there?", "What color is the large sphere?", "Is there a small thing?")
+    answers = ("2", "red", "yes")
+    return Rows(
+        [
+            Record(png(i // 3), f"{i // 3}.png", i // 3, f"answer en {questions[i % 3]}", answers[(i + i // 3) % 3])
+            for i in range(13)
+        ]
+    )

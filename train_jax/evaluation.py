@@ -1,0 +1,123 @@
+"""Evaluates checkpoints: the end of every run, and again whenever somebody asks."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from train_jax import files, model_state, sharding
+from train_jax.checkpoints import Checkpoints
+from train_jax.config import stored_config
+from train_jax.errors import UserError
+from train_jax.memory import peak_memory_bytes
+from train_jax.resume import difference
+from train_jax.task import Task, make_task
+from train_jax.validation import validate
+
+
+def evaluate(
+    config: ConfigDict, workdir: str | Path, split: str | None = None, checkpoint: str | int = "best"
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run, or the model before training where the workdir has no `checkpoints/`.
+
+    Args:
+      config: the run's own, with changes that do not alter the model.
+      split: data split; None is the task's own, whose results go to `eval.json` (another's to `eval-<split>.json`).
+      checkpoint: "best" (the latest where none was ranked), "latest", or a step.
+
+    Raises:
+      UserError: a config that cannot run or is of another model than the run's, or no such checkpoint.
+    """
+    began = time.perf_counter()
+    validate(config, training=False)
+    workdir = Path(workdir)
+    task, model, step = _trained(config, workdir, checkpoint)
+    if split == getattr(task, "default_split", None):
+        split = None
+    workdir.mkdir(parents=True, exist_ok=True)
+    before = _results(workdir / "eval.json")
+    companions = {name: found for name in _companions(task) if (found := _results(workdir / name / "eval.json"))}
+    options = {"companions": companions} if companions and split is None else {}
+    results = {"step": step} | task.evaluate(model, workdir, split, **options) | costs(began)
+    if before.get("finished") and split is None:
+        results["finished"] = True
+    write_results(workdir, results, split)
+    print_results(results)
+    return results
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """What an eval.json holds; nothing if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _companions(task: Task) -> dict[str, ConfigDict]:
+    """The runs that a task wants beside its own, by name."""
+    return getattr(task, "companions", dict)()
+
+
+def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best") -> nnx.Module:
+    """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
+    validate(config, training=False)
+    return _trained(config, Path(workdir), checkpoint)[1]
+
+
+def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[Task, nnx.Module, int]:
+    """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
+    mesh = sharding.make_mesh(config.mesh)
+    task = make_task(config, mesh)
+    bundle = model_state.build(task, mesh)
+    if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
+        return task, bundle.model(), 0
+    if (workdir / "config.json").is_file():
+        _check_same_model(stored_config(workdir), config, task)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode, read_only=True)
+    try:
+        step = resolve(checkpoints, checkpoint)
+        item = "ema" if config.ema_decay is not None else "params"
+        return task, bundle.model(checkpoints.restore_params(step, bundle.trainable, item)), step
+    finally:
+        checkpoints.close()
+
+
+def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
+    """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
+    pattern = "|".join(getattr(task, "model_keys", ())) or r"(?!)"
+    changed = [f"{key}: {a!r} -> {b!r}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)]
+    if changed:
+        raise UserError(
+            f"the run was made with another model ({'; '.join(changed)}), expected the same: leave these keys as they "
+            "are in its config.json."
+        )
+
+
+def resolve(checkpoints: Checkpoints, which: str | int) -> int:
+    """A checkpoint's step; "best" falls back on the latest where no evaluation was ranked."""
+    if which == "best" and checkpoints.best_step() is None:
+        which = "latest"
+    return checkpoints.resolve(which)
+
+
+def costs(began: float) -> dict[str, Any]:
+    """Wall time in seconds and peak memory in bytes: the fullest device's, or the process's where that is not told."""
+    peak = peak_memory_bytes()
+    return {"peak_memory_bytes": peak.device or peak.process, "seconds": time.perf_counter() - began}
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The numbers of an evaluation, one a line."""
+    if jax.process_index() == 0:
+        numbers = {name: value for name, value in results.items() if type(value) in (int, float)}
+        print("\n".join(f"{name:>24}  {value:.6g}" for name, value in numbers.items()), flush=True)
+
+
+def write_results(workdir: Path, results: dict[str, Any], split: str | None = None) -> None:
+    """Writes eval.json, or eval-<split>.json for a split that is not the task's own."""
+    if jax.process_index() == 0:
+        name = "eval.json" if split is None else f"eval-{split}.json"
+        files.write_atomically(workdir / name, files.to_json(results, indent=2) + "\n")

@@ -1,0 +1,142 @@
+"""The state of a run under way: arrays, data position and patience, and how they are saved and restored."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train_jax import files, model_state, optimizers, state
+from train_jax.checkpoints import Checkpoints
+from train_jax.durations import Plan
+from train_jax.errors import UserError
+from train_jax.input import Pipeline
+from train_jax.task import Task
+
+
+class Session:
+    """The state of a run under way, and its way to and from disk."""
+
+    def __init__(self, config, workdir: Path, mesh: Mesh, task: Task, plan: Plan, checkpoints: Checkpoints, source):
+        self.config, self.workdir, self.mesh, self.task, self.plan = config, workdir, mesh, task, plan
+        self.checkpoints, self.source = checkpoints, source
+        self.pipeline = training_batches(config, source, plan.total)
+        self.bundle = model_state.build(task, mesh)
+        self.schedule = optimizers.make_schedule(config.optimizer, plan.total, plan.warmup)
+        self.optimizer = optimizers.make_optimizer(config.optimizer, self.schedule, self.bundle.trainable)
+        self.state = model_state.create_state(
+            self.bundle,
+            self.optimizer,
+            mesh,
+            ema=config.ema_decay is not None,
+            float16=config.compute_dtype == "float16",
+        )
+        self.best_value, self.without_improvement, self.stopped_early = None, 0, False
+        self.step = self._restore()
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.plan.total or self.stopped_early
+
+    def rank(self, results: dict[str, float]) -> None:
+        """Takes an evaluation into account for patience.
+
+        Raises:
+          UserError: it does not measure `best_metric`.
+        """
+        metric, patience = self.config.best_metric, self.config.patience
+        if metric is None:
+            return
+        if metric not in results:
+            raise UserError(f"best_metric is {metric!r}, which the evaluation does not measure: it has {[*results]}.")
+        value = float(results[metric]) * (1 if self.config.best_mode == "max" else -1)
+        if math.isfinite(value) and (self.best_value is None or value > self.best_value):
+            self.best_value, self.without_improvement = value, 0
+        else:
+            self.without_improvement += 1
+        if patience is not None and self.without_improvement >= patience and self.step < self.plan.total:
+            self.stopped_early = True
+
+    def save(self, results: dict[str, float] | None = None) -> None:
+        """Saves the state; `results` are those of an evaluation of it."""
+        meta = {
+            "step": self.step,
+            "fingerprint": files.plain(self.pipeline.fingerprint),
+            "best_value": self.best_value,
+            "without_improvement": self.without_improvement,
+            "stopped_early": self.stopped_early,
+            "versions": {"jax": jax.__version__},
+        }
+        ema = self.parameters() if self.state.ema is not None else None
+        self.checkpoints.save(self.step, self.state.params, self._rest(self.state), meta, results, ema)
+
+    @staticmethod
+    def _rest(state: state.TrainState) -> dict[str, Any]:
+        """What a resumed run needs beside the parameters."""
+        return {
+            "optimizer": state.opt_state,
+            "guard": state.guard,
+            "loss_scale": state.loss_scale,
+            "raw_ema": state.ema,
+            "step": state.step,
+        }
+
+    def _restore(self) -> int:
+        """Takes over the latest checkpoint, if there is one; returns its step.
+
+        Raises:
+          UserError: the data of the checkpoint is not the data of this run.
+        """
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            return 0
+        meta = self.checkpoints.read_meta(latest)
+        fingerprint = files.plain(self.pipeline.fingerprint)
+        if meta["fingerprint"] != fingerprint:
+            before = meta["fingerprint"]
+            changed = {
+                name: (before.get(name), value) for name, value in fingerprint.items() if before.get(name) != value
+            }
+            raise UserError(
+                f"the training data is not that of the checkpoint in {self.workdir} (was, is: {changed}): restore the "
+                "data, or choose another --workdir."
+            )
+        found = self.checkpoints.restore(latest, self.state.params, self._rest(self.state))
+        rest = found.opt_state
+        self.state = state.TrainState(
+            rest["step"], found.params, rest["optimizer"], rest["raw_ema"], rest["guard"], rest["loss_scale"]
+        )
+        self.best_value, self.without_improvement = meta["best_value"], meta["without_improvement"]
+        self.stopped_early = gave_up(meta, self.config.patience)
+        return latest
+
+    def parameters(self) -> dict[str, jax.Array]:
+        """The trainable parameters to evaluate: their moving average, if one is kept."""
+        current = self.state
+        if current.ema is None:
+            return current.params
+        debiased = jax.jit(state.debiased, static_argnums=1)
+        return debiased(current.ema, self.config.ema_decay, current.updates, current.params)
+
+
+def training_batches(config: ConfigDict, source, num_steps: int) -> Pipeline:
+    """This process's share of the training batches."""
+    return Pipeline(
+        source,
+        config.batch_size,
+        config.micro_batch,
+        seed=config.seed,
+        num_steps=num_steps,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+    """Whether the run of a checkpoint stopped early, and would again under this patience."""
+    return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
