@@ -2,10 +2,10 @@
 
     python benchmarks/memory_3b.py [--dtype=bfloat16] [--batch=2] [--prefix=128] [--suffix=128]
 
-Compiles the training step of train_jax and the evaluation's programs for the sizes of configs/clevr.py:3b (LoRA of rank
-8 on the decoder's q_proj and o_proj, 224 pixels) for the device at hand, and prints what the compiler planned. On a CPU,
-XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a GPU or TPU does not;
-the last line says how much that is at most.
+Compiles the training step of train_jax and the programs of evaluation at the sizes of configs/clevr.py:3b (LoRA of
+rank 8 on the decoder's q_proj and o_proj, 224 pixels) for the device at hand, and prints what the compiler planned. On a
+CPU, XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a GPU or TPU does
+not; the last line says how much that is at most.
 """
 
 import argparse
@@ -61,9 +61,7 @@ def training_step(model: PaliGemma, batch: dict) -> tuple:
         lambda arrays: params.merge(graph, arrays), loss, lambda b: b["weights"].sum(), optimizer, schedule, seed=0
     )
     start = jax.eval_shape(lambda t: state.create(t, optimizer, ema=False, float16=False), trainable)
-    zeros = jax.eval_shape(
-        lambda: {name: (jnp.zeros(()), jnp.zeros(())) for name in ("loss", "grad_norm", "learning_rate")}
-    )
+    zeros = jax.eval_shape(lambda: metrics.zeros_like(["loss", "grad_norm", "learning_rate"]))
     return step, (start, zeros, frozen, batch)
 
 

@@ -245,7 +245,7 @@ class VQA:
     def prepare_prompt(self, record: Record) -> dict[str, np.ndarray]:
         """Tokens [prefix_length] and masks of a row to be answered."""
         length = self.config.data.prefix_length
-        return prompts.make_example(self.tokenizer, record.prefix, None, length)
+        return prompts.make_example(self.tokenizer, record.prefix, None, length, prefix_length=length)
 
     def prepare_image(self, record: Record) -> dict[str, np.ndarray]:
         """The record's picture, resized to the model's input, uint8 [I, I, 3]."""

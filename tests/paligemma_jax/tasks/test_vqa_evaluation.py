@@ -20,6 +20,7 @@ from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers, ot
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
 from train_jax import model_state
 from train_jax.errors import UserError
+from train_jax.memory import step_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -50,7 +51,7 @@ def expected(answer, mini_rows):
 def assert_same(answers, expected):
     for one, other in zip(answers, expected, strict=True):
         np.testing.assert_allclose(one.nll, other.nll, rtol=1e-4)
-        assert dataclasses.replace(one, nll=0) == dataclasses.replace(other, nll=0)
+        assert dataclasses.replace(one, nll=0.0) == dataclasses.replace(other, nll=0.0)
 
 
 def test_answers_are_of_their_rows(expected, mini_rows):
@@ -148,29 +149,22 @@ def test_other_device_errors_pass_through(monkeypatch, answer, mini_rows):
 
 def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expected, mini_rows):
     """It is the largest of 8, 4, 2, 1 whose compiled computations need no more than is free."""
-    needs = {}
-    evaluation, real = None, vqa_evaluation.step_memory
+    compiled = []
 
-    def told(compiled):
-        memory = real(compiled)
-        needs[evaluation._size] = memory.temp + memory.output
-        return memory
-
-    def fitted(limit):
-        nonlocal evaluation
-        monkeypatch.setattr(vqa_evaluation, "device_memory_limit", lambda: limit)
-        task = task_of(options | {"eval.batch_size": 8})
-        evaluation = Evaluation(task, task.base())
-        answers = list(evaluation.answers(mini_rows, ("generate", "likelihood", "loss")))
-        return evaluation._size, answers
+    def told(step):
+        real = step_memory(step)
+        assert real.temp > 0
+        compiled.append(step)
+        return real._replace(temp=8000 >> (len(compiled) - 1), output=0)
 
     monkeypatch.setattr(vqa_evaluation, "step_memory", told)
-    assert fitted(1)[0] == 1
-    assert sorted(needs) == [2, 4, 8] and needs[2] < needs[4] < needs[8]
-    size, answers = fitted(needs[4])
-    assert size == 4
-    assert_same(answers, expected)
-    assert fitted(needs[8])[0] == 8
+    monkeypatch.setattr(vqa_evaluation, "device_memory_limit", lambda: 4000)
+    task = task_of(options | {"eval.batch_size": 8})
+    evaluation = Evaluation(task, task.base())
+    assert_same(list(evaluation.answers(mini_rows, ALL)), expected)
+    assert evaluation._size == 4 and len(compiled) == 2
+    list(evaluation.answers(mini_rows, ("generate",), shuffled=True))
+    assert len(compiled) == 2  # once an evaluation
 
 
 SCRIPT = """

@@ -1,0 +1,160 @@
+"""The loss of the VQA task, its weights, and what it trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from paligemma_jax.data.prompts import make_example
+from paligemma_jax.tasks.vqa import VQA
+from tests.paligemma_jax.mini import task_of
+from train_jax import params
+from train_jax.errors import UserError
+from train_jax.task import Task
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def task(mini_options):
+    return task_of(mini_options | {"cache_features": False, "adapter.dropout": 0.0})
+
+
+@pytest.fixture(scope="module")
+def model(task):
+    """Adapters moved off zero, so that gradients reach both halves."""
+    model = task.init()
+    rng = np.random.default_rng(1)
+    arrays = params.flatten(model)
+    moved = {
+        path: jnp.asarray(rng.normal(size=a.shape), jnp.float32)
+        for path, a in arrays.items()
+        if path.endswith("lora_b")
+    }
+    return params.assign(model, moved)
+
+
+@pytest.fixture(scope="module")
+def batch(task, mini_rows):
+    rows = [
+        task.prepare_image(record) | task.prepare_text(record) | {"weight": np.float32(1)}
+        for record in mini_rows.records[:4]
+    ]
+    return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def gradient(task, model, batch):
+    """Mean loss and its gradient by path, adapters alone."""
+    graph, arrays = params.split(model)
+    trained = {path: a for path, a in arrays.items() if "/lora_" in path}
+    frozen = {path: a for path, a in arrays.items() if path not in trained}
+
+    def loss(trained):
+        return task.loss(params.merge(graph, trained | frozen), batch, None)[0] / task.normalizer(batch)
+
+    return jax.jit(jax.value_and_grad(loss))(trained)
+
+
+def assert_same(found, expected, rtol=1e-4):
+    np.testing.assert_allclose(found[0], expected[0], rtol=rtol)
+    for path, array in expected[1].items():
+        np.testing.assert_allclose(found[1][path], array, rtol=rtol, atol=1e-5, err_msg=path)
+
+
+def test_it_is_a_task(task):
+    assert isinstance(task, Task)
+
+
+def test_the_loss_is_the_mean_over_answer_and_eos(task, model, batch):
+    logits, _ = model(
+        model.config.preprocessing.normalize(batch["image"]),
+        batch["tokens"][:, :-1],
+        batch["mask_ar"][:, :-1],
+        batch["mask_input"][:, :-1],
+    )
+    log_probs = jax.nn.log_softmax(logits)
+    total, count = 0.0, 0
+    for row in range(4):
+        for t in range(batch["tokens"].shape[1] - 1):
+            if batch["mask_loss"][row, t + 1]:
+                total, count = total - float(log_probs[row, t, batch["tokens"][row, t + 1]]), count + 1
+    assert count == 8  # one token and EOS a row
+    np.testing.assert_allclose(gradient(task, model, batch)[0], total / count, rtol=1e-4)
+
+
+def test_features_in_the_batch_give_the_same_gradient(task, model, batch):
+    features = task.features(model, batch)
+    cached = {name: value for name, value in batch.items() if name != "image"} | {"features": features}
+    assert_same(gradient(task, model, cached), gradient(task, model, batch))
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "example_mean"])
+def test_rows_of_weight_zero_contribute_nothing(mini_options, model, batch, reduction):
+    task = task_of(mini_options | {"cache_features": False, "loss.reduction": reduction, "adapter.dropout": 0.0})
+    off = batch | {"weight": jnp.array([1.0, 0.0, 1.0, 0.0])}
+    rest = {name: value[jnp.array([0, 2])] for name, value in batch.items()}
+    assert_same(gradient(task, model, off), gradient(task, model, rest))
+    assert task.normalizer(off) == (4 if reduction == "token_mean" else 2)
+    assert task.normalizer(batch | {"weight": jnp.zeros(4)}) == 0
+
+
+def test_reductions_weigh_long_answers_differently(mini_options, task, model, batch, mini_rows):
+    texts = [("p", "red cube small"), ("p", "red")]
+    tokenizer, data = task.tokenizer, task.config.data
+    rows = [make_example(tokenizer, p, s, data.prefix_length + data.suffix_length) for p, s in texts]
+    two = {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
+    two |= {"image": batch["image"][:2], "weight": jnp.ones(2)}
+    nll, tokens = jax.jit(task.token_loss)(model, two)
+    assert tokens.tolist() == [len(tokenizer.encode("red cube small")) + 1, 2.0]
+    by_example = task_of(mini_options | {"cache_features": False, "loss.reduction": "example_mean"})
+    np.testing.assert_allclose(gradient(task, model, two)[0], nll.sum() / tokens.sum(), rtol=1e-4)
+    np.testing.assert_allclose(gradient(by_example, model, two)[0], (nll / tokens).mean(), rtol=1e-4)
+    accumulated = jax.tree.map(lambda x: x.reshape(2, 1, *x.shape[1:]), two)
+    assert task.normalizer(accumulated) == tokens.sum() and by_example.normalizer(accumulated) == 2
+
+
+def test_padding_changes_nothing(task, model, batch):
+    longer = dict(batch)
+    for name in ("tokens", "mask_ar", "mask_input", "mask_loss"):
+        longer[name] = jnp.pad(batch[name], ((0, 0), (0, 5)))
+    assert_same(gradient(task, model, longer), gradient(task, model, batch))
+
+
+def test_what_stands_on_pads_changes_nothing(task, model, batch):
+    noise = jnp.where(batch["mask_input"], batch["tokens"], 77)
+    assert_same(gradient(task, model, batch | {"tokens": noise}), gradient(task, model, batch))
+
+
+def test_prompts_are_the_beginning_of_training_rows(task, mini_rows):
+    for record in mini_rows.records[:3]:
+        prompt, row = task.prepare_prompt(record), task.prepare_text(record)
+        length = int(prompt["mask_input"].sum())
+        assert prompt["tokens"][:length].tolist() == row["tokens"][:length].tolist()
+        assert not row["mask_loss"][:length].any() and row["mask_loss"][length]
+
+
+def test_the_base_is_read_once_and_given_away(mini_options, monkeypatch):
+    """Nothing keeps a second copy of the weights while training reads images."""
+    task = task_of(mini_options | {"cache_features": False})
+    source = task.train_source()
+    model = task.init()
+    monkeypatch.setattr(VQA, "base", lambda self: pytest.fail("the weights were read again"))
+    assert source[0]["image"].shape == (24, 24, 3)
+    assert task._base is None and isinstance(model, nnx.Module)
+
+
+def test_the_question_only_companion(mini_options, task):
+    (name, config), *others = task.companions().items()
+    assert name == "question_only" and not others
+    assert config.data.blank_images and not config.eval.controls and not config.eval.before
+    assert not task.config.data.blank_images
+    assert VQA(config, task.mesh).companions() == {}
+    assert task_of(mini_options | {"eval.controls": False}).companions() == {}
+
+
+def test_a_projector_that_trains_cannot_be_cached(mini_options):
+    changes = {"adapter.name": "none", "trainable": "projector/.*"}
+    with pytest.raises(UserError, match="cache_features is on but projector/linear/.* trains"):
+        task_of(mini_options | changes).train_source()
+    task_of(mini_options | changes | {"cache_features": False}).train_source()

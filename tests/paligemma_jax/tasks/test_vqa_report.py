@@ -1,0 +1,139 @@
+"""The report: controls by hand, and what stands in the files."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from paligemma_jax.data.records import Record
+from paligemma_jax.metrics import Accuracy, rouge
+from paligemma_jax.tasks import vqa_report
+from paligemma_jax.tasks.vqa_answer import Answer, question_of
+from paligemma_jax.tasks.vqa_pictures import save_sheet
+from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
+from train_jax import params
+
+COUNT, COLOR = "How many cubes are there?", "What color is the cube?"
+
+
+def answer(question, reference, prediction="", likeliest=None, image="0.png", nll=1.0, tokens=2.0):
+    family = {COUNT: "count", COLOR: "query_color"}[question]
+    return Answer(image, question, family, reference, prediction, likeliest, nll, tokens)
+
+
+def task_with(train, prompt="answer en {question}"):
+    data = SimpleNamespace(prompt=prompt)
+    return SimpleNamespace(split=lambda name: {"train": train}[name], config=SimpleNamespace(data=data))
+
+
+def test_question_of():
+    assert question_of("answer en Why?", "answer en {question}") == "Why?"
+    assert question_of("Q: Why? A:", "Q: {question} A:") == "Why?"
+    assert question_of("caption en", "answer en {question}") == "caption en"
+
+
+def test_the_most_frequent_training_answer_of_a_family():
+    class Faulty(Rows):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("unreadable")
+            return super().__getitem__(index)
+
+    texts = [(COUNT, "9"), (COUNT, "2"), (COUNT, "3"), (COUNT, "2"), (COLOR, "red"), (COLOR, "blue"), (COLOR, "blue")]
+    train = Faulty([Record(b"", "x.png", i, f"answer en {q}", a) for i, (q, a) in enumerate(texts)])
+    frequent = vqa_report.Frequent(task_with(train))
+    assert frequent.guesses == {"count": "2", "query_color": "blue"}
+    for one in (answer(COUNT, "2"), answer(COUNT, "9"), answer(COLOR, "blue"), answer(COLOR, "red")):
+        frequent.add(one)
+    frequent.add(dataclasses.replace(answer(COUNT, ""), family="exist", reference="yes"))  # never trained
+    assert frequent.accuracy.overall == 2 / 5
+    assert frequent.accuracy.by_family() == {"count": 0.5, "exist": 0.0, "query_color": 0.5}
+
+
+def test_the_best_of_the_controls():
+    shuffled = Accuracy()
+    for right in (True, False, False, False):
+        shuffled.add(right, "count")
+    blank = {"accuracy": 0.5, "accuracy_by_family": {"count": 0.5}, "loss": 1.0}
+    found = vqa_report._best_of({"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None})
+    assert found == {
+        "accuracy_blind": 0.5,
+        "accuracy_shuffled": 0.25,
+        "accuracy_question_only": 0.5,
+        "accuracy_x": None,
+        "controls_by_family": {"accuracy_shuffled": {"count": 0.25}, "accuracy_question_only": {"count": 0.5}},
+    }
+
+
+def test_scores_by_hand():
+    answers = [
+        answer(COUNT, "2", "2", "3", nll=1.0, tokens=2.0),
+        answer(COUNT, "3", "2", "3", nll=4.0, tokens=2.0),
+        answer(COLOR, "red", " red ", "red", nll=1.0, tokens=4.0, image="1.png"),
+    ]
+    written = []
+    results, shown = vqa_report._score(answers, written.append, None)
+    assert written == answers
+    assert shown == [answers[0], answers[2]]  # one an image
+    assert results["examples"] == 3
+    assert results["loss"] == 6.0 / 8.0
+    assert results["accuracy"] == results["accuracy_likelihood"] == 2 / 3
+    assert results["accuracy_by_family"] == {"count": 0.5, "query_color": 1.0}
+    assert results["examples_by_family"] == {"count": 2, "query_color": 1}
+    expected = rouge([a.prediction for a in answers], [a.reference for a in answers])
+    assert results["rouge"] == expected and results["rougeL"] == expected["rougeL"]["f1"] == pytest.approx(2 / 3)
+
+
+def test_predictions_take_their_name_when_they_are_complete(tmp_path):
+    file = tmp_path / "run" / "predictions.jsonl"
+    with pytest.raises(RuntimeError), vqa_report._writer(file) as write:
+        write(answer(COUNT, "2", "2"))
+        raise RuntimeError("cut off")
+    assert not file.exists()
+    with vqa_report._writer(file) as write:
+        write(answer(COUNT, "2", "2"))
+        write(answer(COLOR, "röt", "blue"))
+    rows = read_lines(file)
+    assert [(row["reference"], row["correct"]) for row in rows] == [("2", True), ("röt", False)]
+    assert rows[0].keys() >= {"image_name", "question", "family", "prediction", "likeliest", "nll", "tokens"}
+
+
+def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
+    drawn = []
+    source = Rows([Record(png(i), f"{i}.png", i, COUNT, "2") for i in range(4)])
+    source.records[0] = dataclasses.replace(source.records[0], image=b"broken")
+    import matplotlib.axes
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    answers = [answer(COUNT, "2", "2", image=f"{i}.png") for i in (3, 1)]
+    save_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
+    assert [np.asarray(picture)[0, 0].tolist() for picture in drawn] == [
+        np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)[0, 0].tolist() for i in (3, 1)
+    ]
+    with Image.open(tmp_path / "scenes.png") as sheet:
+        assert sheet.width > 300
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_the_model_before_training(mini_options, mini_run):
+    """It is the base, which shares the run's frozen arrays."""
+    import paligemma_jax as pg
+
+    task = task_of(mini_options)
+    trained = pg.load(mini_run)
+    before = params.flatten(vqa_report._untrained(task, trained))
+    base, after = params.flatten(task.base()), params.flatten(trained)
+    assert before.keys() == base.keys() < after.keys()
+    for path, array in base.items():
+        np.testing.assert_array_equal(before[path], array, err_msg=path)
+        assert (
+            before[path] is after[path] or before[path].unsafe_buffer_pointer() == after[path].unsafe_buffer_pointer()
+        )
+    changed = task_of(mini_options | {"adapter.name": "none", "cache_features": False})
+    spoiled = nnx.clone(changed.base())
+    spoiled.projector.linear.kernel[...] *= 0
+    again = params.flatten(vqa_report._untrained(changed, spoiled))
+    np.testing.assert_array_equal(again["projector/linear/kernel"], base["projector/linear/kernel"])
