@@ -122,7 +122,7 @@ def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.
     B, T = segment.shape
     position = jnp.arange(T)
     same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
-    visible = (position[None, :] <= position[:, None]) | (suffix[:, None, :] == 0)
+    visible = (position[None, :] <= position[:, None])[None] | (suffix[:, None, :] == 0)
     text = same & visible
     seen, unseen = jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)
     image_rows = jnp.concatenate([seen, unseen], 2)
@@ -231,7 +231,7 @@ class Pretraining:
         present = jnp.zeros((B, n)).at[rows, batch["segment"]].max(batch["weight"] > 0)
         out = {}
         for number, name in enumerate(TASKS):
-            counted = present * (kind == number) * (jnp.arange(n) > 0)
+            counted = present * (kind == number) * (jnp.arange(n) > 0)[None]
             out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
         return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
 

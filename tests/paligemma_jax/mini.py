@@ -39,13 +39,15 @@ SCENES = {
 }
 SHORT = {
     "batch_size": 8,
-    "total_steps": 6,
-    "log_steps": 2,
-    "eval_steps": 3,
-    "checkpoint_steps": 3,
+    "total_steps": 12,
+    "log_steps": 4,
+    "eval_steps": 6,
+    "checkpoint_steps": 6,
     "mesh.data": 1,
     "eval.batch_size": 8,
     "data.threads": 0,
+    "optimizer.learning_rate": 0.1,
+    "eval.candidates": "yes|no|1|2|red|blue|cube|small|metal",
 }
 
 

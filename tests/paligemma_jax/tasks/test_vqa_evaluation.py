@@ -29,7 +29,7 @@ ALL = ("generate", "likelihood", "loss")
 
 @pytest.fixture(scope="module")
 def options(mini_options):
-    return mini_options | {"eval.batch_size": 13, "eval.max_new_tokens": 3}
+    return mini_options | {"eval.batch_size": 13, "eval.max_new_tokens": 3, "eval.candidates": "clevr"}
 
 
 @pytest.fixture(scope="module")

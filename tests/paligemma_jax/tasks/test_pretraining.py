@@ -1,0 +1,232 @@
+"""Packed texts, their mask, patch labels, and the way of a pretrained model into a folder."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import paligemma_jax as pg
+from paligemma_jax.data import pretraining_set
+from paligemma_jax.data.pretraining_set import PretrainingScenes, build, patch_labels
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.build import split_scene
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.models.gemma import Gemma
+from paligemma_jax.tasks import export as export_module
+from paligemma_jax.tasks import pretraining
+from paligemma_jax.tasks.export import export
+from paligemma_jax.tasks.pretraining import Pretraining, pack, packed_mask
+from tests.paligemma_jax.mini import MINI, ROOT, config_of
+from train_jax import loop, params, sharding
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+TOKENIZER = load_tokenizer("tiny")
+WEIGHTS = {"answer": 3.0, "caption": 0.5, "detect": 0.3, "point": 0.5, "describe": 1.0}
+TEXTS = [("detect ball", "<loc0001>"), ("caption en", "a red"), ("answer en what", "2")]
+
+
+def packed(texts=TEXTS, length=40):
+    return pack(TOKENIZER, texts, length, WEIGHTS)
+
+
+def test_rows_as_in_the_docstring():
+    row = packed(TEXTS[:2])
+    at = 0
+    for number, (prefix, suffix) in enumerate(TEXTS[:2], start=1):
+        head = [TOKENIZER.bos_id, *TOKENIZER.encode(prefix), *TOKENIZER.separator_ids]
+        tail = TOKENIZER.encode(suffix)
+        n, part = len(head) + len(tail), slice(at, at + len(head) + len(tail))
+        assert row["tokens"][part].tolist() == head + tail
+        assert row["targets"][part].tolist() == [*head[1:], *tail, TOKENIZER.eos_id]
+        assert row["segment"][part].tolist() == [number] * n
+        assert row["suffix"][part].tolist() == [0] * len(head) + [1] * len(tail)
+        assert row["offset"][part].tolist() == list(range(n))
+        asked = [0] * (len(head) - 1) + [1] * (len(tail) + 1)
+        np.testing.assert_allclose(row["weight"][part], WEIGHTS[prefix.split()[0]] * np.array(asked))
+        assert {pretraining.TASKS[kind] for kind in row["kind"][part]} == {prefix.split()[0]}
+        at += n
+    assert not any(values[at:].any() for values in row.values())
+    assert {len(values) for values in row.values()} == {40}
+
+
+def test_a_text_without_room_leaves_it_to_a_shorter_one():
+    first = int((packed(TEXTS[:1])["segment"] > 0).sum())
+    last = int((packed(TEXTS[2:])["segment"] > 0).sum())
+    row = packed([TEXTS[0], ("caption en", "a red cube and " * 10), TEXTS[2]], first + last)
+    assert set(row["segment"].tolist()) == {1, 3}
+
+
+def test_who_reads_whom():
+    segment, suffix = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.array([[0, 0, 1, 0, 1, 0]])
+    expected = """
+        11 000000
+        11 000000
+        11 110000
+        11 110000
+        11 111000
+        11 000100
+        11 000110
+        11 000000
+    """
+    rows = [[int(c) for c in line.replace(" ", "")] for line in expected.split("\n") if line.strip()]
+    np.testing.assert_array_equal(packed_mask(segment, suffix, 2)[0], np.array(rows, bool))
+
+
+@pytest.fixture(scope="module")
+def task():
+    """The task with the small sizes of the mini model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "variant", lambda name: MINI)
+        settings = config_of({"init_from": "()"}, config=str(ROOT / "configs/pretrain.py"))
+        return Pretraining(settings, sharding.make_mesh(settings.mesh))
+
+
+@pytest.fixture(scope="module")
+def module(task):
+    return task.init()
+
+
+def test_a_packed_text_reads_as_if_alone(task, module):
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    rows = [packed(), *(packed([text]) for text in TEXTS)]
+    batch = {name: jnp.stack([row[name] for row in rows]) for name in rows[0]} | {"image": jnp.stack([image] * 4)}
+    hidden, _ = task.forward(module, batch)
+    for number in (1, 2, 3):
+        together, alone = rows[0]["segment"] == number, rows[number]["segment"] == 1
+        np.testing.assert_allclose(hidden[0, together], hidden[number, alone], atol=2e-5)
+    other = batch | {"image": 255 - batch["image"]}
+    assert np.abs(task.forward(module, other)[0] - hidden)[0, :3].max() > 1e-3  # a text reads the image
+
+
+def test_scores_count_whole_suffixes(task, module, monkeypatch):
+    """Against predictions made to be right, wrong in one token, and right."""
+    row = packed()
+    batch = {name: jnp.asarray(values)[None] for name, values in row.items()}
+    batch["patches"] = jnp.zeros((1, 4, 4), jnp.int32)
+    logits = np.eye(1792, dtype=np.float32)[row["targets"]]
+    wrong = np.flatnonzero((row["segment"] == 2) & (row["weight"] > 0))[0]
+    logits[wrong] = np.eye(1792)[5]
+    monkeypatch.setattr(Gemma, "logits", lambda self, hidden: jnp.asarray(logits)[None])
+    monkeypatch.setattr(task, "forward", lambda *args: (None, jnp.zeros((1, 4, 16))))
+    scores = task._score(module, batch)
+    assert {name: tuple(map(float, scores[f"{name}_accuracy"])) for name in pretraining.TASKS} == {
+        "detect": (1, 1),
+        "caption": (0, 1),
+        "answer": (1, 1),
+        "point": (0, 0),
+        "describe": (0, 0),
+    }
+
+
+# Scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("pretraining") / "scenes", 3, 24, 2)
+
+
+def test_rows_are_a_function_of_their_index(scenes, tmp_path):
+    source, again = PretrainingScenes(scenes, 4, 5), PretrainingScenes(build(tmp_path / "b", 3, 24, 2), 4, 5)
+    assert len(source) == 12
+    for index in (0, 7, 11):
+        for one, other in zip(source.read(index), again.read(index), strict=True):
+            np.testing.assert_array_equal(one, other)
+    first, view = source.read(1), source.read(4)  # two views of a scene: same picture, other texts
+    np.testing.assert_array_equal(first[0], view[0])
+    assert first[2] != view[2] and len(view[2]) == 5
+    assert not np.array_equal(first[0], source.read(2)[0])
+
+
+def test_streams_share_no_scene(tmp_path):
+    one, other = (split_scene(0, stream, 0, (1, 10)) for stream in ("pretraining", "pretraining-held-out"))
+    assert one["objects"] != other["objects"]
+
+
+def test_an_interrupted_build_starts_again(tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "x", 3, 24, 2, progress=interrupt)
+    assert not (tmp_path / "x/scenes.jsonl").exists()
+    assert len((build(tmp_path / "x", 3, 24, 2) / "scenes.jsonl").read_text().splitlines()) == 3
+
+
+def test_patch_labels(monkeypatch):
+    """Patches of 4 x 4 pixels: nothing, a corner of one object, two objects, the ground."""
+    objects = [
+        {"shape": "cube", "color": "red", "size": "large", "material": "metal"},
+        {"shape": "sphere", "color": "blue", "size": "small", "material": "rubber"},
+    ]
+    ids = np.full((8, 8), -1)
+    ids[0, 4:6] = 0  # 2 of 16 pixels: enough
+    ids[4:6, 0:4] = 0  # 8 pixels
+    ids[6:8, 0:2] = 1  # 4 pixels
+    ids[4, 4] = 1  # 1 of 16: too few
+    monkeypatch.setattr(pretraining_set, "cast", lambda scene, width, height: (ids, None, None))
+    labels = patch_labels({"objects": objects}, 8, 2)
+    red = [values.index(objects[0][name]) + 1 for name, values in ATTRIBUTES.items()]
+    assert labels.tolist() == [[0] * 4, red, red, [0] * 4]
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on mini sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "variant", lambda name: MINI)
+        folder = tmp_path_factory.mktemp("pretrain")
+        options = {
+            "data.cache_dir": str(folder / "cache"),
+            "data.num_scenes": 4,
+            "data.num_held_out": 3,
+            "data.build_workers": 1,
+            "data.text_length": 32,
+            "data.num_segments": 3,
+            "data.threads": 0,
+            "batch_size": 2,
+            "total_steps": 3,
+            "checkpoint_steps": 3,
+            "eval_steps": 3,
+            "mesh.data": 1,
+            "optimizer.warmup_steps": 1,
+            "optimizer.rates": "()",
+            "init_from": "()",
+        }
+        loop.fit(config_of(options, config=str(ROOT / "configs/pretrain.py")), folder / "run", "none")
+        yield folder / "run"
+
+
+def test_a_pretraining_run_becomes_a_folder(run, tmp_path):
+    results = json.loads((run / "eval.json").read_text())
+    assert {f"{name}_accuracy" for name in pretraining.TASKS} <= results.keys()
+    export(run, tmp_path / "model")
+    model = pg.load(tmp_path / "model")
+    trained = params.flatten(loop.load_model(config_of_run(run), run, "latest").model)
+    loaded = params.flatten(model)
+    assert loaded.keys() == trained.keys()
+    for path, array in trained.items():
+        np.testing.assert_allclose(loaded[path], array, rtol=1e-3, atol=1e-6, err_msg=path)
+    assert model.config.preprocessing == MINI.preprocessing
+    assert pg.load_tokenizer(tmp_path / "model").encode("red") == TOKENIZER.encode("red")
+
+
+def config_of_run(run):
+    return export_module.config.from_json((run / "config.json").read_text())
+
+
+def test_what_cannot_be_exported(run, tmp_path, mini_run):
+    with pytest.raises(UserError, match="has no config.json, expected the workdir of configs/pretrain.py"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="is a run of paligemma_jax.tasks.vqa:VQA"):
+        export(mini_run, tmp_path / "out")
+    with pytest.raises(UserError, match="checkpoint '7' not found"):
+        export(run, tmp_path / "out", "7")
+    with pytest.raises(UserError, match="expected RUN FOLDER"):
+        export_module.main(["export"])
