@@ -53,6 +53,6 @@ def texts() -> ConfigDict:
     config.eval_steps = 1000
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 200
-    # The tower follows more slowly than the decoder (PaliGemma, section 3.2).
-    config.optimizer.rates = ((r"model/vision/.*", 0.3),)
+    # The tower follows more slowly than the decoder, and its rate warms up longer (PaliGemma, section 3.2).
+    config.optimizer.rates = ((r"model/vision/.*", 0.3, 1000),)
     return config

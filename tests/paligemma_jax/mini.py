@@ -36,6 +36,8 @@ SCENES = {
     "data.questions_per_scene": 5,
     "data.build_workers": 1,
     "data.tune_fraction": 0.25,
+    "data.prefix_length": 56,
+    "data.suffix_length": 4,
 }
 SHORT = {
     "batch_size": 8,
@@ -45,6 +47,8 @@ SHORT = {
     "checkpoint_steps": 6,
     "mesh.data": 1,
     "eval.batch_size": 8,
+    "eval.max_new_tokens": 4,
+    "adapter.dropout": 0.1,
     "data.threads": 0,
     "optimizer.learning_rate": 0.1,
     "eval.candidates": "yes|no|1|2|red|blue|cube|small|metal",
