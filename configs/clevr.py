@@ -3,7 +3,7 @@
     python train.py --config=configs/clevr.py
 
 The default trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes, with nothing downloaded:
-5 to 8 minutes and 2 GB of memory on 2 CPU cores. The same on the real data, once you have them (docs/data.md):
+about 5 minutes and 1.3 GB of memory on 2 CPU cores. The same on the real data, once you have them (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
 
