@@ -36,11 +36,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def vision() -> ConfigDict:
     """The tower alone."""
     config = base_config("paligemma_jax.tasks.vision_pretraining:VisionPretraining")
-    config.total_steps = 4000
+    config.total_steps = 2000
     config.batch_size = 64
     config.eval_steps = 500
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 200
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
     return config
 
 

@@ -29,6 +29,7 @@ class GemmaConfig:
     final_softcap: float | None = None
     post_norms: bool = False
     remat: str = "none"  # see layers.scan_stack
+    unroll: bool = False  # see layers.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
 
@@ -149,7 +150,12 @@ class Gemma(nnx.Module):
             return block(x, positions, mask, cache, (layer, start), keys), None
 
         (x, cache), _ = layers.scan_stack(
-            self.layers, call, (x.astype(jnp.float32), cache), jnp.arange(self.config.depth), remat=self.config.remat
+            self.layers,
+            call,
+            (x.astype(jnp.float32), cache),
+            jnp.arange(self.config.depth),
+            remat=self.config.remat,
+            unroll=self.config.unroll,
         )
         return self.norm(x), cache, {"encoded": x}
 

@@ -186,15 +186,18 @@ def attention(
       cap: soft cap on the scaled scores (Gemma 2), applied before the mask.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * scale, cap)
+    K, S = k.shape[2], k.shape[1]
+    G = N // K
+    # Heads that share keys become rows of one matrix: few large products, which matters on CPU and costs nothing else.
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * scale, cap).reshape(B, K, G, T, S)
     if mask is not None:
-        scores = jnp.where(mask[:, None, :, None, :], scores, -2.3819763e38)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKTGS,BSKH->BTKGH", weights, v)
-    return out.reshape(B, T, N, H)
+        scores = jnp.where(mask[:, None, None], scores, -2.3819763e38)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def prefix_mask(mask_input: Bool[Array, "B S"], mask_ar: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
@@ -226,7 +229,7 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rng
     return build(rngs)
 
 
-def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: str = "none"):
+def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: str = "none", unroll: bool = False):
     """Runs `call(block, carry, x) -> (carry, y)` through the stacked blocks, with rematerialisation a block at a time.
 
     Scanning keeps one layer's weights and activations alive at a time and compiles one block, whatever the depth.
@@ -238,6 +241,7 @@ def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, rem
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
         "dots" keeps the results of matrix products without batch axes.
+      unroll: compile the layers one after another instead of a loop: faster on CPU, slower to compile.
 
     Returns:
       The final carry and the stacked y.
@@ -255,4 +259,4 @@ def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, rem
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}.")
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return lax.scan(body, carry, (params, per_layer))
+    return lax.scan(body, carry, (params, per_layer), unroll=unroll)

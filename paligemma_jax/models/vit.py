@@ -25,6 +25,7 @@ class ViTConfig:
     eps: float = 1e-6
     posemb: str = "learn"  # initial value of the learned positions: "learn" = normal noise, "sincos2d" = sines
     remat: str = "none"  # see layers.scan_stack
+    unroll: bool = False  # see layers.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
 
@@ -128,7 +129,7 @@ class ViT(nnx.Module):
             keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
             return block(x, keys), None
 
-        x, _ = layers.scan_stack(self.layers, call, x, jnp.arange(config.depth), remat=config.remat)
+        x, _ = layers.scan_stack(self.layers, call, x, jnp.arange(config.depth), remat=config.remat, unroll=config.unroll)
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
 

@@ -138,7 +138,7 @@ class Pretraining:
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none"})
+        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
         config.tokenizer = "tiny"
         config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
         config.data = ConfigDict(
@@ -159,7 +159,7 @@ class Pretraining:
     def __init__(self, config: ConfigDict, mesh):
         self.config, self.mesh = config, mesh
         self.model_config = variant(config.model.variant).replace(
-            both=dict(dtype=config.compute_dtype, remat=config.model.remat)
+            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer.fits(self.model_config.decoder.vocab_size)

@@ -4,6 +4,7 @@ A picture costs a fifth of what it costs with its texts (tasks/pretraining.py), 
 tower can tell a cube from a cylinder; so the tower learns that first, on its own.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,20 @@ from train_jax.metrics import Metrics
 
 
 class Patches:
-    """Rows of one image and what each of its patches shows."""
+    """Rows of one image and what each of its patches shows; every second view is mirrored, left for right."""
 
-    def __init__(self, scenes: PretrainingScenes):
-        self._scenes = scenes
+    def __init__(self, scenes: PretrainingScenes, num_scenes: int):
+        self._scenes, self._num_scenes = scenes, num_scenes
 
     def __len__(self) -> int:
         return len(self._scenes)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         image, patches, _ = self._scenes.read(index)
+        if index // self._num_scenes % 2:
+            grid = math.isqrt(len(patches))
+            image = image[:, ::-1]
+            patches = patches.reshape(grid, grid, -1)[:, ::-1].reshape(patches.shape)
         return {"image": image, "patches": patches}
 
 
@@ -43,7 +48,7 @@ class VisionPretraining:
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none"})
+        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
         config.init_from = ()  # as in Pretraining
         config.data = ConfigDict(
             {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
@@ -53,7 +58,7 @@ class VisionPretraining:
     def __init__(self, config: ConfigDict, mesh):
         self.config = config
         self.model_config = variant(config.model.variant).replace(
-            both=dict(dtype=config.compute_dtype, remat=config.model.remat)
+            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
 
     def init(self) -> nnx.Module:
@@ -65,12 +70,12 @@ class VisionPretraining:
     def sharding_rules(self):
         return common.SHARDING_RULES
 
-    def _source(self, stream: str, num_scenes: int) -> Patches:
+    def _source(self, stream: str, num_scenes: int, views: int) -> Patches:
         folder = rendered(self.config.data, self.model_config.vision, stream, num_scenes)
-        return Patches(PretrainingScenes(folder, views=1, num_segments=0))
+        return Patches(PretrainingScenes(folder, views, num_segments=0), num_scenes)
 
     def train_source(self):
-        return self._source("pretraining", self.config.data.num_scenes)
+        return self._source("pretraining", self.config.data.num_scenes, views=2)
 
     def normalizer(self, batch) -> jax.Array:
         A, b = batch["image"].shape[:2]
@@ -83,7 +88,7 @@ class VisionPretraining:
 
     def validate(self, model: PretrainingModel) -> dict[str, float]:
         """Accuracy of the patch heads on held-out scenes, on patches that show an object."""
-        source = self._source("pretraining-held-out", self.config.data.num_held_out)
+        source = self._source("pretraining-held-out", self.config.data.num_held_out, views=1)
         score = jax.jit(lambda model, batch: self.loss(model, batch, None)[1])
         rows = [source[index] for index in range(len(source))]
         return metrics.means(score(model, {name: np.stack([row[name] for row in rows]) for name in rows[0]}))

@@ -41,7 +41,7 @@ class VQA:
         r"data\.(build_workers|cache_dir)",
         r"loss\.(chunk_size|vocab_chunk)",
         "cache_features",
-        r"model\.remat",
+        r"model\.(remat|unroll)",
     )
     model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable")
 
@@ -53,6 +53,7 @@ class VQA:
                 "path": "tiny",  # a Hugging Face folder, a big_vision .npz, or "tiny" (ships with the package)
                 "image_size": placeholder(int),  # None = the checkpoint's own; else positions are resampled
                 "remat": "block",  # none | block | dots: what the backward pass recomputes
+                "unroll": False,  # compile the layers without a loop: faster steps on CPU, slower to compile
                 "param_dtype": placeholder(str),  # of the weights; None = compute_dtype if frozen, float32 if trained
             }
         )
@@ -144,6 +145,7 @@ class VQA:
                 image_size=config.model.image_size,
                 param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
                 remat=config.model.remat,
+                unroll=config.model.unroll,
             )
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
             self._preprocessing = self._base.config.preprocessing

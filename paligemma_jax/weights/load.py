@@ -27,6 +27,7 @@ def load(
     image_size: int | None = None,
     param_dtype: str | None = None,
     remat: str = "none",
+    unroll: bool = False,
     **decoder,
 ) -> PaliGemma:
     """Reads a PaliGemma.
@@ -38,7 +39,8 @@ def load(
       image_size: pixels a side, where it should differ from the checkpoint's: the learned positions are resampled
         with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
       param_dtype: dtype the weights are kept in, `dtype` when None.
-      remat: what the backward pass recomputes, see models.layers.scan_stack.
+      remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
+        models.layers.scan_stack.
       decoder: GemmaConfig fields that an npz cannot tell (attn_softcap, final_softcap, rope_theta, query_scale).
 
     Returns:
@@ -51,13 +53,13 @@ def load(
     for kind in (dtype, param_dtype or dtype):
         if kind not in DTYPES:
             raise UserError(f"the dtype is {kind!r}, expected one of {', '.join(DTYPES)}: choose one of these.")
+    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
     if str(path).startswith(RANDOM):
-        return _random(str(path), image_size, dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat))
+        return _random(str(path), image_size, both)
     source, config, read = _open(path, decoder)
     stored = config
     if image_size is not None and image_size != config.vision.image_size:
         config = _resized(config, image_size)
-    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     config, stored = config.replace(both=both), stored.replace(both=both)
     model = nnx.eval_shape(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))
     shapes = params.abstract(nnx.eval_shape(lambda: PaliGemma(stored, rngs=nnx.Rngs(0))))

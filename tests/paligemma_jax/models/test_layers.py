@@ -287,12 +287,12 @@ def test_prefix_mask_equals_big_visions_cases(big_vision_case):
 # Stacks.
 
 
-def run_stack(stack, graph, remat, x):
+def run_stack(stack, graph, remat="none", unroll=False, *, x):
     def call(block, carry, scale):
         y = jnp.tanh(block(carry)) * scale
         return y, y.sum()
 
-    return layers.scan_stack(nnx.merge(graph, stack), call, x, jnp.asarray([1.0, 0.5, 2.0]), remat=remat)
+    return layers.scan_stack(nnx.merge(graph, stack), call, x, jnp.asarray([1.0, 0.5, 2.0]), remat=remat, unroll=unroll)
 
 
 @pytest.fixture(scope="module")
@@ -312,18 +312,18 @@ def test_a_stack_runs_its_layers_in_order(stack):
     for kernel, scale in zip(kernels, (1.0, 0.5, 2.0), strict=True):
         expected = jnp.tanh(expected @ kernel) * scale
         sums.append(expected.sum())
-    out, each = run_stack(arrays, graph, "none", x)
+    out, each = run_stack(arrays, graph, x=x)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(each, sums, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
-def test_remat_changes_neither_values_nor_gradients(stack, remat):
+@pytest.mark.parametrize(("remat", "unroll"), [("block", False), ("dots", False), ("none", True), ("block", True)])
+def test_remat_and_unroll_change_neither_values_nor_gradients(stack, remat, unroll):
     graph, arrays = stack
     x = normal(1, 2, 4)
-    value_and_grad = jax.value_and_grad(lambda a, remat: (run_stack(a, graph, remat, x)[0] ** 2).sum())
-    value, gradients = value_and_grad(arrays, "none")
-    other_value, other_gradients = value_and_grad(arrays, remat)
+    value_and_grad = jax.value_and_grad(lambda a, *how: (run_stack(a, graph, *how, x=x)[0] ** 2).sum())
+    value, gradients = value_and_grad(arrays, "none", False)
+    other_value, other_gradients = value_and_grad(arrays, remat, unroll)
     np.testing.assert_allclose(other_value, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), other_gradients, gradients)
 
@@ -334,7 +334,7 @@ def test_remat_recomputes(stack):
     x = normal(1, 2, 4)
 
     def products(remat):
-        loss = lambda a: (run_stack(a, graph, remat, x)[0] ** 2).sum()  # noqa: E731
+        loss = lambda a: (run_stack(a, graph, remat, x=x)[0] ** 2).sum()  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(arrays)).count("dot_general")
 
     assert products("block") > products("none")
@@ -343,4 +343,4 @@ def test_remat_recomputes(stack):
 def test_an_unknown_remat_is_refused(stack):
     graph, arrays = stack
     with pytest.raises(ValueError, match="remat is 'all', expected one of none, block, dots"):
-        run_stack(arrays, graph, "all", normal(1, 2, 4))
+        run_stack(arrays, graph, "all", x=normal(1, 2, 4))
