@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.01
     config.optimizer.grad_clip_norm = 1.0
-    config.ema_decay = 0.998
+    config.ema_decay = 0.996
     config.log_steps = 50
     config.checkpoint_steps = 250
     config.data.threads = 1
@@ -48,11 +48,11 @@ def texts() -> ConfigDict:
     """The whole model."""
     config = base_config("paligemma_jax.tasks.pretraining:Pretraining")
     config.init_from = ("runs/pretrain-vision",)
-    config.total_steps = 12_000
+    config.total_steps = 3500
     config.batch_size = 16  # images; each carries about eight texts
-    config.eval_steps = 1000
+    config.eval_steps = 500
     config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.warmup_steps = 200
+    config.optimizer.warmup_steps = 100
     # The tower follows more slowly than the decoder, and its rate warms up longer (PaliGemma, section 3.2).
-    config.optimizer.rates = ((r"model/vision/.*", 0.3, 1000),)
+    config.optimizer.rates = ((r"model/vision/.*", 0.3, 400),)
     return config
