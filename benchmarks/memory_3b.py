@@ -1,15 +1,16 @@
 """Memory of fine-tuning and evaluating PaliGemma-3B, from the compiled steps: nothing of the model is allocated.
 
-    python benchmarks/memory_3b.py [--dtype=bfloat16] [--batch=2] [--prefix=128] [--suffix=128]
+    python benchmarks/memory_3b.py [--dtype=bfloat16] [--batch=2] [--eval_batch=4] [--prefix=128] [--suffix=384]
 
-Compiles the training step of train_jax and the programs of evaluation at the sizes of configs/clevr.py:3b (LoRA of
-rank 8 on the decoder's q_proj and o_proj, 224 pixels) for the device at hand, and prints what the compiler planned. On
-a CPU, XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a GPU or TPU
+Compiles the training step of train_jax and the programs of evaluation, by default at the sizes of configs/clevr.py:3b
+(LoRA of rank 8 on the decoder's q_proj and o_proj, 224 pixels), for the device at hand, and prints what the compiler
+planned. On a CPU, XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a GPU or TPU
 does not; the last line says how much that is at most.
 """
 
 import argparse
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from paligemma_jax.generate import generate
 from paligemma_jax.losses import token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from train_jax import metrics, optimizers, params, state
+from train_jax.command_line import load_config
 from train_jax.config import runtime_defaults
 from train_jax.memory import format_bytes, step_memory
 
@@ -78,21 +80,27 @@ def report(name: str, compiled) -> None:
 def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--prefix", type=int, default=128)
-    parser.add_argument("--suffix", type=int, default=128)
+    config = load_config(str(Path(__file__).parent.parent / "configs/clevr.py:3b"))
+    parser.add_argument("--dtype", default=config.compute_dtype)
+    parser.add_argument("--batch", type=int, default=config.micro_batch)
+    parser.add_argument("--eval_batch", type=int, default=config.eval.batch_size)
+    parser.add_argument("--prefix", type=int, default=config.data.prefix_length)
+    parser.add_argument("--suffix", type=int, default=config.data.suffix_length)
     options = parser.parse_args()
-    text = options.prefix + options.suffix
+    text = options.prefix + options.suffix - 1  # the first token is only read, the last only predicted
     model = abstract_model(options.dtype)
-    print(f"{jax.devices()[0].device_kind}, {options.dtype}, batch {options.batch}, 256 image + {text} text tokens")
+    print(
+        f"{jax.devices()[0].device_kind}, {options.dtype}, 256 image + {text} text tokens, batch {options.batch} in "
+        f"training and {options.eval_batch} in evaluation"
+    )
     step, arguments = training_step(model, batch_shapes(options.batch, text))
     report("LoRA training step", jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile())
 
-    rows = {name: jax.ShapeDtypeStruct(s.shape[1:], s.dtype) for name, s in batch_shapes(options.batch, text).items()}
-    prompt = jax.ShapeDtypeStruct((options.batch, options.prefix), jnp.int32)
-    mask = jax.ShapeDtypeStruct((options.batch, options.prefix), bool)
-    features = jax.ShapeDtypeStruct((options.batch, 256, 2048), jnp.float32)
+    B = options.eval_batch
+    rows = {name: jax.ShapeDtypeStruct(s.shape[1:], s.dtype) for name, s in batch_shapes(B, text).items()}
+    prompt = jax.ShapeDtypeStruct((B, options.prefix), jnp.int32)
+    mask = jax.ShapeDtypeStruct((B, options.prefix), bool)
+    features = jax.ShapeDtypeStruct((B, 256, 2048), jnp.float32)
     candidates = jax.ShapeDtypeStruct((28, 3), jnp.int32), jax.ShapeDtypeStruct((28, 3), bool)
 
     def token_loss(model, rows, features):
