@@ -4,8 +4,8 @@
 
 Compiles the training step of train_jax and the programs of evaluation, by default at the sizes of configs/clevr.py:3b
 (LoRA of rank 8 on the decoder's q_proj and o_proj, 224 pixels), for the device at hand, and prints what the compiler
-planned. On a CPU, XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a GPU or TPU
-does not; the last line says how much that is at most.
+planned. On a CPU, XLA computes bfloat16 products in float32 and keeps float32 copies of the weights for them, which a
+GPU or TPU does not; the last line says how much that is at most.
 """
 
 import argparse
