@@ -7,7 +7,7 @@ checkpoint).
 
 from absl import flags
 
-from train_jax import command_line, distributed
+from train_jax import clock, command_line, distributed
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     distributed.start_from_flags(values)
     if values.workdir is None:
         workdir += "-base"
-    loop.evaluate(config, workdir, values.split, values.checkpoint)
+    loop.evaluate(config, workdir, values.split, values.checkpoint, clock.process_began())
 
 
 if __name__ == "__main__":

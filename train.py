@@ -5,7 +5,7 @@ The work is done by train_jax.loop.fit(config, workdir), which a notebook may ca
 
 from absl import flags
 
-from train_jax import command_line, distributed
+from train_jax import clock, command_line, distributed
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     if values.print_batch:
         print(loop.describe_batch(config))
     else:
-        loop.fit(config, workdir, values.progress)
+        loop.fit(config, workdir, values.progress, clock.process_began())
 
 
 if __name__ == "__main__":

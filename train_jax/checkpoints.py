@@ -1,6 +1,7 @@
 """Checkpoints of a run: latest and best, written in the background, restored onto any device count.
 
-The only file that knows Orbax (v0 `CheckpointManager`; v1 still moves). Each step is one folder of separate items:
+Orbax is known here and in checkpoint_trees.py alone (v0 `CheckpointManager`; v1 still moves). Each step is one folder
+of separate items:
 
     params     flat dict of the trainable parameters, so that adapters load alone
     ema        the same tree averaged over steps, when the run keeps it
@@ -14,7 +15,6 @@ as they were.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from train_jax import disk, files
+from train_jax import checkpoint_files, disk, files, ranking
+from train_jax.checkpoint_trees import differences, flatten, restore_args, unflatten
 from train_jax.errors import UserError
 
 ARRAY_ITEMS = ("params", "ema", "opt_state")
-META_FILE = "meta.json"
 SHOWN_PATHS = 8  # a mismatch of whole towers should still fit a screen
 
 
@@ -78,12 +77,12 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"no checkpoints in {self.folder}, which does not exist; train first or correct the path")
-        self._metric, self._sign, self._read_only = best_metric, 1.0 if best_mode == "max" else -1.0, read_only
+        self._metric, self._mode, self._read_only = best_metric, best_mode, read_only
         # A full disk is told once, as a UserError; Orbax's background threads would log a traceback each before it.
         logging.getLogger("absl").addFilter(disk.is_other_than_full)
         self._bytes = 0  # of the save under way
         self._manager = self._open()
-        self._scores = {step: self._score(self.read_metrics(step)) for step in self.all_steps()}
+        self._scores = {step: self.score(self.read_metrics(step)) for step in self.all_steps()}
 
     def _open(self) -> ocp.CheckpointManager:
         """A manager that keeps the latest step and the best one.
@@ -100,7 +99,7 @@ class Checkpoints:
             cleanup_tmp_directories=not self._read_only,
         )
         handlers: dict[str, ocp.CheckpointHandler] = {name: ocp.PyTreeCheckpointHandler() for name in ARRAY_ITEMS}
-        handlers["meta"] = ocp.JsonCheckpointHandler(filename=META_FILE)
+        handlers["meta"] = ocp.JsonCheckpointHandler(filename=checkpoint_files.META_FILE)
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     # Which steps there are.
@@ -117,6 +116,10 @@ class Checkpoints:
         """The step with the best metric among those kept, None if none was saved with a finite one."""
         scored = [step for step in self.all_steps() if self._scores.get(step, -math.inf) > -math.inf]
         return max(scored, key=lambda step: (self._scores[step], -step), default=None)
+
+    def score(self, metrics: Mapping[str, Any] | None) -> float:
+        """How the folder's `best_metric` ranks an evaluation, see ranking.score; raises as that."""
+        return ranking.score(metrics, self._metric, self._mode)
 
     def resolve(self, which: str | int) -> int:
         """The step that "best", "latest" or a number (as text or int) means.
@@ -157,11 +160,11 @@ class Checkpoints:
           UserError: the disk is full (of this save or of the one before, which ran in the background), or
             `best_metric` is not among `metrics`.
         """
-        score = self._score(metrics)
+        score = self.score(metrics)
         if step in self.all_steps():
             self._annotate(step, meta, metrics, score)
             return
-        trees = {"params": dict(params), "opt_state": _flatten(opt_state)} | ({"ema": dict(ema)} if ema else {})
+        trees = {"params": dict(params), "opt_state": flatten(opt_state)} | ({"ema": dict(ema)} if ema else {})
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(files.plain({"meta": meta, "metrics": metrics}))
@@ -178,7 +181,8 @@ class Checkpoints:
             self._scores[step] = score
         with self._explain_full_disk(step):
             if jax.process_index() == 0:
-                files.write_atomically(self._meta_path(step), files.to_json({"meta": meta, "metrics": metrics}))
+                path = checkpoint_files.meta_path(self.folder, step)
+                files.write_atomically(path, files.to_json({"meta": meta, "metrics": metrics}))
             multihost_utils.sync_global_devices(f"meta of checkpoint {step}")
 
     def wait(self) -> None:
@@ -221,12 +225,11 @@ class Checkpoints:
         Raises:
           UserError: paths, shapes or dtypes differ from what was saved; the sentence lists them.
         """
-        wanted = {"params": dict(abstract_params), "opt_state": _flatten(abstract_opt_state)}
+        wanted = {"params": dict(abstract_params), "opt_state": flatten(abstract_opt_state)}
         if abstract_ema is not None:
             wanted["ema"] = dict(abstract_ema)
         found = self._restore_items(step, wanted)
-        leaves = [found["opt_state"][path] for path in wanted["opt_state"]]
-        opt_state = jax.tree.unflatten(jax.tree.structure(abstract_opt_state), leaves)
+        opt_state = unflatten(found["opt_state"], abstract_opt_state)
         return Restored(found["params"], opt_state, found.get("ema"))
 
     def restore_params(self, step: int, abstract_params: Mapping | None = None, item: str = "params") -> dict[str, Any]:
@@ -249,17 +252,17 @@ class Checkpoints:
         Orbax itself would pad, cut or cast silently where shapes or dtypes differ.
         """
         self.wait()
-        differences = []
+        differing = []
         for name, tree in wanted.items():
-            differences += _differences(self._saved(step, name), tree, name)
-        if differences:
-            more = f" and {len(differences) - SHOWN_PATHS} more" if len(differences) > SHOWN_PATHS else ""
+            differing += differences(self._saved(step, name), tree, name)
+        if differing:
+            more = f" and {len(differing) - SHOWN_PATHS} more" if len(differing) > SHOWN_PATHS else ""
             raise UserError(
                 f"checkpoint {step} in {self.folder} does not fit this model and optimizer: "
-                f"{', '.join(differences[:SHOWN_PATHS])}{more}; use the configuration that wrote it or another workdir"
+                f"{', '.join(differing[:SHOWN_PATHS])}{more}; use the configuration that wrote it or another workdir"
             )
         arguments = {
-            name: ocp.args.PyTreeRestore(tree, restore_args={path: _restore_args(leaf) for path, leaf in tree.items()})
+            name: ocp.args.PyTreeRestore(tree, restore_args={path: restore_args(leaf) for path, leaf in tree.items()})
             for name, tree in wanted.items()
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
@@ -273,24 +276,11 @@ class Checkpoints:
         metadata = self._manager.item_metadata(step)[item]
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in dict(metadata.tree).items()}
 
-    def _meta_path(self, step: int) -> Path:
-        return self.folder / str(step) / "meta" / META_FILE
-
     def _read_json(self, step: int) -> dict[str, Any]:
         if step not in self.all_steps():
             self.resolve(step)  # raises with the steps there are
         self.wait()
-        return json.loads(self._meta_path(step).read_text(encoding="utf-8"))
-
-    def _score(self, metrics: Mapping[str, Any] | None) -> float:
-        """Larger is better; -inf without metrics or for a non-finite value."""
-        if metrics is None or self._metric is None:
-            return -math.inf
-        if self._metric not in metrics:
-            measured = ", ".join(sorted(metrics))
-            raise UserError(f"best_metric '{self._metric}' is not measured, expected one of {measured}; correct it")
-        value = metrics[self._metric]
-        return self._sign * float(value) if value is not None and math.isfinite(value) else -math.inf
+        return checkpoint_files.read_json(self.folder, step)
 
     @contextlib.contextmanager
     def _explain_full_disk(self, step: int | None) -> Iterator[None]:
@@ -309,30 +299,3 @@ class Checkpoints:
                 f"{free:.1f} MiB are free, the last complete one is {self.latest_step()}; free space on that disk and "
                 "run the same command to resume"
             ) from error
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of any tree by path: `(ScaleByAdamState(mu={"a/b": x}),)` becomes `{"0/mu/a/b": x}`, in tree order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise ValueError("two leaves of the optimizer state have the same path")
-    return flat
-
-
-def _differences(saved: Mapping, wanted: Mapping, item: str) -> list[str]:
-    """One phrase for each path whose presence, shape or dtype differs."""
-
-    def describe(leaf):
-        return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-    described = [(path, describe(saved.get(path)), describe(wanted.get(path))) for path in sorted(saved | wanted)]
-    return [f"{item}: {path} is {old} there and {new} here" for path, old, new in described if old != new]
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """Onto the leaf's sharding; to numpy where it has none, which no device count can upset."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)

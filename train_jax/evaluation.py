@@ -1,6 +1,5 @@
 """Evaluates checkpoints: the end of every run, and again whenever somebody asks."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -14,14 +13,18 @@ from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import stored_config
 from train_jax.errors import UserError
-from train_jax.memory import peak_memory_bytes
+from train_jax.memory import reported_peak
 from train_jax.resume import difference
 from train_jax.task import Task, make_task
 from train_jax.validation import validate
 
 
 def evaluate(
-    config: ConfigDict, workdir: str | Path, split: str | None = None, checkpoint: str | int = "best"
+    config: ConfigDict,
+    workdir: str | Path,
+    split: str | None = None,
+    checkpoint: str | int = "best",
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run, or the model before training where the workdir has no `checkpoints/`.
 
@@ -29,31 +32,29 @@ def evaluate(
       config: the run's own, with changes that do not alter the model.
       split: data split; None is the task's own, whose results go to `eval.json` (another's to `eval-<split>.json`).
       checkpoint: "best" (the latest where none was ranked), "latest", or a step.
+      began: the time (of `time.perf_counter`) from which on the `seconds` of the results count; None = now.
 
     Raises:
       UserError: a config that cannot run or is of another model than the run's, or no such checkpoint.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     validate(config, training=False)
     workdir = Path(workdir)
     task, model, step = _trained(config, workdir, checkpoint)
     if split == getattr(task, "default_split", None):
         split = None
     workdir.mkdir(parents=True, exist_ok=True)
-    before = _results(workdir / "eval.json")
-    companions = {name: found for name in _companions(task) if (found := _results(workdir / name / "eval.json"))}
+    before = files.read_json(workdir / "eval.json")
+    companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}
+    companions = {name: found for name, found in companions.items() if found}
     options = {"companions": companions} if companions and split is None else {}
-    results = {"step": step} | task.evaluate(model, workdir, split, **options) | costs(began)
+    results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
         results["finished"] = True
     write_results(workdir, results, split)
     print_results(results)
     return results
-
-
-def _results(file: Path) -> dict[str, Any]:
-    """What an eval.json holds; nothing if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _companions(task: Task) -> dict[str, ConfigDict]:
@@ -71,15 +72,15 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
     mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
-    bundle = model_state.build(task, mesh)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
-        return task, bundle.model(), 0
+        return task, model_state.build(task, mesh).model(), 0
     if (workdir / "config.json").is_file():
         _check_same_model(stored_config(workdir), config, task)
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode, read_only=True)
     try:
         step = resolve(checkpoints, checkpoint)
         item = "ema" if config.ema_decay is not None else "params"
+        bundle = model_state.build(task, mesh)  # after all that may be refused without it
         return task, bundle.model(checkpoints.restore_params(step, bundle.trainable, item)), step
     finally:
         checkpoints.close()
@@ -101,12 +102,6 @@ def resolve(checkpoints: Checkpoints, which: str | int) -> int:
     if which == "best" and checkpoints.best_step() is None:
         which = "latest"
     return checkpoints.resolve(which)
-
-
-def costs(began: float) -> dict[str, Any]:
-    """Wall time in seconds and peak memory in bytes: the fullest device's, or the process's where that is not told."""
-    peak = peak_memory_bytes()
-    return {"peak_memory_bytes": peak.device or peak.process, "seconds": time.perf_counter() - began}
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -23,6 +23,12 @@ def write_atomically(path: str | Path, text: str) -> None:
         beside.unlink(missing_ok=True)  # there only if something failed, e.g. a full disk
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no file."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text of nested dicts, lists, scalars and arrays (Python's, numpy's or on a device).
 

@@ -9,11 +9,14 @@ seeking to any step costs nothing, and a run resumes from the step number alone 
 the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
 """
 
+import os
+import signal
 import time
 import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
+import cloudpickle
 import grain
 import numpy as np
 from absl import flags
@@ -44,7 +47,7 @@ class Batches(Iterator[Batch]):
       wait_seconds: how long the latest `next()` waited for its batch; near 0 when input keeps up.
     """
 
-    def __init__(self, batches: Any, threads: int, workers: int = 0):
+    def __init__(self, batches: "_Steps", threads: int, workers: int):
         # As many batches ahead as there are threads, and one: memory is bounded whatever the size of the source.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
@@ -52,7 +55,8 @@ class Batches(Iterator[Batch]):
             # grain's workers read absl's global flags, which nobody has parsed in a notebook or in pytest.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+            _check_picklable(batches)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _ignore_ctrl_c)
         self._iterator = iter(dataset)
         self.wait_seconds = 0.0
 
@@ -163,43 +167,22 @@ class Pipeline:
         }
 
 
-class _Evaluation:
-    """Random access to the batches of one pass over a source, in order, the last one padded with weight 0."""
-
-    def __init__(self, source: Source, batch_size: int, rows: slice):
-        self._source, self._batch_size, self._rows = source, batch_size, rows
-
-    def __len__(self) -> int:
-        return -(-len(self._source) // self._batch_size)
-
-    def __getitem__(self, index: int) -> Batch:
-        first = index * self._batch_size
-        positions = np.arange(first, first + self._batch_size)[self._rows]
-        real = positions < len(self._source)
-        batch = _stack([self._source[int(i)] for i in np.where(real, positions, first)])
-        weight = batch.get("weight", np.ones(len(positions), np.float32))
-        return batch | {"weight": np.where(real, weight, 0).astype(np.float32)}
+def _ignore_ctrl_c(worker_index: int, worker_count: int) -> None:
+    """For a worker process: a terminal sends Ctrl-C to it too, and the run needs its rows to finish the step."""
+    del worker_index, worker_count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def evaluation_batches(
-    source: Source, batch_size: int, *, threads: int = 2, process_index: int = 0, process_count: int = 1
-) -> Batches:
-    """Returns one pass over `source` in order, as batches {name: [b_local, ...]} of one fixed size.
-
-    The last batch is filled up with copies of its row 0. Every batch has a "weight", float32 [b_local]: the source's
-    own (or 1), and 0 for the copies. Memory does not depend on the size of the source.
-
-    Args:
-      source: the examples.
-      batch_size: rows of a batch over all processes.
-      threads: that read batches ahead; 0 reads when asked.
-      process_index: which process this is.
-      process_count: how many processes share every batch.
-
-    Raises:
-      UserError: the batch does not divide over the processes.
-    """
-    return Batches(_Evaluation(source, batch_size, local_rows(process_index, process_count, batch_size)), threads)
+def _check_picklable(batches: _Steps) -> None:
+    """Raises UserError if worker processes cannot be given a source; pickles as grain does, and keeps nothing."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            cloudpickle.dump(batches, nowhere)
+    except Exception as error:  # each class refuses in its own way
+        raise UserError(
+            f"data.workers is above 0, and the training data cannot be sent to worker processes "
+            f"({type(error).__name__}: {error}): set data.workers=0 to read with threads, or make the source picklable"
+        ) from error
 
 
 def _stack(examples: list[Example]) -> Batch:

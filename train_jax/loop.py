@@ -5,7 +5,6 @@ session.py, the model and its data in the task. A workdir holds config.json, met
 tensorboard/, and what the task adds.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,17 @@ from ml_collections import ConfigDict
 
 from train_jax import files, metrics, sharding, state
 from train_jax.checkpoints import Checkpoints
-from train_jax.config import stored_config, to_json
+from train_jax.config import to_json
 from train_jax.durations import Plan
 from train_jax.errors import RunStopped
-from train_jax.evaluation import costs, evaluate, load_model, print_results, resolve, write_results
+from train_jax.evaluation import evaluate, load_model, print_results, resolve, write_results
 from train_jax.interrupt import Interrupt
+from train_jax.memory import reported_peak
 from train_jax.plots import plot_curves
+from train_jax.ranking import check_metric
 from train_jax.reporting import Reporter
-from train_jax.resume import check_resume
-from train_jax.session import Session, gave_up, training_batches
+from train_jax.resume import look
+from train_jax.session import Session, training_batches
 from train_jax.startup import startup_report
 from train_jax.task import make_task
 from train_jax.validation import validate
@@ -32,43 +33,49 @@ from train_jax.validation import validate
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
 
 
-def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto") -> dict[str, Any]:
+def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: float | None = None) -> dict[str, Any]:
     """Trains as `config` says, resuming what the workdir holds, then evaluates; returns what `eval.json` holds.
 
     Args:
       config: see config.base_config.
       workdir: folder of the run; made if missing.
       progress: "auto", "bar", "plain" or "none", see reporting.Reporter.
+      began: the time (of `time.perf_counter`) from which on the `seconds` of the results count, those of earlier
+        processes of the same run beside; None = now.
 
     Raises:
-      UserError: a config that cannot run, or a workdir of another run; before anything is compiled.
+      UserError: a config that cannot run, or a workdir of another run, before data are prepared or the model is read;
+        data or a model that do not fit the config, before anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     validate(config)
     workdir = Path(workdir)
+    earlier = look(workdir, config)
+    for note in earlier.notes if earlier else ():
+        _say(note)
+    if earlier and earlier.results is not None:
+        return earlier.results
     mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
+    measured = getattr(task, "validation_metrics", None)
+    if measured is not None:
+        check_metric(config.best_metric, measured)
     source = task.train_source()
     plan = Plan.of(config, len(source))
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode)
     try:
-        if checkpoints.latest_step() is not None:
-            for note in check_resume(stored_config(workdir), config, len(source)):
-                _say(note)
-        done = _finished(workdir, checkpoints, plan, config.patience)
-        if done is not None:
-            steps = checkpoints.latest_step()
-            _say(f"{workdir} is complete: {steps} steps trained and evaluated, see {workdir / 'eval.json'}.")
-            return done
-        run = Run(Session(config, workdir, mesh, task, plan, checkpoints, source))
+        run = Run(Session(config, workdir, mesh, task, plan, checkpoints, source, began))
         if jax.process_index() == 0:
             files.write_atomically(workdir / "config.json", to_json(config))
             getattr(task, "start", lambda workdir: None)(workdir)
         with Interrupt() as interrupt:
             run.train(progress, interrupt)
-        return run.finish(progress, began)
+            if interrupt.requested(agree=True):  # during the last evaluation of the training, whose state is saved
+                checkpoints.wait()
+                interrupt.leave(checkpoints.latest_step())
+        return run.finish(progress)
     finally:
         checkpoints.close()
 
@@ -97,10 +104,10 @@ class Run:
         session, plan = self.session, self.plan
         if session.over:
             return
+        batches = session.pipeline.iterate(session.step)
         if jax.process_index() == 0:  # of a shorter run that is being extended
             (self.workdir / "eval.json").unlink(missing_ok=True)
         reporter = Reporter(self.workdir, plan.total, session.step, self.config.batch_size, progress)
-        batches = session.pipeline.iterate(session.step)
         try:
             step_fn, zeros = self._compile(reporter)
             batch_spec = sharding.batch_sharding(session.mesh).spec
@@ -235,7 +242,7 @@ class Run:
             return
         self.session.save(results)
 
-    def finish(self, progress: str, began: float) -> dict[str, Any]:
+    def finish(self, progress: str) -> dict[str, Any]:
         """Runs the task's companions, evaluates the chosen checkpoint, writes results and curves."""
         session = self.session
         check = getattr(session.source, "check", None)
@@ -250,10 +257,14 @@ class Run:
         companions = {}
         for name, companion in getattr(self.task, "companions", dict)().items():
             _say(f"companion run {name} in {self.workdir / name}")
-            companions[name] = fit(companion, self.workdir / name, progress)
+            companion_began = time.perf_counter()
+            companions[name] = fit(companion, self.workdir / name, progress, companion_began)
+            # What earlier processes spent on it is part of this run too, and is recorded there alone.
+            here = time.perf_counter() - companion_began
+            session.earlier_seconds += max(companions[name]["seconds"] - here, 0.0)
         options = {"companions": companions} if companions else {}
-        results = {"step": step} | self.task.evaluate(model, self.workdir, **options) | costs(began)
-        results["finished"] = True
+        results = {"step": step} | self.task.evaluate(model, self.workdir, **options)
+        results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}
         write_results(self.workdir, results)
         if jax.process_index() == 0:
             plot_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
@@ -269,17 +280,6 @@ def _say(text: str) -> None:
     """Tells a person something, once however many processes there are."""
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def _finished(workdir: Path, checkpoints: Checkpoints, plan: Plan, patience: int | None) -> dict[str, Any] | None:
-    """The results of a run that is complete, else None."""
-    latest, file = checkpoints.latest_step(), workdir / "eval.json"
-    if latest is None or not file.exists():
-        return None
-    if latest < plan.total and not gave_up(checkpoints.read_meta(latest), patience):
-        return None
-    results = json.loads(file.read_text(encoding="utf-8"))
-    return results if results.get("finished") else None  # eval.py may have evaluated a run that was cut off
 
 
 def _copy(tree):

@@ -1,4 +1,4 @@
-"""What a run takes: peak memory of the process and its devices, and memory of a compiled step. All in bytes."""
+"""Memory, in bytes: what a run took, what a compiled step takes, and the way on for an evaluation that runs out."""
 
 import resource
 import sys
@@ -7,11 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 
+from train_jax.errors import UserError
+
 
 class PeakMemory(NamedTuple):
-    """Highest use so far, in bytes; `device` is that of the fullest local device, None where it does not tell (CPU)."""
+    """Highest use so far, in bytes.
+
+    Attributes:
+      process: resident memory of this process.
+      children: of the largest process that this one started and that has ended (render and reader processes, and what
+        they started in turn); 0 where there was none. One still at work does not count yet.
+      device: of the fullest local device; None where it does not tell (CPU).
+    """
 
     process: int
+    children: int
     device: int | None
 
 
@@ -31,10 +41,20 @@ class StepMemory(NamedTuple):
 
 
 def peak_memory_bytes() -> PeakMemory:
-    """Peak resident memory of this process, and the peak on its fullest accelerator."""
+    """Peak resident memory of this process and of its children, and the peak on its fullest accelerator."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return PeakMemory(_peak_process_bytes(), max(peaks, default=None))
+    return PeakMemory(_peak_process_bytes(), _peak_rusage_bytes(resource.RUSAGE_CHILDREN), max(peaks, default=None))
+
+
+def reported_peak() -> int:
+    """The one number that a run reports, in bytes: the peak of its fullest device; where devices do not tell, that of
+    the largest single process, be it this one or one of its children.
+
+    Peaks of processes are not added: they need not fall together, and the kernel tells the largest child alone.
+    """
+    peak = peak_memory_bytes()
+    return peak.device or max(peak.process, peak.children)
 
 
 def _peak_process_bytes() -> int:
@@ -45,7 +65,12 @@ def _peak_process_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _peak_rusage_bytes(resource.RUSAGE_SELF)
+
+
+def _peak_rusage_bytes(who: int) -> int:
+    # A child counts from its fork on, when it shares all memory of this process: never more than this one's own peak.
+    peak = resource.getrusage(who).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
@@ -69,6 +94,42 @@ def format_bytes(size: int | float) -> str:
         size, power = size / 1024, power + 1
     decimals = 0 if power == 0 or size >= 100 else 1 if size >= 10 else 2
     return f"{size:.{decimals}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str) -> int:
+    """How many rows at once to go on with, after `error` ended an evaluation of `size` rows: about half of them.
+
+    Args:
+      error: what the computation raised.
+      size: rows of the batch over all devices, a multiple of `parts`.
+      parts: devices that share a batch; the answer is a multiple of it, at least `parts`.
+      key: the config key that says how many rows, for the sentence to several processes.
+      remedy: what to change where not even one row a device fits, the end of that sentence.
+
+    Several processes never go on: a batch is one program over the devices of all, and the others are in the midst of
+    it, waiting for what the one that failed does not send any more. They cannot hear of a smaller batch, so the run
+    ends with a sentence (and JAX ends the processes that wait). What processes can agree on is a size chosen before
+    anything runs, by what the compiler says that it takes.
+
+    Raises:
+      UserError: one row a device does not fit, or there are several processes.
+      Exception: `error` itself, if it is not about the device's memory.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    half = max(size // 2 // parts, 1) * parts
+    if size <= parts:
+        raise UserError(
+            f"evaluation of {size} example(s) at once does not fit the device's memory, expected at least one on each "
+            f"device: {remedy}"
+        ) from error
+    if jax.process_count() > 1:
+        raise UserError(
+            f"process {jax.process_index()} of {jax.process_count()} ran out of device memory in an evaluation of "
+            f"{size} examples at once, which it computes together with the others, so that none can go on with fewer: "
+            f"set config.{key} to {half} or less and run the same command again"
+        ) from error
+    return half
 
 
 def device_memory_limit() -> int | None:

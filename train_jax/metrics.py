@@ -31,16 +31,7 @@ def add(total: Metrics, new: Metrics) -> Metrics:
     """
     if total.keys() != new.keys():
         raise ValueError(f"metrics to add differ in their names: {sorted(total)} and {sorted(new)}")
-    return merge(total, new)
-
-
-def merge(first: Metrics, second: Metrics) -> Metrics:
-    """Union of two sets of metrics; names on both sides are added."""
-    merged = dict(first)
-    for name, (value, count) in second.items():
-        old_value, old_count = merged.get(name, (0.0, 0.0))
-        merged[name] = (jnp.asarray(old_value + value, jnp.float32), jnp.asarray(old_count + count, jnp.float32))
-    return merged
+    return {name: (total[name][0] + value, total[name][1] + count) for name, (value, count) in new.items()}
 
 
 def means(metrics: Metrics) -> dict[str, float]:
@@ -49,22 +40,3 @@ def means(metrics: Metrics) -> dict[str, float]:
         name: float(value) / float(count) if count != 0 else math.nan
         for name, (value, count) in jax.device_get(metrics).items()
     }
-
-
-class MeanAccumulator:
-    """Running means over a log interval or an evaluation: additions stay on the device, `means` reads them."""
-
-    def __init__(self):
-        self._total: Metrics = {}
-
-    def add(self, metrics: Metrics) -> None:
-        """Adds one step's metrics without waiting for the device; a name may appear later than others."""
-        self._total = merge(self._total, metrics)
-
-    def means(self) -> dict[str, float]:
-        """The means so far; waits for the device."""
-        return means(self._total)
-
-    def reset(self) -> None:
-        """Starts a new interval."""
-        self._total = {}

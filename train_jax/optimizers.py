@@ -19,8 +19,9 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from train_jax.adamw_8bit import MIN_8BIT_SIZE, scale_by_adam_8bit
 from train_jax.errors import UserError
-from train_jax.patterns import cover, select
+from train_jax.patterns import cover, did_you_mean, select
 
 # Matrices of the model and of adapters; biases, norm scales, logit scales and position embeddings are left alone.
 DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(kernel|embedding|lora_a|lora_b)"
@@ -92,14 +93,16 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
 
 
 def make_optimizer(config: ConfigDict, schedule: Schedule, paths: Iterable[str]) -> optax.GradientTransformation:
-    """Builds the optax chain of a run; its state is float32 whatever the parameters' dtype.
+    """Builds the optax chain of a run; its state is float32 whatever the parameters' dtype (8 bits: adamw_8bit's).
 
     Args:
-      config: `name` (adamw, adam, sgd, adafactor, lion); `b1`, `b2`, `eps` (Adam's kinds and lion); `momentum` (sgd and
-        adafactor, 0 for none); `weight_decay` and the pattern `weight_decay_mask` of the paths it reaches (None for
-        matrices and embeddings); `grad_clip_norm` (None for no clipping); `rates`, entries `(pattern, factor)` or
-        `(pattern, factor, warmup_steps)`: the first pattern that matches a whole path multiplies its rate and may
-        replace its warm-up, e.g. `(("vision/.*", 0.3, 1000),)`; paths without a match keep the schedule.
+      config: `name` (adamw, adam, sgd, adafactor, lion, adamw_8bit); `b1`, `b2`, `eps` (Adam's kinds; lion has no
+        `eps`, and its authors' `b2` is 0.99); `min_8bit_size` (adamw_8bit: smaller leaves keep float32 moments);
+        `momentum` (0 for none: sgd's sums gradients, adafactor's averages its updates); `weight_decay` and the pattern
+        `weight_decay_mask` of the paths it reaches (None for matrices and embeddings); `grad_clip_norm` (None for no
+        clipping); `rates`, entries `(pattern, factor)` or `(pattern, factor, warmup_steps)`: the first pattern that
+        matches a whole path multiplies its rate and may replace its warm-up, e.g. `(("vision/.*", 0.3, 1000),)`; paths
+        without a match keep the schedule.
       schedule: from `make_schedule`.
       paths: of the trainable parameters, or the flat parameters themselves.
 
@@ -125,20 +128,25 @@ def _direction(config: ConfigDict) -> optax.GradientTransformation:
     def adam():
         return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
-    def momentum():
+    def adam_8bit():
+        return scale_by_adam_8bit(config.b1, config.b2, config.eps, config.get("min_8bit_size", MIN_8BIT_SIZE))
+
+    def sgd():
         return optax.trace(config.momentum) if config.momentum else optax.identity()
 
     def adafactor():  # Shazeer and Stern (2018), arXiv 1804.04235, with the parts optax.adafactor has by default
+        average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
         return optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), momentum()
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
         )
 
     optimizers = {
         "adamw": adam,
         "adam": adam,
-        "sgd": momentum,
+        "sgd": sgd,
         "adafactor": adafactor,
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
+        "adamw_8bit": adam_8bit,
     }
     return _choose(optimizers, config.name, "name")()
 
@@ -202,7 +210,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _choose(choices: dict, name: str, field: str):
-    """The choice of that name, or a sentence with the names that exist."""
+    """The choice of that name, or a sentence with the names that exist and the nearest of them."""
     if name not in choices:
-        raise UserError(f"optimizer.{field} is '{name}', expected one of {', '.join(choices)}; correct it")
+        advice = did_you_mean(name, choices) or "; correct it"
+        raise UserError(f"optimizer.{field} is '{name}', expected one of {', '.join(choices)}{advice}")
     return choices[name]

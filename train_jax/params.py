@@ -48,10 +48,5 @@ def assign(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
     return merge(graph, leaves | dict(arrays))
 
 
-def select(arrays: Mapping[str, Any], paths) -> dict[str, Any]:
-    """The entries of some paths, in their order."""
-    return {path: arrays[path] for path in paths}
-
-
 def _join(path: tuple) -> str:
     return "/".join(map(str, path))

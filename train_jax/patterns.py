@@ -33,18 +33,6 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"{pattern!r} is not a regular expression ({error}): correct the pattern") from error
 
 
-def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
-    """Returns the value of the first rule whose pattern matches the whole of `path`.
-
-    Raises:
-      UserError: no rule matches.
-    """
-    for pattern, value in rules:
-        if _compile(pattern).fullmatch(path):
-            return value
-    raise UserError(f"no rule matches {path!r}: add one, or end the rules with ('.*', ...)")
-
-
 def cover(rules: Sequence[tuple[str, T]], paths: Iterable[str], allow_unused: bool = False) -> dict[str, T]:
     """Returns the value of the first matching rule for every path.
 

@@ -1,15 +1,18 @@
-"""Whether a run may continue in its workdir under a changed config.
+"""What a workdir holds of an earlier run, and whether that may continue under a changed config.
 
 What changes the mathematics is refused. What does not (where and how fast it runs, what it logs and saves, when it
-gives up) is free, and the run may be made longer.
+gives up) is free, and the run may be made longer. All of this is read from small files, before data or model are.
 """
 
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from train_jax.config import UNITS, leaves, steps, task_class
+from train_jax import checkpoint_files, files
+from train_jax.config import UNITS, leaves, steps, stored_config, task_class
+from train_jax.durations import Plan
 from train_jax.errors import UserError
 
 # Patterns over dotted keys; a task adds its own in the class attribute `harmless_keys`.
@@ -22,6 +25,55 @@ HARMLESS = (
 )
 TOTALS = tuple(f"total_{unit}" for unit in UNITS)
 ABSENT = "(absent)"
+
+
+class Earlier(NamedTuple):
+    """An earlier run in a workdir: sentences to tell a person of it, and its results if nothing is left to do."""
+
+    notes: list[str]
+    results: dict[str, Any] | None
+
+
+def look(workdir: Path, config: ConfigDict) -> Earlier | None:
+    """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint.
+
+    A run that gave up for want of patience stays over, however long a run is asked for; more patience lets it go on.
+
+    Raises:
+      UserError: as `check_resume`, or the run's config is missing.
+    """
+    latest = checkpoint_files.read_latest(workdir / "checkpoints")
+    if latest is None:
+        return None
+    step, meta = latest
+    examples = meta["fingerprint"]["examples"]  # the session compares it with the data once they are there
+    notes = check_resume(stored_config(workdir), config, examples)
+    early = gave_up(meta, config.patience)
+    over = early or step >= Plan.of(config, examples).total
+    results = _final_results(workdir) if over else None
+    found, remedy = f"{step} steps trained and evaluated", ""
+    if early:
+        found = (
+            f"the run stopped early at step {step}, when {meta['without_improvement']} evaluations in a row had "
+            f"brought no better {config.best_metric} (patience={config.patience})"
+        )
+        remedy = "; to train on, raise config.patience or set it to None"
+    if results is not None:
+        notes = [f"{workdir} is complete: {found}, see {workdir / 'eval.json'}{remedy}."]
+    elif early:
+        notes = [f"{found}, and only its evaluation is left{remedy}."]
+    return Earlier(notes, results)
+
+
+def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+    """Whether the run of a checkpoint stopped early, and would again under this patience."""
+    return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
+
+
+def _final_results(workdir: Path) -> dict[str, Any] | None:
+    """What eval.json holds if the run itself wrote it at its end; eval.py may have evaluated one that was cut off."""
+    results = files.read_json(workdir / "eval.json")
+    return results if results.get("finished") else None
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:

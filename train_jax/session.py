@@ -1,6 +1,7 @@
 """The state of a run under way: arrays, data position and patience, and how they are saved and restored."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,33 @@ from train_jax import files, model_state, optimizers, state
 from train_jax.checkpoints import Checkpoints
 from train_jax.durations import Plan
 from train_jax.errors import UserError
-from train_jax.input import Pipeline
+from train_jax.input import Pipeline, Source
+from train_jax.resume import gave_up
 from train_jax.task import Task
 
 
 class Session:
     """The state of a run under way, and its way to and from disk."""
 
-    def __init__(self, config, workdir: Path, mesh: Mesh, task: Task, plan: Plan, checkpoints: Checkpoints, source):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        mesh: Mesh,
+        task: Task,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        source: Source,
+        began: float,
+    ):
+        """Builds model and state, and takes over the latest checkpoint; `began` is when `seconds` starts to count.
+
+        Raises:
+          UserError: the model, the optimizer or the mesh cannot be, or the checkpoint is of other data.
+        """
         self.config, self.workdir, self.mesh, self.task, self.plan = config, workdir, mesh, task, plan
         self.checkpoints, self.source = checkpoints, source
+        self._began, self.earlier_seconds = began, 0.0
         self.pipeline = training_batches(config, source, plan.total)
         self.bundle = model_state.build(task, mesh)
         self.schedule = optimizers.make_schedule(config.optimizer, plan.total, plan.warmup)
@@ -33,8 +51,13 @@ class Session:
             ema=config.ema_decay is not None,
             float16=config.compute_dtype == "float16",
         )
-        self.best_value, self.without_improvement, self.stopped_early = None, 0, False
+        self.best_score, self.without_improvement, self.stopped_early = -math.inf, 0, False
         self.step = self._restore()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run: of this process, and of earlier ones up to the last save of each."""
+        return self.earlier_seconds + time.perf_counter() - self._began
 
     @property
     def over(self) -> bool:
@@ -47,14 +70,12 @@ class Session:
         Raises:
           UserError: it does not measure `best_metric`.
         """
-        metric, patience = self.config.best_metric, self.config.patience
-        if metric is None:
+        patience = self.config.patience
+        if self.config.best_metric is None:
             return
-        if metric not in results:
-            raise UserError(f"best_metric is {metric!r}, which the evaluation does not measure: it has {[*results]}.")
-        value = float(results[metric]) * (1 if self.config.best_mode == "max" else -1)
-        if math.isfinite(value) and (self.best_value is None or value > self.best_value):
-            self.best_value, self.without_improvement = value, 0
+        score = self.checkpoints.score(results)
+        if score > self.best_score:
+            self.best_score, self.without_improvement = score, 0
         else:
             self.without_improvement += 1
         if patience is not None and self.without_improvement >= patience and self.step < self.plan.total:
@@ -65,9 +86,10 @@ class Session:
         meta = {
             "step": self.step,
             "fingerprint": files.plain(self.pipeline.fingerprint),
-            "best_value": self.best_value,
+            "best_value": self.best_score,
             "without_improvement": self.without_improvement,
             "stopped_early": self.stopped_early,
+            "seconds": self.seconds,
             "versions": {"jax": jax.__version__},
         }
         ema = self.parameters() if self.state.ema is not None else None
@@ -109,8 +131,10 @@ class Session:
         self.state = state.TrainState(
             rest["step"], found.params, rest["optimizer"], rest["raw_ema"], rest["guard"], rest["loss_scale"]
         )
-        self.best_value, self.without_improvement = meta["best_value"], meta["without_improvement"]
+        self.best_score = -math.inf if meta["best_value"] is None else meta["best_value"]
+        self.without_improvement = meta["without_improvement"]
         self.stopped_early = gave_up(meta, self.config.patience)
+        self.earlier_seconds = meta.get("seconds", 0.0)
         return latest
 
     def parameters(self) -> dict[str, jax.Array]:
@@ -122,7 +146,7 @@ class Session:
         return debiased(current.ema, self.config.ema_decay, current.updates, current.params)
 
 
-def training_batches(config: ConfigDict, source, num_steps: int) -> Pipeline:
+def training_batches(config: ConfigDict, source: Source, num_steps: int) -> Pipeline:
     """This process's share of the training batches."""
     return Pipeline(
         source,
@@ -135,8 +159,3 @@ def training_batches(config: ConfigDict, source, num_steps: int) -> Pipeline:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
-    """Whether the run of a checkpoint stopped early, and would again under this patience."""
-    return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience

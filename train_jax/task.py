@@ -24,6 +24,8 @@ class Task(Protocol):
 
     Beside the methods below a task may have
       start(workdir): called once before training, to put files of its own there;
+      validation_metrics: names of all that `validate` measures, a tuple of str; with it a misspelt `best_metric` is
+        found before anything is prepared, without it at the first evaluation;
       default_split: the split of `evaluate` when none is asked for;
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;

@@ -1,11 +1,12 @@
 import itertools
+import signal
 import threading
 
 import numpy as np
 import pytest
 
 from train_jax.errors import UserError
-from train_jax.input import Pipeline, evaluation_batches
+from train_jax.input import Pipeline
 
 N = 23  # no multiple of any batch below
 
@@ -13,15 +14,14 @@ N = 23  # no multiple of any batch below
 class Numbers:
     """Example i holds i and a row of i's."""
 
-    def __init__(self, size=N, weights=None):
-        self.size, self.weights = size, weights
+    def __init__(self, size=N):
+        self.size = size
 
     def __len__(self):
         return self.size
 
     def __getitem__(self, index):
-        example = {"id": np.int64(index), "row": np.full(3, index, np.float32)}
-        return example if self.weights is None else example | {"weight": np.float32(self.weights[index])}
+        return {"id": np.int64(index), "row": np.full(3, index, np.float32)}
 
 
 def pipeline(**changes):
@@ -91,6 +91,34 @@ def test_order_does_not_depend_on_workers():
         assert (ids(batches).reshape(7, 8) == reference()[5:]).all()
     finally:
         batches.close()
+
+
+class Handlers(Numbers):
+    """Tells how the process that reads takes Ctrl-C."""
+
+    def __getitem__(self, index):
+        return {"ignores": np.bool_(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)}
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_workers_at_work():
+    """A terminal sends it to them too, and the run still needs what they read."""
+    batches = Pipeline(Handlers(), 4, num_steps=1, workers=1).iterate()
+    try:
+        assert next(batches)["ignores"].all()
+    finally:
+        batches.close()
+
+
+def test_a_source_that_cannot_be_sent_to_workers_is_refused():
+    source = Numbers()
+    source.lock = threading.Lock()
+    with pytest.raises(UserError) as error:
+        Pipeline(source, 4, num_steps=1, workers=1).iterate()
+    assert str(error.value) == (
+        "data.workers is above 0, and the training data cannot be sent to worker processes (TypeError: cannot pickle "
+        "'_thread.lock' object): set data.workers=0 to read with threads, or make the source picklable"
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 11])
@@ -190,48 +218,3 @@ def test_impossible_batches_are_refused():
         pipeline(process_count=3)
     with pytest.raises(UserError, match="the training data has no examples"):
         Pipeline(Numbers(0), 4, num_steps=1)
-
-
-@pytest.mark.parametrize("size, batch_size", [(23, 8), (24, 8), (3, 8), (1, 1)])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_covers_every_example_once_in_order(size, batch_size, processes):
-    if batch_size % processes:
-        batch_size *= processes
-    parts = [
-        list(evaluation_batches(Numbers(size), batch_size, process_index=p, process_count=processes))
-        for p in range(processes)
-    ]
-    seen, weights = (
-        np.concatenate([np.concatenate([batch[name] for batch in step]) for step in zip(*parts, strict=True)])
-        for name in ("id", "weight")
-    )
-    assert len(seen) % batch_size == 0 and weights.dtype == np.float32
-    assert seen[weights == 1].tolist() == list(range(size))
-    assert (weights[size:] == 0).all()
-    assert (seen[size:] == (len(seen) - batch_size)).all()  # padding repeats row 0 of the last batch
-
-
-def test_evaluation_keeps_the_source_s_weights():
-    weights = np.ones(N)
-    weights[[2, 22]] = 0, 0.5
-    batches = list(evaluation_batches(Numbers(weights=weights), 8))
-    assert np.concatenate([batch["weight"] for batch in batches]).tolist() == [*weights, 0]
-
-
-def test_evaluation_of_nothing_yields_nothing():
-    assert list(evaluation_batches(Numbers(0), 8)) == []
-
-
-def test_evaluation_reads_ahead_within_bounds():
-    read, lock = [], threading.Lock()
-
-    class Counting(Numbers):
-        def __getitem__(self, index):
-            with lock:
-                read.append(index)
-            return super().__getitem__(index)
-
-    batches = evaluation_batches(Counting(100_000), 8, threads=2)
-    next(batches)
-    batches.close()
-    assert len(read) <= (1 + 3) * 8

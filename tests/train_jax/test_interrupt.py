@@ -1,5 +1,6 @@
 """A run that is interrupted, in whatever way, ends as one that was not."""
 
+import os
 import random
 import signal
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 from tests.train_jax.runs import assert_same_run, logged, start, steps_kept
-from tests.train_jax.toy_task import toy_config
+from tests.train_jax.toy_task import Toy, toy_config
 from train_jax import loop
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -78,6 +79,22 @@ def test_signal_at_the_last_step_leaves_the_evaluation_to_the_next_run(tmp_path,
     before = logged(tmp_path)
     assert loop.fit(toy_config(**run), tmp_path, "none")["step"] == 2
     assert logged(tmp_path) == before
+
+
+def test_a_signal_during_the_last_evaluation_is_heard(tmp_path, monkeypatch):
+    run = {"total_steps": 2, "eval_steps": 2, "mesh__data": 1}
+    validate = Toy.validate
+
+    def validate_and_be_asked_to_end(self, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, model)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(Toy, "validate", validate_and_be_asked_to_end)
+        loop.fit(toy_config(**run), tmp_path, "none")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert steps_kept(tmp_path) == [2] and not (tmp_path / "eval.json").exists()
+    assert loop.fit(toy_config(**run), tmp_path, "none")["step"] == 2
 
 
 def test_handlers_are_put_back(tmp_path):

@@ -3,13 +3,13 @@
 import json
 import math
 import shutil
+import time
 
-import jax
 import numpy as np
 import pytest
 
-from tests.train_jax.runs import logged, metrics, steps_kept, stored
-from tests.train_jax.toy_task import toy_config
+from tests.train_jax.runs import assert_same_run, fails, logged, metrics, steps_kept, stored
+from tests.train_jax.toy_task import Toy, toy_config
 from train_jax import loop, plots
 from train_jax.config import from_json
 from train_jax.errors import UserError
@@ -97,6 +97,23 @@ def test_a_changed_config_is_refused_with_the_difference(run):
     assert "model.width: 8 -> 16" in str(error.value)
     assert "mesh" not in str(error.value)
     assert from_json((run / "config.json").read_text()) == config()
+
+
+@pytest.fixture
+def nothing_prepared(monkeypatch):
+    """Neither data nor a model are there yet."""
+    for name in ("train_source", "init"):
+        monkeypatch.setattr(Toy, name, lambda self: pytest.fail("something was prepared"))
+
+
+@pytest.mark.usefixtures("nothing_prepared")
+def test_a_used_workdir_is_judged_before_anything_is_prepared(run, capsys):
+    with pytest.raises(UserError, match="another config .model.width: 8 -> 16"):
+        fit(run, model__width=16)
+    with pytest.raises(UserError, match="holds a run of 8 steps .* asks for 6"):
+        fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, as the checkpoint knows
+    assert fit(run)["step"] == 8
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_what_does_not_change_the_mathematics_is_free(run, capsys):
@@ -189,10 +206,31 @@ def test_patience_keeps_and_loads_the_best(tmp_path, capsys):
         next(r for r in metrics(tmp_path) if r["step"] == 4 and "eval/loss" in r)["eval/loss"]
     )
     assert fit(tmp_path, **run) == json.loads((tmp_path / "eval.json").read_text())
-    assert "is complete: 8 steps trained" in capsys.readouterr().out
+    complete = (
+        f"{tmp_path} is complete: the run stopped early at step 8, when 2 evaluations in a row had brought no better "
+        f"score (patience=2), see {tmp_path / 'eval.json'}; to train on, raise config.patience or set it to None.\n"
+    )
+    assert capsys.readouterr().out == complete
+    # A longer run is not what it lacks.
+    assert fit(tmp_path, **run | {"total_steps": 30}) == results
+    assert capsys.readouterr().out == complete
     # With more patience it goes on, and gives up later.
     results = fit(tmp_path, **run | {"patience": 3, "scores": (0.95, 0.7)})
     assert results["step"] == 10 and steps_kept(tmp_path) == [10, 16]
+
+
+def test_a_run_that_gave_up_and_was_not_evaluated_only_evaluates(tmp_path, capsys):
+    run = {"total_steps": 20, "eval_steps": 2, "patience": 1, "best_metric": "score", "scores": (0.9, 0.5)}
+    fit(tmp_path, **run)
+    (tmp_path / "eval.json").unlink()
+    capsys.readouterr()
+    assert fit(tmp_path, **run | {"total_steps": 30})["step"] == 4
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "the run stopped early at step 4, when 1 evaluations in a row had brought no better score"
+    )
+    assert "only its evaluation is left; to train on, raise config.patience" in printed and "extended" not in printed
+    assert max(trained_steps(tmp_path)) == 4
 
 
 def test_a_resume_in_the_midst_of_patience(tmp_path):
@@ -217,8 +255,21 @@ def test_a_nan_is_never_best(tmp_path):
 
 
 def test_a_metric_that_is_not_measured(tmp_path):
-    with pytest.raises(UserError, match=r"best_metric is 'accuracy', .* has \['loss'\]"):
+    """Where the task does not say what it measures, its first evaluation does."""
+    with pytest.raises(UserError, match=r"best_metric='accuracy' is not measured .*, expected one of loss: change it"):
         fit(tmp_path, best_metric="accuracy")
+    assert eval_steps(tmp_path) == [4]
+
+
+@pytest.mark.usefixtures("nothing_prepared")
+def test_a_metric_that_the_task_does_not_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Toy, "validation_metrics", ("loss", "score"), raising=False)
+    assert fails(capsys, tmp_path / "run", {"mesh.data": 1, "best_metric": "scor"}) == (
+        2,
+        "train.py: error: config.best_metric='scor' is not measured in the course of training, expected one of loss, "
+        "score: change it; did you mean 'score'?",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_is_evaluated_and_saved(tmp_path):
@@ -256,7 +307,9 @@ def test_evaluate_a_checkpoint(two_checkpoints, which, step):
     assert results["split"] == "tune"
 
 
-def test_evaluate_a_checkpoint_that_is_not_there(two_checkpoints, tmp_path):
+def test_evaluate_a_checkpoint_that_is_not_there(two_checkpoints, tmp_path, monkeypatch):
+    """Told before the model is read."""
+    monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("the model was read"))
     run_config, workdir = two_checkpoints
     with pytest.raises(UserError, match="checkpoint '5' not found .* choose 'best', 'latest' or a step of 4, 8"):
         loop.evaluate(run_config, workdir, checkpoint="5")
@@ -292,8 +345,6 @@ def test_print_batch_shows_the_first_batch():
 
 
 def test_companions_are_runs_of_their_own(tmp_path, monkeypatch):
-    from tests.train_jax.toy_task import Toy
-
     def companions(self):
         return {} if self.config.seed else {"blind": config(seed=1, total_steps=2)}
 
@@ -305,4 +356,28 @@ def test_companions_are_runs_of_their_own(tmp_path, monkeypatch):
     results = fit(tmp_path, total_steps=2)
     assert results["seed"] == 0 and results["companions"]["blind"]["seed"] == 1
     assert from_json((tmp_path / "blind" / "config.json").read_text()).seed == 1
-    assert jax.process_count() == 1
+    # Of a companion that was trained by an earlier process the time counts as well.
+    (tmp_path / "eval.json").unlink()
+    blind = tmp_path / "blind" / "eval.json"
+    blind.write_text(json.dumps(json.loads(blind.read_text()) | {"seconds": 1000.0}))
+    assert 1000 < fit(tmp_path, total_steps=2)["seconds"] < 1100
+
+
+def test_seconds_count_from_where_the_caller_says_and_across_a_resume(tmp_path):
+    """100 s before the call, 50 s before the one that goes on: no second counts twice, none is lost."""
+    before = time.perf_counter()
+    first = loop.fit(config(total_steps=4), tmp_path, "none", before - 100)["seconds"]
+    assert 100 < first < 100 + time.perf_counter() - before
+    between = time.perf_counter()
+    results = loop.fit(config(total_steps=8), tmp_path, "none", between - 50)
+    assert 150 < results["seconds"] < 150 + time.perf_counter() - before
+    assert results["seconds"] == json.loads((tmp_path / "eval.json").read_text())["seconds"]
+
+
+@pytest.mark.slow
+def test_workers_read_what_threads_read(tmp_path):
+    """A bad row too."""
+    run = {"data__corrupt_steps": (2,), "data__max_bad_fraction": 0.5}
+    fit(tmp_path / "workers", data__workers=2, **run)
+    fit(tmp_path / "threads", **run)
+    assert_same_run(tmp_path / "workers", tmp_path / "threads", 8)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from train_jax import memory
+from train_jax.errors import UserError
 
 CHILD = """
 import sys
@@ -29,6 +30,71 @@ def test_peak_rises_with_an_allocation_and_stays_and_is_not_the_parents():
     assert abs(int(during) - int(before) - 2**26) < 2**22
     assert abs(int(after) - int(during)) < 2**20  # the kernel's counter is exact to some pages
     assert devices == ["None"] * 3  # the CPU does not tell
+
+
+PARENT = """
+import subprocess, sys
+sys.path[:0] = sys.argv[1:]
+from train_jax import memory
+before = memory.peak_memory_bytes()
+subprocess.run([sys.executable, "-c", "b'x' * (512 << 20)"], check=True)
+after = memory.peak_memory_bytes()
+print(before.process, before.children, after.process, after.children, memory.reported_peak())
+"""
+
+
+def test_the_peak_of_a_child_is_told_beside_that_of_its_parent():
+    done = subprocess.run([sys.executable, "-c", PARENT, *sys.path], capture_output=True, text=True, check=True)
+    before, none, after, children, reported = map(int, done.stdout.split())
+    assert none == 0
+    assert 512 << 20 <= children < 640 << 20
+    assert after - before < 2**24  # what a child takes is not this process's
+    assert after < children == reported
+
+
+def test_a_smaller_child_does_not_count():
+    """It begins as a copy of its parent, so its peak is never told as more than that."""
+    code = PARENT.replace("512 << 20", "1").replace(
+        "import subprocess", "large = b'x' * (512 << 20); import subprocess"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)
+    _, _, process, children, reported = map(int, done.stdout.split())
+    assert 0 < children <= process == reported
+
+
+def test_the_device_s_peak_is_reported_where_it_is_told(monkeypatch):
+    monkeypatch.setattr(memory, "peak_memory_bytes", lambda: memory.PeakMemory(5, 7, 2))
+    assert memory.reported_peak() == 2
+    monkeypatch.setattr(memory, "peak_memory_bytes", lambda: memory.PeakMemory(5, 3, None))
+    assert memory.reported_peak() == 5
+
+
+OUT = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+
+@pytest.mark.parametrize(("size", "parts", "half"), [(48, 1, 24), (3, 1, 1), (48, 8, 24), (24, 8, 8), (16, 8, 8)])
+def test_an_evaluation_that_runs_out_goes_on_with_half(size, parts, half):
+    assert memory.smaller_batch(OUT, size, parts, "eval.batch_size", "shorten the prompt") == half
+
+
+def test_an_evaluation_that_cannot_go_on(monkeypatch):
+    with pytest.raises(UserError, match=r"evaluation of 8 example\(s\) at once does not fit .*: shorten the prompt"):
+        memory.smaller_batch(OUT, 8, 8, "eval.batch_size", "shorten the prompt")
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        memory.smaller_batch(other, 8, 1, "eval.batch_size", "shorten the prompt")
+
+
+def test_one_of_several_processes_that_runs_out_stops_and_says_so(monkeypatch):
+    """The others are within the same program: none hears of a smaller batch."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError) as error:
+        memory.smaller_batch(OUT, 48, 8, "eval.batch_size", "shorten the prompt")
+    assert str(error.value) == (
+        "process 0 of 2 ran out of device memory in an evaluation of 48 examples at once, which it computes together "
+        "with the others, so that none can go on with fewer: set config.eval.batch_size to 24 or less and run the same "
+        "command again"
+    )
 
 
 def test_the_fullest_device_is_told(monkeypatch):

@@ -26,22 +26,11 @@ def test_zeros_are_neutral_and_work_as_a_scan_carry():
     assert metrics.means(total) == {"loss": 1.5, "accuracy": 0.5}
 
 
-def test_add_refuses_different_names_and_merge_unites_them():
+def test_add_refuses_different_names():
     loss, accuracy = {"loss": pair(2.0, 2)}, {"accuracy": pair(1.0, 4)}
     with pytest.raises(ValueError, match=r"\['loss'\] and \['accuracy'\]"):
         metrics.add(loss, accuracy)
-    assert metrics.means(metrics.merge(loss, accuracy)) == {"loss": 1.0, "accuracy": 0.25}
-    assert metrics.means(metrics.merge(loss, loss | accuracy)) == {"loss": 1.0, "accuracy": 0.25}
 
 
 def test_nothing_counted_is_nan_and_not_zero():
     assert math.isnan(metrics.means({"accuracy": pair(0.0, 0)})["accuracy"])
-
-
-def test_accumulator_keeps_float32_sums_and_starts_anew():
-    accumulator = metrics.MeanAccumulator()
-    accumulator.add({"loss": pair(1.0, 1)})
-    accumulator.add({"loss": pair(2.0, 1), "rare": pair(5.0, 1)})
-    assert accumulator.means() == {"loss": 1.5, "rare": 5.0}
-    accumulator.reset()
-    assert accumulator.means() == {}

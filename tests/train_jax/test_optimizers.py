@@ -30,6 +30,7 @@ def config(**changes):
             b2=0.99,
             eps=1e-8,
             momentum=0.0,
+            min_8bit_size=4096,
             weight_decay=0.0,
             weight_decay_mask=None,
             grad_clip_norm=None,
@@ -142,17 +143,47 @@ def test_lion_moves_by_the_sign():
     np.testing.assert_allclose(params[KERNEL], PARAMS[KERNEL] - 0.1 * np.array([[1.0, -1.0]]), rtol=1e-6)
 
 
-def test_adafactor_equals_optax():
-    big = {"decoder/kernel": jax.random.normal(jax.random.key(0), (128, 256))}
-    gradient = {"decoder/kernel": jax.random.normal(jax.random.key(1), (128, 256))}
-    ours, state = train(config(name="adafactor"), [gradient] * 2, big)
-    reference, reference_state, params = optax.adafactor(0.1), None, big
-    reference_state = reference.init(params)
-    for _ in range(2):
-        updates, reference_state = reference.update(gradient, reference_state, params)
-        params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(ours["decoder/kernel"], params["decoder/kernel"], rtol=1e-5, atol=1e-6)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * (128 + 256)  # factored: no full second moment
+@pytest.mark.parametrize(
+    ("changes", "reference"),
+    [
+        ({"name": "adafactor"}, optax.adafactor(0.1)),
+        ({"name": "adafactor", "momentum": 0.9}, optax.adafactor(0.1, momentum=0.9)),
+        ({"name": "lion", "weight_decay": 0.2}, optax.lion(0.1, 0.9, 0.99, weight_decay=0.2)),
+        ({"name": "sgd", "momentum": 0.9}, optax.sgd(0.1, 0.9)),
+        ({"name": "adamw", "weight_decay": 0.2}, optax.adamw(0.1, 0.9, 0.99, weight_decay=0.2)),
+    ],
+    ids=["adafactor", "adafactor-momentum", "lion", "sgd", "adamw"],
+)
+def test_equals_the_optimizer_of_that_name_in_optax(changes, reference):
+    path = "decoder/kernel"
+    params = expected = {path: jax.random.normal(jax.random.key(0), (128, 256))}
+    gradients = [{path: jax.random.normal(jax.random.key(i), (128, 256))} for i in (1, 2)]
+    params, state = train(config(**changes), gradients, params)
+    reference_state = reference.init(expected)
+    for gradient in gradients:
+        updates, reference_state = reference.update(gradient, reference_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(params[path], expected[path], rtol=1e-5, atol=1e-6)
+    if changes == {"name": "adafactor"}:  # factored: no full second moment
+        assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * (128 + 256)
+
+
+def test_adamw_8bit_keeps_large_moments_in_8_bits_and_follows_adamw():
+    params = {"decoder/kernel": jnp.ones((64, 80)), "decoder/bias": jnp.ones(80)}
+    gradients = [jax.tree.map(lambda leaf, i=i: jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape), params)
+                 for i in range(3)]  # fmt: skip
+    changes = dict(weight_decay=0.1, rates=((".*/bias", 0.5),))
+    found, state = train(config(name="adamw_8bit", **changes), gradients, params)
+    expected, _ = train(config(name="adamw", **changes), gradients, params)
+    np.testing.assert_allclose(found["decoder/bias"], expected["decoder/bias"], rtol=1e-5)
+    assert 0 < jnp.abs(found["decoder/kernel"] - expected["decoder/kernel"]).max() < 0.2 * 0.1
+
+    def codes(state):
+        return sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8)
+
+    assert codes(state) == [64 * 80] * 2
+    _, state = train(config(name="adamw_8bit", min_8bit_size=80), gradients[:1], params)
+    assert codes(state) == [80] * 2 + [64 * 80] * 2
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "lion"])
@@ -189,7 +220,8 @@ def test_own_warmup_replaces_the_shared_one_and_keeps_the_decay():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": "adamax"}, r"optimizer.name is 'adamax', expected one of adamw, adam, sgd, adafactor, lion"),
+        ({"name": "adamw8bit"}, r"is 'adamw8bit', expected one of adamw, .*; did you mean 'adamw_8bit'\?"),
+        ({"name": "shampoo"}, r"is 'shampoo', expected one of adamw, adam, sgd, .*; correct it"),
         ({"name": "adam", "weight_decay": 0.1}, "no meaning for optimizer 'adam'"),
         ({"weight_decay": 0.1, "weight_decay_mask": ".*/weight"}, "weight_decay_mask .*matches none of 3 paths"),
         ({"rates": (("visoin/.*", 2.0),)}, r"'visoin/\.\*' matches none of 3 paths"),

@@ -13,12 +13,12 @@ PATHS = [
 
 def test_first_matching_rule_wins():
     rules = [("vision/norm/.*", 1), ("vision/.*", 2), (".*", 3)]
-    assert [patterns.first_match(rules, path) for path in PATHS] == [3, 3, 2, 1]
+    assert list(patterns.cover(rules, PATHS).values()) == [3, 3, 2, 1]
 
 
 def test_patterns_match_whole_paths():
-    with pytest.raises(UserError, match="no rule matches 'vision/norm/scale'"):
-        patterns.first_match([("vision/norm", 1), ("norm/scale", 2)], "vision/norm/scale")
+    with pytest.raises(UserError, match="no rule matches vision/norm/scale:"):
+        patterns.cover([("vision/norm", 1), ("norm/scale", 2)], ["vision/norm/scale"])
 
 
 def test_cover_gives_each_path_its_rule():

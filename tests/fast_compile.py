@@ -1,0 +1,53 @@
+"""Quick compilation for tests that compile much and compute little: few optimizations, and each program once.
+
+A plugin (see conftest.py): its fixtures are there for every test.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@contextlib.contextmanager
+def compiling_fast(folder: str) -> Iterator[None]:
+    """Compiles with few optimizations and keeps what is compiled in `folder`.
+
+    Processes started in the meantime do so as well: they read these settings from the environment.
+    """
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+        try:
+            _configure(settings)
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(settings: dict) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX asks once in a process whether there is a cache
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory) -> str:
+    """Where the programs of all tests are kept."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def fast_compilation(compiled_folder) -> Iterator[None]:
+    """Quick compilation for the tests of a module."""
+    with compiling_fast(compiled_folder):
+        yield
