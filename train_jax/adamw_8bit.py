@@ -60,9 +60,7 @@ class Quantized(NamedTuple):
     """
 
     codes: UInt8[Array, "..."]  # of the parameter's shape
-    absmax: Float32[
-        Array, "..."
-    ]  # [blocks], or [..., blocks of a row, or layer] where rows, or layers, hold whole ones
+    absmax: Float32[Array, "..."]  # one a block: the shape of `_to_blocks` without its last dimension
 
 
 class Adam8bitState(NamedTuple):

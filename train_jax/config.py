@@ -45,6 +45,7 @@ def runtime_defaults() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.momentum = 0.0  # of sgd and adafactor; 0 = none
+    optimizer.min_8bit_size = 4096  # of adamw_8bit: moments of smaller leaves stay in float32
     optimizer.weight_decay = 0.0  # decoupled; multiplied by the rate of the step, as in AdamW
     optimizer.weight_decay_mask = placeholder(str)  # pattern of the paths that decay; None = matrices and embeddings
     optimizer.grad_clip_norm = placeholder(float)  # global norm over all trainable leaves; None = no clipping

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from train_jax.adamw_8bit import MIN_8BIT_SIZE, scale_by_adam_8bit
+from train_jax.adamw_8bit import scale_by_adam_8bit
 from train_jax.errors import UserError
 from train_jax.patterns import cover, did_you_mean, select
 
@@ -129,7 +129,7 @@ def _direction(config: ConfigDict) -> optax.GradientTransformation:
         return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
     def adam_8bit():
-        return scale_by_adam_8bit(config.b1, config.b2, config.eps, config.get("min_8bit_size", MIN_8BIT_SIZE))
+        return scale_by_adam_8bit(config.b1, config.b2, config.eps, config.min_8bit_size)
 
     def sgd():
         return optax.trace(config.momentum) if config.momentum else optax.identity()

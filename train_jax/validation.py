@@ -24,6 +24,7 @@ MINIMA = {
     "max_bad_steps": 1,
     "data.workers": 0,
     "data.threads": 0,
+    "optimizer.min_8bit_size": 1,
 }
 FRACTIONS = ("ema_decay", "data.max_bad_fraction", "optimizer.end_factor", "optimizer.b1", "optimizer.b2")
 
