@@ -5,8 +5,10 @@ model = pg.load("tiny")
 tokens = pg.generate(model, images, prompt_tokens)
 """
 
-from paligemma_jax import losses, metrics
+from paligemma_jax import losses, metrics, weights
+from paligemma_jax.adapt import nf4
 from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
+from paligemma_jax.adapt.quantize import dequantize, quantize
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.data.tokenizer import load_tokenizer
@@ -25,13 +27,17 @@ __all__ = [
     "load_tokenizer",
     "make_example",
     "score_candidates",
-    # Adapters
+    # Adapters and quantised bases
     "attach_lora",
+    "dequantize",
     "detach_lora",
     "format_lora_table",
     "lora_table",
     "merge_lora",
+    "quantize",
     # Submodules
     "losses",
     "metrics",
+    "nf4",
+    "weights",
 ]

@@ -4,27 +4,31 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights import load as checkpoint
+from paligemma_jax.weights.digest import check_digest
 from train_jax import config
 from train_jax.errors import UserError
 
 
-def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best", **options) -> PaliGemma:
-    """Reads a PaliGemma from a Hugging Face folder, a big_vision .npz, "tiny", or a run's workdir (with its adapters).
+def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best", **options) -> PaliGemma | ViT | Gemma:
+    """Reads a PaliGemma: a Hugging Face folder, hf://owner/name, a big_vision .npz, "tiny", or a run with its adapters.
 
     Args:
       path: where the model is.
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
-      options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, decoder fields); a run has
-        its own in its config.json.
+      options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, quantize, shardings and
+        more); a run has its own in its config.json.
 
     Returns:
-      The model; `model.config` has its sizes and its preprocessing.
+      The model; `model.config` has its sizes and its preprocessing. Of "file.npz:img", the tower alone.
 
     Raises:
-      UserError: no model there, or one that does not match; nothing is half loaded.
+      UserError: no model there, one that does not match, or a run whose base is not the one it was trained on any more;
+        nothing is half loaded.
     """
     if not is_run(path):
         return checkpoint.load(path, dtype, **options)
@@ -35,6 +39,7 @@ def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best",
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
     settings = run_config(path)
+    check_digest(Path(path).expanduser(), settings.model.get("path"))
     settings.compute_dtype = dtype
     settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)

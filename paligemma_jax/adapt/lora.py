@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from paligemma_jax.adapt.quantized_kernel import QuantizedKernel
 from paligemma_jax.models.layers import Projection
-from train_jax import patterns
+from train_jax import params, patterns
 from train_jax.errors import UserError
 
 TRAINABLE = r".*/lora_[ab]"
@@ -87,8 +88,14 @@ def detach_lora(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def merge_lora(model: nnx.Module) -> nnx.Module:
+def merge_lora(model: nnx.Module, *, requantize: bool = False) -> nnx.Module:
     """Folds every adapter into its kernel (in float32, cast once at the end), in place, and removes the adapters.
+
+    Args:
+      model: with adapters. A quantised kernel that has one is dequantised to the very weights it was used with, and
+        comes out plain, in the dtype it had before it was quantised; `quantize.dequantize` does so with the others.
+      requantize: store such a kernel as it was stored before; this rounds away part of what was trained, and
+        `largest_logit_gap` tells how much that changes.
 
     Raises:
       UserError: the model has no adapters.
@@ -97,9 +104,33 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     if not adapted:
         raise UserError("the model has no LoRA adapters to merge: load one or attach one first.")
     for module in adapted.values():
-        kernel = module.kernel[...]
-        module.kernel[...] = (kernel.astype(jnp.float32) + lora_delta(module)).astype(kernel.dtype)
+        kernel = module.kernel
+        if isinstance(kernel, QuantizedKernel):
+            merged = kernel.dequantize() + lora_delta(module)
+            module.kernel = kernel.requantized(merged) if requantize else nnx.Param(merged.astype(kernel.dtype))
+        else:
+            kernel[...] = (kernel[...].astype(jnp.float32) + lora_delta(module)).astype(kernel.dtype)
     return detach_lora(model)
+
+
+def largest_logit_gap(model: nnx.Module, other: nnx.Module, **inputs: Array) -> float:
+    """Largest absolute difference of two models' logits at real text positions, before and after a merge, say.
+
+    Args:
+      model, other: of the same family; merging works in place, so keep `nnx.clone(model)` to compare with.
+      inputs: of the model's call (images, tokens, mask_ar, mask_input).
+    """
+
+    @jax.jit
+    def gap(first, second, inputs):
+        logits = [
+            params.merge(graph, arrays)(**inputs)[0] for graph, arrays in zip(graphs, (first, second), strict=True)
+        ]
+        mask = jnp.asarray(inputs.get("mask_input", jnp.ones(logits[0].shape[:2])), bool)
+        return jnp.where(mask[..., None], jnp.abs(logits[0] - logits[1]), 0.0).max()
+
+    graphs, arrays = zip(*(params.split(each) for each in (model, other)), strict=True)
+    return float(gap(*arrays, inputs))
 
 
 def lora_delta(module: Projection) -> Array:

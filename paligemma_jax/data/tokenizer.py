@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from paligemma_jax import hub
 from train_jax.errors import UserError
 
 _SPECIALS = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
@@ -123,9 +124,11 @@ class Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of "tiny" (ships with the package), of a folder that holds `tokenizer.model`, or of that file.
 
-    A folder may be a Hugging Face download or a run's workdir; a big_vision .npz has it beside it. Raises UserError
-    when there is no such file.
+    A folder may be a Hugging Face download, hf://owner/name or a run's workdir; a big_vision .npz has it beside it.
+    Raises UserError when there is no such file.
     """
+    if hub.is_remote(path):
+        path = hub.download(path)
     file = _TINY if str(path) == "tiny" else Path(path).expanduser()
     if file.suffix == ".npz":
         file = file.parent

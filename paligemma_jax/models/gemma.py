@@ -1,4 +1,7 @@
-"""The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: layers.py."""
+"""The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: layers.py.
+
+Gemma 2 (Riviere et al. 2024) adds norms after each branch, soft caps, and a window in every other layer.
+"""
 
 import dataclasses
 
@@ -13,7 +16,7 @@ from paligemma_jax.models import layers
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of a decoder. The soft caps and post norms are Gemma 2's."""
+    """Sizes of a decoder. The soft caps, the window and the post norms are Gemma 2's."""
 
     vocab_size: int = 257_152
     width: int = 2048
@@ -27,6 +30,7 @@ class GemmaConfig:
     query_scale: float | None = None  # factor on the scores; None means head_dim ** -0.5
     attn_softcap: float | None = None
     final_softcap: float | None = None
+    sliding_window: int | None = None  # positions that layers 0, 2, 4, ... read back, the own one included
     post_norms: bool = False
     remat: str = "none"  # see layers.scan_stack
     unroll: bool = False  # see layers.scan_stack
@@ -134,7 +138,8 @@ class Gemma(nnx.Module):
         Args:
           x: embedded tokens (already times sqrt(D)) and image features (unscaled), float32.
           positions: rotary position of each input, counted over real tokens.
-          mask: who reads whom; S is T without a cache, else the cache's length.
+          mask: who reads whom; S is T without a cache, else the cache's length. `sliding_mask` narrows it in every
+            other layer where the config has a window.
           cache: from `empty_cache`, or None.
           start: first cache slot that the T inputs fill.
           dropout_keys: one key an example for adapter dropout, None for none.
@@ -143,11 +148,21 @@ class Gemma(nnx.Module):
           Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual
           stream before the final norm).
         """
+        window, windowed, slots = self.config.sliding_window, None, {}
+        if self._cuts(mask.shape[2]):
+            key_positions = positions
+            if cache is not None:
+                key_positions = lax.dynamic_update_slice(cache["positions"], positions[None], (0, 0, start))[0]
+                slots = {"positions": key_positions[None]}
+            windowed = sliding_mask(mask, positions, key_positions, window, start)
+        if cache is not None:
+            cache = {name: cache[name] for name in "kv"}
 
         def call(block, carry, layer):
             x, cache = carry
             keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
-            return block(x, positions, mask, cache, (layer, start), keys), None
+            visible = mask if windowed is None else jnp.where(layer % 2 == 0, windowed, mask)
+            return block(x, positions, visible, cache, (layer, start), keys), None
 
         (x, cache), _ = layers.scan_stack(
             self.layers,
@@ -157,7 +172,7 @@ class Gemma(nnx.Module):
             remat=self.config.remat,
             unroll=self.config.unroll,
         )
-        return self.norm(x), cache, {"encoded": x}
+        return self.norm(x), None if cache is None else cache | slots, {"encoded": x}
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits over the vocabulary, soft-capped if the config says so."""
@@ -167,7 +182,44 @@ class Gemma(nnx.Module):
         return layers.soft_cap(logits, self.config.final_softcap)
 
     def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, Array]:
-        """Zeros for `length` slots: {"k", "v"} of [L, B, S, K, H], in the compute dtype unless told otherwise."""
+        """Zeros for `length` slots: {"k", "v"} of [L, B, S, K, H], in the compute dtype unless told otherwise.
+
+        Where the window is shorter than that, also the slots' "positions", int32 [1, B, S].
+        """
         config = self.config
         shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
-        return {name: jnp.zeros(shape, jnp.dtype(dtype or config.dtype)) for name in "kv"}
+        cache = {name: jnp.zeros(shape, jnp.dtype(dtype or config.dtype)) for name in "kv"}
+        return cache | ({"positions": jnp.zeros((1, batch, length), jnp.int32)} if self._cuts(length) else {})
+
+    def _cuts(self, length: int) -> bool:
+        """Whether the window can hide anything among so many inputs."""
+        return self.config.sliding_window is not None and length > self.config.sliding_window
+
+
+def sliding_mask(
+    mask: Bool[Array, "B T S"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    window: int,
+    start: Int[Array, ""] | int = 0,
+) -> Bool[Array, "B T S"]:
+    """Gemma 2's window on a prefix-LM mask: keys `window` or more positions back are hidden, unless they read back.
+
+    Two tokens that read each other belong to one bidirectional block (image and prompt), which the window leaves whole,
+    as in transformers; a suffix token does lose the image patches beyond its window. Counting positions, not slots,
+    makes padding count for nothing.
+
+      window 2, prefix of three   query 0  1 1 1 0 0
+                                        1  1 1 1 0 0
+                                        2  1 1 1 0 0
+                                        3  0 0 1 1 0
+                                        4  0 0 0 1 1
+
+    Args:
+      mask: who reads whom among all keys.
+      start: slot of the first query among the keys.
+    """
+    near = query_positions[:, :, None] - key_positions[:, None, :] < window
+    own = lax.dynamic_slice_in_dim(mask, start, mask.shape[1], axis=2)
+    mutual = lax.dynamic_update_slice_in_dim(jnp.zeros_like(mask), own.swapaxes(1, 2), start, axis=2)
+    return mask & (near | mutual)

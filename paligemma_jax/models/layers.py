@@ -25,12 +25,15 @@ REMAT_POLICIES = {
 
 
 def cast(x: Array, dtype) -> Array:
-    """Casts to `dtype`; float16 saturates at its largest number instead of overflowing to infinity."""
+    """Casts to `dtype`; finite numbers beyond float16 saturate there instead of overflowing to infinity.
+
+    Infinities and NaN stay what they are: they are faults, and whoever watches for those must see them.
+    """
     if x.dtype == dtype:
         return x
     if dtype == jnp.float16:
         limit = float(jnp.finfo(dtype).max)
-        x = jnp.clip(x, -limit, limit)
+        x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit))
     return x.astype(dtype)
 
 
@@ -55,6 +58,7 @@ class Projection(nnx.Module):
     The kernel is shaped [*in_shape, *out_shape]. Inside a stack of layers it has a leading layer axis that the scan
     takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape]; the model's
     own code never looks at them, so base parameter names and checkpoints are the same with and without adapters.
+    `adapt/quantize.py` puts a module with a `contract(x)` of its own in the kernel's place.
     """
 
     def __init__(
@@ -90,7 +94,10 @@ class Projection(nnx.Module):
         """
         dtype = jnp.dtype(self.dtype)
         x = cast(x, dtype)
-        y = _contract(x, self.kernel[...].astype(dtype), len(self.in_shape))
+        if isinstance(self.kernel, nnx.Variable):
+            y = _contract(x, self.kernel[...].astype(dtype), len(self.in_shape))
+        else:
+            y = self.kernel.contract(x)
         if self.bias is not None:
             y = y + broadcast(self.bias[...].astype(jnp.float32), y)
         if self.lora_a is not None:

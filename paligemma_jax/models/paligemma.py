@@ -21,11 +21,16 @@ from paligemma_jax.models.vit import ViT, ViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A vision tower, a decoder, and how images are prepared for them (None: not known, as for a new model)."""
+    """A vision tower, a decoder, and how images are prepared for them (None: not known, as for a new model).
+
+    `image_token` is the id that stands for a patch in transformers' input, where the checkpoint tells; it is of no use
+    here but to write the same again.
+    """
 
     vision: ViTConfig = ViTConfig()
     decoder: GemmaConfig = GemmaConfig()
     preprocessing: Preprocessing | None = None
+    image_token: int | None = None
 
     def replace(self, *, vision: dict | None = None, decoder: dict | None = None, both: dict | None = None):
         """A copy with fields of either tower, or of `both`, changed."""
@@ -37,8 +42,30 @@ class PaliGemmaConfig:
         )
 
 
+GEMMA_2 = dict(attn_softcap=50.0, sliding_window=4096, post_norms=True)
+DECODERS = {
+    "3b": GemmaConfig(),
+    "pg2-3b": GemmaConfig(width=2304, depth=26, mlp_dim=9216, num_heads=8, num_kv_heads=4, **GEMMA_2),
+    "pg2-10b": GemmaConfig(width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, **GEMMA_2),
+    "pg2-28b": GemmaConfig(
+        width=4608,
+        depth=46,
+        mlp_dim=36_864,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        query_scale=(4608 / 32) ** -0.5,  # of the width a head, not of head_dim: Gemma 2 27B alone
+        **GEMMA_2,
+    ),
+}
+
+
 def variant(name: str) -> PaliGemmaConfig:
-    """Sizes by name: "tiny" (the model that ships with this package), "3b-224", "3b-448", "3b-896".
+    """Sizes by name: "tiny" (the model that ships with this package), or a released model with its resolution.
+
+    Released are "3b", "pg2-3b", "pg2-10b" and "pg2-28b" (PaliGemma 2) at 224, 448 and 896 pixels: "3b-224",
+    "pg2-10b-448". PaliGemma 2 was trained without a cap on the final logits (its paper and big_vision); what a
+    checkpoint's own config.json says goes first when one is loaded.
 
     Raises:
       ValueError: another name.
@@ -51,9 +78,12 @@ def variant(name: str) -> PaliGemmaConfig:
             decoder=GemmaConfig(vocab_size=1792, width=160, depth=5, mlp_dim=480, num_heads=4, head_dim=40),
             preprocessing=Preprocessing.siglip(96),
         )
-    if name in ("3b-224", "3b-448", "3b-896"):
-        return PaliGemmaConfig(vision=ViTConfig(image_size=int(name[3:])))
-    raise ValueError(f"variant {name!r} is unknown, expected 'tiny', '3b-224', '3b-448' or '3b-896'.")
+    size, _, pixels = name.rpartition("-")
+    if size in DECODERS and pixels in ("224", "448", "896"):
+        return PaliGemmaConfig(vision=ViTConfig(image_size=int(pixels)), decoder=DECODERS[size])
+    raise ValueError(
+        f"variant {name!r} is unknown, expected 'tiny', or one of {', '.join(DECODERS)} followed by -224, -448 or -896."
+    )
 
 
 class Projector(nnx.Module):

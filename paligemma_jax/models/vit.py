@@ -129,7 +129,9 @@ class ViT(nnx.Module):
             keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
             return block(x, keys), None
 
-        x, _ = layers.scan_stack(self.layers, call, x, jnp.arange(config.depth), remat=config.remat, unroll=config.unroll)
+        x, _ = layers.scan_stack(
+            self.layers, call, x, jnp.arange(config.depth), remat=config.remat, unroll=config.unroll
+        )
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
 

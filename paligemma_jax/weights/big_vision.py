@@ -1,44 +1,48 @@
 """big_vision's npz checkpoints of PaliGemma: names joined by "/", layers stacked or one by one, bfloat16 as void16."""
 
-import zipfile
+import dataclasses
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+from flax import nnx
 
 from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.models.gemma import GemmaConfig
-from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.tables import Row, count_layers, read_rows
+from paligemma_jax.models.gemma import Gemma, GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViT, ViTConfig
+from paligemma_jax.weights.checkpoint import Checkpoint
+from paligemma_jax.weights.npz import Npz, write_npz
+from paligemma_jax.weights.tables import Row, count_layers, write_rows
+from train_jax import params
 from train_jax.errors import UserError
 
 BLOCK = "img/Transformer/encoderblock"
+EMBEDDING = "llm/embedder/input_embedding"
 ATTENTION = "MultiHeadDotProductAttention_0"
 
 
-def rows(unrolled_vision: bool = False, post_norms: bool = False) -> list[Row]:
-    """The name table; the vision tower's blocks may be stacked (as released) or stored one by one."""
+def rows(unrolled_vision: bool = False, post_norms: bool = False, unrolled_decoder: bool = False) -> list[Row]:
+    """The name table; the layers of either tower may be stacked (as released) or stored one by one."""
     block = BLOCK + ("_{i}" if unrolled_vision else "")
+    layers = "llm/layers" + ("/{i}" if unrolled_decoder else "")
     table = [
         Row("vision/patch_embedding/kernel", "img/embedding/kernel"),
         Row("vision/patch_embedding/bias", "img/embedding/bias"),
-        Row("vision/position_embedding", "img/pos_embedding"),
+        Row("vision/position_embedding", "img/pos_embedding", "row"),
         Row("vision/post_layernorm/scale", "img/Transformer/encoder_norm/scale"),
         Row("vision/post_layernorm/bias", "img/Transformer/encoder_norm/bias"),
         Row("projector/linear/kernel", "img/head/kernel"),
         Row("projector/linear/bias", "img/head/bias"),
-        Row("decoder/embed_tokens/embedding", "llm/embedder/input_embedding"),
+        Row("decoder/embed_tokens/embedding", EMBEDDING),
         Row("decoder/norm/scale", "llm/final_norm/scale"),
-        Row("decoder/layers/self_attn/q_proj/kernel", "llm/layers/attn/q_einsum/w", "heads_in"),
-        Row("decoder/layers/self_attn/k_proj/kernel", "llm/layers/attn/kv_einsum/w", "heads_in", part=0),
-        Row("decoder/layers/self_attn/v_proj/kernel", "llm/layers/attn/kv_einsum/w", "heads_in", part=1),
-        Row("decoder/layers/self_attn/o_proj/kernel", "llm/layers/attn/attn_vec_einsum/w"),
-        Row("decoder/layers/mlp/gate_proj/kernel", "llm/layers/mlp/gating_einsum", part=0),
-        Row("decoder/layers/mlp/up_proj/kernel", "llm/layers/mlp/gating_einsum", part=1),
-        Row("decoder/layers/mlp/down_proj/kernel", "llm/layers/mlp/linear"),
-        Row("decoder/layers/pre_attention_norm/scale", "llm/layers/pre_attention_norm/scale"),
-        Row("decoder/layers/pre_ffw_norm/scale", "llm/layers/pre_ffw_norm/scale"),
+        Row("decoder/layers/self_attn/q_proj/kernel", f"{layers}/attn/q_einsum/w", "heads_in"),
+        Row("decoder/layers/self_attn/k_proj/kernel", f"{layers}/attn/kv_einsum/w", "heads_in", part=0),
+        Row("decoder/layers/self_attn/v_proj/kernel", f"{layers}/attn/kv_einsum/w", "heads_in", part=1),
+        Row("decoder/layers/self_attn/o_proj/kernel", f"{layers}/attn/attn_vec_einsum/w"),
+        Row("decoder/layers/mlp/gate_proj/kernel", f"{layers}/mlp/gating_einsum", part=0),
+        Row("decoder/layers/mlp/up_proj/kernel", f"{layers}/mlp/gating_einsum", part=1),
+        Row("decoder/layers/mlp/down_proj/kernel", f"{layers}/mlp/linear"),
+        Row("decoder/layers/pre_attention_norm/scale", f"{layers}/pre_attention_norm/scale"),
+        Row("decoder/layers/pre_ffw_norm/scale", f"{layers}/pre_ffw_norm/scale"),
     ]
     for i, norm in enumerate(("layer_norm1", "layer_norm2")):
         for leaf in ("scale", "bias"):
@@ -51,82 +55,134 @@ def rows(unrolled_vision: bool = False, post_norms: bool = False) -> list[Row]:
             table.append(Row(f"vision/layers/mlp/{fc}/{leaf}", f"{block}/MlpBlock_0/Dense_{i}/{leaf}"))
     if post_norms:
         for norm in ("post_attention_norm", "post_ffw_norm"):
-            table.append(Row(f"decoder/layers/{norm}/scale", f"llm/layers/{norm}/scale"))
+            table.append(Row(f"decoder/layers/{norm}/scale", f"{layers}/{norm}/scale"))
     return table
 
 
-class Npz:
-    """Lazy access to an npz file's arrays, with or without the `params/` prefix; never unpickles."""
+class _Layout:
+    """How a file keeps its layers: stacked under one name, or one array a layer."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._file = np.load(path, allow_pickle=False)
-            if not isinstance(self._file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
-            keys = list(self._file.keys())
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read as npz ({error}): download it again.") from None
-        prefixed = [key for key in keys if key.startswith("params/")]
-        self._where = {key.removeprefix("params/"): key for key in (prefixed or keys)}
+    def __init__(self, arrays: Npz):
+        names = arrays.names()
+        self.arrays = arrays
+        self.vision_depth = count_layers(names, rf"{BLOCK}_{{i}}/LayerNorm_0/scale")  # 0: stacked
+        self.decoder_depth = count_layers(names, r"llm/layers/{i}/pre_attention_norm/scale")
+        self.post_norms = any(name.startswith("llm/layers/") and "post_attention_norm" in name for name in names)
 
-    def names(self) -> set[str]:
-        return set(self._where)
+    def rows(self) -> list[Row]:
+        return rows(bool(self.vision_depth), self.post_norms, bool(self.decoder_depth))
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            array = self._file[self._where[name]]
-        except KeyError:
-            raise UserError(
-                f"{self.path} has no array {name}: it is not a PaliGemma checkpoint of big_vision."
-            ) from None
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{self.path}: the array {name} cannot be read ({error}).") from None
-        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+    def vision_shape(self, leaf: str, rank: int) -> tuple[int, ...]:
+        """Shape of one of the tower's leaves that has `rank` axes, the layers' in front."""
+        if not self.vision_depth:
+            return self.arrays.shape(f"{BLOCK}/{leaf}", rank + 1)
+        return self.vision_depth, *self.arrays.shape(f"{BLOCK}_0/{leaf}", rank)
+
+    def decoder_shape(self, leaf: str, rank: int) -> tuple[int, ...]:
+        """As `vision_shape`, of the decoder."""
+        if not self.decoder_depth:
+            return self.arrays.shape(f"llm/layers/{leaf}", rank + 1)
+        return self.decoder_depth, *self.arrays.shape(f"llm/layers/0/{leaf}", rank)
 
 
-def model_config(arrays: Npz, **decoder) -> PaliGemmaConfig:
-    """Every size from the arrays' shapes.
+def vision_config(arrays: Npz) -> ViTConfig:
+    """The tower's sizes, from the arrays' shapes."""
+    layout = _Layout(arrays)
+    depth, heads, _ = layout.vision_shape(f"{ATTENTION}/query/bias", 2)
+    patch, _, _, width = arrays.shape("img/embedding/kernel", 4)
+    grid = round(arrays.shape("img/pos_embedding", 2, 3)[-2] ** 0.5)
+    _, mlp_dim = layout.vision_shape("MlpBlock_0/Dense_0/bias", 1)
+    return ViTConfig(grid * patch, patch, width, depth, mlp_dim, heads)
+
+
+def decoder_config(arrays: Npz, **fields) -> GemmaConfig:
+    """The decoder's sizes, from the arrays' shapes.
 
     Args:
-      decoder: fields of GemmaConfig that shapes cannot tell (soft caps, rope_theta, query_scale), the released
-        models' values where not given.
+      fields: what shapes cannot tell (soft caps, sliding_window, rope_theta, query_scale). Not given, they are those of
+        the released PaliGemma 1 or 2 as big_vision runs it: a cap of 50 on Gemma 2's scores, none on its logits, no
+        window.
     """
-    names = arrays.names()
-    depth = count_layers(names, rf"{BLOCK}_{{i}}/LayerNorm_0/scale")
-    block = f"{BLOCK}_0" if depth else BLOCK
-    scale = arrays[f"{block}/LayerNorm_0/scale"]
-    depth = depth or scale.shape[0]
-    heads, _ = arrays[f"{block}/{ATTENTION}/query/bias"].shape[-2:]
-    patch, _, _, width = arrays["img/embedding/kernel"].shape
-    grid = round(arrays["img/pos_embedding"].shape[-2] ** 0.5)
-    layers, num_heads, hidden, head_dim = arrays["llm/layers/attn/q_einsum/w"].shape
-    return PaliGemmaConfig(
-        vision=ViTConfig(
-            image_size=grid * patch,
-            patch_size=patch,
-            width=width,
-            depth=depth,
-            mlp_dim=arrays[f"{block}/MlpBlock_0/Dense_0/bias"].shape[-1],
-            num_heads=heads,
-        ),
-        decoder=GemmaConfig(
-            vocab_size=arrays["llm/embedder/input_embedding"].shape[0],
-            width=hidden,
-            depth=layers,
-            mlp_dim=arrays["llm/layers/mlp/linear"].shape[-2],
-            num_heads=num_heads,
-            num_kv_heads=arrays["llm/layers/attn/kv_einsum/w"].shape[2],
-            head_dim=head_dim,
-            post_norms="llm/layers/post_attention_norm/scale" in names,
-            **decoder,
-        ),
-        preprocessing=Preprocessing.big_vision(grid * patch),
+    layout = _Layout(arrays)
+    depth, num_heads, width, head_dim = layout.decoder_shape("attn/q_einsum/w", 3)
+    _, _, num_kv_heads, _, _ = layout.decoder_shape("attn/kv_einsum/w", 4)
+    _, mlp_dim, _ = layout.decoder_shape("mlp/linear", 2)
+    vocab_size, _ = arrays.shape(EMBEDDING, 2)
+    released = {"attn_softcap": 50.0} if layout.post_norms else {}
+    if (depth, width) == (46, 4608):  # Gemma 2 27B
+        released["query_scale"] = (width / num_heads) ** -0.5
+    return GemmaConfig(
+        vocab_size,
+        width,
+        depth,
+        mlp_dim,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        post_norms=layout.post_norms,
+        **released | fields,
     )
 
 
-def read(arrays: Npz, config: PaliGemmaConfig, shapes: dict, dtype) -> dict[str, np.ndarray]:
-    """All parameters of a file, cast to `dtype`."""
-    names = arrays.names()
-    table = rows(f"{BLOCK}_0/LayerNorm_0/scale" in names, config.decoder.post_norms)
-    return read_rows(table, names, arrays.__getitem__, shapes, dtype, source=str(arrays.path), scanned=True)
+def model_config(arrays: Npz, **decoder) -> PaliGemmaConfig:
+    """The whole model's; `decoder` as of `decoder_config`."""
+    vision = vision_config(arrays)
+    return PaliGemmaConfig(vision, decoder_config(arrays, **decoder), Preprocessing.big_vision(vision.image_size))
+
+
+# One tower of a file, as "file.npz:img": our prefix, how it is made, and what of its arrays is no part of it.
+TOWERS = {
+    "img": ("vision/", lambda config: ViT(config.vision, rngs=nnx.Rngs(0)), ("img/head/", "img/MAPHead_0/")),
+    "llm": ("decoder/", lambda config: Gemma(config.decoder, rngs=nnx.Rngs(0)), ()),
+}
+
+
+def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
+    """A big_vision file, or one tower of it.
+
+    Args:
+      file: the .npz of a PaliGemma; for the tower "img" a SigLIP will do, whose pooling head is left out, as is
+        PaliGemma's projector.
+      tower: "img", "llm", or nothing for the whole model.
+      decoder: see `decoder_config`.
+
+    Raises:
+      UserError: a file that is broken or of another architecture, or an unknown tower.
+    """
+    arrays = Npz(file)
+    if not tower:
+        config = model_config(arrays, **decoder)
+        return Checkpoint(arrays, arrays.names(), _Layout(arrays).rows(), config, EMBEDDING)
+    if tower not in TOWERS:
+        raise UserError(f"{file}:{tower} asks for a part {tower!r}, expected one of {', '.join(TOWERS)}: choose one.")
+    prefix, build, without = TOWERS[tower]
+    names = {name for name in arrays.names() if name.startswith(f"{tower}/") and not name.startswith(without)}
+    table = [
+        row for row in _Layout(arrays).rows() if row.ours.startswith(prefix) and not row.theirs.startswith(without)
+    ]
+    table = [dataclasses.replace(row, ours=row.ours.removeprefix(prefix)) for row in table]
+    if tower == "img":
+        vision = vision_config(arrays)
+        config = PaliGemmaConfig(vision, preprocessing=Preprocessing.big_vision(vision.image_size))
+        return Checkpoint(arrays, names, table, config, "img/embedding/kernel", build)
+    config = PaliGemmaConfig(decoder=decoder_config(arrays, **decoder))
+    return Checkpoint(arrays, names, table, config, EMBEDDING, build)
+
+
+def save_big_vision(model: PaliGemma, file: str | Path) -> None:
+    """Writes a model's parameters as big_vision's PaliGemma reads them: layers stacked, names under `params/`.
+
+    What the file cannot hold (soft caps, preprocessing, tokenizer) big_vision's configs say; `pg.load` takes the caps
+    as arguments.
+
+    Args:
+      model: with plain kernels and without adapters, in any dtype; bfloat16 is written as void16, as numpy does.
+      file: ends in .npz; replaced if it exists.
+
+    Raises:
+      UserError: the model has adapters or quantised kernels, or the file another ending.
+    """
+    file = Path(file).expanduser()
+    if file.suffix != ".npz":
+        raise UserError(f"{file} does not end in .npz, as big_vision's files do: rename it.")
+    write_npz(file, write_rows(rows(post_norms=model.config.decoder.post_norms), params.flatten(model), str(file)))

@@ -1,8 +1,10 @@
 """The files of a Hugging Face folder: JSON, and safetensors (one file, or shards with an index)."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,6 +18,8 @@ PREFIXES = (
     ("vision_tower.vision_model.", "vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
+# How safetensors names the dtypes that weights are released in.
+DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 def canonical(name: str) -> str:
@@ -45,14 +49,19 @@ class Folder:
                 f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as "
                 "transformers saves it."
             )
-        self._handles = {file: self._open(path / file) for file in files}
-        self._where = {}
-        for file, handle in self._handles.items():
-            keys = handle.keys()
-            for key in keys:
-                other = self._where.setdefault(canonical(key), (file, key))
-                if other != (file, key):
-                    raise UserError(f"{path} holds one array twice, as {other[1]} and as {key}: remove one of them.")
+        self.files = [path / file for file in files]
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            with self._open(file) as handle:
+                for key in handle.keys():  # noqa: SIM118 (no mapping)
+                    name = canonical(key)
+                    if name in self._where:
+                        raise UserError(
+                            f"{path} holds one array twice, as {self._where[name][1]} and as {key}: remove one of them."
+                        )
+                    self._where[name] = file, key
+                    self._shapes[name] = tuple(handle.get_slice(key).get_shape())
 
     @staticmethod
     def _shards(index: Path) -> list[str]:
@@ -69,8 +78,9 @@ class Folder:
 
     @staticmethod
     def _open(file: Path):
+        """A memory map of the file. It is closed after each array, or what was read of it would stay resident."""
         try:
-            return safe_open(file, framework="flax")
+            return safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read as safetensors ({error}): download it again.") from None
 
@@ -81,15 +91,27 @@ class Folder:
         """Shape of an array of `rank` axes, without reading it."""
         if name not in self._where:
             raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma as transformers saves it.")
-        file, key = self._where[name]
-        shape = tuple(self._handles[file].get_slice(key).get_shape())
+        shape = self._shapes[name]
         if len(shape) != rank:
+            key = self._where[name][1]
             raise UserError(f"{self.path}: {key} has shape {shape}, expected {rank} axes: it belongs to another model.")
         return shape
 
+    def dtype(self, name: str) -> np.dtype:
+        file, key = self._where[name]
+        with self._open(file) as handle:
+            return np.dtype(DTYPES.get(handle.get_slice(key).get_dtype(), np.float32))
+
     def __getitem__(self, name: str) -> np.ndarray:
         file, key = self._where[name]
-        return np.asarray(self._handles[file].get_tensor(key))
+        with self._open(file) as handle:
+            try:
+                return handle.get_tensor(key)
+            except (SafetensorError, TypeError, KeyError, AttributeError) as error:  # a dtype that numpy lacks
+                raise UserError(f"{file}: {key} cannot be read ({error}): save it in a float dtype.") from None
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        yield from self[name]
 
 
 def read_json(file: Path) -> dict:

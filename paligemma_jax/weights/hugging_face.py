@@ -1,205 +1,120 @@
-"""PaliGemma as transformers saves it: config.json and array names, in both directions."""
+"""PaliGemma 1 and 2 as transformers saves them: folders read, and written so that transformers opens them."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.models.gemma import GemmaConfig
-from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.weights.checkpoint import Checkpoint
 from paligemma_jax.weights.folder import Folder, read_json
-from paligemma_jax.weights.tables import Row, read_rows, write_rows
+from paligemma_jax.weights.hugging_face_config import model_config, read_config, to_hugging_face
+from paligemma_jax.weights.hugging_face_names import EMBEDDING, rows
+from paligemma_jax.weights.tables import write_rows
+from paligemma_jax.weights.tokenizer_files import copy_tokenizer
+from train_jax import params
 from train_jax.errors import UserError
 
-SIZES = ("num_hidden_layers", "intermediate_size", "num_attention_heads")
-VISION = "vision_tower.vision_model.encoder.layers.{i}."
-EMBEDDING = "language_model.model.embed_tokens.weight"
-DECODER = "language_model.model.layers.{i}."
+LM_HEAD = "lm_head.weight"
+SHARD_SIZE = 5 * 10**9  # bytes, transformers' own default
+IMAGE_TOKEN = 257_152  # of all released models
 
 
-def rows(post_norms: bool = False) -> list[Row]:
-    """The name table of PaliGemma."""
-    tower = "vision_tower.vision_model."
-    table = [
-        Row("vision/patch_embedding/kernel", f"{tower}embeddings.patch_embedding.weight", "conv"),
-        Row("vision/patch_embedding/bias", f"{tower}embeddings.patch_embedding.bias"),
-        Row("vision/position_embedding", f"{tower}embeddings.position_embedding.weight"),
-        Row("vision/post_layernorm/scale", f"{tower}post_layernorm.weight"),
-        Row("vision/post_layernorm/bias", f"{tower}post_layernorm.bias"),
-        Row("projector/linear/kernel", "multi_modal_projector.linear.weight", "linear"),
-        Row("projector/linear/bias", "multi_modal_projector.linear.bias"),
-        Row("decoder/embed_tokens/embedding", EMBEDDING),
-        Row("decoder/norm/scale", "language_model.model.norm.weight"),
-    ]
-    for norm in ("layer_norm1", "layer_norm2"):
-        table += [
-            Row(f"vision/layers/{norm}/scale", f"{VISION}{norm}.weight"),
-            Row(f"vision/layers/{norm}/bias", f"{VISION}{norm}.bias"),
-        ]
-    for module, contracted in (
-        ("self_attn/q_proj", 1),
-        ("self_attn/k_proj", 1),
-        ("self_attn/v_proj", 1),
-        ("self_attn/out_proj", 2),
-        ("mlp/fc1", 1),
-        ("mlp/fc2", 1),
-    ):
-        name = VISION + module.replace("/", ".")
-        table += [
-            Row(f"vision/layers/{module}/kernel", f"{name}.weight", "linear", contracted),
-            Row(f"vision/layers/{module}/bias", f"{name}.bias", "flat"),
-        ]
-    for module, contracted in (
-        ("self_attn/q_proj", 1),
-        ("self_attn/k_proj", 1),
-        ("self_attn/v_proj", 1),
-        ("self_attn/o_proj", 2),
-        ("mlp/gate_proj", 1),
-        ("mlp/up_proj", 1),
-        ("mlp/down_proj", 1),
-    ):
-        name = DECODER + module.replace("/", ".")
-        table.append(Row(f"decoder/layers/{module}/kernel", f"{name}.weight", "linear", contracted))
-    norms = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
-    if post_norms:
-        norms = {
-            "pre_attention_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "pre_ffw_norm": "pre_feedforward_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-        }
-    return table + [Row(f"decoder/layers/{a}/scale", f"{DECODER}{b}.weight") for a, b in norms.items()]
-
-
-def read_config(folder: Path) -> dict:
-    """The folder's config.json.
+def open_folder(folder: Path) -> Checkpoint:
+    """A folder as transformers saves it; the tied output table may be stored a second time.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, or lacks a size that the arrays do not tell.
+      UserError: files that are missing, broken or of another architecture, or an output table of its own.
     """
-    file = folder / "config.json"
-    config = read_json(file)
-    if config.get("model_type") != "paligemma":
-        raise UserError(
-            f"{file} describes a {config.get('model_type')!r} model, expected 'paligemma': give another folder."
-        )
-    needed = {
-        "text_config": ("model_type", *SIZES, "num_key_value_heads"),
-        "vision_config": SIZES,
-    }
-    for section, keys in needed.items():
-        missing = [key for key in keys if key not in config.get(section, {})]
-        if missing:
-            raise UserError(f"{file} lacks {section}.{missing[0]}: add it, as newer transformers write it.")
-    return config
-
-
-def model_config(config: dict, arrays: Folder, preprocessing: Preprocessing | None = None) -> PaliGemmaConfig:
-    """Our config from theirs; what old config files leave out is read from the arrays or is the released models'."""
-    text, vision = config["text_config"], config["vision_config"]
-    positions, width = arrays.shape("vision_tower.vision_model.embeddings.position_embedding.weight", 2)
-    vocab, hidden = arrays.shape(EMBEDDING, 2)
-    _, _, patch, _ = arrays.shape("vision_tower.vision_model.embeddings.patch_embedding.weight", 4)
-    image_size = round(positions**0.5) * patch
-    gemma2 = text["model_type"] == "gemma2"
-    head_dim = text.get("head_dim", 256)
-    rope = text.get("rope_parameters") or text
-    query_scale = text.get("query_pre_attn_scalar", head_dim) ** -0.5 if gemma2 else None
-    return PaliGemmaConfig(
-        vision=ViTConfig(
-            image_size=image_size,
-            patch_size=patch,
-            width=width,
-            depth=vision["num_hidden_layers"],
-            mlp_dim=vision["intermediate_size"],
-            num_heads=vision["num_attention_heads"],
-            eps=vision.get("layer_norm_eps", 1e-6),
-        ),
-        decoder=GemmaConfig(
-            vocab_size=vocab,
-            width=hidden,
-            depth=text["num_hidden_layers"],
-            mlp_dim=text["intermediate_size"],
-            num_heads=text["num_attention_heads"],
-            num_kv_heads=text["num_key_value_heads"],
-            head_dim=head_dim,
-            eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", 10_000.0),
-            query_scale=query_scale,
-            attn_softcap=text.get("attn_logit_softcapping", 50.0) if gemma2 else None,
-            final_softcap=text.get("final_logit_softcapping", 30.0) if gemma2 else None,
-            post_norms=gemma2,
-        ),
-        preprocessing=preprocessing or Preprocessing.siglip(image_size),
-    )
-
-
-def read(arrays: Folder, config: PaliGemmaConfig, shapes: dict, dtype) -> dict[str, np.ndarray]:
-    """All parameters of a folder, cast to `dtype`; the tied output table may be stored a second time."""
+    arrays = Folder(folder)
+    config = model_config(read_config(folder), arrays, _preprocessing(folder))
     names = arrays.names()
-    if "lm_head.weight" in names and not np.array_equal(arrays["lm_head.weight"], arrays[EMBEDDING]):
-        raise UserError(
-            f"{arrays.path}: lm_head.weight differs from {EMBEDDING}, expected the tied table: train it tied."
-        )
-    names = names - {"lm_head.weight"}
-    return read_rows(rows(config.decoder.post_norms), names, arrays.__getitem__, shapes, dtype, source=str(arrays.path))
+    if LM_HEAD in names and not np.array_equal(arrays[LM_HEAD], arrays[EMBEDDING]):
+        raise UserError(f"{folder}: {LM_HEAD} differs from {EMBEDDING}, expected the tied table: train it tied.")
+    return Checkpoint(arrays, names - {LM_HEAD}, rows(config.decoder.post_norms), config, EMBEDDING)
 
 
-def save(folder: Path, config: PaliGemmaConfig, params: dict[str, np.ndarray], image_token: int) -> None:
-    """Writes config.json and model.safetensors so that transformers opens the folder (PaliGemma 1).
+def _preprocessing(folder: Path) -> Preprocessing | None:
+    """A folder's own preprocessor_config.json, where it has one."""
+    file = folder / "preprocessor_config.json"
+    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
+
+
+def save_hugging_face(
+    model: PaliGemma, folder: str | Path, tokenizer: str | Path | None = None, max_shard_size: int = SHARD_SIZE
+) -> None:
+    """Writes a model as a folder that transformers opens: config, weights, preprocessor and tokenizer.
+
+    Args:
+      model: with plain kernels and without adapters; written in the dtype it has.
+      folder: made if missing; the weights of an earlier save in it are replaced.
+      tokenizer: where the tokenizer's files are: the folder the model came from, a tokenizer.model, or "tiny". They are
+        copied as they are. None writes none, and transformers then opens the model but no processor.
+      max_shard_size: bytes a weight file holds at most (but for an array larger than that); several get an index.
+
+    Raises:
+      UserError: the model has adapters or quantised kernels, or there are no tokenizer files.
+    """
+    folder, config = Path(folder).expanduser(), model.config
+    image_token = config.image_token
+    if image_token is None:
+        image_token = min(IMAGE_TOKEN, config.decoder.vocab_size)
+    save(folder, config, params.flatten(model), image_token, max_shard_size)
+    if config.preprocessing is not None:
+        processor = {"processor_class": "PaliGemmaProcessor", "image_seq_length": config.vision.num_patches}
+        _write_json(folder / "preprocessor_config.json", config.preprocessing.to_hugging_face() | processor)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+
+
+def save(
+    folder: Path,
+    config: PaliGemmaConfig,
+    params: Mapping[str, jax.Array | np.ndarray],
+    image_token: int,
+    max_shard_size: int = SHARD_SIZE,
+) -> None:
+    """Writes config.json and the weights alone.
 
     Args:
       image_token: id that stands for a patch in transformers' input, usually the first after the tokenizer's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = write_rows(rows(config.decoder.post_norms), params)
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_to_hugging_face(config, image_token), indent=2) + "\n")
+    arrays = write_rows(rows(config.decoder.post_norms), params, str(folder))
+    written: list[list[str]] = []
+    total = 0
+    for shard in _shards(arrays, max_shard_size):
+        save_file(shard, folder / f"part-{len(written)}.partial", metadata={"format": "pt"})
+        written.append(list(shard))
+        total += sum(array.nbytes for array in shard.values())
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()
+    files = ["model.safetensors"]
+    if len(written) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
+        where = {name: file for names, file in zip(written, files, strict=True) for name in names}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    for i, file in enumerate(files):
+        (folder / f"part-{i}.partial").replace(folder / file)
+    _write_json(folder / "config.json", to_hugging_face(config, image_token))
 
 
-def _to_hugging_face(config: PaliGemmaConfig, image_token: int) -> dict:
-    vision, text = config.vision, config.decoder
-    return {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "hidden_size": text.width,
-        "projection_dim": text.width,
-        "image_token_index": image_token,
-        "vocab_size": text.vocab_size,
-        "tie_word_embeddings": True,
-        "text_config": {
-            "model_type": "gemma",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_dim,
-            "num_hidden_layers": text.depth,
-            "num_attention_heads": text.num_heads,
-            "num_key_value_heads": text.num_kv_heads,
-            "head_dim": text.head_dim,
-            "rms_norm_eps": text.eps,
-            "rope_theta": text.rope_theta,
-            "hidden_act": "gelu_pytorch_tanh",
-            "num_image_tokens": vision.num_patches,
-            "tie_word_embeddings": True,
-        },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_dim,
-            "num_hidden_layers": vision.depth,
-            "num_attention_heads": vision.num_heads,
-            "layer_norm_eps": vision.eps,
-            "hidden_act": "gelu_pytorch_tanh",
-            "projection_dim": text.width,
-            "vision_use_head": False,
-        },
-    }
+def _shards(arrays: Iterator[tuple[str, np.ndarray]], max_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups arrays, in their order, into dictionaries of at most `max_size` bytes."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays:
+        if shard and size + array.nbytes > max_size:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = np.ascontiguousarray(array)
+        size += array.nbytes
+    yield shard
+
+
+def _write_json(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

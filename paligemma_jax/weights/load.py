@@ -1,16 +1,27 @@
 """`pg.load`: one function that reads a model from wherever it lies."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from paligemma_jax import hub
+from paligemma_jax.adapt import quantize as quantization
+from paligemma_jax.adapt.lora import projections
+from paligemma_jax.adapt.quantized_kernel import QuantizedKernel
 from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.gemma import Gemma
+from paligemma_jax.models.layers import REMAT_POLICIES
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
-from paligemma_jax.models.vit import resample_positions
-from paligemma_jax.weights import big_vision, hugging_face
-from paligemma_jax.weights.folder import Folder, read_json
+from paligemma_jax.models.vit import ViT, resample_positions
+from paligemma_jax.weights import big_vision, hugging_face, native
+from paligemma_jax.weights.checkpoint import Checkpoint
+from paligemma_jax.weights.folder import Folder
+from paligemma_jax.weights.tables import Transform, check_names, read_rows
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -18,6 +29,8 @@ TINY = Path(__file__).parent.parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
+WORDS = "decoder/embed_tokens/embedding"
+OFF_AT_ZERO = ("attn_softcap", "final_softcap", "sliding_window")  # big_vision writes 0.0 for none
 
 
 def load(
@@ -28,83 +41,178 @@ def load(
     param_dtype: str | None = None,
     remat: str = "none",
     unroll: bool = False,
+    vocab_size: int | None = None,
+    quantize: str | None = None,
+    block_size: int = 64,
+    double: bool = False,
+    shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None = None,
     **decoder,
-) -> PaliGemma:
-    """Reads a PaliGemma.
+) -> PaliGemma | ViT | Gemma:
+    """Reads a PaliGemma, layer by layer: beside the model, a host holds no more than one layer of it.
 
     Args:
-      path: a folder as transformers saves it, a big_vision `.npz` file, "tiny" (the model that ships with this
-        package), or "random:3b-224" for random weights of a variant's sizes (to measure memory and speed).
+      path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a
+        folder that `save_orbax` wrote, "tiny" (the model that ships with this package), or "random:3b-224" for random
+        weights of a variant's sizes (to measure memory and speed). "file.npz:img" and "file.npz:llm" are one tower,
+        returned as a ViT or a Gemma.
       dtype: compute dtype, float32, bfloat16 or float16.
       image_size: pixels a side, where it should differ from the checkpoint's: the learned positions are resampled
         with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
       param_dtype: dtype the weights are kept in, `dtype` when None.
       remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
         models.layers.scan_stack.
-      decoder: GemmaConfig fields that an npz cannot tell (attn_softcap, final_softcap, rope_theta, query_scale).
+      vocab_size: rows of the word table, where they should differ from the checkpoint's (257,152 in big_vision, 257,216
+        in transformers): the last are cut off, or added as the mean of all others, whose logit is never the largest.
+      quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels on the way, see adapt.quantize.quantize;
+        the result is the same.
+      shardings: where a leaf goes, from its path and shape (None: the default device); it is placed there directly.
+      decoder: GemmaConfig fields that an npz cannot tell (attn_softcap, final_softcap, sliding_window, rope_theta,
+        query_scale).
 
     Returns:
       The model; `model.config` holds its sizes and its preprocessing.
 
     Raises:
-      UserError: no such file or folder, another format, an unknown dtype, an image size that is no multiple of the
-        patch size, or arrays that do not match the model; nothing is half loaded.
+      UserError: no such file or folder, another format, an unknown dtype or remat, an image size that is no multiple
+        of the patch size, or arrays that do not match the model; nothing is half loaded.
     """
-    for kind in (dtype, param_dtype or dtype):
+    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    _check_options(both, vocab_size)
+    codec = (quantize, block_size, double) if quantize else None
+    if str(path).startswith(RANDOM):
+        return _random(str(path), image_size, vocab_size, both, codec)
+    decoder = {name: value or None if name in OFF_AT_ZERO else value for name, value in decoder.items()}
+    checkpoint = _open(path, decoder)
+    stored = checkpoint.config.replace(both=both)
+    config = _changed(stored, image_size, vocab_size)
+    shapes = params.abstract(nnx.eval_shape(lambda: checkpoint.build(stored)))
+    check_names(checkpoint.rows, checkpoint.names, shapes, str(checkpoint.source.path))
+    model = nnx.eval_shape(lambda: _quantized(checkpoint.build(config), codec))
+    transform = _quantizer(model, codec) if codec else None
+    arrays = {}
+    for name, array in read_rows(checkpoint.rows, checkpoint.source, shapes, jnp.dtype(both["param_dtype"]), transform):
+        array = _fitted(name, array, stored, config)
+        arrays[name] = _placed(array, shardings(name, array) if shardings else None)
+    return params.assign(model, arrays)
+
+
+def _check_options(both: dict, vocab_size: int | None) -> None:
+    """Refuses values that no model can have."""
+    for kind in (both["dtype"], both["param_dtype"]):
         if kind not in DTYPES:
             raise UserError(f"the dtype is {kind!r}, expected one of {', '.join(DTYPES)}: choose one of these.")
-    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    remat = both["remat"]
+    if remat != "none" and remat not in REMAT_POLICIES:
+        raise UserError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}: choose one of these.")
+    if vocab_size is not None and vocab_size < 1:
+        raise UserError(f"vocab_size is {vocab_size}, expected at least 1: leave it out to keep the checkpoint's.")
+
+
+def stored_dtype(path: str | Path) -> str:
+    """The dtype that a checkpoint's weights are stored in, or float32 where it is none that models compute in."""
     if str(path).startswith(RANDOM):
-        return _random(str(path), image_size, both)
-    source, config, read = _open(path, decoder)
-    stored = config
-    if image_size is not None and image_size != config.vision.image_size:
-        config = _resized(config, image_size)
-    config, stored = config.replace(both=both), stored.replace(both=both)
-    model = nnx.eval_shape(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))
-    shapes = params.abstract(nnx.eval_shape(lambda: PaliGemma(stored, rngs=nnx.Rngs(0))))
-    arrays = read(source, stored, shapes, jnp.dtype(both["param_dtype"]))
-    if config.vision.grid != stored.vision.grid:
+        return "float32"
+    checkpoint = _open(path, {})
+    name = checkpoint.source.dtype(checkpoint.dtype_of).name
+    return name if name in DTYPES else "float32"
+
+
+def _fitted(path: str, array: np.ndarray, stored: PaliGemmaConfig, config: PaliGemmaConfig) -> np.ndarray:
+    """A leaf for the image size and the vocabulary that are asked for; of one tower, paths lack the tower's name."""
+    if POSITIONS.endswith(path) and config.vision.grid != stored.vision.grid:
         method = "bilinear" if config.preprocessing.source == "big_vision" else "bicubic"
-        table = resample_positions(arrays[POSITIONS].astype("float32"), config.vision.grid, method)
-        arrays[POSITIONS] = table.astype(arrays[POSITIONS].dtype)
-    return params.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
+        return resample_positions(array.astype("float32"), config.vision.grid, method).astype(array.dtype)
+    extra = config.decoder.vocab_size - stored.decoder.vocab_size
+    if WORDS.endswith(path) and extra:
+        if extra < 0:
+            return array[:extra]
+        mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
+        return np.concatenate([array, np.broadcast_to(mean, (extra, len(mean)))])
+    return array
 
 
-def _random(path: str, image_size: int | None, both: dict) -> PaliGemma:
+def _placed(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The array on its devices; on a CPU nothing is copied where it can be adopted."""
+    if sharding is not None and not sharding.is_fully_addressable:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.device_put(array, sharding)
+
+
+def _quantized(model: nnx.Module, codec: tuple[str, int, bool] | None) -> nnx.Module:
+    return quantization.quantize(model, *codec) if codec else model
+
+
+def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
+    """Quantises a layer of each kernel that `model`, quantised in the abstract, has quantised."""
+    kind, block_size, double = codec
+    inputs = {
+        f"{path}/kernel": len(module.in_shape)
+        for path, module in projections(model).items()
+        if isinstance(module.kernel, QuantizedKernel)
+    }
+
+    def transform(path: str, layer: np.ndarray) -> dict[str, np.ndarray] | None:
+        if path not in inputs:
+            return None
+        parts = quantization.quantize_array(kind, layer, inputs[path], block_size, double)
+        return {f"{path}/{name}": np.asarray(part) for name, part in parts.items()}
+
+    return transform
+
+
+def _random(path: str, image_size: int | None, vocab_size: int | None, both: dict, codec) -> PaliGemma:
     """A new model of a variant's sizes."""
     try:
         config = variant(path.removeprefix(RANDOM))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
-    if image_size is not None:
-        config = _resized(config, image_size)
-    config = config.replace(both=both)
-    return nnx.jit(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))()
+    config = _changed(config, image_size, vocab_size).replace(both=both)
+    return nnx.jit(lambda: _quantized(PaliGemma(config, rngs=nnx.Rngs(0)), codec))()
 
 
-def _open(path: str | Path, decoder: dict):
-    """Which reader a path belongs to: its source, its config and its read function."""
-    folder = TINY if str(path) == "tiny" else Path(path).expanduser()
-    if folder.is_dir():
-        arrays = Folder(folder)
-        config = hugging_face.model_config(hugging_face.read_config(folder), arrays, _preprocessing(folder))
-        if decoder:
-            config = config.replace(decoder=decoder)
-        return arrays, config, hugging_face.read
-    if folder.suffix == ".npz" and folder.exists():
-        arrays = big_vision.Npz(folder)
-        return arrays, big_vision.model_config(arrays, **decoder), big_vision.read
+def _open(path: str | Path, decoder: dict) -> Checkpoint:
+    """The checkpoint at a path, opened by the reader of its format."""
+    file, _, tower = str(path).rpartition(":") if ".npz:" in str(path) else (path, "", "")
+    place = _place(file)
+    if place.is_file():
+        return big_vision.open_file(place, tower, **decoder)
+    checkpoint = native.open_folder(place) if native.is_native(place) else hugging_face.open_folder(place)
+    return dataclasses.replace(checkpoint, config=checkpoint.config.replace(decoder=decoder))
+
+
+def _place(path: str | Path) -> Path:
+    """The folder or the .npz file."""
+    if hub.is_remote(path):
+        return hub.download(path)
+    place = TINY if str(path) == "tiny" else Path(path).expanduser()
+    if place.is_dir() or (place.suffix == ".npz" and place.is_file()):
+        return place
     raise UserError(
-        f"no model at {path}: expected a Hugging Face folder, a big_vision .npz file, or the word tiny; check the path."
+        f"no model at {path}: expected a Hugging Face folder, a big_vision .npz file, hf://owner/name, or the word "
+        "tiny; check the path."
     )
 
 
-def _preprocessing(folder: Path) -> Preprocessing | None:
-    """A folder's own preprocessor_config.json, where it has one."""
-    file = folder / "preprocessor_config.json"
-    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold a model's weights; none for "random:...".
+
+    Raises:
+      UserError: as `load`.
+    """
+    if str(path).startswith(RANDOM):
+        return []
+    place = _place(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
+    if native.is_native(place):
+        return sorted(file for file in (place / native.ARRAYS).rglob("*") if file.is_file())
+    return [place] if place.is_file() else Folder(place).files
+
+
+def _changed(config: PaliGemmaConfig, image_size: int | None, vocab_size: int | None) -> PaliGemmaConfig:
+    """The same model for another image size and vocabulary."""
+    if image_size is not None and image_size != config.vision.image_size:
+        config = _resized(config, image_size)
+    return config if vocab_size is None else config.replace(decoder=dict(vocab_size=vocab_size))
 
 
 def _resized(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:

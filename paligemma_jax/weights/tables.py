@@ -7,7 +7,9 @@ where the other format stores one array a layer; ours always stacks layers on th
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ class Row:
       "linear"    torch's Linear weight (out, in), the kernel's `contracted` leading axes being the input
       "conv"      torch's Conv2d weight (out, in, kh, kw) for our [kh, kw, in, out]
       "heads_in"  big_vision's [N, D, H] for our [D, N, H]
+      "row"       an axis of size 1 in front
     `part` picks an index of a leading axis that holds two leaves of ours (big_vision's kv and gating einsums).
     """
 
@@ -39,6 +42,8 @@ class Row:
         if self.layout == "linear":
             inputs, outputs = shape[: self.contracted], shape[self.contracted :]
             return math.prod(outputs), math.prod(inputs)
+        if self.layout == "row":
+            return (1, *shape)
         axes = {"conv": (3, 2, 0, 1), "heads_in": (1, 0, 2)}.get(self.layout)
         stored = tuple(shape[axis] for axis in axes) if axes else tuple(shape)
         stored = (math.prod(stored),) if self.layout == "flat" else stored
@@ -75,91 +80,185 @@ class Row:
             return array.transpose(3, 2, 0, 1)
         if self.layout == "heads_in":
             return array.transpose(1, 0, 2)
+        if self.layout == "row":
+            return array[None]
         return array.reshape(-1) if self.layout == "flat" else array
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A checkpoint's arrays by their names there; nothing is read before it is asked for."""
+
+    path: Path
+
+    def names(self) -> set[str]:
+        """Every array the checkpoint has."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of an array, without reading it."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One whole array."""
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        """The slices of an array's first axis, one after another, so that they need not be in memory together."""
+
+
+# One layer of a leaf of ours to what takes its place, by path; None where the leaf stays as it is.
+Transform = Callable[[str, np.ndarray], Mapping[str, np.ndarray] | None]
 
 
 def stacked(path: str) -> bool:
     """Whether one of our paths has a leading layer axis."""
-    return "/layers/" in path
+    return "layers" in path.split("/")
+
+
+def check_names(
+    rows: Iterable[Row], names: Iterable[str], shapes: Mapping[str, jax.ShapeDtypeStruct], source: str
+) -> None:
+    """Accounts for every key of both sides, before anything is read.
+
+    Args:
+      rows: the table of this family.
+      names: every key the source has.
+      shapes: our abstract parameters by path.
+      source: file or folder, for the message.
+
+    Raises:
+      UserError: a leaf of ours that the source lacks, or a key of the source that the table does not use (lists them).
+    """
+    table, names = {row.ours: row for row in rows}, set(names)
+    unknown = sorted(set(shapes) - set(table))
+    if unknown:
+        raise ValueError(f"the name table has no row for {unknown}.")
+    wanted = {name for path, leaf in shapes.items() for name in _names_of(table[path], leaf.shape)}
+    missing, unused = sorted(wanted - names), sorted(names - wanted)
+    if missing or unused:
+        raise UserError(
+            f"{source} does not match the model: missing {listed(missing)}; not used {listed(unused)}. "
+            "Check that the file belongs to this architecture."
+        )
 
 
 def read_rows(
     rows: Iterable[Row],
-    names: Iterable[str],
-    fetch: Callable[[str], np.ndarray],
+    source: Source,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     dtype,
-    *,
-    source: str,
-    scanned: bool = False,
-) -> dict[str, np.ndarray]:
-    """Reads every leaf of `shapes` by the table, layer by layer into the stacked arrays.
+    transform: Transform | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads every leaf of `shapes` by the table, layer by layer into stacked arrays, one leaf at a time.
+
+    At no time is more held than the leaf that is being built and one layer of it, so a caller who places each leaf
+    as it comes needs little more than the model. Leaves without layers, the large word table among them, come first,
+    when the least is held already.
+
+    Args:
+      rows: the table of this family; its names are those of `source` (see `check_names`).
+      source: the checkpoint.
+      shapes: our abstract parameters by path, as the checkpoint holds them.
+      dtype: dtype to cast to.
+      transform: makes one or several leaves of each layer of one (quantisation, say); theirs are stacked likewise.
+
+    Yields:
+      Path and array.
+
+    Raises:
+      UserError: an array of another shape.
+    """
+    table = {row.ours: row for row in rows}
+    for path in sorted(shapes, key=stacked):
+        layers = _read_leaf(table[path], source, shapes[path].shape)
+        depth = shapes[path].shape[0] if stacked(path) else None
+        out: dict[str, np.ndarray] = {}
+        for i, layer in enumerate(layers):
+            parts = transform(path, np.asarray(layer, dtype)) if transform else None
+            for name, part in ({path: layer} if parts is None else parts).items():
+                if i == 0:
+                    shape = part.shape if depth is None else (depth, *part.shape)
+                    out[name] = _aligned_empty(shape, dtype if parts is None else part.dtype)
+                out[name][... if depth is None else i] = part
+        yield from out.items()
+
+
+def _names_of(row: Row, shape: tuple[int, ...]) -> list[str]:
+    """The names of a leaf's arrays on their side."""
+    return [row.theirs.format(i=i) for i in range(shape[0])] if "{i}" in row.theirs else [row.theirs]
+
+
+def _read_leaf(row: Row, source: Source, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A leaf's layers one by one, or the one array of a leaf without layers."""
+    names, where = _names_of(row, shape), f"{source.path}: "
+    if "{i}" in row.theirs:
+        for name in names:
+            yield row.read(source[name], shape[1:], where + name)
+    elif not stacked(row.ours):
+        yield row.read(source[names[0]], shape, where + names[0])
+    else:
+        count = 0
+        for count, layer in enumerate(source.layers(names[0]), 1):
+            if count > shape[0]:
+                break
+            yield row.read(layer, shape[1:], f"{where}layer {count - 1} of {names[0]}")
+        if count != shape[0]:
+            raise UserError(
+                f"{where}{names[0]} does not have {shape[0]} layers on its first axis, as other arrays do: the file "
+                "belongs to a model of other sizes."
+            )
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array that starts on a cache line: such a one JAX adopts on CPU, where it would copy another."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def write_rows(
+    rows: Iterable[Row], params: Mapping[str, jax.Array | np.ndarray], target: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every leaf under its name on the other side, a leaf at a time; one array a layer where the template says so.
 
     Args:
       rows: the table of this family.
-      names: every key the file has.
-      fetch: returns one stored array.
-      shapes: our abstract parameters by path.
-      dtype: dtype to cast to.
-      source: file or folder, for messages.
-      scanned: the other format stacks layers too (no `{i}` in its names).
+      params: our arrays by path.
+      target: what is being written, for the message.
+
+    Yields:
+      Name and array there; leaves that share one array there are joined.
 
     Raises:
-      UserError: a leaf of ours that the file lacks, a key of the file that the table does not use (lists them), or an
-        array of another shape.
+      UserError: arrays that the table does not know: adapters, or a quantised kernel.
     """
-    table = {row.ours: row for row in rows}
-    unknown = sorted(set(shapes) - set(table))
-    if unknown:
-        raise ValueError(f"the name table has no row for {unknown}.")
-    names = set(names)
-    used, missing, out = set(), [], {}
-    for path, leaf in shapes.items():
-        row = table[path]
-        each = [row.theirs.format(i=i) for i in range(leaf.shape[0])] if "{i}" in row.theirs else [row.theirs]
-        absent = [name for name in each if name not in names]
-        used.update(each)
-        if absent:
-            missing.extend(absent)
-            continue
-        array = np.empty(leaf.shape, dtype)
-        if "{i}" in row.theirs:
-            for i, name in enumerate(each):
-                array[i] = row.read(fetch(name), leaf.shape[1:], f"{source}: {name}")
-        elif scanned and stacked(path):
-            layers = fetch(each[0])
-            if layers.shape[:1] != leaf.shape[:1]:
-                raise UserError(
-                    f"{source}: {each[0]} has shape {layers.shape}, expected {leaf.shape[0]} layers on its first axis: "
-                    "the file belongs to a model of other sizes."
-                )
-            for i, layer in enumerate(layers):
-                array[i] = row.read(layer, leaf.shape[1:], f"{source}: layer {i} of {each[0]}")
-        else:
-            array[...] = row.read(fetch(each[0]), leaf.shape, f"{source}: {each[0]}")
-        out[path] = array
-    unused = sorted(names - used)
-    if missing or unused:
+    sharing: dict[str, list[Row]] = {}
+    for row in rows:
+        sharing.setdefault(row.theirs, []).append(row)
+    known = {row.ours for group in sharing.values() for row in group}
+    if set(params) != known:
         raise UserError(
-            f"{source} does not match the model: missing {_listed(sorted(missing))}; not used {_listed(unused)}. "
-            "Check that the file belongs to this architecture."
+            f"{target} holds the plain parameters of a whole model, but found {listed(sorted(set(params) - known))} "
+            f"beside them and {listed(sorted(known - set(params)))} missing: merge adapters and dequantize kernels."
         )
-    return out
-
-
-def write_rows(rows: Iterable[Row], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every leaf under its name on the other side, one array a layer where the template says so."""
-    table, out = {row.ours: row for row in rows}, {}
-    for path, array in params.items():
-        row = table[path]
-        if "{i}" in row.theirs:
-            out.update({row.theirs.format(i=i): row.write(layer) for i, layer in enumerate(array)})
+    for name, group in sharing.items():
+        arrays = [np.asarray(params[row.ours]) for row in sorted(group, key=lambda row: row.part or 0)]
+        if "{i}" in name:
+            for i in range(len(arrays[0])):
+                yield name.format(i=i), _join(group, [array[i] for array in arrays])
+        elif stacked(group[0].ours):
+            yield name, np.stack([_join(group, list(layers)) for layers in zip(*arrays, strict=True)])
         else:
-            out[row.theirs] = row.write(array)
-    return out
+            yield name, _join(group, arrays)
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def _join(group: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
+    """One layer on their side, of the leaves of ours that it holds."""
+    parts = [group[0].write(array) for array in arrays]
+    return parts[0] if group[0].part is None else np.stack(parts)
+
+
+def listed(names: list[str], most: int = 8) -> str:
     """A few names and how many more."""
     if not names:
         return "nothing"

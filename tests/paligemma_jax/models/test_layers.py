@@ -145,6 +145,8 @@ def test_norms_square_in_float32(kind):
 def test_casting_to_float16_saturates():
     x = jnp.asarray([1e6, -1e6, 65504.0, 1.0])
     np.testing.assert_array_equal(layers.cast(x, jnp.float16), np.asarray([65504, -65504, 65504, 1], np.float16))
+    faults = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(layers.cast(faults, jnp.float16), np.asarray(faults, np.float16))
     assert layers.cast(x, jnp.float32) is x
     assert layers.cast(x, jnp.bfloat16).dtype == jnp.bfloat16 and bool(jnp.isinf(x.astype(jnp.float16))[0])
 

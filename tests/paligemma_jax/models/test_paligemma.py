@@ -45,6 +45,29 @@ def test_parameters_of_the_padded_vocabulary():
     assert counts(padded)["decoder"] == 2_508_531_712 + 64 * 2048
 
 
+# Gemma 2's own parameter counts as released (vocabulary 256,000), without PaliGemma's 1,152 words.
+GEMMA_2_SIZES = {"pg2-3b": 2_614_341_888, "pg2-10b": 9_241_705_984, "pg2-28b": 27_227_128_320}
+
+
+@pytest.mark.parametrize("name", GEMMA_2_SIZES)
+def test_parameters_of_paligemma_2(name):
+    config = variant(f"{name}-448")
+    width = config.decoder.width
+    towers = counts(config)
+    assert towers["decoder"] == GEMMA_2_SIZES[name] + 1152 * width
+    assert towers["vision"] == 412_442_352 + (1024 - 256) * 1152
+    assert towers["projector"] == (1152 + 1) * width
+    assert config.vision.image_size == 448
+
+
+def test_what_tells_the_sizes_of_paligemma_2_apart():
+    scales = {name: variant(f"{name}-224").decoder.query_scale for name in GEMMA_2_SIZES}
+    assert scales == {"pg2-3b": None, "pg2-10b": None, "pg2-28b": 1 / 12}
+    for name in GEMMA_2_SIZES:
+        decoder = variant(f"{name}-224").decoder
+        assert (decoder.attn_softcap, decoder.final_softcap, decoder.sliding_window) == (50.0, None, 4096)
+
+
 @pytest.mark.parametrize("size, patches", [(224, 256), (448, 1024), (896, 4096)])
 def test_other_resolutions_add_positions_alone(size, patches):
     config = variant(f"3b-{size}")
@@ -53,10 +76,9 @@ def test_other_resolutions_add_positions_alone(size, patches):
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(
-        ValueError, match="variant '3b-225' is unknown, expected 'tiny', '3b-224', '3b-448' or '3b-896'"
-    ):
-        variant("3b-225")
+    for name in ("3b-225", "pg2-27b-224", "3b", "", "-224"):
+        with pytest.raises(ValueError, match=f"variant '{name}' is unknown, expected 'tiny', or one of 3b, pg2-3b"):
+            variant(name)
 
 
 def test_replace_changes_one_tower_or_both():

@@ -255,6 +255,21 @@ def test_refuses_a_folder_of_another_model(write, stored):
 def test_refuses_a_config_without_a_needed_size(write, stored):
     refused(write(stored, vision_config={"intermediate_size": 96}), "lacks vision_config.num_hidden_layers")
     refused(write(stored, text_config={}), "lacks text_config.model_type")
+    refused(write(stored, text_config=[1]), "lacks text_config.model_type")
+    sizes = dict(num_hidden_layers=2, intermediate_size=96)
+    for heads in (0, -4, "4", 4.0, True):
+        refused(write(stored, vision_config=sizes | dict(num_attention_heads=heads)), "expected a positive number")
+
+
+def test_refuses_decoders_that_are_not_gemmas(write, stored, golden):
+    text = json.loads((golden / "hf_paligemma2/config.json").read_text())["text_config"]
+    refused(
+        write(stored, text_config=text | {"model_type": "llama"}), "text model 'llama', expected 'gemma' or 'gemma2'"
+    )
+    layers = ["full_attention", "sliding_attention"] * 2
+    refused(
+        write(stored, text_config=text | {"layer_types": layers}), "expected sliding_attention and full_attention in"
+    )
 
 
 def test_refuses_folders_without_config_or_weights(tmp_path, golden, stored):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from paligemma_jax.adapt.quantize import quantize
 from paligemma_jax.models.vit import resample_positions
+from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.weights import load as load_module
 from paligemma_jax.weights.hugging_face import save
-from paligemma_jax.weights.load import POSITIONS, load
-from train_jax import params
+from paligemma_jax.weights.load import POSITIONS, WORDS, load
+from train_jax import params, sharding
 from train_jax.errors import UserError
 
 
@@ -94,6 +96,61 @@ def test_a_table_padded_to_a_round_vocabulary_loads_and_changes_no_logit(golden,
     np.testing.assert_array_equal(logits[..., 160:], 0.0)
 
 
+@pytest.mark.parametrize("rows", [100, 300])
+def test_the_word_table_is_sliced_or_padded_to_the_size_asked_for(path, rows):
+    plain, model = load(path), load(path, vocab_size=rows)
+    before, after = arrays_of(plain), arrays_of(model)
+    table, changed = before.pop(WORDS), after.pop(WORDS)
+    assert model.config.decoder.vocab_size == rows == len(changed)
+    kept = min(rows, len(table))
+    np.testing.assert_array_equal(changed[:kept], table[:kept])
+    np.testing.assert_allclose(changed[kept:], np.tile(table.mean(0), (rows - kept, 1)), atol=1e-7)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_padding_adds_words_that_are_never_the_likeliest_and_slicing_takes_them_off(
+    golden, tmp_path, hugging_face_case
+):
+    padded = load(golden / "hf_paligemma", vocab_size=224)
+    logits = np.asarray(padded(**hugging_face_case.inputs)[0])
+    assert (logits[..., 160:].max(-1) < logits[..., :160].max(-1)).all()
+    save(tmp_path / "padded", padded.config, arrays_of(padded), image_token=150)
+    again, plain = arrays_of(load(tmp_path / "padded", vocab_size=160)), arrays_of(load(golden / "hf_paligemma"))
+    assert all(np.array_equal(again[name], plain[name]) for name in plain)
+
+
+def test_leaves_are_placed_into_the_shardings_asked_for(path):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
+    asked = {}
+
+    def shardings(name, leaf):
+        chosen, _ = sharding.shardings(mesh, SHARDING_RULES, {name: leaf})
+        asked[name] = chosen[name]
+        return chosen[name]
+
+    model = load(path, shardings=shardings)
+    plain = arrays_of(load(path))
+    for name, array in params.flatten(model).items():
+        assert array.sharding.is_equivalent_to(asked[name], array.ndim)
+        np.testing.assert_array_equal(array, plain[name], err_msg=name)
+    kernel = params.flatten(model)["decoder/layers/mlp/gate_proj/kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+
+
+@pytest.mark.parametrize("kind, options", [("nf4", dict(double=True)), ("int8", {}), ("int4", dict(block_size=128))])
+def test_quantising_on_the_way_equals_quantising_what_was_loaded(path, kind, options):
+    model = load(path, "bfloat16", quantize=kind, **options)
+    expected = quantize(load(path, "bfloat16"), kind, options.get("block_size", 64), options.get("double", False))
+    ours, theirs = arrays_of(model), arrays_of(expected)
+    assert set(ours) == set(theirs) and any("/kernel/" in name for name in ours)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name, strict=True)
+
+
+def test_zero_means_no_cap_as_in_big_visions_configs(path):
+    assert load(path, final_softcap=0.0).config.decoder.final_softcap is None
+
+
 def test_the_word_tiny_means_the_model_of_this_package(golden, monkeypatch):
     monkeypatch.setattr(load_module, "TINY", golden / "hf_paligemma")
     assert load("tiny").config == load(golden / "hf_paligemma").config
@@ -113,4 +170,6 @@ def test_mistakes_are_told_in_one_sentence(path, tmp_path):
     refused("dtype is 'float31', expected one of float32, bfloat16, float16", path, "float31")
     refused("dtype is 'int8'", path, param_dtype="int8")
     refused("image_size is 30, expected a multiple of the patch size 7: choose 28", path, image_size=30)
+    refused("vocab_size is 0, expected at least 1", path, vocab_size=0)
+    refused("quantize is 'nf5', expected one of nf4", path, quantize="nf5")
     refused("image_size is 0, expected a multiple of the patch size 7: choose 7", path, image_size=0)

@@ -1,0 +1,102 @@
+"""Checkpoints from one format to another: python -m paligemma_jax.convert SRC DST --format=FORMAT [--push=REPO]
+
+SRC       whatever pg.load reads: a Hugging Face folder, hf://owner/name, a big_vision .npz, a folder of --format=orbax,
+          "tiny", or the workdir of a run, whose adapters are merged.
+DST       a folder that does not exist yet (a file ending in .npz for big_vision).
+--format  hugging_face (transformers opens it), big_vision (a .npz), or orbax (fastest to load here).
+--dtype   float32, bfloat16 or float16; as SRC has it when not given (a run's: float32).
+--push    owner/name: uploads DST to the Hugging Face Hub as well.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from paligemma_jax import hub, loading
+from paligemma_jax.adapt.lora import merge_lora, projections
+from paligemma_jax.adapt.quantize import dequantize
+from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
+from paligemma_jax.weights.load import stored_dtype
+from paligemma_jax.weights.tokenizer_files import MODEL, tokenizer_files
+from train_jax import command_line
+from train_jax.errors import UserError
+
+FORMATS = ("hugging_face", "big_vision", "orbax")
+
+
+def convert(source: str, target: str, format: str, dtype: str | None = None) -> Path:
+    """Reads a model and writes it in another format, its tokenizer's files beside it where the source has them.
+
+    Args:
+      source, target, format, dtype: see the module.
+
+    Returns:
+      Where it was written.
+
+    Raises:
+      UserError: an unknown format, a target that exists, or whatever is wrong with the source.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format is {format!r}, expected one of {', '.join(FORMATS)}: choose one of these.")
+    place = Path(target).expanduser()
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise UserError(f"{place} exists already: choose a place that does not, or remove it.")
+    if format == "big_vision" and place.suffix != ".npz":
+        raise UserError(f"{place} does not end in .npz, as big_vision's files do: rename it.")
+    if hub.is_remote(source):
+        source = str(hub.download(source))
+    if dtype is None:
+        dtype = "float32" if loading.is_run(source) else stored_dtype(source)
+    model = loading.load(source, dtype)
+    if not isinstance(model, PaliGemma):
+        raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
+    model = plain(model)
+    tokenizer = source if tokenizer_files(source) else None
+    if format == "hugging_face":
+        save_hugging_face(model, place, tokenizer)
+    elif format == "orbax":
+        save_orbax(model, place, tokenizer)
+    else:
+        save_big_vision(model, place)
+        for file in tokenizer_files(source):
+            if file.name == MODEL and not (place.parent / MODEL).exists():
+                shutil.copyfile(file, place.parent / MODEL)
+    return place
+
+
+def plain(model: PaliGemma) -> PaliGemma:
+    """The model with its adapters merged and its kernels dequantised."""
+    if any(module.lora_a is not None for module in projections(model).values()):
+        model = merge_lora(model)
+    return dequantize(model)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line of `convert`."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string("format", None, ", ".join(FORMATS), flag_values=values)
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the source has it", flag_values=values)
+    flags.DEFINE_string("push", None, "owner/name on the Hugging Face Hub", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        places = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from None
+    if values.help:
+        print(__doc__)
+        return
+    if len(places) != 2 or values.format is None:
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected SRC DST --format={'|'.join(FORMATS)}.")
+    place = convert(*places, values.format, values.dtype)
+    print(f"wrote {place}")
+    if values.push:
+        print(f"pushed to {hub.push(place, values.push)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, sys.argv)

@@ -1,0 +1,148 @@
+"""Our own format: an Orbax folder of the parameters by our paths, its sizes in a config.json beside it.
+
+It is read onto any sharding and needs no name table: what a conversion writes for models that are loaded often.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
+from paligemma_jax.weights.folder import read_json
+from paligemma_jax.weights.tables import Row
+from paligemma_jax.weights.tokenizer_files import copy_tokenizer
+from train_jax import params
+from train_jax.errors import UserError
+
+FORMAT = "paligemma_jax"
+ARRAYS = "params"
+
+
+class OrbaxArrays:
+    """Lazy access to the arrays of an Orbax folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        try:
+            tree = self._reader.metadata(path.absolute()).item_metadata.tree
+            self._shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.items()}
+        except Exception as error:  # Orbax and TensorStore raise many kinds for files that are missing or cut off
+            raise self._broken(error) from None
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._shapes[name].dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        arguments = ocp.args.PyTreeRestore(
+            item={name: self._shapes[name]},
+            restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+            partial_restore=True,
+        )
+        try:
+            return self._reader.restore(self.path.absolute(), args=arguments)[name]
+        except Exception as error:  # as above
+            raise self._broken(error) from None
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        yield from self[name]
+
+    def _broken(self, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return UserError(f"{self.path} cannot be read as an Orbax checkpoint ({reason}): convert the model again.")
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder is laid out as `save_orbax` does."""
+    return (folder / ARRAYS).is_dir() and (folder / "config.json").is_file()
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """A folder that `save_orbax` wrote.
+
+    Raises:
+      UserError: it is broken, or of another version of this package.
+    """
+    config = config_from_dict(read_json(folder / "config.json"), folder / "config.json")
+    arrays = OrbaxArrays(folder / ARRAYS)
+    shapes = params.abstract(nnx.eval_shape(lambda: whole_model(config)))
+    return Checkpoint(
+        arrays, arrays.names(), [Row(path, path) for path in shapes], config, "decoder/embed_tokens/embedding"
+    )
+
+
+def save_orbax(model: PaliGemma, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes a model as `pg.load` reads it back, equal to the bit, config and preprocessing included.
+
+    Args:
+      model: with plain kernels and without adapters.
+      folder: made if missing; must hold no such model yet.
+      tokenizer: as of `save_hugging_face`.
+
+    Raises:
+      UserError: the model has adapters or quantised kernels, the folder holds a model, or there are no tokenizer files.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / ARRAYS).exists():
+        raise UserError(f"{folder} holds a model already: choose another folder.")
+    arrays = params.flatten(model)
+    expected = params.abstract(nnx.eval_shape(lambda: whole_model(model.config)))
+    if set(arrays) != set(expected):
+        other = sorted(set(arrays) ^ set(expected))[0]
+        raise UserError(
+            f"{folder} holds the plain parameters of a whole model, but found {other} in it or missing: merge adapters "
+            "and dequantize kernels first."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(arrays))
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+
+
+def config_to_dict(config: PaliGemmaConfig) -> dict[str, Any]:
+    """A config as JSON values."""
+    preprocessing = config.preprocessing
+    return {
+        "format": FORMAT,
+        "vision": dataclasses.asdict(config.vision),
+        "decoder": dataclasses.asdict(config.decoder),
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "image_token": config.image_token,
+    }
+
+
+def config_from_dict(values: dict[str, Any], file: Path) -> PaliGemmaConfig:
+    """What `config_to_dict` made.
+
+    Raises:
+      UserError: unknown fields, or another format.
+    """
+    if values.get("format") != FORMAT:
+        raise UserError(f"{file} has format {values.get('format')!r}, expected {FORMAT!r}: give another folder.")
+    try:
+        preprocessing = values.get("preprocessing")
+        return PaliGemmaConfig(
+            ViTConfig(**values["vision"]),
+            GemmaConfig(**values["decoder"]),
+            None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+            values.get("image_token"),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} does not describe a model of this version ({error}): convert it again.") from None
