@@ -2,7 +2,8 @@
 
 --image and --prompt may be given several times: as many of each, or one of either for all of the other. With
 --model=PATH (a Hugging Face folder, a big_vision .npz, or "tiny") a base model answers; it gets the prompt as it is, a
-run's model gets it in the template it was trained on (data.prompt).
+run's model gets it in the template it was trained on (data.prompt). A tokenizer that does not lie beside the model is
+named by --tokenizer. Every answer is one line; a newline inside one is written \\n.
 """
 
 from absl import flags
@@ -10,12 +11,15 @@ from absl import flags
 from train_jax import command_line
 from train_jax.errors import UserError
 
+ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
+
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     options = dict(flag_values=values)
     flags.DEFINE_string("workdir", None, "a run of train.py", **options)
     flags.DEFINE_string("model", None, "a base model instead of a run", **options)
+    flags.DEFINE_string("tokenizer", None, "tokenizer.model or its folder; None = beside the model", **options)
     flags.DEFINE_string("checkpoint", "best", "of the run: best, latest or a step", **options)
     flags.DEFINE_multi_string("image", [], "image file", **options)
     flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
@@ -45,13 +49,14 @@ def main(argv: list[str]) -> None:
         values.prompt,
         workdir=values.workdir,
         model=values.model,
+        tokenizer=values.tokenizer,
         checkpoint=values.checkpoint,
         max_new_tokens=values.max_new_tokens,
         sampler=values.sampler,
         seed=values.seed,
     )
     for image, prompt, answer in answers:
-        print(f"{image}  {prompt}  ->  {answer}")
+        print(f"{image}  {prompt}  ->  {answer}".translate(ESCAPES))
 
 
 if __name__ == "__main__":

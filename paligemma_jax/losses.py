@@ -6,15 +6,14 @@ several times. Here the vocabulary projection is part of the loss. Tokens are ta
 and the logits are dropped. The backward pass then only multiplies by the cotangent of the scalar loss. With
 `vocab_chunk` the log-sum-exp is streamed over the vocabulary too, and the logits of a block are computed twice.
 
-Axes: B rows, T positions, D model width, V vocabulary; K chunks of N tokens each (see `_split`), v words of a block.
+Axes: B rows, T positions, D model width, V vocabulary; K chunks of N tokens each (token_chunks.py), v words of a block
+(word_logits.py).
 
 Reduction lives in the weights (`loss_weights`): `token_cross_entropy(..., weights) / normalizer`, where under gradient
 accumulation or over devices both terms are summed first and divided once.
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,9 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# float16 has no number between 0 and 6e-8, while a softmax over 257,152 words is full of them: the gradient of the
-# logits (at most 1 in size) is scaled up before it is cast to float16, and the product is scaled down in float32.
-_FLOAT16_SCALE = 2.0**15
+from paligemma_jax import token_chunks
+from paligemma_jax.models.layers import cast
+from paligemma_jax.word_logits import (
+    fold_blocks,
+    logit_gradient,
+    logits_of,
+    project_back,
+    statistics_of,
+    streamed_statistics,
+)
+from train_jax.errors import UserError
 
 
 class TokenScores(NamedTuple):
@@ -35,6 +42,8 @@ class TokenScores(NamedTuple):
 
 
 class _Settings(NamedTuple):
+    """What of the arguments is no array."""
+
     chunk_size: int
     vocab_chunk: int | None
     softcap: float | None
@@ -46,14 +55,6 @@ class _Wanted(NamedTuple):
     hidden: bool = False
     embedding: bool = False
     weights: bool = False
-
-
-class _Statistics(NamedTuple):
-    """Running log-sum-exp over the words seen so far; every field float32 [N]."""
-
-    maximum: jax.Array
-    total: jax.Array  # sum of exp(logit - maximum)
-    target: jax.Array  # logit of the target word, 0 while it has not been seen
 
 
 def loss_weights(
@@ -99,9 +100,9 @@ def token_cross_entropy(
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of an embedding that is not
     differentiated (frozen) is never computed; of one that trains, it is accumulated in one float32 `[V, D]` array.
     Chunks are cut within groups of rows, so a batch sharded over rows stays where it is; chunks in which no token has
-    weight are skipped.
+    weight are skipped. Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
     """
-    return _cross_entropy(_Settings(chunk_size, vocab_chunk, softcap), hidden, embedding, targets, weights)
+    return _cross_entropy(_checked(chunk_size, vocab_chunk, softcap), hidden, embedding, targets, weights)
 
 
 def token_log_probs(
@@ -128,14 +129,23 @@ def token_scores(
 
     Memory is that of one chunk. Not meant to be differentiated: autodiff would keep the logits.
     """
-    settings = _Settings(chunk_size, vocab_chunk, softcap)
+    _checked(chunk_size, vocab_chunk, softcap)
+    shape = targets.shape
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        statistics = _statistics(settings, chunk[0].astype(embedding.dtype), embedding, chunk[1])
-        return statistics.target - _log_sum_exp(statistics), statistics.target >= statistics.maximum
+        rows = cast(chunk[0], embedding.dtype)
+        statistics = streamed_statistics(rows, embedding, chunk[1], softcap, vocab_chunk)
+        return statistics.target - statistics.log_sum_exp, statistics.target >= statistics.maximum
 
-    scores = lax.map(score, (_split(hidden, targets.shape, chunk_size), _split(targets, targets.shape, chunk_size)))
-    return TokenScores(*(_join(array, targets.shape, chunk_size) for array in scores))
+    chunks = tuple(token_chunks.split(array, shape, chunk_size) for array in (hidden, targets))
+    return TokenScores(*(token_chunks.join(array, shape, chunk_size) for array in lax.map(score, chunks)))
+
+
+def _checked(chunk_size: int, vocab_chunk: int | None, softcap: float | None) -> _Settings:
+    for name, size in (("chunk_size", chunk_size), ("vocab_chunk", vocab_chunk)):
+        if size is not None and size < 1:
+            raise UserError(f"the loss has {name}={size}, expected 1 or more: change it.")
+    return _Settings(chunk_size, vocab_chunk, softcap)
 
 
 # ---- value and gradient ---------------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def _run(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weigh
     # The gradient of a scan (or remat) around this loss moves out what depends on targets and weights alone, were it
     # only a comparison of [B, T, V]; the barrier makes them depend on hidden.
     hidden, targets, weights = lax.optimization_barrier((hidden, targets, weights))
-    chunks = tuple(_split(array, shape, settings.chunk_size) for array in (hidden, targets, weights))
+    chunks = tuple(token_chunks.split(array, shape, settings.chunk_size) for array in (hidden, targets, weights))
     initial = jnp.zeros(embedding.shape, jnp.float32) if wanted.embedding else None
 
     def step(d_embedding, chunk):
@@ -191,27 +201,28 @@ def _run(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weigh
 
     d_embedding, (nll, d_hidden) = lax.scan(step, initial, chunks)
     loss = _weigh(chunks[2], nll).sum()
-    d_hidden = None if d_hidden is None else _join(d_hidden, shape, settings.chunk_size)
-    return loss, (d_hidden, d_embedding, _join(nll, shape, settings.chunk_size) if wanted.weights else None)
+    d_hidden = None if d_hidden is None else token_chunks.join(d_hidden, shape, settings.chunk_size)
+    return loss, (d_hidden, d_embedding, token_chunks.join(nll, shape, settings.chunk_size) if wanted.weights else None)
 
 
 def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, d_embedding):
     """One chunk: (d_embedding plus this chunk's part, (losses [N], gradient of the hidden states [N, D]))."""
-    rows = hidden.astype(embedding.dtype)
-    if settings.vocab_chunk is None:
-        logits = _logits(settings, rows, embedding)
-        statistics = _block_statistics(logits, targets)
+    _, vocab_chunk, softcap = settings
+    rows = cast(hidden, embedding.dtype)
+    if vocab_chunk is None:
+        logits = logits_of(rows, embedding, softcap)
+        statistics = statistics_of(logits, targets)
     else:
-        statistics = _statistics(settings, rows, embedding, targets)
-    log_sum_exp = _log_sum_exp(statistics)
+        statistics = streamed_statistics(rows, embedding, targets, softcap, vocab_chunk)
+    log_sum_exp = statistics.log_sum_exp
     weighted = _weigh(weights[:, None], hidden.astype(jnp.float32))
 
     def add_block(gradients, block, start, logits):
         d_rows, d_embedding = gradients
-        d_logits = _logit_gradient(settings, logits, log_sum_exp, targets - start)  # [N, v]
+        d_logits = logit_gradient(logits, log_sum_exp, targets - start, softcap)  # [N, v]
         d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)
         if wanted.hidden:
-            d_rows += _project_back(d_logits, block)
+            d_rows += project_back(d_logits, block)
         if wanted.embedding:
             d_block = jnp.einsum("NV,ND->VD", d_logits, weighted, preferred_element_type=jnp.float32)
             old = lax.dynamic_slice_in_dim(d_embedding, start, block.shape[0])
@@ -220,14 +231,14 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
 
     d_rows = jnp.zeros(hidden.shape, jnp.float32) if wanted.hidden else None
     gradients = d_rows, d_embedding
-    if settings.vocab_chunk is None:
+    if vocab_chunk is None:
         gradients = add_block(gradients, embedding, 0, logits)
     elif wanted.hidden or wanted.embedding:
-        gradients = _fold_blocks(
-            lambda carry, block, start: add_block(carry, block, start, _logits(settings, rows, block)),
+        gradients = fold_blocks(
+            lambda carry, block, start: add_block(carry, block, start, logits_of(rows, block, softcap)),
             gradients,
             embedding,
-            settings.vocab_chunk,
+            vocab_chunk,
         )
     d_rows, d_embedding = gradients
     if wanted.hidden:
@@ -235,100 +246,5 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
     return d_embedding, (log_sum_exp - statistics.target, d_rows)
 
 
-# ---- logits of one chunk --------------------------------------------------------------------------------------------
-
-
-def _logits(settings: _Settings, rows: jax.Array, block: jax.Array) -> jax.Array:
-    logits = jnp.einsum("ND,VD->NV", rows, block, preferred_element_type=jnp.float32)
-    return logits if settings.softcap is None else settings.softcap * jnp.tanh(logits / settings.softcap)
-
-
-def _block_statistics(logits: jax.Array, targets: jax.Array) -> _Statistics:
-    maximum = logits.max(axis=-1)
-    total = jnp.exp(logits - maximum[:, None]).sum(axis=-1)
-    here = (targets >= 0) & (targets < logits.shape[-1])
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
-    return _Statistics(maximum, total, jnp.where(here, target, 0.0))
-
-
-def _statistics(settings: _Settings, rows: jax.Array, embedding: jax.Array, targets: jax.Array) -> _Statistics:
-    def add_block(seen: _Statistics, block: jax.Array, start: jax.Array | int) -> _Statistics:
-        new = _block_statistics(_logits(settings, rows, block), targets - start)
-        maximum = jnp.maximum(seen.maximum, new.maximum)
-        total = seen.total * jnp.exp(seen.maximum - maximum) + new.total * jnp.exp(new.maximum - maximum)
-        return _Statistics(maximum, total, seen.target + new.target)
-
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    nothing = _Statistics(jnp.full(targets.shape, jnp.finfo(jnp.float32).min), zeros, zeros)
-    return _fold_blocks(add_block, nothing, embedding, settings.vocab_chunk)
-
-
-def _log_sum_exp(statistics: _Statistics) -> jax.Array:
-    return statistics.maximum + jnp.log(statistics.total)
-
-
-def _logit_gradient(settings: _Settings, logits, log_sum_exp, targets) -> jax.Array:
-    """d nll / d (uncapped logit), float32 [N, v]: (softmax - one hot) times the slope of the soft cap."""
-    is_target = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[:, None]
-    gradient = jnp.exp(logits - log_sum_exp[:, None]) - is_target
-    if settings.softcap is None:
-        return gradient
-    return gradient * (1.0 - jnp.square(logits / settings.softcap))
-
-
-def _project_back(d_logits: jax.Array, block: jax.Array) -> jax.Array:
-    scale = _FLOAT16_SCALE if block.dtype == jnp.float16 else 1.0
-    d_logits = (d_logits * scale).astype(block.dtype)
-    return jnp.einsum("NV,VD->ND", d_logits, block, preferred_element_type=jnp.float32) / scale
-
-
-def _fold_blocks(add_block: Callable, carry, embedding: jax.Array, vocab_chunk: int | None):
-    """Fold `add_block(carry, block [v, D], start)` over blocks of words, the last one as short as it comes."""
-    vocab = embedding.shape[0]
-    size = min(vocab_chunk or vocab, vocab)
-    full, rest = divmod(vocab, size)
-    if full == 1 and rest == 0:
-        return add_block(carry, embedding, 0)
-
-    def step(index, carry):
-        return add_block(carry, lax.dynamic_slice_in_dim(embedding, index * size, size), index * size)
-
-    carry = lax.fori_loop(0, full, step, carry)
-    return add_block(carry, embedding[full * size :], full * size) if rest else carry
-
-
-# ---- chunks of tokens -----------------------------------------------------------------------------------------------
-
-
 def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(weights != 0, weights * values, 0.0)
-
-
-def _groups(shape: tuple[int, ...], chunk_size: int) -> int:
-    """How many groups of rows share each chunk: the largest divisor of B that leaves each a token or more."""
-    return max(g for g in range(1, min(shape[0], chunk_size) + 1) if shape[0] % g == 0)
-
-
-def _split(array: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
-    """`[*shape, ...]` -> chunks `[K, N, ...]` with N <= chunk_size, the last chunk padded with zeros.
-
-    A chunk takes N / G tokens from each of G groups of neighbouring rows. Plain flattening of B and T would put each
-    chunk on one device of a batch sharded over rows; so every device works on its share of every chunk.
-    """
-    groups = _groups(shape, chunk_size)
-    tail = array.shape[len(shape) :]
-    array = array.reshape(groups, -1, *tail)
-    tokens = min(chunk_size // groups, array.shape[1])
-    array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % tokens), *([(0, 0)] * len(tail))])
-    chunks = jnp.moveaxis(array.reshape(groups, -1, tokens, *tail), 1, 0)
-    # The two token axes become one because XLA reuses the logits' buffer for their gradient only without a reshape.
-    return chunks.reshape(-1, groups * tokens, *tail)
-
-
-def _join(chunks: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
-    """Inverse of `_split`: `[K, N, ...]` -> `[*shape, ...]`."""
-    groups = _groups(shape, chunk_size)
-    count, tokens, *tail = chunks.shape
-    array = jnp.moveaxis(chunks.reshape(count, groups, tokens // groups, *tail), 0, 1)
-    array = array.reshape(groups, -1, *tail)[:, : math.prod(shape) // groups]
-    return array.reshape(*shape, *tail)

@@ -21,6 +21,7 @@ def predict(
     *,
     workdir: str | None = None,
     model: str | None = None,
+    tokenizer: str | None = None,
     checkpoint: str = "best",
     max_new_tokens: int = 64,
     sampler: str = "greedy",
@@ -32,6 +33,7 @@ def predict(
       images, texts: image files and prompts: as many of each, or one of either for all of the other.
       workdir: a run, whose template wraps the prompts; or
       model: a base model, which gets the prompts as they are.
+      tokenizer: a tokenizer.model or its folder; None is the one beside the model.
       checkpoint: of the run.
       max_new_tokens, sampler, seed: see generate.generate.
 
@@ -57,11 +59,12 @@ def predict(
         data, path = run_config(workdir).data, workdir
         prompt = "{question}" if data.name == "jsonl" else data.prompt  # rows of a JSONL file bring whole prompts
     loaded = load(path, which=checkpoint) if workdir is not None else load(path)
-    tokenizer, prepare = load_tokenizer(path), loaded.config.preprocessing
+    words, prepare = load_tokenizer(tokenizer or path), loaded.config.preprocessing
+    words.fits(loaded.config.decoder.vocab_size)
     pixels = {image: _pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
-    longest = max(len(tokenizer.encode(prefix)) for prefix in prefixes) + 1 + len(tokenizer.separator_ids)
-    rows = [make_example(tokenizer, prefix, None, longest) for prefix in prefixes]
+    longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
+    rows = [make_example(words, prefix, None, longest) for prefix in prefixes]
     answers = []
     for start in range(0, count, BATCH):
         part = slice(start, start + BATCH)
@@ -71,11 +74,11 @@ def predict(
             np.stack([row["tokens"] for row in rows[part]]),
             np.stack([row["mask_input"] for row in rows[part]]),
             max_new_tokens,
-            tokenizer.eos_id,
+            words.eos_id,
             sampler,
             seed,
         )
-        answers += [tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
+        answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,21 @@ import predict as predict_script
 import train
 from paligemma_jax.data.clevr import ClevrQuestions
 from paligemma_jax.data.train_tokenizer import build_model
-from tests.paligemma_jax.mini import ROOT, SCENES, arguments, config_of, mistake, read_lines, train_main
+from paligemma_jax.tasks import vqa
+from tests.paligemma_jax.mini import (
+    ROOT,
+    SCENES,
+    arguments,
+    config_of,
+    mistake,
+    prepared_scenes,
+    read_lines,
+    train_main,
+)
 from train_jax import command_line, loop
 from train_jax.checkpoints import Checkpoints
+from train_jax.errors import UserError
+from train_jax.validation import validate
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -90,7 +101,7 @@ def test_the_results_of_a_run(mini_run):
 def test_the_predictions_of_a_run(mini_run, mini_options):
     rows = read_lines(mini_run / "predictions.jsonl")
     data = config_of(mini_options).data
-    source = ClevrQuestions(Path(data.cache_dir) / "synthetic-24-8-4-5-0/prepared", "validation", data.prompt)
+    source = ClevrQuestions(prepared_scenes(mini_options), "validation", data.prompt)
     assert len(rows) == len(source) == QUESTIONS
     for row, index in zip(rows, range(QUESTIONS), strict=True):
         record = source[index]
@@ -202,13 +213,32 @@ def pictures(tmp_path):
 def test_predict(mini_run, mini_folder, pictures, capsys):
     images = [f"--image={file}" for file in pictures]
     question = "How many red cubes are there?"
-    out = "\n".join(ask(capsys, f"--workdir={mini_run}", *images, f"--prompt={question}", "--max_new_tokens=4"))
-    assert all(out.count(f"{file}  {question}  ->  ") == 1 for file in pictures)
+    lines = ask(capsys, f"--workdir={mini_run}", *images, f"--prompt={question}", "--max_new_tokens=4")
+    assert [line.partition("  ->  ")[0] for line in lines] == [f"{file}  {question}" for file in pictures]
     # A base model gets the prompt as it stands: with the template written out and untrained adapters it is the same.
     base = [f"--model={mini_folder}", images[0], "--max_new_tokens=4"]
-    both = "\n".join(ask(capsys, *base, "--prompt=caption en", f"--prompt=answer en {question}"))
-    alone = "\n".join(ask(capsys, *base, f"--prompt=answer en {question}"))
-    assert both.startswith(f"{pictures[0]}  caption en  ->  ") and both.endswith(alone)
+    both = ask(capsys, *base, "--prompt=caption en", f"--prompt=answer en {question}")
+    alone = ask(capsys, *base, f"--prompt=answer en {question}")
+    assert both[0].startswith(f"{pictures[0]}  caption en  ->  ") and both[1:] == alone
+
+
+def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
+    answers = [("a.png", "p", "two\nlines\r"), ("b.png", "q\nr", "one")]
+    monkeypatch.setattr("paligemma_jax.predict.predict", lambda *args, **options: answers)
+    lines = ask(capsys, "--model=tiny", "--image=a.png", "--prompt=p")
+    assert lines == ["a.png  p  ->  two\\nlines\\r", "b.png  q\\nr  ->  one"]
+
+
+def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path, capsys):
+    shutil.copytree(mini_folder, tmp_path / "model")
+    (tmp_path / "model/tokenizer.model").rename(tmp_path / "words.model")
+    more = (f"--image={pictures[0]}", "--prompt=caption en", "--max_new_tokens=3")
+    assert "No tokenizer at" in refused(capsys, f"--model={tmp_path / 'model'}", *more)
+    found = ask(capsys, f"--model={tmp_path / 'model'}", f"--tokenizer={tmp_path / 'words.model'}", *more)
+    assert found == ask(capsys, f"--model={mini_folder}", *more)
+    (tmp_path / "large.model").write_bytes(build_model([f"word{i}" for i in range(400)]))
+    tokenizer = f"--tokenizer={tmp_path / 'large.model'}"
+    assert "the tokenizer needs" in refused(capsys, f"--model={tmp_path / 'model'}", tokenizer, *more)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +278,17 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         ({"adapter.name": "none", "trainable": "nothing", "cache_features": False}, "trainable parameters: 'nothing'"),
         ({"trainable": "decoder/.*"}, "trainable is 'decoder/.*' beside adapter.name='lora'"),
         ({"adapter.name": "qlora"}, "adapter.name is 'qlora', expected one of lora, none"),
-        ({"loss.reduction": "mean"}, "loss.reduction is 'mean', expected 'token_mean' or 'example_mean'"),
-        ({"data.on_truncation": "cut"}, "data.on_truncation is 'cut', expected 'raise' or 'skip'"),
+        ({"adapter.rank": 0}, "adapter.rank is 0, expected 1 or more"),
+        ({"adapter.dropout": 1.0}, "adapter.dropout is 1.0, expected 0 or more and less than 1"),
+        ({"model.remat": "all"}, "model.remat is 'all', expected one of none, block, dots"),
+        ({"model.path": "random:5b", "tokenizer": "tiny"}, "random:5b: variant '5b' is unknown, expected"),
+        ({"loss.reduction": "mean"}, "loss.reduction is 'mean', expected one of token_mean, example_mean"),
+        ({"loss.chunk_size": 0}, "loss.chunk_size is 0, expected 1 or more"),
+        ({"loss.vocab_chunk": -5}, "loss.vocab_chunk is -5, expected 1 or more"),
+        ({"eval.max_new_tokens": 0}, "eval.max_new_tokens is 0, expected 1 or more"),
+        ({"data.on_truncation": "cut"}, "data.on_truncation is 'cut', expected one of raise, skip"),
+        ({"cache_features_mb": 0}, "cache_features needs 1 MiB of host memory for 6 images, expected at most"),
+        ({"best_metric": "acuracy"}, "best_metric"),
         ({"data.name": "coco"}, "data.name is 'coco', expected one of synthetic_clevr, clevr, parquet, jsonl"),
         ({"data.name": "clevr"}, "data.name is 'clevr' but data.source is not set"),
         ({"data.name": "jsonl", "data.source": "/nowhere"}, "/nowhere holds no JSONL file, expected train.jsonl"),
@@ -274,13 +313,30 @@ def test_a_tokenizer_too_large_for_the_model(mini_options, tmp_path, capsys, mon
     assert not (tmp_path / "nothing is rendered").exists()
 
 
-def test_own_data(mini_options, tmp_path, capsys):
+@pytest.mark.parametrize("arg", ["fp16", "fp16,smoke", "3b,smoke"])
+def test_arguments_of_the_config_that_mean_nothing(arg):
+    with pytest.raises(UserError, match="stands? (without|together)"):
+        command_line.load_config(f"{ROOT / 'configs/clevr.py'}:{arg}")
+
+
+def test_the_config_of_the_report():
+    for arg, dtype in (("3b", "bfloat16"), ("3b,fp16", "float16")):
+        config = command_line.load_config(f"{ROOT / 'configs/clevr.py'}:{arg}")
+        assert config.compute_dtype == dtype and not config.eval.question_only
+        config.mesh.data = 1
+        validate(config)
+
+
+def test_own_data(mini_options, tmp_path, capsys, monkeypatch):
     """The sample of ten rows trains, with every answer in eval.json that has a meaning there."""
     options = {key: value for key, value in mini_options.items() if key.split(".")[0] in ("model", "mesh")}
     options |= {"data.source": str(ROOT / "docs/sample_data"), "total_steps": 4, "batch_size": 4, "data.threads": 0}
     options |= {"eval.max_new_tokens": 4}
     config = str(ROOT / "configs/own_data.py")
+    reads, load = [], vqa.load
+    monkeypatch.setattr(vqa, "load", lambda *args, **more: reads.append(args) or load(*args, **more))
     train.main(arguments(tmp_path / "run", options, "--progress=none", config=config))
+    assert len(reads) == 1  # its companion holds the same frozen weights
     results = results_of(tmp_path / "run")
     assert results["examples"] == 3
     assert results["accuracy_shuffled"] is None  # one image
@@ -292,7 +348,11 @@ def test_own_data(mini_options, tmp_path, capsys):
     file = f"--image={ROOT / 'docs/sample_data' / rows[0]['image']}"
     capsys.readouterr()
     lines = ask(capsys, f"--workdir={tmp_path / 'run'}", file, f"--prompt={rows[0]['prefix']}", "--max_new_tokens=4")
-    assert "\n".join(lines).endswith(f"->  {found[0]['prediction']}")
+    assert lines == [f"{file.removeprefix('--image=')}  {rows[0]['prefix']}  ->  {_escaped(found[0]['prediction'])}"]
+
+
+def _escaped(text):
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def test_own_data_without_a_validation_split(mini_folder, mini_options, tmp_path, capsys):

@@ -82,12 +82,6 @@ def make_example(
     }
 
 
-def empty_example(tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """An example of the same shapes that teaches nothing, for the slot of a skipped row: BOS, separator, no loss."""
-    example = make_example(tokenizer, "", "", length)
-    return example | {"mask_loss": np.zeros_like(example["mask_loss"])}
-
-
 def training_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a training step needs of `[..., T + 1]` arrays: inputs, targets and float32 weights, each `[..., T]`.
 

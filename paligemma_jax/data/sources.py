@@ -18,7 +18,7 @@ from paligemma_jax.data.clevr import ClevrQuestions, prepare_clevr
 from paligemma_jax.data.jsonl import JsonlRecords
 from paligemma_jax.data.parquet import ParquetQuestions
 from paligemma_jax.data.records import Source, Subset
-from paligemma_jax.data.synthetic_clevr.build import build_tree, is_built
+from paligemma_jax.data.synthetic_clevr.build import VERSION, build_tree, is_built
 from train_jax.errors import UserError
 
 NAMES = ("synthetic_clevr", "clevr", "parquet", "jsonl")
@@ -54,11 +54,17 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
     return JsonlRecords(data.source, split)
 
 
+def synthetic_folder(data: ConfigDict) -> Path:
+    """Where the synthetic set of these numbers is cached; a set of another generator lies elsewhere."""
+    numbers = (data.image_size, data.num_train_scenes, data.num_validation_scenes, data.questions_per_scene)
+    name = "-".join(map(str, ("synthetic", f"v{VERSION}", *numbers, data.scene_seed)))
+    return Path(data.cache_dir).expanduser() / name
+
+
 def _synthetic(data: ConfigDict, progress: Progress) -> Path:
     """The synthetic set of these numbers, rendered and prepared once."""
     size, numbers = data.image_size, (data.num_train_scenes, data.num_validation_scenes)
-    name = f"synthetic-{size}-{numbers[0]}-{numbers[1]}-{data.questions_per_scene}-{data.scene_seed}"
-    folder = Path(data.cache_dir).expanduser() / name
+    folder = synthetic_folder(data)
     with _locked(folder):
         for split, number in zip(("train", "val"), numbers, strict=True):
             if is_built(folder / "CLEVR", split):

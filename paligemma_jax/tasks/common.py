@@ -1,4 +1,4 @@
-"""What several tasks need: how parameters lie on the mesh, where caches live, a progress bar for slow preparations."""
+"""What several tasks need: how parameters and rows lie on the mesh, where caches live, a progress bar."""
 
 import contextlib
 import os
@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from paligemma_jax.models.layers import REMAT_POLICIES
+from train_jax import sharding
 from train_jax.sharding import Spec
+
+REMAT = ("none", *REMAT_POLICIES)
+"""Values of the key model.remat, see models.layers.scan_stack."""
 
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
 # adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
@@ -31,6 +39,26 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*projector/linear/(kernel|lora_a)", (None, "fsdp")),
     (r".*", ()),
 )
+
+
+def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Rows [B, ...] that every process has, split over the mesh; B is a multiple of `row_parts(mesh)`."""
+    size = len(next(iter(arrays.values())))
+    rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
+    local = {name: array[rows] for name, array in arrays.items()}
+    return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits rows."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """All rows, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def cache_dir() -> str:

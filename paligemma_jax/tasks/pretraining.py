@@ -4,72 +4,21 @@ Two things make this work on a few CPU cores: several texts share one image (pac
 and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.pretraining_set import PretrainingScenes, build
+from paligemma_jax.data.pretraining_set import PretrainingScenes
 from paligemma_jax.data.prompts import TruncationError, make_example
-from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import token_cross_entropy
-from paligemma_jax.models.paligemma import PaliGemma, variant
-from paligemma_jax.tasks import common
-from train_jax import params
-from train_jax.checkpoints import Checkpoints
-from train_jax.errors import UserError
+from paligemma_jax.tasks.scene_task import PretrainingModel, SceneTask, patch_loss
 from train_jax.metrics import Metrics
 
 TASKS = ("answer", "caption", "detect", "point", "describe")
-
-
-class PretrainingModel(nnx.Module):
-    """The model to keep, and the patch heads that only training uses."""
-
-    def __init__(self, config, *, rngs: nnx.Rngs):
-        self.model = PaliGemma(config, rngs=rngs)
-        self.patch_heads = nnx.Dict(
-            {name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs) for name, values in ATTRIBUTES.items()}
-        )
-
-
-def initial_model(config, seed: int, runs: tuple[str, ...]) -> PretrainingModel:
-    """A new model, with whatever the averaged parameters of earlier runs hold of it.
-
-    Raises:
-      UserError: a run without a checkpoint, or of a model of other sizes.
-    """
-    model = PretrainingModel(config, rngs=nnx.Rngs(seed))
-    shapes = params.abstract(model)
-    for run in runs:
-        checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
-        arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
-        checkpoints.close()
-        for path, array in arrays.items():
-            if path not in shapes or shapes[path].shape != array.shape:
-                raise UserError(
-                    f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
-                )
-        model = params.assign(model, arrays)
-    return model
-
-
-def rendered(data: ConfigDict, vision, stream: str, num_scenes: int) -> Path:
-    """The folder of a stream's scenes, rendered on first use."""
-    folder = Path(data.cache_dir).expanduser() / f"{stream}-{vision.image_size}-{num_scenes}"
-    with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
-        return build(folder, num_scenes, vision.image_size, vision.grid, stream, data.build_workers, told)
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 class PackedTexts:
@@ -130,53 +79,31 @@ def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.
     return jnp.concatenate([image_rows, text_rows], 1)
 
 
-class Pretraining:
+class Pretraining(SceneTask):
     """The task; see the module."""
-
-    harmless_keys = (r"data\.build_workers",)
 
     @staticmethod
     def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
+        config = SceneTask.defaults()
         config.tokenizer = "tiny"
-        config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
-        config.data = ConfigDict(
-            {
-                "cache_dir": common.cache_dir(),
-                "num_scenes": 20_000,
-                "views": 100,  # times a scene comes with new texts before they repeat
-                "build_workers": 2,
-                "text_length": 192,  # tokens of a packed row
-                "num_segments": 16,  # texts offered for a row; those that do not fit are left out
-                "num_held_out": 200,
-            }
-        )
+        config.data.views = 100  # times a scene comes with new texts before they repeat
+        config.data.text_length = 192  # tokens of a packed row
+        config.data.num_segments = 16  # texts offered for a row; those that do not fit are left out
         config.patch_loss = 0.5  # weight of the patch heads' loss
         config.weights = ConfigDict({"answer": 3.0, "caption": 0.5, "detect": 0.3, "point": 0.5, "describe": 1.0})
         return config
 
     def __init__(self, config: ConfigDict, mesh):
-        self.config, self.mesh = config, mesh
-        self.model_config = variant(config.model.variant).replace(
-            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
-        )
+        super().__init__(config, mesh)
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer.fits(self.model_config.decoder.vocab_size)
-
-    def init(self) -> nnx.Module:
-        return initial_model(self.model_config, self.config.seed, self.config.init_from)
 
     def trainable(self) -> str:
         return r".*"
 
-    def sharding_rules(self):
-        return common.SHARDING_RULES
-
     def _source(self, stream: str, num_scenes: int, views: int) -> PackedTexts:
         data = self.config.data
-        folder = rendered(data, self.model_config.vision, stream, num_scenes)
-        scenes = PretrainingScenes(folder, views, data.num_segments)
+        scenes = PretrainingScenes(self.rendered(stream, num_scenes), views, data.num_segments)
         return PackedTexts(scenes, self.tokenizer, data.text_length, dict(self.config.weights))
 
     def train_source(self):
@@ -187,7 +114,7 @@ class Pretraining:
 
     def forward(self, module: PretrainingModel, batch):
         """Hidden states at the text positions [B, T, D] and tower features [B, P, D]."""
-        images = normalize(batch["image"])
+        images = self.normalize(batch["image"])
         features, out = module.model.encode_image(images)
         P = features.shape[1]
         mask = packed_mask(batch["segment"], batch["suffix"], P)
@@ -234,19 +161,3 @@ class Pretraining:
             counted = present * (kind == number) * (jnp.arange(n) > 0)[None]
             out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
         return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
-
-    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return self.validate(model)
-
-
-def patch_loss(heads: nnx.Dict, tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
-    loss, metrics = jnp.zeros(()), {}
-    for index, name in enumerate(ATTRIBUTES):
-        logits, label = heads[name](tower), labels[..., index]
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        thing = (label > 0).astype(jnp.float32)
-        on, off = thing.sum() + 1e-6, (1 - thing).sum() + 1e-6
-        loss += 0.5 * ((nll * thing).sum() / on + (nll * (1 - thing)).sum() / off)
-        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * thing).sum(), on
-    return loss / len(ATTRIBUTES), metrics

@@ -5,19 +5,13 @@ tower can tell a cube from a cylinder; so the tower learns that first, on its ow
 """
 
 import math
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from ml_collections import ConfigDict
 
 from paligemma_jax.data.pretraining_set import PretrainingScenes
-from paligemma_jax.models.paligemma import variant
-from paligemma_jax.tasks import common
-from paligemma_jax.tasks.pretraining import PretrainingModel, initial_model, normalize, patch_loss, rendered
+from paligemma_jax.tasks.scene_task import PretrainingModel, SceneTask, patch_loss
 from train_jax import metrics
 from train_jax.metrics import Metrics
 
@@ -40,39 +34,15 @@ class Patches:
         return {"image": image, "patches": patches}
 
 
-class VisionPretraining:
+class VisionPretraining(SceneTask):
     """The task; see the module. Its runs are what Pretraining's `init_from` names."""
-
-    harmless_keys = (r"data\.(build_workers|cache_dir)",)
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
-        config.init_from = ()  # as in Pretraining
-        config.data = ConfigDict(
-            {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
-        )
-        return config
-
-    def __init__(self, config: ConfigDict, mesh):
-        self.config = config
-        self.model_config = variant(config.model.variant).replace(
-            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
-        )
-
-    def init(self) -> nnx.Module:
-        return initial_model(self.model_config, self.config.seed, self.config.init_from)
 
     def trainable(self) -> str:
         return r"model/vision/.*|patch_heads/.*"
 
-    def sharding_rules(self):
-        return common.SHARDING_RULES
-
     def _source(self, stream: str, num_scenes: int, views: int) -> Patches:
-        folder = rendered(self.config.data, self.model_config.vision, stream, num_scenes)
-        return Patches(PretrainingScenes(folder, views, num_segments=0), num_scenes)
+        scenes = PretrainingScenes(self.rendered(stream, num_scenes), views, num_segments=0)
+        return Patches(scenes, num_scenes)
 
     def train_source(self):
         return self._source("pretraining", self.config.data.num_scenes, views=2)
@@ -82,7 +52,7 @@ class VisionPretraining:
         return jnp.float32(A * b)
 
     def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
-        tower, _ = model.model.vision(normalize(batch["image"]))
+        tower, _ = model.model.vision(self.normalize(batch["image"]))
         loss, metrics = patch_loss(model.patch_heads, tower, batch["patches"])
         return loss * len(tower), metrics
 
@@ -92,6 +62,3 @@ class VisionPretraining:
         score = jax.jit(lambda model, batch: self.loss(model, batch, None)[1])
         rows = [source[index] for index in range(len(source))]
         return metrics.means(score(model, {name: np.stack([row[name] for row in rows]) for name in rows[0]}))
-
-    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return self.validate(model)

@@ -1,10 +1,9 @@
 """Visual question answering: fine-tunes a PaliGemma on (image, prefix, suffix) rows, CLEVR's or a user's own.
 
-The prompt, its masks and its truncation come from data/prompts.py, for training and evaluation alike. Evaluation and
-its controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
+The config's keys are in vqa_config.py. Rows are prepared in vqa_rows.py, for training and evaluation alike. Evaluation
+and its controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,148 +11,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt import lora
 from paligemma_jax.data import prompts, sources
-from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
+from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common
-from paligemma_jax.tasks.features import FeatureStore, encode_images
+from paligemma_jax.tasks import common, vqa_config
+from paligemma_jax.tasks.features import FeatureStore
+from paligemma_jax.tasks.shared_base import shared
+from paligemma_jax.tasks.vqa_rows import Rows
+from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
 from paligemma_jax.weights.load import load
-from train_jax import params, patterns
+from train_jax import params, patterns, sharding
+from train_jax.config import leaves
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 
 FEATURES = "features"
-ADAPTERS = ("lora", "none")
 
 
 class VQA:
     """The task; see the module."""
 
     harmless_keys = (
-        r"eval\..*",
+        # Not eval.max_new_tokens: it changes the accuracy that the best checkpoint is chosen by.
+        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before)",
         r"data\.(build_workers|cache_dir)",
         r"loss\.(chunk_size|vocab_chunk)",
-        "cache_features",
+        "cache_features(_mb)?",
         r"model\.(remat|unroll)",
     )
+    validation_metrics = ("accuracy", "loss", "examples")
     model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable")
 
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.model = ConfigDict(
-            {
-                "path": "tiny",  # a Hugging Face folder, a big_vision .npz, or "tiny" (ships with the package)
-                "image_size": placeholder(int),  # None = the checkpoint's own; else positions are resampled
-                "remat": "block",  # none | block | dots: what the backward pass recomputes
-                "unroll": False,  # compile the layers without a loop: faster steps on CPU, slower to compile
-                "param_dtype": placeholder(str),  # of the weights; None = compute_dtype if frozen, float32 if trained
-            }
-        )
-        config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
-        config.adapter = ConfigDict(
-            {
-                "name": "lora",  # lora | none (trains what `trainable` says)
-                "targets": r"decoder/.*/(q_proj|o_proj)",  # r".*/(q_proj|o_proj)" also adapts the tower, as peft does
-                "rank": 8,
-                "alpha": 32.0,
-                "dropout": 0.1,
-                "rslora": False,
-            }
-        )
-        config.trainable = placeholder(str)  # pattern of parameter paths, for adapter "none"; None = all
-        config.cache_features = False  # encode each training image once; exact while the tower is frozen, costs memory
-        config.data = ConfigDict(
-            {
-                "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl, see docs/data.md
-                "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
-                "cache_dir": common.cache_dir(),
-                "build_workers": 2,  # processes that render
-                "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
-                "blank_images": False,  # the question-only control: same run, black images
-                "fraction": 1.0,  # of the training questions
-                "subset_seed": 42,  # draws that fraction (not the permutation of the `datasets` library)
-                "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by; at least one
-                "tune_examples": 300,  # questions on those images, at most
-                "validation_split": "validation",
-                "prefix_length": 64,  # tokens of BOS + prompt + separator
-                "suffix_length": 16,  # tokens of the answer with its EOS
-                "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
-                # Synthetic scenes only:
-                "image_size": 96,
-                "num_train_scenes": 1000,
-                "num_validation_scenes": 210,
-                "questions_per_scene": 10,
-                "scene_seed": 0,
-            }
-        )
-        config.loss = ConfigDict(
-            {
-                "reduction": "token_mean",  # token_mean (transformers) | example_mean (big_vision)
-                "chunk_size": 256,  # tokens whose logits exist at one time
-                "vocab_chunk": placeholder(int),  # words whose logits exist at one time; None = all
-            }
-        )
-        config.eval = ConfigDict(
-            {
-                "batch_size": 50,  # questions at once, at most; shrinks where the device has less memory
-                "max_new_tokens": 16,
-                "max_examples": placeholder(int),  # None = all of the split
-                "candidates": "clevr",  # "clevr": the 28 answers; "": no likelihood scoring; else answers joined by |
-                "feature_cache_mb": 64,  # image features kept between questions on the same image
-                "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
-                "before": True,  # the model before training, by likelihood
-            }
-        )
-        return config
+    defaults = staticmethod(vqa_config.defaults)
 
-    def __init__(self, config: ConfigDict, mesh):
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        vqa_config.check(config)
         self.config, self.mesh = config, mesh
-        if config.adapter.name not in ADAPTERS:
-            raise UserError(f"adapter.name is {config.adapter.name!r}, expected one of {', '.join(ADAPTERS)}.")
-        if config.loss.reduction not in ("token_mean", "example_mean"):
-            raise UserError(f"loss.reduction is {config.loss.reduction!r}, expected 'token_mean' or 'example_mean'.")
-        if config.data.on_truncation not in ("raise", "skip"):
-            raise UserError(f"data.on_truncation is {config.data.on_truncation!r}, expected 'raise' or 'skip'.")
-        if config.adapter.name != "none" and config.trainable is not None:
-            raise UserError(
-                f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "
-                "trains, expected one of the two: set trainable=None or adapter.name=none."
-            )
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         self._base: PaliGemma | None = None
-        self._preprocessing: Preprocessing | None = None
+        self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
 
     # Model.
 
     def base(self) -> PaliGemma:
-        """The model before training, without adapters; read once."""
+        """The model before training, without adapters, on the mesh; read once, and held in common if it is frozen."""
         if self._base is None:
             config = self.config
-            trained = config.adapter.name == "none"
-            self._base = load(
-                config.model.path,
-                config.compute_dtype,
-                image_size=config.model.image_size,
-                param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
-                remat=config.model.remat,
-                unroll=config.model.unroll,
-            )
+            if config.adapter.name == "none":
+                self._base = self._read()  # trained arrays are donated: nobody else may hold them
+            else:
+                options = tuple(leaves(config.model).items())
+                key = base_digest(config.model.path), options, config.compute_dtype, self.mesh
+                self._base = shared(key, self._read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            self._preprocessing = self._base.config.preprocessing
+            self._rows = Rows(self.tokenizer, self._base.config.preprocessing, config.data)
         return self._base
+
+    def _read(self) -> PaliGemma:
+        config = self.config
+        trained = config.adapter.name == "none"
+        model = load(
+            config.model.path,
+            config.compute_dtype,
+            image_size=config.model.image_size,
+            param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
+            remat=config.model.remat,
+            unroll=config.model.unroll,
+        )
+        graph, arrays = params.split(model)
+        del model  # so that an array is freed once it lies on the mesh
+        places, _ = sharding.shardings(self.mesh, self.sharding_rules(), arrays)
+        return params.merge(graph, {path: jax.device_put(arrays.pop(path), places[path]) for path in list(arrays)})
 
     def init(self) -> nnx.Module:
         model, adapter = self.base(), self.config.adapter
-        self._base = None  # adapters are attached in place; who asks again reads again
+        self._base = None  # adapters are attached in place
         if adapter.name == "lora":
             lora.attach_lora(
                 model,
@@ -179,6 +118,13 @@ class VQA:
 
     # Data.
 
+    @property
+    def rows(self) -> Rows:
+        """What prepares rows for this model."""
+        if self._rows is None:
+            self.base()
+        return self._rows
+
     def split(self, name: str) -> Source:
         """Records of "train", "tune", or a split of the source."""
         if name not in self._splits:
@@ -201,12 +147,9 @@ class VQA:
         records = self.split("train")
         self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
         if not self.config.cache_features:
-            return self.guarded(records, self._prepare)
-        encode = functools.partial(encode_images, model)
-        return FeatureStore(records, self.guarded, self.prepare_text, self.prepare_image, encode, common.progress)
-
-    def _prepare(self, record: Record) -> dict[str, np.ndarray]:
-        return self.prepare_image(record) | self.prepare_text(record)
+            return self.rows.guarded(records, self.rows.image_and_text)
+        limit = self.config.cache_features_mb
+        return FeatureStore(records, self.rows, model, self.mesh, limit, common.progress)
 
     def _check_what_trains(self, model: PaliGemma) -> None:
         adapter = self.config.adapter
@@ -220,43 +163,6 @@ class VQA:
                 f"cache_features is on but {outside[0]} trains, which changes the image features with every step: set "
                 "cache_features=False."
             )
-
-    def guarded(self, source: Source, prepare, max_bad_fraction: float | None = None) -> GuardedSource:
-        """A source whose bad rows keep their slot with weight 0 (or stop the run, as the config says)."""
-        data = self.config.data
-        return GuardedSource(
-            source,
-            prepare,
-            on_error=data.on_error,
-            max_bad_fraction=data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
-            policies={prompts.TruncationError: data.on_truncation},
-        )
-
-    def prepare_text(self, record: Record) -> dict[str, np.ndarray]:
-        """Tokens [T + 1] and masks of a training row."""
-        data = self.config.data
-        return prompts.make_example(
-            self.tokenizer,
-            record.prefix,
-            record.suffix,
-            data.prefix_length + data.suffix_length - 1,
-            prefix_length=data.prefix_length,
-            suffix_length=data.suffix_length,
-        )
-
-    def prepare_prompt(self, record: Record) -> dict[str, np.ndarray]:
-        """Tokens [prefix_length] and masks of a row to be answered."""
-        length = self.config.data.prefix_length
-        return prompts.make_example(self.tokenizer, record.prefix, None, length, prefix_length=length)
-
-    def prepare_image(self, record: Record) -> dict[str, np.ndarray]:
-        """The record's picture, resized to the model's input, uint8 [I, I, 3]."""
-        preprocessing = self._preprocessing or self.base().config.preprocessing
-        try:
-            pixels = preprocessing.resize(preprocessing.decode(record.image))
-        except BadRow as error:
-            raise BadRow(f"{record.image_name}: {error}") from error
-        return {"image": np.zeros_like(pixels) if self.config.data.blank_images else pixels}
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""
@@ -283,16 +189,7 @@ class VQA:
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, arrays = self._hidden(model, batch, keys)
         weights, _ = self._weights(batch)
-        config, decoder = self.config.loss, model.decoder
-        loss = token_cross_entropy(
-            hidden,
-            decoder.embed_tokens.embedding[...],
-            arrays["targets"],
-            weights,
-            config.chunk_size,
-            config.vocab_chunk,
-            decoder.config.final_softcap,
-        )
+        loss = token_cross_entropy(hidden, targets=arrays["targets"], weights=weights, **self._words(model))
         return loss, {"examples": (batch["weight"].sum(), jnp.float32(1))}
 
     def _hidden(self, model: PaliGemma, batch, keys=None):
@@ -301,30 +198,38 @@ class VQA:
         hidden, _ = model.hidden(features, arrays["tokens"], arrays["mask_ar"], arrays["mask_input"], keys)
         return hidden, arrays
 
+    def _words(self, model: PaliGemma) -> dict[str, Any]:
+        """How hidden states become probabilities of words, for the functions of losses.py."""
+        return {
+            "embedding": model.decoder.embed_tokens.embedding[...],
+            "chunk_size": self.config.loss.chunk_size,
+            "vocab_chunk": self.config.loss.vocab_chunk,
+            "softcap": model.decoder.config.final_softcap,
+        }
+
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
         hidden, arrays = self._hidden(model, batch)
-        config, decoder = self.config.loss, model.decoder
-        scores = token_scores(
-            hidden,
-            decoder.embed_tokens.embedding[...],
-            arrays["targets"],
-            config.chunk_size,
-            config.vocab_chunk,
-            decoder.config.final_softcap,
-        )
+        scores = token_scores(hidden, targets=arrays["targets"], **self._words(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 
     # Evaluation.
 
     def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the checkpoints."""
+        """Puts the tokenizer beside the checkpoints, and the base's digest.
+
+        Raises:
+          UserError: the run that goes on in this workdir was made on another base.
+        """
         workdir.mkdir(parents=True, exist_ok=True)
+        check_digest(workdir, self.config.model.path)
+        write_digest(workdir, self.config.model.path)
         (workdir / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
 
     def companions(self) -> dict[str, ConfigDict]:
         """The question-only control: the same fine-tuning on black images."""
-        if not self.config.eval.controls or self.config.data.blank_images:
+        wanted = self.config.eval.controls and self.config.eval.question_only
+        if not wanted or self.config.data.blank_images:
             return {}
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
@@ -342,4 +247,5 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
+        check_digest(workdir, self.config.model.path)
         return report(self, model, workdir, split or self.default_split, companions)

@@ -23,7 +23,8 @@ from paligemma_jax.data.records import BadRow, Record, Source, blank_record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generate import generate
 from paligemma_jax.metrics import Accuracy, exact_match
-from paligemma_jax.tasks.features import FeatureCache, encode_images
+from paligemma_jax.tasks import common
+from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from train_jax import sharding
 from train_jax.errors import UserError
@@ -42,9 +43,8 @@ class Evaluation:
 
     def __init__(self, task, model):
         self.task, self.model, self.config = task, model, task.config
-        parts = task.mesh.shape["data"] * task.mesh.shape["fsdp"]
-        self._parts = parts
-        self._size = max(self.config.eval.batch_size // parts, 1) * parts
+        self._parts = common.row_parts(task.mesh)
+        self._size = max(self.config.eval.batch_size // self._parts, 1) * self._parts
         self._fitted = False
         self._candidates = self._tokenize_candidates()
 
@@ -67,20 +67,21 @@ class Evaluation:
         Raises:
           UserError: too many bad rows, no good one, or a device too small for a single question.
         """
-        reader = _Reader(self.task, source, self._encoder(), self._size, shuffled)
-        self._fit(reader, wanted)
-        start, good = 0, 0
-        while start < len(source):
-            rows = range(start, min(start + self._size, len(source)))
-            try:
-                found = self._batch(reader, rows, wanted)
-            except jax.errors.JaxRuntimeError as error:
-                self._shrink(error)
-                reader.resize(self._size)
-                continue
-            start, good = start + len(rows), good + len(found)
-            yield from found
-        reader.check()
+        good = 0
+        with _Reader(self.task, source, encoder(self.model, self.task.mesh), self._size, shuffled) as reader:
+            self._fit(reader, wanted)
+            start = 0
+            while start < len(source):
+                rows = range(start, min(start + self._size, len(source)))
+                try:
+                    found = self._batch(reader, rows, wanted)
+                except jax.errors.JaxRuntimeError as error:
+                    self._shrink(error)
+                    reader.resize(self._size)
+                    continue
+                start, good = start + len(rows), good + len(found)
+                yield from found
+            reader.check()
         if not good:
             raise UserError(f"none of the {len(source)} rows to evaluate can be used: mend the data.")
 
@@ -105,7 +106,7 @@ class Evaluation:
 
     def _compute(self, arrays: dict[str, np.ndarray], wanted: tuple[str, ...]) -> dict[str, Any]:
         """Device results of one batch, on the host."""
-        batch = self._place(arrays)
+        batch = common.to_mesh(arrays, self.task.mesh)
         out: dict[str, Any] = {}
         if "generate" in wanted:
             out["generate"] = self._generate(self.model, batch)
@@ -113,7 +114,7 @@ class Evaluation:
             out["likelihood"] = self._score(self.model, batch)
         if "loss" in wanted:
             out["loss"] = _token_loss(self.task, self.model, batch)
-        return jax.tree.map(_to_host, out)
+        return jax.tree.map(common.to_host, out)
 
     def _generate(self, model, batch) -> jax.Array:
         return generate(
@@ -130,21 +131,6 @@ class Evaluation:
         _, ids, mask = self._candidates
         chunks = self.config.loss.chunk_size, self.config.loss.vocab_chunk
         return score_candidates(model, batch["features"], batch["prompt"], batch["prompt_mask"], ids, mask, *chunks)
-
-    def _place(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Rows onto the mesh; with several processes each gives its own."""
-        mesh = self.task.mesh
-        rows = sharding.local_rows(jax.process_index(), jax.process_count(), self._size)
-        local = {name: array[rows] for name, array in arrays.items()}
-        return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
-
-    def _encoder(self):
-        """uint8 images -> features on the host."""
-
-        def encode(images: np.ndarray) -> np.ndarray:
-            return _to_host(encode_images(self.model, self._place({"image": images})["image"]))
-
-        return encode
 
     # Memory.
 
@@ -170,10 +156,8 @@ class Evaluation:
 
         example = reader.blank()
         images = shape(example.pop("image"))
-        features = jax.eval_shape(encode_images, self.model, images)
-        return {name: shape(array) for name, array in example.items()} | {
-            "features": jax.ShapeDtypeStruct(features.shape, features.dtype, sharding=rows)
-        }, images
+        example["features"] = jax.ShapeDtypeStruct(feature_shape(self.model), np.float32)
+        return {name: shape(array) for name, array in example.items()}, images
 
     def _everything(self, model, batch, images, wanted: tuple[str, ...]):
         """All of a batch's computations in one program, to ask the compiler what they take."""
@@ -220,13 +204,13 @@ class Evaluation:
 
 
 class _Reader:
-    """Reads rows of a source as prompts, targets and features, bad ones with weight 0."""
+    """Reads rows of a source as prompts, targets and features, bad ones with weight 0. A context: it has threads."""
 
     def __init__(self, task, source: Source, encode, size: int, shuffled: bool):
         self._task = task
-        self._rows = task.guarded(source, self._prepare)
+        self._rows = task.rows.guarded(source, self._prepare)
         # Shares are judged by row, in `_rows`: an image may have one question or many.
-        self._images = task.guarded(source, task.prepare_image, max_bad_fraction=1.0)
+        self._images = task.rows.guarded(source, task.rows.image, max_bad_fraction=1.0)
         self._numbers = np.asarray(source.image_numbers())
         unique, first = np.unique(self._numbers, return_index=True)
         self._row_of = dict(zip(unique.tolist(), first.tolist(), strict=True))
@@ -234,6 +218,12 @@ class _Reader:
         self._unusable: set[int] = set()
         self._encode, self._pool = encode, ThreadPoolExecutor(2)
         self.resize(size)
+
+    def __enter__(self) -> "_Reader":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._pool.shutdown(wait=False)
 
     def resize(self, size: int) -> None:
         """Another number of rows at once."""
@@ -247,15 +237,15 @@ class _Reader:
     def blank(self) -> dict[str, np.ndarray]:
         """The arrays of a row that holds nothing, with its `image`."""
         record = blank_record()
-        example = self._prepare(record) | self._task.prepare_image(record) | {"weight": np.float32(0)}
+        example = self._prepare(record) | self._task.rows.image(record) | {"weight": np.float32(0)}
         return {name: value for name, value in example.items() if name != "record"}
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
             raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
-        prompt = self._task.prepare_prompt(record)
+        prompt = self._task.rows.prompt(record)
         return {"record": record, "prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | (
-            self._task.prepare_text(record)
+            self._task.rows.text(record)
         )
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
@@ -291,13 +281,6 @@ def _free_memory() -> int | None:
         return limit
     # Every process must come to the same batch.
     return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    """All rows, on every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -45,8 +45,9 @@ def save_sheet(
         right = exact_match(answer.prediction, answer.reference)
         said = answer.prediction.strip() or "(nothing)"
         said = said if right else f"{said}   (right: {answer.reference})"
-        axis.set_title(said, fontsize=11, color="green" if right else "red")
-        axis.set_xlabel("\n".join(textwrap.wrap(answer.question, 44)), fontsize=9)
+        # Texts may hold any character, and a dollar sign begins no formula.
+        axis.set_title(said, fontsize=11, color="green" if right else "red", parse_math=False)
+        axis.set_xlabel("\n".join(textwrap.wrap(answer.question, 44)), fontsize=9, parse_math=False)
     figure.tight_layout()
     figure.savefig(file, dpi=90)
     plt.close(figure)

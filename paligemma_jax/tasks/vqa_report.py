@@ -16,7 +16,6 @@ alone without its run) is null.
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
 from train_jax import loop, model_state
+from train_jax.files import to_json
 
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
 SHEET = 12  # scenes on the contact sheet
@@ -179,7 +179,7 @@ def _writer(file: Path) -> Iterator:
 
         def write(answer: Answer) -> None:
             row = dataclasses.asdict(answer)
-            out.write(json.dumps(row | {"correct": exact_match(answer.prediction, answer.reference)}) + "\n")
+            out.write(to_json(row | {"correct": exact_match(answer.prediction, answer.reference)}) + "\n")
 
         yield write
     beside.replace(file)

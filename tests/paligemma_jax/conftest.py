@@ -74,6 +74,18 @@ def hugging_face_case(hugging_face_model):
 
 
 @pytest.fixture(scope="session")
+def gemma_2_model():
+    """PaliGemma 2 of transformers; read-only."""
+    return load(GOLDEN / "hf_paligemma2")
+
+
+@pytest.fixture(scope="session")
+def gemma_2_case(gemma_2_model):
+    stored = dict(np.load(GOLDEN / "hf_paligemma2/case.npz"))
+    return our_layout(stored, gemma_2_model.config.vision.num_patches)
+
+
+@pytest.fixture(scope="session")
 def peft_case(hugging_face_model):
     stored = dict(np.load(GOLDEN / "hf_peft_lora/case.npz"))
     return our_layout(stored, hugging_face_model.config.vision.num_patches)

@@ -1,25 +1,24 @@
 """A PaliGemma and a CLEVR small enough to train and evaluate in seconds, and running the entry points on them."""
 
-import contextlib
 import io
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import train
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import Record
+from paligemma_jax.data.sources import synthetic_folder
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights import hugging_face
+from tests.fast_compile import compiling_fast
 from train_jax import command_line, params, sharding
 
 ROOT = Path(__file__).parents[2]
@@ -77,40 +76,10 @@ def mini_options(mini_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _mini_compiled(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
-@contextlib.contextmanager
-def compiling_fast(folder: str):
-    """Compiles with few optimizations, and each program once."""
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX asks once in a process whether there is a cache
-        if values is settings:
-            yield
-
-
-@pytest.fixture(scope="module")
-def fast_compilation(_mini_compiled):
-    """Quick compilation for the tests of a module."""
-    with compiling_fast(_mini_compiled):
-        yield
-
-
-@pytest.fixture(scope="session")
-def mini_run(mini_options, tmp_path_factory, _mini_compiled):
+def mini_run(mini_options, tmp_path_factory, compiled_folder):
     """The workdir of a finished run; read-only."""
     workdir = tmp_path_factory.mktemp("runs") / "clevr"
-    with compiling_fast(_mini_compiled):
+    with compiling_fast(compiled_folder):
         train_main(workdir, mini_options)
     return workdir
 
@@ -137,6 +106,11 @@ def task_of(options: dict, config: str = CLEVR):
 
     settings = config_of(options, config)
     return VQA(settings, sharding.make_mesh(settings.mesh))
+
+
+def prepared_scenes(options: dict) -> Path:
+    """The tree that the scenes of a run are read from."""
+    return synthetic_folder(config_of(options).data) / "prepared"
 
 
 def mistake(capsys, options: dict, workdir: Path, *more: str, config: str = CLEVR, main=train.main) -> str:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_log_probs, token_scores
+from train_jax.errors import UserError
 
 VOCABULARY = 257_152  # PaliGemma's
 
@@ -277,3 +278,25 @@ def test_rows_stay_on_their_devices():
     text = step.lower(*abstract_batch(1000, jnp.float32, shape=(16, 64))).compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
     assert "all-reduce" in text
+
+
+def test_hidden_states_beyond_float16_saturate_as_in_generation():
+    """A finite residual of 1e5 is no fault: the loss is that of the largest float16; an infinite one stays infinite."""
+    hidden, embedding, targets, weights = make_batch(dtype=jnp.float32)
+    embedding = (0.01 * embedding).astype(jnp.float16)
+    large = hidden.at[..., 0].set(1e5)
+    clipped = hidden.at[..., 0].set(65504.0).astype(jnp.float16)
+    found, wanted = (jax.jit(token_cross_entropy)(h, embedding, targets, weights) for h in (large, clipped))
+    assert np.isfinite(found) and found == wanted
+    np.testing.assert_array_equal(*(token_scores(h, embedding, targets).log_probs for h in (large, clipped)))
+    fault = hidden.at[0, :, 0].set(jnp.inf)
+    assert not np.isfinite(token_cross_entropy(fault, embedding, targets, jnp.ones_like(weights)))
+
+
+@pytest.mark.parametrize("sizes", [{"chunk_size": 0}, {"chunk_size": -1}, {"vocab_chunk": 0}])
+def test_chunks_of_nothing(sizes):
+    batch = make_batch()
+    ((name, size),) = sizes.items()
+    for call in (lambda: token_cross_entropy(*batch, **sizes), lambda: token_log_probs(*batch[:3], **sizes)):
+        with pytest.raises(UserError, match=f"the loss has {name}={size}, expected 1 or more"):
+            call()

@@ -8,7 +8,7 @@ import paligemma_jax as pg
 from paligemma_jax import predict as predict_module
 from paligemma_jax.data.clevr import ClevrQuestions
 from paligemma_jax.predict import predict
-from tests.paligemma_jax.mini import read_lines
+from tests.paligemma_jax.mini import prepared_scenes, read_lines
 from train_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 def scenes(mini_run, mini_options, tmp_path_factory):
     """The validation images of the run by name."""
     folder = tmp_path_factory.mktemp("scenes")
-    prepared = f"{mini_options['data.cache_dir']}/synthetic-24-8-4-5-0/prepared"
-    source = ClevrQuestions(prepared, "validation", "answer en {question}")
+    source = ClevrQuestions(prepared_scenes(mini_options), "validation", "answer en {question}")
     for record in (source[i] for i in range(len(source))):
         (folder / record.image_name).write_bytes(record.image)
     return folder

@@ -4,7 +4,7 @@
 from .attributes import ANSWERS, ATTRIBUTES, COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
 
 # Files in the official layout
-from .build import build_tree, encode_png, is_built, split_scene
+from .build import VERSION, build_tree, encode_png, is_built, split_scene
 from .geometry import boxes, visible_pixels
 
 # Questions and texts
@@ -24,6 +24,7 @@ __all__ = [
     "RELATIONS",
     "SHAPES",
     "SIZES",
+    "VERSION",
     "AnswerBalance",
     "InvalidProgram",
     "answer",

@@ -19,8 +19,14 @@ from .questions import AnswerBalance, generate_questions
 from .render import render
 from .scenes import sample_scene
 
+VERSION = 1
+"""Of the generator: raise it with every change that makes other scenes, pictures, questions or texts of a seed.
+
+It is part of the names of cached sets, so that none made by an older generator is taken for a new one.
+"""
+
 _SCENE_STREAM, _QUESTION_STREAM = 0, 1
-_INFO = {"version": "1.0", "license": "Apache-2.0", "generator": "paligemma_jax.data.synthetic_clevr"}
+_INFO = {"version": "1.0", "license": "Apache-2.0", "generator": f"paligemma_jax.data.synthetic_clevr {VERSION}"}
 
 
 def split_seed(seed: int, split: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data import prompts
-from paligemma_jax.data.prompts import TruncationError, empty_example, format_batch, make_example, training_arrays
+from paligemma_jax.data.prompts import TruncationError, format_batch, make_example, training_arrays
 from paligemma_jax.data.tokenizer import load_tokenizer
 from train_jax.errors import UserError
 
@@ -79,15 +79,6 @@ def test_what_just_fits_and_what_does_not():
             make_example(TINY, "how many cubes", "two red", length, **limits)
     with pytest.raises(TruncationError, match="5 tokens but 4 fit"):
         make_example(TINY, "how many cubes", None, 4)
-
-
-def test_an_empty_example_has_the_shapes_and_no_loss():
-    example, full = empty_example(TINY, 10), make_example(TINY, "how many cubes", "two red", 10)
-    assert {key: (value.shape, value.dtype) for key, value in example.items()} == {
-        key: (value.shape, value.dtype) for key, value in full.items()
-    }
-    assert not example["mask_loss"].any()
-    assert example["mask_input"].any()  # a row in which nothing may be attended to would be undefined
 
 
 def test_image_placeholders_are_refused():

@@ -117,6 +117,15 @@ def test_synthetic_scenes_are_made_once(synthetic, monkeypatch):
     np.testing.assert_array_equal(again.image_numbers(), train.image_numbers())
 
 
+def test_another_generator_makes_another_set(synthetic, monkeypatch):
+    train = sources.open_source(synthetic, "train", silent)
+    before = sources.synthetic_folder(synthetic)
+    monkeypatch.setattr(sources, "VERSION", sources.VERSION + 1)
+    again = sources.open_source(synthetic, "train", silent)
+    assert len(again) == len(train) == 12
+    assert sorted(Path(synthetic.cache_dir).iterdir()) == sorted([before, sources.synthetic_folder(synthetic)])
+
+
 def test_an_interrupted_preparation_goes_on(synthetic, monkeypatch):
     """A split that is complete is not rendered again."""
     made = []

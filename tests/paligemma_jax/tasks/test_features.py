@@ -1,6 +1,7 @@
 """Training on features encoded once: the same rows as with images, bad ones at the same places."""
 
 import dataclasses
+import pickle
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from paligemma_jax.data.jsonl import JsonlRecords
 from paligemma_jax.data.records import BadRow, Subset
+from paligemma_jax.tasks import features
 from paligemma_jax.tasks.vqa import VQA
 from tests.paligemma_jax.mini import Rows, png, task_of, write_rows
 from train_jax.errors import UserError
@@ -42,10 +44,10 @@ def test_features_stand_in_for_images(source, mini_rows, mini_options):
     task = task_of(mini_options)
     model = task.base()
     batch = {"image": jnp.asarray(np.stack([with_images[i]["image"] for i in range(13)]))}
-    features = np.asarray(task.features(model, batch))
+    expected_features = np.asarray(task.features(model, batch))
     for i in range(13):
         row, expected = with_features[i], with_images[i]
-        np.testing.assert_allclose(row.pop("features"), features[i], atol=1e-5)
+        np.testing.assert_allclose(row.pop("features"), expected_features[i], atol=1e-5)
         del expected["image"]
         assert row.keys() == expected.keys()
         for name, value in expected.items():
@@ -110,3 +112,52 @@ def test_a_subset_finds_its_features(source, mini_rows):
     rows, whole = source(part, cache_features=True), source(cache_features=True)
     for i, j in enumerate((12, 4, 4, 1)):
         np.testing.assert_allclose(rows[i]["features"], whole[j]["features"], atol=1e-6)
+
+
+def test_features_that_take_too_much_memory_are_refused_before_any_image_is_read(source, mini_rows, monkeypatch):
+    """13 questions on 5 images of 4 patches, 32 wide: 2,560 bytes."""
+    monkeypatch.setattr(Rows, "__getitem__", lambda rows, index: pytest.fail("an image was read"))
+    sentence = "cache_features needs 1 MiB of host memory for 5 images, expected at most cache_features_mb=0: raise it"
+    with pytest.raises(UserError, match=sentence):
+        source(cache_features=True, cache_features_mb=0)
+
+
+def test_the_limit_counts_images():
+    features._check_size(4 * 256 * 2048 * 500, 500, 1000)
+    with pytest.raises(UserError, match="needs 1,002 MiB of host memory for 501 images"):
+        features._check_size(4 * 256 * 2048 * 501, 501, 1000)
+
+
+def test_black_images_are_encoded_once(source, broken, monkeypatch, mini_options):
+    encoded, real = [], features.encoder
+
+    def counting(model, mesh):
+        encode = real(model, mesh)
+        return lambda images: encoded.append(images) or encode(images)
+
+    monkeypatch.setattr(features, "encoder", counting)
+    options = {"data__blank_images": True, "data__max_bad_fraction": 0.5, "data__on_truncation": "skip"}
+    rows = source(broken, cache_features=True, **options)
+    assert len(encoded) == 1 and not encoded[0].any()
+    assert rows._features.shape == (1, 4, 32)
+    with_images = source(broken, cache_features=False, **options)
+    # An unreadable image is bad all the same: the control trains on the rows of the run.
+    assert [rows[i]["weight"] for i in range(13)] == [with_images[i]["weight"] for i in range(13)]
+    task = task_of(mini_options)
+    black = task.features(task.base(), {"image": jnp.asarray(with_images[12]["image"][None])})[0]
+    for i in (0, 12):
+        np.testing.assert_allclose(rows[i]["features"], black, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_worker_processes_may_have_a_copy(source, broken, cache):
+    """What data.workers > 0 needs: sources survive pickling, and hold nothing of the weights."""
+    rows = source(broken, cache_features=cache, data__max_bad_fraction=0.5, data__on_truncation="skip")
+    pickled = pickle.dumps(rows)
+    assert len(pickled) < 200_000  # the tokenizer and some small pictures or features, not a model
+    copy = pickle.loads(pickled)
+    for i in range(13):
+        assert copy[i].keys() == rows[i].keys()
+        for name, value in rows[i].items():
+            np.testing.assert_array_equal(copy[i][name], value)
+    assert copy.bad_rows == rows.bad_rows and copy.fingerprint == rows.fingerprint

@@ -14,9 +14,10 @@ from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.tasks import export as export_module
-from paligemma_jax.tasks import pretraining
+from paligemma_jax.tasks import pretraining, scene_task
 from paligemma_jax.tasks.export import export
 from paligemma_jax.tasks.pretraining import Pretraining, pack, packed_mask
+from paligemma_jax.tasks.vision_pretraining import Patches, VisionPretraining
 from tests.paligemma_jax.mini import MINI, ROOT, config_of
 from train_jax import loop, params, sharding
 from train_jax.errors import UserError
@@ -79,7 +80,7 @@ def test_who_reads_whom():
 def task():
     """The task with the small sizes of the mini model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "variant", lambda name: MINI)
+        patch.setattr(scene_task, "variant", lambda name: MINI)
         settings = config_of({"init_from": "()"}, config=str(ROOT / "configs/pretrain.py"))
         return Pretraining(settings, sharding.make_mesh(settings.mesh))
 
@@ -173,6 +174,20 @@ def test_patch_labels(monkeypatch):
     assert labels.tolist() == [[0] * 4, red, red, [0] * 4]
 
 
+def test_every_second_view_is_mirrored(scenes):
+    patches = Patches(PretrainingScenes(scenes, 2, 0), num_scenes=3)
+    plain, mirrored = patches[1], patches[4]
+    np.testing.assert_array_equal(mirrored["image"], plain["image"][:, ::-1])
+    np.testing.assert_array_equal(mirrored["patches"], plain["patches"][[1, 0, 3, 2]])
+    assert len({tuple(row) for row in plain["patches"].tolist()}) > 1
+
+
+def test_micro_batches_are_refused():
+    config = config_of({"micro_batch": 2, "batch_size": 4}, config=str(ROOT / "configs/pretrain.py:vision"))
+    with pytest.raises(UserError, match="micro_batch is 2, expected None"):
+        VisionPretraining(config, None)
+
+
 # Export
 
 
@@ -180,7 +195,7 @@ def test_patch_labels(monkeypatch):
 def run(tmp_path_factory):
     """A finished run on mini sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "variant", lambda name: MINI)
+        patch.setattr(scene_task, "variant", lambda name: MINI)
         folder = tmp_path_factory.mktemp("pretrain")
         options = {
             "data.cache_dir": str(folder / "cache"),

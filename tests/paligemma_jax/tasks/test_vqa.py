@@ -1,16 +1,23 @@
 """The loss of the VQA task, its weights, and what it trains."""
 
+import gc
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from paligemma_jax.data.prompts import make_example
+from paligemma_jax.tasks import vqa
 from paligemma_jax.tasks.vqa import VQA
-from tests.paligemma_jax.mini import task_of
-from train_jax import params
+from tests.paligemma_jax.mini import config_of, task_of
+from train_jax import model_state, params
 from train_jax.errors import UserError
+from train_jax.resume import check_resume
 from train_jax.task import Task
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -38,8 +45,7 @@ def model(task):
 @pytest.fixture(scope="module")
 def batch(task, mini_rows):
     rows = [
-        task.prepare_image(record) | task.prepare_text(record) | {"weight": np.float32(1)}
-        for record in mini_rows.records[:4]
+        task.rows.image(record) | task.rows.text(record) | {"weight": np.float32(1)} for record in mini_rows.records[:4]
     ]
     return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -129,7 +135,7 @@ def test_what_stands_on_pads_changes_nothing(task, model, batch):
 
 def test_prompts_are_the_beginning_of_training_rows(task, mini_rows):
     for record in mini_rows.records[:3]:
-        prompt, row = task.prepare_prompt(record), task.prepare_text(record)
+        prompt, row = task.rows.prompt(record), task.rows.text(record)
         length = int(prompt["mask_input"].sum())
         assert prompt["tokens"][:length].tolist() == row["tokens"][:length].tolist()
         assert not row["mask_loss"][:length].any() and row["mask_loss"][length]
@@ -145,13 +151,83 @@ def test_the_base_is_read_once_and_given_away(mini_options, monkeypatch):
     assert task._base is None and isinstance(model, nnx.Module)
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """The paths that weights are read from."""
+    paths, real = [], vqa.load
+
+    def load(path, *args, **options):
+        paths.append(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(vqa, "load", load)
+    gc.collect()  # what earlier tests left is not alive
+    return paths
+
+
+@pytest.fixture
+def own_base(mini_folder, mini_options, tmp_path):
+    """Options of a base that no other test holds."""
+    shutil.copytree(mini_folder, tmp_path / "base")
+    return mini_options | {"model.path": str(tmp_path / "base"), "cache_features": False}
+
+
+def test_a_companion_holds_the_arrays_of_the_run(own_base, reads):
+    task = task_of(own_base)
+    bundle = model_state.build(task, task.mesh)
+    companion = VQA(task.companions()["question_only"], task.mesh)
+    base = params.flatten(companion.base())
+    assert len(reads) == 1 and base.keys() == bundle.frozen.keys()
+    assert all(array is bundle.frozen[path] for path, array in base.items())
+    other = model_state.build(companion, companion.mesh)
+    assert all(array is bundle.frozen[path] for path, array in other.frozen.items())
+    assert not any(array is bundle.trainable[path] for path, array in other.trainable.items())
+    assert len(reads) == 1
+
+
+def test_a_base_is_shared_only_while_it_is_held_and_the_same(own_base, reads):
+    first = task_of(own_base).base()
+    task_of(own_base | {"model.remat": "block"}).base()  # compiled otherwise: the structure differs
+    task_of(own_base | {"adapter.name": "none"}).base()  # will be donated
+    assert len(reads) == 3
+    first = task_of(own_base).base()
+    file = Path(own_base["model.path"]) / "model.safetensors"
+    weights = dict(load_file(file))
+    weights["multi_modal_projector.linear.bias"] = weights["multi_modal_projector.linear.bias"] + 1
+    save_file(weights, file)
+    second = task_of(own_base).base()
+    assert len(reads) == 5
+    np.testing.assert_allclose(second.projector.linear.bias[...], first.projector.linear.bias[...] + 1, rtol=1e-6)
+    del first, second
+    gc.collect()
+    task_of(own_base).base()
+    assert len(reads) == 6
+
+
+def test_no_key_that_changes_the_choice_may_change_on_resuming(mini_options):
+    """Validation generates answers: their length matters, how many at once does not."""
+    old = config_of(mini_options)
+    free = {"eval.batch_size": 3, "eval.max_examples": 2, "eval.candidates": "", "eval.feature_cache_mb": 1}
+    free |= {"eval.controls": False, "eval.question_only": False, "eval.before": False, "cache_features_mb": 100}
+    assert len(check_resume(old, config_of(mini_options | free))) == len(free)
+    assert set(free) >= {f"eval.{key}" for key in old.eval} - {"eval.max_new_tokens"}
+    with pytest.raises(UserError, match="eval.max_new_tokens: 4 -> 1"):
+        check_resume(old, config_of(mini_options | {"eval.max_new_tokens": 1}))
+
+
+def test_it_tells_what_it_measures(task, model, mini_rows, monkeypatch):
+    monkeypatch.setattr(VQA, "split", lambda task, name: mini_rows)
+    assert tuple(task.validate(model)) == VQA.validation_metrics
+
+
 def test_the_question_only_companion(mini_options, task):
     (name, config), *others = task.companions().items()
     assert name == "question_only" and not others
     assert config.data.blank_images and not config.eval.controls and not config.eval.before
     assert not task.config.data.blank_images
     assert VQA(config, task.mesh).companions() == {}
-    assert task_of(mini_options | {"eval.controls": False}).companions() == {}
+    for key in ("eval.controls", "eval.question_only"):
+        assert task_of(mini_options | {key: False}).companions() == {}
 
 
 def test_a_projector_that_trains_cannot_be_cached(mini_options):

@@ -97,9 +97,10 @@ def test_predictions_take_their_name_when_they_are_complete(tmp_path):
     assert not file.exists()
     with vqa_report._writer(file) as write:
         write(answer(COUNT, "2", "2"))
-        write(answer(COLOR, "röt", "blue"))
+        write(answer(COLOR, "röt", "blue", nll=float("nan")))
     rows = read_lines(file)
     assert [(row["reference"], row["correct"]) for row in rows] == [("2", True), ("röt", False)]
+    assert [row["nll"] for row in rows] == [1.0, None]  # JSON has no NaN
     assert rows[0].keys() >= {"image_name", "question", "family", "prediction", "likeliest", "nll", "tokens"}
 
 
@@ -108,7 +109,7 @@ def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
     source = Rows([Record(png(i), f"{i}.png", i, COUNT, "2") for i in range(4)])
     source.records[0] = dataclasses.replace(source.records[0], image=b"broken")
     monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
-    answers = [answer(COUNT, "2", "2", image=f"{i}.png") for i in (3, 1)]
+    answers = [answer(COUNT, "2", said, image=f"{i}.png") for i, said in ((3, "2"), (1, "$x_ costs $"))]
     save_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
     assert [np.asarray(picture)[0, 0].tolist() for picture in drawn] == [
         np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)[0, 0].tolist() for i in (3, 1)

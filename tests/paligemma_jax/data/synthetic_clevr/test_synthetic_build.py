@@ -1,5 +1,6 @@
 """The written tree: official layout, same bytes every time, disjoint splits, nothing half done."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paligemma_jax.data.synthetic_clevr import build, build_tree, is_built, render, split_scene
+from paligemma_jax.data.synthetic_clevr import (
+    VERSION,
+    build,
+    build_tree,
+    is_built,
+    pretraining_segments,
+    render,
+    split_scene,
+)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -49,6 +58,23 @@ def test_same_bytes_whatever_the_workers(tree, tmp_path):
     build_tree(tmp_path, "train", 6, 5, 48, 32, seed=7, workers=2)
     build_tree(tmp_path, "val", 6, 5, 48, 32, seed=7)
     assert bytes_of(tmp_path) == bytes_of(tree)
+
+
+def test_the_version_stands_for_what_is_generated(tree):
+    """Where this fails the generator has changed: raise `build.VERSION` and add its digest."""
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        digest.update(
+            json.dumps(json.loads((tree / f"scenes/CLEVR_{split}_scenes.json").read_text())["scenes"]).encode()
+        )
+        questions = json.loads((tree / f"questions/CLEVR_{split}_questions.json").read_text())["questions"]
+        digest.update(json.dumps(questions).encode())
+        for file in sorted((tree / "images" / split).iterdir()):
+            digest.update(np.asarray(Image.open(file)).tobytes())
+    for k in range(6):
+        texts = pretraining_segments(split_scene(7, "val", k), np.random.Generator(np.random.PCG64(k)), 8)
+        digest.update(json.dumps(texts).encode())
+    assert digest.hexdigest()[:16] == {1: "99920f49208846d8"}[VERSION]
 
 
 def test_splits_and_seeds_are_disjoint():

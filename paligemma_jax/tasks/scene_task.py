@@ -1,0 +1,113 @@
+"""What the two pretraining tasks share: synthetic scenes, the model with its patch heads, and the heads' loss."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from paligemma_jax.data import pretraining_set
+from paligemma_jax.data.synthetic_clevr import VERSION
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.tasks import common
+from train_jax import params
+from train_jax.checkpoints import Checkpoints
+from train_jax.errors import UserError
+from train_jax.metrics import Metrics
+
+
+class PretrainingModel(nnx.Module):
+    """The model to keep, and the patch heads that only training uses."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        self.model = PaliGemma(config, rngs=rngs)
+        self.patch_heads = nnx.Dict(
+            {name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs) for name, values in ATTRIBUTES.items()}
+        )
+
+
+class SceneTask:
+    """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
+
+    harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = ConfigDict()
+        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
+        config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
+        config.data = ConfigDict(
+            {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
+        )
+        return config
+
+    def __init__(self, config: ConfigDict, mesh):
+        if config.micro_batch not in (None, config.batch_size):
+            raise UserError(
+                f"micro_batch is {config.micro_batch}, expected None: the loss of the patch heads is a mean over the "
+                "patches of the whole batch, which micro-batches would change; set a smaller batch_size."
+            )
+        try:
+            sizes = variant(config.model.variant)
+        except ValueError as error:
+            raise UserError(f"model.variant: {error}") from None
+        self.config, self.mesh = config, mesh
+        self.model_config = sizes.replace(
+            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
+        )
+
+    def init(self) -> PretrainingModel:
+        """A new model, with whatever the averaged parameters of the runs in `init_from` hold of it.
+
+        Raises:
+          UserError: a run without a checkpoint, or of a model of other sizes.
+        """
+        model = PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+        shapes = params.abstract(model)
+        for run in self.config.init_from:
+            checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
+            arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
+            checkpoints.close()
+            for path, array in arrays.items():
+                if path not in shapes or shapes[path].shape != array.shape:
+                    raise UserError(
+                        f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
+                    )
+            model = params.assign(model, arrays)
+        return model
+
+    def sharding_rules(self):
+        return common.SHARDING_RULES
+
+    def rendered(self, stream: str, num_scenes: int) -> Path:
+        """The folder of a stream's scenes, rendered on first use."""
+        data, vision = self.config.data, self.model_config.vision
+        folder = Path(data.cache_dir).expanduser() / f"{stream}-v{VERSION}-{vision.image_size}-{num_scenes}"
+        with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
+            return pretraining_set.build(
+                folder, num_scenes, vision.image_size, vision.grid, stream, data.build_workers, told
+            )
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 [0, 255] to float32 in the tower's range."""
+        return self.model_config.preprocessing.normalize(images)
+
+    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        return self.validate(model)
+
+
+def patch_loss(heads: nnx.Dict, tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
+    loss, metrics = jnp.zeros(()), {}
+    for index, name in enumerate(ATTRIBUTES):
+        logits, label = heads[name](tower), labels[..., index]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        thing = (label > 0).astype(jnp.float32)
+        on, off = thing.sum() + 1e-6, (1 - thing).sum() + 1e-6
+        loss += 0.5 * ((nll * thing).sum() / on + (nll * (1 - thing)).sum() / off)
+        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * thing).sum(), on
+    return loss / len(ATTRIBUTES), metrics

@@ -1,0 +1,126 @@
+"""The config keys of visual question answering: defaults, and the checks that need nothing but the config."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from paligemma_jax.tasks import common
+from train_jax.config import leaves
+from train_jax.errors import UserError
+
+CHOICES = {
+    "model.remat": common.REMAT,
+    "adapter.name": ("lora", "none"),
+    "loss.reduction": ("token_mean", "example_mean"),
+    "data.on_truncation": ("raise", "skip"),
+}
+# The smallest value allowed, where one is set.
+MINIMA = {
+    "adapter.rank": 1,
+    "cache_features_mb": 0,
+    "data.prefix_length": 1,
+    "data.suffix_length": 1,
+    "loss.chunk_size": 1,
+    "loss.vocab_chunk": 1,
+    "eval.batch_size": 1,
+    "eval.max_new_tokens": 1,
+    "eval.max_examples": 1,
+    "eval.feature_cache_mb": 0,
+}
+
+
+def defaults() -> ConfigDict:
+    """The keys of the task with their defaults."""
+    config = ConfigDict()
+    config.model = ConfigDict(
+        {
+            "path": "tiny",  # a Hugging Face folder, a big_vision .npz, or "tiny" (ships with the package)
+            "image_size": placeholder(int),  # None = the checkpoint's own; else positions are resampled
+            "remat": "block",  # none | block | dots: what the backward pass recomputes
+            "unroll": False,  # compile the layers without a loop: faster steps on CPU, slower to compile
+            "param_dtype": placeholder(str),  # of the weights; None = compute_dtype if frozen, float32 if trained
+        }
+    )
+    config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
+    config.adapter = ConfigDict(
+        {
+            "name": "lora",  # lora | none (trains what `trainable` says)
+            "targets": r"decoder/.*/(q_proj|o_proj)",  # r".*/(q_proj|o_proj)" also adapts the tower, as peft does
+            "rank": 8,
+            "alpha": 32.0,
+            "dropout": 0.1,
+            "rslora": False,
+        }
+    )
+    config.trainable = placeholder(str)  # pattern of parameter paths, for adapter "none"; None = all
+    config.cache_features = False  # encode each training image once; exact while the tower is frozen, costs memory
+    config.cache_features_mb = 2048  # host memory that may cost, MiB; data that need more stop the run at its start
+    config.data = _data_defaults()
+    config.loss = ConfigDict(
+        {
+            "reduction": "token_mean",  # token_mean (transformers) | example_mean (big_vision)
+            "chunk_size": 256,  # tokens whose logits exist at one time
+            "vocab_chunk": placeholder(int),  # words whose logits exist at one time; None = all
+        }
+    )
+    config.eval = ConfigDict(
+        {
+            "batch_size": 50,  # questions at once, at most; shrinks where the device has less memory
+            "max_new_tokens": 16,
+            "max_examples": placeholder(int),  # None = all of the split
+            "candidates": "clevr",  # "clevr": the 28 answers; "": no likelihood scoring; else answers joined by |
+            "feature_cache_mb": 64,  # image features kept between questions on the same image
+            "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
+            "question_only": True,  # the last of these, which trains the whole run again on black images
+            "before": True,  # the model before training, by likelihood
+        }
+    )
+    return config
+
+
+def _data_defaults() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl, see docs/data.md
+            "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
+            "cache_dir": common.cache_dir(),
+            "build_workers": 2,  # processes that render
+            "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
+            "blank_images": False,  # the question-only control: same run, black images
+            "fraction": 1.0,  # of the training questions
+            "subset_seed": 42,  # draws that fraction (not the permutation of the `datasets` library)
+            "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by; at least one
+            "tune_examples": 300,  # questions on those images, at most
+            "validation_split": "validation",
+            "prefix_length": 64,  # tokens of BOS + prompt + separator
+            "suffix_length": 16,  # tokens of the answer with its EOS
+            "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
+            # Synthetic scenes only:
+            "image_size": 96,
+            "num_train_scenes": 1000,
+            "num_validation_scenes": 210,
+            "questions_per_scene": 10,
+            "scene_seed": 0,
+        }
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Checks values on their own, before data are prepared or the model is read.
+
+    Raises:
+      UserError: the first fault found.
+    """
+    values = leaves(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"{key} is {values[key]!r}, expected one of {', '.join(choices)}: change it.")
+    for key, minimum in MINIMA.items():
+        if values[key] is not None and values[key] < minimum:
+            raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")
+    if not 0 <= config.adapter.dropout < 1:
+        raise UserError(f"adapter.dropout is {config.adapter.dropout}, expected 0 or more and less than 1: change it.")
+    if config.adapter.name != "none" and config.trainable is not None:
+        raise UserError(
+            f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "
+            "trains, expected one of the two: set trainable=None or adapter.name=none."
+        )

@@ -1,0 +1,76 @@
+"""The training step of a VQA run outside the loop: the same model, batches, optimizer and step, without files."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from paligemma_jax.data.records import Record
+from tests.paligemma_jax.mini import Rows, png, task_of
+from train_jax import metrics, model_state, optimizers, sharding, state
+from train_jax.session import training_batches
+
+METRICS = ("examples", "loss", "grad_norm", "learning_rate")
+# Adam divides by |gradient| + eps: with a small eps the first steps would blow up the rounding of tiny gradients.
+SMOOTH = {"optimizer.eps": 0.01, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
+SMOOTH |= {"optimizer.warmup_percent": None}
+
+
+def long_answers(count: int = 64) -> Rows:
+    """Rows, each with an image of its own, whose answers take from one word to six; one image is no image."""
+    words = ("red", "cube", "small", "metal", "blue", "large")
+    records = [
+        Record(
+            png(i), f"{i}.png", i, f"answer en What color is the {words[i % 6]} thing?", " ".join(words[: i % 6 + 1])
+        )
+        for i in range(count)
+    ]
+    records[3] = dataclasses.replace(records[3], image=b"no image")
+    return Rows(records)
+
+
+class Training:
+    """What train_jax.session makes of a config, for rows given here."""
+
+    def __init__(self, options: dict, rows: Rows):
+        self.task = task = task_of(options)
+        config, self.mesh = task.config, task.mesh
+        task.base()
+        source = task.rows.guarded(rows, task.rows.image_and_text, max_bad_fraction=1.0)
+        self.batches = training_batches(config, source, num_steps=100)
+        self.bundle = model_state.build(task, self.mesh)
+        schedule = optimizers.make_schedule(config.optimizer, 100, 0)
+        optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.bundle.trainable)
+        self._step = state.make_train_step(
+            self.bundle.merge, task.loss, task.normalizer, optimizer, schedule, seed=config.seed
+        )
+        float16 = config.compute_dtype == "float16"
+        self.state = model_state.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=float16)
+        self._compiled = None
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step on the host, [A, b, ...]."""
+        return self.batches.batch_at(step)
+
+    def run(self, steps: int) -> list[dict[str, float]]:
+        """Makes so many steps; the means of each."""
+        found = []
+        for step in range(steps):
+            batch = sharding.to_global(self.batch(step), self.mesh, sharding.batch_sharding(self.mesh).spec)
+            zeros = jax.device_put(metrics.zeros_like(METRICS), sharding.replicated(self.mesh))
+            if self._compiled is None:
+                places = jax.tree.map(lambda leaf: leaf.sharding, (self.state, zeros))
+                jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
+                self._compiled = jitted.lower(self.state, zeros, self.bundle.frozen, batch).compile()
+            self.state, totals = self._compiled(self.state, zeros, self.bundle.frozen, batch)
+            found.append(metrics.means(totals))
+        return found
+
+    def trained(self) -> dict[str, np.ndarray]:
+        """The adapters by path, on the host."""
+        return {path: np.asarray(leaf) for path, leaf in self.state.params.items()}
+
+
+def largest_change(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Largest difference of any parameter."""
+    return max(float(np.abs(trained[path] - other[path]).max()) for path in other)

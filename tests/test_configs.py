@@ -1,0 +1,142 @@
+"""Every config in configs/: valid with each of its arguments; the report's settings; the commands that docs name."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from paligemma_jax.models.paligemma import variant
+from train_jax import command_line
+from train_jax.config import leaves, steps
+from train_jax.sharding import make_mesh
+from train_jax.task import make_task
+from train_jax.validation import validate
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {
+    "clevr": ("", "smoke", "3b", "3b,fp16"),
+    "own_data": ("",),
+    "pretrain": ("", "vision", "smoke", "vision,smoke"),
+}
+CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+
+
+def load(name, argument=""):
+    return command_line.load_config(f"{ROOT / 'configs'}/{name}.py" + (f":{argument}" if argument else ""))
+
+
+def one_device(config):
+    with config.unlocked():
+        config.mesh.data = 1
+    return config
+
+
+def test_no_config_is_forgotten():
+    assert {file.stem for file in (ROOT / "configs").glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_every_config_is_valid_with_every_argument(name, argument):
+    config = one_device(load(name, argument))
+    validate(config)
+    docstring = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
+    assert all(f":{argument}" in docstring for argument in filter(None, [argument]))
+
+
+@pytest.mark.parametrize(("argument", "dtype"), [("3b", "bfloat16"), ("3b,fp16", "float16")])
+def test_the_settings_of_the_report(argument, dtype):
+    """Its table, row by row."""
+    config = load("clevr", argument)
+    expected = {
+        "compute_dtype": dtype,
+        "data.name": "clevr",
+        "data.fraction": 0.01,
+        "data.subset_seed": 42,
+        "data.prefix_length": 128,
+        "data.suffix_length": 384,
+        "eval.max_new_tokens": 384,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "eval.batch_size": 4,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 2e-5,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.weight_decay_mask": None,
+        "total_steps": None,
+        "total_epochs": 1.0,
+        "total_examples": None,
+        "patience": 2,
+        "log_steps": 10,
+        "eval_epochs": 1.0,
+        "checkpoint_epochs": 1.0,
+        "adapter.name": "lora",
+        "adapter.targets": r"decoder/.*/(q_proj|o_proj)",
+        "adapter.rank": 8,
+        "adapter.alpha": 32.0,
+        "adapter.dropout": 0.1,
+        "adapter.rslora": False,
+        "load_best_at_end": True,
+        "best_metric": "accuracy",
+        "best_mode": "max",
+    }
+    found = leaves(config)
+    assert {key: found[key] for key in expected} == expected
+    assert config.batch_size // config.micro_batch == 2  # accumulation
+    epoch = {"batch_size": config.batch_size, "epoch_examples": 6650}
+    total = steps(config, "total", **epoch)
+    assert total == steps(config, "eval", **epoch) == steps(config, "checkpoint", **epoch) == 1662
+
+
+def test_the_default_of_each_config_is_the_shipped_model():
+    for name in ("clevr", "own_data"):
+        config = one_device(load(name))
+        assert config.model.path == "tiny"
+        task = make_task(config, make_mesh(config.mesh))  # which checks its own keys
+        task.tokenizer.fits(variant("tiny").decoder.vocab_size)
+
+
+# The commands that a reader copies.
+
+
+def commands(page: str) -> list[list[str]]:
+    """The calls of our entry points in a page: argument lists, continued lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"python3? ((?:train|eval|predict)\.py [^\n`&|]*)", text)
+    return [shlex.split(command.partition(" # ")[0]) for command in found]
+
+
+NAMED = [(page, shlex.join(words)) for page in PAGES for words in commands(page)]
+
+
+def test_the_readme_names_every_entry_point():
+    scripts = {command.split()[0] for page, command in NAMED if page == "README.md"}
+    assert scripts == {"train.py", "eval.py", "predict.py"}
+    assert any(command == "train.py --config=configs/clevr.py" for _, command in NAMED)
+
+
+def flags_of(script: str) -> set[str]:
+    """Names of a script's flags."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "predict.py":
+        return set(module._flags())
+    values = flags.FlagValues()
+    module._flags(values)
+    return {*values, "config", "workdir", "help"}
+
+
+@pytest.mark.parametrize(("page", "command"), sorted(set(NAMED)))
+def test_commands_of_the_documentation_parse(page, command, monkeypatch):
+    """Flags are flags of the script; the config exists, and its argument and every override are known."""
+    script, *words = shlex.split(command)
+    monkeypatch.chdir(ROOT)
+    names = [word.lstrip("-").partition("=")[0] for word in words]
+    assert all(word.startswith("--") for word in words)
+    assert {name for name in names if not name.startswith("config.")} <= flags_of(script)
+    if "config" in names:
+        module = importlib.import_module(script.removesuffix(".py"))
+        config, _, _ = command_line.load_from_flags([script, *words], "", module._flags)
+        validate(one_device(config))
