@@ -28,7 +28,7 @@ from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, f
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from train_jax import sharding
 from train_jax.errors import UserError
-from train_jax.memory import device_memory_limit, step_memory
+from train_jax.memory import device_memory_limit, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
 
@@ -68,6 +68,7 @@ class Evaluation:
           UserError: too many bad rows, no good one, or a device too small for a single question.
         """
         good = 0
+        self._size = min(self._size, -(-len(source) // self._parts) * self._parts)  # a split may be smaller
         with _Reader(self.task, source, encoder(self.model, self.task.mesh), self._size, shuffled) as reader:
             self._fit(reader, wanted)
             start = 0
@@ -143,7 +144,11 @@ class Evaluation:
             memory = step_memory(step)
             if memory is None or memory.temp + memory.output <= limit:
                 break
-            self._halve(f"a batch needs {memory.temp + memory.output:,} bytes beside the model, {limit:,} are free")
+            self._size = max(self._size // 2 // self._parts, 1) * self._parts
+            logging.warning(
+                "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
+                self._size, memory.temp + memory.output, limit,
+            )  # fmt: skip
         self._fitted = True
         reader.resize(self._size)
 
@@ -171,23 +176,10 @@ class Evaluation:
         return out
 
     def _shrink(self, error: Exception) -> None:
-        """Halves the batch after the device ran out of memory.
-
-        Raises:
-          UserError: not even one row a device fits.
-        """
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise error
-        if self._size <= self._parts:
-            raise UserError(
-                f"evaluation of {self._size} question(s) at once does not fit the device's memory: use a device with "
-                "more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype."
-            ) from error
-        self._halve("the device ran out of memory")
-
-    def _halve(self, why: str) -> None:
-        self._size = max(self._size // 2 // self._parts, 1) * self._parts
-        logging.warning("Evaluation goes on with %d questions at once: %s.", self._size, why)
+        """Halves the batch after the device ran out of memory; raises as `smaller_batch`."""
+        remedy = "use a device with more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype"
+        self._size = smaller_batch(error, self._size, self._parts, "eval.batch_size", remedy)
+        logging.warning("Evaluation goes on with %d questions at once: the device ran out of memory.", self._size)
 
     def _tokenize_candidates(self):
         """The candidates as texts, ids [C, M] and mask [C, M], each with its EOS; None without candidates."""

@@ -134,7 +134,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, answer, expecte
 
 def test_not_even_one_row_fits(monkeypatch, answer, mini_rows):
     monkeypatch.setattr(vqa_evaluation, "generate", OutOfMemory(vqa_evaluation.generate, 0))
-    with pytest.raises(UserError, match="1 question.s. at once does not fit the device's memory"):
+    with pytest.raises(UserError, match="1 example.s. at once does not fit the device's memory"):
         answer(mini_rows)
 
 
