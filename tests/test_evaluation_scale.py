@@ -53,6 +53,7 @@ def evaluate(folder, workdir, options: dict) -> dict:
     return json.loads((workdir / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_memory_of_an_evaluation_is_that_of_its_batches(mini_options, rows, tmp_path):
     """Generation, likelihoods, losses, ROUGE and the shuffled control; compiled beforehand, which takes memory too."""
     evaluate(rows[SMALL], tmp_path / "compiled", mini_options | {"eval.max_examples": 4})

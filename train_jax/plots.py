@@ -5,7 +5,8 @@ from pathlib import Path
 
 EVALUATION = "eval/"  # prefix of what an evaluation measured
 RATE = "learning_rate"
-BOOKKEEPING = ("steps_per_second", "examples_per_second", "seconds", "examples", "peak_memory_bytes")  # not drawn
+# Not drawn.
+BOOKKEEPING = ("steps_per_second", "examples_per_second", "seconds", "examples", "good_rows", "peak_memory_bytes")
 
 Curve = tuple[list[int], list[int | float]]
 

@@ -36,7 +36,7 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*/layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
     (r".*/layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
     (r".*/embed_tokens/embedding", ("tensor", "fsdp")),
-    (r".*projector/linear/(kernel|lora_a)", (None, "fsdp")),
+    (r".*projector/linear/(kernel|lora_b)", (None, "fsdp")),
     (r".*", ()),
 )
 

@@ -190,7 +190,7 @@ class VQA:
         hidden, arrays = self._hidden(model, batch, keys)
         weights, _ = self._weights(batch)
         loss = token_cross_entropy(hidden, targets=arrays["targets"], weights=weights, **self._words(model))
-        return loss, {"examples": (batch["weight"].sum(), jnp.float32(1))}
+        return loss, {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
 
     def _hidden(self, model: PaliGemma, batch, keys=None):
         arrays = prompts.training_arrays(batch)

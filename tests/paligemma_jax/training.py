@@ -10,7 +10,7 @@ from tests.paligemma_jax.mini import Rows, png, task_of
 from train_jax import metrics, model_state, optimizers, sharding, state
 from train_jax.session import training_batches
 
-METRICS = ("examples", "loss", "grad_norm", "learning_rate")
+METRICS = ("good_rows", "loss", "grad_norm", "learning_rate")
 # Adam divides by |gradient| + eps: with a small eps the first steps would blow up the rounding of tiny gradients.
 SMOOTH = {"optimizer.eps": 0.01, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
 SMOOTH |= {"optimizer.warmup_percent": None}

@@ -15,6 +15,7 @@ from tests.paligemma_jax.mini import MINI, task_of
 from train_jax import metrics, optimizers, params, state
 from train_jax.memory import step_memory
 
+pytestmark = pytest.mark.slow
 VOCABULARY, CHUNK = 257_152, 64
 MICRO, ROWS = 2, 4  # micro-batches of rows
 
@@ -51,7 +52,7 @@ def training_temp(task, vocab: int) -> int:
         lambda arrays: params.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
     )
     before = jax.eval_shape(lambda p: state.create(p, optimizer, ema=False, float16=False), trained)
-    totals = jax.eval_shape(lambda: metrics.zeros_like(("examples", "loss", "grad_norm", "learning_rate")))
+    totals = jax.eval_shape(lambda: metrics.zeros_like(("good_rows", "loss", "grad_norm", "learning_rate")))
     length = task.config.data.prefix_length + task.config.data.suffix_length
     shape = functools.partial(jax.ShapeDtypeStruct, (MICRO, ROWS, length))
     batch = {"tokens": shape(jnp.int32), "mask_ar": shape(jnp.int32)}

@@ -15,6 +15,7 @@ from tests.paligemma_jax.mini import ROOT, arguments, read_lines, train_main
 from tests.train_jax.runs import assert_same_run, logged, steps_kept
 from train_jax import loop
 
+pytestmark = pytest.mark.slow
 RUN = {
     "total_steps": 40,
     "log_steps": 1,
