@@ -4,8 +4,8 @@
     python -m paligemma_jax.tasks.export runs/pretrain paligemma_jax/tiny
 
 The first line takes under two hours on 2 CPU cores (docs/tiny_base.md says what it cost and scored), 3 GB of memory and
-600 MB of cache; interrupt it as you like, the same command goes on. `:vision` is the warm start of the tower; `:smoke` and
-`:vision,smoke` run a minute to show that they work.
+600 MB of cache; interrupt it as you like, the same command goes on. `:vision` is the warm start of the tower; `:smoke`
+and `:vision,smoke` run a minute to show that they work.
 """
 
 from ml_collections import ConfigDict

@@ -24,7 +24,11 @@ FLOORS = [
     (r"flow_jax(\..*)?", r"paligemma_jax(\..*)?", None),
     (r"paligemma_jax(?!\.tasks\.text_to_image$)(\..*)?", r"flow_jax(\..*)?", None),
     (r"paligemma_jax\.models(\..*)?", r"train_jax(\..*)?", None),
-    (r"paligemma_jax\.(?!tasks|loading|predict|convert).*", r"train_jax(\..*)?", r"train_jax\.(errors|params|patterns)"),
+    (
+        r"paligemma_jax\.(?!tasks|loading|predict|convert).*",
+        r"train_jax(\..*)?",
+        r"train_jax\.(errors|params|patterns)",
+    ),
     (r"(?!paligemma_jax\.tasks).*", r"paligemma_jax\.tasks(\..*)?", None),
     (r".*", r"(tensorflow|torch|clu|pickle|dill)(\..*)?", None),
 ]
