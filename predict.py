@@ -2,20 +2,24 @@
 
 --image and --prompt may be given several times: as many of each, or one of either for all of the other. With
 --model=PATH (a Hugging Face folder, a big_vision .npz, or "tiny") a base model answers; it gets the prompt as it is, a
-run's model gets it in the template it was trained on (data.prompt). A tokenizer that does not lie beside the model is
-named by --tokenizer. Every answer is one line; a newline inside one is written \\n.
+run's model gets it in the template it was trained on (data.prompt). --config.KEY=VALUE changes a key of the run's
+config, such as --config.compute_dtype=bfloat16. A tokenizer that does not lie beside the model is named by --tokenizer.
+Every answer is one line; a newline inside one is written \\n.
 """
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from train_jax import command_line
 from train_jax.errors import UserError
 
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
+SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
 
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)
     options = dict(flag_values=values)
     flags.DEFINE_string("workdir", None, "a run of train.py", **options)
     flags.DEFINE_string("model", None, "a base model instead of a run", **options)
@@ -25,7 +29,13 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens to generate, at most", **options)
     flags.DEFINE_string("sampler", "greedy", "greedy, temperature, top_k, nucleus or beam", **options)
+    flags.DEFINE_float("temperature", None, "of samplers temperature, top_k and nucleus", **options)
+    flags.DEFINE_integer("top_k", None, "sampler top_k: how many of the likeliest words", **options)
+    flags.DEFINE_float("top_p", None, "sampler nucleus: the mass kept", **options)
+    flags.DEFINE_integer("num_beams", None, "sampler beam: how many hypotheses", **options)
+    flags.DEFINE_float("length_penalty", None, "sampler beam: exponent of the length", **options)
     flags.DEFINE_integer("seed", 0, "of the draws", **options)
+    flags.DEFINE_string("dtype", None, "a base model's compute dtype (a run has its own); float32 if absent", **options)
     flags.DEFINE_bool("help", False, "print this", **options)
     return values
 
@@ -34,26 +44,32 @@ def main(argv: list[str]) -> None:
     """Parses the flags, answers, prints one line an answer."""
     values = _flags()
     try:
-        rest = values(list(argv))[1:]
+        rest = values(list(argv), known_only=True)[1:]
     except flags.Error as error:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
         print(f"{__doc__.strip()}\n\nFlags:\n{values.get_help()}")
         return
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}: give images with --image and prompts with --prompt.")
+    from paligemma_jax.loading import run_config  # slow to import: after mistakes in the flags have been told
     from paligemma_jax.predict import predict
 
+    config = run_config(values.workdir) if values.workdir else None
+    overrides = command_line.parse_overrides(rest, config or ConfigDict(), list(values))
+    if config is not None:
+        command_line.override(config, overrides)
     answers = predict(
         values.image,
         values.prompt,
         workdir=values.workdir,
         model=values.model,
+        dtype=values.dtype,
+        config=config,
         tokenizer=values.tokenizer,
         checkpoint=values.checkpoint,
         max_new_tokens=values.max_new_tokens,
         sampler=values.sampler,
         seed=values.seed,
+        **{name: values[name].value for name in SAMPLER_OPTIONS},
     )
     for image, prompt, answer in answers:
         print(f"{image}  {prompt}  ->  {answer}".translate(ESCAPES))

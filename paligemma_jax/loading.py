@@ -36,17 +36,32 @@ def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best",
         raise UserError(
             f"{path} is a run, loaded with {', '.join(options)}, expected no such options: its config.json decides."
         )
+    settings = run_config(path)
+    settings.compute_dtype = dtype
+    return load_run(path, settings, which)
+
+
+def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> PaliGemma:
+    """The model of the run in `path`; `settings` are its `run_config`, perhaps with another compute_dtype.
+
+    Raises:
+      UserError: see load.
+    """
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
-    settings = run_config(path)
     check_digest(Path(path).expanduser(), settings.model.get("path"))
-    settings.compute_dtype = dtype
     settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)
 
 
 def run_config(path: str | Path) -> ConfigDict:
-    """The config of a run, from its workdir."""
+    """The config of a run, from its workdir.
+
+    Raises:
+      UserError: there is no run.
+    """
+    if not is_run(path):
+        raise UserError(f"{path} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")
     return config.from_json((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
 
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
-from paligemma_jax.loading import is_run, load, run_config
+from paligemma_jax.loading import load, load_run, run_config
+from paligemma_jax.sampling import make_sampler
 from train_jax.errors import UserError
 
 BATCH = 16  # prompts answered at once
@@ -21,11 +23,14 @@ def predict(
     *,
     workdir: str | None = None,
     model: str | None = None,
+    config: ConfigDict | None = None,
+    dtype: str | None = None,
     tokenizer: str | None = None,
     checkpoint: str = "best",
     max_new_tokens: int = 64,
     sampler: str = "greedy",
     seed: int = 0,
+    **sampler_options: int | float | None,
 ) -> list[tuple[str, str, str]]:
     """Answers every (image, prompt) pair.
 
@@ -33,9 +38,11 @@ def predict(
       images, texts: image files and prompts: as many of each, or one of either for all of the other.
       workdir: a run, whose template wraps the prompts; or
       model: a base model, which gets the prompts as they are.
+      config: of the run, where it is to differ from its config.json (compute_dtype, data.prompt).
+      dtype: a base model's compute dtype, float32 if None; a run has its own.
       tokenizer: a tokenizer.model or its folder; None is the one beside the model.
       checkpoint: of the run.
-      max_new_tokens, sampler, seed: see generate.generate.
+      max_new_tokens, sampler, seed, sampler_options: see generate.generate.
 
     Returns:
       (image, prompt, answer), in the order given.
@@ -45,6 +52,8 @@ def predict(
     """
     if (workdir is None) == (model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    if workdir is not None and dtype is not None:
+        raise UserError(f"dtype={dtype} is given with a run, which has its own: change config.compute_dtype instead.")
     if not images or not texts or (len(images) != len(texts) and 1 not in (len(images), len(texts))):
         raise UserError(
             f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
@@ -52,14 +61,15 @@ def predict(
         )
     count = max(len(images), len(texts))
     images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
-    prompt, path = "{question}", model
-    if workdir is not None:
-        if not is_run(workdir):
-            raise UserError(f"{workdir} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")
-        data, path = run_config(workdir).data, workdir
-        prompt = "{question}" if data.name == "jsonl" else data.prompt  # rows of a JSONL file bring whole prompts
-    loaded = load(path, which=checkpoint) if workdir is not None else load(path)
-    words, prepare = load_tokenizer(tokenizer or path), loaded.config.preprocessing
+    make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
+    if workdir is None:
+        prompt, loaded = "{question}", load(model, dtype or "float32")
+    else:
+        config = config or run_config(workdir)
+        # Rows of a JSONL file bring whole prompts.
+        prompt = "{question}" if config.data.name == "jsonl" else config.data.prompt
+        loaded = load_run(workdir, config, checkpoint)
+    words, prepare = load_tokenizer(tokenizer or workdir or model), loaded.config.preprocessing
     words.fits(loaded.config.decoder.vocab_size)
     pixels = {image: _pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
@@ -77,6 +87,7 @@ def predict(
             words.eos_id,
             sampler,
             seed,
+            **sampler_options,
         )
         answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))

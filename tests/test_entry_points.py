@@ -222,6 +222,20 @@ def test_predict(mini_run, mini_folder, pictures, capsys):
     assert both[0].startswith(f"{pictures[0]}  caption en  ->  ") and both[1:] == alone
 
 
+def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
+    question = "How many red cubes are there?"
+    more = (f"--workdir={mini_run}", f"--image={pictures[0]}", "--max_new_tokens=4")
+    usual = ask(capsys, *more, f"--prompt={question}")[0].rpartition("  ->  ")[2]
+    bare = ask(capsys, *more, f"--prompt=answer en {question}", "--config.data.prompt={question}")
+    assert bare[0].rpartition("  ->  ")[2] == usual
+    drawn = [
+        ask(capsys, *more, f"--prompt={question}", "--sampler=temperature", f"--temperature={t}") for t in (0, 100)
+    ]
+    assert drawn[0][0].endswith(f"  ->  {usual}") and drawn[0] != drawn[1]
+    assert "dtype=bfloat16 is given with a run" in refused(capsys, *more, "--prompt=x", "--dtype=bfloat16")
+    assert "give either --workdir=DIR (a run) or --model" in refused(capsys, *more, "--prompt=x", "--model=tiny")
+
+
 def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
     answers = [("a.png", "p", "two\nlines\r"), ("b.png", "q\nr", "one")]
     monkeypatch.setattr("paligemma_jax.predict.predict", lambda *args, **options: answers)
@@ -245,11 +259,13 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
     "more, sentence",
     [
         ([], "give either --workdir=DIR (a run) or --model=PATH"),
-        (["--model=tiny", "--workdir=x"], "give either --workdir=DIR (a run) or --model=PATH"),
         (["--model=tiny"], "found 0 image(s) and 0 prompt(s)"),
         (["--model=tiny", "--image=a", "--image=b", *["--prompt=x"] * 3], "found 2 image(s) and 3 prompt(s)"),
         (["--workdir=/nowhere", "--image=a", "--prompt=x"], "/nowhere holds no run with checkpoints"),
-        (["--imge=a"], "Unknown command line flag 'imge'"),
+        (["--model=tiny", "--imge=a"], "unknown argument '--imge=a'; did you mean 'image'?"),
+        (["--model=tiny", "--config.compute_dtype=bfloat16"], "there is no key config.compute_dtype"),
+        (["--workdir=x", "--model=tiny", "--prompt=x"], "x holds no run with checkpoints"),
+        (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
     ],
 )
 def test_mistakes_in_predict(capsys, more, sentence):

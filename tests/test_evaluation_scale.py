@@ -55,7 +55,7 @@ def evaluate(folder, workdir, options: dict) -> dict:
 
 @pytest.mark.slow
 def test_memory_of_an_evaluation_is_that_of_its_batches(mini_options, rows, tmp_path):
-    """Generation, likelihoods, losses, ROUGE and the shuffled control; compiled beforehand (one whole batch), which takes memory too."""
+    """Generation, likelihoods, losses, ROUGE, the shuffled control; a batch before compiles, which takes memory."""
     evaluate(rows[SMALL], tmp_path / "compiled", mini_options | {"eval.max_examples": 50})
     found = {count: evaluate(folder, tmp_path / str(count), mini_options) for count, folder in rows.items()}
     assert [found[count]["examples"] for count in rows] == [SMALL, LARGE]

@@ -73,7 +73,7 @@ def load_from_flags(
         print(f"{usage.strip()}\n\nFlags (--config.KEY=VALUE overrides a key):\n{values.get_help()}")
         raise SystemExit(0)
     config, workdir = _load(values.config, values.workdir)
-    override(config, _split(rest, config, list(values)))
+    override(config, parse_overrides(rest, config, list(values)))
     return config, workdir, values
 
 
@@ -144,9 +144,13 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _split(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> dict[str, str]:
-    """Returns {dotted key: text} of the --config.key arguments; the last of equals wins, anything else is a mistake."""
-    overrides: dict[str, str] = {}
+def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> dict[str, str]:
+    """Returns {dotted key: text} of the --config.key arguments; the last of equals wins.
+
+    Raises:
+      UserError: an argument that is none, a key that the config lacks, a key without a value.
+    """
+    found: dict[str, str] = {}
     arguments = iter(rest)
     for argument in arguments:
         match = OVERRIDE.fullmatch(argument)
@@ -164,8 +168,8 @@ def _split(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> di
             text = next(arguments, None)
         if text is None or (negated and parent.get_type(name) is not bool):
             raise UserError(f"{argument!r} has no value: write --config.{key}=VALUE")
-        overrides[key] = text
-    return overrides
+        found[key] = text
+    return found
 
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:

@@ -86,5 +86,5 @@ def _draw(axis, heading: str, curves: dict[str, Curve]) -> None:
     axis.grid(alpha=0.3)
     if heading == "learning rate":
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    if len(curves) > 1:
+    if list(curves) != [heading.replace(" ", "_")]:  # else the heading is the name already
         axis.legend(fontsize="small")

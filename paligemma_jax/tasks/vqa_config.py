@@ -66,7 +66,7 @@ def defaults() -> ConfigDict:
         {
             "batch_size": 50,  # questions at once, at most; shrinks where the device has less memory
             "max_new_tokens": 16,
-            "max_examples": placeholder(int),  # None = all of the split
+            "max_examples": placeholder(int),  # evenly spread over the split; None = all of it
             "candidates": "clevr",  # "clevr": the 28 answers; "": no likelihood scoring; else answers joined by |
             "feature_cache_mb": 64,  # image features kept between questions on the same image
             "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
@@ -111,9 +111,7 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     values = leaves(config)
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"{key} is {values[key]!r}, expected one of {', '.join(choices)}: change it.")
+    common.check_choices(config, CHOICES)
     for key, minimum in MINIMA.items():
         if values[key] is not None and values[key] < minimum:
             raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")

@@ -43,7 +43,8 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
     """Evaluates `model` on a split; writes predictions.jsonl and scenes.png; returns what eval.json holds."""
     config, source = task.config.eval, task.split(split)
     if config.max_examples is not None and config.max_examples < len(source):
-        source = Subset(source, indices=range(config.max_examples))
+        step = len(source) / config.max_examples  # spread over the split, whose order may mean something
+        source = Subset(source, indices=[int(i * step) for i in range(config.max_examples)])
     evaluation = Evaluation(task, model)
     reported = split == task.default_split
     suffix = "" if reported else f"-{split}"
