@@ -3,7 +3,7 @@
     python train.py --config=configs/pretrain.py:vision && python train.py --config=configs/pretrain.py
     python -m paligemma_jax.tasks.export runs/pretrain paligemma_jax/tiny
 
-The first line takes under two hours on 2 CPU cores (docs/tiny_base.md says what it cost and scored), 3 GB of memory and
+The first line takes two to three hours on 2 CPU cores (docs/tiny_base.md has costs and scores), 3 GB of memory and
 600 MB of cache; interrupt it as you like, the same command goes on. `:vision` is the warm start of the tower; `:smoke`
 and `:vision,smoke` run a minute to show that they work.
 """
@@ -48,7 +48,7 @@ def texts() -> ConfigDict:
     """The whole model."""
     config = base_config("paligemma_jax.tasks.pretraining:Pretraining")
     config.init_from = ("runs/pretrain-vision",)
-    config.total_steps = 3500
+    config.total_steps = 7500
     config.batch_size = 16  # images; each carries about eight texts
     config.eval_steps = 500
     config.optimizer.learning_rate = 1.5e-3
