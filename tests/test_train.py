@@ -45,6 +45,10 @@ def nothing_runs(monkeypatch):
         ({"compute_dtype": "float8"}, "config.compute_dtype='float8', expected one of float32, bfloat16, float16: "
          "change it"),
         ({"patience": 2}, "config.patience is set but config.best_metric is None: name the metric that decides"),
+        ({"optimizer.name": "adamm"}, "optimizer.name is 'adamm', expected one of adamw, adam, sgd, adafactor, lion, "
+         "adamw_8bit; did you mean 'adam'?"),
+        ({"optimizer.warmup_steps": 100}, "the warm-up takes 100 steps, expected 0 to the run's 8; shorten it or train "
+         "longer"),
     ],
 )  # fmt: skip
 def test_a_config_that_cannot_run(tmp_path, capsys, changes, sentence):
@@ -58,8 +62,7 @@ def test_a_config_that_cannot_run(tmp_path, capsys, changes, sentence):
         ({"model.trainable": "layer/.*"}, "trainable parameters: 'layer/.*' matches none of 6 paths (nearest are "
          "layers/bias, layers/kernel"),
         ({"model.trainable": "("}, "'(' is not a regular expression"),
-        ({"optimizer.name": "adamm"}, "optimizer.name is 'adamm', expected one of adamw, adam, sgd, adafactor, lion"),
-        ({"optimizer.warmup_steps": 100}, "the warm-up takes 100 steps, expected 0 to the run's 8"),
+        ({"optimizer.warmup_epochs": 1.0}, "the warm-up takes 125 steps, expected 0 to the run's 8"),
         ({"optimizer.weight_decay": 0.1, "optimizer.weight_decay_mask": "nothing"}, "weight_decay_mask of "
          "weight_decay=0.1: 'nothing' matches none of 4 paths"),
         ({"data.examples": 0}, "the training data has no examples, expected at least one"),

@@ -24,6 +24,8 @@ from absl import flags
 from train_jax.errors import UserError
 from train_jax.sharding import local_rows
 
+BAD = "bad"  # key of an example, see Source
+
 Batch = dict[str, np.ndarray]
 Example = dict[str, np.ndarray | np.generic]
 
@@ -32,7 +34,10 @@ Example = dict[str, np.ndarray | np.generic]
 class Source(Protocol):
     """Random access to examples; `__getitem__` runs in several threads (or worker processes) at once.
 
-    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0.
+    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0. It may be
+    marked by the key "bad" (bool scalar, False in good ones), which batches do not hold: where the source has a method
+    `count(indices, bad)`, that is called in this process, whoever read them, for the rows of every batch as it is
+    handed out.
     """
 
     def __len__(self) -> int: ...
@@ -57,14 +62,15 @@ class Batches(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             _check_picklable(batches)
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _ignore_ctrl_c)
-        self._iterator = iter(dataset)
+        self._iterator, self._batches, self._next = iter(dataset), batches, 0
         self.wait_seconds = 0.0
 
     def __next__(self) -> Batch:
         start = time.perf_counter()
         batch = next(self._iterator)
         self.wait_seconds = time.perf_counter() - start
-        return batch
+        self._next += 1
+        return self._batches.counted(self._next - 1, batch)
 
     def close(self) -> None:
         """Stops reading ahead and ends the threads and workers."""
@@ -82,13 +88,21 @@ class _Steps:
         return self._pipeline.num_steps - self._start
 
     def __getitem__(self, index: int) -> Batch:
-        return self._pipeline.batch_at(self._start + index)
+        return self._pipeline.read(self._start + index)
+
+    def counted(self, index: int, batch: Batch) -> Batch:
+        """The batch without its marks of bad rows, which the source has counted. Raises what that raises."""
+        bad, count = batch.pop(BAD, None), getattr(self._pipeline.source, "count", None)
+        if bad is not None and count is not None:
+            count(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
+        return batch
 
 
 class Pipeline:
     """The training batches of one process: {name: [A, b_local, ...]}, shuffled and repeated without end of epoch.
 
     Attributes:
+      source: the examples.
       num_steps: the number of updates, at which iteration ends.
       micro_batch: b, rows of a micro-batch over all processes.
     """
@@ -133,7 +147,7 @@ class Pipeline:
                 f"choose a micro_batch that divides it"
             )
         self.num_steps = num_steps
-        self._source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
+        self.source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
         self._threads, self._workers = threads, workers
         self._rows = local_rows(process_index, process_count, self.micro_batch)
         indices = grain.MapDataset.range(len(source)).seed(seed)
@@ -144,10 +158,20 @@ class Pipeline:
         return Batches(_Steps(self, start_step), self._threads, self._workers)
 
     def batch_at(self, step: int) -> Batch:
-        """Returns the batch of one step, read now: {name: [A, b_local, ...]}."""
-        rows = np.arange(self._batch_size).reshape(-1, self.micro_batch)[:, self._rows]  # [A, b_local]
-        examples = [self._source[int(self._order[step * self._batch_size + int(row)])] for row in rows.ravel()]
-        return {name: values.reshape(rows.shape + values.shape[1:]) for name, values in _stack(examples).items()}
+        """Returns the batch of one step, read now and not counted: {name: [A, b_local, ...]}."""
+        return {name: values for name, values in self.read(step).items() if name != BAD}
+
+    def read(self, step: int) -> Batch:
+        """Returns the batch of one step as its examples are, marks of bad rows included."""
+        rows = self.rows_at(step)
+        batch = _stack([self.source[int(row)] for row in rows.ravel()])
+        return {name: values.reshape(rows.shape + values.shape[1:]) for name, values in batch.items()}
+
+    def rows_at(self, step: int) -> np.ndarray:
+        """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
+        places = np.arange(self._batch_size).reshape(-1, self.micro_batch)[:, self._rows]
+        numbers = [int(self._order[step * self._batch_size + int(place)]) for place in places.ravel()]
+        return np.array(numbers).reshape(places.shape)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -156,14 +180,14 @@ class Pipeline:
         Holds the beginning of the order itself, so that a release of grain that shuffles otherwise is noticed, and the
         source's own `fingerprint` where it has one.
         """
-        head = np.array([self._order[k] for k in range(min(len(self._source), 256))], np.int64)
+        head = np.array([self._order[k] for k in range(min(len(self.source), 256))], np.int64)
         return {
-            "examples": len(self._source),
+            "examples": len(self.source),
             "batch_size": self._batch_size,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "order": zlib.crc32(head.tobytes()),
-            "source": getattr(self._source, "fingerprint", None),
+            "source": getattr(self.source, "fingerprint", None),
         }
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, sharding, state
+from train_jax import files, metrics, optimizers, sharding, state
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
 from train_jax.durations import Plan
@@ -45,7 +45,8 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 
     Raises:
       UserError: a config that cannot run, or a workdir of another run, before data are prepared or the model is read;
-        data or a model that do not fit the config, before anything is compiled.
+        patterns that match no parameter, before data are prepared (where the task tells its parameters in time); data
+        or a model that do not fit the config, before anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
@@ -62,6 +63,9 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     measured = getattr(task, "validation_metrics", None)
     if measured is not None:
         check_metric(config.best_metric, measured)
+    trainable_paths = getattr(task, "trainable_paths", None)
+    if trainable_paths is not None:
+        optimizers.check(config.optimizer, trainable_paths())
     source = task.train_source()
     plan = Plan.of(config, len(source))
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from train_jax.errors import UserError
+from train_jax.host_memory import host_memory_left
 
 
 class PeakMemory(NamedTuple):
@@ -133,7 +134,15 @@ def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str
 
 
 def device_memory_limit() -> int | None:
-    """Bytes still free on the fullest local device; None where devices do not tell (CPU)."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    """Bytes still free on the fullest local device; None where nobody tells.
+
+    CPU devices do not: each is given its part of three quarters of what the host has left. The last quarter is for
+    other programs, and for what a computation takes beside what the compiler planned.
+    """
+    devices = jax.local_devices()
+    stats = [device.memory_stats() or {} for device in devices]
     free = [stat["bytes_limit"] - stat["bytes_in_use"] for stat in stats if "bytes_limit" in stat]
-    return min(free, default=None)
+    if free or jax.default_backend() != "cpu":
+        return min(free, default=None)
+    left = host_memory_left()
+    return None if left is None else left * 3 // 4 // len(devices)

@@ -11,7 +11,9 @@ no kernel of Gemma; the default here matches them all.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,13 @@ from ml_collections import ConfigDict
 
 from train_jax.adamw_8bit import scale_by_adam_8bit
 from train_jax.errors import UserError
-from train_jax.patterns import cover, did_you_mean, select
+from train_jax.patterns import check_regex, cover, did_you_mean, select
 
 # Matrices of the model and of adapters; biases, norm scales, logit scales and position embeddings are left alone.
 DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(kernel|embedding|lora_a|lora_b)"
 
 Step = int | Array  # number of updates made so far
+Rate = tuple[float, int | None]  # factor and own warm-up (None: the schedule's)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,41 @@ class Schedule:
         return self.peak * ramp * self.decay(jnp.maximum(step - self.warmup_steps, 0.0))
 
 
+# The decays by name: factor of the peak at t, the updates made since the warm-up ended (float32).
+SCHEDULES: dict[str, Callable] = {
+    "constant": lambda t, span, end, timescale: jnp.ones_like(t),
+    "linear": lambda t, span, end, timescale: 1.0 + (end - 1.0) * jnp.minimum(t / span, 1.0),
+    "cosine": lambda t, span, end, timescale: (
+        end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / span, 1.0)))
+    ),
+    "rsqrt": lambda t, span, end, timescale: jax.lax.rsqrt(1.0 + t / timescale),
+}
+
+
+def check(config: ConfigDict, paths: Iterable[str] | None = None) -> None:
+    """Refuses what `make_schedule` and `make_optimizer` would, before there are data, steps or parameters.
+
+    Args:
+      config: of the optimizer, see these two.
+      paths: of the trainable parameters, where they are known: a pattern that matches none is refused too.
+
+    Raises:
+      UserError: the first fault found.
+    """
+    _check_schedule(config)
+    _check_optimizer(config)
+    if paths is not None:
+        _match(config, sorted(paths))
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Raises UserError if the warm-up is longer than the run."""
+    if not 0 <= warmup_steps <= total_steps:
+        raise UserError(
+            f"the warm-up takes {warmup_steps} steps, expected 0 to the run's {total_steps}; shorten it or train longer"
+        )
+
+
 def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Schedule:
     """Builds the schedule that `config.schedule` names.
 
@@ -68,12 +106,18 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
     Raises:
       UserError: unknown schedule, negative rate, a warm-up longer than the run, or an end factor that has no meaning.
     """
-    if config.learning_rate < 0:
+    _check_schedule(config)
+    check_warmup(warmup_steps, total_steps)
+    span, end, timescale = max(total_steps - warmup_steps, 1), config.end_factor, config.rsqrt_timescale
+    decay = functools.partial(SCHEDULES[config.schedule], span=span, end=end, timescale=timescale)
+    return Schedule(float(config.learning_rate), decay, warmup_steps)
+
+
+def _check_schedule(config: ConfigDict) -> None:
+    """Refuses what no schedule can be made of."""
+    _check_choice("schedule", config.schedule, SCHEDULES)
+    if not config.learning_rate >= 0:
         raise UserError(f"learning_rate is {config.learning_rate}, expected 0 or more; change optimizer.learning_rate")
-    if not 0 <= warmup_steps <= total_steps:
-        raise UserError(
-            f"the warm-up takes {warmup_steps} steps, expected 0 to the run's {total_steps}; shorten it or train longer"
-        )
     if config.schedule in ("constant", "rsqrt") and config.end_factor:
         raise UserError(
             f"end_factor={config.end_factor} has no meaning for schedule='{config.schedule}', which does not end; "
@@ -81,15 +125,6 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
         )
     if config.schedule == "rsqrt" and not config.rsqrt_timescale > 0:
         raise UserError(f"rsqrt_timescale is {config.rsqrt_timescale}, expected a number of steps above 0; change it")
-    span, end, timescale = max(total_steps - warmup_steps, 1), config.end_factor, config.rsqrt_timescale
-
-    decays = {
-        "constant": jnp.ones_like,
-        "linear": lambda t: 1.0 + (end - 1.0) * jnp.minimum(t / span, 1.0),
-        "cosine": lambda t: end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / span, 1.0))),
-        "rsqrt": lambda t: jax.lax.rsqrt(1.0 + t / timescale),
-    }
-    return Schedule(float(config.learning_rate), _choose(decays, config.schedule, "schedule"), warmup_steps)
 
 
 def make_optimizer(config: ConfigDict, schedule: Schedule, paths: Iterable[str]) -> optax.GradientTransformation:
@@ -109,76 +144,87 @@ def make_optimizer(config: ConfigDict, schedule: Schedule, paths: Iterable[str])
     Raises:
       UserError: unknown optimizer, a pattern that matches no path, a factor of 0, decay where it has no meaning.
     """
-    paths = sorted(paths)
-    stages = []
-    if config.grad_clip_norm is not None:
-        if not config.grad_clip_norm > 0:
-            raise UserError(f"grad_clip_norm is {config.grad_clip_norm}, expected a norm above 0, or None for no clip")
-        stages.append(optax.clip_by_global_norm(config.grad_clip_norm))
-    stages.append(_direction(config))
+    _check_optimizer(config)
+    decayed, rates = _match(config, sorted(paths))
+    stages = [] if config.grad_clip_norm is None else [optax.clip_by_global_norm(config.grad_clip_norm)]
+    stages.append(OPTIMIZERS[config.name](config))
     if config.weight_decay:
-        stages.append(optax.add_decayed_weights(config.weight_decay, _decay_mask(config, paths)))
-    stages.append(_scale_by_rates(schedule, _rates_by_path(config.rates, paths)))
+        stages.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    stages.append(_scale_by_rates(schedule, rates))
     return _in_float32(optax.chain(*stages))
 
 
-def _direction(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimizer itself: from gradients to a direction of ascent, before decay and rate."""
-
-    def adam():
-        return optax.scale_by_adam(config.b1, config.b2, config.eps)
-
-    def adam_8bit():
-        return scale_by_adam_8bit(config.b1, config.b2, config.eps, config.min_8bit_size)
-
-    def sgd():
-        return optax.trace(config.momentum) if config.momentum else optax.identity()
-
-    def adafactor():  # Shazeer and Stern (2018), arXiv 1804.04235, with the parts optax.adafactor has by default
-        average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
-        return optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
-        )
-
-    optimizers = {
-        "adamw": adam,
-        "adam": adam,
-        "sgd": sgd,
-        "adafactor": adafactor,
-        "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
-        "adamw_8bit": adam_8bit,
-    }
-    return _choose(optimizers, config.name, "name")()
+def _adam(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
 
 
-def _decay_mask(config: ConfigDict, paths: list[str]) -> dict[str, bool]:
-    """Which paths decay."""
-    if config.name == "adam":
+def _sgd(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
+
+
+def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
+    """Shazeer and Stern (2018), arXiv 1804.04235, with the parts that optax.adafactor has by default."""
+    average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
+    return optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
+    )
+
+
+# The optimizers by name: from gradients to a direction of ascent, before decay and rate.
+OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "adam": _adam,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "lion": lambda config: optax.scale_by_lion(config.b1, config.b2),
+    "adamw_8bit": lambda config: scale_by_adam_8bit(config.b1, config.b2, config.eps, config.min_8bit_size),
+}
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """Refuses what no chain can be made of, whatever the parameters are called."""
+    _check_choice("name", config.name, OPTIMIZERS)
+    if config.grad_clip_norm is not None and not config.grad_clip_norm > 0:
+        raise UserError(f"grad_clip_norm is {config.grad_clip_norm}, expected a norm above 0, or None for no clip")
+    if config.weight_decay and config.name == "adam":
         raise UserError(
             f"weight_decay={config.weight_decay} has no meaning for optimizer 'adam'; set it to 0 or use 'adamw'"
         )
-    pattern = config.weight_decay_mask or DEFAULT_WEIGHT_DECAY_MASK
-    reached = set(select(pattern, paths, what=f"weight_decay_mask of weight_decay={config.weight_decay}"))
-    return {path: path in reached for path in paths}
-
-
-def _rates_by_path(rates: Iterable[tuple], paths: list[str]) -> dict[str, tuple[float, int | None]]:
-    """Factor and own warm-up (None: the schedule's) of every path."""
-    rules: list[tuple[str, tuple[float, int | None]]] = []
-    for entry in rates or ():
-        if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+    if config.weight_decay_mask is not None:
+        check_regex(config.weight_decay_mask)
+    for entry in config.rates or ():
+        if not _is_rate(entry):
             raise UserError(f"rates has {entry!r}, expected (pattern, factor) or (pattern, factor, warmup_steps)")
-        pattern, factor, warmup_steps = (*entry, None)[:3]
+        pattern, factor = entry[:2]
+        check_regex(pattern)
         if not factor > 0:
             raise UserError(
                 f"rates: the factor of '{pattern}' is {factor}, expected a number above 0; to stop these parameters "
                 "from training, freeze them by pattern, which also saves their gradients and optimizer state"
             )
-        rules.append((pattern, (factor, warmup_steps)))
-    return cover([*rules, (".*", (1.0, None))], paths)  # refuses a rule that reaches nothing
 
 
-def _scale_by_rates(schedule: Schedule, rates: dict[str, tuple[float, int | None]]) -> optax.GradientTransformation:
+def _is_rate(entry: Any) -> bool:
+    """Whether an entry of `rates` has the form of one."""
+    if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+        return False
+    pattern, factor, warmup = (*entry, None)[:3]
+    count = warmup is None or (isinstance(warmup, int) and warmup >= 0)
+    return isinstance(pattern, str) and isinstance(factor, int | float) and count
+
+
+def _match(config: ConfigDict, paths: list[str]) -> tuple[dict[str, bool], dict[str, Rate]]:
+    """Whether each path decays, and its rate; refuses a pattern that reaches nothing."""
+    decayed = dict.fromkeys(paths, False)
+    if config.weight_decay:
+        pattern = config.weight_decay_mask or DEFAULT_WEIGHT_DECAY_MASK
+        reached = select(pattern, paths, what=f"weight_decay_mask of weight_decay={config.weight_decay}")
+        decayed |= dict.fromkeys(reached, True)
+    rules = [(pattern, (*rate, None)[:2]) for pattern, *rate in config.rates or ()]
+    return decayed, cover([*rules, (".*", (1.0, None))], paths)
+
+
+def _scale_by_rates(schedule: Schedule, rates: dict[str, Rate]) -> optax.GradientTransformation:
     """Multiplies by minus the rate of each path; counts the updates made."""
 
     def init(params):
@@ -209,9 +255,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def _choose(choices: dict, name: str, field: str):
-    """The choice of that name, or a sentence with the names that exist and the nearest of them."""
+def _check_choice(field: str, name: str, choices: Iterable[str]) -> None:
+    """Refuses a name that does not exist, with those that do and the nearest of them."""
     if name not in choices:
         advice = did_you_mean(name, choices) or "; correct it"
         raise UserError(f"optimizer.{field} is '{name}', expected one of {', '.join(choices)}{advice}")
-    return choices[name]

@@ -33,6 +33,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise UserError(f"{pattern!r} is not a regular expression ({error}): correct the pattern") from error
 
 
+def check_regex(pattern: str) -> None:
+    """Raises UserError if a pattern is not a regular expression; whether it matches anything, `select` tells."""
+    _compile(pattern)
+
+
 def cover(rules: Sequence[tuple[str, T]], paths: Iterable[str], allow_unused: bool = False) -> dict[str, T]:
     """Returns the value of the first matching rule for every path.
 

@@ -26,6 +26,8 @@ class Task(Protocol):
       start(workdir): called once before training, to put files of its own there;
       validation_metrics: names of all that `validate` measures, a tuple of str; with it a misspelt `best_metric` is
         found before anything is prepared, without it at the first evaluation;
+      trainable_paths() -> paths of the parameters that train, told without data; with it a pattern of the optimizer
+        that matches none is found before data are prepared, without it after;
       default_split: the split of `evaluate` when none is asked for;
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from train_jax import optimizers
 from train_jax.config import DURATIONS, UNITS, base_config, is_optional, leaves, node, steps
 from train_jax.errors import UserError
 from train_jax.patterns import did_you_mean
@@ -25,8 +26,11 @@ MINIMA = {
     "data.workers": 0,
     "data.threads": 0,
     "optimizer.min_8bit_size": 1,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
 }
-FRACTIONS = ("ema_decay", "data.max_bad_fraction", "optimizer.end_factor", "optimizer.b1", "optimizer.b2")
+DECAYS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
+FRACTIONS = (*DECAYS, "data.max_bad_fraction", "optimizer.end_factor")
 
 
 def validate(config: ConfigDict, training: bool = True) -> None:
@@ -45,6 +49,7 @@ def validate(config: ConfigDict, training: bool = True) -> None:
     for key, value in leaves(config).items():
         _check_type(key, value, base)
     _check_values(leaves(config))
+    optimizers.check(config.optimizer)
     _check_durations(config)
     if training:
         _check_batch(config, jax.device_count(), jax.process_count())
@@ -113,13 +118,14 @@ def _check_values(values: dict[str, Any]) -> None:
         if values[key] not in choices:
             raise UserError(f"config.{key}={values[key]!r}, expected one of {', '.join(choices)}: change it")
     for key, minimum in MINIMA.items():
-        if values[key] is not None and values[key] < minimum:
+        if values[key] is not None and not values[key] >= minimum:
             raise UserError(f"config.{key}={values[key]}, expected {minimum} or more: change it")
     for key in FRACTIONS:
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise UserError(f"config.{key}={values[key]}, expected a number from 0 to 1: change it")
-    if values["ema_decay"] == 1:
-        raise UserError("config.ema_decay=1.0 would never take in a parameter, expected less than 1: change it")
+    for key in DECAYS:
+        if values[key] == 1:
+            raise UserError(f"config.{key}=1.0 would never forget the past, expected less than 1: change it")
     if values["best_metric"] is None and (values["patience"] is not None or values["load_best_at_end"]):
         asking = "load_best_at_end" if values["load_best_at_end"] else "patience"
         raise UserError(f"config.{asking} is set but config.best_metric is None: name the metric that decides")
@@ -134,6 +140,10 @@ def _check_durations(config: ConfigDict) -> None:
         if length == 0 and prefix not in ("total", "warmup"):
             name = next(f"{prefix}_{unit}" for unit in UNITS if parent[f"{prefix}_{unit}"] is not None)
             raise UserError(f"config.{name}=0, expected a number above 0: change it")
+    if config.total_epochs is None and config.optimizer.warmup_epochs is None:
+        total = steps(config, "total", config.batch_size)
+        warmup = steps(config.optimizer, "warmup", config.batch_size, total_steps=total, default=0)
+        optimizers.check_warmup(warmup, total)
 
 
 def _check_batch(config: ConfigDict, device_count: int, process_count: int) -> None:

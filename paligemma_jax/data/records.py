@@ -154,12 +154,13 @@ def blank_record() -> Record:
 
 
 class GuardedSource:
-    """Prepared examples of a source, with bad rows counted, logged by name and replaced by weight 0.
+    """Prepared examples of a source, with bad rows logged by name and replaced by weight 0, to be counted.
 
     A row is bad when reading or preparing it raises `UserError` (of which `BadRow` is one) or `OSError`; any other
-    exception is a fault of the program and passes through. The share of bad rows among those read so far is judged
-    once `MIN_BAD` of them were met, and when as many rows were read as the source has; `check` judges at any time.
-    Counts are exact under threads; a worker process of its own counts for itself.
+    exception is a fault of the program and passes through. Reading only marks a bad row, since worker processes may do
+    it, each with a copy of the source; whoever takes their examples in `count`s them. The share of bad rows among those
+    counted so far is judged once `MIN_BAD` of them were met, and when as many rows were counted as the source has;
+    `check` judges at any time.
 
     Args:
       source: records to prepare.
@@ -170,8 +171,8 @@ class GuardedSource:
       placeholder: the record prepared in place of a bad one.
 
     Raises:
-      UserError: for an unknown `on_error` or a share outside 0 to 1; while reading, when the share is exceeded, with
-        count, share and the first names; under "raise", the first bad row's own error.
+      UserError: for an unknown `on_error` or a share outside 0 to 1; while counting, when the share is exceeded, with
+        count, share and the first names; under "raise", the first bad row's own error, while reading.
     """
 
     MIN_BAD = 20
@@ -199,15 +200,16 @@ class GuardedSource:
         self.fingerprint = source.fingerprint
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
         self._lock = threading.Lock()
+        self._told: set[int] = set()  # rows whose fault was logged
         self._seen = 0
         self._bad = 0
-        self._bad_rows: dict[int, str] = {}  # row number -> name, in the order met
+        self._bad_rows: dict[int, str] = {}  # row number -> name, in the order counted
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The prepared example; the key `weight`, float32 scalar, is 0 where the row was bad."""
+        """The prepared example; where the row was bad, `weight` (float32 scalar) is 0 and `bad` (bool scalar) True."""
         index = checked_index(index, len(self))
         record, failure = None, None
         try:
@@ -217,17 +219,33 @@ class GuardedSource:
             if self._policy(error) == "raise":
                 raise
             example, weight, failure = self.prepare(self._placeholder), 0.0, error
-        self._count(index, record, failure)
-        return {**example, "weight": np.float32(weight)}
+            self._tell(index, record, error)
+        return {**example, "weight": np.float32(weight), "bad": np.bool_(failure is not None)}
+
+    def count(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
+        """Counts rows that were read, here or by a copy: their numbers, and which of them were marked.
+
+        A bad row that is new is looked up for its name. Raises UserError as `check`, where the share is to be judged.
+        """
+        for index, marked in zip(map(int, indices), bad, strict=True):
+            name = self._name(index) if marked and index not in self._bad_rows else None
+            with self._lock:
+                self._seen += 1
+                self._bad += bool(marked)
+                if name is not None:
+                    self._bad_rows[index] = name
+                due = marked and self._bad >= self.MIN_BAD or self._seen == len(self)
+            if due:
+                self.check()
 
     @property
     def bad_rows(self) -> dict[int, str]:
-        """Name by row number of the bad rows met so far, in the order met; a row read twice stands once."""
+        """Name by row number of the bad rows counted so far, in that order; a row counted twice stands once."""
         with self._lock:
             return dict(self._bad_rows)
 
     def check(self) -> None:
-        """Judges the share of bad rows among all read so far; call it at the end of a pass. Raises UserError."""
+        """Judges the share of bad rows among all counted so far; call it at the end of a pass. Raises UserError."""
         with self._lock:
             seen, bad, names = self._seen, self._bad, list(self._bad_rows.values())
         if bad > self.max_bad_fraction * seen:
@@ -240,18 +258,21 @@ class GuardedSource:
     def _policy(self, error: Exception) -> str:
         return next((policy for kind, policy in self.policies.items() if isinstance(error, kind)), self.on_error)
 
-    def _count(self, index: int, record: Record | None, failure: Exception | None) -> None:
+    def _tell(self, index: int, record: Record | None, failure: Exception) -> None:
+        """Logs a bad row, once in this process."""
         with self._lock:
-            self._seen += 1
-            self._bad += failure is not None
-            first_time = failure is not None and index not in self._bad_rows
-            if first_time:
-                self._bad_rows[index] = record.image_name if record else f"row {index}"
-            due = failure is not None and self._bad >= self.MIN_BAD or self._seen == len(self)
-        if first_time:
-            logging.warning("Bad row %d (%s) skipped with weight 0: %s", index, self._bad_rows[index], failure)
-        if due:
-            self.check()
+            new = index not in self._told
+            self._told.add(index)
+        if new:
+            name = record.image_name if record else f"row {index}"
+            logging.warning("Bad row %d (%s) skipped with weight 0: %s", index, name, failure)
+
+    def _name(self, index: int) -> str:
+        """The name of a bad row, where it can be read as far as that."""
+        try:
+            return self.source[index].image_name
+        except (UserError, OSError):
+            return f"row {index}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -116,6 +116,10 @@ class FeatureStore:
     def bad_rows(self) -> dict[int, str]:
         """See GuardedSource."""
         return self._examples.bad_rows
+
+    def count(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
+        """Counts rows that were read, see GuardedSource."""
+        self._examples.count(indices, bad)
 
     def check(self) -> None:
         """Judges the share of bad rows, see GuardedSource."""

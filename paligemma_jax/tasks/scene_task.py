@@ -1,5 +1,6 @@
 """What the two pretraining tasks share: synthetic scenes, the model with its patch heads, and the heads' loss."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
-from train_jax import params
+from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
@@ -51,6 +52,7 @@ class SceneTask:
                 f"micro_batch is {config.micro_batch}, expected None: the loss of the patch heads is a mean over the "
                 "patches of the whole batch, which micro-batches would change; set a smaller batch_size."
             )
+        common.check_choices(config, {"model.remat": common.REMAT})
         try:
             sizes = variant(config.model.variant)
         except ValueError as error:
@@ -80,6 +82,11 @@ class SceneTask:
             model = params.assign(model, arrays)
         return model
 
+    def trainable_paths(self) -> list[str]:
+        """Paths of the parameters that train."""
+        model = nnx.eval_shape(lambda: PretrainingModel(self.model_config, rngs=nnx.Rngs(0)))
+        return patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+
     def sharding_rules(self):
         return common.SHARDING_RULES
 
@@ -100,7 +107,7 @@ class SceneTask:
         return self.validate(model)
 
 
-def patch_loss(heads: nnx.Dict, tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+def patch_loss(heads: Mapping[str, nnx.Linear], tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
     """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
     loss, metrics = jnp.zeros(()), {}
     for index, name in enumerate(ATTRIBUTES):

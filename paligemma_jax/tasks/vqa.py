@@ -77,18 +77,16 @@ class VQA:
     def _read(self) -> PaliGemma:
         config = self.config
         trained = config.adapter.name == "none"
-        model = load(
+        rules = self.sharding_rules()
+        return load(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,
             param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
             remat=config.model.remat,
             unroll=config.model.unroll,
+            shardings=lambda path, leaf: sharding.shardings(self.mesh, rules, {path: leaf})[0][path],
         )
-        graph, arrays = params.split(model)
-        del model  # so that an array is freed once it lies on the mesh
-        places, _ = sharding.shardings(self.mesh, self.sharding_rules(), arrays)
-        return params.merge(graph, {path: jax.device_put(arrays.pop(path), places[path]) for path in list(arrays)})
 
     def init(self) -> nnx.Module:
         model, adapter = self.base(), self.config.adapter
@@ -107,6 +105,26 @@ class VQA:
 
     def trainable(self) -> str:
         return lora.TRAINABLE if self.config.adapter.name == "lora" else self.config.trainable or r".*"
+
+    def trainable_paths(self) -> list[str]:
+        """Paths of the parameters that train.
+
+        Raises:
+          UserError: a pattern that matches none, or features to be kept of a tower that trains.
+        """
+        model, adapter = self.base(), self.config.adapter
+        if adapter.name == "lora":
+            trained = patterns.select(adapter.targets, lora.projections(model), what="lora targets")
+            paths = [f"{path}/{leaf}" for path in trained for leaf in ("lora_a", "lora_b")]
+        else:
+            paths = trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+        outside = [path for path in trained if not path.startswith("decoder/")]
+        if self.config.cache_features and outside:
+            raise UserError(
+                f"cache_features is on but {outside[0]} trains, which changes the image features with every step: set "
+                "cache_features=False."
+            )
+        return paths
 
     def sharding_rules(self):
         return common.SHARDING_RULES
@@ -142,27 +160,13 @@ class VQA:
         return self.config.data.validation_split
 
     def train_source(self):
-        model = self.base()  # first, for what can be told of it before images are rendered or encoded
-        self._check_what_trains(model)
+        self.trainable_paths()  # first, for what can be told of the model before images are rendered or encoded
         records = self.split("train")
         self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
         if not self.config.cache_features:
             return self.rows.guarded(records, self.rows.image_and_text)
         limit = self.config.cache_features_mb
-        return FeatureStore(records, self.rows, model, self.mesh, limit, common.progress)
-
-    def _check_what_trains(self, model: PaliGemma) -> None:
-        adapter = self.config.adapter
-        if adapter.name == "lora":
-            trained = patterns.select(adapter.targets, lora.projections(model), what="lora targets")
-        else:
-            trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
-        outside = [path for path in trained if not path.startswith("decoder/")]
-        if self.config.cache_features and outside:
-            raise UserError(
-                f"cache_features is on but {outside[0]} trains, which changes the image features with every step: set "
-                "cache_features=False."
-            )
+        return FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""

@@ -139,18 +139,39 @@ class Evaluation:
         """Halves the batch until the compiled step fits what the device has left (where it tells)."""
         limit = _free_memory()
         while limit is not None and not self._fitted and self._size > self._parts:
+            if self._all_activations() <= limit:  # spares the compiler, which takes half a minute on a CPU
+                break
             batch, images = self._shapes(reader)
             step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
             memory = step_memory(step)
             if memory is None or memory.temp + memory.output <= limit:
                 break
-            self._size = max(self._size // 2 // self._parts, 1) * self._parts
+            need = memory.temp + memory.output
+            while need > limit and self._size > self._parts:  # about in proportion to the rows; compiled again to know
+                self._size, need = max(self._size // 2 // self._parts, 1) * self._parts, need // 2
             logging.warning(
                 "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
                 self._size, memory.temp + memory.output, limit,
             )  # fmt: skip
         self._fitted = True
         reader.resize(self._size)
+
+    def _all_activations(self) -> int:
+        """More bytes than a device needs for its rows: as if of no layer anything were freed, and all in float32."""
+        config, data, model = self.config, self.config.data, self.model.config
+        vision, decoder = model.vision, model.decoder
+        candidates = 0 if self._candidates is None else self._candidates[1].size
+        tokens = data.prefix_length + max(data.suffix_length, config.eval.max_new_tokens, candidates)
+
+        def layers(tower, length, projected) -> int:  # residual stream, projections, scores, feed-forward
+            wide = 8 * tower.width + 4 * projected + 4 * tower.mlp_dim
+            return tower.depth * length * (wide + 3 * tower.num_heads * length)
+
+        row = layers(vision, vision.num_patches, vision.width)
+        row += layers(decoder, vision.num_patches + tokens, decoder.num_heads * decoder.head_dim)
+        row += 4 * decoder.vocab_size + 4 * tokens * decoder.width + 6 * vision.image_size**2
+        logits = 4 * config.loss.chunk_size * decoder.vocab_size
+        return 4 * (self._size // self._parts * row + logits)
 
     def _shapes(self, reader: "_Reader"):
         """A batch and its images as shapes on the mesh."""
@@ -247,6 +268,7 @@ class _Reader:
         examples = [self._rows[i] for i in rows]  # after the images: rows without a usable one are bad
         records = [example.pop("record") for example in examples]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        self._rows.count(rows, batch.pop("bad"))
         batch["features"] = features
         missing = size - len(rows)
         batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}

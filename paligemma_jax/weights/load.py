@@ -80,7 +80,7 @@ def load(
     _check_options(both, vocab_size)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
-        return _random(str(path), image_size, vocab_size, both, codec)
+        return _random(str(path), image_size, vocab_size, both, codec, shardings)
     decoder = {name: value or None if name in OFF_AT_ZERO else value for name, value in decoder.items()}
     checkpoint = _open(path, decoder)
     stored = checkpoint.config.replace(both=both)
@@ -160,15 +160,21 @@ def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
     return transform
 
 
-def _random(path: str, image_size: int | None, vocab_size: int | None, both: dict, codec) -> PaliGemma:
-    """A new model of a variant's sizes."""
+def _random(path: str, image_size: int | None, vocab_size: int | None, both: dict, codec, shardings) -> PaliGemma:
+    """A new model of a variant's sizes, made where it is to lie."""
     try:
         config = variant(path.removeprefix(RANDOM))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
     config = _changed(config, image_size, vocab_size).replace(both=both)
-    return nnx.jit(lambda: _quantized(PaliGemma(config, rngs=nnx.Rngs(0)), codec))()
+
+    def make() -> PaliGemma:
+        return _quantized(PaliGemma(config, rngs=nnx.Rngs(0)), codec)
+
+    model = nnx.eval_shape(make)
+    places = {path: shardings(path, leaf) if shardings else None for path, leaf in params.abstract(model).items()}
+    return params.assign(model, jax.jit(lambda: params.flatten(make()), out_shardings=places)())
 
 
 def _open(path: str | Path, decoder: dict) -> Checkpoint:

@@ -107,7 +107,11 @@ def test_bad_rows_keep_their_slots(tmp_path):
     fit(tmp_path / "good")
     bad, good = logged(tmp_path / "bad"), logged(tmp_path / "good")
     assert [bad[step] == good[step] for step in range(1, 6)] == [True, True, True, False, False]
-    assert logged(tmp_path / "bad", "bad_rows") == {step: 1 if step < 10 else 2 for step in range(4, 13)}
+    counts = {step: 1 if step < 10 else 2 for step in range(4, 13)}
+    assert logged(tmp_path / "bad", "bad_rows") == counts
+    # However far threads read ahead.
+    fit(tmp_path / "ahead", data__corrupt_steps=(3, 9), data__max_bad_fraction=0.5, data__threads=3)
+    assert logged(tmp_path / "ahead", "bad_rows") == counts
     # The batch of step 3 is the good run's but for one weight.
     assert len(set(bad) ^ set(good)) == 0
 
@@ -124,6 +128,15 @@ def test_too_many_bad_rows_end_the_run(tmp_path, capsys):
     status, line = fails(capsys, tmp_path / "run", run)
     assert status == 2
     assert "rows read were bad" in line and "expected at most 1.0%" in line
+
+
+@pytest.mark.slow
+def test_bad_rows_of_all_workers_are_counted_together(tmp_path, capsys):
+    """12 of 96 rows are bad, of which each of two workers reads about half, and this process none."""
+    run = {"data__workers": 2, "data__corrupt_steps": tuple(range(12)), "log_steps": 4, "eval_steps": 12}
+    with pytest.raises(UserError, match=r"12 of 96 rows read were bad \(12.5%; first: row\d+.png, row\d+.png, "):
+        fit(tmp_path, **run, data__max_bad_fraction=0.1)
+    assert logged(tmp_path, "bad_rows") == {4: 4, 8: 8, 12: 12}
 
 
 def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch):

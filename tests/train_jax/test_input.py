@@ -93,6 +93,41 @@ def test_order_does_not_depend_on_workers():
         batches.close()
 
 
+class Marked(Numbers):
+    """Every fifth row is bad; a copy in a worker process counts in vain."""
+
+    def __init__(self, size=N):
+        super().__init__(size)
+        self.counted = []
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"bad": np.bool_(index % 5 == 0)}
+
+    def count(self, indices, bad):
+        self.counted += zip(indices.tolist(), bad.tolist(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch": 4, "threads": 0}, pytest.param({"workers": 2}, marks=pytest.mark.slow)]
+)
+def test_rows_are_counted_as_their_batches_are_handed_out(options):
+    """Those and no others, whatever is read ahead and by whom."""
+    source = Marked()
+    batches = Pipeline(source, **dict(batch_size=8, num_steps=12, seed=5, threads=2) | options).iterate(start_step=3)
+    try:
+        for step in range(3, 9):
+            assert next(batches).keys() == {"id", "row"}
+            rows = reference()[3 : step + 1].ravel().tolist()
+            assert source.counted == [(row, row % 5 == 0) for row in rows]
+    finally:
+        batches.close()
+
+
+def test_a_batch_that_is_only_looked_at_is_not_counted():
+    source = Marked()
+    assert Pipeline(source, 8, num_steps=2).batch_at(1).keys() == {"id", "row"} and not source.counted
+
+
 class Handlers(Numbers):
     """Tells how the process that reads takes Ctrl-C."""
 

@@ -116,6 +116,26 @@ def test_a_used_workdir_is_judged_before_anything_is_prepared(run, capsys):
     assert "is complete" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("nothing_prepared")
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"name": "adamm"}, "optimizer.name is 'adamm', expected one of adamw, adam, sgd, "),
+        ({"schedule": "step"}, "optimizer.schedule is 'step', expected one of constant, linear, cosine, rsqrt"),
+        ({"grad_clip_norm": -1.0}, "grad_clip_norm is -1.0, expected a norm above 0"),
+        ({"name": "adam", "weight_decay": 0.1}, "weight_decay=0.1 has no meaning for optimizer 'adam'"),
+        ({"rates": (("tower/.*", 2.0),)}, "rule: 'tower/.*' matches none of 2 paths .nearest are head"),
+        ({"weight_decay": 0.1, "weight_decay_mask": "tower/.*"}, "weight_decay_mask .* matches none of 2 paths"),
+    ],
+)
+def test_mistakes_in_the_optimizer_are_told_before_anything_is_prepared(tmp_path, monkeypatch, changes, sentence):
+    """Patterns too, by a task that knows its parameters by then."""
+    monkeypatch.setattr(Toy, "trainable_paths", lambda task: ["head/kernel", "head/bias"], raising=False)
+    with pytest.raises(UserError, match=sentence):
+        fit(tmp_path / "run", **{f"optimizer__{key}": value for key, value in changes.items()})
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_does_not_change_the_mathematics_is_free(run, capsys):
     """The run goes on under another mesh, micro-batch and intervals, and learns the same."""
     fit(

@@ -107,6 +107,21 @@ def test_the_fullest_device_is_told(monkeypatch):
     assert memory.peak_memory_bytes().device == 9
 
 
+def test_what_is_free_is_told_by_devices_else_by_the_host(monkeypatch):
+    """The CPU's devices have their parts of three quarters of the host's memory."""
+    monkeypatch.setattr(memory, "host_memory_left", lambda: 8 * 4000)
+    assert jax.local_device_count() == 8 and memory.device_memory_limit() == 3000
+    monkeypatch.setattr(memory, "host_memory_left", lambda: None)
+    assert memory.device_memory_limit() is None
+
+    class Device:
+        def __init__(self, used):
+            self.memory_stats = lambda: {"bytes_limit": 100, "bytes_in_use": used}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(20), Device(70)])
+    assert memory.device_memory_limit() == 30
+
+
 def test_step_memory_counts_arguments_outputs_and_donation():
     def step(state, batch):
         return state + 1.0, jnp.tanh(batch @ batch.T) @ batch  # [512, 512] between the two products

@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -54,6 +55,9 @@ def test_defaults_are_valid():
         {"total_steps": None, "total_epochs": 0.5},
         {"total_steps": 0},
         {"optimizer.warmup_percent": 0.1},
+        {"optimizer.warmup_steps": 10},
+        {"optimizer.warmup_epochs": 3.0},  # of unknown length until the data are there
+        {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.schedule": "rsqrt"},
         {"best_metric": "accuracy", "patience": 2, "load_best_at_end": True},
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "batch_size": 4},
     ],
@@ -100,6 +104,26 @@ def raw(key, value):
         ("total_steps", None, "the duration 'total' is not set, expected exactly one of"),
         ("log_steps", 0, "config.log_steps=0, expected a number above 0: change it"),
         ("optimizer.warmup_percent", 3.0, "warmup_percent=3.0, expected a fraction from 0 to 1"),
+        ("optimizer.name", "adamm", "optimizer.name is 'adamm', expected one of adamw, adam, sgd, adafactor, lion, "
+         "adamw_8bit; did you mean 'adam"),
+        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of constant, linear, cosine, "
+         "rsqrt; did you mean 'cosine'?"),
+        ("optimizer.learning_rate", -1.0, "learning_rate is -1.0, expected 0 or more"),
+        ("optimizer.learning_rate", math.nan, "learning_rate is nan, expected 0 or more"),
+        ("optimizer.end_factor", 0.1, "end_factor=0.1 has no meaning for schedule='constant'"),
+        ("optimizer.grad_clip_norm", 0.0, "grad_clip_norm is 0.0, expected a norm above 0, or None for no clip"),
+        ("optimizer.weight_decay", -0.1, "config.optimizer.weight_decay=-0.1, expected 0 or more: change it"),
+        ("optimizer.weight_decay_mask", "(", "'(' is not a regular expression"),
+        ("optimizer.eps", -1e-8, "config.optimizer.eps=-1e-08, expected 0 or more: change it"),
+        ("optimizer.b2", 1.0, "config.optimizer.b2=1.0 would never forget the past, expected less than 1: change it"),
+        ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5, expected a number from 0 to 1: change it"),
+        ("optimizer.rates", (("vision/.*",),), "rates has ('vision/.*',), expected (pattern, factor) or (pattern, "),
+        ("optimizer.rates", (("vision/.*", "x"),), "rates has ('vision/.*', 'x'), expected (pattern, factor) or "),
+        ("optimizer.rates", (("vision/.*", 1.0, 0.5),), "rates has ('vision/.*', 1.0, 0.5), expected (pattern, "),
+        ("optimizer.rates", (("vision/.*", 0.0),), "the factor of 'vision/.*' is 0.0, expected a number above 0"),
+        ("optimizer.rates", (("vision/(", 2.0),), "'vision/(' is not a regular expression"),
+        ("optimizer.warmup_steps", 11, "the warm-up takes 11 steps, expected 0 to the run's 10; shorten it or train"),
+        ("optimizer.warmup_examples", 320, "the warm-up takes 20 steps, expected 0 to the run's 10"),
         ("micro_batch", 5, "config.batch_size=16 does not divide into micro-batches of 5: set config.micro_batch to "
          "one of 1, 2, 4, 8, 16"),
         ("micro_batch", 4, "config.micro_batch=4 does not divide over the mesh's data=8 x fsdp=1 devices: use a "

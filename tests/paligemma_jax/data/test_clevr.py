@@ -200,7 +200,9 @@ def test_a_corrupt_image_keeps_its_slot(make_clevr_tree, tmp_path):
     (tree / "images/train/CLEVR_train_000002.png").write_bytes(b"not a PNG")  # has two of the four questions
     source = ClevrQuestions(prepare_clevr(tree, tmp_path / "data"))
     guarded = GuardedSource(source, lambda r: {"mean": np.float32(decode(r.image).mean())}, max_bad_fraction=0.5)
-    weights = [float(guarded[i]["weight"]) for i in range(len(guarded))]
+    examples = [guarded[i] for i in range(len(guarded))]
+    guarded.count(range(len(guarded)), [example["bad"] for example in examples])
+    weights = [float(example["weight"]) for example in examples]
     assert weights == [float(source[i].image_name != "CLEVR_train_000002.png") for i in range(4)]
     assert set(guarded.bad_rows.values()) == {"CLEVR_train_000002.png"} and sum(weights) == 2
 
@@ -214,8 +216,8 @@ def test_a_damaged_record_is_a_bad_row_or_still_true(prepared_clevr, tmp_path):
     shard.write_bytes(data)
     guarded = GuardedSource(ClevrQuestions(folder), lambda r: {"prefix": np.array(r.prefix)}, max_bad_fraction=1.0)
     examples = [guarded[i] for i in range(4)]
-    assert guarded.bad_rows
-    assert all(str(examples[i]["prefix"]) == intact[i].prefix for i in range(4) if i not in guarded.bad_rows)
+    assert any(example["bad"] for example in examples)
+    assert all(str(examples[i]["prefix"]) == intact[i].prefix for i in range(4) if not examples[i]["bad"])
 
 
 def test_threads_and_copies_read_the_same(prepared_clevr):

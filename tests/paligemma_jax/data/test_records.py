@@ -34,6 +34,13 @@ def prepare(record):
     return {"image": image, "length": np.int32(len(record.prefix))}
 
 
+def take(guarded, indices):
+    """Reads rows and counts them, as a run does."""
+    examples = [guarded[i] for i in indices]
+    guarded.count(indices, [example["bad"] for example in examples])
+    return examples
+
+
 @pytest.fixture
 def image(make_png):
     return make_png(0)
@@ -111,8 +118,9 @@ def test_fingerprint_tells_rows_seed_fraction_and_source_apart(image):
 
 def test_bad_rows_keep_their_slot_with_weight_zero(image, caplog):
     guarded = GuardedSource(Rows(10, image, unreadable=[3], undecodable=[5]), prepare, max_bad_fraction=0.5)
-    examples = [guarded[i] for i in range(10)]
+    examples = take(guarded, range(10))
     assert [float(e["weight"]) for e in examples] == [1, 1, 1, 0, 1, 0, 1, 1, 1, 1]
+    assert [bool(e["bad"]) for e in examples] == [e["weight"] == 0 for e in examples]
     assert all(e["image"].shape == (4, 4, 3) and e["weight"].dtype == np.float32 for e in examples)
     np.testing.assert_array_equal(examples[3]["image"], -1.0)  # black
     np.testing.assert_array_equal(examples[4]["image"], prepare(Rows(10, image)[4])["image"])
@@ -130,7 +138,8 @@ def test_each_bad_row_is_logged_once_by_name(image, caplog):
 def test_a_record_of_weight_zero_stays_so(image):
     row = dataclasses.replace(Rows(1, image)[0], weight=0.0)
     source = type("One", (), {"fingerprint": "x", "__len__": lambda s: 1, "__getitem__": lambda s, i: row})()
-    assert GuardedSource(source, prepare)[0]["weight"] == 0
+    example = GuardedSource(source, prepare)[0]
+    assert example["weight"] == 0 and not example["bad"]  # nothing is wrong with it
 
 
 def test_raise_policy_stops_at_the_first_bad_row(image):
@@ -142,30 +151,28 @@ def test_raise_policy_stops_at_the_first_bad_row(image):
 
 def test_too_many_bad_rows_stop_the_run_naming_count_share_and_rows(image):
     guarded = GuardedSource(Rows(1000, image, undecodable=range(1000)), prepare, max_bad_fraction=0.1)
-    for i in range(19):
-        guarded[i]
+    take(guarded, range(19))
     with pytest.raises(UserError, match=r"20 of 20 rows .*100\.0%; first: 0\.png, 1\.png, 2\.png\).*at most 10\.0%"):
-        guarded[19]
+        take(guarded, range(19, 40))
 
 
 def test_small_share_of_many_bad_rows_is_tolerated(image):
     guarded = GuardedSource(Rows(60, image, unreadable=range(30, 55)), prepare, max_bad_fraction=0.5)
-    assert sum(guarded[i]["weight"] for i in range(60)) == 35
+    assert sum(example["weight"] for example in take(guarded, range(60))) == 35
     guarded.check()
 
 
 def test_a_small_source_is_judged_at_the_end_of_its_first_pass(image):
     guarded = GuardedSource(Rows(10, image, unreadable=[0, 1]), prepare, max_bad_fraction=0.1)
-    for i in range(9):
-        guarded[i]
+    take(guarded, range(9))
     with pytest.raises(UserError, match="2 of 10 rows"):
-        guarded[9]
+        take(guarded, [9])
 
 
 def test_check_judges_a_pass_that_ends_early(image):
     guarded = GuardedSource(Rows(10, image, unreadable=[0]), prepare, max_bad_fraction=0.1)
     guarded.check()
-    guarded[0]
+    take(guarded, [0])
     with pytest.raises(UserError, match="1 of 1 rows"):
         guarded.check()
 
@@ -174,10 +181,20 @@ def test_counts_are_exact_under_threads(image):
     bad = set(range(0, 400, 4))
     guarded = GuardedSource(Rows(400, image, unreadable=bad), prepare, max_bad_fraction=0.5)
     with ThreadPoolExecutor(8) as pool:
-        weights = list(pool.map(lambda i: float(guarded[i]["weight"]), range(400)))
-    assert weights == [float(i not in bad) for i in range(400)]
+        parts = list(pool.map(lambda start: take(guarded, range(start, start + 10)), range(0, 400, 10)))
+    assert [float(example["weight"]) for part in parts for example in part] == [float(i not in bad) for i in range(400)]
     assert set(guarded.bad_rows) == bad
     assert guarded._seen == 400 and guarded._bad == 100
+
+
+def test_rows_that_copies_read_are_counted_here_with_their_names(image):
+    """As worker processes do: each has a copy, reads its share, and counts nothing."""
+    guarded = GuardedSource(Rows(40, image, unreadable=[3], undecodable=range(20, 40)), prepare, max_bad_fraction=0.1)
+    copies = [pickle.loads(pickle.dumps(guarded)) for _ in range(2)]
+    examples = [copies[i % 2][i] for i in range(40)]
+    assert not any(copy.bad_rows for copy in copies) and not guarded.bad_rows
+    with pytest.raises(UserError, match=r"20 of 39 rows read were bad \(51.3%; first: row 3, 20\.png, 21\.png\)"):
+        guarded.count(range(40), [example["bad"] for example in examples])
 
 
 def test_faults_of_the_program_pass_through(image):
@@ -192,7 +209,7 @@ def test_faults_of_the_program_pass_through(image):
 
 def test_guarded_source_survives_pickling_with_its_counts(image):
     guarded = GuardedSource(Rows(10, image, unreadable=[3]), prepare, max_bad_fraction=0.5)
-    guarded[3]
+    take(guarded, [3])
     copy = pickle.loads(pickle.dumps(guarded))
     assert copy.bad_rows == {3: "row 3"} and copy.fingerprint == guarded.fingerprint
     assert copy[4]["weight"] == 1

@@ -1,7 +1,10 @@
 """Packed texts, their mask, patch labels, and the way of a pretrained model into a folder."""
 
+import inspect
 import json
+import warnings
 
+import beartype
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,6 +105,14 @@ def test_a_packed_text_reads_as_if_alone(task, module):
     assert np.abs(task.forward(module, other)[0] - hidden)[0, :3].max() > 1e-3  # a text reads the image
 
 
+def test_the_annotations_of_the_patch_heads_loss_are_not_deprecated(module):
+    """beartype warns of those that a coming Python drops; and it takes the model's own heads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked = beartype.beartype(inspect.unwrap(scene_task.patch_loss))
+    checked(module.patch_heads, jnp.zeros((1, 4, 16)), jnp.zeros((1, 4, 4), jnp.int32))
+
+
 def test_scores_count_whole_suffixes(task, module, monkeypatch):
     """Against predictions made to be right, wrong in one token, and right."""
     row = packed()
@@ -186,6 +197,17 @@ def test_micro_batches_are_refused():
     config = config_of({"micro_batch": 2, "batch_size": 4}, config=str(ROOT / "configs/pretrain.py:vision"))
     with pytest.raises(UserError, match="micro_batch is 2, expected None"):
         VisionPretraining(config, None)
+
+
+def test_an_unknown_remat_is_refused():
+    config = config_of({"model.remat": "blocks"}, config=str(ROOT / "configs/pretrain.py:vision"))
+    with pytest.raises(UserError) as error:
+        VisionPretraining(config, None)
+    assert str(error.value) == "model.remat is 'blocks', expected one of none, block, dots: change it."
+
+
+def test_what_trains_is_known_before_scenes_are_rendered(task, module):
+    assert set(task.trainable_paths()) == params.flatten(module).keys()
 
 
 # Export

@@ -1,6 +1,7 @@
 """The loss of the VQA task, its weights, and what it trains."""
 
 import gc
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.tasks import vqa
 from paligemma_jax.tasks.vqa import VQA
+from paligemma_jax.weights import load as load_module
 from tests.paligemma_jax.mini import config_of, task_of
-from train_jax import model_state, params
+from train_jax import loop, model_state, params, sharding
 from train_jax.errors import UserError
 from train_jax.resume import check_resume
 from train_jax.task import Task
@@ -228,6 +230,47 @@ def test_the_question_only_companion(mini_options, task):
     assert VQA(config, task.mesh).companions() == {}
     for key in ("eval.controls", "eval.question_only"):
         assert task_of(mini_options | {key: False}).companions() == {}
+
+
+def test_weights_go_straight_into_their_shardings(mini_options, monkeypatch):
+    """No leaf lies whole on one device on its way."""
+    placed, real = [], load_module._placed
+    monkeypatch.setattr(load_module, "_placed", lambda array, place: placed.append(place) or real(array, place))
+    task = task_of(mini_options | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "adapter.name": "none"})
+    arrays = params.flatten(task.base())
+    expected, _ = sharding.shardings(task.mesh, task.sharding_rules(), arrays)
+    assert {path: array.sharding for path, array in arrays.items()} == expected
+    assert len(placed) == len(arrays) and set(placed) == set(expected.values())
+    assert any(not place.is_fully_replicated for place in placed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.targets": r".*/(q_proj|linear)"},
+        {"adapter.name": "none", "trainable": "decoder/.*/mlp/.*"},
+    ],
+)
+def test_what_trains_is_known_before_the_model_is_built(mini_options, changes):
+    task = task_of(mini_options | changes | {"cache_features": False})
+    told = task.trainable_paths()
+    assert sorted(told) == sorted(model_state.build(task, task.mesh).trainable)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"rates": "(('vision/.*', 0.5),)"}, "rule: 'vision/.*' matches none of 4 paths"),
+        ({"weight_decay_mask": ".*/kernel"}, "weight_decay_mask of weight_decay=0.01: '.*/kernel' matches none of 4"),
+    ],
+)
+def test_patterns_of_the_optimizer_are_judged_before_scenes_are_rendered(
+    mini_options, tmp_path, monkeypatch, changes, sentence
+):
+    monkeypatch.setattr(VQA, "split", lambda *args: pytest.fail("data were prepared"))
+    options = mini_options | {f"optimizer.{key}": value for key, value in changes.items()}
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        loop.fit(config_of(options), tmp_path / "run", "none")
 
 
 def test_a_projector_that_trains_cannot_be_cached(mini_options):

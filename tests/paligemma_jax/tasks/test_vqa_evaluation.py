@@ -18,7 +18,7 @@ from paligemma_jax.tasks import vqa_evaluation
 from paligemma_jax.tasks.features import FeatureCache
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers, other_images
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
-from train_jax import model_state
+from train_jax import memory, model_state
 from train_jax.errors import UserError
 from train_jax.memory import step_memory
 
@@ -165,6 +165,37 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
     assert evaluation._size == 4 and len(compiled) == 2
     list(evaluation.answers(mini_rows, ("generate",), shuffled=True))
     assert len(compiled) == 2  # once an evaluation
+
+
+def planned(evaluation, rows):
+    """What the compiler plans for one batch, beside the model and what it is given."""
+    with vqa_evaluation._Reader(evaluation.task, rows, lambda images: images, evaluation._size, False) as reader:
+        batch, images = evaluation._shapes(reader)
+    step = jax.jit(evaluation._everything, static_argnums=3).lower(evaluation.model, batch, images, ALL).compile()
+    found = step_memory(step)
+    return found.temp + found.output
+
+
+@pytest.mark.parametrize("size, changes", [(64, {}), (2, {"data.prefix_length": 200, "eval.candidates": ""})])
+def test_all_activations_are_more_than_any_compiler_plans(options, mini_rows, size, changes):
+    task = task_of(options | changes)
+    evaluation = Evaluation(task, task.base())
+    evaluation._size = size
+    assert planned(evaluation, mini_rows) < evaluation._all_activations()
+
+
+def test_on_a_cpu_the_batch_is_fitted_to_the_hosts_memory(monkeypatch, options, expected, mini_rows, caplog):
+    """One byte too little for the 13 rows that there are, whatever is asked for."""
+    task = task_of(options | {"eval.batch_size": 100_000})
+    evaluation = Evaluation(task, task.base())
+    evaluation._size = len(mini_rows)
+    need, evaluation._size = planned(evaluation, mini_rows), 100_000
+    left = -(-(need - 1) * 8 * 4 // 3)  # 8 devices share three quarters of it
+    monkeypatch.setattr(memory, "host_memory_left", lambda: left)
+    assert memory.device_memory_limit() == need - 1
+    assert_same(list(evaluation.answers(mini_rows, ALL)), expected)
+    assert evaluation._size == 6
+    assert f"with 6 questions at once: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
 
 
 SCRIPT = """
