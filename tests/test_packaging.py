@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -14,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
 TINY = ROOT / "paligemma_jax" / "tiny"
 MAX_TINY_BYTES = 8 * 2**20
+MAIN_JOB = (
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && python train.py --config=configs/clevr.py"
+)
+TESTS = 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]" && pytest'
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +68,28 @@ def test_wheel_metadata(wheel):
     assert name.replace("METADATA", "licenses/LICENSE") in wheel.namelist()
 
 
+def test_the_readme_has_the_two_commands_and_what_they_name_exists():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert lines.count(MAIN_JOB) == lines.count(TESTS) == 1
+    script, config = re.search(r"python (\S+) --config=(\S+)$", MAIN_JOB).groups()
+    assert (ROOT / script).is_file()
+    assert load_config(str(ROOT / config)).task == "paligemma_jax.tasks.vqa:VQA"
+
+
 def test_ci_runs_the_readmes_test_command():
-    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    command = next(line for line in readme.splitlines() if line.endswith("pytest"))
-    steps = command.split(" && ")
-    assert steps[:2] == ["python3 -m venv .venv", ". .venv/bin/activate"]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    steps = TESTS.split(" && ")
     assert all(re.search(rf"^{re.escape(step)}(\s|$)", ci, re.MULTILINE) for step in steps[2:])
+
+
+def test_every_extra_that_a_person_is_told_of_exists():
+    """In documents and in sentences of the packages: `[tf]`, ".[parquet]", paligemma-jax[hub]."""
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    code = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    told = set()
+    for files, before in ((documents, r"(?:\.|`|paligemma-jax)"), (code, r"(?:\"\.|paligemma-jax)")):
+        for file in files:
+            for names in re.findall(before + r"\[([a-z]+(?:,[a-z]+)*)\]", file.read_text(encoding="utf-8")):
+                told |= set(names.split(","))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cuda", "tpu", "dev", "tf", "hub", "parquet"} <= told <= set(project["optional-dependencies"])

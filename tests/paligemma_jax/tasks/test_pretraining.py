@@ -8,6 +8,7 @@ import beartype
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beartype.door import is_bearable
 
 import paligemma_jax as pg
 from paligemma_jax.data import pretraining_set
@@ -109,8 +110,8 @@ def test_the_annotations_of_the_patch_heads_loss_are_not_deprecated(module):
     """beartype warns of those that a coming Python drops; and it takes the model's own heads."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checked = beartype.beartype(inspect.unwrap(scene_task.patch_loss))
-    checked(module.patch_heads, jnp.zeros((1, 4, 16)), jnp.zeros((1, 4, 4), jnp.int32))
+        beartype.beartype(inspect.unwrap(scene_task.patch_loss))
+    assert is_bearable(module.patch_heads, inspect.get_annotations(scene_task.patch_loss)["heads"])
 
 
 def test_scores_count_whole_suffixes(task, module, monkeypatch):

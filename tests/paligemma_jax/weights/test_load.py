@@ -119,6 +119,7 @@ def test_padding_adds_words_that_are_never_the_likeliest_and_slicing_takes_them_
     assert all(np.array_equal(again[name], plain[name]) for name in plain)
 
 
+@pytest.mark.usefixtures("fast_compilation")
 def test_random_weights_are_made_where_they_are_to_lie(small_config, monkeypatch):
     monkeypatch.setattr(load_module, "variant", lambda name: small_config)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -126,11 +127,9 @@ def test_random_weights_are_made_where_they_are_to_lie(small_config, monkeypatch
     def shardings(name, leaf):
         return sharding.shardings(mesh, SHARDING_RULES, {name: leaf})[0][name]
 
-    placed = params.flatten(load("random:small", shardings=shardings))
-    for name, array in params.flatten(load("random:small")).items():
-        assert placed[name].sharding == shardings(name, array)
-        np.testing.assert_allclose(placed[name], array, rtol=1e-6)
-    assert not placed[WORDS].is_fully_replicated
+    arrays = params.flatten(load("random:small", shardings=shardings))
+    assert all(array.sharding == shardings(name, array) for name, array in arrays.items())
+    assert not arrays[WORDS].is_fully_replicated and np.std(arrays[WORDS]) > 0
 
 
 def test_leaves_are_placed_into_the_shardings_asked_for(path):
