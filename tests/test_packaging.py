@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from train_jax.command_line import load_config
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
 TINY = ROOT / "paligemma_jax" / "tiny"
