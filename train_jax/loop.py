@@ -24,7 +24,7 @@ from train_jax.memory import reported_peak
 from train_jax.plots import plot_curves
 from train_jax.ranking import check_metric
 from train_jax.reporting import Reporter
-from train_jax.resume import look
+from train_jax.resume import check_single, look
 from train_jax.session import Session, training_batches
 from train_jax.startup import startup_report
 from train_jax.task import make_task
@@ -44,14 +44,15 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         processes of the same run beside; None = now.
 
     Raises:
-      UserError: a config that cannot run, or a workdir of another run, before data are prepared or the model is read;
-        data or a model that do not fit the config, before anything is compiled.
+      UserError: a config that cannot run or is a sweep, or a workdir of another run, before data are prepared or the
+        model is read; data or a model that do not fit the config, before anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
     began = time.perf_counter() if began is None else began
     validate(config)
     workdir = Path(workdir)
+    check_single(config, workdir)
     earlier = look(workdir, config)
     for note in earlier.notes if earlier else ():
         _say(note)
@@ -263,7 +264,8 @@ class Run:
             here = time.perf_counter() - companion_began
             session.earlier_seconds += max(companions[name]["seconds"] - here, 0.0)
         options = {"companions": companions} if companions else {}
-        results = {"step": step} | self.task.evaluate(model, self.workdir, **options)
+        results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
+        results |= self.task.evaluate(model, self.workdir, **options)
         results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}
         write_results(self.workdir, results)
         if jax.process_index() == 0:
