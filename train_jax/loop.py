@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, sharding, state
+from train_jax import files, metrics, sharding, state, training_step
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
 from train_jax.durations import Plan
@@ -141,31 +141,14 @@ class Run:
 
     def _compile(self, reporter: Reporter):
         """The compiled step and its zero totals; prints the start-up report."""
-        config, session = self.config, self.session
-        bundle, mesh = session.bundle, session.mesh
-        step = state.make_train_step(
-            bundle.merge,
-            self.task.loss,
-            self.task.normalizer,
-            session.optimizer,
-            session.schedule,
-            seed=config.seed,
-            ema_decay=config.ema_decay,
-            max_bad_steps=config.max_bad_steps,
-        )
+        session, bundle, mesh = self.session, self.session.bundle, self.session.mesh
         batch = sharding.to_global(session.pipeline.batch_at(0), mesh, sharding.batch_sharding(mesh).spec)
-
-        def metric_names(params, frozen, batch):
-            keys = state.row_keys(config.seed, session.state.step, session.pipeline.micro_batch)
-            return self.task.loss(bundle.merge(params | frozen), jax.tree.map(lambda x: x[0], batch), keys)[1]
-
-        names = jax.eval_shape(metric_names, session.state.params, bundle.frozen, batch)
-        zeros = metrics.zeros_like([*names, "loss", "grad_norm", "learning_rate"])
-        zeros = jax.device_put(zeros, sharding.replicated(mesh))
+        traced, totals = training_step.trace(
+            self.config, self.task, mesh, bundle, session.optimizer, session.schedule, session.state, batch
+        )
+        zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(mesh))
         began = time.perf_counter()
-        places = jax.tree.map(lambda leaf: leaf.sharding, (session.state, zeros))
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
-        compiled = jitted.lower(session.state, zeros, bundle.frozen, batch).compile()
+        compiled = traced.lower().compile()
         reporter.say(startup_report(session.state.params, bundle.frozen, session.state.opt_state, compiled))
         for note in bundle.notes:
             reporter.say(note)
