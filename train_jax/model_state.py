@@ -18,8 +18,8 @@ class Bundle:
     """A model as the loop holds it."""
 
     graph: nnx.GraphDef
-    trainable: dict[str, jax.Array]
-    frozen: dict[str, jax.Array]
+    trainable: dict[str, params.Leaf]
+    frozen: dict[str, params.Leaf]
     shardings: dict[str, NamedSharding]  # of all paths
     notes: list[str]  # dimensions that could not be split
 

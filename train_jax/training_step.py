@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import metrics, sharding, state
-from train_jax.metrics import Metrics
 from train_jax.model_state import Bundle
 from train_jax.optimizers import Schedule
 from train_jax.task import Task
@@ -23,16 +22,16 @@ def trace(
     schedule: Schedule,
     start: state.TrainState,
     batch: dict[str, Any],
-) -> tuple[jax.stages.Traced, Metrics]:
+) -> tuple[jax.stages.Traced, dict[str, Any]]:
     """The step of train_jax.state over this model, traced.
 
-    Args:
-      start: the state, arrays or shapes with their shardings.
-      batch: arrays or shapes [A, b, ...] with their shardings.
+      Args:
+        start: the state, arrays or shapes with their shardings.
+        batch: arrays or shapes [A, b, ...] with their shardings.
 
-    Returns:
-      The traced step, called as `step(state, totals, bundle.frozen, batch)`, whose results lie as its arguments do;
-      and the shapes of `totals`.
+      Returns:
+        The traced step, called as `step(state, totals, bundle.frozen, batch)`, whose results lie as its arguments do;
+    and the shapes of `totals` (metrics.Metrics).
     """
     step = state.make_train_step(
         bundle.merge,

@@ -37,7 +37,7 @@ ENTRY %main (p: bf16[4]) -> f32[4] {
   %p = bf16[4]{0} parameter(0)
   %s = (f32[16]{0}, f32[2]{0}) reduce-scatter-start(%p), dimensions={0}
   %d = f32[2]{0} reduce-scatter-done(%s)
-  %w = (s32[], /*index=1*/f32[4]{0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (s32[], /*index=1*/f32[4]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %u = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%inner
   ROOT %k = f32[4]{0} conditional(%i, %a, %b), branch_computations={%other, %add}
 }
@@ -99,8 +99,8 @@ def test_copies_of_stacked_weights_are_found(dtype, copied):
 
     @functools.partial(jax.jit)
     def network(up, down, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x, (up, down))[0]
+        return jax.lax.scan(lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x.astype(dtype), (up, down))[0]
 
-    shapes = [(6, 64, 128), (6, 128, 64), (32, 64)]
-    text = network.lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).compile().as_text()
+    weights = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((6, 64, 128), (6, 128, 64))]
+    text = network.lower(*weights, jax.ShapeDtypeStruct((32, 64), jnp.float32)).compile().as_text()
     assert hlo.float32_copies(hlo.parse(text)) == 2 * copied
