@@ -1,6 +1,7 @@
 """Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
 
-The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well.
+The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well; of a config that is a sweep
+by train_jax.sweep.fit(config, workdir).
 """
 
 from absl import flags
@@ -24,6 +25,10 @@ def main(argv: list[str]) -> None:
     distributed.start_from_flags(values)
     if values.print_batch:
         print(loop.describe_batch(config))
+    elif config.sweep:
+        from train_jax import sweep
+
+        sweep.fit(config, workdir, values.progress, clock.process_began())
     else:
         loop.fit(config, workdir, values.progress, clock.process_began())
 

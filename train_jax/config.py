@@ -66,6 +66,13 @@ def runtime_defaults() -> ConfigDict:
     # Devices along each axis; -1 = all that the others leave. Only the product of data and fsdp splits the batch.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
+    # Runs instead of one: ((name, {dotted key: value}), ...), each in a folder of its name in the workdir (sweep.py).
+    config.sweep = ()
+    config.sweep_metric = placeholder(str)  # of eval.json, to compare the runs by; None = best_metric, else "loss"
+    config.sweep_x = placeholder(
+        str
+    )  # numeric config key, or "trainable_parameters": the plot's x; None = one bar a run
+
     config.data = data = ConfigDict()
     data.workers = 0  # processes that read; 0 = threads of this process, faster unless decoding holds the GIL
     data.threads = 2  # that read batches ahead; 0 = none
@@ -237,6 +244,8 @@ def stored_config(workdir: Path) -> ConfigDict:
 
 def _tuples(value: Any) -> Any:
     """Configs hold tuples, never lists (the command line cannot set those), so every list of JSON is a tuple."""
+    if isinstance(value, dict):  # the overrides of a sweep
+        return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 

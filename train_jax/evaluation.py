@@ -14,9 +14,11 @@ from train_jax.checkpoints import Checkpoints
 from train_jax.config import stored_config
 from train_jax.errors import UserError
 from train_jax.memory import reported_peak
-from train_jax.resume import difference
+from train_jax.resume import check_single, difference
 from train_jax.task import Task, make_task
 from train_jax.validation import validate
+
+OF_TRAINING = ("finished", "trainable_parameters")  # of a run's eval.json: another evaluation of it keeps these
 
 
 def evaluate(
@@ -35,11 +37,12 @@ def evaluate(
       began: the time (of `time.perf_counter`) from which on the `seconds` of the results count; None = now.
 
     Raises:
-      UserError: a config that cannot run or is of another model than the run's, or no such checkpoint.
+      UserError: a config that cannot run or is of another model than the run's, a sweep, or no such checkpoint.
     """
     began = time.perf_counter() if began is None else began
     validate(config, training=False)
     workdir = Path(workdir)
+    check_single(config, workdir)
     task, model, step = _trained(config, workdir, checkpoint)
     if split == getattr(task, "default_split", None):
         split = None
@@ -51,7 +54,7 @@ def evaluate(
     results = {"step": step} | task.evaluate(model, workdir, split, **options)
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
-        results["finished"] = True
+        results |= {name: before[name] for name in OF_TRAINING if name in before}
     write_results(workdir, results, split)
     print_results(results)
     return results
@@ -65,6 +68,7 @@ def _companions(task: Task) -> dict[str, ConfigDict]:
 def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best") -> nnx.Module:
     """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
     validate(config, training=False)
+    check_single(config, Path(workdir))
     return _trained(config, Path(workdir), checkpoint)[1]
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, optimizers, sharding, state
+from train_jax import files, metrics, optimizers, sharding, state, training_step
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
 from train_jax.durations import Plan
@@ -24,7 +24,7 @@ from train_jax.memory import reported_peak
 from train_jax.plots import plot_curves
 from train_jax.ranking import check_metric
 from train_jax.reporting import Reporter
-from train_jax.resume import look
+from train_jax.resume import check_single, look
 from train_jax.session import Session, training_batches
 from train_jax.startup import startup_report
 from train_jax.task import make_task
@@ -44,15 +44,16 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         processes of the same run beside; None = now.
 
     Raises:
-      UserError: a config that cannot run, or a workdir of another run, before data are prepared or the model is read;
-        patterns that match no parameter, before data are prepared (where the task tells its parameters in time); data
-        or a model that do not fit the config, before anything is compiled.
+      UserError: a config that cannot run or is a sweep, or a workdir of another run, before data are prepared or the
+        model is read; patterns that match no parameter, before data are prepared (where the task tells its parameters
+        in time); data or a model that do not fit the config, before anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
     began = time.perf_counter() if began is None else began
     validate(config)
     workdir = Path(workdir)
+    check_single(config, workdir)
     earlier = look(workdir, config)
     for note in earlier.notes if earlier else ():
         _say(note)
@@ -144,31 +145,14 @@ class Run:
 
     def _compile(self, reporter: Reporter):
         """The compiled step and its zero totals; prints the start-up report."""
-        config, session = self.config, self.session
-        bundle, mesh = session.bundle, session.mesh
-        step = state.make_train_step(
-            bundle.merge,
-            self.task.loss,
-            self.task.normalizer,
-            session.optimizer,
-            session.schedule,
-            seed=config.seed,
-            ema_decay=config.ema_decay,
-            max_bad_steps=config.max_bad_steps,
-        )
+        session, bundle, mesh = self.session, self.session.bundle, self.session.mesh
         batch = sharding.to_global(session.pipeline.batch_at(0), mesh, sharding.batch_sharding(mesh).spec)
-
-        def metric_names(params, frozen, batch):
-            keys = state.row_keys(config.seed, session.state.step, session.pipeline.micro_batch)
-            return self.task.loss(bundle.merge(params | frozen), jax.tree.map(lambda x: x[0], batch), keys)[1]
-
-        names = jax.eval_shape(metric_names, session.state.params, bundle.frozen, batch)
-        zeros = metrics.zeros_like([*names, "loss", "grad_norm", "learning_rate"])
-        zeros = jax.device_put(zeros, sharding.replicated(mesh))
+        traced, totals = training_step.trace(
+            self.config, self.task, mesh, bundle, session.optimizer, session.schedule, session.state, batch
+        )
+        zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(mesh))
         began = time.perf_counter()
-        places = jax.tree.map(lambda leaf: leaf.sharding, (session.state, zeros))
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
-        compiled = jitted.lower(session.state, zeros, bundle.frozen, batch).compile()
+        compiled = traced.lower().compile()
         reporter.say(startup_report(session.state.params, bundle.frozen, session.state.opt_state, compiled))
         for note in bundle.notes:
             reporter.say(note)
@@ -267,7 +251,8 @@ class Run:
             here = time.perf_counter() - companion_began
             session.earlier_seconds += max(companions[name]["seconds"] - here, 0.0)
         options = {"companions": companions} if companions else {}
-        results = {"step": step} | self.task.evaluate(model, self.workdir, **options)
+        results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
+        results |= self.task.evaluate(model, self.workdir, **options)
         results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}
         write_results(self.workdir, results)
         if jax.process_index() == 0:

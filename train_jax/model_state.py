@@ -18,8 +18,8 @@ class Bundle:
     """A model as the loop holds it."""
 
     graph: nnx.GraphDef
-    trainable: dict[str, jax.Array]
-    frozen: dict[str, jax.Array]
+    trainable: dict[str, params.Leaf]
+    frozen: dict[str, params.Leaf]
     shardings: dict[str, NamedSharding]  # of all paths
     notes: list[str]  # dimensions that could not be split
 
@@ -38,10 +38,23 @@ def build(task: Task, mesh: Mesh) -> Bundle:
     Raises:
       UserError: the trainable pattern matches nothing, or a leaf has no sharding rule.
     """
-    graph, arrays = params.split(task.init())
+    return _bundle(task, task.init(), mesh, jax.device_put)
+
+
+def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> Bundle:
+    """As `build`, of a model that holds shapes: nothing is allocated.
+
+    Args:
+      model: as `task.init` returns it, made by `nnx.eval_shape`.
+    """
+    return _bundle(task, model, mesh, lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+
+
+def _bundle(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> Bundle:
+    graph, arrays = params.split(model)
     trains = set(patterns.select(task.trainable(), arrays, what="trainable parameters"))
     places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
-    placed = {path: jax.device_put(array, places[path]) for path, array in arrays.items()}
+    placed = {path: put(array, places[path]) for path, array in arrays.items()}
     return Bundle(
         graph,
         {path: array for path, array in placed.items() if path in trains},
@@ -64,6 +77,20 @@ def create_state(
 
     places = state_shardings(make, bundle, mesh)
     return jax.jit(make, out_shardings=places, donate_argnums=0)(bundle.trainable)
+
+
+def abstract_state(
+    bundle: Bundle, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
+) -> state.TrainState:
+    """As `create_state`, of an abstract bundle."""
+
+    def make(trainable):
+        return state.create(trainable, optimizer, **options)
+
+    shapes, places = jax.eval_shape(make, bundle.trainable), state_shardings(make, bundle, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+    )
 
 
 def state_shardings(make: Callable, bundle: Bundle, mesh: Mesh) -> Any:

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+Leaf = jax.Array | jax.ShapeDtypeStruct
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, jax.Array]]:
-    """The module's structure and its arrays by path; `merge` is the inverse."""
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
+    """The module's structure and its arrays by path (shapes, of an abstract module); `merge` is the inverse."""
     graph, state = nnx.split(model)
     return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 

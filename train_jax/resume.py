@@ -25,6 +25,7 @@ HARMLESS = (
 )
 TOTALS = tuple(f"total_{unit}" for unit in UNITS)
 ABSENT = "(absent)"
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep, whose runs lie in folders below
 
 
 class Earlier(NamedTuple):
@@ -63,6 +64,22 @@ def look(workdir: Path, config: ConfigDict) -> Earlier | None:
     elif early:
         notes = [f"{found}, and only its evaluation is left{remedy}."]
     return Earlier(notes, results)
+
+
+def check_single(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a sweep, of which there is no one model to train on or to evaluate.
+
+    Raises:
+      UserError: `config` is a sweep's or the workdir holds one; the sentence names the folders of its runs.
+    """
+    summary = files.read_json(workdir / SWEEP_FILE)
+    if summary:
+        folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
+        found = ", ".join(str(workdir / name) for name in folders) or "none has begun"
+        raise UserError(f"{workdir} holds a sweep, expected one run: give --workdir one of its folders ({found})")
+    if config.sweep:
+        names = ", ".join(name for name, _ in config.sweep)
+        raise UserError(f"the config is a sweep of {names}, expected one run: train it with train.py, or set sweep=()")
 
 
 def gave_up(meta: dict[str, Any], patience: int | None) -> bool:

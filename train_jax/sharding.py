@@ -8,7 +8,7 @@ splits parameters alone. Rules say which dimension of which parameter goes over 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +131,16 @@ def shardings(
             entries.append(entry)
         chosen[path] = NamedSharding(mesh, PartitionSpec(*entries))
     return chosen, notes
+
+
+def with_shardings(tree: Any, place: Callable[[Any], NamedSharding]) -> Any:
+    """Returns the shapes of a tree's leaves, each with the sharding that `place(leaf)` gives."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes that a tree's leaves (arrays, or shapes with shardings) take on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _parts(mesh: Mesh, path: str, entry: str | tuple[str, ...] | None) -> int:

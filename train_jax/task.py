@@ -1,8 +1,8 @@
 """What a run must provide: the Task protocol. A config names its task by import path, so adding one touches no list."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -13,6 +13,23 @@ from train_jax.config import task_class
 from train_jax.input import Source
 from train_jax.metrics import Metrics
 from train_jax.sharding import Spec
+
+
+class Blueprint(NamedTuple):
+    """What a run computes, in shapes: made from the config alone, without weights, without data, nothing allocated.
+
+    Attributes:
+      task: its `trainable`, `sharding_rules`, `normalizer` and `loss` are used.
+      model: as `init` returns it, its arrays `jax.ShapeDtypeStruct` (nnx.eval_shape).
+      example: shapes and dtypes of a training example, as `train_source()[i]` is.
+      programs: what an evaluation computes: name -> (function, arguments), called as `function(model, *arguments)`;
+        arguments are shapes with the shardings they have.
+    """
+
+    task: "Task"
+    model: nnx.Module
+    example: Mapping[str, jax.ShapeDtypeStruct]
+    programs: Mapping[str, tuple[Callable, tuple]]
 
 
 @runtime_checkable
@@ -32,6 +49,7 @@ class Task(Protocol):
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;
       describe_batch(batch) -> str: a training batch as a person reads it (train.py --print_batch);
+      blueprint(config, mesh) -> Blueprint: a static or class method, for the plan command (train_jax/plan.py);
       companions() -> {name: config}: runs that are trained in `workdir/name` before the evaluation, which gets
         their results as `companions={name: results}`.
     """

@@ -14,6 +14,7 @@ from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa_rows import Rows
 from train_jax.errors import UserError
 
+ENCODED_AT_ONCE = 32  # images, when a run begins; rounded up to the mesh
 Encode = Callable[[np.ndarray], np.ndarray]  # images uint8 [B, I, I, 3] -> features float32 [B, P, D]
 
 
@@ -97,7 +98,7 @@ class FeatureStore:
         # Shares are judged by row, in `_examples`: an image may have one question or many.
         images = rows.guarded(Subset(source, indices=first), rows.image, max_bad_fraction=1.0)
         encode, parts = encoder(model, mesh), common.row_parts(mesh)
-        batch = -(-32 // parts) * parts
+        batch = -(-ENCODED_AT_ONCE // parts) * parts
         self._features, self._place = np.empty(shape, np.float32), {}
         with progress(f"encoding {len(numbers)} training images") as told:
             for start in range(0, len(numbers), batch):

@@ -30,6 +30,7 @@ from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.task import Blueprint
 
 FEATURES = "features"
 
@@ -58,6 +59,13 @@ class VQA:
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
 
+    @staticmethod
+    def blueprint(config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command."""
+        from paligemma_jax.tasks.vqa_plan import blueprint  # which imports this module
+
+        return blueprint(config, mesh)
+
     # Model.
 
     def base(self) -> PaliGemma:
@@ -74,11 +82,13 @@ class VQA:
             self._rows = Rows(self.tokenizer, self._base.config.preprocessing, config.data)
         return self._base
 
+    _load = staticmethod(load)
+
     def _read(self) -> PaliGemma:
         config = self.config
         trained = config.adapter.name == "none"
         rules = self.sharding_rules()
-        return load(
+        return self._load(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,

@@ -7,7 +7,7 @@ whenever the device runs out all the same.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
@@ -38,13 +40,19 @@ def candidate_answers(candidates: str) -> tuple[str, ...]:
     return ANSWERS if candidates == "clevr" else tuple(filter(None, candidates.split("|")))
 
 
+def rows_at_once(config: ConfigDict, mesh: Mesh) -> int:
+    """Rows of a batch at the start of an evaluation: `eval.batch_size`, as a multiple of the mesh's row parts."""
+    parts = common.row_parts(mesh)
+    return max(config.eval.batch_size // parts, 1) * parts
+
+
 class Evaluation:
     """One model over any number of sources."""
 
     def __init__(self, task, model):
         self.task, self.model, self.config = task, model, task.config
         self._parts = common.row_parts(task.mesh)
-        self._size = max(self.config.eval.batch_size // self._parts, 1) * self._parts
+        self._size = rows_at_once(self.config, task.mesh)
         self._fitted = False
         self._candidates = self._tokenize_candidates()
 
@@ -108,14 +116,15 @@ class Evaluation:
     def _compute(self, arrays: dict[str, np.ndarray], wanted: tuple[str, ...]) -> dict[str, Any]:
         """Device results of one batch, on the host."""
         batch = common.to_mesh(arrays, self.task.mesh)
-        out: dict[str, Any] = {}
-        if "generate" in wanted:
-            out["generate"] = self._generate(self.model, batch)
-        if "likelihood" in wanted and self._candidates is not None:
-            out["likelihood"] = self._score(self.model, batch)
-        if "loss" in wanted:
-            out["loss"] = _token_loss(self.task, self.model, batch)
+        out = {name: program(self.model, batch) for name, program in self.programs(wanted).items()}
         return jax.tree.map(common.to_host, out)
+
+    def programs(self, wanted: tuple[str, ...] = OUTPUTS) -> dict[str, Callable]:
+        """What of OUTPUTS is wanted and can be had, each a function of the model and a batch on the mesh."""
+        found: dict[str, Callable] = {"generate": self._generate, "loss": functools.partial(_token_loss, self.task)}
+        if self._candidates is not None:
+            found["likelihood"] = self._score
+        return {name: found[name] for name in OUTPUTS if name in wanted and name in found}
 
     def _generate(self, model, batch) -> jax.Array:
         return generate(
@@ -187,14 +196,7 @@ class Evaluation:
 
     def _everything(self, model, batch, images, wanted: tuple[str, ...]):
         """All of a batch's computations in one program, to ask the compiler what they take."""
-        out = [encode_images(model, images)]
-        if "generate" in wanted:
-            out.append(self._generate(model, batch))
-        if "likelihood" in wanted and self._candidates is not None:
-            out.append(self._score(model, batch))
-        if "loss" in wanted:
-            out.append(_token_loss(self.task, model, batch))
-        return out
+        return [encode_images(model, images), *(run(model, batch) for run in self.programs(wanted).values())]
 
     def _shrink(self, error: Exception) -> None:
         """Halves the batch after the device ran out of memory; raises as `smaller_batch`."""
@@ -256,10 +258,7 @@ class _Reader:
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
             raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
-        prompt = self._task.rows.prompt(record)
-        return {"record": record, "prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | (
-            self._task.rows.text(record)
-        )
+        return {"record": record} | self._task.rows.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
         """Records and arrays of some rows, filled up to `size` rows with copies of weight 0."""

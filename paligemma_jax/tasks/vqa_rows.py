@@ -38,6 +38,11 @@ class Rows:
         length = self.data.prefix_length
         return prompts.make_example(self.tokenizer, record.prefix, None, length, prefix_length=length)
 
+    def prompt_and_text(self, record: Record) -> dict[str, np.ndarray]:
+        """A row to be answered whose answer is known: `prompt`, `prompt_mask`, and the training row's text."""
+        prompt = self.prompt(record)
+        return {"prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | self.text(record)
+
     def image(self, record: Record) -> dict[str, np.ndarray]:
         """The record's picture, resized to the model's input, uint8 [I, I, 3]; black where the config says so."""
         try:

@@ -96,6 +96,31 @@ def load(
     return params.assign(model, arrays)
 
 
+def new(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    image_size: int | None = None,
+    param_dtype: str | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+    quantize: str | None = None,
+    block_size: int = 64,
+    double: bool = False,
+) -> PaliGemma | ViT | Gemma:
+    """A model as `load` returns it, but with random weights: only sizes are read, so that `nnx.eval_shape` of it makes
+    a model of shapes out of nothing but the checkpoint's config (or an npz's headers). Arguments and errors as of
+    `load`.
+    """
+    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    _check_options(both, None)
+    codec = (quantize, block_size, double) if quantize else None
+    if str(path).startswith(RANDOM):
+        return _random(str(path), image_size, None, both, codec)
+    checkpoint = _open(path, {})
+    return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
+
+
 def _check_options(both: dict, vocab_size: int | None) -> None:
     """Refuses values that no model can have."""
     for kind in (both["dtype"], both["param_dtype"]):

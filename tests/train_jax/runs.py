@@ -31,12 +31,25 @@ def arguments(workdir: Path, config: dict, *more: str) -> list[str]:
     return [str(ROOT / "train.py"), f"--config={file}", f"--workdir={workdir}", *overrides, *more]
 
 
-def start(workdir: Path, config: dict, *more: str, devices: int = 8, **environment: str) -> subprocess.Popen:
-    """`train.py` in a process of its own; JAX's settings of this one (`fast_runs`) hold there too."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | environment
-    command = [sys.executable, *arguments(workdir, config, *more)]
+def command(workdir: Path, config: dict, *more: str) -> list[str]:
+    """`train.py` for a process of its own."""
+    return [sys.executable, *arguments(workdir, config, *more)]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of such a process: JAX's settings of this one (`fast_runs`) hold there too."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+
+
+def start(workdir: Path, config: dict, *more: str) -> subprocess.Popen:
+    """`train.py` in a process of its own with 8 devices."""
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=workdir.parent
+        command(workdir, config, *more),
+        env=environment(8),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=workdir.parent,
     )
 
 

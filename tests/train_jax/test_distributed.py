@@ -1,18 +1,18 @@
 """Two processes of this machine as one run."""
 
 import signal
-import socket
 
 import pytest
 
-from tests.train_jax.runs import assert_same_run, logged, metrics, start, steps_kept
+from tests.together import coordinator, run_together
+from tests.train_jax.runs import assert_same_run, command, environment, logged, metrics, steps_kept
 from tests.train_jax.toy_task import toy_config
 from train_jax import distributed, loop
 from train_jax.errors import UserError
 
 RUN = {"total_steps": 6, "eval_steps": 3, "checkpoint_steps": 3, "micro_batch": 4, "model.width": 16}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
-SECONDS = 180
+SECONDS = 600  # half a minute where nothing else runs
 
 
 def test_no_cluster(monkeypatch):
@@ -33,20 +33,14 @@ def test_arguments_reach_jax(monkeypatch):
 
 
 def run_both(workdir, changes: dict) -> list[tuple[int, str]]:
-    """`train.py` in two processes of two devices each: status and output of both; none survives the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = ["--num_processes=2", f"--coordinator=127.0.0.1:{port}", "--progress=plain"]
-    both = [start(workdir, RUN | MESH | changes, *place, f"--process_id={i}", devices=2) for i in range(2)]
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    return [(process.returncode, output) for process, output in zip(both, outputs, strict=True)]
+    """`train.py` in two processes of two devices each: status and output of both."""
+    with coordinator() as address:
+        place = ["--num_processes=2", f"--coordinator={address}", "--progress=plain"]
+        commands = [command(workdir, RUN | MESH | changes, *place, f"--process_id={i}") for i in range(2)]
+        return run_together(commands, workdir.parent / "outputs", SECONDS, cwd=workdir.parent, env=environment(2))
 
 
+@pytest.mark.timeout(2 * SECONDS + 600)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_runs")
 def test_two_processes_train_save_and_restore_as_one(tmp_path):
@@ -61,6 +55,7 @@ def test_two_processes_train_save_and_restore_as_one(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one", 6, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.timeout(2 * SECONDS + 600)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_runs")
 def test_a_signal_to_one_process_stops_both(tmp_path):

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.records import BadRow, GuardedSource, Record
 from train_jax.config import base_config
 from train_jax.input import Pipeline
+from train_jax.sharding import replicated
+from train_jax.task import Blueprint
 
 PATH = "tests.train_jax.toy_task:Toy"
 FEATURES = 8
@@ -82,6 +84,16 @@ class Toy:
 
     def init(self) -> nnx.Module:
         return Network(self.config.model.width, rngs=nnx.Rngs(self.config.seed))
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> Blueprint:
+        task = cls(config, mesh)
+        shapes = {"x": ((FEATURES,), jnp.float32), "y": ((), jnp.float32), "index": ((), jnp.int32)}
+        example = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
+        held_out = jax.ShapeDtypeStruct((16, FEATURES), jnp.float32, sharding=replicated(mesh))
+        programs = {"held-out outputs": (lambda model, x: model(x), (held_out,))}
+        return Blueprint(task, nnx.eval_shape(task.init), example, programs)
 
     def trainable(self) -> str:
         return self.config.model.trainable

@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from tests.paligemma_jax.mini import ROOT, arguments, read_lines, train_main
+from tests.together import coordinator, run_together
 
 RUN = {
     "total_steps": 2,
@@ -22,35 +21,20 @@ RUN = {
     "eval.candidates": "yes|no|2",
     "adapter.dropout": 0.0,
 }
-SECONDS = 500
+SECONDS = 1200  # one minute where nothing else runs
 
 
 def run_both(workdir, options: dict) -> None:
-    """`train.py` in two processes of one device each; none survives the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """`train.py` in two processes of one device each."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    place = ("--progress=none", "--num_processes=2", f"--coordinator=127.0.0.1:{port}")
-    both = [
-        subprocess.Popen(
-            [sys.executable, *arguments(workdir, options, *place, f"--process_id={i}")],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)
+    with coordinator() as address:
+        place = ("--progress=none", "--num_processes=2", f"--coordinator={address}")
+        commands = [[sys.executable, *arguments(workdir, options, *place, f"--process_id={i}")] for i in range(2)]
+        both = run_together(commands, workdir.parent / "outputs", SECONDS, cwd=ROOT, env=environment)
+    assert [status for status, _ in both] == [0, 0], "\n".join(output for _, output in both)
 
 
+@pytest.mark.timeout(SECONDS + 600)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_compilation")
 def test_two_processes_train_and_evaluate_as_one(mini_options, tmp_path):

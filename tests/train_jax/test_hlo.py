@@ -1,0 +1,106 @@
+"""Reading compiled programs: collectives with their loops, and the CPU's float32 copies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from train_jax import hlo
+from train_jax.sharding import make_mesh
+
+MESH = {"data": 8, "fsdp": 1, "tensor": 1}
+
+TEXT = """\
+HloModule jit_f
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%inner (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %g = f32[8,2]{1,0:T(8,128)} all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %t = (s32[], f32[4]) tuple(%i, %r)
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %r = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add
+  ROOT %w = (s32[], f32[4]) while(%t), condition=%cond, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+%other (p: f32[4]) -> f32[4] {
+  ROOT %c = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (p: bf16[4]) -> f32[4] {
+  %p = bf16[4]{0} parameter(0)
+  %s = (f32[16]{0}, f32[2]{0}) reduce-scatter-start(%p), dimensions={0}
+  %d = f32[2]{0} reduce-scatter-done(%s)
+  %w = (s32[], /*index=1*/f32[4]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %u = (s32[], f32[4]{0}) while(%t), condition=%cond, body=%inner
+  ROOT %k = f32[4]{0} conditional(%i, %a, %b), branch_computations={%other, %add}
+}
+"""
+
+
+def test_collectives_count_with_their_loops_and_once_when_asynchronous():
+    reduced, gathered = 4 * 4 + 2 * 6, 4 * 16
+    assert hlo.collective_bytes(hlo.parse(TEXT)) == {
+        "all-reduce": 5 * reduced,
+        "all-gather": 5 * 3 * gathered + gathered,  # a loop of unknown length counts once
+        "reduce-scatter": 8,
+        "collective-permute": 16,
+    }
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("f32[8,64]{1,0}", 2048), ("pred[3]{0}", 3), ("s4[3]{0}", 2), ("bf16[]", 2), ("f8e4m3fn[5]", 5), ("token[]", 0),
+     ("(f32[2]{0}, /*index=1*/s8[3]{0}, c64[2])", 8 + 3 + 16)],
+)  # fmt: skip
+def test_bytes_of_types(text, size):
+    assert hlo.type_bytes(text) == size
+
+
+def compiled(function, spec_in, spec_out, shape):
+    mesh = make_mesh(MESH)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=spec_in, out_specs=spec_out, check_vma=False)
+    return hlo.parse(jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text())
+
+
+COLLECTIVES = {
+    "all-reduce": (lambda x: jax.lax.psum(x, "data"), P("data"), P(), 4 * 2 * 3),
+    "all-gather": (lambda x: jax.lax.all_gather(x, "data", tiled=True), P("data"), P(), 4 * 16 * 3),
+    "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), P(), P("data"), 4 * 2 * 3),
+    "collective-permute": (
+        lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]), P("data"), P("data"), 4 * 2 * 3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_what_the_compiler_writes_is_read(kind):
+    function, spec_in, spec_out, size = COLLECTIVES[kind]
+    assert hlo.collective_bytes(compiled(function, spec_in, spec_out, (16, 3))) == {kind: size}
+
+
+def test_a_collective_in_a_scan_counts_with_its_length():
+    def scanned(x):
+        return jax.lax.scan(lambda y, _: (jnp.sin(jax.lax.psum(y, "data")), None), x, length=5)[0]
+
+    assert hlo.collective_bytes(compiled(scanned, P("data"), P(), (16, 3))) == {"all-reduce": 5 * 4 * 2 * 3}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends make no such copies")
+@pytest.mark.parametrize("dtype, copied", [(jnp.bfloat16, 4 * 6 * 128 * 64), (jnp.float32, 0)])
+def test_copies_of_stacked_weights_are_found(dtype, copied):
+    """The compiler copies all layers before the loop; activations, of other sizes, are not counted."""
+
+    @functools.partial(jax.jit)
+    def network(up, down, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x.astype(dtype), (up, down))[0]
+
+    weights = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((6, 64, 128), (6, 128, 64))]
+    text = network.lower(*weights, jax.ShapeDtypeStruct((32, 64), jnp.float32)).compile().as_text()
+    assert hlo.float32_copies(hlo.parse(text)) == 2 * copied

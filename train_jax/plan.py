@@ -1,0 +1,166 @@
+"""Plans a run: python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--mesh=data=2,fsdp=4]
+
+Compiles the training step and the programs of evaluation, as a run of this config would, on shapes alone: no weights
+and no data are read and nothing is allocated, so that a laptop plans for a pod. Prints what each device holds, computes
+and exchanges, and which common cards have the memory. `--devices` plans for that many (CPU) devices instead of those at
+hand; further arguments are as of train.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train_jax import command_line, flops, hlo, model_state, optimizers, params, sharding, training_step
+from train_jax.config import task_class
+from train_jax.durations import Plan
+from train_jax.errors import UserError
+from train_jax.memory import step_memory
+from train_jax.model_state import Bundle
+from train_jax.plan_report import report
+from train_jax.task import Blueprint
+from train_jax.validation import validate
+
+NOMINAL_EXAMPLES = 1_000_000  # data are not read; their number only moves the schedule, which takes no memory
+
+
+class Program(NamedTuple):
+    """A compiled program on one device; sizes in bytes.
+
+    Attributes:
+      held: arrays that are there while it runs: parameters, optimizer state, its own inputs.
+      temp: what it needs beside them.
+      output: its results, but for those in the place of donated arguments.
+      copies: the part of `temp`, at most, that are float32 copies of half-precision weights (CPU backend alone).
+      flops: of matrix products.
+      collectives: bytes received by kind.
+    """
+
+    name: str
+    held: int
+    temp: int
+    output: int
+    copies: int
+    flops: float
+    collectives: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.held + self.temp + self.output
+
+
+class RunPlan(NamedTuple):
+    """What a run takes on one device, in bytes; the first program is the training step."""
+
+    device: str
+    mesh: dict[str, int]
+    trainable: int
+    frozen: int
+    optimizer: int  # with the moving average, counters and the guard
+    batch: int
+    programs: list[Program]
+
+    @property
+    def peak(self) -> int:
+        return max(program.total for program in self.programs)
+
+    @property
+    def peak_without_copies(self) -> int:
+        """As on a GPU or a TPU, where these copies are not made."""
+        return max(program.total - program.copies for program in self.programs)
+
+
+def plan(config: ConfigDict) -> RunPlan:
+    """Compiles all programs of a run on the devices at hand, over shapes.
+
+    Raises:
+      UserError: a config that cannot run, or a task that has no `blueprint` (see task.py).
+    """
+    validate(config)
+    task = task_class(config.task)
+    if not hasattr(task, "blueprint"):
+        raise UserError(f"{config.task} has no blueprint, expected one to plan by: add that method (train_jax/task.py)")
+    mesh = sharding.make_mesh(config.mesh)
+    blueprint = task.blueprint(config, mesh)
+    bundle = model_state.abstract(blueprint.task, blueprint.model, mesh)
+    steps = Plan.of(config, NOMINAL_EXAMPLES)
+    schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
+    float16 = config.compute_dtype == "float16"
+    start = model_state.abstract_state(bundle, optimizer, mesh, ema=config.ema_decay is not None, float16=float16)
+    batch = batch_shapes(config, blueprint, mesh)
+    traced, totals = training_step.trace(config, blueprint.task, mesh, bundle, optimizer, schedule, start, batch)
+    state_bytes = sharding.device_bytes((start, bundle.frozen))
+    held = state_bytes + sharding.device_bytes((totals, batch))
+    programs = [_compiled("training step", traced, held, mesh)]
+    for name, (function, arguments) in blueprint.programs.items():
+        held = state_bytes + sharding.device_bytes(arguments)
+        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments), held, mesh))
+    trainable = sharding.device_bytes(start.params)
+    return RunPlan(
+        device=jax.devices()[0].device_kind,
+        mesh=dict(mesh.shape),
+        trainable=trainable,
+        frozen=sharding.device_bytes(bundle.frozen),
+        optimizer=sharding.device_bytes(start) - trainable,
+        batch=sharding.device_bytes(batch),
+        programs=programs,
+    )
+
+
+def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch [A, b, ...] as the loop puts it on the mesh."""
+    rows = config.micro_batch or config.batch_size
+    leading = (config.batch_size // rows, rows)
+    place = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((*leading, *leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=place)
+        for name, leaf in blueprint.example.items()
+    }
+
+
+def _traced(bundle: Bundle, function, arguments: tuple) -> jax.stages.Traced:
+    def program(arrays, *arguments):
+        return function(params.merge(bundle.graph, arrays), *arguments)
+
+    return jax.jit(program).trace(bundle.trainable | bundle.frozen, *arguments)
+
+
+def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:
+    compiled = traced.lower().compile()
+    memory = step_memory(compiled)
+    if memory is None:
+        raise UserError(f"this backend ({jax.default_backend()}) tells no memory: plan with --devices, on the CPU")
+    module = hlo.parse(compiled.as_text())
+    copies = hlo.float32_copies(module) if jax.default_backend() == "cpu" else 0
+    return Program(
+        name,
+        held,
+        memory.temp,
+        memory.output - memory.alias,
+        min(copies, memory.temp),
+        flops.product_flops(traced.jaxpr) / mesh.size,
+        hlo.collective_bytes(module),
+    )
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("devices", None, "plan for so many devices, made up on the CPU", 1, flag_values=values)
+    flags.DEFINE_list("mesh", [], "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, plans, prints."""
+    config, _, values = command_line.load_from_flags(argv, __doc__, _flags)
+    sizes = dict(size.partition("=")[::2] for size in values.mesh)
+    command_line.override(config, {f"mesh.{axis}": size for axis, size in sizes.items()})
+    if values.devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", values.devices)
+    print(report(plan(config)))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,168 @@
+"""What a sweep found: a summary for sweep.json, a table, and a picture. Runs that differ by seed alone are pooled."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from train_jax import files
+from train_jax.config import leaves
+
+SEED = "seed"
+COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
+WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
+
+
+class Outcome(NamedTuple):
+    """A run of a sweep as it stands."""
+
+    name: str
+    overrides: dict[str, Any]
+    config: ConfigDict
+    results: dict[str, Any] | None  # what eval.json holds; None where the run is not complete
+    stopped: str | None = None  # why it cannot go on
+
+
+def summarize(metric: str, x: str | None, outcomes: list[Outcome]) -> dict[str, Any]:
+    """What sweep.json holds: `runs` one by one, and `groups` of those that differ in nothing but the seed.
+
+    Args:
+      metric: name in every run's results; its value is `value`.
+      x: config key or name in the results; its value is `x`, None without one.
+      outcomes: in the sweep's order.
+    """
+    runs = [_run(metric, x, outcome) for outcome in outcomes]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run["overrides"].items() if key != SEED}
+        groups.setdefault(files.to_json(dict(sorted(rest.items()))), []).append(run)
+    return {"metric": metric, "x": x, "runs": runs, "groups": [_group(members) for members in groups.values()]}
+
+
+def _run(metric: str, x: str | None, outcome: Outcome) -> dict[str, Any]:
+    results = outcome.results or {}
+    run = {"name": outcome.name, "overrides": outcome.overrides, "complete": outcome.results is not None}
+    if outcome.stopped:
+        run["stopped"] = outcome.stopped
+    at = leaves(outcome.config).get(x, results.get(x)) if x else None
+    return run | {"x": at, "value": results.get(metric)} | {name: results.get(name) for name in COPIED}
+
+
+def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None of fewer than two) over the members that have a value."""
+    values = [run["value"] for run in members if _is_number(run["value"])]
+    places = [run["x"] for run in members if _is_number(run["x"])]
+    rest = {key: value for key, value in members[0]["overrides"].items() if key != SEED}
+    return {
+        "name": describe(rest) if len(members) > 1 else members[0]["name"],
+        "runs": [run["name"] for run in members],
+        "values": len(values),
+        "x": statistics.fmean(places) if places else None,
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def describe(overrides: Mapping[str, Any]) -> str:
+    """E.g. "adapter.rank=4 seed=1"."""
+    return " ".join(f"{key}={value}" for key, value in overrides.items()) or "no overrides"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The runs as a Markdown table, and below it the groups where any has several runs."""
+    keys = list(dict.fromkeys(key for run in summary["runs"] for key in run["overrides"]))
+    rows = [["run", *keys, summary["metric"], "trainable parameters", "seconds"]]
+    for run in summary["runs"]:
+        state = "stopped" if "stopped" in run else "null" if run["complete"] else "not complete"
+        value = _text(run["value"]) if run["value"] is not None else state
+        overrides = [_text(run["overrides"].get(key)) for key in keys]
+        rows.append([run["name"], *overrides, value, _text(run["trainable_parameters"]), _text(run["seconds"], 0)])
+    text = _markdown(rows)
+    if any(len(group["runs"]) > 1 for group in summary["groups"]):
+        rows = [["", "runs", f"mean {summary['metric']}", "standard deviation"]]
+        for group in summary["groups"]:
+            rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"])])
+        text += "\n" + _markdown(rows)
+    return text
+
+
+def _text(value: Any, decimals: int = 4) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{decimals}f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]  # patterns have bars
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |\n" for row in rows
+    )
+
+
+def plot(summary: Mapping[str, Any], png: str | Path) -> None:
+    """Draws the metric of every run and mean +- standard deviation of every group; against x where the sweep has one.
+
+    Writes nothing while no run has a value.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import, needed once at the end
+    from matplotlib.figure import Figure
+
+    groups = [group for group in summary["groups"] if group["mean"] is not None]
+    against_x = bool(groups) and all(group["x"] is not None for group in groups)
+    if not groups:
+        return
+    height = 4.4 if against_x else 1.6 + 0.4 * len(groups)
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.grid(alpha=0.3)
+    (_against_x if against_x else _by_name)(axis, summary, groups)
+    figure.savefig(png, dpi=120)
+
+
+def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """A line where every run sets x and each group another; else single points with their names."""
+    groups = sorted(groups, key=lambda group: group["x"])
+    places = [group["x"] for group in groups]
+    line = all(summary["x"] in run["overrides"] for run in summary["runs"]) and len(set(places)) == len(places)
+    axis.errorbar(
+        places, [group["mean"] for group in groups], [group["std"] or 0.0 for group in groups],
+        marker="o", linestyle="-" if line else "", capsize=4,
+    )  # fmt: skip
+    runs = [run for run in summary["runs"] if run["value"] is not None and run["x"] is not None]
+    axis.scatter([run["x"] for run in runs], [run["value"] for run in runs], s=10, color="grey", zorder=3)
+    if not line:
+        for group in groups:
+            axis.annotate(
+                group["name"], (group["x"], group["mean"]), xytext=(4, 4), textcoords="offset points", fontsize="small"
+            )
+    if min(places) > 0 and max(places) / min(places) >= WIDE:
+        axis.set_xscale("log")
+    axis.set(xlabel=summary["x"], ylabel=summary["metric"])
+
+
+def _by_name(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """One bar a group, the first on top."""
+    names = [group["name"] for group in groups]
+    axis.barh(
+        range(len(groups)), [group["mean"] for group in groups], xerr=[group["std"] or 0.0 for group in groups],
+        height=0.6, capsize=4, alpha=0.7,
+    )  # fmt: skip
+    by_run = {run["name"]: run["value"] for run in summary["runs"]}
+    for place, group in enumerate(groups):
+        values = [by_run[name] for name in group["runs"] if by_run[name] is not None]
+        axis.scatter(values, [place] * len(values), s=10, color="grey", zorder=3)
+    axis.set_yticks(range(len(groups)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel(summary["metric"])
