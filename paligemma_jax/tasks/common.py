@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from paligemma_jax.adapt import quantize
 from paligemma_jax.models.layers import REMAT_POLICIES
 from train_jax import sharding
 from train_jax.sharding import Spec
@@ -23,6 +24,7 @@ REMAT = ("none", *REMAT_POLICIES)
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
 # adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    *quantize.SHARDING_RULES,
     (r".*/layers/self_attn/[qkv]_proj/kernel", (None, "fsdp", "tensor", None)),
     (r".*/layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
     (r".*/layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),

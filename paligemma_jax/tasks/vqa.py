@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt import lora
+from paligemma_jax.adapt import lora, quantize
 from paligemma_jax.data import prompts, sources
 from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from paligemma_jax.tasks.features import FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
-from paligemma_jax.weights.load import load
+from paligemma_jax.weights.load import load, stored_dtype
 from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
@@ -46,7 +46,7 @@ class VQA:
         r"model\.(remat|unroll)",
     )
     validation_metrics = ("accuracy", "loss", "examples")
-    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable")
+    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable", r"model\.quantize.*")
 
     defaults = staticmethod(vqa_config.defaults)
 
@@ -76,19 +76,29 @@ class VQA:
 
     def _read(self) -> PaliGemma:
         config = self.config
-        trained = config.adapter.name == "none"
         model = load(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,
-            param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
+            param_dtype=config.model.param_dtype or self._default_param_dtype(),
             remat=config.model.remat,
             unroll=config.model.unroll,
+            quantize=config.model.quantize or None,
+            block_size=config.model.quantize_block_size,
+            double=config.model.quantize_double,
         )
         graph, arrays = params.split(model)
         del model  # so that an array is freed once it lies on the mesh
         places, _ = sharding.shardings(self.mesh, self.sharding_rules(), arrays)
         return params.merge(graph, {path: jax.device_put(arrays.pop(path), places[path]) for path in list(arrays)})
+
+    def _default_param_dtype(self) -> str:
+        if self.config.adapter.name == "none":
+            return "float32"
+        if self.config.model.quantize:
+            # Not the compute dtype: a run is evaluated and merged in others too, on the very same quantised weights.
+            return stored_dtype(self.config.model.path)
+        return self.config.compute_dtype
 
     def init(self) -> nnx.Module:
         model, adapter = self.base(), self.config.adapter
@@ -112,9 +122,14 @@ class VQA:
         return common.SHARDING_RULES
 
     def describe(self, model: PaliGemma) -> str:
-        """The adapter's table for the start-up report."""
+        """The adapter's table for the start-up report, and what the base is stored in."""
         rows = lora.lora_table(model)
-        return lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"
+        lines = [lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"]
+        return "\n".join([*lines, quantize.describe(model)] if quantize.is_quantized(model) else lines)
+
+    def parameter_counts(self, model: PaliGemma) -> dict[str, int]:
+        """Weights behind the arrays of quantised kernels, for the start-up report."""
+        return quantize.parameter_counts(model)
 
     # Data.
 
@@ -157,6 +172,7 @@ class VQA:
             trained = patterns.select(adapter.targets, lora.projections(model), what="lora targets")
         else:
             trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+            quantize.refuse_trained(trained)
         outside = [path for path in trained if not path.startswith("decoder/")]
         if self.config.cache_features and outside:
             raise UserError(
