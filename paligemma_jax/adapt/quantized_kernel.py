@@ -97,7 +97,8 @@ class QuantizedKernel(nnx.Module):
     @property
     def nbytes(self) -> int:
         """What the arrays take."""
-        return sum(array.size * array.dtype.itemsize for array in self.arrays.values())
+        leaves = (getattr(self, name) for name in self.codec.leaves)  # which may be shapes
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -123,7 +123,8 @@ def check(config: ConfigDict) -> None:
     values = leaves(config)
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise UserError(f"{key} is {values[key]!r}, expected one of {', '.join(choices)}: change it.")
+            expected = ", ".join(choice or "''" for choice in choices)
+            raise UserError(f"{key} is {values[key]!r}, expected one of {expected}: change it.")
     for key, minimum in MINIMA.items():
         if values[key] is not None and values[key] < minimum:
             raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")
