@@ -17,6 +17,9 @@ It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report 
 for a CPU: 14.6 GiB for a training step and 15.3 GiB for evaluation, of which up to 10.9 GiB are copies that a GPU does
 not need (docs/memory.md). The run itself has not been made: its time and its score are not measured.
 
+`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, for cards of less memory (docs/quantization.md);
+the tiny model goes with `--config.model.quantize=nf4`.
+
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
 (its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches
 all three off. Both runs share the frozen weights in memory.
@@ -36,12 +39,13 @@ from train_jax.errors import UserError
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "3b", "3b,fp16", "smoke" or "ranks".
+    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "smoke" or "ranks".
 
     Raises:
       UserError: another one.
     """
-    arg = parse_arg(arg, **{"3b": False, "fp16": False, "smoke": False, "ranks": False})
+    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks")
+    arg = parse_arg(arg, **dict.fromkeys(names, False))
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
     config.load_best_at_end = True
@@ -50,12 +54,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.fp16 and not arg["3b"]:
         raise UserError("the config argument fp16 stands without 3b, which it belongs to: write :3b,fp16, or for other "
                         "runs --config.compute_dtype=float16.")  # fmt: skip
+    if arg.qlora and arg.int8:
+        raise UserError("the config arguments qlora and int8 stand together, expected one: NF4 or int8.")
     if arg["3b"] and arg.smoke:
         raise UserError("the config arguments 3b and smoke stand together, expected one: smoke is of the tiny model.")
     if arg["3b"]:
         report(config, "float16" if arg.fp16 else "bfloat16")
     else:
         tiny(config)
+    if arg.qlora or arg.int8:
+        quantized(config, "nf4" if arg.qlora else "int8")
     if arg.smoke:
         smoke(config)
     if arg.ranks:
@@ -105,6 +113,12 @@ def report(config: ConfigDict, dtype: str) -> None:
     config.log_steps = 10
     config.eval_epochs = 1.0
     config.checkpoint_epochs = 1.0
+
+
+def quantized(config: ConfigDict, kind: str) -> None:
+    """A base of few bits, rounded from the compute dtype whatever the files hold."""
+    config.model.quantize = kind
+    config.model.param_dtype = config.compute_dtype
 
 
 def smoke(config: ConfigDict) -> None:

@@ -11,13 +11,14 @@ from absl import flags
 from paligemma_jax.models.paligemma import variant
 from train_jax import command_line
 from train_jax.config import leaves, steps
+from train_jax.errors import UserError
 from train_jax.sharding import make_mesh
 from train_jax.task import make_task
 from train_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
-    "clevr": ("", "smoke", "3b", "3b,fp16"),
+    "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
 }
@@ -89,6 +90,17 @@ def test_the_settings_of_the_report(argument, dtype):
     epoch = {"batch_size": config.batch_size, "epoch_examples": 6650}
     total = steps(config, "total", **epoch)
     assert total == steps(config, "eval", **epoch) == steps(config, "checkpoint", **epoch) == 1662
+
+
+@pytest.mark.parametrize(("argument", "kind"), [("qlora", "nf4"), ("int8", "int8")])
+def test_quantised_bases_change_nothing_but_the_base(argument, kind):
+    """They are rounded from the compute dtype, so that a run can be read in another without becoming another model."""
+    for run in ("3b", "3b,fp16", "smoke"):
+        plain, quantized = leaves(load("clevr", run)), leaves(load("clevr", f"{run},{argument}"))
+        changed = {key: value for key, value in quantized.items() if plain[key] != value}
+        assert changed == {"model.quantize": kind, "model.param_dtype": plain["compute_dtype"]}
+    with pytest.raises(UserError, match="qlora and int8 stand together"):
+        load("clevr", "3b,qlora,int8")
 
 
 def test_the_default_of_each_config_is_the_shipped_model():

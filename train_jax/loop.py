@@ -153,12 +153,14 @@ class Run:
         zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(mesh))
         began = time.perf_counter()
         compiled = traced.lower().compile()
-        reporter.say(startup_report(session.state.params, bundle.frozen, session.state.opt_state, compiled))
+        model = bundle.model(session.state.params)
+        counts = getattr(self.task, "parameter_counts", lambda model: {})(model)
+        reporter.say(startup_report(session.state.params, bundle.frozen, session.state.opt_state, compiled, counts))
         for note in bundle.notes:
             reporter.say(note)
         describe = getattr(self.task, "describe", None)
         if describe is not None:
-            reporter.say(describe(bundle.model(session.state.params)))
+            reporter.say(describe(model))
         resumed = f", resuming at step {session.step}" if session.step else ""
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.plan.total} steps{resumed}")
         return compiled, zeros

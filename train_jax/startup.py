@@ -20,6 +20,7 @@ def startup_report(
     frozen: Mapping[str, Any],
     opt_state: Any,
     compiled: jax.stages.Compiled | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> str:
     """Text of the report: table of parameters, memory of the compiled training step, devices, and a hint if any.
 
@@ -27,8 +28,9 @@ def startup_report(
       trainable, frozen: flat dicts of arrays or `jax.ShapeDtypeStruct`.
       opt_state: the optimizer's state over `trainable`.
       compiled: the training step; its memory is left out when None.
+      counts: see `count_parameters`.
     """
-    lines = [parameter_table(trainable, frozen, opt_state)]
+    lines = [parameter_table(trainable, frozen, opt_state, counts)]
     memory = step_memory(compiled) if compiled is not None else None
     if memory is not None:
         lines.append(
@@ -41,12 +43,14 @@ def startup_report(
     return "\n".join([*lines, hint] if hint else lines)
 
 
-def parameter_table(trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any) -> str:
+def parameter_table(
+    trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
+) -> str:
     """Parameters and bytes per tower (first part of the path); optimizer state counts where its parameter does."""
-    counts = count_parameters(trainable, frozen, opt_state)
-    totals = {kind: tuple(sum(row[kind][i] for row in counts.values()) for i in (0, 1)) for kind in KINDS}
+    towers = count_parameters(trainable, frozen, opt_state, counts)
+    totals = {kind: tuple(sum(row[kind][i] for row in towers.values()) for i in (0, 1)) for kind in KINDS}
     rows = [("", *KINDS)]
-    for tower, row in [*sorted(counts.items()), ("total", totals)]:
+    for tower, row in [*sorted(towers.items()), ("total", totals)]:
         rows.append((tower, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in KINDS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -56,25 +60,30 @@ def parameter_table(trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt
 
 
 def count_parameters(
-    trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any
+    trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, tuple[int, int]]]:
     """`{tower: {kind: (elements, bytes)}}`, kinds "trainable", "frozen" and "optimizer", over all devices together.
 
     Step counters and other state that belongs to no parameter stand under the tower "other".
-    """
-    counts: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(KINDS, (0, 0)))
 
-    def count(tower, kind, leaf):
-        elements, size = counts[tower][kind]
-        counts[tower][kind] = (elements + leaf.size, size + leaf.size * leaf.dtype.itemsize)
+    Args:
+      trainable, frozen, opt_state: as of `startup_report`.
+      counts: how many parameters an array stands for, by path, where that is not its size (two 4-bit weights a byte).
+    """
+    towers: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(KINDS, (0, 0)))
+    counts = counts or {}
+
+    def count(tower, kind, leaf, number):
+        elements, size = towers[tower][kind]
+        towers[tower][kind] = (elements + number, size + leaf.size * leaf.dtype.itemsize)
 
     for kind, params in (("trainable", trainable), ("frozen", frozen)):
         for path, leaf in params.items():
-            count(path.split("/")[0], kind, leaf)
+            count(path.split("/")[0], kind, leaf, counts.get(path, leaf.size))
     for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         owners = [key.key for key in keys if getattr(key, "key", None) in trainable]
-        count(owners[0].split("/")[0] if owners else "other", "optimizer", leaf)
-    return dict(counts)
+        count(owners[0].split("/")[0] if owners else "other", "optimizer", leaf, leaf.size)
+    return dict(towers)
 
 
 def device_summary() -> str:

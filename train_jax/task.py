@@ -48,6 +48,8 @@ class Task(Protocol):
       default_split: the split of `evaluate` when none is asked for;
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;
+      parameter_counts(model) -> {path: number}: how many parameters an array stands for, where that is not its size
+        (packed or quantised ones);
       describe_batch(batch) -> str: a training batch as a person reads it (train.py --print_batch);
       blueprint(config, mesh) -> Blueprint: a static or class method, for the plan command (train_jax/plan.py);
       companions() -> {name: config}: runs that are trained in `workdir/name` before the evaluation, which gets

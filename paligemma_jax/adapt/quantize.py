@@ -4,6 +4,9 @@ LoRA attaches to a quantised projection as to a plain one, and only adapters tra
 with `quantize_array`, into leaves whose shapes `nnx.eval_shape` of `quantize` (or `quantized_shapes`) tells.
 """
 
+import re
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,9 +75,43 @@ def dequantize(model: nnx.Module) -> nnx.Module:
     return model
 
 
+def quantized_kernels(model: nnx.Module) -> dict[str, QuantizedKernel]:
+    """The quantised kernels by path, such as "decoder/layers/mlp/gate_proj/kernel"."""
+    kernels = {f"{path}/kernel": module.kernel for path, module in projections(model).items()}
+    return {path: kernel for path, kernel in kernels.items() if isinstance(kernel, QuantizedKernel)}
+
+
 def is_quantized(model: nnx.Module) -> bool:
     """Whether any projection has a quantised kernel."""
-    return any(isinstance(module.kernel, QuantizedKernel) for module in projections(model).values())
+    return bool(quantized_kernels(model))
+
+
+def parameter_counts(model: nnx.Module) -> dict[str, int]:
+    """How many weights each array of quantised kernels stands for, by path: codes for all, constants for none."""
+    return {
+        f"{path}/{leaf}": kernel.size if leaf == "codes" else 0
+        for path, kernel in quantized_kernels(model).items()
+        for leaf in kernel.codec.leaves
+    }
+
+
+def describe(model: nnx.Module) -> str:
+    """One line: what is quantised, and what a weight takes."""
+    kernels = quantized_kernels(model).values()
+    kinds = ", ".join(sorted({kernel.kind for kernel in kernels}))
+    weights, size = sum(kernel.size for kernel in kernels), sum(kernel.nbytes for kernel in kernels)
+    bits = 8 * size / max(weights, 1)
+    return f"{len(kernels)} kernels in {kinds}: {weights:,} weights of {bits:.3g} bits, {size / 2**20:,.2f} MiB"
+
+
+def refuse_trained(paths: Iterable[str]) -> None:
+    """Raises UserError if one of the paths that are to train belongs to a quantised kernel."""
+    frozen = [path for path in paths if re.fullmatch(FROZEN, path)]
+    if frozen:
+        raise UserError(
+            f"trainable matches {frozen[0]}, which is quantised and cannot train, expected parameters beside the "
+            "quantised kernels: change the pattern, train adapters, or leave the base unquantised."
+        )
 
 
 def quantize_array(
@@ -124,8 +161,7 @@ def set_outlier_split(model: nnx.Module, threshold: int | float | None = 6.0) ->
     Raises:
       UserError: the model has no int8 kernels, or the threshold is not positive.
     """
-    kernels = [m.kernel for m in projections(model).values() if isinstance(m.kernel, QuantizedKernel)]
-    kernels = [kernel for kernel in kernels if "channel_absmax" in kernel.codec.leaves]
+    kernels = [kernel for kernel in quantized_kernels(model).values() if kernel.kind == "int8"]
     if not kernels:
         raise UserError("the model has no int8 kernels to split outliers from: quantize it with 'int8' first.")
     if threshold is not None and not threshold > 0:

@@ -90,6 +90,17 @@ class QuantizedKernel(nnx.Module):
         return {name: getattr(self, name)[...] for name in self.codec.leaves}
 
     @property
+    def kind(self) -> str:
+        """Of KINDS."""
+        return {NF4: "nf4", Int8PerChannel: "int8", Int4: "int4"}[type(self.codec)]
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays take."""
+        leaves = (getattr(self, name) for name in self.codec.leaves)  # which may be shapes
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """Outputs and inputs."""
         return math.prod(self.out_shape), math.prod(self.in_shape)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from paligemma_jax.adapt import quantize
 from paligemma_jax.models.layers import REMAT_POLICIES
 from train_jax import sharding
 from train_jax.config import leaves
@@ -26,6 +27,7 @@ REMAT = ("none", *REMAT_POLICIES)
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
 # adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    *quantize.SHARDING_RULES,
     (r".*/layers/self_attn/[qkv]_proj/kernel", (None, "fsdp", "tensor", None)),
     (r".*/layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
     (r".*/layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),
@@ -53,7 +55,8 @@ def check_choices(config: ConfigDict, choices: Mapping[str, Sequence[str]]) -> N
     values = leaves(config)
     for key, allowed in choices.items():
         if values[key] not in allowed:
-            raise UserError(f"{key} is {values[key]!r}, expected one of {', '.join(allowed)}: change it.")
+            expected = ", ".join(word or "''" for word in allowed)
+            raise UserError(f"{key} is {values[key]!r}, expected one of {expected}: change it.")
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

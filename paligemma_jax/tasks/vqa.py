@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt import lora
+from paligemma_jax.adapt import lora, quantize
 from paligemma_jax.data import prompts, sources
 from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from paligemma_jax.tasks.features import FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
-from paligemma_jax.weights.load import load
+from paligemma_jax.weights.load import load, stored_dtype
 from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
@@ -47,7 +47,7 @@ class VQA:
         r"model\.(remat|unroll)",
     )
     validation_metrics = ("accuracy", "loss", "examples")
-    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable")
+    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable", r"model\.quantize.*")
 
     defaults = staticmethod(vqa_config.defaults)
 
@@ -86,17 +86,27 @@ class VQA:
 
     def _read(self) -> PaliGemma:
         config = self.config
-        trained = config.adapter.name == "none"
         rules = self.sharding_rules()
         return self._load(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,
-            param_dtype=config.model.param_dtype or ("float32" if trained else config.compute_dtype),
+            param_dtype=config.model.param_dtype or self._default_param_dtype(),
             remat=config.model.remat,
             unroll=config.model.unroll,
+            quantize=config.model.quantize or None,
+            block_size=config.model.quantize_block_size,
+            double=config.model.quantize_double,
             shardings=lambda path, leaf: sharding.shardings(self.mesh, rules, {path: leaf})[0][path],
         )
+
+    def _default_param_dtype(self) -> str:
+        if self.config.adapter.name == "none":
+            return "float32"
+        if self.config.model.quantize:
+            # Not the compute dtype: a run is evaluated and merged in others too, on the very same quantised weights.
+            return stored_dtype(self.config.model.path)
+        return self.config.compute_dtype
 
     def init(self) -> nnx.Module:
         model, adapter = self.base(), self.config.adapter
@@ -128,6 +138,7 @@ class VQA:
             paths = [f"{path}/{leaf}" for path in trained for leaf in ("lora_a", "lora_b")]
         else:
             paths = trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+            quantize.refuse_trained(paths)
         outside = [path for path in trained if not path.startswith("decoder/")]
         if self.config.cache_features and outside:
             raise UserError(
@@ -140,9 +151,14 @@ class VQA:
         return common.SHARDING_RULES
 
     def describe(self, model: PaliGemma) -> str:
-        """The adapter's table for the start-up report."""
+        """The adapter's table for the start-up report, and what the base is stored in."""
         rows = lora.lora_table(model)
-        return lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"
+        lines = [lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"]
+        return "\n".join([*lines, quantize.describe(model)] if quantize.is_quantized(model) else lines)
+
+    def parameter_counts(self, model: PaliGemma) -> dict[str, int]:
+        """Weights behind the arrays of quantised kernels, for the start-up report."""
+        return quantize.parameter_counts(model)
 
     # Data.
 

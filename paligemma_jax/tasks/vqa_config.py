@@ -3,12 +3,14 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
 from paligemma_jax.tasks import common
 from train_jax.config import leaves
 from train_jax.errors import UserError
 
 CHOICES = {
     "model.remat": common.REMAT,
+    "model.quantize": ("", *KINDS),
     "adapter.name": ("lora", "none"),
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
@@ -38,6 +40,11 @@ def defaults() -> ConfigDict:
             "remat": "block",  # none | block | dots: what the backward pass recomputes
             "unroll": False,  # compile the layers without a loop: faster steps on CPU, slower to compile
             "param_dtype": placeholder(str),  # of the weights; None = compute_dtype if frozen, float32 if trained
+            # nf4 | int8 | int4: keep the kernels in so many bits, frozen; "" = in param_dtype. They are rounded from
+            # param_dtype, or from the dtype of the files where that is None.
+            "quantize": "",
+            "quantize_block_size": 64,  # 64 | 128 weights with a constant of their own, of nf4 and int4
+            "quantize_double": False,  # of nf4: the constants in 8 bits too
         }
     )
     config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
@@ -72,6 +79,9 @@ def defaults() -> ConfigDict:
             "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
             "question_only": True,  # the last of these, which trains the whole run again on black images
             "before": True,  # the model before training, by likelihood
+            # Of int8: inputs from this magnitude on are multiplied in floating point, the rest int8 x int8 (LLM.int8
+            # has 6.0). None = as in training: dequantised weights. Training is the same with both.
+            "int8_outliers": placeholder(float),
         }
     )
     return config
@@ -121,4 +131,22 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "
             "trains, expected one of the two: set trainable=None or adapter.name=none."
+        )
+    _check_quantize(config)
+
+
+def _check_quantize(config: ConfigDict) -> None:
+    """Refuses codecs that do not exist, and what does not go with a quantised base."""
+    model, outliers = config.model, config.eval.int8_outliers
+    if model.quantize:
+        make_codec(model.quantize, model.quantize_block_size, model.quantize_double)
+    if model.quantize and config.adapter.name == "none" and config.trainable is None:
+        raise UserError(
+            f"model.quantize is {model.quantize!r} beside adapter.name='none' and trainable=None, which trains every "
+            "parameter, expected kernels that stay as they are: set adapter.name=lora, or a pattern in trainable."
+        )
+    if outliers is not None and (model.quantize != "int8" or outliers <= 0):
+        raise UserError(
+            f"eval.int8_outliers is {outliers} beside model.quantize={model.quantize!r}, expected a positive number "
+            "beside int8: set it to None, or to 6.0 with model.quantize=int8."
         )

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.quantize import set_outlier_split
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
 from paligemma_jax.data.records import BadRow, Record, Source, blank_record
@@ -50,7 +52,10 @@ class Evaluation:
     """One model over any number of sources."""
 
     def __init__(self, task, model):
-        self.task, self.model, self.config = task, model, task.config
+        self.task, self.config = task, task.config
+        outliers = self.config.eval.int8_outliers
+        # A clone holds the same arrays: training goes on with dequantised weights.
+        self.model = model if outliers is None else set_outlier_split(nnx.clone(model), outliers)
         self._parts = common.row_parts(task.mesh)
         self._size = rows_at_once(self.config, task.mesh)
         self._fitted = False

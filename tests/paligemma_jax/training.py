@@ -1,13 +1,17 @@
 """The training step of a VQA run outside the loop: the same model, batches, optimizer and step, without files."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from paligemma_jax.data.records import Record
 from tests.paligemma_jax.mini import Rows, png, task_of
-from train_jax import metrics, model_state, optimizers, sharding, state
+from train_jax import metrics, model_state, optimizers, params, sharding, state
+from train_jax.memory import StepMemory, step_memory
 from train_jax.session import training_batches
 
 METRICS = ("good_rows", "loss", "grad_norm", "learning_rate")
@@ -69,6 +73,29 @@ class Training:
     def trained(self) -> dict[str, np.ndarray]:
         """The adapters by path, on the host."""
         return {path: np.asarray(leaf) for path, leaf in self.state.params.items()}
+
+
+def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: int, pixels: int = 24) -> StepMemory:
+    """Of the step that train_jax.loop compiles: gradients of the adapters, AdamW, guard; nothing is run or allocated.
+
+    The model is given as structure and shapes; a batch has `micro` micro-batches of `rows` rows.
+    """
+    trained = {path: leaf for path, leaf in arrays.items() if "/lora_" in path}
+    frozen = {path: leaf for path, leaf in arrays.items() if path not in trained}
+    schedule = optimizers.make_schedule(task.config.optimizer, 100, 0)
+    optimizer = optimizers.make_optimizer(task.config.optimizer, schedule, trained)
+    step = state.make_train_step(
+        lambda arrays: params.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
+    )
+    before = jax.eval_shape(lambda p: state.create(p, optimizer, ema=False, float16=False), trained)
+    totals = jax.eval_shape(lambda: metrics.zeros_like(METRICS))
+    length = task.config.data.prefix_length + task.config.data.suffix_length
+    shape = functools.partial(jax.ShapeDtypeStruct, (micro, rows, length))
+    batch = {"tokens": shape(jnp.int32), "mask_ar": shape(jnp.int32)}
+    batch |= {"mask_input": shape(bool), "mask_loss": shape(bool)}
+    batch["weight"] = jax.ShapeDtypeStruct((micro, rows), jnp.float32)
+    batch["image"] = jax.ShapeDtypeStruct((micro, rows, pixels, pixels, 3), jnp.uint8)
+    return step_memory(jax.jit(step, donate_argnums=(0, 1)).lower(before, totals, frozen, batch).compile())
 
 
 def largest_change(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:

@@ -24,6 +24,13 @@ def test_counts_per_tower():
     }
 
 
+def test_packed_weights_count_as_what_they_stand_for_and_take_what_they_take():
+    packed = {"decoder/kernel/codes": jnp.ones((4, 4), jnp.uint8), "decoder/kernel/absmax": jnp.ones((4, 1))}
+    counts = {"decoder/kernel/codes": 32, "decoder/kernel/absmax": 0}
+    assert startup.count_parameters({}, packed, (), counts)["decoder"]["frozen"] == (32, 32)
+    assert "32 (32 B)" in startup.startup_report({}, packed, (), counts=counts)
+
+
 def test_table_has_a_row_per_tower_and_totals():
     table = startup.parameter_table(TRAINABLE, FROZEN, optax.adam(1e-3).init(TRAINABLE))
     rows = [line.split("  ") for line in table.splitlines()]

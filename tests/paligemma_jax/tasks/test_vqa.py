@@ -212,9 +212,11 @@ def test_no_key_that_changes_the_choice_may_change_on_resuming(mini_options):
     free = {"eval.batch_size": 3, "eval.max_examples": 2, "eval.candidates": "", "eval.feature_cache_mb": 1}
     free |= {"eval.controls": False, "eval.question_only": False, "eval.before": False, "cache_features_mb": 100}
     assert len(check_resume(old, config_of(mini_options | free))) == len(free)
-    assert set(free) >= {f"eval.{key}" for key in old.eval} - {"eval.max_new_tokens"}
+    assert set(free) >= {f"eval.{key}" for key in old.eval} - {"eval.max_new_tokens", "eval.int8_outliers"}
     with pytest.raises(UserError, match="eval.max_new_tokens: 4 -> 1"):
         check_resume(old, config_of(mini_options | {"eval.max_new_tokens": 1}))
+    with pytest.raises(UserError, match="eval.int8_outliers: None -> 6.0"):
+        check_resume(old, config_of(mini_options | {"eval.int8_outliers": 6.0}))
 
 
 def test_it_tells_what_it_measures(task, model, mini_rows, monkeypatch):

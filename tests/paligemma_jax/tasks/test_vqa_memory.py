@@ -12,7 +12,8 @@ from paligemma_jax.adapt.lora import attach_lora
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa_evaluation import Evaluation
 from tests.paligemma_jax.mini import MINI, task_of
-from train_jax import metrics, optimizers, params, state
+from tests.paligemma_jax.training import planned_memory
+from train_jax import params
 from train_jax.memory import step_memory
 
 pytestmark = pytest.mark.slow
@@ -42,24 +43,8 @@ def task_with(mini_options, vocab_chunk: int | None):
 
 
 def training_temp(task, vocab: int) -> int:
-    """Of the step that train_jax.loop compiles: accumulation, gradients of the adapters, AdamW, guard."""
-    graph, arrays = abstract_model(vocab)
-    trained = {path: leaf for path, leaf in arrays.items() if "/lora_" in path}
-    frozen = {path: leaf for path, leaf in arrays.items() if path not in trained}
-    schedule = optimizers.make_schedule(task.config.optimizer, 100, 0)
-    optimizer = optimizers.make_optimizer(task.config.optimizer, schedule, trained)
-    step = state.make_train_step(
-        lambda arrays: params.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
-    )
-    before = jax.eval_shape(lambda p: state.create(p, optimizer, ema=False, float16=False), trained)
-    totals = jax.eval_shape(lambda: metrics.zeros_like(("good_rows", "loss", "grad_norm", "learning_rate")))
-    length = task.config.data.prefix_length + task.config.data.suffix_length
-    shape = functools.partial(jax.ShapeDtypeStruct, (MICRO, ROWS, length))
-    batch = {"tokens": shape(jnp.int32), "mask_ar": shape(jnp.int32)}
-    batch |= {"mask_input": shape(bool), "mask_loss": shape(bool)}
-    batch["weight"] = jax.ShapeDtypeStruct((MICRO, ROWS), jnp.float32)
-    batch["image"] = jax.ShapeDtypeStruct((MICRO, ROWS, 24, 24, 3), jnp.uint8)
-    return step_memory(jax.jit(step, donate_argnums=(0, 1)).lower(before, totals, frozen, batch).compile()).temp
+    """Of the step with accumulation."""
+    return planned_memory(task, *abstract_model(vocab), MICRO, ROWS).temp
 
 
 def evaluation_temp(task, vocab: int, wanted: tuple[str, ...]) -> int:
