@@ -6,8 +6,6 @@ and exchanges, and which common cards have the memory. `--devices` plans for tha
 hand; further arguments are as of train.py.
 """
 
-from typing import NamedTuple
-
 import jax
 from absl import flags
 from jax.sharding import Mesh
@@ -19,57 +17,11 @@ from train_jax.durations import Plan
 from train_jax.errors import UserError
 from train_jax.memory import step_memory
 from train_jax.model_state import Bundle
-from train_jax.plan_report import report
+from train_jax.plan_report import Program, RunPlan, report
 from train_jax.task import Blueprint
 from train_jax.validation import validate
 
 NOMINAL_EXAMPLES = 1_000_000  # data are not read; their number only moves the schedule, which takes no memory
-
-
-class Program(NamedTuple):
-    """A compiled program on one device; sizes in bytes.
-
-    Attributes:
-      held: arrays that are there while it runs: parameters, optimizer state, its own inputs.
-      temp: what it needs beside them.
-      output: its results, but for those in the place of donated arguments.
-      copies: the part of `temp`, at most, that are float32 copies of half-precision weights (CPU backend alone).
-      flops: of matrix products.
-      collectives: bytes received by kind.
-    """
-
-    name: str
-    held: int
-    temp: int
-    output: int
-    copies: int
-    flops: float
-    collectives: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return self.held + self.temp + self.output
-
-
-class RunPlan(NamedTuple):
-    """What a run takes on one device, in bytes; the first program is the training step."""
-
-    device: str
-    mesh: dict[str, int]
-    trainable: int
-    frozen: int
-    optimizer: int  # with the moving average, counters and the guard
-    batch: int
-    programs: list[Program]
-
-    @property
-    def peak(self) -> int:
-        return max(program.total for program in self.programs)
-
-    @property
-    def peak_without_copies(self) -> int:
-        """As on a GPU or a TPU, where these copies are not made."""
-        return max(program.total - program.copies for program in self.programs)
 
 
 def plan(config: ConfigDict) -> RunPlan:

@@ -1,19 +1,62 @@
-"""How a plan is printed: what a device holds, what each program takes, and the cards that have the memory."""
+"""A run's plan and how it is printed: what a device holds, what each program takes, the cards that have the memory."""
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from train_jax.hlo import COLLECTIVES
 from train_jax.memory import format_bytes
-
-if TYPE_CHECKING:
-    from train_jax.plan import RunPlan
 
 GB = 10**9
 # Memory that a program can use, in GB.
 CARDS = {"T4": 15, "TPU v5e": 16, "L4": 22, "TPU v4": 32, "A100 40": 40, "A100 80": 80, "H200": 140}
 
 
-def report(plan: "RunPlan") -> str:
+class Program(NamedTuple):
+    """A compiled program on one device; sizes in bytes.
+
+    Attributes:
+      held: arrays that are there while it runs: parameters, optimizer state, its own inputs.
+      temp: what it needs beside them.
+      output: its results, but for those in the place of donated arguments.
+      copies: the part of `temp`, at most, that are float32 copies of half-precision weights (CPU backend alone).
+      flops: of matrix products.
+      collectives: bytes received by kind.
+    """
+
+    name: str
+    held: int
+    temp: int
+    output: int
+    copies: int
+    flops: float
+    collectives: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.held + self.temp + self.output
+
+
+class RunPlan(NamedTuple):
+    """What a run takes on one device, in bytes; the first program is the training step."""
+
+    device: str
+    mesh: dict[str, int]
+    trainable: int
+    frozen: int
+    optimizer: int  # with the moving average, counters and the guard
+    batch: int
+    programs: list[Program]
+
+    @property
+    def peak(self) -> int:
+        return max(program.total for program in self.programs)
+
+    @property
+    def peak_without_copies(self) -> int:
+        """As on a GPU or a TPU, where these copies are not made."""
+        return max(program.total - program.copies for program in self.programs)
+
+
+def report(plan: RunPlan) -> str:
     """The plan as text, all numbers of one device."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [
@@ -36,7 +79,7 @@ def report(plan: "RunPlan") -> str:
     return "\n".join([*lines, "", cards_table(plan)])
 
 
-def programs_table(plan: "RunPlan") -> str:
+def programs_table(plan: RunPlan) -> str:
     """A row a program; FLOPs are of matrix products, collectives the bytes received."""
     kinds = [kind for kind in COLLECTIVES if any(kind in program.collectives for program in plan.programs)]
     copied = any(program.copies for program in plan.programs)
@@ -50,7 +93,7 @@ def programs_table(plan: "RunPlan") -> str:
     return text if kinds else f"{text}\nno collectives"
 
 
-def cards_table(plan: "RunPlan") -> str:
+def cards_table(plan: RunPlan) -> str:
     """Whether the largest total fits the memory of common cards; where only the CPU's copies are too much, that."""
     rows = [["card", "memory", "fits"]]
     for card, size in CARDS.items():

@@ -15,6 +15,7 @@ from paligemma_jax.tasks.vqa_rows import Rows
 from train_jax.errors import UserError
 
 ENCODED_AT_ONCE = 32  # images, when a run begins; rounded up to the mesh
+FEATURES = "features"  # of a batch: the image as the tower encoded it, instead of its pixels
 Encode = Callable[[np.ndarray], np.ndarray]  # images uint8 [B, I, I, 3] -> features float32 [B, P, D]
 
 

@@ -4,6 +4,7 @@ The config's keys are in vqa_config.py. Rows are prepared in vqa_rows.py, for tr
 and its controls are in vqa_evaluation.py and vqa_report.py. Axes: models/layers.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common, vqa_config
-from paligemma_jax.tasks.features import FeatureStore
+from paligemma_jax.tasks import common, vqa_config, vqa_plan
+from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
@@ -31,8 +32,6 @@ from train_jax.config import leaves
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
-
-FEATURES = "features"
 
 
 class VQA:
@@ -51,20 +50,19 @@ class VQA:
 
     defaults = staticmethod(vqa_config.defaults)
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
+    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] = load):
+        """`read` makes the base model, with the arguments of weights.load.load; what another makes is not shared."""
         vqa_config.check(config)
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self._load = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         self._base: PaliGemma | None = None
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
 
-    @staticmethod
-    def blueprint(config: ConfigDict, mesh: Mesh) -> Blueprint:
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
         """Shapes of a run, for the plan command."""
-        from paligemma_jax.tasks.vqa_plan import blueprint  # which imports this module
-
-        return blueprint(config, mesh)
+        return vqa_plan.blueprint(cls, config, mesh)
 
     # Model.
 
@@ -72,7 +70,7 @@ class VQA:
         """The model before training, without adapters, on the mesh; read once, and held in common if it is frozen."""
         if self._base is None:
             config = self.config
-            if config.adapter.name == "none":
+            if config.adapter.name == "none" or self._load is not load:
                 self._base = self._read()  # trained arrays are donated: nobody else may hold them
             else:
                 options = tuple(leaves(config.model).items())
@@ -81,8 +79,6 @@ class VQA:
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
             self._rows = Rows(self.tokenizer, self._base.config.preprocessing, config.data)
         return self._base
-
-    _load = staticmethod(load)
 
     def _read(self) -> PaliGemma:
         config = self.config

@@ -7,7 +7,9 @@ stands in: it decides the length of the candidate answers, nothing else.
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +22,8 @@ from paligemma_jax.data.records import blank_record
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.features import ENCODED_AT_ONCE, encode_images, feature_shape
-from paligemma_jax.tasks.vqa import FEATURES, VQA
+from paligemma_jax.tasks.features import ENCODED_AT_ONCE, FEATURES, encode_images, feature_shape
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, rows_at_once
-from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.weights.load import RANDOM, new
 from train_jax import sharding
 from train_jax.errors import UserError
@@ -34,23 +34,8 @@ NAMES = {"generate": "generated answers", "likelihood": "likelihood of candidate
 TINY = "tiny"
 
 
-class PlannedVQA(VQA):
-    """The task with a model of no weights; its model is made under nnx.eval_shape."""
-
-    @staticmethod
-    def _load(path: str, dtype: str, *, shardings, **options) -> PaliGemma:
-        return new(path, dtype, **options)  # shapes lie nowhere
-
-    def base(self) -> PaliGemma:
-        if self._base is None:
-            self._base = self._read()
-            self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            self._rows = Rows(self.tokenizer, self._base.config.preprocessing, self.config.data)
-        return self._base
-
-
-def blueprint(config: ConfigDict, mesh: Mesh) -> Blueprint:
-    """See train_jax.task.Blueprint.
+def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Blueprint:
+    """See train_jax.task.Blueprint. `make` is the task's class, tasks.vqa.VQA.
 
     Raises:
       UserError: a config that cannot run, or a model whose sizes are not known.
@@ -59,7 +44,7 @@ def blueprint(config: ConfigDict, mesh: Mesh) -> Blueprint:
     with config.unlocked():
         config.tokenizer = _tokenizer(config)
         config.model.path = _known_path(config.model.path)
-    task = PlannedVQA(config, mesh)
+    task = make(config, mesh, read=_shapes)
     model = nnx.eval_shape(task.init)
     arrays = task.rows.image_and_text(blank_record())
     if config.cache_features:
@@ -69,7 +54,12 @@ def blueprint(config: ConfigDict, mesh: Mesh) -> Blueprint:
     return Blueprint(task, model, example, _programs(task, model))
 
 
-def _programs(task: PlannedVQA, model: PaliGemma) -> dict[str, tuple]:
+def _shapes(path: str, dtype: str, *, shardings, **options) -> PaliGemma:
+    """For weights.load.load, under nnx.eval_shape: shapes lie nowhere."""
+    return new(path, dtype, **options)
+
+
+def _programs(task: Any, model: PaliGemma) -> dict[str, tuple]:
     """What an evaluation computes, and the features that a run with cache_features starts with."""
     config, mesh, parts = task.config, task.mesh, common.row_parts(task.mesh)
     rows = sharding.batch_sharding(mesh, accumulate=False)
@@ -90,7 +80,7 @@ def _programs(task: PlannedVQA, model: PaliGemma) -> dict[str, tuple]:
     return programs | {NAMES[name]: (functools.partial(_evaluate, task, name), (batch,)) for name in names}
 
 
-def _evaluate(task: PlannedVQA, name: str, model: PaliGemma, batch: dict[str, jax.Array]):
+def _evaluate(task: Any, name: str, model: PaliGemma, batch: dict[str, jax.Array]):
     """One of the programs of an evaluation of this model."""
     evaluation = Evaluation(task, model)
     return evaluation.programs()[name](evaluation.model, batch)

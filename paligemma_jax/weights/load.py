@@ -116,7 +116,7 @@ def new(
     _check_options(both, None)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
-        return _random(str(path), image_size, None, both, codec)
+        return _random(str(path), image_size, None, both, codec, None)
     checkpoint = _open(path, {})
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
 
