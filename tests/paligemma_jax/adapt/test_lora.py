@@ -19,7 +19,6 @@ from paligemma_jax.adapt.lora import (
     attach_lora,
     detach_lora,
     format_lora_table,
-    lora_delta,
     lora_table,
     merge_lora,
     projections,
@@ -259,7 +258,7 @@ def test_delta_is_scale_times_a_times_b(attached):
     module = projections(randomised(attached))["decoder/layers/self_attn/o_proj"]
     a, b = module.lora_a[...], module.lora_b[...]
     expected = 2.0 * np.einsum("LNHr,LrD->LNHD", a, b)  # alpha / rank = 8 / 4
-    np.testing.assert_allclose(lora_delta(module), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(module.low_rank_delta(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_merging_keeps_the_kernels_dtype(small_model):
@@ -268,7 +267,7 @@ def test_merging_keeps_the_kernels_dtype(small_model):
     projections(model)["projector/linear"].kernel = nnx.Param(kernel[...].astype(jnp.bfloat16))
     model = randomised(attach_lora(model, "projector/linear", rngs=nnx.Rngs(0)))
     module = projections(model)["projector/linear"]
-    expected = (module.kernel[...].astype(jnp.float32) + lora_delta(module)).astype(jnp.bfloat16)
+    expected = (module.kernel[...].astype(jnp.float32) + module.low_rank_delta()).astype(jnp.bfloat16)
     np.testing.assert_array_equal(projections(merge_lora(model))["projector/linear"].kernel[...], expected, strict=True)
 
 
