@@ -37,7 +37,13 @@ def load(
     if not is_run(path):
         opened = None if adapter is None else peft.open_peft(adapter)  # its faults show before the base is read
         model = checkpoint.load(path, dtype, **options)
-        return model if opened is None else peft.load_peft(model, opened, shardings=options.get("shardings"))
+        if opened is None:
+            return model
+        if not isinstance(model, PaliGemma):
+            raise UserError(
+                f"{path} is one tower, expected a whole model for an adapter: leave out the colon and after."
+            )
+        return peft.load_peft(model, opened, shardings=options.get("shardings"))
     given = [*options, *(["adapter"] if adapter is not None else [])]
     if given:
         raise UserError(

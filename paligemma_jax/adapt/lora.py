@@ -91,7 +91,7 @@ def attach_lora(
         bound = 1.0 / math.sqrt(math.prod(module.in_shape))
         a = jax.random.uniform(rngs.params(), (*stack, *module.in_shape, spec.rank), jnp.float32, -bound, bound)
         if min(spec.ranks) < spec.rank:
-            used = jnp.arange(spec.rank) < jnp.array(spec.ranks)[:, None]
+            used = jnp.arange(spec.rank)[None] < jnp.array(spec.ranks)[:, None]
             a = jnp.where(jax.lax.expand_dims(used, range(1, 1 + len(module.in_shape))), a, 0.0)
         b = jnp.zeros((*stack, spec.rank, *module.out_shape), dtype)
         install(module, spec, a.astype(dtype), b, None, dropout)

@@ -72,8 +72,6 @@ def load_peft(
         lacks (lists both); shapes of another model or rank; the model is as it was then.
     """
     adapter = folder if isinstance(folder, Adapter) else open_peft(folder)
-    if not isinstance(model, PaliGemma):
-        raise UserError(f"{adapter.arrays.path} is an adapter for a whole PaliGemma: leave out what follows the colon.")
     config, arrays, modules = adapter.config, adapter.arrays, projections(model)
     release, adapted = _match(adapter, slots(model))
     check_free(modules, {slot.path for slot in adapted})
@@ -122,9 +120,10 @@ def _match(adapter: Adapter, candidates: list[Slot]) -> tuple[str, list[Slot]]:
         adapted = wanted(release)
         if adapted and keys(adapted) == in_file:
             return release, adapted
-    expected = keys(wanted(releases[0]))
-    unused = sorted(arrays.key(name) for name in in_file - expected)
-    missing = sorted(PREFIX + name for name in expected - in_file)
+    best = releases[0]
+    expected = {key: in_memory(key, best) for key in keys(wanted(best))}
+    unused = sorted(arrays.key(name) for name in in_file - set(expected))
+    missing = sorted(PREFIX + name for key, name in expected.items() if key not in in_file)
     raise UserError(
         f"{arrays.path} does not fit this model: not used {listed(unused)}; missing {listed(missing)}; expected what "
         f"target_modules of {peft_config.FILE} reach: check that the adapter belongs to this model."
