@@ -86,19 +86,30 @@ def attach_lora(
     specs = make_specs(depths, rank, alpha, **options)
     check_free(modules, specs)
     for path, spec in specs.items():
-        module = modules[path]
-        stack = (len(spec.ranks),) * (depths[path] is not None)
-        bound = 1.0 / math.sqrt(math.prod(module.in_shape))
-        a = jax.random.uniform(rngs.params(), (*stack, *module.in_shape, spec.rank), jnp.float32, -bound, bound)
-        if min(spec.ranks) < spec.rank:
-            used = jnp.arange(spec.rank)[None] < jnp.array(spec.ranks)[:, None]
-            a = jnp.where(jax.lax.expand_dims(used, range(1, 1 + len(module.in_shape))), a, 0.0)
-        b = jnp.zeros((*stack, spec.rank, *module.out_shape), dtype)
-        install(module, spec, a.astype(dtype), b, None, dropout)
-        if dora:
-            norms = low_rank.column_norms(module.updated_kernel(), len(module.in_shape), len(module.out_shape))
-            module.lora_magnitude = nnx.Param(norms)
+        a, b = _initial_factors(modules[path], spec, rngs)
+        magnitude = _initial_magnitude(modules[path], spec) if dora else None
+        install(modules[path], spec, a.astype(dtype), b.astype(dtype), magnitude, dropout)
     return model
+
+
+def _initial_factors(module: Projection, spec: LoraSpec, rngs: nnx.Rngs) -> tuple[Array, Array]:
+    """A Kaiming-uniform, zero beyond a layer's own rank, and B zero."""
+    stack = () if depth(module) is None else (len(spec.ranks),)
+    bound = 1.0 / math.sqrt(math.prod(module.in_shape))
+    a = jax.random.uniform(rngs.params(), (*stack, *module.in_shape, spec.rank), jnp.float32, -bound, bound)
+    if min(spec.ranks) < spec.rank:
+        used = jnp.arange(spec.rank)[None] < jnp.array(spec.ranks)[:, None]
+        a = jnp.where(jax.lax.expand_dims(used, range(1, 1 + len(module.in_shape))), a, 0.0)
+    return a, jnp.zeros((*stack, spec.rank, *module.out_shape))
+
+
+def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
+    """The base's own norms, with which DoRA changes nothing; zero in layers without an adapter."""
+    norms = low_rank.column_norms(module.dense_kernel(), len(module.in_shape), len(module.out_shape))
+    if depth(module) is None:
+        return norms
+    adapted = jnp.array(spec.ranks) > 0
+    return jnp.where(jax.lax.expand_dims(adapted, range(1, norms.ndim)), norms, 0.0)
 
 
 def check_free(modules: Mapping[str, Projection], paths: Iterable[str]) -> None:

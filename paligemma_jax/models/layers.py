@@ -110,7 +110,7 @@ class Projection(nnx.Module):
             low = _contract(x, self.lora_a[...].astype(dtype), len(self.in_shape))
             low = _contract(cast(low * self.scale, dtype), self.lora_b[...].astype(dtype), 1)
             if self.lora_magnitude is not None:
-                gain = broadcast(self._gain(self.updated_kernel()), y)
+                gain = broadcast(self._gain(self.dense_kernel() + self.low_rank_delta()), y)
                 low = gain * low + (gain - 1.0) * (self._base(x) if drops else base)
             y = y + low
         return cast(y, jnp.dtype(out_dtype or dtype))
@@ -130,14 +130,15 @@ class Projection(nnx.Module):
         """s A B in float32, shaped as the kernel (with the layer axis, if stacked)."""
         return low_rank.delta(self.lora_a[...], self.lora_b[...], self.scale, len(self.in_shape))
 
-    def updated_kernel(self) -> Array:
-        """W + s A B in float32, with the layer axis, if stacked."""
-        plain = isinstance(self.kernel, nnx.Variable)
-        return (self.kernel[...].astype(jnp.float32) if plain else self.kernel.dequantize()) + self.low_rank_delta()
+    def dense_kernel(self) -> Array:
+        """W in float32, dequantised where need be, with the layer axis, if stacked."""
+        return (
+            self.kernel[...].astype(jnp.float32) if isinstance(self.kernel, nnx.Variable) else self.kernel.dequantize()
+        )
 
     def merged_kernel(self) -> Array:
         """The kernel that does alone what W and the adapter do: the updated one, rescaled with DoRA."""
-        updated = self.updated_kernel()
+        updated = self.dense_kernel() + self.low_rank_delta()
         if self.lora_magnitude is None:
             return updated
         gain, stack = self._gain(updated), updated.ndim - len(self.in_shape) - len(self.out_shape)

@@ -1,4 +1,4 @@
-"""LoRA: parity with peft (forward, merge, five training steps), counts at 3B, invariants of attach and merge."""
+"""LoRA: parity with peft (loss, five training steps), counts at 3B, invariants of attach and merge."""
 
 import functools
 import json
@@ -89,22 +89,6 @@ def token_mean(model, case):
 
 
 # Parity with peft. Tolerances as the golden READMEs ask.
-
-
-@pytest.mark.parametrize("name", ["lm_only", "qo", "seven", "rslora"])
-def test_active_and_merged_logits_equal_peft(golden, hugging_face_model, peft_case, name):
-    model = adapted_like_peft(hugging_face_model, golden / f"hf_peft_lora/adapter_{name}")
-    trainable = sum(array.size for path, array in params.flatten(model).items() if re.fullmatch(TRAINABLE, path))
-    assert trainable == peft_case.stored[f"{name}_params"][0]
-    real, text = peft_case.real, slice(peft_case.patches, None)
-    active = np.asarray(text_logits(model, peft_case.inputs))[real]
-    np.testing.assert_allclose(active, peft_case.stored[f"{name}_logits"][:, text][real], rtol=0, atol=2e-4)
-    merged = merge_lora(model)
-    if name == "qo":
-        kernel = merged.decoder.layers.self_attn.q_proj.kernel[...][1].reshape(64, 64).T
-        np.testing.assert_allclose(kernel, peft_case.stored["qo_merged_q1"], rtol=0, atol=1e-5)
-    logits = np.asarray(text_logits(merged, peft_case.inputs))[real]
-    np.testing.assert_allclose(logits, peft_case.stored[f"{name}_merged_logits"][:, text][real], rtol=0, atol=2e-4)
 
 
 def test_loss_of_an_active_adapter_equals_peft(golden, hugging_face_model, peft_case):

@@ -15,6 +15,7 @@ from paligemma_jax.models.layers import Projection, example_dropout, fold_in_nam
 from train_jax import params
 from train_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 Q = "decoder/layers/self_attn/q_proj"
 PATTERN = {r"decoder/layers/0/.*": 3}
 
