@@ -3,7 +3,8 @@
 SRC       whatever pg.load reads: a Hugging Face folder, hf://owner/name, a big_vision .npz, a folder of --format=orbax,
           "tiny", or the workdir of a run, whose adapters are merged; a quantised base is dequantised for that.
 DST       a folder that does not exist yet (a file ending in .npz for big_vision).
---format  hugging_face (transformers opens it), big_vision (a .npz), or orbax (fastest to load here).
+--format  hugging_face (transformers opens it), big_vision (a .npz), orbax (fastest to load here), or peft: the LoRA of
+          a run alone, unmerged, as peft opens it.
 --dtype   float32, bfloat16 or float16; as SRC has it when not given (a run's: float32).
 --push    owner/name: uploads DST to the Hugging Face Hub as well.
 """
@@ -20,13 +21,15 @@ from paligemma_jax.adapt.lora import merge_lora, projections
 from paligemma_jax.adapt.merge_quantized import merge_quantized
 from paligemma_jax.adapt.quantize import dequantize, describe, is_quantized
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
+from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax, save_peft
 from paligemma_jax.weights.load import stored_dtype
 from paligemma_jax.weights.tokenizer_files import MODEL, tokenizer_files
 from train_jax import command_line
 from train_jax.errors import UserError
 
-FORMATS = ("hugging_face", "big_vision", "orbax")
+FORMATS = ("hugging_face", "big_vision", "orbax")  # of whole models
+PEFT = "peft"
+CHOICES = (*FORMATS, PEFT)
 
 
 def convert(source: str, target: str, format: str, dtype: str | None = None) -> Path:
@@ -41,21 +44,50 @@ def convert(source: str, target: str, format: str, dtype: str | None = None) -> 
     Raises:
       UserError: an unknown format, a target that exists, or whatever is wrong with the source.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format is {format!r}, expected one of {', '.join(FORMATS)}: choose one of these.")
+    place = checked_place(target, format, CHOICES)
+    if hub.is_remote(source):
+        source = str(hub.download(source))
+    model = read(source, dtype)
+    if format == PEFT:
+        base = loading.run_config(source).model.path if loading.is_run(source) else source
+        save_peft(model, place, base=base)
+    else:
+        write(plain(model), place, format, source)
+    return place
+
+
+def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) -> Path:
+    """Where a model of this format is to be written.
+
+    Raises:
+      UserError: an unknown format, a target that exists, or one that big_vision's files cannot have.
+    """
+    if format not in formats:
+        raise UserError(f"--format is {format!r}, expected one of {', '.join(formats)}: choose one of these.")
     place = Path(target).expanduser()
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise UserError(f"{place} exists already: choose a place that does not, or remove it.")
     if format == "big_vision" and place.suffix != ".npz":
         raise UserError(f"{place} does not end in .npz, as big_vision's files do: rename it.")
-    if hub.is_remote(source):
-        source = str(hub.download(source))
+    return place
+
+
+def read(source: str, dtype: str | None = None, adapter: str | None = None) -> PaliGemma:
+    """The whole model at a place on this machine, in the dtype it is stored in (a run: float32) unless given.
+
+    Raises:
+      UserError: as `loading.load`, or one tower alone.
+    """
     if dtype is None:
         dtype = "float32" if loading.is_run(source) else stored_dtype(source)
-    model = loading.load(source, dtype)
+    model = loading.load(source, dtype, **({} if adapter is None else {"adapter": adapter}))
     if not isinstance(model, PaliGemma):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
-    model = plain(model)
+    return model
+
+
+def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
+    """Writes a plain model, and beside it the tokenizer's files of the source, where it has them."""
     tokenizer = source if tokenizer_files(source) else None
     if format == "hugging_face":
         save_hugging_face(model, place, tokenizer)
@@ -66,7 +98,6 @@ def convert(source: str, target: str, format: str, dtype: str | None = None) -> 
         for file in tokenizer_files(source):
             if file.name == MODEL and not (place.parent / MODEL).exists():
                 shutil.copyfile(file, place.parent / MODEL)
-    return place
 
 
 def plain(model: PaliGemma) -> PaliGemma:
@@ -86,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line of `convert`."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    flags.DEFINE_string("format", None, ", ".join(FORMATS), flag_values=values)
+    flags.DEFINE_string("format", None, ", ".join(CHOICES), flag_values=values)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the source has it", flag_values=values)
     flags.DEFINE_string("push", None, "owner/name on the Hugging Face Hub", flag_values=values)
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
@@ -98,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
         print(__doc__)
         return
     if len(places) != 2 or values.format is None:
-        raise UserError(f"found {' '.join(places) or 'nothing'}, expected SRC DST --format={'|'.join(FORMATS)}.")
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected SRC DST --format={'|'.join(CHOICES)}.")
     place = convert(*places, values.format, values.dtype)
     print(f"wrote {place}")
     if values.push:

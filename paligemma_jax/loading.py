@@ -8,18 +8,22 @@ from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights import load as checkpoint
+from paligemma_jax.weights import peft
 from paligemma_jax.weights.digest import check_digest
 from train_jax import config
 from train_jax.errors import UserError
 
 
-def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best", **options) -> PaliGemma | ViT | Gemma:
+def load(
+    path: str | Path, dtype: str = "float32", *, which: str | int = "best", adapter: str | Path | None = None, **options
+) -> PaliGemma | ViT | Gemma:
     """Reads a PaliGemma: a Hugging Face folder, hf://owner/name, a big_vision .npz, "tiny", or a run with its adapters.
 
     Args:
       path: where the model is.
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
+      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name"; see weights.peft.load_peft.
       options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, quantize, shardings and
         more); a run has its own in its config.json.
 
@@ -27,14 +31,23 @@ def load(path: str | Path, dtype: str = "float32", *, which: str | int = "best",
       The model; `model.config` has its sizes and its preprocessing. Of "file.npz:img", the tower alone.
 
     Raises:
-      UserError: no model there, one that does not match, or a run whose base is not the one it was trained on any more;
-        nothing is half loaded.
+      UserError: no model there, one that does not match, an adapter of another model, or a run whose base is not the
+        one it was trained on any more; nothing is half loaded.
     """
     if not is_run(path):
-        return checkpoint.load(path, dtype, **options)
-    if options:
+        opened = None if adapter is None else peft.open_peft(adapter)  # its faults show before the base is read
+        model = checkpoint.load(path, dtype, **options)
+        if opened is None:
+            return model
+        if not isinstance(model, PaliGemma):
+            raise UserError(
+                f"{path} is one tower, expected a whole model for an adapter: leave out the colon and after."
+            )
+        return peft.load_peft(model, opened, shardings=options.get("shardings"))
+    given = [*options, *(["adapter"] if adapter is not None else [])]
+    if given:
         raise UserError(
-            f"{path} is a run, loaded with {', '.join(options)}, expected no such options: its config.json decides."
+            f"{path} is a run, loaded with {', '.join(given)}, expected no such options: its config.json decides."
         )
     settings = run_config(path)
     settings.compute_dtype = dtype

@@ -18,6 +18,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from paligemma_jax.models import low_rank
+
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -58,7 +60,8 @@ class Projection(nnx.Module):
     The kernel is shaped [*in_shape, *out_shape]. Inside a stack of layers it has a leading layer axis that the scan
     takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape]; the model's
     own code never looks at them, so base parameter names and checkpoints are the same with and without adapters.
-    `adapt/quantize.py` puts a module with a `contract(x)` of its own in the kernel's place.
+    Where layers of a stack differ in s, `lora_layer_scale` holds a factor a layer; `lora_magnitude` [*out_shape] is
+    DoRA's. `adapt/quantize.py` puts a module with `contract(x)` and `dequantize()` of its own in the kernel's place.
     """
 
     def __init__(
@@ -81,8 +84,11 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(self.out_shape, jnp.dtype(param_dtype))) if use_bias else nnx.data(None)
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
+        self.lora_magnitude = nnx.data(None)
+        self.lora_layer_scale = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
+        self.lora_spec = None
 
     def __call__(self, x: Array, dropout_keys: Key[Array, " B"] | None = None, out_dtype=None) -> Array:
         """Maps [B, ..., *in_shape] to [B, ..., *out_shape].
@@ -94,19 +100,53 @@ class Projection(nnx.Module):
         """
         dtype = jnp.dtype(self.dtype)
         x = cast(x, dtype)
-        if isinstance(self.kernel, nnx.Variable):
-            y = _contract(x, self.kernel[...].astype(dtype), len(self.in_shape))
-        else:
-            y = self.kernel.contract(x)
+        base = y = self._base(x)
         if self.bias is not None:
             y = y + broadcast(self.bias[...].astype(jnp.float32), y)
         if self.lora_a is not None:
-            if dropout_keys is not None and self.lora_dropout > 0.0:
+            drops = dropout_keys is not None and self.lora_dropout > 0.0
+            if drops:
                 x = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
             low = _contract(x, self.lora_a[...].astype(dtype), len(self.in_shape))
-            low = cast(low * self.lora_scale, dtype)
-            y = y + _contract(low, self.lora_b[...].astype(dtype), 1)
+            low = _contract(cast(low * self.scale, dtype), self.lora_b[...].astype(dtype), 1)
+            if self.lora_magnitude is not None:
+                gain = broadcast(self._gain(self.dense_kernel() + self.low_rank_delta()), y)
+                low = gain * low + (gain - 1.0) * (self._base(x) if drops else base)
+            y = y + low
         return cast(y, jnp.dtype(out_dtype or dtype))
+
+    def _base(self, x: Array) -> Array:
+        """x W in float32."""
+        if isinstance(self.kernel, nnx.Variable):
+            return _contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape))
+        return self.kernel.contract(x)
+
+    @property
+    def scale(self) -> float | Array:
+        """s of the low-rank update; of a stack whose layers differ, [L]."""
+        return self.lora_scale if self.lora_layer_scale is None else self.lora_scale * self.lora_layer_scale[...]
+
+    def low_rank_delta(self) -> Array:
+        """s A B in float32, shaped as the kernel (with the layer axis, if stacked)."""
+        return low_rank.delta(self.lora_a[...], self.lora_b[...], self.scale, len(self.in_shape))
+
+    def dense_kernel(self) -> Array:
+        """W in float32, dequantised where need be, with the layer axis, if stacked."""
+        return (
+            self.kernel[...].astype(jnp.float32) if isinstance(self.kernel, nnx.Variable) else self.kernel.dequantize()
+        )
+
+    def merged_kernel(self) -> Array:
+        """The kernel that does alone what W and the adapter do: the updated one, rescaled with DoRA."""
+        updated = self.dense_kernel() + self.low_rank_delta()
+        if self.lora_magnitude is None:
+            return updated
+        gain, stack = self._gain(updated), updated.ndim - len(self.in_shape) - len(self.out_shape)
+        return updated * lax.expand_dims(gain, range(stack, stack + len(self.in_shape)))
+
+    def _gain(self, updated: Array) -> Array:
+        num_axes = len(self.in_shape), len(self.out_shape)
+        return low_rank.dora_gain(updated, self.lora_magnitude[...], self.scale, *num_axes)
 
 
 def _contract(x: Array, kernel: Array, num_contracted: int) -> Array:

@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder: JSON, and safetensors (one file, or shards with an index)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -37,31 +37,35 @@ def canonical(name: str) -> str:
 class Folder:
     """Random access to the arrays of a folder's safetensors files; nothing outside the folder is ever opened."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, file: str | None = None, rename: Callable[[str], str] = canonical):
+        """Opens `file`, or what holds a model's weights when None; `rename` maps a file's key to the name used here."""
         self.path = path
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            files = self._shards(index)
-        elif (path / "model.safetensors").exists():
-            files = ["model.safetensors"]
-        else:
-            raise UserError(
-                f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as "
-                "transformers saves it."
-            )
-        self.files = [path / file for file in files]
+        self.files = [path / each for each in ([file] if file else self._weight_files(path))]
         self._where: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             with self._open(file) as handle:
                 for key in handle.keys():  # noqa: SIM118 (no mapping)
-                    name = canonical(key)
+                    name = rename(key)
                     if name in self._where:
                         raise UserError(
                             f"{path} holds one array twice, as {self._where[name][1]} and as {key}: remove one of them."
                         )
                     self._where[name] = file, key
                     self._shapes[name] = tuple(handle.get_slice(key).get_shape())
+
+    @classmethod
+    def _weight_files(cls, path: Path) -> list[str]:
+        """The files of a model's weights."""
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            return cls._shards(index)
+        if (path / "model.safetensors").exists():
+            return ["model.safetensors"]
+        raise UserError(
+            f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as transformers "
+            "saves it."
+        )
 
     @staticmethod
     def _shards(index: Path) -> list[str]:
@@ -86,6 +90,14 @@ class Folder:
 
     def names(self) -> set[str]:
         return set(self._where)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all arrays, without reading them."""
+        return dict(self._shapes)
+
+    def key(self, name: str) -> str:
+        """What the file calls an array."""
+        return self._where[name][1]
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
         """Shape of an array of `rank` axes, without reading it."""

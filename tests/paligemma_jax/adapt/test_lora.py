@@ -1,4 +1,4 @@
-"""LoRA: parity with peft (forward, merge, five training steps), counts at 3B, invariants of attach and merge."""
+"""LoRA: parity with peft (loss, five training steps), counts at 3B, invariants of attach and merge."""
 
 import functools
 import json
@@ -19,7 +19,6 @@ from paligemma_jax.adapt.lora import (
     attach_lora,
     detach_lora,
     format_lora_table,
-    lora_delta,
     lora_table,
     merge_lora,
     projections,
@@ -90,22 +89,6 @@ def token_mean(model, case):
 
 
 # Parity with peft. Tolerances as the golden READMEs ask.
-
-
-@pytest.mark.parametrize("name", ["lm_only", "qo", "seven", "rslora"])
-def test_active_and_merged_logits_equal_peft(golden, hugging_face_model, peft_case, name):
-    model = adapted_like_peft(hugging_face_model, golden / f"hf_peft_lora/adapter_{name}")
-    trainable = sum(array.size for path, array in params.flatten(model).items() if re.fullmatch(TRAINABLE, path))
-    assert trainable == peft_case.stored[f"{name}_params"][0]
-    real, text = peft_case.real, slice(peft_case.patches, None)
-    active = np.asarray(text_logits(model, peft_case.inputs))[real]
-    np.testing.assert_allclose(active, peft_case.stored[f"{name}_logits"][:, text][real], rtol=0, atol=2e-4)
-    merged = merge_lora(model)
-    if name == "qo":
-        kernel = merged.decoder.layers.self_attn.q_proj.kernel[...][1].reshape(64, 64).T
-        np.testing.assert_allclose(kernel, peft_case.stored["qo_merged_q1"], rtol=0, atol=1e-5)
-    logits = np.asarray(text_logits(merged, peft_case.inputs))[real]
-    np.testing.assert_allclose(logits, peft_case.stored[f"{name}_merged_logits"][:, text][real], rtol=0, atol=2e-4)
 
 
 def test_loss_of_an_active_adapter_equals_peft(golden, hugging_face_model, peft_case):
@@ -259,7 +242,7 @@ def test_delta_is_scale_times_a_times_b(attached):
     module = projections(randomised(attached))["decoder/layers/self_attn/o_proj"]
     a, b = module.lora_a[...], module.lora_b[...]
     expected = 2.0 * np.einsum("LNHr,LrD->LNHD", a, b)  # alpha / rank = 8 / 4
-    np.testing.assert_allclose(lora_delta(module), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(module.low_rank_delta(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_merging_keeps_the_kernels_dtype(small_model):
@@ -268,7 +251,7 @@ def test_merging_keeps_the_kernels_dtype(small_model):
     projections(model)["projector/linear"].kernel = nnx.Param(kernel[...].astype(jnp.bfloat16))
     model = randomised(attach_lora(model, "projector/linear", rngs=nnx.Rngs(0)))
     module = projections(model)["projector/linear"]
-    expected = (module.kernel[...].astype(jnp.float32) + lora_delta(module)).astype(jnp.bfloat16)
+    expected = (module.kernel[...].astype(jnp.float32) + module.low_rank_delta()).astype(jnp.bfloat16)
     np.testing.assert_array_equal(projections(merge_lora(model))["projector/linear"].kernel[...], expected, strict=True)
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import paligemma_jax as pg
 from paligemma_jax.adapt import quantize as quantization
-from paligemma_jax.adapt.lora import TRAINABLE, attach_lora, largest_logit_gap, lora_delta, merge_lora, projections
+from paligemma_jax.adapt.lora import TRAINABLE, attach_lora, largest_logit_gap, merge_lora, projections
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks.common import SHARDING_RULES
 from train_jax import params, sharding
@@ -124,7 +124,7 @@ def test_3b_in_nf4_takes_the_bytes_that_its_shapes_say():
 def test_merge_adds_to_the_very_weights_the_adapter_was_trained_on(small_model, kind):
     model = with_lora(pg.quantize(nnx.clone(small_model), kind))
     module = model.decoder.layers.mlp.down_proj
-    expected = np.asarray(module.kernel.dequantize()) + np.asarray(lora_delta(module))
+    expected = np.asarray(module.kernel.dequantize()) + np.asarray(module.low_rank_delta())
     merged = merge_lora(nnx.clone(model))
     np.testing.assert_array_equal(merged.decoder.layers.mlp.down_proj.kernel[...], expected)
     plain = [path for path in params.abstract(merged) if re.fullmatch(r"decoder/.*/kernel", path)]

@@ -1,0 +1,96 @@
+"""Folds LoRA into its base: python -m paligemma_jax.merge RUN_OR_BASE [--adapter=FOLDER] DST
+
+RUN_OR_BASE  the workdir of a run of ours, or the base that --adapter was trained on: whatever pg.load reads.
+--adapter    a folder as peft saves it, or hf://owner/name; a run has its own.
+DST          a folder that does not exist yet, or a file ending in .npz.
+--format     hugging_face (transformers opens it), big_vision (a .npz) or orbax; from DST's ending when not given.
+--dtype      float32, bfloat16 or float16; as the base has it when not given (a run's: float32).
+
+Ranks, scales and all else are read from the run or the adapter. Kernels are merged in float32 and rounded once; those
+of a quantised base are dequantised to what the adapter was trained beside. The largest difference that this makes to a
+logit, on noise for an image and random words, is printed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from paligemma_jax import hub, loading
+from paligemma_jax.adapt.lora import largest_logit_gap, projections
+from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
+from paligemma_jax.models.paligemma import PaliGemma
+from train_jax import command_line, params
+from train_jax.errors import UserError
+
+WORDS = 8  # tokens of the text that logits are compared on
+
+
+def merge(
+    source: str, target: str, adapter: str | None = None, format: str | None = None, dtype: str | None = None
+) -> tuple[Path, float]:
+    """Reads a base and its adapter, merges them, and writes a plain model with the source's tokenizer files.
+
+    Args:
+      source, target, adapter, format, dtype: see the module.
+
+    Returns:
+      Where it was written, and the largest difference of a logit to the unmerged model.
+
+    Raises:
+      UserError: no adapter, a target that exists, or whatever is wrong with the source or the adapter.
+    """
+    if adapter is None and not loading.is_run(source):
+        raise UserError(f"{source} is no run of ours and has no adapters, expected --adapter=FOLDER beside a base.")
+    format = format or ("big_vision" if target.endswith(".npz") else "hugging_face")
+    place = checked_place(target, format)
+    if hub.is_remote(source):
+        source = str(hub.download(source))
+    model = read(source, dtype, adapter)
+    if all(module.lora_a is None for module in projections(model).values()):
+        raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
+    unmerged = params.merge(*params.split(model))  # shares all arrays; merging replaces those that change
+    model = plain(model)
+    gap = largest_logit_gap(unmerged, model, **_inputs(model))
+    del unmerged
+    write(model, place, format, source)
+    return place, gap
+
+
+def _inputs(model: PaliGemma) -> dict[str, jnp.ndarray]:
+    """An image of noise and a few words of a prompt."""
+    rng = np.random.default_rng(0)
+    size, words = model.config.vision.image_size, model.config.decoder.vocab_size
+    return {
+        "images": jnp.asarray(rng.uniform(-1, 1, (1, size, size, 3)), jnp.float32),
+        "tokens": jnp.asarray(rng.integers(0, words, (1, WORDS)), jnp.int32),
+        "mask_ar": jnp.zeros((1, WORDS), jnp.int32),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line of `merge`."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string("adapter", None, "a folder as peft saves it", flag_values=values)
+    flags.DEFINE_string("format", None, ", ".join(FORMATS), flag_values=values)
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the base has it", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        places = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from None
+    if values.help:
+        print(__doc__)
+        return
+    if len(places) != 2:
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected RUN_OR_BASE [--adapter=FOLDER] DST.")
+    place, gap = merge(*places, values.adapter, values.format, values.dtype)
+    print(f"wrote {place}; merging changed logits by {gap:.2g} at most")
+
+
+if __name__ == "__main__":
+    command_line.run(main, sys.argv)
