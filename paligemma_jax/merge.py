@@ -15,18 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from paligemma_jax import hub, loading
 from paligemma_jax.adapt.lora import largest_logit_gap, projections
+from paligemma_jax.adapt.merge_quantized import probe_inputs
 from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
-from paligemma_jax.models.paligemma import PaliGemma
 from train_jax import command_line, params
 from train_jax.errors import UserError
-
-WORDS = 8  # tokens of the text that logits are compared on
 
 
 def merge(
@@ -54,21 +50,10 @@ def merge(
         raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
     unmerged = params.merge(*params.split(model))  # shares all arrays; merging replaces those that change
     model = plain(model)
-    gap = largest_logit_gap(unmerged, model, **_inputs(model))
+    gap = largest_logit_gap(unmerged, model, **probe_inputs(model))
     del unmerged
     write(model, place, format, source)
     return place, gap
-
-
-def _inputs(model: PaliGemma) -> dict[str, jnp.ndarray]:
-    """An image of noise and a few words of a prompt."""
-    rng = np.random.default_rng(0)
-    size, words = model.config.vision.image_size, model.config.decoder.vocab_size
-    return {
-        "images": jnp.asarray(rng.uniform(-1, 1, (1, size, size, 3)), jnp.float32),
-        "tokens": jnp.asarray(rng.integers(0, words, (1, WORDS)), jnp.int32),
-        "mask_ar": jnp.zeros((1, WORDS), jnp.int32),
-    }
 
 
 def main(argv: Sequence[str]) -> None:
