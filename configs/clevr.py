@@ -3,7 +3,8 @@
     python train.py --config=configs/clevr.py
 
 The default trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes, with nothing downloaded:
-about 5 minutes and 1.3 GB of memory on 2 CPU cores. The same on the real data, once you have them (docs/data.md):
+about 6 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the runs). The same on the real data, once you have
+them (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
 
@@ -14,8 +15,9 @@ CLEVR's questions, one epoch. Weights are gated, so you give their path:
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
 It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Memory as planned by the compiler
-for a CPU: 14.6 GiB for a training step and 15.3 GiB for evaluation, of which up to 10.9 GiB are copies that a GPU does
-not need (docs/memory.md). The run itself has not been made: its time and its score are not measured.
+for a CPU: 15.1 GiB for a training step and 16.2 GiB for evaluation, of which up to 9.4 GiB are copies that a GPU does
+not need (docs/memory.md has command and commit). It reports on 2,000 of the 149,991 validation questions, evenly spread
+(`--config.eval.max_examples=None` for all). The run itself has not been made: its time and its score are not measured.
 
 `:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, for cards of less memory (docs/quantization.md);
 the tiny model goes with `--config.model.quantize=nf4`.
