@@ -25,7 +25,7 @@ FLOORS = [
     (r"paligemma_jax(?!\.tasks\.text_to_image$)(\..*)?", r"flow_jax(\..*)?", None),
     (r"paligemma_jax\.models(\..*)?", r"train_jax(\..*)?", None),
     (
-        r"paligemma_jax\.(?!tasks|loading|predict|convert).*",
+        r"paligemma_jax\.(?!tasks|loading|predict|convert|merge).*",
         r"train_jax(\..*)?",
         r"train_jax\.(errors|params|patterns)",
     ),
