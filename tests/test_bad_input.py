@@ -199,7 +199,7 @@ def test_a_full_disk(own_options, tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_in_a_step_saves_and_the_same_command_resumes(own_options, tmp_path, capsys, monkeypatch):
-    read = Pipeline.batch_at
+    read = Pipeline.read
 
     def interrupted(self, step):
         if step == 2:
@@ -208,7 +208,7 @@ def test_ctrl_c_in_a_step_saves_and_the_same_command_resumes(own_options, tmp_pa
 
     argv = arguments(tmp_path / "run", own_options, "--progress=none", config=OWN_DATA)
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "batch_at", interrupted)
+        patch.setattr(Pipeline, "read", interrupted)
         status, lines, out = ends(capsys, train.main, argv)
     assert (status, lines) == (130, [])
     assert out.splitlines()[-1] == "interrupted: saved at step 3; run the same command to resume."

@@ -50,10 +50,10 @@ class VQA:
 
     defaults = staticmethod(vqa_config.defaults)
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] = load):
-        """`read` makes the base model, with the arguments of weights.load.load; what another makes is not shared."""
+    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] | None = None):
+        """`read` makes the base model in place of weights.load.load, called as that is; its models are not shared."""
         vqa_config.check(config)
-        self.config, self.mesh, self._load = config, mesh, read
+        self.config, self.mesh, self._own_load = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         self._base: PaliGemma | None = None
         self._rows: Rows | None = None
@@ -70,7 +70,7 @@ class VQA:
         """The model before training, without adapters, on the mesh; read once, and held in common if it is frozen."""
         if self._base is None:
             config = self.config
-            if config.adapter.name == "none" or self._load is not load:
+            if config.adapter.name == "none" or self._own_load is not None:
                 self._base = self._read()  # trained arrays are donated: nobody else may hold them
             else:
                 options = tuple(leaves(config.model).items())
@@ -83,7 +83,7 @@ class VQA:
     def _read(self) -> PaliGemma:
         config = self.config
         rules = self.sharding_rules()
-        return self._load(
+        return (self._own_load or load)(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,

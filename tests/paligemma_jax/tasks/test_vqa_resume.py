@@ -36,9 +36,9 @@ import train
 from train_jax import command_line
 from train_jax.input import Pipeline
 
-saved, read = Path(sys.argv[1]), Pipeline.batch_at
+saved, read = Path(sys.argv[1]), Pipeline.read
 
-def batch_at(self, step):
+def killing(self, step):
     if step == 27:
         deadline = time.monotonic() + 120
         while not saved.is_dir() and time.monotonic() < deadline:
@@ -46,7 +46,7 @@ def batch_at(self, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, step)
 
-Pipeline.batch_at = batch_at
+Pipeline.read = killing
 command_line.run(train.main, sys.argv[2:])
 """
 
