@@ -50,8 +50,8 @@ def gradient_round(
       ring, chunk_size, wanted: as everywhere here.
       images, texts: of this device.
       columns: arrays [t] that travel with the texts.
-      score: `score(pairs, columns of the chunk) -> (loss, d_logits)`: the sum over the pairs, and float32 [b, c] of size
-        at most 1, as it is cast to the type of the embeddings.
+      score: `score(pairs, columns of the chunk) -> (loss, d_logits)`: the sum over the pairs, and float32 [b, c] of
+        numbers between -1 and 1, as these are cast to the type of the embeddings.
     """
 
     def visit(kept: _Kept, block, origin):
