@@ -15,7 +15,7 @@ CLEVR's questions, one epoch. Weights are gated, so you give their path:
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
 It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Memory as planned by the compiler:
-7.0 GiB for a training step and 6.1 GiB for evaluation (docs/memory.md has command, commit and what it was compiled for).
+7.0 GiB for a training step and 6.0 GiB for evaluation (docs/memory.md has command, commit and what it was compiled for).
 It reports on 2,000 of the 149,991 validation questions, evenly spread (`--config.eval.max_examples=None` for all). The
 run itself has not been made: its time and its score are not measured.
 
