@@ -29,13 +29,14 @@ CONFIG = PaliGemmaConfig(
     preprocessing=Preprocessing.siglip(64),
 )
 OVERRIDES = {
-    "data.num_train_scenes": 100,
+    "data.num_train_scenes": 200,
     "data.num_validation_scenes": 30,
+    "adapter.targets": "decoder/layers/.*_proj",
     "compute_dtype": "bfloat16",
     "model.param_dtype": "bfloat16",
     "model.unroll": False,
     "model.remat": "block",
-    "optimizer.learning_rate": 1e-3,
+    "optimizer.learning_rate": 3e-3,
     "eval.question_only": False,
     "eval.before": False,
 }
