@@ -6,21 +6,46 @@ sample = path.sample(x_0, x_1, t)
 result = fj.sample(velocity, x_0)
 """
 
-from flow_jax import arrays, assignment, conversions, couplings, likelihood, marginals, paths, sinkhorn
+from flow_jax import (
+    arrays,
+    assignment,
+    conversions,
+    couplings,
+    few_step,
+    guidance,
+    likelihood,
+    losses,
+    marginals,
+    metrics,
+    models,
+    paths,
+    sinkhorn,
+    times,
+)
 from flow_jax.likelihood import bits_per_dim, image_bits_per_dim, log_prob
 from flow_jax.sampling import sample
+from flow_jax.sde import sample_sde
 
 __all__ = [
+    # Sampling and likelihood
+    "bits_per_dim",
+    "image_bits_per_dim",
+    "log_prob",
+    "sample",
+    "sample_sde",
+    # Submodules
     "arrays",
     "assignment",
-    "bits_per_dim",
     "conversions",
     "couplings",
-    "image_bits_per_dim",
+    "few_step",
+    "guidance",
     "likelihood",
-    "log_prob",
+    "losses",
     "marginals",
+    "metrics",
+    "models",
     "paths",
-    "sample",
     "sinkhorn",
+    "times",
 ]

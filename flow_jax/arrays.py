@@ -8,12 +8,16 @@ t = 1 data. What annotations call an array may be a NumPy array: both are taken 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 AnyArray = Array | np.ndarray
 Rows = Float[AnyArray, "B ..."]
 """A batch of examples of any shape."""
-Time = Float[AnyArray, ""] | Float[AnyArray, " B"] | float | int
+Number = int | float | np.number
+"""A plain number."""
+Scalar = Number | Num[AnyArray, ""]
+"""A number that may be traced."""
+Time = Scalar | Float[AnyArray, " B"]
 """One time for all rows, or one a row."""
 
 

@@ -10,6 +10,7 @@ import scipy.optimize
 import scipy.sparse
 from jaxtyping import Float, Int
 
+from flow_jax.arrays import Number
 from train_jax.errors import UserError
 
 REDUCE_FROM = 256  # rows; below, nothing is gained
@@ -49,7 +50,7 @@ def reduce_cost(cost: Float[np.ndarray, "N N"]) -> Float[np.ndarray, "N N"]:
     return reduced
 
 
-def _column_potential(cost, epsilon: float):
+def _column_potential(cost, epsilon: Number):
     """Some iterations of Sinkhorn's algorithm; bounded whatever the cost."""
     kernel = np.subtract(cost, cost.min(axis=1, keepdims=True), dtype=np.float32)
     kernel *= np.float32(-1 / epsilon)

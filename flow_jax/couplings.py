@@ -8,7 +8,7 @@ host, made for the input pipeline, off the device's critical path; `sinkhorn` is
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from flow_jax import sinkhorn as entropic
-from flow_jax.arrays import AnyArray, Rows, flatten_rows
+from flow_jax.arrays import AnyArray, Number, Rows, Scalar, flatten_rows
 from flow_jax.assignment import assign
 from train_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def within_class(
     return np.arange(len(x_0)), columns
 
 
-def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: float = 1.0) -> HostPairs:
+def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: Number = 1.0) -> HostPairs:
     """The permutation of least squared distance plus a price for unequal conditions (C2OT, Cheng and Schwing 2025).
 
     Args:
@@ -108,12 +108,12 @@ def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: 
 def sinkhorn(
     x_0: Rows,
     x_1: Rows,
-    epsilon: float | Float[Array, ""] = 0.05,
+    epsilon: Scalar = 0.05,
     key: Key[Array, ""] | None = None,
     *,
-    rounding: Literal["draw", "round"] = "draw",
+    rounding: str = "draw",
     relative: bool = True,
-    tolerance: float | Float[Array, ""] = 1e-3,
+    tolerance: Scalar = 1e-3,
     max_iterations: int = 2_000,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Pairs from the entropic plan, on the device.
@@ -128,8 +128,10 @@ def sinkhorn(
       tolerance, max_iterations: of the solver (sinkhorn.py).
 
     Raises:
-      UserError: drawing without a key.
+      UserError: drawing without a key, or another rounding.
     """
+    if rounding not in ("draw", "round"):
+        raise UserError(f'rounding={rounding!r} is unknown, expected "draw" or "round".')
     cost = entropic.squared_distances(x_0, x_1)
     scale = entropic.relative_epsilon(cost, epsilon) if relative else epsilon
     solution = entropic.solve(cost, scale, tolerance=tolerance, max_iterations=max_iterations)
@@ -184,10 +186,10 @@ def over_buffer(
 class Quality(NamedTuple):
     """Mean squared distances of pairs; `gain_share` is 0 for the independent coupling, 1 for the exact one."""
 
-    cost: float
-    independent_cost: float
-    exact_cost: float
-    gain_share: float
+    cost: Number
+    independent_cost: Number
+    exact_cost: Number
+    gain_share: Number
 
 
 def quality(x_0: Rows, x_1: Rows, i: Int[AnyArray, " N"], j: Int[AnyArray, " N"]) -> Quality:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from flow_jax.arrays import Number
 from train_jax.errors import UserError
 
 
@@ -95,8 +96,8 @@ class Plan:
 
     solver: str
     times: np.ndarray
-    rtol: float
-    atol: float
+    rtol: Number
+    atol: Number
     per_sample: bool
     max_steps: int
 
@@ -105,15 +106,15 @@ class Plan:
         cls,
         solver: str,
         num_steps: int | None,
-        rtol: float,
-        atol: float,
-        t0: float,
-        t1: float,
+        rtol: Number,
+        atol: Number,
+        t0: Number,
+        t1: Number,
         per_sample: bool,
         times=None,
         max_steps: int = 4096,
         *,
-        ends: tuple[float, float] = (0.0, 1.0),
+        ends: tuple[Number, Number] = (0.0, 1.0),
     ) -> "Plan":
         """Checks the arguments of `sample` and `log_prob`; `ends` are the defaults of (t0, t1) there.
 
@@ -153,7 +154,7 @@ class Plan:
         return cls(solver, _grid(num_steps, t0, t1, times, ends), rtol, atol, per_sample, max_steps)
 
 
-def _grid(num_steps: int | None, t0: float, t1: float, times, ends: tuple[float, float]) -> np.ndarray:
+def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[float, float]) -> np.ndarray:
     """The times of a plan, in float64."""
     if times is None:
         if t0 == t1:

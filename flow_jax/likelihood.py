@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from flow_jax.arrays import Rows, sum_rows
+from flow_jax.arrays import Number, Rows, sum_rows
 from flow_jax.integrate import ADAPTIVE, TOLERANCE, Plan, as_field, integrate
 from train_jax.errors import UserError
 
@@ -92,10 +92,10 @@ def log_prob(
     key: Key[Array, ""] | None = None,
     solver: str = "tsit5",
     num_steps: int | None = None,
-    rtol: float = TOLERANCE,
-    atol: float = TOLERANCE,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    rtol: Number = TOLERANCE,
+    atol: Number = TOLERANCE,
+    t0: Number = 0.0,
+    t1: Number = 1.0,
     per_sample: bool = False,
     *,
     noise: str = "rademacher",
@@ -112,14 +112,14 @@ def log_prob(
     Args:
       velocity: as of `sample`; rows must be independent of each other.
       x_1: data [B, ...] at t1.
-      divergence: "exact" or "hutchinson": "exact" costs a Jacobian-vector product an entry of an example and evaluation; "hutchinson" one a
+      divergence: "exact" costs a Jacobian-vector product an entry of an example and evaluation; "hutchinson" one a
         probe, and is unbiased.
       key: draws the probes, once for the whole solve: noise that changes from step to step would leave the solver a
         field without a solution. Needed for "hutchinson" alone.
       solver, num_steps, rtol, atol, per_sample, args, max_steps: as of `sample`; errors of a shared step are over
         points and log-densities together.
       t0, t1: times of the noise and of the data.
-      noise: of the probes, "rademacher" or "gaussian"; Rademacher's has the smaller variance.
+      noise: of the probes: "rademacher", which has the smaller variance, or "gaussian".
       num_probes: averaged.
       prior: x_0 -> log-density [B] at t0; standard normal when None.
       times: from the data's time down to the noise's; the steps of a fixed solver.
@@ -156,7 +156,7 @@ def log_prob(
     return LogProbResult(start + change, x_0, r.nfe)
 
 
-def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: float = 1.0) -> Float[Array, " B"]:
+def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) -> Float[Array, " B"]:
     """-log2 p per dimension, of data whose discrete values lie 1 / bins of a unit apart.
 
     Args:

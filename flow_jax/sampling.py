@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flow_jax.arrays import Rows
+from flow_jax.arrays import Number, Rows
 from flow_jax.integrate import FIXED, TOLERANCE, Plan, as_field, integrate
 from train_jax.errors import UserError
 
@@ -32,10 +32,10 @@ def sample(
     x_0: Rows,
     solver: str = "tsit5",
     num_steps: int | None = None,
-    rtol: float = TOLERANCE,
-    atol: float = TOLERANCE,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    rtol: Number = TOLERANCE,
+    atol: Number = TOLERANCE,
+    t0: Number = 0.0,
+    t1: Number = 1.0,
     per_sample: bool = False,
     *,
     times=None,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from flow_jax.arrays import AnyArray, flatten_rows
+from flow_jax.arrays import AnyArray, Scalar, flatten_rows
 
 CHECK_EVERY = 10  # iterations between looks at the marginals
 
@@ -28,7 +28,7 @@ def squared_distances(x: Float[AnyArray, "N ..."], y: Float[AnyArray, "M ..."]) 
     return jnp.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * products, 0)
 
 
-def relative_epsilon(cost: Float[Array, "N M"], epsilon: float | Float[Array, ""]) -> Float[Array, ""]:
+def relative_epsilon(cost: Float[Array, "N M"], epsilon: Scalar) -> Float[Array, ""]:
     """epsilon times the standard deviation of the cost: absolute, of the cost's units."""
     return epsilon * cost.std()
 
@@ -90,11 +90,11 @@ class Solution(NamedTuple):
 @functools.partial(jax.jit, static_argnames="max_iterations")
 def solve(
     cost: Float[AnyArray, "N M"],
-    epsilon: float | Float[AnyArray, ""],
+    epsilon: Scalar,
     a: Float[AnyArray, " N"] | None = None,
     b: Float[AnyArray, " M"] | None = None,
     *,
-    tolerance: float | Float[AnyArray, ""] = 1e-3,
+    tolerance: Scalar = 1e-3,
     max_iterations: int = 20_000,
 ) -> Solution:
     """Solves the entropic problem.

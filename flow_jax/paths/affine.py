@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Rows, Time, as_time, per_row
+from flow_jax.arrays import Number, Rows, Time, as_time, per_row
 from flow_jax.conversions import Convertible, Inverse
 from train_jax.errors import UserError
 
@@ -83,7 +83,7 @@ class AffinePath(Convertible):
 class CondOT(AffinePath):
     """The conditional-OT path: alpha = t, sigma = 1 - (1 - sigma_min) t (Lipman et al. 2023, equation 20)."""
 
-    sigma_min: float = 0.0
+    sigma_min: Number = 0.0
 
     def alpha(self, t):
         return jnp.asarray(t)
@@ -119,8 +119,8 @@ class VP(AffinePath):
     little before (Lipman et al. 2023, appendix: 1e-5).
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
     time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
 
     def _exponent(self, t):
@@ -204,8 +204,8 @@ class VE(AffinePath):
     x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself.
     """
 
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    sigma_min: Number = 0.01
+    sigma_max: Number = 50.0
 
     @property
     def _log_ratio(self) -> float:
@@ -263,7 +263,7 @@ class Cosine(AffinePath):
 class Polynomial(AffinePath):
     """alpha = t^n, sigma = 1 - t^n; of n = 1 it is CondOT. The velocity is zero at t = 0 for n > 1."""
 
-    n: float = 2.0
+    n: Number = 2.0
 
     def __post_init__(self):
         if self.n < 1:

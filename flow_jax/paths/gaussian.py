@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Rows, Time, as_time, per_row
+from flow_jax.arrays import Number, Rows, Time, as_time, per_row
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
 from train_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class CFM:
     `base=Cosine()` the trigonometric one. The target is the base's velocity, free of the noise.
     """
 
-    sigma: float = 0.0
+    sigma: Number = 0.0
     base: AffinePath = CondOT()
 
     @property
@@ -76,7 +76,7 @@ class SchrodingerBridge:
     not use sigma at all. The target is infinite at both ends.
     """
 
-    sigma: float = 1.0
+    sigma: Number = 1.0
     time_range: ClassVar[tuple[float, float]] = (1e-5, 1.0 - 1e-5)
 
     def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
@@ -121,7 +121,7 @@ class GaussianPath:
 
     mu: Callable
     sigma: Callable
-    time_range: tuple[float, float] = (0.0, 1.0)
+    time_range: tuple[Number, Number] = (0.0, 1.0)
 
     def moments(self, x_1: Rows, t: Time) -> tuple[Array, Array, Array, Array]:
         """Mean, deviation, and their derivatives by time, each [B, ...]."""

@@ -10,6 +10,12 @@ import pytest
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+@pytest.fixture
+def golden():
+    """The folder of golden cases."""
+    return GOLDEN
+
+
 @pytest.fixture(params=["float32", "float64"])
 def precision(request):
     """Runs a test in float32 and in float64."""
