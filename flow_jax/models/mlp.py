@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -38,9 +39,10 @@ class MLP(nnx.Module):
         if config.depth < 1 or (config.num_classes and not config.time_width):
             raise ValueError(f"{config}: expected depth >= 1, and time_width > 0 with labels.")
         self.config = config
-        self.condition = None
-        if config.time_width:
-            self.condition = Condition(config.width, config.num_classes, config.time_width, rngs=rngs)
+        condition = (
+            Condition(config.width, config.num_classes, config.time_width, rngs=rngs) if config.time_width else None
+        )
+        self.condition = nnx.data(condition)
         self.inputs = linear(config.dim + (self.condition is None), config.width, rngs=rngs)
         self.hidden = nnx.List([linear(config.width, config.width, rngs=rngs) for _ in range(config.depth - 1)])
         self.outputs = linear(config.width, config.dim, zero=True, rngs=rngs)

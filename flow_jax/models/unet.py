@@ -57,8 +57,8 @@ def conv(features_in: int, features_out: int, size: int = 3, *, zero: bool = Fal
 
 
 def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """32 groups, or the most that divide narrower models' channels."""
-    groups = next(groups for groups in range(min(32, channels), 0, -1) if channels % groups == 0)
+    """32 groups; fewer in narrow models, of four channels at least (a group of one would undo every bias before it)."""
+    groups = next(groups for groups in range(min(32, max(channels // 4, 1)), 0, -1) if channels % groups == 0)
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, rngs=rngs)
 
 
