@@ -6,7 +6,7 @@ layer by layer; stacked layers have a leading axis as every other leaf. It is fr
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -117,12 +117,15 @@ class QuantizedKernel(nnx.Module):
 
     def dequantize(self) -> Float[Array, "..."]:
         """The plain kernel in float32, with the layer axis if stacked."""
-        decode = functools.partial(_decode_transposed, self.codec, self.matrix_shape)
         if self.codes.ndim == 2:
-            kernel = decode(self.arrays)
-        else:
-            kernel = jnp.stack([decode(_layer(self.arrays, i)) for i in range(self.codes.shape[0])])
-        return kernel.reshape(self.shape)
+            return _decode_transposed(self.codec, self.matrix_shape, self.arrays).reshape(self.shape)
+        return jnp.stack(list(self.dequantized_layers()))
+
+    def dequantized_layers(self) -> Iterator[Float[Array, "..."]]:
+        """The plain kernels of a stack in float32, one after another, so that they need not be in memory together."""
+        for i in range(self.codes.shape[0]):
+            kernel = _decode_transposed(self.codec, self.matrix_shape, _layer(self.arrays, i))
+            yield kernel.reshape(*self.in_shape, *self.out_shape)
 
     def requantized(self, kernel: Float[Array, "..."]) -> "QuantizedKernel":
         """Another kernel of the same shape, stored and multiplied the same way."""

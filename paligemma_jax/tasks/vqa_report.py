@@ -162,9 +162,11 @@ def _before(task, model, source) -> dict[str, Any]:
 
 
 def _untrained(task, model):
-    """The model as it was: without its adapters (sharing every frozen array), or read again if the base trained."""
+    """The model as it was, sharing every frozen array: without its adapters, or with those that the run went on from.
+    Read again if the base trained."""
     if task.config.adapter.name == "lora":
-        return detach_lora(nnx.clone(model))
+        base = detach_lora(nnx.clone(model))
+        return base if task.config.adapter.path is None else task.attach(base)
     return model_state.build(task, task.mesh).model()
 
 
