@@ -29,7 +29,7 @@ all three off. Both runs share the frozen weights in memory.
 The one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
 slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoint by).
 
-`:ranks` trains the default at LoRA ranks 1 to 32 and draws accuracy against the rank (docs/sweeps.md).
+`:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank (docs/sweeps.md).
 
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
 """
@@ -134,7 +134,9 @@ def smoke(config: ConfigDict) -> None:
 def ranks(config: ConfigDict) -> None:
     """Rank against quality and cost; alpha grows with the rank, so that the update's scale alpha / rank stays."""
     config.sweep = tuple(
-        (f"rank-{rank}", {"adapter.rank": rank, "adapter.alpha": 4.0 * rank}) for rank in (1, 2, 4, 8, 16, 32)
+        (f"rank-{rank}-seed-{seed}", {"adapter.rank": rank, "adapter.alpha": 4.0 * rank, "seed": seed})
+        for seed in range(3)
+        for rank in (1, 2, 4, 8, 16, 32)
     )
     config.sweep_x = "adapter.rank"
     config.eval.controls = config.eval.before = False  # the same for every rank: of the default run
