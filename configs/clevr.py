@@ -29,7 +29,8 @@ all three off. Both runs share the frozen weights in memory.
 The one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
 slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoint by).
 
-`:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank (docs/sweeps.md).
+`:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank
+(docs/sweeps.md).
 
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
 """
