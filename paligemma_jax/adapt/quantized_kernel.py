@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from paligemma_jax.adapt import int8
 from paligemma_jax.adapt.int4 import Int4
@@ -133,12 +133,13 @@ class QuantizedKernel(nnx.Module):
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
 
-    def contract(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
         The kernel is dequantised to the dtype of x, once for the forward and once for the backward pass: nothing of
-        full size is kept between them.
+        full size is kept between them. Nothing is drawn: `keys` are for other kernels.
         """
+        del keys
         lead = x.shape[: x.ndim - len(self.in_shape)]
         x = x.reshape(*lead, -1)
         if self.outlier_threshold is None:

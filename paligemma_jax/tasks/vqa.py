@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt import lora, quantize
+from paligemma_jax.adapt import quantize
 from paligemma_jax.data import prompts, sources
 from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
@@ -113,14 +113,15 @@ class VQA:
     def init(self) -> nnx.Module:
         model = self.base()
         self._base = None  # adapters are attached in place
-        return self.attach(model) if self.config.adapter.name == "lora" else model
+        return model if self.config.adapter.name == "none" else self.attach(model)
 
     def attach(self, model: PaliGemma) -> PaliGemma:
-        """Gives the base the adapters that training starts with, in place."""
+        """Gives the base the adapters that training starts with; use what is returned."""
         return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._place)
 
     def trainable(self) -> str:
-        return lora.TRAINABLE if self.config.adapter.name == "lora" else self.config.trainable or r".*"
+        adapter = self.config.adapter
+        return self.config.trainable or r".*" if adapter.name == "none" else vqa_adapter.trainable(adapter)
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train.
@@ -129,11 +130,11 @@ class VQA:
           UserError: a pattern that matches none, or features to be kept of a tower that trains.
         """
         model, adapter = self.base(), self.config.adapter
-        if adapter.name == "lora":
-            paths = vqa_adapter.trained_paths(model, self.attach)
-        else:
+        if adapter.name == "none":
             paths = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
-            quantize.refuse_trained(paths)
+        else:
+            paths = vqa_adapter.trained_paths(model, adapter, self.attach)
+        quantize.refuse_trained(paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
         if self.config.cache_features and outside:
             raise UserError(
@@ -147,8 +148,9 @@ class VQA:
 
     def describe(self, model: PaliGemma) -> str:
         """The adapter's table for the start-up report, and what the base is stored in."""
-        rows = lora.lora_table(model)
-        lines = [lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"]
+        adapter = self.config.adapter
+        none = adapter.name == "none"
+        lines = [f"trains {self.trainable()!r}, no adapters" if none else vqa_adapter.describe(model, adapter)]
         return "\n".join([*lines, quantize.describe(model)] if quantize.is_quantized(model) else lines)
 
     def parameter_counts(self, model: PaliGemma) -> dict[str, int]:
@@ -213,8 +215,9 @@ class VQA:
 
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, arrays = self._hidden(model, batch, keys)
-        weights, _ = self._weights(batch)
+        weights, normalizer = self._weights(batch)
         loss = token_cross_entropy(hidden, targets=arrays["targets"], weights=weights, **self._words(model))
+        loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
         return loss, {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
 
     def _hidden(self, model: PaliGemma, batch, keys=None):
@@ -253,8 +256,8 @@ class VQA:
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters for peft, and for the adapter.path of another run."""
-        if self.config.adapter.name == "lora":
-            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.model.path)
+        if self.config.adapter.name != "none":
+            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
 
     def companions(self) -> dict[str, ConfigDict]:
         """The question-only control: the same fine-tuning on black images."""

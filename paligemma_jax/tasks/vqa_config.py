@@ -11,7 +11,7 @@ from train_jax.errors import UserError
 CHOICES = {
     "model.remat": common.REMAT,
     "model.quantize": ("", *KINDS),
-    "adapter.name": ("lora", "none"),
+    "adapter.name": vqa_adapter.NAMES,
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
 }
@@ -50,8 +50,14 @@ def defaults() -> ConfigDict:
     config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
     config.adapter = ConfigDict(
         {
-            "name": "lora",  # lora | none (trains what `trainable` says)
-            "targets": r"decoder/.*/(q_proj|o_proj)",  # r".*/(q_proj|o_proj)" also adapts the tower, as peft does
+            # lora | bottleneck | prefix | prompt | bitfit | diff_pruning | last_layers (docs/peft.md), or none, which
+            # trains what `trainable` says
+            "name": "lora",
+            # Pattern of modules (lora, diff_pruning) or parameters (bitfit); None is the method's own, lora's being
+            # r"decoder/.*/(q_proj|o_proj)". r".*/(q_proj|o_proj)" also adapts the tower, as peft does.
+            "targets": placeholder(str),
+            "size": placeholder(int),  # width of a bottleneck, length of prefix or prompt, number of last_layers
+            "penalty": 0.0,  # of diff_pruning: weight of the share of entries that change, beside the loss
             "rank": 8,
             "alpha": 32.0,
             "dropout": 0.1,
