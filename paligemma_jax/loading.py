@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
-from paligemma_jax.weights import load as checkpoint
 from paligemma_jax.weights import adapter_folder, peft
+from paligemma_jax.weights import load as checkpoint
 from paligemma_jax.weights.digest import check_digest
 from train_jax import config
 from train_jax.errors import UserError

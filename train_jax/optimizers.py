@@ -11,8 +11,8 @@ no kernel of Gemma; the default here matches them all.
 """
 
 import dataclasses
-import re
 import functools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
