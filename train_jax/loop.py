@@ -245,6 +245,7 @@ class Run:
         trained = session.checkpoints.restore_params(step, session.state.params, item)
         model = session.bundle.model(trained)
         session.state = None  # moments are not needed any more; their memory is
+        getattr(self.task, "export", lambda model, workdir: None)(model, self.workdir)
         companions = {}
         for name, companion in getattr(self.task, "companions", dict)().items():
             _say(f"companion run {name} in {self.workdir / name}")
