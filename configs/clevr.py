@@ -106,6 +106,7 @@ def report(config: ConfigDict, dtype: str) -> None:
     """The report's run (its table of settings); what it left open has PaliGemma's usual value."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
+    config.adapter.targets = r"decoder/.*/(q_proj|o_proj)"  # peft's suffixes would reach the tower too: r".*/(...)"
     config.data.name = "clevr"
     config.data.fraction = 0.01  # about 6,650 questions
     config.data.prefix_length = 128

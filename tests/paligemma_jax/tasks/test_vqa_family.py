@@ -84,13 +84,14 @@ def test_the_penalty_is_of_the_mean_loss(mini_options):
          "bitfit, diff_pruning, last_layers: change it."),
         ({"adapter.name": "bitfit", "adapter.size": 4}, "adapter.size is 4 beside adapter.name='bitfit', which has "
          "none, expected one of bottleneck, prefix, prompt, last_layers: leave it out."),
-        ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise it."),
+        ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "
+         "it."),
         ({"adapter.name": "prefix", "adapter.targets": "decoder/.*"}, "adapter.targets is 'decoder/.*' beside "
          "adapter.name='prefix', which takes none: leave it out."),
-        ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', expected 0, or a positive number "
-         "beside diff_pruning: change one of the two."),
-        ({"adapter.name": "last_layers", "adapter.size": 2}, "the last 2 layers are to train, expected 1 to 1 of the 2: "
-         "change the number."),
+        ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', expected 0, or a positive "
+         "number beside diff_pruning: change one of the two."),
+        ({"adapter.name": "last_layers", "adapter.size": 2}, "the last 2 layers are to train, expected 1 to 1 of the "
+         "2: change the number."),
         ({"adapter.name": "last_layers", "model.quantize": "nf4"}, "the last layers are to train but the base is "
          "quantised, and quantised kernels have no gradient: load it without quantisation, or train adapters."),
         ({"adapter.name": "bitfit", "cache_features": True}, "cache_features is on but projector/linear/bias trains, "
