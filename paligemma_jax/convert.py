@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from paligemma_jax import hub, loading
+from paligemma_jax.adapt import family
 from paligemma_jax.adapt.lora import merge_lora, projections
 from paligemma_jax.adapt.merge_quantized import merge_quantized
 from paligemma_jax.adapt.quantize import dequantize, describe, is_quantized
@@ -102,6 +103,7 @@ def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
 
 def plain(model: PaliGemma) -> PaliGemma:
     """The model with its adapters merged and its kernels dequantised; says so where they were quantised."""
+    model = family.merge(model)
     adapted = any(module.lora_a is not None for module in projections(model).values())
     if not is_quantized(model):
         return merge_lora(model) if adapted else model
