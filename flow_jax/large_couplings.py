@@ -6,6 +6,7 @@ finds its partner by itself, with no batch to wait for and the noise's law untou
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -19,7 +20,7 @@ from flow_jax import sinkhorn
 from flow_jax.arrays import AnyArray, Number, Rows, Scalar, flatten_rows
 from train_jax.errors import UserError
 
-MISSING = 'this coupling needs ott-jax, which is not installed: pip install -e ".[ot]".'
+MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
 SAMPLE = 1024  # rows that tell the spread of the cost
 BLOCK = 256  # rows of noise matched with the data set at a time
 
@@ -55,25 +56,22 @@ def fit_semidiscrete(
     Raises:
       UserError: ott-jax is missing.
     """
-    try:
-        from ott.geometry.semidiscrete_pointcloud import SemidiscretePointCloud
-        from ott.problems.linear.semidiscrete_linear_problem import SemidiscreteLinearProblem
-        from ott.solvers.linear.semidiscrete import SemidiscreteSolver
-    except ImportError:
-        raise UserError(MISSING) from None
+    point_cloud = _ott("geometry.semidiscrete_pointcloud").SemidiscretePointCloud
+    problem = _ott("problems.linear.semidiscrete_linear_problem").SemidiscreteLinearProblem
+    solver_class = _ott("solvers.linear.semidiscrete").SemidiscreteSolver
     x_1 = flatten_rows(jnp.asarray(x_1))
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
     spread = float(relative_to_absolute(noise, x_1, 1.0))
-    geometry = SemidiscretePointCloud(sampler or jax.random.normal, x_1, epsilon=epsilon * spread)
+    geometry = point_cloud(sampler or jax.random.normal, x_1, epsilon=epsilon * spread)
     rate = 0.05 * spread if learning_rate is None else learning_rate
-    solver = SemidiscreteSolver(
+    solver = solver_class(
         num_iterations=num_steps,
         batch_size=batch_size,
         optimizer=optax.adam(optax.cosine_decay_schedule(rate, num_steps)),
         error_eval_every=num_steps,
     )
     with jax.numpy_rank_promotion("allow"):  # ott-jax broadcasts ranks
-        return jax.jit(solver)(key, SemidiscreteLinearProblem(geometry)).g
+        return jax.jit(solver)(key, problem(geometry)).g
 
 
 @jax.jit
@@ -119,24 +117,31 @@ def sharded_sinkhorn(
     """
     if key is None:
         raise UserError("sharded_sinkhorn draws partners: pass `key`.")
-    try:
-        import ott  # noqa: F401
-    except ImportError:
-        raise UserError(MISSING) from None
+    point_cloud, solve = _ott("geometry.pointcloud").PointCloud, _ott("solvers.linear").solve
     x_0, x_1 = flatten_rows(jnp.asarray(x_0)), flatten_rows(jnp.asarray(x_1))
     scale = relative_to_absolute(x_0, x_1, epsilon)
     if mesh is not None:
         x_0 = jax.device_put(x_0, NamedSharding(mesh, PartitionSpec(axis)))
         x_1, scale, key = jax.device_put((x_1, scale, key), NamedSharding(mesh, PartitionSpec()))
     with jax.numpy_rank_promotion("allow"):  # ott-jax broadcasts ranks
-        return _ott_sinkhorn(x_0, x_1, scale, key, tolerance, max_iterations)
+        return _draw_partners(point_cloud, solve, tolerance, max_iterations, x_0, x_1, scale, key)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _ott_sinkhorn(x_0, x_1, epsilon, key, tolerance, max_iterations):
-    from ott.geometry.pointcloud import PointCloud
-    from ott.solvers import linear
-
-    solution = linear.solve(PointCloud(x_0, x_1, epsilon=epsilon), threshold=tolerance, max_iterations=max_iterations)
-    logits = (solution.g[None] - sinkhorn.squared_distances(x_0, x_1)) / epsilon
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _draw_partners(point_cloud, solve, tolerance, max_iterations, x_0, x_1, epsilon, key):
+    geometry = point_cloud(x_0, x_1, epsilon=epsilon)
+    g = solve(geometry, threshold=tolerance, max_iterations=max_iterations).g
+    logits = (g[None] - sinkhorn.squared_distances(x_0, x_1)) / epsilon
     return jnp.arange(len(x_0)), jax.random.categorical(key, logits, axis=1)
+
+
+def _ott(name: str):
+    """A module of ott-jax.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"ott.{name}")
+    except ImportError:
+        raise UserError(MISSING) from None

@@ -85,6 +85,23 @@ class _WithDivergence:
         return hutchinson_divergence(velocity, state[0], jnp.moveaxis(probes, 1, 0))
 
 
+def _check(divergence: str, noise: str, num_probes: int, key, solver: str, times) -> None:
+    """Refuses arguments of `log_prob` that contradict each other."""
+    if divergence not in DIVERGENCES or noise not in PROBES:
+        raise UserError(
+            f"divergence={divergence!r} with noise={noise!r} is unknown, expected divergence one of "
+            f"{', '.join(DIVERGENCES)}, and noise one of {', '.join(PROBES)}."
+        )
+    if divergence == "hutchinson" and key is None:
+        raise UserError('divergence="hutchinson" draws probes: pass `key`.')
+    if num_probes < 1 or (divergence == "exact" and num_probes > 1):
+        raise UserError(f"num_probes={num_probes}: expected at least 1, and more only with hutchinson's divergence.")
+    if times is not None and solver in ADAPTIVE:
+        raise UserError(
+            f"solver={solver!r} chooses its own steps: leave out times, which a likelihood does not look at."
+        )
+
+
 def log_prob(
     velocity: Callable,
     x_1: Rows,
@@ -128,19 +145,7 @@ def log_prob(
       UserError: arguments that contradict each other or have no effect.
       RuntimeError: an adaptive solver failed.
     """
-    if divergence not in DIVERGENCES or noise not in PROBES:
-        raise UserError(
-            f"divergence={divergence!r} with noise={noise!r} is unknown, expected divergence one of "
-            f"{', '.join(DIVERGENCES)}, and noise one of {', '.join(PROBES)}."
-        )
-    if divergence == "hutchinson" and key is None:
-        raise UserError('divergence="hutchinson" draws probes: pass `key`.')
-    if num_probes < 1 or (divergence == "exact" and num_probes > 1):
-        raise UserError(f"num_probes={num_probes}: expected at least 1, and more only with hutchinson's divergence.")
-    if times is not None and solver in ADAPTIVE:
-        raise UserError(
-            f"solver={solver!r} chooses its own steps: leave out times, which a likelihood does not look at."
-        )
+    _check(divergence, noise, num_probes, key, solver, times)
     plan = Plan.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
     x_1 = jnp.asarray(x_1)
     probes = None

@@ -23,7 +23,7 @@ def test_without_ott_one_sentence_says_what_to_install(monkeypatch):
     for name in ["ott", *(name for name in sys.modules if name.startswith("ott."))]:
         monkeypatch.setitem(sys.modules, name, None)
     x = jnp.ones((4, 2))
-    with pytest.raises(UserError, match=r'not installed: pip install -e "\.\[ot\]"'):
+    with pytest.raises(UserError, match=r"not installed: pip install 'paligemma-jax\[ot\]'"):
         large_couplings.fit_semidiscrete(x, jax.random.key(0))
     with pytest.raises(UserError, match="needs ott-jax"):
         large_couplings.sharded_sinkhorn(x, x, key=jax.random.key(0))
