@@ -3,8 +3,8 @@
     python train.py --config=configs/flow_2d.py
     python train.py --config=configs/flow_2d.py:moons
 
-learns a flow from a Gaussian to a checkerboard (or to 8gaussians, moons, spirals; `:8gaussians_to_moons` starts from eight
-Gaussians instead) and leaves samples, density, learned field, trajectories and an animated flow.gif in the workdir.
+learns a flow from a Gaussian to a checkerboard (or to 8gaussians, moons, spirals; `:8gaussians_to_moons` starts from
+eight Gaussians instead) and leaves samples, density, learned field, trajectories and an animated flow.gif in the workdir.
 """
 
 from ml_collections import ConfigDict

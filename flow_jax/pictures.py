@@ -35,10 +35,11 @@ def draw_samples(path: Path, data: Points, samples: Points, noise: Points) -> No
     figure.savefig(path, dpi=120)
 
 
-def draw_density(path: Path, data: Points, log_density: Callable[[Points], np.ndarray], cells: int = 96) -> None:
+def draw_density(path: Path, data: Points, log_density: Callable[[Points], np.ndarray], cells: int = 64) -> None:
     """The model's density, exp(log p) on a grid, beside a histogram of the data on the same scale.
 
     Args:
+      data: some ten points a cell, or the histogram is nothing but noise.
       log_density: log p of points [n, 2], in nats, [n].
       cells: of the grid, a side.
     """

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flow_jax import couplings, evaluation, paths, times
-from flow_jax.models.mlp import MLP
+from flow_jax import couplings, evaluation, losses, paths
+from flow_jax import times as times_of
+from flow_jax.models.mlp import MLP, MLPConfig
 from flow_jax.pairs import COUPLINGS, ToyPairs
 from flow_jax.toys import TOYS
 from train_jax.errors import UserError
@@ -29,7 +30,12 @@ PATHS = {
     "cosine": lambda config: paths.Cosine(),
     "schroedinger_bridge": lambda config: paths.SchrodingerBridge(config.sigma),
 }
-STOCHASTIC = ("cfm", "schroedinger_bridge")
+STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
+TIMES = {
+    "uniform": times_of.Uniform,
+    "stratified": times_of.Stratified,
+    "logit_normal": lambda low, high: times_of.LogitNormal(),
+}
 
 
 class PlaneFlow:
@@ -42,7 +48,7 @@ class PlaneFlow:
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict()
-        config.model = ConfigDict({"width": 256, "depth": 4})
+        config.model = ConfigDict({"width": 256, "depth": 4, "activation": "silu"})
         config.path = ConfigDict(
             {
                 "name": "cond_ot",  # cond_ot | cfm | vp | cosine | schroedinger_bridge
@@ -83,7 +89,7 @@ class PlaneFlow:
         for key, value, known in (
             ("path.name", config.path.name, PATHS),
             ("coupling.name", config.coupling.name, COUPLINGS),
-            ("times", config.times, times.SAMPLERS),
+            ("times", config.times, TIMES),
             ("data.name", config.data.name, TOYS),
             ("data.noise", config.data.noise, TOYS),
         ):
@@ -96,10 +102,10 @@ class PlaneFlow:
             )
         self.config, self.mesh = config, mesh
         self.path = PATHS[config.path.name](config.path)
+        self.times = TIMES[config.times](*self.path.time_range)
 
     def init(self) -> nnx.Module:
-        model = self.config.model
-        return MLP(2, width=model.width, depth=model.depth, rngs=nnx.Rngs(self.config.seed))
+        return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))
 
     def trainable(self) -> str:
         return r".*"
@@ -123,17 +129,15 @@ class PlaneFlow:
         return jnp.float32(A * b)
 
     def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
-        """Mean squared error of the velocity over a point's coordinates, summed over rows."""
+        """The conditional flow-matching loss, summed over rows."""
         x_0, x_1 = batch["x_0"], batch["x_1"]
         pairs, draws, noise = jax.random.split(keys[0], 3)
         if self.config.coupling.name == "sinkhorn":
             i, j = couplings.sinkhorn(x_0, x_1, self.config.coupling.epsilon, pairs)
             x_0, x_1 = x_0[i], x_1[j]
-        t = times.SAMPLERS[self.config.times](draws, len(x_1))
-        stochastic = self.config.path.name in STOCHASTIC
-        sample = self.path.sample(x_0, x_1, t, key=noise if stochastic else None)
-        error = jnp.square(model(t, sample.x_t) - sample.dx_t).mean(axis=1)
-        return error.sum(), {}
+        t = self.times.draw(draws, len(x_1))
+        sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
+        return losses.conditional_flow_matching(model, sample).sum(), {}
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         rows = zip(batch["x_0"][0], batch["x_1"][0], strict=True)
