@@ -4,7 +4,8 @@
     python train.py --config=configs/flow_2d.py:moons
 
 learns a flow from a Gaussian to a checkerboard (or to 8gaussians, moons, spirals; `:8gaussians_to_moons` starts from
-eight Gaussians instead) and leaves samples, density, learned field, trajectories and an animated flow.gif in the workdir.
+eight Gaussians instead) and leaves samples, density, learned field, trajectories and an animated flow.gif in the
+workdir.
 """
 
 from ml_collections import ConfigDict
@@ -24,8 +25,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base_config("flow_jax.task:PlaneFlow")
     config.data.noise, config.data.name = endpoints(arg or DATA[0])
     config.coupling.name = "exact"  # straighter paths, and fewer steps to sample
-    config.total_steps = 8000
-    config.batch_size = 512
+    config.total_steps = 10_000
+    config.batch_size = 256  # an exact coupling of 512 takes eight times as long as one of 256
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 200
