@@ -59,7 +59,7 @@ def convert(source: str, target: str, format: str, dtype: str | None = None, qua
         save_peft(model, place, base=base)
     else:
         kept = format == ORBAX and not _is_adapted(model)
-        write(model if kept else plain(model), place, format, source)
+        write(family.merge(model) if kept else plain(model), place, format, source)
     return place
 
 
