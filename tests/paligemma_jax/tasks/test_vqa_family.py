@@ -11,6 +11,7 @@ import pytest
 import paligemma_jax as pg
 from configs.clevr import METHODS as CONFIGS
 from paligemma_jax.adapt.diff_pruning import BETA, GAMMA, ZETA
+from paligemma_jax.convert import convert
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
 from train_jax import model_state, params
@@ -100,3 +101,13 @@ def test_the_penalty_is_of_the_mean_loss(mini_options):
 )  # fmt: skip
 def test_mistakes(mini_options, tmp_path, capsys, changes, sentence):
     assert mistake(capsys, mini_options | changes, tmp_path / "run") == sentence
+
+
+@pytest.mark.parametrize("format", ["hugging_face", "orbax"])
+def test_a_run_by_another_method_becomes_a_plain_model(mini_options, tmp_path, format):
+    train_main(tmp_path / "run", mini_options | SHORT | options("last_layers") | {"eval.before": False})
+    place = convert(str(tmp_path / "run"), str(tmp_path / "plain"), format)
+    images = jax.random.uniform(jax.random.key(0), (1, 24, 24, 3), minval=-1.0)
+    tokens = jnp.arange(3, 9)[None]
+    logits = [pg.load(each)(images, tokens, jnp.zeros_like(tokens))[0] for each in (tmp_path / "run", place)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
