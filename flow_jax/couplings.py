@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn as entropic
-from flow_jax.arrays import AnyArray, Number, Rows, Scalar, flatten_rows
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Scalar, flatten_rows
 from flow_jax.assignment import assign
 from train_jax.errors import UserError
 
@@ -53,7 +53,7 @@ def exact(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> HostP
     return np.arange(len(x_0)), assign(host_cost(x_0, x_1))
 
 
-def independent(n: int, key: Key[Array, ""]) -> tuple[Int[Array, " {n}"], Int[Array, " {n}"]]:
+def independent(n: int, key: RandomKey) -> tuple[Int[Array, " {n}"], Int[Array, " {n}"]]:
     """Pairs at random: each row once."""
     return jnp.arange(n), jax.random.permutation(key, n)
 
@@ -109,7 +109,7 @@ def sinkhorn(
     x_0: Rows,
     x_1: Rows,
     epsilon: Scalar = 0.05,
-    key: Key[Array, ""] | None = None,
+    key: RandomKey | None = None,
     *,
     rounding: str = "draw",
     relative: bool = True,

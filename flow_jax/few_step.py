@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from flow_jax.arrays import AnyArray, Number, Rows, mean_rows, per_row
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, mean_rows, per_row
 from flow_jax.integrate import as_field
 from flow_jax.paths.affine import PathSample
 from flow_jax.sampling import sample
@@ -49,7 +49,7 @@ def mean_flow(
 
 
 def draw_intervals(
-    key: Key[Array, ""], n: int, times: Times, same: Number = 0.75
+    key: RandomKey, n: int, times: Times, same: Number = 0.75
 ) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
     """Pairs t <= s of times; a share `same` of the rows, at random, has s = t (the paper's best: 75 %)."""
     first, second, third = jax.random.split(key, 3)

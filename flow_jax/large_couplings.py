@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn
-from flow_jax.arrays import AnyArray, Number, Rows, Scalar, flatten_rows
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Scalar, flatten_rows
 from train_jax.errors import UserError
 
 MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
@@ -32,7 +32,7 @@ def relative_to_absolute(x_0: Rows, x_1: Float[AnyArray, "M ..."], epsilon: Scal
 
 def fit_semidiscrete(
     x_1: Float[AnyArray, "M ..."],
-    key: Key[Array, ""],
+    key: RandomKey,
     epsilon: Number = 0.0,
     *,
     num_steps: int = 2_000,
@@ -96,7 +96,7 @@ def sharded_sinkhorn(
     x_0: Rows,
     x_1: Rows,
     epsilon: Number = 0.05,
-    key: Key[Array, ""] | None = None,
+    key: RandomKey | None = None,
     *,
     mesh: Mesh | None = None,
     axis: str = "data",

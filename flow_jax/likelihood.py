@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from flow_jax.arrays import Number, Rows, sum_rows
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, sum_rows
 from flow_jax.integrate import ADAPTIVE, TOLERANCE, Plan, as_field, integrate
 from train_jax.errors import UserError
 
@@ -106,7 +106,7 @@ def log_prob(
     velocity: Callable,
     x_1: Rows,
     divergence: str = "exact",
-    key: Key[Array, ""] | None = None,
+    key: RandomKey | None = None,
     solver: str = "tsit5",
     num_steps: int | None = None,
     rtol: Number = TOLERANCE,
@@ -173,7 +173,7 @@ def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) ->
 
 
 def image_bits_per_dim(
-    velocity: Callable, images: UInt8[Array, "B H W C"], key: Key[Array, ""], num_samples: int = 1, **options
+    velocity: Callable, images: UInt8[AnyArray, "B H W C"], key: RandomKey, num_samples: int = 1, **options
 ) -> Float[Array, " B"]:
     """Bits per dimension of bytes under a flow on [-1, 1], by uniform dequantisation (Theis et al. 2016).
 

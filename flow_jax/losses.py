@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from flow_jax.arrays import AnyArray, Rows, Scalar, mean_rows
+from flow_jax.arrays import AnyArray, RandomKey, Rows, Scalar, mean_rows
 from flow_jax.paths.affine import PathSample
 
 
@@ -49,7 +49,7 @@ def coupled_flow_matching(
     t: Float[AnyArray, " B"],
     coupling: Callable,
     *args,
-    key: Key[Array, ""] | None = None,
+    key: RandomKey | None = None,
 ) -> Float[Array, " B"]:
     """Conditional flow matching on coupled pairs: with `couplings.sinkhorn` or `exact` it is OT-CFM's loss.
 

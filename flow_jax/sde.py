@@ -10,9 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key
 
-from flow_jax.arrays import Number, Rows
+from flow_jax.arrays import Number, RandomKey, Rows
 from flow_jax.conversions import Convertible
 from flow_jax.integrate import as_field
 from flow_jax.sampling import SampleResult
@@ -23,7 +22,7 @@ def sample_sde(
     velocity: Callable,
     x_0: Rows,
     path: Convertible,
-    key: Key[Array, ""],
+    key: RandomKey,
     num_steps: int = 250,
     strength: Number = 1.0,
     *,

@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from flow_jax.arrays import AnyArray, Number
+from flow_jax.arrays import AnyArray, Number, RandomKey
 from train_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ class Uniform(Times):
     def __post_init__(self):
         _check_range(self.low, self.high)
 
-    def draw(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
         return jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
 
@@ -53,7 +53,7 @@ class Uniform(Times):
 class Stratified(Uniform):
     """Uniform times, one from each of n equal parts of the range, in random order: the same law, less variance."""
 
-    def draw(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
         offsets, order = jax.random.split(key)
         parts = (jnp.arange(n) + jax.random.uniform(offsets, (n,))) / n
@@ -74,7 +74,7 @@ class LogitNormal(Times):
         if self.std <= 0:
             raise UserError(f"LogitNormal(std={self.std:g}): expected a number > 0.")
 
-    def draw(self, key: Key[Array, ""], n: int) -> Float[Array, " n"]:
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
 

@@ -11,9 +11,9 @@ import math
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from flow_jax.arrays import Number, Rows, Time, as_time, per_row
+from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
 from flow_jax.conversions import Convertible, Inverse
 from train_jax.errors import UserError
 
@@ -58,7 +58,7 @@ class AffinePath(Convertible):
         return self.alpha(t) / self.sigma(t)
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: Key[Array, ""] | None = None, noise: Rows | None = None
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
     ) -> PathSample:
         """The points of the paths from x_0 to x_1 at the times t.
 

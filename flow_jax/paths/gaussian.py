@@ -6,14 +6,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from flow_jax.arrays import Number, Rows, Time, as_time, per_row
+from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
 from train_jax.errors import UserError
 
 
-def path_noise(name: str, like: Rows, key: Key[Array, ""] | None, noise: Rows | None) -> Float[Array, "B ..."]:
+def path_noise(name: str, like: Rows, key: RandomKey | None, noise: Rows | None) -> Float[Array, "B ..."]:
     """The noise given, or drawn.
 
     Raises:
@@ -53,7 +53,7 @@ class CFM:
         return 2 * self.std(t) / self.sigma**2
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: Key[Array, ""] | None = None, noise: Rows | None = None
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
     ) -> PathSample:
         """As AffinePath.sample; noise around the mean is drawn by `key` or is given.
 
@@ -92,7 +92,7 @@ class SchrodingerBridge:
         return 2 * self.std(t) / self.sigma**2
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: Key[Array, ""] | None = None, noise: Rows | None = None
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
     ) -> PathSample:
         """As AffinePath.sample; the bridge's noise is drawn by `key` or is given.
 
@@ -137,7 +137,7 @@ class GaussianPath:
         return mean, std, d_mean, d_std
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: Key[Array, ""] | None = None, noise: Rows | None = None
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
     ) -> PathSample:
         """x_t = mu + sigma x_0 and its velocity mu' + sigma' x_0; arguments as of AffinePath.sample."""
         x_0, x_1 = jnp.asarray(x_0), jnp.asarray(x_1)

@@ -161,6 +161,8 @@ def test_noisy_paths_draw_as_they_say():
             path.sample(x_0, x_1, 0.2)
         with pytest.raises(UserError, match="got both"):
             path.sample(x_0, x_1, 0.2, key=jax.random.key(0), noise=x_0)
+    raw = fj.paths.CFM(0.3).sample(x_0, x_1, 0.2, key=jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(raw.x_t, fj.paths.CFM(0.3).sample(x_0, x_1, 0.2, key=jax.random.key(0)).x_t)
     np.testing.assert_array_equal(fj.paths.CFM(0.0).sample(x_0, x_1, 0.5).x_t, 0.5 * x_1)
 
 

@@ -95,6 +95,13 @@ def test_a_field_of_constant_rate_is_solved_exactly_in_both_directions():
         np.testing.assert_allclose(back.x, 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", FIXED)
+def test_steps_divide_the_time_between_the_ends_whatever_they_are(double, solver):
+    """The trap: steps of 1 / num_steps, whatever t0 and t1."""
+    r = fj.sample(lambda t, x: 2 * t * jnp.ones_like(x), jnp.zeros((1, 1)), solver, 1000, t0=0.2, t1=0.7)
+    np.testing.assert_allclose(r.x, 0.7**2 - 0.2**2, rtol=2e-3 if solver == "euler" else 1e-9)
+
+
 def stiff(t, x, rate):
     return -rate[:, None] * (x - jnp.cos(20 * t))
 
