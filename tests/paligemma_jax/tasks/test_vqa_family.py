@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import paligemma_jax as pg
 from configs.clevr import METHODS as CONFIGS
 from paligemma_jax.adapt.diff_pruning import BETA, GAMMA, ZETA
 from paligemma_jax.convert import convert
+from paligemma_jax.tasks.common import SHARDING_RULES
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
 from train_jax import model_state, params
+from train_jax.sharding import make_mesh, shardings
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 STEP = {"data.suffix_length": 8, "adapter.dropout": 0.0, "adapter.size": "None"}
@@ -111,3 +114,15 @@ def test_a_run_by_another_method_becomes_a_plain_model(mini_options, tmp_path, f
     tokens = jnp.arange(3, 9)[None]
     logits = [pg.load(each)(images, tokens, jnp.zeros_like(tokens))[0] for each in (tmp_path / "run", place)]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+
+
+def test_what_takes_the_place_of_kernels_is_split_as_they_are(mini_options):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    kernels = {path: leaf for path, leaf in params.flatten(task_of(mini_options).base()).items() if "kernel" in path}
+    wanted = shardings(mesh, SHARDING_RULES, kernels)[0]
+    gated = shardings(mesh, SHARDING_RULES, {f"{path}/difference": leaf for path, leaf in kernels.items()})[0]
+    assert {path.removesuffix("/difference"): place for path, place in gated.items()} == wanted
+    last = {path.replace("decoder/layers", "decoder/last_layers"): path for path in kernels if "decoder/layers" in path}
+    moved = shardings(mesh, SHARDING_RULES, {new: kernels[path] for new, path in last.items()})[0]
+    assert {last[path]: place for path, place in moved.items()} == {path: wanted[path] for path in last.values()}
+    assert any(place.spec != PartitionSpec() for place in wanted.values())
