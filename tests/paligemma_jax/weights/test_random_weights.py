@@ -46,7 +46,7 @@ def test_the_working_memory_is_that_of_one_layer_however_many_there_are(kind):
 
 
 @pytest.fixture
-def path(small_config, monkeypatch):
+def path(small_config, monkeypatch, fast_compilation):
     monkeypatch.setattr(load_module, "variant", lambda name: small_config)
     return "random:small"
 
