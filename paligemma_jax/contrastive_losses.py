@@ -142,6 +142,8 @@ _contrastive.defvjp(_contrastive_forward, _contrastive_backward, symbolic_zeros=
 def _run(settings: _Settings, wanted: Wanted, zimg, ztxt, log_scale, bias, text_ids, mask):
     """Loss, and its float32 gradients."""
     dtype = jnp.promote_types(zimg.dtype, ztxt.dtype)
+    if dtype == jnp.float16:  # gradients of logits, 1e-5 and less for most pairs, are below its normal numbers
+        dtype = jnp.float32
     scalars = (jnp.exp(log_scale.astype(jnp.float32)), bias.astype(jnp.float32))
     arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, text_ids, mask)
 

@@ -9,9 +9,9 @@ from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.weights.tables import Row, Source
 
 
-def whole_model(config: PaliGemmaConfig) -> nnx.Module:
+def whole_model(config: PaliGemmaConfig, rngs: nnx.Rngs | None = None) -> nnx.Module:
     """A new model; abstract under `nnx.eval_shape`."""
-    return PaliGemma(config, rngs=nnx.Rngs(0))
+    return PaliGemma(config, rngs=rngs or nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)

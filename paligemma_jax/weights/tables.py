@@ -29,6 +29,7 @@ class Row:
       "heads_in"  big_vision's [N, D, H] for our [D, N, H]
       "row"       an axis of size 1 in front
     `part` picks an index of a leading axis that holds two leaves of ours (big_vision's kv and gating einsums).
+    `dtype` is kept whatever dtype the model is read in, as codes need it; None where it is cast.
     """
 
     ours: str
@@ -36,6 +37,7 @@ class Row:
     layout: str = "same"
     contracted: int = 1
     part: int | None = None
+    dtype: str | None = None
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape on their side of a leaf that is `shape` here."""
@@ -157,7 +159,7 @@ def read_rows(
       rows: the table of this family; its names are those of `source` (see `check_names`).
       source: the checkpoint.
       shapes: our abstract parameters by path, as the checkpoint holds them.
-      dtype: dtype to cast to.
+      dtype: dtype to cast to, where a row does not keep its own.
       transform: makes one or several leaves of each layer of one (quantisation, say); theirs are stacked likewise.
 
     Yields:
@@ -168,15 +170,15 @@ def read_rows(
     """
     table = {row.ours: row for row in rows}
     for path in sorted(shapes, key=stacked):
-        layers = _read_leaf(table[path], source, shapes[path].shape)
+        layers, kept = _read_leaf(table[path], source, shapes[path].shape), table[path].dtype or dtype
         depth = shapes[path].shape[0] if stacked(path) else None
         out: dict[str, np.ndarray] = {}
         for i, layer in enumerate(layers):
-            parts = transform(path, np.asarray(layer, dtype)) if transform else None
+            parts = transform(path, np.asarray(layer, kept)) if transform else None
             for name, part in ({path: layer} if parts is None else parts).items():
                 if i == 0:
                     shape = part.shape if depth is None else (depth, *part.shape)
-                    out[name] = _aligned_empty(shape, dtype if parts is None else part.dtype)
+                    out[name] = _aligned_empty(shape, kept if parts is None else part.dtype)
                 out[name][... if depth is None else i] = part
         yield from out.items()
 

