@@ -5,13 +5,15 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.weights.tables import Row, Source
 
 
-def whole_model(config: PaliGemmaConfig) -> nnx.Module:
+def whole_model(config: PaliGemmaConfig | DualEncoderConfig) -> PaliGemma | DualEncoder:
     """A new model; abstract under `nnx.eval_shape`."""
-    return PaliGemma(config, rngs=nnx.Rngs(0))
+    make = DualEncoder if isinstance(config, DualEncoderConfig) else PaliGemma
+    return make(config, rngs=nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,6 @@ class Checkpoint:
     source: Source
     names: set[str]
     rows: list[Row]
-    config: PaliGemmaConfig
+    config: PaliGemmaConfig | DualEncoderConfig
     dtype_of: str
-    build: Callable[[PaliGemmaConfig], nnx.Module] = whole_model
+    build: Callable[[PaliGemmaConfig | DualEncoderConfig], nnx.Module] = whole_model

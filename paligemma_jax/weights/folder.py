@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from paligemma_jax.data.images import Preprocessing
 from train_jax.errors import UserError
 
 # Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
@@ -124,6 +125,12 @@ class Folder:
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
         yield from self[name]
+
+
+def preprocessing(folder: Path) -> Preprocessing | None:
+    """A folder's own preprocessor_config.json, where it has one."""
+    file = folder / "preprocessor_config.json"
+    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
 
 
 def read_json(file: Path) -> dict:
