@@ -1,21 +1,37 @@
-"""Opens folders that save_hugging_face wrote with transformers, and compares logits and greedy tokens with ours.
+"""Opens what save_hugging_face and save_peft wrote with transformers and peft, as it is, and compares logits with ours.
 
     python benchmarks/check_exports.py [FOLDER ...]
 
-Needs torch and transformers beside this package; run by hand. Without arguments it exports the models of the tests'
-golden cases (PaliGemma 1 and 2, a file of big_vision) and "tiny" to a temporary folder, in one file and in shards.
+Needs torch, transformers and peft beside this package; run by hand (docs/weights.md has the output). Without arguments
+it exports to a temporary folder: the models of the tests' golden cases (PaliGemma 1 and 2, a file of big_vision) and
+"tiny", in one file and in shards; models of random weights and other sizes, one with a vocabulary of 257,152 rows
+padded to 257,216; and, on PaliGemma 1 and 2, adapters of every kind that save_peft writes.
+
 For each folder it prints the largest logit difference (float32), whether 8 greedy tokens are equal, and what
-AutoProcessor makes of a prompt against our own prompt, and exits with status 1 if anything differs.
+AutoProcessor makes of a prompt against our own prompt; for each adapter the largest difference, that to the base, and
+what peft warned of. It exits with status 1 if anything differs.
 """
 
+import dataclasses
+import platform
 import sys
 import tempfile
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.weights import save_hugging_face
+from paligemma_jax.adapt.lora import projections
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights import save_big_vision, save_hugging_face, save_peft
+from train_jax import params
 
 GOLDEN = Path(__file__).parent.parent / "tests/golden"
 SOURCES = {
@@ -24,13 +40,63 @@ SOURCES = {
     "big_vision": (GOLDEN / "bigvision_paligemma/params.npz", None),
     "tiny": ("tiny", "tiny"),
 }
+VISION = ViTConfig(image_size=42, patch_size=14, width=24, depth=3, mlp_dim=40, num_heads=3)
+SIZES = dict(vocab_size=500, width=40, depth=3, mlp_dim=72, num_heads=4, head_dim=16)
+RANDOM = {
+    "random 1": GemmaConfig(**SIZES),
+    "random 2": GemmaConfig(
+        **SIZES,
+        num_kv_heads=2,
+        post_norms=True,
+        attn_softcap=50.0,
+        final_softcap=30.0,
+        sliding_window=8,
+        query_scale=20**-0.5,
+    ),
+}
+PADDED = GemmaConfig(**SIZES | {"vocab_size": 257_152, "depth": 1})  # as big_vision's files; transformers' have 257,216
+ATTENTION = r"decoder/.*/(q_proj|o_proj)"
+ADAPTERS = {
+    "LoRA": dict(targets=ATTENTION, rank=4, alpha=8.0),
+    "all modules": dict(targets=r".*(_proj|fc1|fc2|linear|patch_embedding)", rank=3, alpha=8.0),
+    "rank_pattern": dict(
+        targets=r"decoder/.*",
+        rank=4,
+        alpha=8.0,
+        rank_pattern={r"decoder/layers/0/.*": 2, r".*/down_proj": 6},
+        alpha_pattern={r".*/o_proj": 3.0},
+    ),
+    "layers": dict(targets=r"decoder/.*", rank=4, alpha=8.0, layers=[1]),
+    "rsLoRA": dict(targets=ATTENTION, rank=4, alpha=8.0, rslora=True),
+    "DoRA": dict(targets=r".*(_proj|fc1|fc2|linear)", rank=4, alpha=8.0, dora=True),
+    "DoRA, ranks": dict(targets=r".*/(q_proj|fc1)", rank=4, alpha=8.0, dora=True, rank_pattern={".*/1/.*/fc1": 1}),
+}
 TOLERANCE = 2e-4  # as the golden READMEs ask of float32
 PROMPT, SUFFIX, NEW_TOKENS = 6, 4, 8
+
+
+def random_model(decoder: GemmaConfig) -> PaliGemma:
+    """Of random weights, norm scales and biases too."""
+    preprocessing = Preprocessing.siglip(VISION.image_size)
+    image_token = decoder.vocab_size - 1
+    config = PaliGemmaConfig(vision=VISION, decoder=decoder, preprocessing=preprocessing, image_token=image_token)
+    model, rng = PaliGemma(config, rngs=nnx.Rngs(0)), np.random.default_rng(2)
+    return params.assign(
+        model,
+        {path: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) for path, a in params.flatten(model).items()},
+    )
 
 
 def export(folder: Path) -> list[Path]:
     """Writes every source; the first one in shards as well."""
     folders = []
+    for name, decoder in RANDOM.items():
+        save_hugging_face(random_model(decoder), folder / name)
+        folders.append(folder / name)
+    save_big_vision(random_model(PADDED), folder / "padded.npz")
+    padded = pg.load(folder / "padded.npz", vocab_size=257_216)
+    save_hugging_face(padded, folder / "padded")
+    folders.append(folder / "padded")
     for name, (source, tokenizer) in SOURCES.items():
         model = pg.load(source)
         save_hugging_face(model, folder / name, tokenizer)
@@ -41,47 +107,107 @@ def export(folder: Path) -> list[Path]:
     return folders
 
 
-def compare(folder: Path) -> bool:
-    """Prints one line about a folder; whether both agree."""
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Two images with prompts and answers, for a model of ours and one of theirs."""
+
+    images: np.ndarray
+    tokens: np.ndarray
+    suffix: np.ndarray
+    patches: int
+    image_token: int
+
+    @classmethod
+    def of(cls, model: PaliGemma) -> "Batch":
+        """Random ones that fit the model."""
+        config, rng = model.config, np.random.default_rng(0)
+        size = config.vision.image_size
+        images = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+        top = min(config.decoder.vocab_size, config.image_token)
+        tokens = rng.integers(6, top, (2, PROMPT + SUFFIX)).astype(np.int32)
+        tokens[:, 0] = 2
+        suffix = np.zeros_like(tokens)
+        suffix[:, PROMPT:] = 1
+        return cls(images, tokens, suffix, config.vision.num_patches, config.image_token)
+
+    def theirs(self, length: int = PROMPT + SUFFIX) -> dict:
+        """Arguments of their model, up to a length of text."""
+        import torch
+
+        image = np.full((2, self.patches), self.image_token)
+        ids = torch.tensor(np.concatenate([image, self.tokens[:, :length]], axis=1))
+        types = torch.tensor(np.concatenate([np.zeros_like(image), self.suffix[:, :length]], axis=1))
+        pixels = torch.tensor(self.images.transpose(0, 3, 1, 2))
+        return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), token_type_ids=types)
+
+    def logits(self, theirs) -> np.ndarray:
+        """Of their model at the text positions."""
+        import torch
+
+        with torch.no_grad():
+            return theirs(**self.theirs()).logits[:, self.patches :].numpy()
+
+    def gap(self, ours: PaliGemma, theirs) -> float:
+        """Largest difference of a logit."""
+        logits, _ = ours(self.images, self.tokens, self.suffix)
+        return float(np.abs(np.asarray(logits) - self.logits(theirs)).max())
+
+
+def opened(folder: Path):
+    """Their model, and what was left over."""
     import torch
     from transformers import PaliGemmaForConditionalGeneration
 
-    ours = pg.load(folder)
-    theirs, info = PaliGemmaForConditionalGeneration.from_pretrained(
+    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    theirs.eval()
-    config, rng = ours.config, np.random.default_rng(0)
-    size, patches = config.vision.image_size, config.vision.num_patches
-    images = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
-    top = min(config.decoder.vocab_size, config.image_token)
-    tokens = rng.integers(6, top, (2, PROMPT + SUFFIX)).astype(np.int32)
-    tokens[:, 0] = 2
-    suffix = np.zeros_like(tokens)
-    suffix[:, PROMPT:] = 1
+    return model.eval(), sorted(set(info["missing_keys"]) - {"lm_head.weight"}) + sorted(info["unexpected_keys"])
 
-    def inputs(tokens, types):
-        image = np.full((2, patches), config.image_token)
-        ids = torch.tensor(np.concatenate([image, tokens], axis=1))
-        types = torch.tensor(np.concatenate([np.zeros_like(image), types], axis=1))
-        pixels = torch.tensor(images.transpose(0, 3, 1, 2))
-        return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), token_type_ids=types)
 
+def compare(folder: Path) -> bool:
+    """Prints one line about a folder; whether both agree."""
+    import torch
+
+    ours = pg.load(folder)
+    theirs, leftover = opened(folder)
+    batch = Batch.of(ours)
+    gap = batch.gap(ours, theirs)
+    options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
     with torch.no_grad():
-        expected = theirs(**inputs(tokens, suffix)).logits[:, patches:].numpy()
-        batch = inputs(tokens[:, :PROMPT], suffix[:, :PROMPT])
-        generated = theirs.generate(
-            **batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-        )[:, patches + PROMPT :].numpy()
-    logits, _ = ours(images, tokens, suffix)
-    gap = float(np.abs(np.asarray(logits) - expected).max())
-    greedy = np.asarray(pg.generate(ours, images, tokens[:, :PROMPT], max_new_tokens=NEW_TOKENS, eos_id=-1))
+        generated = theirs.generate(**batch.theirs(PROMPT), **options)[:, batch.patches + PROMPT :].numpy()
+    prompts = batch.tokens[:, :PROMPT]
+    greedy = np.asarray(pg.generate(ours, batch.images, prompts, max_new_tokens=NEW_TOKENS, eos_id=-1))
     same = bool((greedy == generated).all())
-    leftover = sorted(set(info["missing_keys"]) - {"lm_head.weight"}) + sorted(info["unexpected_keys"])
-    words = compare_processor(folder, patches) if (folder / "tokenizer.model").exists() else "no tokenizer"
+    words = compare_processor(folder, batch.patches) if (folder / "tokenizer.model").exists() else "no tokenizer"
     keys, tokens_are = leftover or "all used", "equal" if same else "DIFFERS"
     print(f"{folder.name:<12} logit gap {gap:.1e}  greedy {tokens_are}  keys {keys}  processor {words}")
     return gap <= TOLERANCE and same and not leftover and words in ("equal", "no tokenizer")
+
+
+def compare_adapter(base: Path, name: str, folder: Path) -> bool:
+    """Writes one kind of adapter with random weights, opens it with peft, prints one line; whether both agree."""
+    from peft import PeftModel
+
+    ours, rng = pg.attach_lora(pg.load(base), **ADAPTERS[name], rngs=nnx.Rngs(0)), np.random.default_rng(4)
+    for module in filter(lambda module: module.lora_a is not None, projections(ours).values()):
+        used = np.asarray(module.lora_a[...]) != 0  # zero where a layer has a lower rank, or none
+        used = used.reshape(*used.shape[: used.ndim - len(module.in_shape) - 1], -1, used.shape[-1]).any(axis=-2)
+        b = module.lora_b[...]
+        mask = used.reshape(*used.shape, *[1] * (b.ndim - used.ndim))
+        module.lora_b[...] = jnp.asarray(0.2 * rng.normal(size=b.shape) * mask, b.dtype)
+        if module.lora_magnitude is not None:
+            module.lora_magnitude[...] *= jnp.asarray(rng.uniform(0.5, 2.0, module.lora_magnitude.shape), jnp.float32)
+    save_peft(ours, folder)
+    theirs, _ = opened(base)
+    batch = Batch.of(ours)
+    before = batch.logits(theirs)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(theirs, folder).eval()
+    told = [str(warning.message).splitlines()[0] for warning in told if "adapter" in str(warning.message)]
+    gap, moved = batch.gap(ours, adapted), float(np.abs(batch.logits(adapted) - before).max())
+    print(f"{base.name:<12} {name:<14} logit gap {gap:.1e}  to the base {moved:.1e}  warnings {told or 'none'}")
+    return gap <= TOLERANCE and moved > 100 * TOLERANCE and not told
 
 
 def compare_processor(folder: Path, patches: int) -> str:
@@ -105,9 +231,16 @@ def compare_processor(folder: Path, patches: int) -> str:
 
 def main(folders: list[str]) -> int:
     """Exit status."""
+    packages = ("torch", "transformers", "peft", "safetensors", "jax", "flax")
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages))
     with tempfile.TemporaryDirectory() as temporary:
-        paths = [Path(folder) for folder in folders] or export(Path(temporary))
-        return 0 if all([compare(path) for path in paths]) else 1
+        root = Path(temporary)
+        agree = [compare(path) for path in [Path(folder) for folder in folders] or export(root)]
+        if not folders:
+            bases = [root / "random 1", root / "random 2", root / "paligemma"]
+            places = ((base, name, root / f"{base.name}, {name}") for base in bases for name in ADAPTERS)
+            agree += [compare_adapter(*each) for each in places]
+    return 0 if all(agree) else 1
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ CLEVR's questions, one epoch. Weights are gated, so you give their path:
     python train.py --config=configs/clevr.py:3b \\
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
-It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Memory as planned by the compiler
-for a CPU: 15.1 GiB for a training step and 16.2 GiB for evaluation, of which up to 9.4 GiB are copies that a GPU does
-not need (docs/memory.md has command and commit). It reports on 2,000 of the 149,991 validation questions, evenly spread
-(`--config.eval.max_examples=None` for all). The run itself has not been made: its time and its score are not measured.
+It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Memory as planned by the compiler:
+7.0 GiB for a training step and 6.0 GiB for evaluation (docs/memory.md has the command and what it was compiled for). It
+reports on 2,000 of the 149,991 validation questions, evenly spread (`--config.eval.max_examples=None` for all). The run
+itself has not been made: its time and its score are not measured.
 
-`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, for cards of less memory (docs/quantization.md);
-the tiny model goes with `--config.model.quantize=nf4`.
+`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.7 GiB (docs/quantization.md); the
+tiny model goes with `--config.model.quantize=nf4`.
 
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
 (its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches
@@ -29,7 +29,12 @@ all three off. Both runs share the frozen weights in memory.
 The one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
 slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoint by).
 
-`:ranks` trains the default at LoRA ranks 1 to 32 and draws accuracy against the rank (docs/sweeps.md).
+`:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank
+(docs/sweeps.md).
+
+`:peft=NAME` trains the default by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning,
+last_layers, decoder, full: docs/peft.md); `:family` trains it by each, three seeds, and draws accuracy against the
+number of trained parameters.
 
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
 """
@@ -41,13 +46,13 @@ from train_jax.errors import UserError
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "smoke" or "ranks".
+    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "peft=NAME", "family", "ranks" or "smoke".
 
     Raises:
       UserError: another one.
     """
-    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks")
-    arg = parse_arg(arg, **dict.fromkeys(names, False))
+    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks", "family")
+    arg = parse_arg(arg, peft="", **dict.fromkeys(names, False))
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
     config.load_best_at_end = True
@@ -66,10 +71,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tiny(config)
     if arg.qlora or arg.int8:
         quantized(config, "nf4" if arg.qlora else "int8")
+    if arg.peft:
+        method(config, arg.peft)
     if arg.smoke:
         smoke(config)
     if arg.ranks:
         ranks(config)
+    if arg.family:
+        family(config)
     return config
 
 
@@ -97,6 +106,7 @@ def report(config: ConfigDict, dtype: str) -> None:
     """The report's run (its table of settings); what it left open has PaliGemma's usual value."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
+    config.adapter.targets = r"decoder/.*/(q_proj|o_proj)"  # peft's suffixes would reach the tower too: r".*/(...)"
     config.data.name = "clevr"
     config.data.fraction = 0.01  # about 6,650 questions
     config.data.prefix_length = 128
@@ -123,6 +133,42 @@ def quantized(config: ConfigDict, kind: str) -> None:
     config.model.param_dtype = config.compute_dtype
 
 
+METHODS = {
+    "lora": {},
+    "dora": {"adapter.dora": True},
+    "bottleneck": {"adapter.name": "bottleneck"},
+    "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-2},
+    "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1e-1},
+    "bitfit": {"adapter.name": "bitfit", "optimizer.learning_rate": 1e-2, "cache_features": False},
+    "diff_pruning": {
+        "adapter.name": "diff_pruning",
+        "adapter.penalty": 0.05,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.rates": ((r".*/log_alpha", 30.0),),  # gates have further to go than differences
+    },
+    "last_layers": {"adapter.name": "last_layers", "adapter.size": 2, "optimizer.learning_rate": 1e-3},
+    "decoder": {"adapter.name": "none", "trainable": "decoder/.*", "optimizer.learning_rate": 5e-4},
+    "full": {"adapter.name": "none", "optimizer.learning_rate": 5e-4, "cache_features": False},
+}
+"""What each method changes in the default: its own keys, and the rate that suits it (tried on the tuning questions)."""
+
+
+def method(config: ConfigDict, name: str) -> None:
+    """Another method on the tiny model."""
+    if name not in METHODS:
+        raise UserError(f"the config argument peft is {name!r}, expected one of {', '.join(METHODS)}: change it.")
+    config.update_from_flattened_dict(METHODS[name])
+
+
+def family(config: ConfigDict) -> None:
+    """Every method with three seeds."""
+    config.sweep = tuple(
+        (f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in range(3) for name, changes in METHODS.items()
+    )
+    config.sweep_x = "trainable_parameters"
+    config.eval.controls = config.eval.before = False  # the same for every method: of the default run
+
+
 def smoke(config: ConfigDict) -> None:
     """A minute's run of the tiny model."""
     config.data.num_train_scenes, config.data.num_validation_scenes = 24, 6
@@ -134,7 +180,9 @@ def smoke(config: ConfigDict) -> None:
 def ranks(config: ConfigDict) -> None:
     """Rank against quality and cost; alpha grows with the rank, so that the update's scale alpha / rank stays."""
     config.sweep = tuple(
-        (f"rank-{rank}", {"adapter.rank": rank, "adapter.alpha": 4.0 * rank}) for rank in (1, 2, 4, 8, 16, 32)
+        (f"rank-{rank}-seed-{seed}", {"adapter.rank": rank, "adapter.alpha": 4.0 * rank, "seed": seed})
+        for seed in range(3)
+        for rank in (1, 2, 4, 8, 16, 32)
     )
     config.sweep_x = "adapter.rank"
     config.eval.controls = config.eval.before = False  # the same for every rank: of the default run

@@ -72,6 +72,7 @@ def _score(
     vocab_chunk: int | None,
 ) -> Float[Array, "B C"]:
     rows, (count, length) = len(tokens), candidates.shape
+    features = model.context(features)
     fed = jnp.broadcast_to(candidates[:, :-1].reshape(-1), (rows, count * (length - 1)))
     valid, _ = join_masks(features.shape[1], mask_input, jnp.zeros(tokens.shape, jnp.int32))
     positions, mask = _packed(valid, count, length - 1)

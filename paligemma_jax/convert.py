@@ -2,10 +2,12 @@
 
 SRC       whatever pg.load reads: a Hugging Face folder, hf://owner/name, a big_vision .npz, a folder of --format=orbax,
           "tiny", or the workdir of a run, whose adapters are merged; a quantised base is dequantised for that.
+          Quantised kernels of a folder of --format=orbax stay as they are in another of that format.
 DST       a folder that does not exist yet (a file ending in .npz for big_vision).
 --format  hugging_face (transformers opens it), big_vision (a .npz), orbax (fastest to load here), or peft: the LoRA of
           a run alone, unmerged, as peft opens it.
 --dtype   float32, bfloat16 or float16; as SRC has it when not given (a run's: float32).
+--quantize  nf4, int8 or int4: of --format=orbax, so that a quantised base is read as it is from then on.
 --push    owner/name: uploads DST to the Hugging Face Hub as well.
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from paligemma_jax import hub, loading
+from paligemma_jax.adapt import family
 from paligemma_jax.adapt.lora import merge_lora, projections
 from paligemma_jax.adapt.merge_quantized import merge_quantized
 from paligemma_jax.adapt.quantize import dequantize, describe, is_quantized
@@ -27,16 +30,17 @@ from paligemma_jax.weights.tokenizer_files import MODEL, tokenizer_files
 from train_jax import command_line
 from train_jax.errors import UserError
 
-FORMATS = ("hugging_face", "big_vision", "orbax")  # of whole models
+ORBAX = "orbax"
+FORMATS = ("hugging_face", "big_vision", ORBAX)  # of whole models
 PEFT = "peft"
 CHOICES = (*FORMATS, PEFT)
 
 
-def convert(source: str, target: str, format: str, dtype: str | None = None) -> Path:
+def convert(source: str, target: str, format: str, dtype: str | None = None, quantize: str | None = None) -> Path:
     """Reads a model and writes it in another format, its tokenizer's files beside it where the source has them.
 
     Args:
-      source, target, format, dtype: see the module.
+      source, target, format, dtype, quantize: see the module.
 
     Returns:
       Where it was written.
@@ -45,14 +49,17 @@ def convert(source: str, target: str, format: str, dtype: str | None = None) -> 
       UserError: an unknown format, a target that exists, or whatever is wrong with the source.
     """
     place = checked_place(target, format, CHOICES)
+    if quantize is not None and format != ORBAX:
+        raise UserError(f"--quantize is {quantize} beside --format={format}, expected {ORBAX}, which alone keeps it.")
     if hub.is_remote(source):
         source = str(hub.download(source))
-    model = read(source, dtype)
+    model = read(source, dtype, quantize=quantize)
     if format == PEFT:
         base = loading.run_config(source).model.path if loading.is_run(source) else source
         save_peft(model, place, base=base)
     else:
-        write(plain(model), place, format, source)
+        kept = format == ORBAX and not _is_adapted(model)
+        write(family.merge(model) if kept else plain(model), place, format, source)
     return place
 
 
@@ -72,26 +79,29 @@ def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) ->
     return place
 
 
-def read(source: str, dtype: str | None = None, adapter: str | None = None) -> PaliGemma:
+def read(source: str, dtype: str | None = None, adapter: str | None = None, quantize: str | None = None) -> PaliGemma:
     """The whole model at a place on this machine, in the dtype it is stored in (a run: float32) unless given.
+
+    `adapter` and `quantize` are as of `loading.load`, of a checkpoint alone.
 
     Raises:
       UserError: as `loading.load`, or one tower alone.
     """
     if dtype is None:
         dtype = "float32" if loading.is_run(source) else stored_dtype(source)
-    model = loading.load(source, dtype, **({} if adapter is None else {"adapter": adapter}))
+    options = {name: value for name, value in (("adapter", adapter), ("quantize", quantize)) if value is not None}
+    model = loading.load(source, dtype, **options)
     if not isinstance(model, PaliGemma):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
     return model
 
 
 def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
-    """Writes a plain model, and beside it the tokenizer's files of the source, where it has them."""
+    """Writes a model (plain, but for orbax), and beside it the tokenizer's files of the source, where it has them."""
     tokenizer = source if tokenizer_files(source) else None
     if format == "hugging_face":
         save_hugging_face(model, place, tokenizer)
-    elif format == "orbax":
+    elif format == ORBAX:
         save_orbax(model, place, tokenizer)
     else:
         save_big_vision(model, place)
@@ -102,7 +112,8 @@ def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
 
 def plain(model: PaliGemma) -> PaliGemma:
     """The model with its adapters merged and its kernels dequantised; says so where they were quantised."""
-    adapted = any(module.lora_a is not None for module in projections(model).values())
+    model = family.merge(model)
+    adapted = _is_adapted(model)
     if not is_quantized(model):
         return merge_lora(model) if adapted else model
     print(f"dequantised: {describe(model)}; what rounding lost stays lost")
@@ -113,12 +124,17 @@ def plain(model: PaliGemma) -> PaliGemma:
     return merged
 
 
+def _is_adapted(model: PaliGemma) -> bool:
+    return any(module.lora_a is not None for module in projections(model).values())
+
+
 def main(argv: Sequence[str]) -> None:
     """Command line of `convert`."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     flags.DEFINE_string("format", None, ", ".join(CHOICES), flag_values=values)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the source has it", flag_values=values)
+    flags.DEFINE_string("quantize", None, "nf4, int8 or int4, of orbax", flag_values=values)
     flags.DEFINE_string("push", None, "owner/name on the Hugging Face Hub", flag_values=values)
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
     try:
@@ -130,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if len(places) != 2 or values.format is None:
         raise UserError(f"found {' '.join(places) or 'nothing'}, expected SRC DST --format={'|'.join(CHOICES)}.")
-    place = convert(*places, values.format, values.dtype)
+    place = convert(*places, values.format, values.dtype, values.quantize)
     print(f"wrote {place}")
     if values.push:
         print(f"pushed to {hub.push(place, values.push)}")

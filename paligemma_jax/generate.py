@@ -158,6 +158,7 @@ def _decode(logits: Float[Array, "B V"], cache, advance, choose, eos_id, num_tok
 
 def _prefill(model: PaliGemma, features, tokens, mask_input, num_tokens: int, cache_dtype: str | None):
     """Reads image and prompt: logits [B, V] of the first new token, the cache, and which prompt slots are real."""
+    features = model.context(features)
     valid, _ = join_masks(features.shape[1], mask_input, jnp.zeros(tokens.shape, jnp.int32))
     rows, prompt = valid.shape
     cache = model.decoder.empty_cache(rows, prompt + num_tokens, cache_dtype)

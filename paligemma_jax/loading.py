@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
+from paligemma_jax.weights import adapter_folder, peft
 from paligemma_jax.weights import load as checkpoint
-from paligemma_jax.weights import peft
 from paligemma_jax.weights.digest import check_digest
 from train_jax import config
 from train_jax.errors import UserError
@@ -23,7 +23,8 @@ def load(
       path: where the model is.
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
-      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name"; see weights.peft.load_peft.
+      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.peft.load_peft), or the
+        `adapter` of a run with another method than LoRA.
       options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, quantize, shardings and
         more); a run has its own in its config.json.
 
@@ -35,14 +36,17 @@ def load(
         one it was trained on any more; nothing is half loaded.
     """
     if not is_run(path):
-        opened = None if adapter is None else peft.open_peft(adapter)  # its faults show before the base is read
+        ours = adapter is not None and adapter_folder.is_adapter(adapter)
+        opened = None if adapter is None or ours else peft.open_peft(adapter)  # its faults show before the base is read
         model = checkpoint.load(path, dtype, **options)
-        if opened is None:
+        if adapter is None:
             return model
         if not isinstance(model, PaliGemma):
             raise UserError(
                 f"{path} is one tower, expected a whole model for an adapter: leave out the colon and after."
             )
+        if ours:
+            return adapter_folder.load_adapter(model, adapter)
         return peft.load_peft(model, opened, shardings=options.get("shardings"))
     given = [*options, *(["adapter"] if adapter is not None else [])]
     if given:
@@ -62,7 +66,7 @@ def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") 
     """
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
-    check_digest(Path(path).expanduser(), settings.model.get("path"))
+    check_digest(Path(path).expanduser(), settings.model.get("path"), settings.get("adapter", {}).get("path"))
     settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)
 

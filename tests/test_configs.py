@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from configs.clevr import METHODS
 from paligemma_jax.models.paligemma import variant
 from train_jax import command_line
 from train_jax.config import leaves, steps
@@ -18,7 +19,8 @@ from train_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
-    "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8"),
+    "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
+    "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
 }
@@ -45,7 +47,7 @@ def test_every_config_is_valid_with_every_argument(name, argument):
     config = one_device(load(name, argument))
     validate(config)
     docstring = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
-    assert all(f":{argument}" in docstring for argument in filter(None, [argument]))
+    assert all(word in docstring for word in [f":{argument}".partition("=")[0], argument.partition("=")[2]])
 
 
 @pytest.mark.parametrize(("argument", "dtype"), [("3b", "bfloat16"), ("3b,fp16", "float16")])

@@ -290,7 +290,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         ({"model.path": "nowhere"}, "No tokenizer at nowhere"),
         ({"mesh.data": 8, "batch_size": 12}, "config.batch_size=12 does not divide over the mesh's data=8 x fsdp=1"),
         ({"adapter.targets": "decoder/.*/qproj"}, "lora targets: 'decoder/.*/qproj' matches none of 15 paths"),
-        ({"adapter.targets": ".*/q_proj"}, "cache_features is on but vision/layers/self_attn/q_proj trains"),
+        ({"adapter.targets": ".*/q_proj"}, "cache_features is on but vision/layers/self_attn/q_proj/lora_a trains"),
         ({"adapter.name": "none", "trainable": "nothing", "cache_features": False}, "trainable parameters: 'nothing'"),
         ({"trainable": "decoder/.*"}, "trainable is 'decoder/.*' beside adapter.name='lora'"),
         ({"adapter.name": "qlora"}, "adapter.name is 'qlora', expected one of lora, none"),

@@ -56,6 +56,13 @@ def test_a_config_that_cannot_run(tmp_path, capsys, changes, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_workdir_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sentence = f"{tmp_path / 'file'} cannot be made (File exists), expected a folder: choose another."
+    assert fails(capsys, tmp_path / "file", {}) == (2, f"train.py: error: {sentence}")
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -55,6 +55,11 @@ class _KeepStep(preservation_policy.PreservationPolicy):
         return [checkpoint.step == kept for checkpoint in checkpoints]
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """A logging filter that holds back Orbax's warning that a folder is read only: it was opened so."""
+    return not str(record.msg).startswith("Given directory is read only")
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run. Every process calls every method; the primary one writes the shared files."""
 
@@ -80,6 +85,7 @@ class Checkpoints:
         self._metric, self._mode, self._read_only = best_metric, best_mode, read_only
         # A full disk is told once, as a UserError; Orbax's background threads would log a traceback each before it.
         logging.getLogger("absl").addFilter(disk.is_other_than_full)
+        logging.getLogger("absl").addFilter(_is_news)
         self._bytes = 0  # of the save under way
         self._manager = self._open()
         self._scores = {step: self.score(self.read_metrics(step)) for step in self.all_steps()}

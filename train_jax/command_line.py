@@ -5,6 +5,7 @@ at a time, so that each failure becomes one sentence about one key. Flags live i
 called any number of times in one process.
 """
 
+import errno
 import importlib.util
 import re
 import sys
@@ -21,11 +22,15 @@ from train_jax.errors import UserError
 from train_jax.patterns import did_you_mean
 from train_jax.validation import check_keys, unknown_key
 
+PATH_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
-    """Calls `main(argv)`; a `UserError` is printed as one line and ends the process with its status (2)."""
+    """Calls `main(argv)`; a `UserError` is printed as one line and ends the process with its status (2).
+
+    So is a path that cannot be opened or written, which some library found; other errors keep their traceback.
+    """
     argv = sys.argv if argv is None else argv
     try:
         main(argv)
@@ -35,6 +40,12 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     except UserError as error:
         print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in PATH_FAULTS or error.filename is None:
+            raise
+        found = f"{error.filename} cannot be used ({error.strerror})"
+        print(f"{Path(argv[0]).name}: error: {found}: correct the path or its permissions.", file=sys.stderr)
+        sys.exit(UserError.exit_status)
 
 
 def load_from_flags(

@@ -46,7 +46,7 @@ def evaluate(
     task, model, step = _trained(config, workdir, checkpoint)
     if split == getattr(task, "default_split", None):
         split = None
-    workdir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     before = files.read_json(workdir / "eval.json")
     companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}
     companions = {name: found for name, found in companions.items() if found}

@@ -7,6 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train_jax.errors import UserError
+
+
+def make_folder(path: str | Path) -> Path:
+    """Makes a folder to write to, with its parents.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}), expected a folder: choose another.") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} may not be written to, expected a folder of your own: choose another.")
+    return path
+
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Writes UTF-8 text beside `path`, then renames it: after a crash `path` holds the old text or the new, whole."""

@@ -38,6 +38,10 @@ class Source(Protocol):
     marked by the key "bad" (bool scalar, False in good ones), which batches do not hold: where the source has a method
     `count(indices, bad)`, that is called in this process, whoever read them, for the rows of every batch as it is
     handed out.
+
+    A source may have a method `together(indices, step)` that returns this process's examples of a step at once, stacked
+    in the order of `indices`, and is called in place of `source[index]`: for what is decided over all of them, such as
+    which noise goes with which image.
     """
 
     def __len__(self) -> int: ...
@@ -164,7 +168,8 @@ class Pipeline:
     def read(self, step: int) -> Batch:
         """Returns the batch of one step as its examples are, marks of bad rows included."""
         rows = self.rows_at(step)
-        batch = _stack([self.source[int(row)] for row in rows.ravel()])
+        together = getattr(self.source, "together", None)
+        batch = together(rows.ravel(), step) if together else _stack([self.source[int(row)] for row in rows.ravel()])
         return {name: values.reshape(rows.shape + values.shape[1:]) for name, values in batch.items()}
 
     def rows_at(self, step: int) -> np.ndarray:

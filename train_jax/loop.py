@@ -44,9 +44,9 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         processes of the same run beside; None = now.
 
     Raises:
-      UserError: a config that cannot run or is a sweep, or a workdir of another run, before data are prepared or the
-        model is read; patterns that match no parameter, before data are prepared (where the task tells its parameters
-        in time); data or a model that do not fit the config, before anything is compiled.
+      UserError: a config that cannot run or is a sweep, or a workdir of another run or that cannot be made, before data
+        are prepared or the model is read; patterns that match no parameter, before data are prepared (where the task
+        tells its parameters in time); data or a model that do not fit the config, before anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
@@ -67,6 +67,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     trainable_paths = getattr(task, "trainable_paths", None)
     if trainable_paths is not None:
         optimizers.check(config.optimizer, trainable_paths())
+    files.make_folder(workdir)
     source = task.train_source()
     plan = Plan.of(config, len(source))
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode)
@@ -244,6 +245,7 @@ class Run:
         trained = session.checkpoints.restore_params(step, session.state.params, item)
         model = session.bundle.model(trained)
         session.state = None  # moments are not needed any more; their memory is
+        getattr(self.task, "export", lambda model, workdir: None)(model, self.workdir)
         companions = {}
         for name, companion in getattr(self.task, "companions", dict)().items():
             _say(f"companion run {name} in {self.workdir / name}")

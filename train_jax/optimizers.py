@@ -12,6 +12,7 @@ no kernel of Gemma; the default here matches them all.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from train_jax.errors import UserError
 from train_jax.patterns import check_regex, cover, did_you_mean, select
 
 # Matrices of the model and of adapters; biases, norm scales, logit scales and position embeddings are left alone.
-DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(kernel|embedding|lora_a|lora_b)"
+DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(\w*kernel|embedding|lora_a|lora_b|difference)"
 
 Step = int | Array  # number of updates made so far
 Rate = tuple[float, int | None]  # factor and own warm-up (None: the schedule's)
@@ -217,8 +218,11 @@ def _match(config: ConfigDict, paths: list[str]) -> tuple[dict[str, bool], dict[
     """Whether each path decays, and its rate; refuses a pattern that reaches nothing."""
     decayed = dict.fromkeys(paths, False)
     if config.weight_decay:
-        pattern = config.weight_decay_mask or DEFAULT_WEIGHT_DECAY_MASK
-        reached = select(pattern, paths, what=f"weight_decay_mask of weight_decay={config.weight_decay}")
+        if config.weight_decay_mask is None:  # may match none: norms and biases alone do not decay
+            reached = [path for path in paths if re.fullmatch(DEFAULT_WEIGHT_DECAY_MASK, path)]
+        else:
+            what = f"weight_decay_mask of weight_decay={config.weight_decay}"
+            reached = select(config.weight_decay_mask, paths, what=what)
         decayed |= dict.fromkeys(reached, True)
     rules = [(pattern, (*rate, None)[:2]) for pattern, *rate in config.rates or ()]
     return decayed, cover([*rules, (".*", (1.0, None))], paths)

@@ -15,6 +15,8 @@ SEED = "seed"
 COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
 WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
 
+MARKED = 12  # values of x on a line that are all written at the axis
+
 
 class Outcome(NamedTuple):
     """A run of a sweep as it stands."""
@@ -149,6 +151,9 @@ def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -
             )
     if min(places) > 0 and max(places) / min(places) >= WIDE:
         axis.set_xscale("log")
+    if line and len(places) <= MARKED:
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.set_xticks([], minor=True)
     axis.set(xlabel=summary["x"], ylabel=summary["metric"])
 
 

@@ -45,6 +45,7 @@ class Task(Protocol):
         found before anything is prepared, without it at the first evaluation;
       trainable_paths() -> paths of the parameters that train, told without data; with it a pattern of the optimizer
         that matches none is found before data are prepared, without it after;
+      export(model, workdir): called once at the end of training with the chosen model, by every process;
       default_split: the split of `evaluate` when none is asked for;
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;

@@ -25,13 +25,13 @@ def trace(
 ) -> tuple[jax.stages.Traced, dict[str, Any]]:
     """The step of train_jax.state over this model, traced.
 
-      Args:
-        start: the state, arrays or shapes with their shardings.
-        batch: arrays or shapes [A, b, ...] with their shardings.
+    Args:
+      start: the state, arrays or shapes with their shardings.
+      batch: arrays or shapes [A, b, ...] with their shardings.
 
-      Returns:
-        The traced step, called as `step(state, totals, bundle.frozen, batch)`, whose results lie as its arguments do;
-    and the shapes of `totals` (metrics.Metrics).
+    Returns:
+      The traced step, called as `step(state, totals, bundle.frozen, batch)`, whose results lie as its arguments do;
+      and the shapes of `totals` (metrics.Metrics).
     """
     step = state.make_train_step(
         bundle.merge,

@@ -105,9 +105,16 @@ def _initial_factors(module: Projection, spec: LoraSpec, rngs: nnx.Rngs) -> tupl
 
 def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
     """The base's own norms, with which DoRA changes nothing; zero in layers without an adapter."""
-    norms = low_rank.column_norms(module.dense_kernel(), len(module.in_shape), len(module.out_shape))
+
+    def norms_of(kernel: Array) -> Array:
+        return low_rank.column_norms(kernel, len(module.in_shape), len(module.out_shape))
+
     if depth(module) is None:
-        return norms
+        return norms_of(module.dense_kernel())
+    if isinstance(module.kernel, QuantizedKernel):  # never the whole stack in float32
+        norms = jnp.stack([norms_of(kernel) for kernel in module.kernel.dequantized_layers()])
+    else:
+        norms = norms_of(module.kernel[...])
     adapted = jnp.array(spec.ranks) > 0
     return jnp.where(jax.lax.expand_dims(adapted, range(1, norms.ndim)), norms, 0.0)
 

@@ -6,14 +6,14 @@ layer by layer; stacked layers have a leading axis as every other leaf. It is fr
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from paligemma_jax.adapt import int8
 from paligemma_jax.adapt.int4 import Int4
@@ -117,12 +117,15 @@ class QuantizedKernel(nnx.Module):
 
     def dequantize(self) -> Float[Array, "..."]:
         """The plain kernel in float32, with the layer axis if stacked."""
-        decode = functools.partial(_decode_transposed, self.codec, self.matrix_shape)
         if self.codes.ndim == 2:
-            kernel = decode(self.arrays)
-        else:
-            kernel = jnp.stack([decode(_layer(self.arrays, i)) for i in range(self.codes.shape[0])])
-        return kernel.reshape(self.shape)
+            return _decode_transposed(self.codec, self.matrix_shape, self.arrays).reshape(self.shape)
+        return jnp.stack(list(self.dequantized_layers()))
+
+    def dequantized_layers(self) -> Iterator[Float[Array, "..."]]:
+        """The plain kernels of a stack in float32, one after another, so that they need not be in memory together."""
+        for i in range(self.codes.shape[0]):
+            kernel = _decode_transposed(self.codec, self.matrix_shape, _layer(self.arrays, i))
+            yield kernel.reshape(*self.in_shape, *self.out_shape)
 
     def requantized(self, kernel: Float[Array, "..."]) -> "QuantizedKernel":
         """Another kernel of the same shape, stored and multiplied the same way."""
@@ -130,12 +133,13 @@ class QuantizedKernel(nnx.Module):
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
 
-    def contract(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
         The kernel is dequantised to the dtype of x, once for the forward and once for the backward pass: nothing of
-        full size is kept between them.
+        full size is kept between them. Nothing is drawn: `keys` are for other kernels.
         """
+        del keys
         lead = x.shape[: x.ndim - len(self.in_shape)]
         x = x.reshape(*lead, -1)
         if self.outlier_threshold is None:

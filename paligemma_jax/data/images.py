@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from paligemma_jax.data import resize_tf
 from paligemma_jax.data.records import BadRow
@@ -44,6 +44,10 @@ def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
             return _to_rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise BadRow(
+            f"cannot decode the image ({len(data)} bytes): no format that is known; replace the file."
+        ) from None
     except Exception as error:  # PIL's plugins raise SyntaxError, struct.error, ValueError and more on corrupt bytes.
         raise BadRow(f"cannot decode the image ({len(data)} bytes): {error}; replace the file.") from error
 

@@ -61,7 +61,8 @@ class Projection(nnx.Module):
     takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape]; the model's
     own code never looks at them, so base parameter names and checkpoints are the same with and without adapters.
     Where layers of a stack differ in s, `lora_layer_scale` holds a factor a layer; `lora_magnitude` [*out_shape] is
-    DoRA's. `adapt/quantize.py` puts a module with `contract(x)` and `dequantize()` of its own in the kernel's place.
+    DoRA's. `adapt/` may put a module in the kernel's place, with `contract(x, keys)`, `dequantize()`, `shape` and
+    `size`: a quantised kernel, or one with a gated difference.
     """
 
     def __init__(
@@ -100,26 +101,26 @@ class Projection(nnx.Module):
         """
         dtype = jnp.dtype(self.dtype)
         x = cast(x, dtype)
-        base = y = self._base(x)
+        base = y = self._base(x, dropout_keys)
         if self.bias is not None:
             y = y + broadcast(self.bias[...].astype(jnp.float32), y)
         if self.lora_a is not None:
             drops = dropout_keys is not None and self.lora_dropout > 0.0
             if drops:
                 x = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
-            low = _contract(x, self.lora_a[...].astype(dtype), len(self.in_shape))
-            low = _contract(cast(low * self.scale, dtype), self.lora_b[...].astype(dtype), 1)
+            low = contract(x, self.lora_a[...].astype(dtype), len(self.in_shape))
+            low = contract(cast(low * self.scale, dtype), self.lora_b[...].astype(dtype), 1)
             if self.lora_magnitude is not None:
                 gain = broadcast(self._gain(self.dense_kernel() + self.low_rank_delta()), y)
-                low = gain * low + (gain - 1.0) * (self._base(x) if drops else base)
+                low = gain * low + (gain - 1.0) * (self._base(x, dropout_keys) if drops else base)
             y = y + low
         return cast(y, jnp.dtype(out_dtype or dtype))
 
-    def _base(self, x: Array) -> Array:
+    def _base(self, x: Array, keys: Key[Array, " B"] | None) -> Array:
         """x W in float32."""
         if isinstance(self.kernel, nnx.Variable):
-            return _contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape))
-        return self.kernel.contract(x)
+            return contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape))
+        return self.kernel.contract(x, keys)
 
     @property
     def scale(self) -> float | Array:
@@ -149,7 +150,7 @@ class Projection(nnx.Module):
         return low_rank.dora_gain(updated, self.lora_magnitude[...], self.scale, *num_axes)
 
 
-def _contract(x: Array, kernel: Array, num_contracted: int) -> Array:
+def contract(x: Array, kernel: Array, num_contracted: int) -> Array:
     """Contracts the last axes of x with the first of kernel, accumulating in float32."""
     lhs = tuple(range(x.ndim - num_contracted, x.ndim))
     rhs = tuple(range(num_contracted))

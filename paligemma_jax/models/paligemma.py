@@ -144,6 +144,14 @@ class PaliGemma(nnx.Module):
         features = self.projector(x, dropout_keys)
         return features, {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
 
+    def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
+        """All that stands before the text: the image, and after it a learned prompt where there is one."""
+        prompt = self.decoder.soft_prompt
+        if prompt is None:
+            return features
+        repeated = jnp.broadcast_to(prompt[...].astype(jnp.float32)[None], (len(features), *prompt.shape))
+        return jnp.concatenate([features.astype(jnp.float32), repeated], axis=1)
+
     def hidden(
         self,
         features: Float[Array, "B P D"],
@@ -155,6 +163,7 @@ class PaliGemma(nnx.Module):
         """Hidden states after the final norm at the text positions, for a loss that makes logits in chunks."""
         if mask_input is None:
             mask_input = jnp.ones(tokens.shape, bool)
+        features = self.context(features)
         valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
         mask = layers.prefix_mask(valid, causal)
         return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
@@ -167,7 +176,10 @@ class PaliGemma(nnx.Module):
         mask: Bool[Array, "B S S"],
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """As `hidden`, with positions and mask of all S = P + T inputs given (for several texts behind one image)."""
+        """As `hidden`, with positions and mask of all S = P + T inputs given (for several texts behind one image).
+
+        `features` are all that stands before the text, see `context`.
+        """
         embedded = self.decoder.embed_tokens(tokens)
         x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)
         hidden, _, out = self.decoder(x, positions, mask, dropout_keys=dropout_keys)

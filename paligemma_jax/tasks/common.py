@@ -24,24 +24,25 @@ from train_jax.sharding import Spec
 REMAT = ("none", *REMAT_POLICIES)
 """Values of the key model.remat, see models.layers.scan_stack."""
 
+WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays lie below the kernel's path, shaped as it is
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
 # adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     *quantize.SHARDING_RULES,
-    (r".*/layers/self_attn/[qkv]_proj/kernel", (None, "fsdp", "tensor", None)),
-    (r".*/layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
-    (r".*/layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),
-    (r".*/layers/self_attn/(o|out)_proj/kernel", (None, "tensor", None, "fsdp")),
-    (r".*/layers/self_attn/(o|out)_proj/lora_a", (None, "tensor", None, None)),
-    (r".*/layers/self_attn/(o|out)_proj/lora_b", (None, None, "fsdp")),
-    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/kernel", (None, "fsdp", "tensor")),
-    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/lora_a", (None, "fsdp", None)),
-    (r".*/layers/mlp/(gate_proj|up_proj|fc1)/lora_b", (None, None, "tensor")),
-    (r".*/layers/mlp/(down_proj|fc2)/kernel", (None, "tensor", "fsdp")),
-    (r".*/layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
-    (r".*/layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
+    (r".*layers/self_attn/[qkv]_proj/kernel" + WITH_GATES, (None, "fsdp", "tensor", None)),
+    (r".*layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
+    (r".*layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),
+    (r".*layers/self_attn/(o|out)_proj/kernel" + WITH_GATES, (None, "tensor", None, "fsdp")),
+    (r".*layers/self_attn/(o|out)_proj/lora_a", (None, "tensor", None, None)),
+    (r".*layers/self_attn/(o|out)_proj/lora_b", (None, None, "fsdp")),
+    (r".*layers/mlp/(gate_proj|up_proj|fc1)/kernel" + WITH_GATES, (None, "fsdp", "tensor")),
+    (r".*layers/mlp/(gate_proj|up_proj|fc1)/lora_a", (None, "fsdp", None)),
+    (r".*layers/mlp/(gate_proj|up_proj|fc1)/lora_b", (None, None, "tensor")),
+    (r".*layers/mlp/(down_proj|fc2)/kernel" + WITH_GATES, (None, "tensor", "fsdp")),
+    (r".*layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
+    (r".*layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
     (r".*/embed_tokens/embedding", ("tensor", "fsdp")),
-    (r".*projector/linear/(kernel|lora_b)", (None, "fsdp")),
+    (r".*projector/linear/(kernel|lora_b)" + WITH_GATES, (None, "fsdp")),
     (r".*", ()),
 )
 

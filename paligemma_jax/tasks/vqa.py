@@ -15,18 +15,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt import lora, quantize
+from paligemma_jax.adapt import quantize
 from paligemma_jax.data import prompts, sources
 from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common, vqa_config, vqa_plan
+from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_plan
 from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
 from paligemma_jax.weights.load import load, stored_dtype
+from paligemma_jax.weights.peft import open_peft
 from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
@@ -46,7 +47,7 @@ class VQA:
         r"model\.(remat|unroll)",
     )
     validation_metrics = ("accuracy", "loss", "examples")
-    model_keys = (r"adapter\.(name|targets|rank|alpha|rslora)", "trainable", r"model\.quantize.*")
+    model_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*")
 
     defaults = staticmethod(vqa_config.defaults)
 
@@ -55,6 +56,8 @@ class VQA:
         vqa_config.check(config)
         self.config, self.mesh, self._own_load = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
+        # Opened here, so that its faults show before the base is read.
+        self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
         self._base: PaliGemma | None = None
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
@@ -82,7 +85,6 @@ class VQA:
 
     def _read(self) -> PaliGemma:
         config = self.config
-        rules = self.sharding_rules()
         return (self._own_load or load)(
             config.model.path,
             config.compute_dtype,
@@ -93,8 +95,12 @@ class VQA:
             quantize=config.model.quantize or None,
             block_size=config.model.quantize_block_size,
             double=config.model.quantize_double,
-            shardings=lambda path, leaf: sharding.shardings(self.mesh, rules, {path: leaf})[0][path],
+            shardings=self._place,
         )
+
+    def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+        """Where a leaf of the model lies."""
+        return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
 
     def _default_param_dtype(self) -> str:
         if self.config.adapter.name == "none":
@@ -105,22 +111,17 @@ class VQA:
         return self.config.compute_dtype
 
     def init(self) -> nnx.Module:
-        model, adapter = self.base(), self.config.adapter
+        model = self.base()
         self._base = None  # adapters are attached in place
-        if adapter.name == "lora":
-            lora.attach_lora(
-                model,
-                adapter.targets,
-                adapter.rank,
-                adapter.alpha,
-                adapter.dropout,
-                rslora=adapter.rslora,
-                rngs=nnx.Rngs(self.config.seed),
-            )
-        return model
+        return model if self.config.adapter.name == "none" else self.attach(model)
+
+    def attach(self, model: PaliGemma) -> PaliGemma:
+        """Gives the base the adapters that training starts with; use what is returned."""
+        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._place)
 
     def trainable(self) -> str:
-        return lora.TRAINABLE if self.config.adapter.name == "lora" else self.config.trainable or r".*"
+        adapter = self.config.adapter
+        return self.config.trainable or r".*" if adapter.name == "none" else vqa_adapter.trainable(adapter)
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train.
@@ -129,13 +130,12 @@ class VQA:
           UserError: a pattern that matches none, or features to be kept of a tower that trains.
         """
         model, adapter = self.base(), self.config.adapter
-        if adapter.name == "lora":
-            trained = patterns.select(adapter.targets, lora.projections(model), what="lora targets")
-            paths = [f"{path}/{leaf}" for path in trained for leaf in ("lora_a", "lora_b")]
+        if adapter.name == "none":
+            paths = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
         else:
-            paths = trained = patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
-            quantize.refuse_trained(paths)
-        outside = [path for path in trained if not path.startswith("decoder/")]
+            paths = vqa_adapter.trained_paths(model, adapter, self.attach)
+        quantize.refuse_trained(paths)
+        outside = [path for path in paths if not path.startswith("decoder/")]
         if self.config.cache_features and outside:
             raise UserError(
                 f"cache_features is on but {outside[0]} trains, which changes the image features with every step: set "
@@ -148,8 +148,9 @@ class VQA:
 
     def describe(self, model: PaliGemma) -> str:
         """The adapter's table for the start-up report, and what the base is stored in."""
-        rows = lora.lora_table(model)
-        lines = [lora.format_lora_table(rows) if rows else f"trains {self.trainable()!r}, no adapters"]
+        adapter = self.config.adapter
+        none = adapter.name == "none"
+        lines = [f"trains {self.trainable()!r}, no adapters" if none else vqa_adapter.describe(model, adapter)]
         return "\n".join([*lines, quantize.describe(model)] if quantize.is_quantized(model) else lines)
 
     def parameter_counts(self, model: PaliGemma) -> dict[str, int]:
@@ -214,8 +215,9 @@ class VQA:
 
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, arrays = self._hidden(model, batch, keys)
-        weights, _ = self._weights(batch)
+        weights, normalizer = self._weights(batch)
         loss = token_cross_entropy(hidden, targets=arrays["targets"], weights=weights, **self._words(model))
+        loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
         return loss, {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
 
     def _hidden(self, model: PaliGemma, batch, keys=None):
@@ -248,9 +250,14 @@ class VQA:
           UserError: the run that goes on in this workdir was made on another base.
         """
         workdir.mkdir(parents=True, exist_ok=True)
-        check_digest(workdir, self.config.model.path)
-        write_digest(workdir, self.config.model.path)
+        check_digest(workdir, self.config.model.path, self.config.adapter.path)
+        write_digest(workdir, self.config.model.path, self.config.adapter.path)
         (workdir / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+
+    def export(self, model: PaliGemma, workdir: Path) -> None:
+        """Writes the adapters for peft, and for the adapter.path of another run."""
+        if self.config.adapter.name != "none":
+            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
 
     def companions(self) -> dict[str, ConfigDict]:
         """The question-only control: the same fine-tuning on black images."""
@@ -273,5 +280,5 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
-        check_digest(workdir, self.config.model.path)
+        check_digest(workdir, self.config.model.path, self.config.adapter.path)
         return report(self, model, workdir, split or self.default_split, companions)

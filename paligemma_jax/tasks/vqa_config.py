@@ -4,14 +4,14 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
-from paligemma_jax.tasks import common
+from paligemma_jax.tasks import common, vqa_adapter
 from train_jax.config import leaves
 from train_jax.errors import UserError
 
 CHOICES = {
     "model.remat": common.REMAT,
     "model.quantize": ("", *KINDS),
-    "adapter.name": ("lora", "none"),
+    "adapter.name": vqa_adapter.NAMES,
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
 }
@@ -50,12 +50,27 @@ def defaults() -> ConfigDict:
     config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
     config.adapter = ConfigDict(
         {
-            "name": "lora",  # lora | none (trains what `trainable` says)
-            "targets": r"decoder/.*/(q_proj|o_proj)",  # r".*/(q_proj|o_proj)" also adapts the tower, as peft does
+            # lora | bottleneck | prefix | prompt | bitfit | diff_pruning | last_layers (docs/peft.md), or none, which
+            # trains what `trainable` says
+            "name": "lora",
+            # Pattern of modules (lora, diff_pruning) or parameters (bitfit); None is the method's own, lora's being
+            # r"decoder/.*/(q_proj|o_proj)". r".*/(q_proj|o_proj)" also adapts the tower, as peft does.
+            "targets": placeholder(str),
+            "size": placeholder(int),  # width of a bottleneck, length of prefix or prompt, number of last_layers
+            "penalty": 0.0,  # of diff_pruning: weight of the share of entries that change, beside the loss
             "rank": 8,
             "alpha": 32.0,
             "dropout": 0.1,
-            "rslora": False,
+            "rslora": False,  # scale alpha / sqrt(rank) instead of alpha / rank
+            "dora": False,  # train the magnitude of every output channel too
+            "layers": (),  # numbers of the layers to adapt, of every stack that targets reach; () = all
+            # ((pattern, rank), ...) over paths with the layer's number, "decoder/layers/0/self_attn/q_proj"; the first
+            # that matches wins. Likewise for alpha.
+            "rank_pattern": (),
+            "alpha_pattern": (),
+            # Go on from the adapters of a folder: peft's, or the `adapter` in another run's workdir. It decides all of
+            # the above but the dropout.
+            "path": placeholder(str),
         }
     )
     config.trainable = placeholder(str)  # pattern of parameter paths, for adapter "none"; None = all
@@ -125,21 +140,35 @@ def check(config: ConfigDict) -> None:
     for key, minimum in MINIMA.items():
         if values[key] is not None and values[key] < minimum:
             raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")
-    if not 0 <= config.adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {config.adapter.dropout}, expected 0 or more and less than 1: change it.")
+    vqa_adapter.check(config.adapter, defaults().adapter)
     if config.adapter.name != "none" and config.trainable is not None:
         raise UserError(
             f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "
             "trains, expected one of the two: set trainable=None or adapter.name=none."
         )
+    _check_dtypes(config)
     _check_quantize(config)
+
+
+def _check_dtypes(config: ConfigDict) -> None:
+    """Refuses weights that train in float16: most updates would be rounded away, and loss scaling is of gradients."""
+    if config.adapter.name == "none" and config.model.param_dtype == "float16":
+        raise UserError(
+            "model.param_dtype is float16 beside adapter.name='none', which trains the weights themselves, expected "
+            "float32 or bfloat16: change it, or leave it out for float32."
+        )
 
 
 def _check_quantize(config: ConfigDict) -> None:
     """Refuses codecs that do not exist, and what does not go with a quantised base."""
     model, outliers = config.model, config.eval.int8_outliers
-    if model.quantize:
-        make_codec(model.quantize, model.quantize_block_size, model.quantize_double)
+    if model.quantize_double and not model.quantize:
+        raise UserError(
+            "model.quantize_double is True beside model.quantize='', which quantises nothing, expected nf4: set "
+            "model.quantize=nf4 or leave it out."
+        )
+    # Without a codec too: a block size that none has is a mistake, whatever a sweep sets beside it.
+    make_codec(model.quantize or "nf4", model.quantize_block_size, model.quantize_double)
     if model.quantize and config.adapter.name == "none" and config.trainable is None:
         raise UserError(
             f"model.quantize is {model.quantize!r} beside adapter.name='none' and trainable=None, which trains every "

@@ -32,7 +32,7 @@ from paligemma_jax.metrics import Accuracy, RougeSums, exact_match
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
-from train_jax import loop, model_state
+from train_jax import loop
 from train_jax.files import to_json
 
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
@@ -162,10 +162,12 @@ def _before(task, model, source) -> dict[str, Any]:
 
 
 def _untrained(task, model):
-    """The model as it was: without its adapters (sharing every frozen array), or read again if the base trained."""
+    """The model as it was: without its adapters, or with those that the run went on from, sharing every frozen array;
+    read again where a part of the base trained."""
     if task.config.adapter.name == "lora":
-        return detach_lora(nnx.clone(model))
-    return model_state.build(task, task.mesh).model()
+        base = detach_lora(nnx.clone(model))
+        return base if task.config.adapter.path is None else task.attach(base)
+    return task.base()
 
 
 @contextlib.contextmanager

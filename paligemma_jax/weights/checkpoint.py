@@ -10,10 +10,10 @@ from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.weights.tables import Row, Source
 
 
-def whole_model(config: PaliGemmaConfig | DualEncoderConfig) -> PaliGemma | DualEncoder:
+def whole_model(config: PaliGemmaConfig | DualEncoderConfig, rngs: nnx.Rngs | None = None) -> nnx.Module:
     """A new model; abstract under `nnx.eval_shape`."""
     make = DualEncoder if isinstance(config, DualEncoderConfig) else PaliGemma
-    return make(config, rngs=nnx.Rngs(0))
+    return make(config, rngs=rngs or nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.weights.load import weight_files
+from paligemma_jax.weights.peft import open_peft
+from paligemma_jax.weights.peft_config import FILE as CONFIG
 from train_jax.errors import UserError
 
 FILE = "base.json"
@@ -27,10 +29,22 @@ def base_digest(path: str | Path) -> str:
     Raises:
       UserError: no model there.
     """
-    digest = hashlib.sha256()
     files = weight_files(path)
-    if not files:
-        digest.update(str(path).encode())
+    return _digest(files) if files else hashlib.sha256(str(path).encode()).hexdigest()
+
+
+def adapter_digest(path: str | Path) -> str:
+    """As `base_digest`, of the folder of adapters that a run went on from.
+
+    Raises:
+      UserError: no adapters there.
+    """
+    folder = open_peft(path).arrays
+    return _digest([folder.path / CONFIG, *folder.files])
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         digest.update(f"{size} bytes\n".encode())
@@ -47,24 +61,34 @@ def _starts(size: int) -> list[int]:
     return np.linspace(0, size - PIECE, WHOLE // PIECE).astype(np.int64).tolist()
 
 
-def write_digest(workdir: Path, path: str | Path) -> None:
-    """Notes in a workdir which base its run is made on."""
-    (workdir / FILE).write_text(json.dumps({"path": str(path), "sha256": base_digest(path)}, indent=2) + "\n")
+def write_digest(workdir: Path, path: str | Path, adapter: str | Path | None = None) -> None:
+    """Notes in a workdir which base its run is made on, and which adapters it goes on from."""
+    noted = {"path": str(path), "sha256": base_digest(path)}
+    if adapter is not None:
+        noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
+    (workdir / FILE).write_text(json.dumps(noted, indent=2) + "\n")
 
 
-def check_digest(workdir: Path, path: str | Path | None) -> None:
-    """Compares a base with the one noted in a workdir; passes where none is noted.
+def check_digest(workdir: Path, path: str | Path | None, adapter: str | Path | None = None) -> None:
+    """Compares a base, and adapters, with those noted in a workdir; passes where none are noted.
 
     Raises:
-      UserError: it is another.
+      UserError: they are others.
     """
     file = workdir / FILE
     if not file.is_file():
         return
     noted = json.loads(file.read_text(encoding="utf-8"))
-    found = base_digest(path)
+    _compare(workdir, "on the base that was", noted, path, base_digest(path), "model.path")
+    if adapter is not None and "adapter" in noted:
+        _compare(
+            workdir, "from the adapters that were", noted["adapter"], adapter, adapter_digest(adapter), "adapter.path"
+        )
+
+
+def _compare(workdir: Path, what: str, noted: dict, path: str | Path | None, found: str, key: str) -> None:
     if found != noted["sha256"]:
         raise UserError(
-            f"{workdir} was trained on the base that was at {noted['path']} (sha256 {noted['sha256'][:12]}...), found "
-            f"another at {path} ({found[:12]}...), expected the same: set model.path to it."
+            f"{workdir} was trained {what} at {noted['path']} (sha256 {noted['sha256'][:12]}...), found another at "
+            f"{path} ({found[:12]}...), expected the same: set {key} to it."
         )

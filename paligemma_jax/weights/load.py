@@ -1,6 +1,7 @@
 """`pg.load`: one function that reads a model from wherever it lies."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from paligemma_jax.models.vit import ViT, resample_positions
 from paligemma_jax.weights import big_vision, hugging_face, native
 from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
 from paligemma_jax.weights.folder import Folder
+from paligemma_jax.weights.random_weights import random_arrays
 from paligemma_jax.weights.tables import Transform, check_names, read_rows
 from train_jax import params
 from train_jax.errors import UserError
@@ -194,7 +196,7 @@ def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
 def _random(
     path: str, image_size: int | None, vocab_size: int | None, both: dict, codec, shardings
 ) -> PaliGemma | DualEncoder:
-    """A new model of a variant's sizes, made where it is to lie."""
+    """A new model of a variant's sizes, made where it is to lie, layer by layer."""
     name = path.removeprefix(RANDOM)
     try:
         config = dual_variants.variant(name) if name.startswith(("siglip", "clip")) else variant(name)
@@ -203,13 +205,10 @@ def _random(
     if config.preprocessing is None:
         config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
     config = _changed(config, image_size, vocab_size).replace(both=both)
-
-    def make() -> PaliGemma:
-        return _quantized(whole_model(config), codec)
-
-    model = nnx.eval_shape(make)
+    finish = functools.partial(_quantized, codec=codec)
+    model = nnx.eval_shape(lambda: finish(whole_model(config)))
     places = {path: shardings(path, leaf) if shardings else None for path, leaf in params.abstract(model).items()}
-    return params.assign(model, jax.jit(lambda: params.flatten(make()), out_shardings=places)())
+    return params.assign(model, random_arrays(config, finish, places))
 
 
 def _open(path: str | Path, decoder: dict) -> Checkpoint:

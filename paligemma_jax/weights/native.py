@@ -5,6 +5,7 @@ It is read onto any sharding and needs no name table: what a conversion writes f
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from paligemma_jax.adapt.quantize import FROZEN, quantize, quantized_kernels
+from paligemma_jax.adapt.quantized_kernel import KINDS
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -27,6 +30,8 @@ from train_jax.errors import UserError
 
 FORMAT = "paligemma_jax"
 ARRAYS = "params"
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIONS = {"kind", "dtype", "block_size", "double"}  # of a quantised kernel
 
 
 class OrbaxArrays:
@@ -59,7 +64,9 @@ class OrbaxArrays:
             raise self._broken(error) from None
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
-        yield from self[name]
+        array = self[name]
+        for i in range(len(array)):
+            yield array[i, ...]  # an array also where a layer is one number
 
     def _broken(self, error: Exception) -> UserError:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -77,41 +84,53 @@ def open_folder(folder: Path) -> Checkpoint:
     Raises:
       UserError: it is broken, or of another version of this package.
     """
-    config = config_from_dict(read_json(folder / "config.json"), folder / "config.json")
+    file = folder / "config.json"
+    values = read_json(file)
+    config, kernels = config_from_dict(values, file), quantized_from_dict(values, file)
+
+    def build(config: PaliGemmaConfig) -> PaliGemma:
+        return with_quantized(whole_model(config), kernels)
+
     arrays = OrbaxArrays(folder / ARRAYS)
-    shapes = params.abstract(nnx.eval_shape(lambda: whole_model(config)))
-    return Checkpoint(
-        arrays, arrays.names(), [Row(path, path) for path in shapes], config, "decoder/embed_tokens/embedding"
-    )
+    shapes = params.abstract(nnx.eval_shape(lambda: build(config)))
+    rows = [Row(path, path, dtype=shapes[path].dtype.name if re.fullmatch(FROZEN, path) else None) for path in shapes]
+    for row in rows:
+        if row.dtype and row.theirs in arrays.names() and arrays.dtype(row.theirs) != row.dtype:
+            raise UserError(
+                f"{arrays.path}: {row.theirs} is {arrays.dtype(row.theirs)}, expected {row.dtype} of a quantised "
+                "kernel: convert the model again."
+            )
+    return Checkpoint(arrays, arrays.names(), rows, config, "decoder/embed_tokens/embedding", build)
 
 
 def save_orbax(model: PaliGemma, folder: str | Path, tokenizer: str | Path | None = None) -> None:
     """Writes a model as `pg.load` reads it back, equal to the bit, config and preprocessing included.
 
     Args:
-      model: with plain kernels and without adapters.
+      model: with plain or quantised kernels, which are kept as they are; without adapters.
       folder: made if missing; must hold no such model yet.
       tokenizer: as of `save_hugging_face`.
 
     Raises:
-      UserError: the model has adapters or quantised kernels, the folder holds a model, or there are no tokenizer files.
+      UserError: the model has adapters, the folder holds a model, or there are no tokenizer files.
     """
     folder = Path(folder).expanduser()
     if (folder / ARRAYS).exists():
         raise UserError(f"{folder} holds a model already: choose another folder.")
     arrays = params.flatten(model)
-    expected = params.abstract(nnx.eval_shape(lambda: whole_model(model.config)))
+    kernels = quantized_to_dict(model)
+    expected = params.abstract(nnx.eval_shape(lambda: with_quantized(whole_model(model.config), kernels)))
     if set(arrays) != set(expected):
         other = sorted(set(arrays) ^ set(expected))[0]
         raise UserError(
-            f"{folder} holds the plain parameters of a whole model, but found {other} in it or missing: merge adapters "
-            "and dequantize kernels first."
+            f"{folder} holds the parameters of a whole model, but found {other} in it or missing: merge adapters first."
         )
     folder.mkdir(parents=True, exist_ok=True)
     writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     writer.save((folder / ARRAYS).absolute(), args=ocp.args.PyTreeSave(arrays))
     writer.close()
-    (folder / "config.json").write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
+    values = config_to_dict(model.config) | ({"quantized": kernels} if kernels else {})
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 
@@ -146,3 +165,43 @@ def config_from_dict(values: dict[str, Any], file: Path) -> PaliGemmaConfig:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} does not describe a model of this version ({error}): convert it again.") from None
+
+
+def quantized_to_dict(model: PaliGemma) -> dict[str, dict[str, Any]]:
+    """How every quantised kernel is stored, by module path, as JSON values."""
+    return {
+        path.removesuffix("/kernel"): {"kind": kernel.kind, "dtype": kernel.dtype.name}
+        | dataclasses.asdict(kernel.codec)
+        for path, kernel in quantized_kernels(model).items()
+    }
+
+
+def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[str, Any]]:
+    """What `quantized_to_dict` made, of a whole config; nothing where it has none.
+
+    Raises:
+      UserError: it is something else.
+    """
+    kernels = values.get("quantized", {})
+    for path, options in kernels.items() if isinstance(kernels, dict) else [("", kernels)]:
+        fits = isinstance(options, dict) and options.keys() <= OPTIONS and options.get("kind") in KINDS
+        if not fits or options.get("dtype") not in DTYPES or type(options.get("double", False)) is not bool:
+            raise UserError(
+                f"{file} has {options!r} for the quantised kernel {path!r}, expected its kind and dtype: convert it "
+                "again."
+            )
+    return kernels
+
+
+def with_quantized(model: PaliGemma, kernels: dict[str, dict[str, Any]]) -> PaliGemma:
+    """The model with these kernels quantised, in place; abstract under `nnx.eval_shape`.
+
+    Raises:
+      UserError: a kernel that the model does not have, or a codec that does not exist.
+    """
+    for path, options in kernels.items():
+        given = {name: value for name, value in options.items() if name not in ("kind", "dtype")}
+        quantize(model, options["kind"], **given, targets=re.escape(path))
+    for path, kernel in quantized_kernels(model).items():
+        kernel.dtype = np.dtype(kernels[path.removesuffix("/kernel")]["dtype"])
+    return model

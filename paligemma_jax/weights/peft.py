@@ -54,7 +54,12 @@ def open_peft(folder: str | Path) -> Adapter:
 
 
 def load_peft(
-    model: PaliGemma, folder: str | Path | Adapter, *, dtype: str | None = None, shardings: Shardings | None = None
+    model: PaliGemma,
+    folder: str | Path | Adapter,
+    *,
+    dtype: str | None = None,
+    dropout: int | float | None = None,
+    shardings: Shardings | None = None,
 ) -> PaliGemma:
     """Attaches the LoRA of a peft folder to the base it was trained on.
 
@@ -62,6 +67,7 @@ def load_peft(
       model: changed in place; plain or quantised, without adapters on the same modules.
       folder: see `open_peft`, or what that returned.
       dtype: of A, B and magnitudes; as stored when None.
+      dropout: of further training; that of the folder's config when None.
       shardings: where a leaf goes, from its path and shape; the default device when None.
 
     Returns:
@@ -91,8 +97,9 @@ def load_peft(
         leaves = _read(arrays, modules[path], of_path, spec, config["use_dora"], dtype)
         leaves = {name: _placed(f"{path}/{name}", leaf, shardings) for name, leaf in leaves.items()}
         ready.append((modules[path], spec, leaves))
+    dropout = config["lora_dropout"] if dropout is None else dropout
     for module, spec, leaves in ready:
-        install(module, spec, leaves["lora_a"], leaves["lora_b"], leaves.get("lora_magnitude"), config["lora_dropout"])
+        install(module, spec, leaves["lora_a"], leaves["lora_b"], leaves.get("lora_magnitude"), dropout)
     return model
 
 

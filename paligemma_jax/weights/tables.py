@@ -31,6 +31,7 @@ class Row:
       "token"     two axes of size 1 in front
     `part` picks one of `parts` leaves of ours that share an array there: by the index of a leading axis (big_vision's
     kv and gating einsums), or where `packed`, one behind another on the first axis (torch's in_proj).
+    `dtype` is kept whatever dtype the model is read in, as codes need it; None where it is cast.
     """
 
     ours: str
@@ -40,6 +41,7 @@ class Row:
     part: int | None = None
     parts: int = 2
     packed: bool = False
+    dtype: str | None = None
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape on their side of a leaf that is `shape` here, with those that share the array."""
@@ -166,7 +168,7 @@ def read_rows(
       rows: the table of this family; its names are those of `source` (see `check_names`).
       source: the checkpoint.
       shapes: our abstract parameters by path, as the checkpoint holds them.
-      dtype: dtype to cast to.
+      dtype: dtype to cast to, where a row does not keep its own.
       transform: makes one or several leaves of each layer of one (quantisation, say); theirs are stacked likewise.
 
     Yields:
@@ -177,15 +179,15 @@ def read_rows(
     """
     table = {row.ours: row for row in rows}
     for path in sorted(shapes, key=stacked):
-        layers = _read_leaf(table[path], source, shapes[path].shape)
+        layers, kept = _read_leaf(table[path], source, shapes[path].shape), table[path].dtype or dtype
         depth = shapes[path].shape[0] if stacked(path) else None
         out: dict[str, np.ndarray] = {}
         for i, layer in enumerate(layers):
-            parts = transform(path, np.asarray(layer, dtype)) if transform else None
+            parts = transform(path, np.asarray(layer, kept)) if transform else None
             for name, part in ({path: layer} if parts is None else parts).items():
                 if i == 0:
                     shape = part.shape if depth is None else (depth, *part.shape)
-                    out[name] = _aligned_empty(shape, dtype if parts is None else part.dtype)
+                    out[name] = _aligned_empty(shape, kept if parts is None else part.dtype)
                 out[name][... if depth is None else i] = part
         yield from out.items()
 

@@ -6,6 +6,7 @@ from flax import nnx
 
 from paligemma_jax import convert, hub, loading
 from paligemma_jax.adapt.lora import attach_lora, merge_lora
+from paligemma_jax.adapt.quantize import dequantize
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
 from paligemma_jax.weights.load import load, stored_dtype
@@ -59,6 +60,17 @@ def test_the_dtype_is_the_sources_unless_given(sources, tmp_path, golden):
     assert stored_dtype(tmp_path / "c") == "float16"
 
 
+def test_quantised_kernels_are_made_kept_and_dequantised(sources, tmp_path, capsys):
+    run(sources["hugging_face"], tmp_path / "a", "--format=orbax", "--quantize=nf4")
+    run(tmp_path / "a", tmp_path / "b", "--format=orbax")
+    expected = load(sources["hugging_face"], quantize="nf4")
+    assert_same_arrays(load(tmp_path / "b"), expected)
+    capsys.readouterr()
+    run(tmp_path / "b", tmp_path / "c", "--format=hugging_face")
+    assert "dequantised: 14 kernels in nf4" in capsys.readouterr().out
+    assert_same_arrays(load(tmp_path / "c"), dequantize(expected))
+
+
 def test_adapters_of_a_run_are_merged(monkeypatch, tmp_path, golden, make_random):
     adapted = attach_lora(load(golden / "hf_paligemma"), rngs=nnx.Rngs(0))
     for path, array in params.flatten(adapted).items():
@@ -91,6 +103,8 @@ def test_push_uploads_what_was_written(sources, tmp_path, monkeypatch, capsys):
         (["{npz}:img", "{new}", "--format=orbax"], "is one tower, expected a whole model"),
         (["{source}", "{new}", "--format=orbax", "--dtype=int8"], "dtype is 'int8'"),
         (["{source}", "{new}", "--fromat=orbax"], "fromat"),
+        (["{source}", "{new}", "--format=hugging_face", "--quantize=int8"], "expected orbax, which alone keeps it"),
+        (["{source}", "{new}", "--format=orbax", "--quantize=int3"], "quantize is 'int3', expected one of nf4"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_write_nothing(sources, tmp_path, capsys, arguments, sentence):

@@ -197,7 +197,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path):
+def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", KILLED, folder], env=environment, capture_output=True, timeout=120)
@@ -207,6 +207,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path):
     looking = Checkpoints(folder, "accuracy", read_only=True)
     assert looking.all_steps() == [1]
     assert any("tmp" in name for name in os.listdir(folder))  # reading leaves a save of a living run alone
+    assert "read only" not in caplog.text
     looking.close()
 
     checkpoints = Checkpoints(folder, "accuracy")

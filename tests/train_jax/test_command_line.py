@@ -1,3 +1,4 @@
+import errno
 import re
 
 import pytest
@@ -218,6 +219,18 @@ def test_user_errors_end_with_status_2_and_one_line(capsys, tmp_path, monkeypatc
     assert capsys.readouterr().err == "train.py: error: --config=nowhere.py: there is no file nowhere.py\n"
 
 
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run(lambda argv: 1 / 0, ["train.py"])
+def test_a_path_that_cannot_be_opened_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda argv: tmp_path.read_text(), ["bin/eval.py"])
+    assert caught.value.code == 2
+    sentence = f"{tmp_path} cannot be used (Is a directory): correct the path or its permissions."
+    assert capsys.readouterr().err == f"eval.py: error: {sentence}\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "input/output error"), OSError("no number")])
+def test_other_errors_keep_their_traceback(error):
+    def fails(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        run(fails, ["train.py"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train_jax import files
+from train_jax.errors import UserError
 
 
 def test_to_json_is_valid_whatever_the_numbers():
@@ -39,3 +40,13 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     files.write_atomically(path, "new")
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["config.json"]
+
+
+def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):
+    assert files.make_folder(tmp_path / "a/b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run cannot be made .Not a directory., expected a folder: choose another"):
+        files.make_folder(tmp_path / "file/run")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="a/b may not be written to, expected a folder of your own"):
+        files.make_folder(tmp_path / "a/b")

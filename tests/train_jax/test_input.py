@@ -253,3 +253,18 @@ def test_impossible_batches_are_refused():
         pipeline(process_count=3)
     with pytest.raises(UserError, match="the training data has no examples"):
         Pipeline(Numbers(0), 4, num_steps=1)
+
+
+class Together(Numbers):
+    """All examples of a step at once, in the order of their numbers."""
+
+    def together(self, indices, step):
+        return {"id": np.sort(indices), "step": np.full(len(indices), step)}
+
+
+def test_a_source_may_read_all_examples_of_a_step_at_once():
+    batches = list(Pipeline(Together(), 8, 4, num_steps=12, seed=5).iterate(3))
+    assert len(batches) == 9
+    for step, batch in enumerate(batches, start=3):
+        assert (batch["id"].ravel() == np.sort(reference()[step])).all() and batch["id"].shape == (2, 4)
+        assert (batch["step"] == step).all()

@@ -70,6 +70,7 @@ def test_plot_against_x_has_means_and_error_bars(summary):
     low, high = bars.get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(math.sqrt(0.07))
     assert line.get_linestyle() == "-" and axis.get_xscale() == "log" and not axis.texts
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "40"]
 
 
 def test_plot_against_something_measured_names_its_points():

@@ -10,9 +10,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from paligemma_jax.adapt.lora import attach_lora
-from paligemma_jax.adapt.quantize import quantize
+from paligemma_jax.adapt.quantize import quantize, quantized_kernels
 from paligemma_jax.data.tokenizer import load_tokenizer
-from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
+from paligemma_jax.weights import native, save_big_vision, save_hugging_face, save_orbax
 from paligemma_jax.weights.load import load
 from train_jax import params
 from train_jax.errors import UserError
@@ -178,8 +178,9 @@ def refused(match, save, *arguments):
 def test_adapters_and_quantised_kernels_are_refused_and_nothing_is_left(golden, tmp_path, name):
     adapted = attach_lora(load(golden / "hf_paligemma"), rngs=nnx.Rngs(0))
     refused("lora_a.*merge adapters", FORMATS[name], adapted, tmp_path / name)
-    quantised = quantize(load(golden / "hf_paligemma"), "int8")
-    refused("kernel.*dequantize kernels", FORMATS[name], quantised, tmp_path / name)
+    if name != "orbax":  # which keeps them
+        quantised = quantize(load(golden / "hf_paligemma"), "int8")
+        refused("kernel.*dequantize kernels", FORMATS[name], quantised, tmp_path / name)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
@@ -210,6 +211,63 @@ def test_broken_folders_of_our_own_are_told_in_one_sentence(hugging_face_model, 
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
     refused("cannot be read as an Orbax checkpoint", load, tmp_path / "b")
+
+
+# Quantised kernels, which our own format keeps.
+
+CODECS = {"nf4": dict(block_size=128, double=True), "int8": {}, "int4": {}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", CODECS)
+def test_quantised_kernels_are_kept_to_the_bit(golden, tmp_path, kind, dtype):
+    model = load(golden / "hf_paligemma2", dtype, quantize=kind, **CODECS[kind])
+    save_orbax(model, tmp_path / "a")
+    again = load(tmp_path / "a", dtype)
+    assert_same_model(again, model)
+    kernels, expected = quantized_kernels(again), quantized_kernels(model)
+    assert kernels.keys() == expected.keys() and len(kernels) == 14
+    for path, kernel in kernels.items():
+        assert (kernel.codec, kernel.dtype) == (expected[path].codec, expected[path].dtype) and kernel.dtype == dtype
+        np.testing.assert_array_equal(kernel.dequantize(), expected[path].dequantize(), err_msg=path)
+
+
+def test_codes_and_constants_do_not_follow_the_dtype_asked_for(golden, tmp_path):
+    model = load(golden / "hf_paligemma", quantize="nf4")
+    save_orbax(model, tmp_path / "a")
+    again, expected = params.flatten(load(tmp_path / "a", "bfloat16")), params.flatten(model)
+    for path, array in again.items():
+        kept = "/kernel/" in path
+        np.testing.assert_array_equal(array, expected[path] if kept else expected[path].astype("bfloat16"), strict=True)
+
+
+def test_some_kernels_may_be_plain_and_others_of_another_kind(golden, tmp_path):
+    model = quantize(load(golden / "hf_paligemma"), "int8", targets="vision/.*/fc1")
+    quantize(model, "nf4", double=True, targets="decoder/.*/(up_proj|q_proj)")
+    save_orbax(model, tmp_path / "a")
+    again = load(tmp_path / "a", image_size=load(golden / "hf_paligemma").config.vision.image_size * 2)
+    found = {path: kernel.kind for path, kernel in quantized_kernels(again).items()}
+    assert sorted(found.values()) == ["int8", "nf4", "nf4"] and found["vision/layers/mlp/fc1/kernel"] == "int8"
+    assert_same_model(load(tmp_path / "a"), model)
+
+
+@pytest.mark.parametrize("options", [{"kind": "nf5"}, {"dtype": "int8"}, {"double": "yes"}, {"colour": 1}])
+def test_a_quantised_folder_that_makes_no_sense(golden, tmp_path, options):
+    save_orbax(load(golden / "hf_paligemma", quantize="nf4"), tmp_path / "a")
+    refused("is quantised already", lambda: load(tmp_path / "a", quantize="nf4"))
+    path = "decoder/layers/mlp/up_proj"
+    damaged(tmp_path / "a", lambda values: values["quantized"][path].update(options))
+    refused(f"for the quantised kernel '{path}', expected its kind and dtype", load, tmp_path / "a")
+    damaged(tmp_path / "a", lambda values: values["quantized"].pop(path))
+    refused("does not match the model: missing .*up_proj/kernel; not used .*up_proj/kernel/", load, tmp_path / "a")
+    damaged(tmp_path / "a", lambda values: values.update(quantized=[1]))
+    refused("expected its kind and dtype", load, tmp_path / "a")
+
+
+def test_codes_of_another_dtype_are_refused(golden, tmp_path, monkeypatch):
+    save_orbax(load(golden / "hf_paligemma", quantize="nf4"), tmp_path / "a")
+    monkeypatch.setattr(native.OrbaxArrays, "dtype", lambda arrays, name: np.dtype("float16"))
+    refused("absmax is float16, expected float32 of a quantised kernel", load, tmp_path / "a")
 
 
 # One tower of a file.

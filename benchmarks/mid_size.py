@@ -1,0 +1,83 @@
+"""A PaliGemma of about 40 M parameters, trained and evaluated by train.py on bases in bfloat16, int8 and NF4.
+
+    python benchmarks/mid_size.py [--folder=runs/mid_size]
+
+The base is random, written once as a Hugging Face folder: its loss falls to that of guessing by the question. What is
+to be seen is that the three agree, and what each takes. A finished run is not made again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from flax import nnx
+
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights.hugging_face import save_hugging_face
+from train_jax import params
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = PaliGemmaConfig(
+    vision=ViTConfig(image_size=64, patch_size=16, width=384, depth=7, mlp_dim=1536, num_heads=6),
+    decoder=GemmaConfig(vocab_size=1792, width=512, depth=7, mlp_dim=2048, num_heads=8, head_dim=64),
+    preprocessing=Preprocessing.siglip(64),
+)
+OVERRIDES = {
+    "data.num_train_scenes": 200,
+    "data.num_validation_scenes": 30,
+    "adapter.targets": "decoder/layers/.*_proj",
+    "compute_dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.unroll": False,
+    "model.remat": "block",
+    "optimizer.learning_rate": 3e-3,
+    "eval.question_only": False,
+    "eval.before": False,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/mid_size"), help="where base and runs go")
+    folder = parser.parse_args().folder.absolute()
+    base = folder / "base"
+    if not base.is_dir():
+        model = PaliGemma(CONFIG, rngs=nnx.Rngs(0))
+        print(f"{sum(leaf.size for leaf in params.flatten(model).values()) / 1e6:.1f} M parameters")
+        save_hugging_face(model, base, tokenizer="tiny")
+    print("| base | arguments | temporary | first loss | last loss | accuracy | steps/s | peak of the process |")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind in ("", "int8", "nf4"):
+        run(base, folder / (kind or "bfloat16"), kind)
+
+
+def run(base: Path, workdir: Path, kind: str) -> None:
+    """One run of train.py and its row of the table."""
+    keys = OVERRIDES | {"model.path": base, "model.quantize": kind}
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'configs/clevr.py'}", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in keys.items()]
+    log = workdir.with_suffix(".log")
+    with log.open("a") as file:
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
+    planned = re.search(
+        r"^training step, per device: .*= arguments (.*) \+ outputs.*temporary (.*)$", log.read_text(), re.M
+    )
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    scores = json.loads((workdir / "eval.json").read_text())
+    print(
+        f"| {kind or 'bfloat16'} | {planned[1]} | {planned[2]} | {steps[0]['loss']:.3f} | {steps[-1]['loss']:.3f} | "
+        f"{scores['accuracy']:.3f} | {steps[-1]['steps_per_second']:.2f} | "
+        f"{scores['peak_memory_bytes'] / 2**30:.2f} GiB |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Couplings: which row of noise goes with which row of data in a batch. Any coupling goes with any path.
+
+Every function returns index pairs (i, j): x_0[i[k]] is paired with x_1[j[k]], and labels of the data go along as
+y_1[j]. An *exact* coupling is a permutation: drawing pairs from the optimal plan with replacement, as is common, is
+equal in expectation but keeps only 1 - 1/e of a batch's rows. `exact`, `conditional` and `within_class` run on the
+host, made for the input pipeline, off the device's critical path; `sinkhorn` is jitted and may be part of a step.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from flow_jax import sinkhorn as entropic
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Scalar, flatten_rows
+from flow_jax.assignment import assign
+from train_jax.errors import UserError
+
+HostPairs = tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]
+Conditions = Int[AnyArray, " N"] | Float[AnyArray, "N ..."]
+
+
+def host_cost(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> Float[np.ndarray, "N M"]:
+    """|x_0 - x_1|^2 over all axes of an example, on the host, in the dtype of the arrays."""
+    x, y = flatten_rows(np.asarray(x_0)), flatten_rows(np.asarray(x_1))
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"rows of shapes {x_0.shape[1:]} and {x_1.shape[1:]} have no distance: make the shapes equal.")
+    centre = y.mean(axis=0, keepdims=True)  # small numbers cancel less
+    x, y = x - centre, y - centre
+    cost = (-2 * x) @ y.T
+    cost += (x**2).sum(axis=1)[:, None]
+    cost += (y**2).sum(axis=1)[None]
+    return np.maximum(cost, 0, out=cost)
+
+
+def exact(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> HostPairs:
+    """The permutation of least total squared distance (OT-CFM's coupling, Tong et al. 2024; Pooladian et al. 2023).
+
+    Args:
+      x_0, x_1: noise and data of one size, any shape of rows.
+
+    Returns:
+      i = 0, 1, ... and the permutation j.
+
+    Raises:
+      UserError: sizes or shapes differ, or entries are not finite.
+    """
+    return np.arange(len(x_0)), assign(host_cost(x_0, x_1))
+
+
+def independent(n: int, key: RandomKey) -> tuple[Int[Array, " {n}"], Int[Array, " {n}"]]:
+    """Pairs at random: each row once."""
+    return jnp.arange(n), jax.random.permutation(key, n)
+
+
+def within_class(
+    x_0: Rows, x_1: Rows, y_0: Int[AnyArray, " B"], y_1: Int[AnyArray, " B"]
+) -> HostPairs:  # fmt: skip
+    """The cheapest permutation that pairs rows of equal labels alone.
+
+    A coupling that ignores labels ties a class to a part of the noise; sampling that class from all of the noise
+    then starts where training never was (torchcfm's issue 117). Within a class the noise stays what it is.
+
+    Args:
+      x_0, x_1: noise and data.
+      y_0, y_1: labels; noise has none of its own, so give it the data's, in any order.
+
+    Raises:
+      UserError: a label has not as many rows on both sides.
+    """
+    y_0, y_1 = np.asarray(y_0), np.asarray(y_1)
+    x_0, x_1 = np.asarray(x_0), np.asarray(x_1)
+    columns = np.empty(len(x_0), np.int64)
+    for label in np.union1d(y_0, y_1):
+        rows, targets = np.flatnonzero(y_0 == label), np.flatnonzero(y_1 == label)
+        if len(rows) != len(targets):
+            raise UserError(
+                f"label {label} has {len(rows)} rows of noise and {len(targets)} of data, expected equal numbers: "
+                "give the noise the labels of the data."
+            )
+        columns[rows] = targets[assign(host_cost(x_0[rows], x_1[targets]))]
+    return np.arange(len(x_0)), columns
+
+
+def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: Number = 1.0) -> HostPairs:
+    """The permutation of least squared distance plus a price for unequal conditions (C2OT, Cheng and Schwing 2025).
+
+    Args:
+      x_0, x_1: noise and data.
+      c_0, c_1: conditions. Integer labels [B] cost 1 where they differ; float vectors [B, ...] their squared distance.
+        Give the noise those of the data, in any order.
+      weight: of the condition term, in standard deviations of the distance term; 0 is `exact`, a large one
+        `within_class` where conditions are labels.
+    """
+    cost = host_cost(x_0, x_1)
+    c_0, c_1 = np.asarray(c_0), np.asarray(c_1)
+    labels = np.issubdtype(c_0.dtype, np.integer)
+    price = (c_0[:, None] != c_1[None]).astype(cost.dtype) if labels else host_cost(c_0, c_1).astype(cost.dtype)
+    return np.arange(len(x_0)), assign(cost + weight * cost.std() * price)
+
+
+@functools.partial(jax.jit, static_argnames=("rounding", "relative", "max_iterations"))
+def sinkhorn(
+    x_0: Rows,
+    x_1: Rows,
+    epsilon: Scalar = 0.05,
+    key: RandomKey | None = None,
+    *,
+    rounding: str = "draw",
+    relative: bool = True,
+    tolerance: Scalar = 1e-3,
+    max_iterations: int = 2_000,
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Pairs from the entropic plan, on the device.
+
+    Args:
+      x_0, x_1: noise and data.
+      epsilon: in standard deviations of the squared distances; absolute if not `relative`.
+      key: for `rounding="draw"`.
+      rounding: "draw" takes each row of noise once and draws its partner from the row's distribution, so the noise
+        keeps its law exactly; "round" is a permutation: rows take, the surest first, the likeliest partner left.
+      relative: see epsilon.
+      tolerance, max_iterations: of the solver (sinkhorn.py).
+
+    Raises:
+      UserError: drawing without a key, or another rounding.
+    """
+    if rounding not in ("draw", "round"):
+        raise UserError(f'rounding={rounding!r} is unknown, expected "draw" or "round".')
+    cost = entropic.squared_distances(x_0, x_1)
+    scale = entropic.relative_epsilon(cost, epsilon) if relative else epsilon
+    solution = entropic.solve(cost, scale, tolerance=tolerance, max_iterations=max_iterations)
+    log_plan = solution.log_plan(cost)
+    rows = jnp.arange(len(x_0))
+    if rounding == "round":
+        return rows, greedy_permutation(log_plan)
+    if key is None:
+        raise UserError('couplings.sinkhorn draws partners: pass `key`, or rounding="round".')
+    return rows, jax.random.categorical(key, log_plan, axis=1)
+
+
+def greedy_permutation(score: Float[Array, "N N"]) -> Int[Array, " N"]:
+    """A column for each row, none twice: rows in the order of their best score take the best column left."""
+    n = len(score)
+    score = jnp.maximum(score, jnp.finfo(score.dtype).min)  # any column left is better than one taken
+
+    def take(carry, row):
+        free, columns = carry
+        column = jnp.argmax(jnp.where(free, score[row], -jnp.inf))
+        return (free.at[column].set(False), columns.at[row].set(column)), None
+
+    order = jnp.argsort(-score.max(axis=1))
+    (_, columns), _ = lax.scan(take, (jnp.ones(n, bool), jnp.zeros(n, order.dtype)), order)
+    return columns
+
+
+def over_buffer(
+    x_0: Rows, x_1: Rows, batch_size: int, seed: int, coupling: Callable[[Rows, Rows], tuple] = exact
+) -> Iterator[HostPairs]:
+    """Couples a buffer larger than the batch, then deals its pairs in random order.
+
+    Minibatch couplings approach the true one slowly as the batch grows; a buffer of several batches costs one larger
+    problem in as many steps.
+
+    Args:
+      x_0, x_1: noise and data of the whole buffer.
+      batch_size: of the batches to deal; divides the buffer.
+      seed: of the order.
+      coupling: (x_0, x_1) -> (i, j).
+
+    Yields:
+      (i, j) into the buffer, `batch_size` pairs each, every pair once.
+    """
+    if len(x_0) % batch_size:
+        raise UserError(f"a buffer of {len(x_0)} rows does not divide into batches of {batch_size}.")
+    i, j = (np.asarray(index) for index in coupling(x_0, x_1))
+    for rows in np.random.default_rng(seed).permutation(len(i)).reshape(-1, batch_size):
+        yield i[rows], j[rows]
+
+
+class Quality(NamedTuple):
+    """Mean squared distances of pairs; `gain_share` is 0 for the independent coupling, 1 for the exact one."""
+
+    cost: Number
+    independent_cost: Number
+    exact_cost: Number
+    gain_share: Number
+
+
+def quality(x_0: Rows, x_1: Rows, i: Int[AnyArray, " N"], j: Int[AnyArray, " N"]) -> Quality:
+    """How much of what an exact coupling saves these pairs save; a solver's "converged" does not tell."""
+    cost = host_cost(x_0, x_1)
+    best = float(cost[np.arange(len(cost)), assign(cost)].mean())
+    mean, got = float(cost.mean()), float(cost[np.asarray(i), np.asarray(j)].mean())
+    return Quality(got, mean, best, (mean - got) / (mean - best) if mean > best else 1.0)

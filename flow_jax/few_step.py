@@ -1,0 +1,92 @@
+"""Sampling in few steps: MeanFlow (Geng et al. 2025) and reflow (Liu et al. 2023).
+
+MeanFlow learns the mean velocity from t to a later time s along the flow, u(t, x, s) = (x_s - x_t) / (s - t), so that
+one evaluation crosses the whole path. Differentiating (s - t) u = int_t^s v by t along the flow gives, with time
+running from noise to data,
+
+  u = v + (s - t) du/dt,   du/dt = d_t u + v . d_x u,
+
+whose right side is the target, its derivative one `jax.jvp` with tangent (1, v, 0).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, mean_rows, per_row
+from flow_jax.integrate import as_field
+from flow_jax.paths.affine import PathSample
+from flow_jax.sampling import sample
+from flow_jax.times import Times
+from train_jax.errors import UserError
+
+
+def mean_flow(
+    mean_velocity: Callable, sample: PathSample, end: Float[AnyArray, " B"], *args, power: Number = 0.0
+) -> Float[Array, " B"]:
+    """MeanFlow's loss at a path's sample.
+
+    Args:
+      mean_velocity: (t, x, s, *args) -> [B, ...], differentiable in t and x.
+      sample: t is where the interval starts, dx_t stands for the velocity there.
+      end: s >= t, one a row; where they are equal the loss is conditional flow matching's.
+      *args: passed on.
+      power: weighs a row by 1 / (its loss + 1e-3)^power, held constant (section 4.3 of the paper; 0: the plain
+        squared error).
+    """
+
+    def u(t, x):
+        return mean_velocity(t, x, end, *args)
+
+    value, slope = jax.jvp(u, (sample.t, sample.x_t), (jnp.ones_like(sample.t), sample.dx_t))
+    target = lax.stop_gradient(sample.dx_t + per_row(end - sample.t, sample.x_t) * slope)
+    loss = mean_rows((value - target) ** 2)
+    return loss / lax.stop_gradient(loss + 1e-3) ** power
+
+
+def draw_intervals(
+    key: RandomKey, n: int, times: Times, same: Number = 0.75
+) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
+    """Pairs t <= s of times; a share `same` of the rows, at random, has s = t (the paper's best: 75 %)."""
+    first, second, third = jax.random.split(key, 3)
+    a, b = times.draw(first, n), times.draw(second, n)
+    t, s = jnp.minimum(a, b), jnp.maximum(a, b)
+    equal = jax.random.uniform(third, (n,)) < same
+    return jnp.where(equal, a, t), jnp.where(equal, a, s)
+
+
+def sample_mean_flow(mean_velocity: Callable, x_0: Rows, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
+    """Samples in `num_steps` jumps, x_s = x_t + (s - t) u(t, x_t, s), one evaluation each; t and s are scalars."""
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}, expected at least 1.")
+    field, arrays = as_field(mean_velocity)
+    times = jnp.linspace(0.0, 1.0, num_steps + 1)
+
+    def jump(x, ends):
+        t, s = ends
+        return x + (s - t).astype(x.dtype) * field(arrays, t, x, s, *args).astype(x.dtype), None
+
+    return lax.scan(jump, jnp.asarray(x_0), (times[:-1], times[1:]))[0]
+
+
+class Pairs(NamedTuple):
+    """Noise and where the flow takes it: training pairs for the next model, `path.sample(*pairs, t)`."""
+
+    x_0: Float[Array, "B ..."]
+    x_1: Float[Array, "B ..."]
+
+
+def reflow_pairs(velocity: Callable, x_0: Rows, **options) -> Pairs:
+    """Pairs for reflow: a model trained on them, independent coupling set aside, has straighter paths.
+
+    Args:
+      velocity: the trained one.
+      x_0: noise.
+      **options: of `sample`.
+    """
+    x_0 = jnp.asarray(x_0)
+    return Pairs(x_0, sample(velocity, x_0, **options).x)

@@ -1,0 +1,58 @@
+"""Classifier-free guidance (Ho and Salimans 2022) within an interval of times (Kynkaanniemi et al. 2024)."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from flow_jax.arrays import AnyArray, Number, Rows, Time, as_time, per_row
+from train_jax.errors import UserError
+
+
+class Guided(nnx.Module):
+    """v(none) + weight (v(label) - v(none)): a velocity (t, x, labels) for `sample`.
+
+    Inside the interval a call evaluates the model on twice the rows; outside it is the model with its labels, at half
+    the cost where t is a scalar and rows share their steps.
+    """
+
+    def __init__(self, model: Callable, weight: Number, null: int, interval: tuple[Number, Number] = (0.0, 1.0)):
+        """Wraps a model (t, x, labels) -> velocity.
+
+        Args:
+          model: trained with labels dropped (losses.drop_labels).
+          weight: 1 is the model itself, larger is stronger guidance, 0 is no label at all.
+          null: the label that stands for none.
+          interval: times [low, high] at which guidance acts. (0, 1) is all of them.
+
+        Raises:
+          UserError: an interval that is none.
+        """
+        low, high = interval
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(f"the interval of guidance is {low:g} to {high:g}, expected 0 <= low < high <= 1.")
+        self.model = model
+        self.weight = weight
+        self.null = null
+        self.interval = (low, high)
+
+    def __call__(self, t: Time, x: Rows, labels: Int[AnyArray, " B"]) -> Float[Array, "B ..."]:
+        t, (low, high) = as_time(t, x), self.interval
+        inside = (t >= low) & (t <= high)
+
+        def guided(t, x, labels):
+            both = jnp.concatenate([labels, jnp.full_like(labels, self.null)])
+            times = t if t.ndim == 0 else jnp.concatenate([t, t])
+            with_label, without = jnp.split(self.model(times, jnp.concatenate([x, x]), both), 2)
+            return without + self.weight * (with_label - without)
+
+        def plain(t, x, labels):
+            return self.model(t, x, labels)
+
+        if self.interval == (0.0, 1.0):
+            return guided(t, x, labels)
+        if t.ndim == 0:
+            return lax.cond(inside, guided, plain, t, x, labels)
+        return jnp.where(per_row(inside, x), guided(t, x, labels), plain(t, x, labels))

@@ -1,0 +1,88 @@
+"""Pieces that the velocity models share: time features, label embeddings, dropout by rows, initial values.
+
+Models are called (t, x, labels=None, dropout_keys=None): t is a scalar or one a row, t = 0 noise and t = 1 data, and
+dropout draws from one key a row, so that a row's noise does not depend on the batch it is in.
+"""
+
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+MAX_PERIOD = 10_000
+TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
+
+
+def batch_times(t, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """One time a row, in float32."""
+    return jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
+
+
+def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:
+    """Cosines and sines of t at geometric frequencies (Vaswani et al. 2017), as DDPM's of 1000 t."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(MAX_PERIOD) / half * jnp.arange(half))
+    angles = TIME_SCALE * t[:, None] * frequencies[None]
+    features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    return jnp.pad(features, ((0, 0), (0, width - 2 * half)))
+
+
+def linear(features_in: int, features_out: int, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first."""
+    if zero:
+        return nnx.Linear(features_in, features_out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+    return nnx.Linear(features_in, features_out, rngs=rngs)
+
+
+class Condition(nnx.Module):
+    """Time, and a label if there are any, as one vector a row.
+
+    There is one embedding more than classes: the last, `num_classes`, stands for no label (losses.drop_labels).
+    """
+
+    def __init__(self, width: int, num_classes: int = 0, time_width: int = 256, *, rngs: nnx.Rngs):
+        self.num_classes, self.time_width = num_classes, time_width
+        self.time_in = linear(time_width, width, rngs=rngs)
+        self.time_out = linear(width, width, rngs=rngs)
+        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs) if num_classes else None
+
+    def __call__(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B D"]:
+        if (labels is not None) != (self.num_classes > 0):
+            found = "none" if labels is None else "labels"
+            raise ValueError(f"the model has {self.num_classes} classes but got {found}.")
+        c = self.time_out(jax.nn.silu(self.time_in(time_features(t, self.time_width))))
+        return c if labels is None else c + self.label(labels)
+
+
+def drop(
+    x: Float[Array, "B ..."], rate: int | float, dropout_keys: Key[Array, " B"] | None, name: str
+) -> Float[Array, "B ..."]:
+    """Zeroes entries with probability `rate` and scales the rest up; the identity without keys.
+
+    Args:
+      x: rows.
+      rate: 0 to 1.
+      dropout_keys: one a row; layers tell theirs apart by `name`.
+      name: of the layer.
+    """
+    if dropout_keys is None or rate == 0.0:
+        return x
+    salt = zlib.crc32(name.encode())
+
+    def one(key, row):
+        keep = jax.random.bernoulli(jax.random.fold_in(key, salt), 1.0 - rate, row.shape)
+        return jnp.where(keep, row / (1.0 - rate), 0.0).astype(row.dtype)
+
+    return jax.vmap(one)(dropout_keys, x)
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
+    """Attention of every position to every other; softmax in float32."""
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)

@@ -1,0 +1,296 @@
+"""Affine paths x_t = alpha(t) x_1 + sigma(t) x_0 from noise x_0 (t = 0) to data x_1 (t = 1).
+
+`CondOT` is the conditional-OT *path* of Lipman et al. 2023; pairing noise with data by minibatch optimal transport is
+a *coupling* (couplings.py), and goes with any path. Derivatives are in closed form, and what cancels in float32 (sigma
+of VP near t = 1, say) is written with expm1, sin^2 and the like.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
+from flow_jax.conversions import Convertible, Inverse
+from train_jax.errors import UserError
+
+
+class PathSample(NamedTuple):
+    """Points on the paths between pairs of rows; `dx_t` is the target of a velocity model at (t, x_t)."""
+
+    x_0: Float[Array, "B ..."]
+    x_1: Float[Array, "B ..."]
+    t: Float[Array, " B"]
+    x_t: Float[Array, "B ..."]
+    dx_t: Float[Array, "B ..."]
+
+
+def row_times(t: Time, x: Rows) -> Float[Array, " B"]:
+    """One time a row, of x's dtype."""
+    return jnp.broadcast_to(as_time(t, x), x.shape[:1])
+
+
+class AffinePath(Convertible):
+    """An affine path; subclasses give the schedule and its derivatives, of times of any shape."""
+
+    time_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    """Times to train on: all at which the target is finite."""
+
+    @abc.abstractmethod
+    def time_at(self, alpha, sigma):
+        """The time in [0, 1] at which alpha(t) / sigma(t) has this value, given as numerator and denominator."""
+
+    def inverse(self, t) -> Inverse:
+        """See conversions.py; for schedules whose derivatives are finite."""
+        a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
+        w = da * s - a * ds
+        return Inverse(s / w, -ds / w, -a / w, da / w, a / (w * s), -da / (w * s))
+
+    def sigma_d_sigma(self, t):
+        """sigma(t) sigma'(t), which stays finite where sigma' alone does not."""
+        return self.sigma(t) * self.d_sigma(t)
+
+    def signal_to_noise(self, t):
+        """alpha(t) / sigma(t); infinite where sigma is zero."""
+        return self.alpha(t) / self.sigma(t)
+
+    def sample(
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+    ) -> PathSample:
+        """The points of the paths from x_0 to x_1 at the times t.
+
+        Args:
+          x_0: noise [B, ...], as drawn or as coupled with x_1; the path uses these very rows.
+          x_1: data [B, ...].
+          t: one time for all rows, or one a row.
+          key, noise: of no use here, where x_0 and x_1 determine x_t; all paths take the same arguments.
+        """
+        x_0, x_1 = jnp.asarray(x_0), jnp.asarray(x_1)
+        t = row_times(t, x_1)
+        x_t = per_row(self.alpha(t), x_1) * x_1 + per_row(self.sigma(t), x_1) * x_0
+        dx_t = per_row(self.d_alpha(t), x_1) * x_1 + per_row(self.d_sigma(t), x_1) * x_0
+        return PathSample(x_0, x_1, t, x_t, dx_t)
+
+    def conditional_velocity(self, x: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+        """u_t(x | x_1), the field whose flow carries N(0, I) to N(alpha x_1, sigma^2 I) (Lipman et al., Theorem 3)."""
+        return self.x1_to_velocity(x_1, x, t)
+
+
+@dataclasses.dataclass(frozen=True)
+class CondOT(AffinePath):
+    """The conditional-OT path: alpha = t, sigma = 1 - (1 - sigma_min) t (Lipman et al. 2023, equation 20)."""
+
+    sigma_min: Number = 0.0
+
+    def alpha(self, t):
+        return jnp.asarray(t)
+
+    def sigma(self, t):
+        return (1 - t) + self.sigma_min * t
+
+    def d_alpha(self, t):
+        return jnp.ones_like(t)
+
+    def d_sigma(self, t):
+        return jnp.full_like(t, self.sigma_min - 1)
+
+    def one_minus_alpha(self, t):
+        return 1 - t
+
+    def one_minus_sigma(self, t):
+        return (1 - self.sigma_min) * t
+
+    def inverse(self, t) -> Inverse:
+        s, ds, one = self.sigma(t), self.d_sigma(t), jnp.ones_like(t)
+        return Inverse(s, -ds, -t, one, t / s, -1 / s)  # w = 1
+
+    def time_at(self, alpha, sigma):
+        return alpha / (sigma + (1 - self.sigma_min) * alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class VP(AffinePath):
+    """The variance-preserving diffusion path: alpha = exp(-T/2) and sigma^2 = 1 - alpha^2 (Song et al. 2021).
+
+    T = r beta_min + r^2 (beta_max - beta_min) / 2 at r = 1 - t. d_sigma is infinite at t = 1, so training times end a
+    little before (Lipman et al. 2023, appendix: 1e-5).
+    """
+
+    beta_min: Number = 0.1
+    beta_max: Number = 20.0
+    time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    def _exponent(self, t):
+        r = 1 - t
+        return r * (self.beta_min + r * (0.5 * (self.beta_max - self.beta_min)))
+
+    def _rate(self, t):
+        """-dT/dt."""
+        return self.beta_min + (1 - t) * (self.beta_max - self.beta_min)
+
+    def alpha(self, t):
+        return jnp.exp(-0.5 * self._exponent(t))
+
+    def sigma(self, t):
+        return jnp.sqrt(-jnp.expm1(-self._exponent(t)))
+
+    def d_alpha(self, t):
+        return 0.5 * self._rate(t) * self.alpha(t)
+
+    def d_sigma(self, t):
+        return self.sigma_d_sigma(t) / self.sigma(t)
+
+    def sigma_d_sigma(self, t):
+        return -self.d_alpha(t) * self.alpha(t)
+
+    def one_minus_alpha(self, t):
+        return -jnp.expm1(-0.5 * self._exponent(t))
+
+    def one_minus_sigma(self, t):
+        return self.alpha(t) ** 2 / (1 + self.sigma(t))
+
+    def inverse(self, t) -> Inverse:
+        a, s, rate = self.alpha(t), self.sigma(t), 0.5 * self._rate(t)  # w = a' / s, a' = rate a
+        return Inverse(s * s / (rate * a), a, -s / rate, s, 1 / rate, -jnp.ones_like(t))
+
+    def time_at(self, alpha, sigma):
+        exponent, slope = jnp.log1p((sigma / alpha) ** 2), self.beta_max - self.beta_min
+        r = 2 * exponent / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * exponent))
+        return 1 - jnp.minimum(jnp.where(jnp.isfinite(exponent), r, 1.0), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearVP(AffinePath):
+    """alpha = t, sigma = sqrt(1 - t^2); d_sigma is infinite at t = 1."""
+
+    time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    def alpha(self, t):
+        return jnp.asarray(t)
+
+    def sigma(self, t):
+        return jnp.sqrt((1 - t) * (1 + t))
+
+    def d_alpha(self, t):
+        return jnp.ones_like(t)
+
+    def d_sigma(self, t):
+        return -t / self.sigma(t)
+
+    def sigma_d_sigma(self, t):
+        return -jnp.asarray(t)
+
+    def one_minus_alpha(self, t):
+        return 1 - t
+
+    def one_minus_sigma(self, t):
+        return t * t / (1 + self.sigma(t))
+
+    def inverse(self, t) -> Inverse:
+        s = self.sigma(t)  # w = 1 / s
+        return Inverse(s * s, jnp.asarray(t), -t * s, s, jnp.asarray(t), -jnp.ones_like(t))
+
+    def time_at(self, alpha, sigma):
+        return alpha / jnp.hypot(alpha, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class VE(AffinePath):
+    """The variance-exploding diffusion path: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^(1 - t).
+
+    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself.
+    """
+
+    sigma_min: Number = 0.01
+    sigma_max: Number = 50.0
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def alpha(self, t):
+        return jnp.ones_like(t)
+
+    def sigma(self, t):
+        return self.sigma_min * jnp.exp((1 - t) * self._log_ratio)
+
+    def d_alpha(self, t):
+        return jnp.zeros_like(t)
+
+    def d_sigma(self, t):
+        return -self._log_ratio * self.sigma(t)
+
+    def one_minus_alpha(self, t):
+        return jnp.zeros_like(t)
+
+    def one_minus_sigma(self, t):
+        return 1 - self.sigma(t)
+
+    def time_at(self, alpha, sigma):
+        return jnp.clip(1 - jnp.log(sigma / alpha / self.sigma_min) / self._log_ratio, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(AffinePath):
+    """The trigonometric path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
+
+    def alpha(self, t):
+        return jnp.sin(0.5 * jnp.pi * t)
+
+    def sigma(self, t):
+        return jnp.sin(0.5 * jnp.pi * (1 - t))
+
+    def d_alpha(self, t):
+        return 0.5 * jnp.pi * self.sigma(t)
+
+    def d_sigma(self, t):
+        return -0.5 * jnp.pi * self.alpha(t)
+
+    def one_minus_alpha(self, t):
+        return 2 * jnp.sin(0.25 * jnp.pi * (1 - t)) ** 2
+
+    def one_minus_sigma(self, t):
+        return 2 * jnp.sin(0.25 * jnp.pi * t) ** 2
+
+    def time_at(self, alpha, sigma):
+        return jnp.arctan2(alpha, sigma) / (0.5 * jnp.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Polynomial(AffinePath):
+    """alpha = t^n, sigma = 1 - t^n; of n = 1 it is CondOT. The velocity is zero at t = 0 for n > 1."""
+
+    n: Number = 2.0
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise UserError(f"Polynomial(n={self.n}): the velocity is infinite at t = 0, expected n >= 1.")
+
+    def alpha(self, t):
+        return t**self.n
+
+    def sigma(self, t):
+        # log(t) = -inf at 0, where expm1 gives the -1 it should.
+        return -jnp.expm1(self.n * jnp.log(t))
+
+    def d_alpha(self, t):
+        return self.n * t ** (self.n - 1)
+
+    def d_sigma(self, t):
+        return -self.d_alpha(t)
+
+    def one_minus_alpha(self, t):
+        return self.sigma(t)
+
+    def one_minus_sigma(self, t):
+        return self.alpha(t)
+
+    def inverse(self, t) -> Inverse:
+        s, da, one = self.sigma(t), self.d_alpha(t), jnp.ones_like(t)  # w = a'
+        return Inverse(s / da, one, -t / self.n, one, t / (self.n * s), -1 / s)
+
+    def time_at(self, alpha, sigma):
+        return (alpha / (alpha + sigma)) ** (1 / self.n)

@@ -1,0 +1,150 @@
+"""Paths with noise of their own: around the line between a pair (Tong et al. 2024), and from any mean and deviation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
+from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
+from train_jax.errors import UserError
+
+
+def path_noise(name: str, like: Rows, key: RandomKey | None, noise: Rows | None) -> Float[Array, "B ..."]:
+    """The noise given, or drawn.
+
+    Raises:
+      UserError: neither a key nor noise, or both.
+    """
+    if (key is None) == (noise is None):
+        found = "got neither" if key is None else "got both"
+        raise UserError(f"{name} draws noise around its mean: pass `key` or `noise`, one of them ({found}).")
+    return jax.random.normal(key, like.shape, like.dtype) if noise is None else jnp.asarray(noise, like.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class CFM:
+    """Noise of constant size around an affine path between a pair: x_t = base(x_0, x_1, t) + sigma noise.
+
+    On the straight line it is Tong et al.'s independent path (I-CFM), and with coupled pairs OT-CFM's; with
+    `base=Cosine()` the trigonometric one. The target is the base's velocity, free of the noise.
+    """
+
+    sigma: Number = 0.0
+    base: AffinePath = CondOT()
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return self.base.time_range
+
+    def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+        """The mean of x_t."""
+        return self.base.sample(x_0, x_1, t).x_t
+
+    def std(self, t):
+        """The standard deviation of x_t around its mean."""
+        return jnp.full_like(t, self.sigma)
+
+    def score_weight(self, t):
+        """2 std / sigma^2: weights a score model's loss evenly over time ([SF]2M, Tong et al. 2024, section 4.2)."""
+        return 2 * self.std(t) / self.sigma**2
+
+    def sample(
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+    ) -> PathSample:
+        """As AffinePath.sample; noise around the mean is drawn by `key` or is given.
+
+        Raises:
+          UserError: neither a key nor noise, or both; unless sigma is zero.
+        """
+        s = self.base.sample(x_0, x_1, t)
+        if self.sigma == 0.0:
+            return s
+        noise = path_noise(f"CFM(sigma={self.sigma})", s.x_t, key, noise)
+        return s._replace(x_t=s.x_t + self.sigma * noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchrodingerBridge:
+    """A Brownian bridge between a pair: x_t = (1 - t) x_0 + t x_1 + sigma sqrt(t (1 - t)) noise (Tong et al. 2024).
+
+    Its marginals are the Schroedinger bridge's if pairs come from the entropic coupling of epsilon = 2 sigma^2, in the
+    units of the squared distance: `sinkhorn(..., epsilon=2 * sigma**2, relative=False)`. Pairs of an exact coupling do
+    not use sigma at all. The target is infinite at both ends.
+    """
+
+    sigma: Number = 1.0
+    time_range: ClassVar[tuple[float, float]] = (1e-5, 1.0 - 1e-5)
+
+    def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+        """The mean of x_t."""
+        return CondOT().sample(x_0, x_1, t).x_t
+
+    def std(self, t):
+        """The standard deviation of x_t around its mean."""
+        return self.sigma * jnp.sqrt(t * (1 - t))
+
+    def score_weight(self, t):
+        """2 std / sigma^2: weights a score model's loss evenly over time ([SF]2M, Tong et al. 2024, section 4.2)."""
+        return 2 * self.std(t) / self.sigma**2
+
+    def sample(
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+    ) -> PathSample:
+        """As AffinePath.sample; the bridge's noise is drawn by `key` or is given.
+
+        Raises:
+          UserError: neither a key nor noise, or both.
+        """
+        s = CondOT().sample(x_0, x_1, t)
+        noise = path_noise(f"SchrodingerBridge(sigma={self.sigma})", s.x_t, key, noise)
+        # d/dt of sigma sqrt(t (1 - t)) is sigma (1 - 2 t) / (2 sqrt(t (1 - t))).
+        drift = self.sigma * (0.5 - s.t) / jnp.sqrt(s.t * (1 - s.t))
+        return s._replace(
+            x_t=s.x_t + per_row(self.std(s.t), s.x_t) * noise, dx_t=s.dx_t + per_row(drift, s.x_t) * noise
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianPath:
+    """A path p_t(x | x_1) = N(mu, sigma^2) of any mean and deviation, with the field that makes it.
+
+    u_t(x | x_1) = sigma' / sigma (x - mu) + mu' (Lipman et al. 2023, Theorem 3), derivatives by `jax.jvp`.
+
+    Attributes:
+      mu: (t, x_1) -> mean of one example: t is a scalar, x_1 and the result have an example's shape.
+      sigma: (t, x_1) -> standard deviation, a scalar or of an example's shape.
+    """
+
+    mu: Callable
+    sigma: Callable
+    time_range: tuple[Number, Number] = (0.0, 1.0)
+
+    def moments(self, x_1: Rows, t: Time) -> tuple[Array, Array, Array, Array]:
+        """Mean, deviation, and their derivatives by time, each [B, ...]."""
+        x_1 = jnp.asarray(x_1)
+
+        def both(t, x_1):
+            return self.mu(t, x_1), jnp.broadcast_to(self.sigma(t, x_1), x_1.shape)
+
+        def one(t, x_1):
+            return jax.jvp(lambda t: both(t, x_1), (t,), (jnp.ones_like(t),))
+
+        (mean, std), (d_mean, d_std) = jax.vmap(one)(row_times(t, x_1), x_1)
+        return mean, std, d_mean, d_std
+
+    def sample(
+        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+    ) -> PathSample:
+        """x_t = mu + sigma x_0 and its velocity mu' + sigma' x_0; arguments as of AffinePath.sample."""
+        x_0, x_1 = jnp.asarray(x_0), jnp.asarray(x_1)
+        mean, std, d_mean, d_std = self.moments(x_1, t)
+        return PathSample(x_0, x_1, row_times(t, x_1), mean + std * x_0, d_mean + d_std * x_0)
+
+    def conditional_velocity(self, x: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+        """u_t(x | x_1)."""
+        mean, std, d_mean, d_std = self.moments(x_1, as_time(t, x))
+        return d_std / std * (x - mean) + d_mean

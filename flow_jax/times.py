@@ -1,0 +1,117 @@
+"""Times: distributions to draw training times from, and grids for samplers.
+
+A distribution tells its density, so that what a run minimises stays known: times drawn with density q weigh the loss
+at t by q(t). `importance_weights` 1 / q(t) bring back the objective of uniform times, at another variance.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from flow_jax.arrays import AnyArray, Number, RandomKey
+from train_jax.errors import UserError
+
+
+class Times:
+    """A distribution of times in [low, high], by `draw` and `log_density`."""
+
+    def importance_weights(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
+        """1 / density: the weights under which the mean loss is that of uniform times on [0, 1]."""
+        return jnp.exp(-self.log_density(t))
+
+
+def _check_range(low: Number, high: Number) -> None:
+    if not 0.0 <= low < high <= 1.0:
+        raise UserError(f"times lie between {low:g} and {high:g}, expected 0 <= low < high <= 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Times):
+    """Independent uniform times in [low, high); a path's `time_range` says where its targets are finite."""
+
+    low: Number = 0.0
+    high: Number = 1.0
+
+    def __post_init__(self):
+        _check_range(self.low, self.high)
+
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
+        """n times."""
+        return jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
+
+    def log_density(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
+        """log q(t), -inf outside the range."""
+        t = jnp.asarray(t)
+        inside = (t >= self.low) & (t <= self.high)
+        return jnp.where(inside, -jnp.log(self.high - self.low), -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stratified(Uniform):
+    """Uniform times, one from each of n equal parts of the range, in random order: the same law, less variance."""
+
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
+        """n times."""
+        offsets, order = jax.random.split(key)
+        parts = (jnp.arange(n) + jax.random.uniform(offsets, (n,))) / n
+        return self.low + (self.high - self.low) * jax.random.permutation(order, jnp.minimum(parts, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitNormal(Times):
+    """Times whose logit is N(mean, std^2): mostly in the middle (Esser et al. 2024).
+
+    mean > 0 moves them towards the data, < 0 towards the noise.
+    """
+
+    mean: Number = 0.0
+    std: Number = 1.0
+
+    def __post_init__(self):
+        if self.std <= 0:
+            raise UserError(f"LogitNormal(std={self.std:g}): expected a number > 0.")
+
+    def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
+        """n times."""
+        return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
+
+    def log_density(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
+        """log q(t)."""
+        t = jnp.asarray(t)
+        z = (jax.scipy.special.logit(t) - self.mean) / self.std
+        return -0.5 * z**2 - jnp.log(self.std * jnp.sqrt(2 * jnp.pi)) - jnp.log(t) - jnp.log1p(-t)
+
+
+def edm_skewed(mean: Number = -1.2, std: Number = 1.2) -> LogitNormal:
+    """EDM's noise levels, log sigma ~ N(mean, std^2), as times t = 1 / (1 + sigma) (Karras et al. 2022, table 1)."""
+    return LogitNormal(-mean, std)
+
+
+def uniform_grid(num_steps: int) -> np.ndarray:
+    """Equal steps from 0 to 1, [num_steps + 1]."""
+    return np.linspace(0.0, 1.0, num_steps + 1)
+
+
+def edm_grid(
+    num_steps: int, sigma_min: Number = 0.002, sigma_max: Number = 80.0, rho: Number = 7.0, *, from_noise: bool = True
+) -> np.ndarray:
+    """EDM's noise levels as times of the conditional-OT path, t = 1 / (1 + sigma): short steps near the data.
+
+    Args:
+      num_steps: the grid has one time more.
+      sigma_min, sigma_max, rho: levels fall as sigma^(1 / rho) does linearly, then to 0 (Karras et al. 2022, eq. 5).
+      from_noise: the first time is 0, where x is standard normal, instead of 1 / (1 + sigma_max).
+
+    Returns:
+      [num_steps + 1], increasing, the last 1.
+    """
+    if num_steps < 2:
+        raise UserError(f"edm_grid has {num_steps} steps, expected at least 2.")
+    ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
+    times = 1 / (1 + np.append(ramp**rho, 0.0))
+    if from_noise:
+        times[0] = 0.0
+    return times

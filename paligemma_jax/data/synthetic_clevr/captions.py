@@ -1,0 +1,49 @@
+"""Captions of scenes for contrastive training: true of their scene, and rarely the same for two of them.
+
+    a small red metal cube
+    two blue rubber spheres and a large cylinder left of a gray cube
+    four objects: a small green cube, ...
+
+Each attribute but the shape is left out now and then, so that a word is learnt on its own and not as a part of a name.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from .wording import choose
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_SAID = 0.75  # how often a size, a colour or a material is said
+_TOTAL, _RELATION = 0.3, 0.5  # how often a caption counts the objects, and tells a relation of two
+_PLACES = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
+
+
+def caption(scene: dict, rng: np.random.Generator) -> str:
+    """One random caption of a scene."""
+    objects = scene["objects"]
+    order = rng.permutation(len(objects)).tolist()
+    names = Counter(_name(objects[index], rng) for index in order)
+    listed = _join([f"a {name}" if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in names.items()])
+    if rng.random() < _TOTAL:
+        listed = f"{NUMBERS[len(order)]} object{'s' if len(order) > 1 else ''}: {listed}"
+    if len(order) > 1 and rng.random() < _RELATION:
+        return listed + _relation(scene, rng)
+    return listed
+
+
+def _name(item: dict, rng: np.random.Generator) -> str:
+    words = [item[name] for name in ("size", "color", "material") if rng.random() < _SAID]
+    return " ".join([*words, item["shape"]])
+
+
+def _relation(scene: dict, rng: np.random.Generator) -> str:
+    """How one object stands to another, by colour and shape; nothing where these are the same."""
+    first, second = rng.permutation(len(scene["objects"]))[:2].tolist()
+    places = [word for name, word in _PLACES.items() if first in scene["relationships"][name][second]]
+    names = [f"the {scene['objects'][index]['color']} {scene['objects'][index]['shape']}" for index in (first, second)]
+    return "" if names[0] == names[1] else f", {names[0]} {choose(rng, places)} {names[1]}"
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

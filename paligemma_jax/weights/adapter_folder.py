@@ -1,0 +1,92 @@
+"""Adapters of the methods in adapt/family.py on disk, apart from their base; LoRA's are peft's folders (peft.py).
+
+adapter.json            {"method": "prefix", "size": 16, "targets": null}
+adapter.safetensors     what trained, by path; of diff pruning difference.npz instead, the entries that change
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from paligemma_jax.adapt import diff_pruning
+from paligemma_jax.adapt.family import METHODS
+from paligemma_jax.models.paligemma import PaliGemma
+from train_jax import params, patterns
+from train_jax.errors import UserError
+
+DESCRIPTION, ARRAYS, DIFFERENCE = "adapter.json", "adapter.safetensors", "difference.npz"
+
+
+def save_adapter(
+    model: PaliGemma, folder: str | Path, method: str, size: int | None = None, targets: str | None = None
+) -> None:
+    """Writes what a method has trained.
+
+    Args:
+      model: with the method attached.
+      folder: made if missing.
+      method, size, targets: what it was attached with.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if method == "diff_pruning":
+        diff_pruning.save_sparse(model, folder / DIFFERENCE)
+    else:
+        arrays = params.flatten(model)
+        paths = patterns.select(_trainable(method, targets), arrays, what="adapters")
+        save_file({path: np.asarray(arrays[path]) for path in paths}, folder / ARRAYS)
+    description = {"method": method, "size": size, "targets": targets}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder is one that `save_adapter` wrote."""
+    return (Path(folder).expanduser() / DESCRIPTION).is_file()
+
+
+def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
+    """Attaches what `save_adapter` wrote to its base.
+
+    Returns:
+      The model; of diff pruning a plain one, its entries changed.
+
+    Raises:
+      UserError: files that are not there or broken, an unknown method, or an adapter of another model.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        name, size, targets = (description[key] for key in ("method", "size", "targets"))
+        method = METHODS[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTION} tells no method of {', '.join(METHODS)} ({error}): restore it."
+        ) from None
+    if name == "diff_pruning":
+        return diff_pruning.add_sparse(model, folder / DIFFERENCE)
+    try:
+        arrays = load_file(folder / ARRAYS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder / ARRAYS} cannot be read ({error}), expected the adapter's arrays: restore it."
+        ) from None
+    model = method.attach(model, size or (method.size and method.size[1]), targets or method.targets, nnx.Rngs(0))
+    shapes = params.abstract(model)
+    wanted = {path: shapes[path].shape for path in patterns.select(_trainable(name, targets), shapes, what="adapters")}
+    found = {path: array.shape for path, array in arrays.items()}
+    if wanted != found:
+        path = min(path for path in wanted | found if wanted.get(path) != found.get(path))
+        raise UserError(
+            f"{folder / ARRAYS} has {found.get(path, 'nothing')} for {path} where the model has "
+            f"{wanted.get(path, 'nothing')}: it is an adapter of another model; load it on its own base."
+        )
+    return params.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
+
+
+def _trainable(method: str, targets: str | None) -> str:
+    return METHODS[method].trainable or targets or METHODS[method].targets

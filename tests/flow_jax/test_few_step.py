@@ -1,0 +1,94 @@
+"""MeanFlow against the mean velocity of a flow that is known; intervals; reflow's pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flow_jax as fj
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+RATE = 1.7
+
+
+def flow_velocity(t, x):
+    """dx/dt = a x: the flow is known at all times."""
+    return RATE * x
+
+
+def mean_velocity(t, x, s):
+    """(x_s - x_t) / (s - t) of that flow; its limit where s = t."""
+    gap = fj.arrays.per_row(jnp.asarray(s) - jnp.asarray(t), x)
+    safe = jnp.where(gap == 0, 1.0, gap)
+    return jnp.where(gap == 0, RATE * x, jnp.expm1(RATE * safe) / safe * x)
+
+
+def test_the_mean_velocity_of_a_flow_has_no_loss_and_others_do(double):
+    """The identity u = v + (s - t) du/dt holds for the flow's own mean velocity, time running from noise to data."""
+    x = jax.random.normal(jax.random.key(0), (6, 2))
+    t = jnp.linspace(0.0, 0.8, 6)
+    end = jnp.minimum(t + jnp.array([0.0, 0.1, 0.2, 0.3, 0.3, 0.2]), 1.0)
+    sample = fj.paths.PathSample(x, x, t, x, flow_velocity(t, x))
+    np.testing.assert_allclose(fj.few_step.mean_flow(mean_velocity, sample, end), 0, atol=1e-20)
+    instantaneous = fj.few_step.mean_flow(lambda t, x, s: flow_velocity(t, x), sample, end)
+    assert float(instantaneous[0]) == 0.0  # at s = t the mean velocity is the velocity
+    assert (instantaneous[1:] > 1e-3).all()
+
+
+def test_the_target_is_held_constant(double):
+    """The gradient is that of a regression: through u alone, not through its derivative."""
+    x, t = jnp.array([[0.7]]), jnp.array([0.2])
+    sample = fj.paths.PathSample(x, x, t, x, flow_velocity(t, x))
+
+    def u(rate):
+        return lambda t, x, s: rate * t[:, None] * x
+
+    def loss(rate):
+        return fj.few_step.mean_flow(u(rate), sample, jnp.array([0.6]))[0]
+
+    rate = 0.9
+    # du/dt = rate x + rate t v; target = v + 0.4 du/dt; loss = (rate t x - target)^2.
+    v = RATE * 0.7
+    target = v + 0.4 * (rate * 0.7 + rate * 0.2 * v)
+    want = 2 * (rate * 0.2 * 0.7 - target) * 0.2 * 0.7
+    assert float(jax.grad(loss)(rate)) == pytest.approx(want, rel=1e-10)
+    weighted = fj.few_step.mean_flow(u(rate), sample, jnp.array([0.6]), power=1.0)[0]
+    assert float(weighted) == pytest.approx(float(loss(rate) / (loss(rate) + 1e-3)), rel=1e-10)
+
+
+def test_at_equal_times_it_is_conditional_flow_matching(double):
+    x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    sample = fj.paths.CondOT().sample(x_0, x_1, jnp.linspace(0.1, 0.9, 5))
+    got = fj.few_step.mean_flow(mean_velocity, sample, sample.t)
+    np.testing.assert_allclose(got, fj.losses.conditional_flow_matching(flow_velocity, sample), rtol=1e-10)
+
+
+def test_one_jump_and_many_cross_the_path_exactly():
+    x = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+    for steps in (1, 4):
+        got = fj.few_step.sample_mean_flow(mean_velocity, x, steps)
+        np.testing.assert_allclose(got, np.exp(RATE) * x, rtol=1e-5)
+    with pytest.raises(UserError, match="num_steps is 0"):
+        fj.few_step.sample_mean_flow(mean_velocity, x, 0)
+
+
+def test_intervals_are_ordered_and_a_share_has_no_length():
+    t, s = fj.few_step.draw_intervals(jax.random.key(0), 4000, fj.times.LogitNormal(), same=0.75)
+    assert (t <= s).all()
+    assert float((t == s).mean()) == pytest.approx(0.75, abs=0.03)
+    apart = np.asarray(t != s)
+    assert 0.1 < float((s - t)[apart].mean()) < 0.4
+
+
+def test_reflow_pairs_are_ends_of_the_flow_and_make_it_straight(double):
+    """A flow that turns: trained on its own pairs (here in closed form) the next one goes straight."""
+    spin = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+    x_0 = jax.random.normal(jax.random.key(0), (200, 2))
+    pairs = fj.few_step.reflow_pairs(lambda t, x: x @ spin, x_0, rtol=1e-8, atol=1e-8)
+    turn = jnp.array([[np.cos(1.0), np.sin(1.0)], [-np.sin(1.0), np.cos(1.0)]])
+    np.testing.assert_allclose(pairs.x_1, x_0 @ turn, rtol=1e-5, atol=1e-6)
+    sample = fj.paths.CondOT().sample(*pairs, 0.4)
+    # The straight lines between these pairs do not cross, so that a linear field fits them without a rest.
+    field = jnp.linalg.lstsq(sample.x_t, sample.dx_t)[0]
+    np.testing.assert_allclose(sample.x_t @ field, sample.dx_t, atol=1e-5)

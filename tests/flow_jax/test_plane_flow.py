@@ -1,0 +1,118 @@
+"""The trainer of flows in the plane: what it feeds the step, what it learns, what a run leaves, and mistakes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import train
+from flow_jax import toys
+from flow_jax.pairs import ToyPairs
+from tests.paligemma_jax.mini import ROOT, arguments, mistake
+from train_jax import command_line, sharding
+from train_jax.task import make_task
+
+FLOW = str(ROOT / "configs/flow_2d.py")
+SHORT = {
+    "total_steps": 60,
+    "eval_steps": 30,
+    "checkpoint_steps": 30,
+    "log_steps": 30,
+    "batch_size": 64,
+    "optimizer.warmup_steps": 5,
+    "model.width": 32,
+    "model.depth": 2,
+    "data.num_examples": 2000,
+    "eval.num_samples": 100,
+    "eval.draws": 2,
+    "eval.solver": "euler",
+    "eval.num_steps": 4,
+    "mesh.data": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast(fast_compilation):
+    """Much compiling, little computing."""
+
+
+def test_exact_pairs_are_the_cheapest_of_the_step():
+    plain, coupled = (ToyPairs("moons", "gaussian", 500, name, 3) for name in ("independent", "exact"))
+    rows = np.arange(40, 100)
+    one, other = plain.together(rows, 7), coupled.together(rows, 7)
+    for name in one:
+        np.testing.assert_array_equal(np.sort(one[name], axis=0), np.sort(other[name], axis=0))
+    cost = np.square(one["x_0"][:, None] - one["x_1"][None]).sum(-1)
+    best = cost[linear_sum_assignment(cost)].sum()
+    assert np.square(other["x_0"] - other["x_1"]).sum() == pytest.approx(best, rel=1e-5)
+
+
+def test_noise_is_a_function_of_seed_step_and_process():
+    def noise(seed: int, step: int, process: int) -> np.ndarray:
+        return ToyPairs("moons", "gaussian", 50, "independent", seed, process).together(np.arange(5), step)["x_0"]
+
+    np.testing.assert_array_equal(noise(0, 1, 0), noise(0, 1, 0))
+    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        assert not np.array_equal(noise(0, 1, 0), noise(*other))
+
+
+def task(**changes):
+    config = command_line.load_from_flags(arguments(None, SHORT | changes, config=FLOW))[0]
+    return make_task(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize("path", ["cond_ot", "cfm", "vp", "cosine", "schroedinger_bridge"])
+@pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn"])
+def test_every_path_and_coupling_has_a_finite_loss(path, coupling):
+    chosen = task(**{"path.name": path, "coupling.name": coupling, "times": "stratified"})
+    batch = chosen.train_source().together(np.arange(32), 0)
+    loss, _ = chosen.loss(chosen.init(), batch, jax.random.split(jax.random.key(0), 32))
+    assert np.isfinite(float(loss)) and float(loss) > 0
+
+
+def test_a_run_learns_and_leaves_its_pictures(tmp_path):
+    workdir = tmp_path / "run"
+    train.main(arguments(workdir, SHORT, "--progress=none", config=FLOW))
+    results = json.loads((workdir / "eval.json").read_text())
+    for name in ("w2", "w2_data", "nll", "nfe", "straightness", "path_energy", "w2_ratio"):
+        assert np.isfinite(results[name]), name
+    assert results["nfe"] == 4
+    noise, data = (toys.draw(name, 100, 9) for name in ("gaussian", "checkerboard"))
+    untrained = np.square(noise[:, None] - data[None]).sum(-1)
+    assert results["w2"] < np.sqrt(untrained[linear_sum_assignment(untrained)].mean())
+    for name in ("samples.png", "field.png", "trajectories.png", "density.png", "curves.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "flow.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
+    train.main(
+        arguments(tmp_path, SHORT | {"total_steps": 30}, "--progress=none", config=f"{FLOW}:8gaussians_to_moons")
+    )
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert results["nll"] is None and not (tmp_path / "density.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"path.name": "ot"}, "path.name is 'ot', expected one of cond_ot, cfm, vp, cosine, schroedinger_bridge: "
+         "change it."),
+        ({"coupling.name": "emd"}, "coupling.name is 'emd', expected one of independent, exact, sinkhorn: change it."),
+        ({"data.name": "swiss"}, "data.name is 'swiss', expected one of checkerboard, 8gaussians, moons, spirals, "
+         "gaussian: change it."),
+        ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
+         "pairs the rows of a step: set micro_batch=None."),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path, capsys, changes, sentence):
+    assert mistake(capsys, SHORT | changes, tmp_path / "run", config=FLOW) == sentence
+
+
+def test_an_unknown_argument_of_the_config(tmp_path, capsys):
+    found = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
+    assert found.startswith(
+        "the config argument is 'swissroll', expected one of checkerboard, 8gaussians, moons, spirals"
+    )
