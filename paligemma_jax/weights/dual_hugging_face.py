@@ -6,6 +6,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
 from paligemma_jax.weights.dual_hugging_face_config import (
     FAMILIES,
+    NAFLEX,
     TEXT,
     VISION,
     WORDS,
@@ -17,7 +18,7 @@ from paligemma_jax.weights.folder import Folder, preprocessing, read_json
 from paligemma_jax.weights.folder_write import SHARD_SIZE, write_folder, write_json
 from paligemma_jax.weights.hugging_face_names import encoder_rows
 from paligemma_jax.weights.tables import Row, write_rows
-from paligemma_jax.weights.tokenizer_files import copy_tokenizer
+from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params
 
 HEAD = f"{VISION}head."
@@ -78,8 +79,8 @@ def _norm(ours: str, theirs: str) -> list[Row]:
 
 
 def is_dual_encoder(folder: Path) -> bool:
-    """Whether a folder's config.json is of a SigLIP or a CLIP."""
-    return read_json(folder / "config.json").get("model_type") in FAMILIES
+    """Whether a folder's config.json is of a SigLIP or a CLIP, a NaFlex one among them, which `open_folder` refuses."""
+    return read_json(folder / "config.json").get("model_type") in (*FAMILIES, NAFLEX)
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -107,4 +108,4 @@ def save(
         processor = {"processor_class": "CLIPProcessor" if config["model_type"] == "clip" else "SiglipProcessor"}
         write_json(folder / "preprocessor_config.json", model.config.preprocessing.to_hugging_face() | processor)
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
+        copy_text_tokenizer(tokenizer, folder, model.config.text.length)

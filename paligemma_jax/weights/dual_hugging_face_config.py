@@ -11,6 +11,7 @@ from paligemma_jax.weights.folder import Folder, read_json
 from train_jax.errors import UserError
 
 FAMILIES = ("siglip", "clip")
+NAFLEX = "siglip2"  # SigLIP 2 of any shape of image; of one resolution it is a "siglip"
 TOWERS = ("vision_config", "text_config")
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu"}
 WORDS = "text_model.embeddings.token_embedding.weight"
@@ -43,6 +44,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     config = read_json(file)
     family = config.get("model_type")
+    if family == NAFLEX:
+        raise UserError(f"{file} describes a NaFlex SigLIP 2, expected one of a fixed resolution: give such a one.")
     if family not in FAMILIES:
         raise UserError(f"{file} describes a {family!r} model, expected one of {', '.join(FAMILIES)}: give another.")
     for tower in TOWERS:
@@ -126,7 +129,10 @@ def to_hugging_face(config: DualEncoderConfig) -> dict[str, Any]:
             "for big_vision, or with save_orbax."
         )
     eos = LEGACY_EOS if text.eos_token is None else text.eos_token
-    tokens = dict(bos_token_id=eos - 1, eos_token_id=eos, pad_token_id=eos) if clip else dict(pad_token_id=1)
+    if clip:
+        tokens = dict(bos_token_id=eos - 1, eos_token_id=eos, pad_token_id=eos)
+    else:
+        tokens = dict(bos_token_id=None, eos_token_id=1, pad_token_id=1)
     projection = {"projection_dim" if clip else "projection_size": config.embed_dim}
     name = "clip" if clip else "siglip"
     return {

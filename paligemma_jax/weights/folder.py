@@ -103,7 +103,9 @@ class Folder:
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
         """Shape of an array of `rank` axes, without reading it."""
         if name not in self._where:
-            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma as transformers saves it.")
+            raise UserError(
+                f"{self.path} has no array {name}: it is not a PaliGemma, SigLIP or CLIP as transformers saves it."
+            )
         shape = self._shapes[name]
         if len(shape) != rank:
             key = self._where[name][1]

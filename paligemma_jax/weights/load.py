@@ -19,10 +19,10 @@ from paligemma_jax.models import dual_variants
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import REMAT_POLICIES
-from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
+from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.models.vit import ViT, resample_positions
 from paligemma_jax.weights import big_vision, hugging_face, native
-from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
+from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.random_weights import random_arrays
 from paligemma_jax.weights.tables import Transform, check_names, read_rows
@@ -33,7 +33,6 @@ TINY = Path(__file__).parent.parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
-Config = PaliGemmaConfig | DualEncoderConfig
 WORDS = "decoder/embed_tokens/embedding"
 OFF_AT_ZERO = ("attn_softcap", "final_softcap", "sliding_window")  # big_vision writes 0.0 for none
 

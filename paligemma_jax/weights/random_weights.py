@@ -8,12 +8,10 @@ from flax import nnx
 from jax import lax
 
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
-from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.weights.checkpoint import whole_model
+from paligemma_jax.weights.checkpoint import Config, whole_model
 from paligemma_jax.weights.tables import stacked
 from train_jax import params
 
-Config = PaliGemmaConfig | DualEncoderConfig
 Arrays = dict[str, jax.Array]
 Finish = Callable[[nnx.Module], nnx.Module]
 

@@ -1,6 +1,5 @@
 """SigLIP and CLIP against transformers and big_vision, and what a dual encoder's parts promise."""
 
-import dataclasses
 import math
 
 import jax
