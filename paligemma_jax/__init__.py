@@ -17,6 +17,7 @@ from paligemma_jax.generate import generate
 from paligemma_jax.loading import load
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
+from paligemma_jax.vision_start import with_vision
 
 __all__ = [
     # Models
@@ -26,6 +27,7 @@ __all__ = [
     "PaliGemmaConfig",
     "load",
     "variant",
+    "with_vision",
     # Text
     "generate",
     "load_text_tokenizer",

@@ -89,8 +89,9 @@ def open_folder(folder: Path) -> Checkpoint:
     Raises:
       UserError: files that are missing or broken, or an architecture that transformers' SigLIP and CLIP do not have.
     """
+    values = read_config(folder)  # first: a NaFlex model is told of by its name, whatever else is there
     arrays = Folder(folder)
-    config = model_config(read_config(folder), arrays, preprocessing(folder))
+    config = model_config(values, arrays, preprocessing(folder))
     return Checkpoint(arrays, arrays.names() - COUNTERS, rows(config), config, WORDS, whole_model)
 
 
