@@ -11,19 +11,26 @@ from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table
 from paligemma_jax.adapt.quantize import dequantize, quantize
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.text_tokens import load_text_tokenizer
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
+from paligemma_jax.vision_start import with_vision
 
 __all__ = [
     # Models
+    "DualEncoder",
+    "DualEncoderConfig",
     "PaliGemma",
     "PaliGemmaConfig",
     "load",
     "variant",
+    "with_vision",
     # Text
     "generate",
+    "load_text_tokenizer",
     "load_tokenizer",
     "make_example",
     "score_candidates",

@@ -1,7 +1,8 @@
 """Checkpoints from one format to another: python -m paligemma_jax.convert SRC DST --format=FORMAT [--push=REPO]
 
-SRC       whatever pg.load reads: a Hugging Face folder, hf://owner/name, a big_vision .npz, a folder of --format=orbax,
-          "tiny", or the workdir of a run, whose adapters are merged; a quantised base is dequantised for that.
+SRC       whatever pg.load reads, of a PaliGemma, SigLIP or CLIP: a Hugging Face folder, hf://owner/name, a big_vision
+          .npz, a folder of --format=orbax, "tiny", or the workdir of a run, whose adapters are merged; a quantised base
+          is dequantised for that.
           Quantised kernels of a folder of --format=orbax stay as they are in another of that format.
 DST       a folder that does not exist yet (a file ending in .npz for big_vision).
 --format  hugging_face (transformers opens it), big_vision (a .npz), orbax (fastest to load here), or peft: the LoRA of
@@ -23,10 +24,11 @@ from paligemma_jax.adapt import family
 from paligemma_jax.adapt.lora import merge_lora, projections
 from paligemma_jax.adapt.merge_quantized import merge_quantized
 from paligemma_jax.adapt.quantize import dequantize, describe, is_quantized
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax, save_peft
 from paligemma_jax.weights.load import stored_dtype
-from paligemma_jax.weights.tokenizer_files import MODEL, tokenizer_files
+from paligemma_jax.weights.tokenizer_files import MODEL, SIGLIP_MODEL, tokenizer_files
 from train_jax import command_line
 from train_jax.errors import UserError
 
@@ -54,12 +56,14 @@ def convert(source: str, target: str, format: str, dtype: str | None = None, qua
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, quantize=quantize)
+    if format == PEFT and isinstance(model, DualEncoder):
+        raise UserError(f"{source} is a dual encoder, which has no adapters for --format=peft: choose another format.")
     if format == PEFT:
         base = loading.run_config(source).model.path if loading.is_run(source) else source
         save_peft(model, place, base=base)
     else:
         kept = format == ORBAX and not _is_adapted(model)
-        write(family.merge(model) if kept else plain(model), place, format, source)
+        write(_joined(model) if kept else plain(model), place, format, source)
     return place
 
 
@@ -79,7 +83,9 @@ def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) ->
     return place
 
 
-def read(source: str, dtype: str | None = None, adapter: str | None = None, quantize: str | None = None) -> PaliGemma:
+def read(
+    source: str, dtype: str | None = None, adapter: str | None = None, quantize: str | None = None
+) -> PaliGemma | DualEncoder:
     """The whole model at a place on this machine, in the dtype it is stored in (a run: float32) unless given.
 
     `adapter` and `quantize` are as of `loading.load`, of a checkpoint alone.
@@ -91,12 +97,12 @@ def read(source: str, dtype: str | None = None, adapter: str | None = None, quan
         dtype = "float32" if loading.is_run(source) else stored_dtype(source)
     options = {name: value for name, value in (("adapter", adapter), ("quantize", quantize)) if value is not None}
     model = loading.load(source, dtype, **options)
-    if not isinstance(model, PaliGemma):
+    if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
     return model
 
 
-def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
+def write(model: PaliGemma | DualEncoder, place: Path, format: str, source: str) -> None:
     """Writes a model (plain, but for orbax), and beside it the tokenizer's files of the source, where it has them."""
     tokenizer = source if tokenizer_files(source) else None
     if format == "hugging_face":
@@ -106,13 +112,13 @@ def write(model: PaliGemma, place: Path, format: str, source: str) -> None:
     else:
         save_big_vision(model, place)
         for file in tokenizer_files(source):
-            if file.name == MODEL and not (place.parent / MODEL).exists():
-                shutil.copyfile(file, place.parent / MODEL)
+            if file.name in (MODEL, SIGLIP_MODEL) and not (place.parent / file.name).exists():
+                shutil.copyfile(file, place.parent / file.name)
 
 
-def plain(model: PaliGemma) -> PaliGemma:
+def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
     """The model with its adapters merged and its kernels dequantised; says so where they were quantised."""
-    model = family.merge(model)
+    model = _joined(model)
     adapted = _is_adapted(model)
     if not is_quantized(model):
         return merge_lora(model) if adapted else model
@@ -124,7 +130,12 @@ def plain(model: PaliGemma) -> PaliGemma:
     return merged
 
 
-def _is_adapted(model: PaliGemma) -> bool:
+def _joined(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
+    """The model without what methods other than LoRA have added."""
+    return family.merge(model) if isinstance(model, PaliGemma) else model
+
+
+def _is_adapted(model: PaliGemma | DualEncoder) -> bool:
     return any(module.lora_a is not None for module in projections(model).values())
 
 

@@ -9,7 +9,7 @@ from train_jax.errors import UserError
 
 SCHEME = "hf://"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.json", "*.safetensors", "*.npz", "tokenizer.model"]  # no pickles, no code
+WANTED = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "spiece.model"]  # no pickles, no code
 
 
 def is_remote(path: str | Path) -> bool:

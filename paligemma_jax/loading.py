@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
@@ -16,8 +17,8 @@ from train_jax.errors import UserError
 
 def load(
     path: str | Path, dtype: str = "float32", *, which: str | int = "best", adapter: str | Path | None = None, **options
-) -> PaliGemma | ViT | Gemma:
-    """Reads a PaliGemma: a Hugging Face folder, hf://owner/name, a big_vision .npz, "tiny", or a run with its adapters.
+) -> PaliGemma | DualEncoder | ViT | Gemma:
+    """Reads a model: a Hugging Face folder, hf://owner/name, a big_vision .npz, "tiny", or a run with its adapters.
 
     Args:
       path: where the model is.
@@ -29,7 +30,8 @@ def load(
         more); a run has its own in its config.json.
 
     Returns:
-      The model; `model.config` has its sizes and its preprocessing. Of "file.npz:img", the tower alone.
+      The model, a PaliGemma, or of a SigLIP or CLIP a DualEncoder; `model.config` has its sizes and its preprocessing.
+      Of "file.npz:img", the tower alone.
 
     Raises:
       UserError: no model there, one that does not match, an adapter of another model, or a run whose base is not the
@@ -42,9 +44,8 @@ def load(
         if adapter is None:
             return model
         if not isinstance(model, PaliGemma):
-            raise UserError(
-                f"{path} is one tower, expected a whole model for an adapter: leave out the colon and after."
-            )
+            what = "a dual encoder" if isinstance(model, DualEncoder) else "one tower"
+            raise UserError(f"{path} is {what}, expected a whole model for an adapter: give a whole PaliGemma.")
         if ours:
             return adapter_folder.load_adapter(model, adapter)
         return peft.load_peft(model, opened, shardings=options.get("shardings"))
@@ -58,7 +59,7 @@ def load(
     return load_run(path, settings, which)
 
 
-def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> PaliGemma:
+def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> PaliGemma | DualEncoder:
     """The model of the run in `path`; `settings` are its `run_config`, perhaps with another compute_dtype.
 
     Raises:
@@ -66,7 +67,8 @@ def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") 
     """
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
-    check_digest(Path(path).expanduser(), settings.model.get("path"), settings.get("adapter", {}).get("path"))
+    adapter, vision = settings.get("adapter", {}).get("path"), settings.get("init", {}).get("vision")
+    check_digest(Path(path).expanduser(), settings.model.get("path"), adapter, vision)
     settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)
 

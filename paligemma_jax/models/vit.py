@@ -1,4 +1,7 @@
-"""The vision tower: SigLIP's ViT, learned positions (Zhai et al. 2023; Dosovitskiy et al. 2021). Axes: layers.py."""
+"""The vision tower: SigLIP's ViT and CLIP's, with learned positions. Axes: layers.py.
+
+Zhai et al. 2023; Radford et al. 2021; Dosovitskiy et al. 2021.
+"""
 
 import dataclasses
 
@@ -9,12 +12,17 @@ import scipy.ndimage
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import layers
+from paligemma_jax.models import encoder, layers
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a vision tower. `image_size` is in pixels (square) and must be a multiple of `patch_size`."""
+    """Sizes of a vision tower. `image_size` is in pixels (square).
+
+    Where it is no multiple of `patch_size`, pixels beyond the last whole patch, right and below, are not read (SigLIP
+    So400m/14 at 384).
+    `class_token` makes it CLIP's: a learned token comes first, a norm before the blocks, and patches have no bias.
+    """
 
     image_size: int = 224
     patch_size: int = 14
@@ -23,6 +31,8 @@ class ViTConfig:
     mlp_dim: int = 4304
     num_heads: int = 16
     eps: float = 1e-6
+    activation: str = "gelu_tanh"  # see encoder.ACTIVATIONS
+    class_token: bool = False
     posemb: str = "learn"  # initial value of the learned positions: "learn" = normal noise, "sincos2d" = sines
     remat: str = "none"  # see layers.scan_stack
     unroll: bool = False  # see layers.scan_stack
@@ -38,57 +48,17 @@ class ViTConfig:
         return self.grid**2
 
     @property
+    def num_tokens(self) -> int:
+        """Patches, and the class token where there is one."""
+        return self.num_patches + self.class_token
+
+    @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
 
-class ViTAttention(nnx.Module):
-    """Multi-head self-attention over all patches, with biases."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.head_dim)
-        options = dict(use_bias=True, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.q_proj = layers.Projection("vision/q_proj", (config.width,), heads, **options)
-        self.k_proj = layers.Projection("vision/k_proj", (config.width,), heads, **options)
-        self.v_proj = layers.Projection("vision/v_proj", (config.width,), heads, **options)
-        self.out_proj = layers.Projection("vision/out_proj", heads, (config.width,), **options)
-
-    def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B P D"]:
-        q, k, v = (project(x, dropout_keys) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = layers.attention(q, k, v, None, scale=q.shape[-1] ** -0.5)
-        return self.out_proj(out, dropout_keys, jnp.float32)
-
-
-class ViTMlp(nnx.Module):
-    """Two layers with tanh-approximated GELU."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        options = dict(use_bias=True, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.fc1 = layers.Projection("vision/fc1", (config.width,), (config.mlp_dim,), **options)
-        self.fc2 = layers.Projection("vision/fc2", (config.mlp_dim,), (config.width,), **options)
-
-    def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B P D"]:
-        hidden = jax.nn.gelu(self.fc1(x, dropout_keys, jnp.float32), approximate=True)
-        return self.fc2(hidden, dropout_keys, jnp.float32)
-
-
-class ViTBlock(nnx.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        norm = dict(eps=config.eps, param_dtype=config.param_dtype)
-        self.layer_norm1 = layers.LayerNorm(config.width, **norm)
-        self.self_attn = ViTAttention(config, rngs=rngs)
-        self.layer_norm2 = layers.LayerNorm(config.width, **norm)
-        self.mlp = ViTMlp(config, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B P D"]:
-        x = x + self.self_attn(self.layer_norm1(x), dropout_keys)
-        return x + self.mlp(self.layer_norm2(x), dropout_keys)
-
-
 class ViT(nnx.Module):
-    """Patches, learned positions, blocks, final norm. No class token and no pooling: every patch is returned."""
+    """Patches, learned positions, blocks, final norm. No pooling: all patches come back, behind CLIP's class token."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -97,21 +67,27 @@ class ViT(nnx.Module):
             "vision/patch_embedding",
             (p, p, 3),
             (config.width,),
-            use_bias=True,
+            use_bias=not config.class_token,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
         self.position_embedding = nnx.Param(_initial_positions(config, rngs).astype(dtype))
-        self.layers = layers.make_stack(lambda rngs: ViTBlock(config, rngs=rngs), config.depth, rngs)
-        self.post_layernorm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        norm = dict(eps=config.eps, param_dtype=config.param_dtype)
+        if config.class_token:
+            noise = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
+            self.class_embedding = nnx.Param(noise.astype(dtype))
+            self.pre_layernorm = layers.LayerNorm(config.width, **norm)
+        self.layers = layers.make_stack(lambda rngs: encoder.Block(config, rngs=rngs), config.depth, rngs)
+        self.post_layernorm = layers.LayerNorm(config.width, **norm)
 
-    def __call__(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B P D"], dict]:
+    def __call__(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B S D"], dict]:
         """Encodes images in the checkpoint's value range (SigLIP: [-1, 1]).
 
         Returns:
-          Patch features after the final norm, float32, in row-major order, and the named intermediates `patches`
-          (patch embedding), `embedded` (with positions) and `encoded` (the features).
+          Patch features after the final norm, float32, in row-major order, behind those of the class token if there is
+          one, and the named intermediates `patches` (patch embedding), `embedded` (with positions), `blocks` (before
+          the final norm) and `encoded` (the features).
         """
         config, out = self.config, {}
         B, height, width, _ = images.shape
@@ -121,28 +97,29 @@ class ViT(nnx.Module):
                 f"{config.image_size}: resize them, or load the model with image_size={height}."
             )
         g, p = config.grid, config.patch_size
-        patches = images.reshape(B, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B, g * g, p, p, 3)
+        whole = images[:, : g * p, : g * p].reshape(B, g, p, g, p, 3)
+        patches = whole.transpose(0, 1, 3, 2, 4, 5).reshape(B, g * g, p, p, 3)
         x = out["patches"] = self.patch_embedding(patches, dropout_keys, jnp.float32)
+        if config.class_token:
+            first = jnp.broadcast_to(self.class_embedding[...].astype(jnp.float32), (B, 1, config.width))
+            x = jnp.concatenate([first, x], axis=1)
         x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)[None]
-
-        def call(block, x, layer):
-            keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
-            return block(x, keys), None
-
-        x, _ = layers.scan_stack(
-            self.layers, call, x, jnp.arange(config.depth), remat=config.remat, unroll=config.unroll
+        if config.class_token:
+            x = self.pre_layernorm(x)
+        x = out["blocks"] = encoder.run_blocks(
+            self.layers, x, dropout_keys, depth=config.depth, remat=config.remat, unroll=config.unroll
         )
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
 
 
-def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "P D"]:
+def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "S D"]:
     """Starting value of the learned position table."""
-    if config.posemb == "sincos2d":
+    if config.posemb == "sincos2d" and not config.class_token:
         return sincos_2d(config.grid, config.width)
     if config.posemb == "learn":
-        return jax.random.normal(rngs.params(), (config.num_patches, config.width)) * config.width**-0.5
-    raise ValueError(f"posemb is {config.posemb!r}, expected 'learn' or 'sincos2d'.")
+        return jax.random.normal(rngs.params(), (config.num_tokens, config.width)) * config.width**-0.5
+    raise ValueError(f"posemb is {config.posemb!r}, expected 'learn', or without a class token 'sincos2d'.")
 
 
 def sincos_2d(grid: int, width: int, temperature: float = 10_000.0) -> Float[Array, "P D"]:

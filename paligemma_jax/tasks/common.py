@@ -41,7 +41,7 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*layers/mlp/(down_proj|fc2)/kernel" + WITH_GATES, (None, "tensor", "fsdp")),
     (r".*layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
     (r".*layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
-    (r".*/embed_tokens/embedding", ("tensor", "fsdp")),
+    (r".*/(embed_tokens|token_embedding)/embedding", ("tensor", "fsdp")),
     (r".*projector/linear/(kernel|lora_b)" + WITH_GATES, (None, "fsdp")),
     (r".*", ()),
 )

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data import pretraining_set
 from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
+from paligemma_jax.vision_start import with_vision
 from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.errors import UserError
@@ -40,6 +42,7 @@ class SceneTask:
     def defaults() -> ConfigDict:
         config = ConfigDict()
         config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
+        config.init = ConfigDict({"vision": placeholder(str)})  # a SigLIP whose vision tower to start from
         config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
         config.data = ConfigDict(
             {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
@@ -63,12 +66,14 @@ class SceneTask:
         )
 
     def init(self) -> PretrainingModel:
-        """A new model, with whatever the averaged parameters of the runs in `init_from` hold of it.
+        """A new model, with the tower of `init.vision` and whatever the averages of the runs in `init_from` hold of it.
 
         Raises:
           UserError: a run without a checkpoint, or of a model of other sizes.
         """
         model = PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+        if self.config.init.vision is not None:
+            model.model = with_vision(model.model, self.config.init.vision)
         shapes = params.abstract(model)
         for run in self.config.init_from:
             checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)

@@ -25,7 +25,8 @@ from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_plan
 from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
-from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
+from paligemma_jax.vision_start import with_vision
+from paligemma_jax.weights.digest import base_digest, check_digest, vision_digest, write_digest
 from paligemma_jax.weights.load import load, stored_dtype
 from paligemma_jax.weights.peft import open_peft
 from train_jax import params, patterns, sharding
@@ -47,7 +48,7 @@ class VQA:
         r"model\.(remat|unroll)",
     )
     validation_metrics = ("accuracy", "loss", "examples")
-    model_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*")
+    model_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*", r"init\..*")
 
     defaults = staticmethod(vqa_config.defaults)
 
@@ -77,15 +78,19 @@ class VQA:
                 self._base = self._read()  # trained arrays are donated: nobody else may hold them
             else:
                 options = tuple(leaves(config.model).items())
-                key = base_digest(config.model.path), options, config.compute_dtype, self.mesh
+                key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
                 self._base = shared(key, self._read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
             self._rows = Rows(self.tokenizer, self._base.config.preprocessing, config.data)
         return self._base
 
+    def _vision_digest(self) -> str | None:
+        vision = self.config.init.vision
+        return None if vision is None else vision_digest(vision)
+
     def _read(self) -> PaliGemma:
         config = self.config
-        return (self._own_load or load)(
+        model = (self._own_load or load)(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,
@@ -97,6 +102,11 @@ class VQA:
             double=config.model.quantize_double,
             shardings=self._place,
         )
+        if not isinstance(model, PaliGemma):
+            raise UserError(
+                f"model.path is {config.model.path}, which is no PaliGemma: give it as init.vision, perhaps."
+            )
+        return model if config.init.vision is None or self._own_load else with_vision(model, config.init.vision)
 
     def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
         """Where a leaf of the model lies."""
@@ -250,9 +260,13 @@ class VQA:
           UserError: the run that goes on in this workdir was made on another base.
         """
         workdir.mkdir(parents=True, exist_ok=True)
-        check_digest(workdir, self.config.model.path, self.config.adapter.path)
-        write_digest(workdir, self.config.model.path, self.config.adapter.path)
+        check_digest(workdir, *self._sources())
+        write_digest(workdir, *self._sources())
         (workdir / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+
+    def _sources(self) -> tuple[str | None, ...]:
+        """Paths of the base, of the adapters that the run goes on from, and of the vision tower put in."""
+        return self.config.model.path, self.config.adapter.path, self.config.init.vision
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters for peft, and for the adapter.path of another run."""
@@ -280,5 +294,5 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
-        check_digest(workdir, self.config.model.path, self.config.adapter.path)
+        check_digest(workdir, *self._sources())
         return report(self, model, workdir, split or self.default_split, companions)

@@ -47,6 +47,8 @@ def defaults() -> ConfigDict:
             "quantize_double": False,  # of nf4: the constants in 8 bits too
         }
     )
+    # What starts from elsewhere: the vision tower of a SigLIP (folder, .npz, or workdir of configs/siglip.py).
+    config.init = ConfigDict({"vision": placeholder(str)})
     config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
     config.adapter = ConfigDict(
         {
@@ -173,6 +175,11 @@ def _check_quantize(config: ConfigDict) -> None:
         raise UserError(
             f"model.quantize is {model.quantize!r} beside adapter.name='none' and trainable=None, which trains every "
             "parameter, expected kernels that stay as they are: set adapter.name=lora, or a pattern in trainable."
+        )
+    if model.quantize and config.init.vision is not None:
+        raise UserError(
+            f"init.vision is {config.init.vision!r} beside model.quantize={model.quantize!r}, expected a base that "
+            "holds its tower already: write one with pg.with_vision and weights.save_orbax, and set model.path to it."
         )
     if outliers is not None and (model.quantize != "int8" or outliers <= 0):
         raise UserError(

@@ -1,4 +1,7 @@
-"""big_vision's npz checkpoints of PaliGemma: names joined by "/", layers stacked or one by one, bfloat16 as void16."""
+"""big_vision's npz checkpoints of PaliGemma: names joined by "/", layers stacked or one by one, bfloat16 as void16.
+
+SigLIP's: dual_big_vision.py.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -6,30 +9,26 @@ from pathlib import Path
 from flax import nnx
 
 from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
-from paligemma_jax.models.vit import ViT, ViTConfig
+from paligemma_jax.models.vit import ViT
+from paligemma_jax.weights import dual_big_vision
+from paligemma_jax.weights.big_vision_encoder import BLOCK, vision_config, vision_rows
 from paligemma_jax.weights.checkpoint import Checkpoint
 from paligemma_jax.weights.npz import Npz, write_npz
 from paligemma_jax.weights.tables import Row, count_layers, write_rows
 from train_jax import params
 from train_jax.errors import UserError
 
-BLOCK = "img/Transformer/encoderblock"
 EMBEDDING = "llm/embedder/input_embedding"
-ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def rows(unrolled_vision: bool = False, post_norms: bool = False, unrolled_decoder: bool = False) -> list[Row]:
     """The name table; the layers of either tower may be stacked (as released) or stored one by one."""
-    block = BLOCK + ("_{i}" if unrolled_vision else "")
     layers = "llm/layers" + ("/{i}" if unrolled_decoder else "")
     table = [
-        Row("vision/patch_embedding/kernel", "img/embedding/kernel"),
-        Row("vision/patch_embedding/bias", "img/embedding/bias"),
-        Row("vision/position_embedding", "img/pos_embedding", "row"),
-        Row("vision/post_layernorm/scale", "img/Transformer/encoder_norm/scale"),
-        Row("vision/post_layernorm/bias", "img/Transformer/encoder_norm/bias"),
+        *vision_rows(BLOCK + ("_{i}" if unrolled_vision else "")),
         Row("projector/linear/kernel", "img/head/kernel"),
         Row("projector/linear/bias", "img/head/bias"),
         Row("decoder/embed_tokens/embedding", EMBEDDING),
@@ -44,15 +43,6 @@ def rows(unrolled_vision: bool = False, post_norms: bool = False, unrolled_decod
         Row("decoder/layers/pre_attention_norm/scale", f"{layers}/pre_attention_norm/scale"),
         Row("decoder/layers/pre_ffw_norm/scale", f"{layers}/pre_ffw_norm/scale"),
     ]
-    for i, norm in enumerate(("layer_norm1", "layer_norm2")):
-        for leaf in ("scale", "bias"):
-            table.append(Row(f"vision/layers/{norm}/{leaf}", f"{block}/LayerNorm_{i}/{leaf}"))
-    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
-    for leaf in ("kernel", "bias"):
-        for ours, theirs in names.items():
-            table.append(Row(f"vision/layers/self_attn/{ours}/{leaf}", f"{block}/{ATTENTION}/{theirs}/{leaf}"))
-        for i, fc in enumerate(("fc1", "fc2")):
-            table.append(Row(f"vision/layers/mlp/{fc}/{leaf}", f"{block}/MlpBlock_0/Dense_{i}/{leaf}"))
     if post_norms:
         for norm in ("post_attention_norm", "post_ffw_norm"):
             table.append(Row(f"decoder/layers/{norm}/scale", f"{layers}/{norm}/scale"))
@@ -72,27 +62,11 @@ class _Layout:
     def rows(self) -> list[Row]:
         return rows(bool(self.vision_depth), self.post_norms, bool(self.decoder_depth))
 
-    def vision_shape(self, leaf: str, rank: int) -> tuple[int, ...]:
-        """Shape of one of the tower's leaves that has `rank` axes, the layers' in front."""
-        if not self.vision_depth:
-            return self.arrays.shape(f"{BLOCK}/{leaf}", rank + 1)
-        return self.vision_depth, *self.arrays.shape(f"{BLOCK}_0/{leaf}", rank)
-
     def decoder_shape(self, leaf: str, rank: int) -> tuple[int, ...]:
-        """As `vision_shape`, of the decoder."""
+        """Shape of one of the decoder's leaves that has `rank` axes, the layers' in front."""
         if not self.decoder_depth:
             return self.arrays.shape(f"llm/layers/{leaf}", rank + 1)
         return self.decoder_depth, *self.arrays.shape(f"llm/layers/0/{leaf}", rank)
-
-
-def vision_config(arrays: Npz) -> ViTConfig:
-    """The tower's sizes, from the arrays' shapes."""
-    layout = _Layout(arrays)
-    depth, heads, _ = layout.vision_shape(f"{ATTENTION}/query/bias", 2)
-    patch, _, _, width = arrays.shape("img/embedding/kernel", 4)
-    grid = round(arrays.shape("img/pos_embedding", 2, 3)[-2] ** 0.5)
-    _, mlp_dim = layout.vision_shape("MlpBlock_0/Dense_0/bias", 1)
-    return ViTConfig(grid * patch, patch, width, depth, mlp_dim, heads)
 
 
 def decoder_config(arrays: Npz, **fields) -> GemmaConfig:
@@ -141,8 +115,8 @@ def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
     """A big_vision file, or one tower of it.
 
     Args:
-      file: the .npz of a PaliGemma; for the tower "img" a SigLIP will do, whose pooling head is left out, as is
-        PaliGemma's projector.
+      file: the .npz of a PaliGemma, or of a SigLIP. Of either one's tower "img", what pools or projects its features
+        is left out.
       tower: "img", "llm", or nothing for the whole model.
       decoder: see `decoder_config`.
 
@@ -150,6 +124,8 @@ def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
       UserError: a file that is broken or of another architecture, or an unknown tower.
     """
     arrays = Npz(file)
+    if not tower and dual_big_vision.is_dual_encoder(arrays):
+        return dual_big_vision.open_arrays(arrays)
     if not tower:
         config = model_config(arrays, **decoder)
         return Checkpoint(arrays, arrays.names(), _Layout(arrays).rows(), config, EMBEDDING)
@@ -169,8 +145,9 @@ def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
     return Checkpoint(arrays, names, table, config, EMBEDDING, build)
 
 
-def save_big_vision(model: PaliGemma, file: str | Path) -> None:
-    """Writes a model's parameters as big_vision's PaliGemma reads them: layers stacked, names under `params/`.
+def save_big_vision(model: PaliGemma | DualEncoder, file: str | Path) -> None:
+    """Writes a model's parameters as big_vision reads them, names under `params/`: a PaliGemma's layers stacked, a
+    SigLIP's one by one, as they were released.
 
     What the file cannot hold (soft caps, preprocessing, tokenizer) big_vision's configs say; `pg.load` takes the caps
     as arguments.
@@ -180,9 +157,11 @@ def save_big_vision(model: PaliGemma, file: str | Path) -> None:
       file: ends in .npz; replaced if it exists.
 
     Raises:
-      UserError: the model has adapters or quantised kernels, or the file another ending.
+      UserError: the model has adapters or quantised kernels, or is a CLIP, or the file has another ending.
     """
     file = Path(file).expanduser()
     if file.suffix != ".npz":
         raise UserError(f"{file} does not end in .npz, as big_vision's files do: rename it.")
+    if isinstance(model, DualEncoder):
+        return dual_big_vision.save(model, file)
     write_npz(file, write_rows(rows(post_norms=model.config.decoder.post_norms), params.flatten(model), str(file)))

@@ -5,13 +5,17 @@ from collections.abc import Callable
 
 from flax import nnx
 
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.weights.tables import Row, Source
 
+Config = PaliGemmaConfig | DualEncoderConfig
 
-def whole_model(config: PaliGemmaConfig, rngs: nnx.Rngs | None = None) -> nnx.Module:
+
+def whole_model(config: Config, rngs: nnx.Rngs | None = None) -> nnx.Module:
     """A new model; abstract under `nnx.eval_shape`."""
-    return PaliGemma(config, rngs=rngs or nnx.Rngs(0))
+    make = DualEncoder if isinstance(config, DualEncoderConfig) else PaliGemma
+    return make(config, rngs=rngs or nnx.Rngs(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,6 @@ class Checkpoint:
     source: Source
     names: set[str]
     rows: list[Row]
-    config: PaliGemmaConfig
+    config: Config
     dtype_of: str
-    build: Callable[[PaliGemmaConfig], nnx.Module] = whole_model
+    build: Callable[[Config], nnx.Module] = whole_model

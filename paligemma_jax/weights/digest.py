@@ -43,6 +43,18 @@ def adapter_digest(path: str | Path) -> str:
     return _digest([folder.path / CONFIG, *folder.files])
 
 
+def vision_digest(path: str | Path) -> str:
+    """As `base_digest`, of what a vision tower was taken from, which may be the workdir of a run.
+
+    Raises:
+      UserError: no model there.
+    """
+    checkpoints = Path(path).expanduser() / "checkpoints"
+    if not checkpoints.is_dir():
+        return base_digest(path)
+    return _digest(sorted(file for file in checkpoints.rglob("*") if file.is_file()))
+
+
 def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
@@ -61,16 +73,22 @@ def _starts(size: int) -> list[int]:
     return np.linspace(0, size - PIECE, WHOLE // PIECE).astype(np.int64).tolist()
 
 
-def write_digest(workdir: Path, path: str | Path, adapter: str | Path | None = None) -> None:
-    """Notes in a workdir which base its run is made on, and which adapters it goes on from."""
+def write_digest(
+    workdir: Path, path: str | Path, adapter: str | Path | None = None, vision: str | Path | None = None
+) -> None:
+    """Notes in a workdir which base its run is made on, which adapters it goes on from, and whose vision tower."""
     noted = {"path": str(path), "sha256": base_digest(path)}
     if adapter is not None:
         noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
+    if vision is not None:
+        noted["vision"] = {"path": str(vision), "sha256": vision_digest(vision)}
     (workdir / FILE).write_text(json.dumps(noted, indent=2) + "\n")
 
 
-def check_digest(workdir: Path, path: str | Path | None, adapter: str | Path | None = None) -> None:
-    """Compares a base, and adapters, with those noted in a workdir; passes where none are noted.
+def check_digest(
+    workdir: Path, path: str | Path | None, adapter: str | Path | None = None, vision: str | Path | None = None
+) -> None:
+    """Compares a base, adapters and a vision tower with those noted in a workdir; passes where none are noted.
 
     Raises:
       UserError: they are others.
@@ -84,6 +102,9 @@ def check_digest(workdir: Path, path: str | Path | None, adapter: str | Path | N
         _compare(
             workdir, "from the adapters that were", noted["adapter"], adapter, adapter_digest(adapter), "adapter.path"
         )
+
+    if vision is not None and "vision" in noted:
+        _compare(workdir, "with the tower that was", noted["vision"], vision, vision_digest(vision), "init.vision")
 
 
 def _compare(workdir: Path, what: str, noted: dict, path: str | Path | None, found: str, key: str) -> None:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from paligemma_jax.data.images import Preprocessing
 from train_jax.errors import UserError
 
 # Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
@@ -102,7 +103,9 @@ class Folder:
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
         """Shape of an array of `rank` axes, without reading it."""
         if name not in self._where:
-            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma as transformers saves it.")
+            raise UserError(
+                f"{self.path} has no array {name}: it is not a PaliGemma, SigLIP or CLIP as transformers saves it."
+            )
         shape = self._shapes[name]
         if len(shape) != rank:
             key = self._where[name][1]
@@ -124,6 +127,12 @@ class Folder:
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
         yield from self[name]
+
+
+def preprocessing(folder: Path) -> Preprocessing | None:
+    """A folder's own preprocessor_config.json, where it has one."""
+    file = folder / "preprocessor_config.json"
+    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
 
 
 def read_json(file: Path) -> dict:

@@ -3,7 +3,6 @@
 from paligemma_jax.weights.tables import Row
 
 TOWER = "vision_tower.vision_model."
-VISION = f"{TOWER}encoder.layers.{{i}}."
 EMBEDDING = "language_model.model.embed_tokens.weight"
 DECODER = "language_model.model.layers.{i}."
 
@@ -21,24 +20,7 @@ def rows(post_norms: bool = False) -> list[Row]:
         Row("decoder/embed_tokens/embedding", EMBEDDING),
         Row("decoder/norm/scale", "language_model.model.norm.weight"),
     ]
-    for norm in ("layer_norm1", "layer_norm2"):
-        table += [
-            Row(f"vision/layers/{norm}/scale", f"{VISION}{norm}.weight"),
-            Row(f"vision/layers/{norm}/bias", f"{VISION}{norm}.bias"),
-        ]
-    for module, contracted in (
-        ("self_attn/q_proj", 1),
-        ("self_attn/k_proj", 1),
-        ("self_attn/v_proj", 1),
-        ("self_attn/out_proj", 2),
-        ("mlp/fc1", 1),
-        ("mlp/fc2", 1),
-    ):
-        name = VISION + module.replace("/", ".")
-        table += [
-            Row(f"vision/layers/{module}/kernel", f"{name}.weight", "linear", contracted),
-            Row(f"vision/layers/{module}/bias", f"{name}.bias", "flat"),
-        ]
+    table += encoder_rows("vision", TOWER)
     for module, contracted in (
         ("self_attn/q_proj", 1),
         ("self_attn/k_proj", 1),
@@ -59,3 +41,28 @@ def rows(post_norms: bool = False) -> list[Row]:
             "post_ffw_norm": "post_feedforward_layernorm",
         }
     return table + [Row(f"decoder/layers/{a}/scale", f"{DECODER}{b}.weight") for a, b in norms.items()]
+
+
+def encoder_rows(ours: str, theirs: str) -> list[Row]:
+    """The blocks of a SigLIP or CLIP encoder: our tower's path, and what its names begin with there."""
+    table = []
+    layer = f"{theirs}encoder.layers.{{i}}."
+    for norm in ("layer_norm1", "layer_norm2"):
+        table += [
+            Row(f"{ours}/layers/{norm}/scale", f"{layer}{norm}.weight"),
+            Row(f"{ours}/layers/{norm}/bias", f"{layer}{norm}.bias"),
+        ]
+    for module, contracted in (
+        ("self_attn/q_proj", 1),
+        ("self_attn/k_proj", 1),
+        ("self_attn/v_proj", 1),
+        ("self_attn/out_proj", 2),
+        ("mlp/fc1", 1),
+        ("mlp/fc2", 1),
+    ):
+        name = layer + module.replace("/", ".")
+        table += [
+            Row(f"{ours}/layers/{module}/kernel", f"{name}.weight", "linear", contracted),
+            Row(f"{ours}/layers/{module}/bias", f"{name}.bias", "flat"),
+        ]
+    return table

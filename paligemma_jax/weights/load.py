@@ -15,12 +15,14 @@ from paligemma_jax.adapt import quantize as quantization
 from paligemma_jax.adapt.lora import projections
 from paligemma_jax.adapt.quantized_kernel import QuantizedKernel
 from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models import dual_variants
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import REMAT_POLICIES
-from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
+from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.models.vit import ViT, resample_positions
 from paligemma_jax.weights import big_vision, hugging_face, native
-from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
+from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.random_weights import random_arrays
 from paligemma_jax.weights.tables import Transform, check_names, read_rows
@@ -49,14 +51,14 @@ def load(
     double: bool = False,
     shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None = None,
     **decoder,
-) -> PaliGemma | ViT | Gemma:
-    """Reads a PaliGemma, layer by layer: beside the model, a host holds no more than one layer of it.
+) -> PaliGemma | DualEncoder | ViT | Gemma:
+    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside the model, a host holds no more than one layer of it.
 
     Args:
       path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a
-        folder that `save_orbax` wrote, "tiny" (the model that ships with this package), or "random:3b-224" for random
-        weights of a variant's sizes (to measure memory and speed). "file.npz:img" and "file.npz:llm" are one tower,
-        returned as a ViT or a Gemma.
+        folder that `save_orbax` wrote, "tiny" (the model that ships with this package), or "random:3b-224" or
+        "random:siglip-b16-224" for random weights of a variant's sizes (models.paligemma.variant,
+        models.dual_variants). "file.npz:img" and "file.npz:llm" are one tower, returned as a ViT or a Gemma.
       dtype: compute dtype, float32, bfloat16 or float16.
       image_size: pixels a side, where it should differ from the checkpoint's: the learned positions are resampled
         with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
@@ -109,7 +111,7 @@ def new(
     quantize: str | None = None,
     block_size: int = 64,
     double: bool = False,
-) -> PaliGemma | ViT | Gemma:
+) -> PaliGemma | DualEncoder | ViT | Gemma:
     """A model as `load` returns it, but with random weights: only sizes are read, so that `nnx.eval_shape` of it makes
     a model of shapes out of nothing but the checkpoint's config (or an npz's headers). Arguments and errors as of
     `load`.
@@ -144,11 +146,14 @@ def stored_dtype(path: str | Path) -> str:
     return name if name in DTYPES else "float32"
 
 
-def _fitted(path: str, array: np.ndarray, stored: PaliGemmaConfig, config: PaliGemmaConfig) -> np.ndarray:
+def _fitted(path: str, array: np.ndarray, stored: Config, config: Config) -> np.ndarray:
     """A leaf for the image size and the vocabulary that are asked for; of one tower, paths lack the tower's name."""
     if POSITIONS.endswith(path) and config.vision.grid != stored.vision.grid:
         method = "bilinear" if config.preprocessing.source == "big_vision" else "bicubic"
-        return resample_positions(array.astype("float32"), config.vision.grid, method).astype(array.dtype)
+        first, patches = np.split(array.astype("float32"), [int(config.vision.class_token)])
+        return np.concatenate([first, resample_positions(patches, config.vision.grid, method)]).astype(array.dtype)
+    if isinstance(config, DualEncoderConfig):
+        return array
     extra = config.decoder.vocab_size - stored.decoder.vocab_size
     if WORDS.endswith(path) and extra:
         if extra < 0:
@@ -187,13 +192,17 @@ def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
     return transform
 
 
-def _random(path: str, image_size: int | None, vocab_size: int | None, both: dict, codec, shardings) -> PaliGemma:
+def _random(
+    path: str, image_size: int | None, vocab_size: int | None, both: dict, codec, shardings
+) -> PaliGemma | DualEncoder:
     """A new model of a variant's sizes, made where it is to lie, layer by layer."""
+    name = path.removeprefix(RANDOM)
     try:
-        config = variant(path.removeprefix(RANDOM))
+        config = dual_variants.variant(name) if name.startswith(("siglip", "clip")) else variant(name)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
+    if config.preprocessing is None:
+        config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
     config = _changed(config, image_size, vocab_size).replace(both=both)
     finish = functools.partial(_quantized, codec=codec)
     model = nnx.eval_shape(lambda: finish(whole_model(config)))
@@ -206,9 +215,19 @@ def _open(path: str | Path, decoder: dict) -> Checkpoint:
     file, _, tower = str(path).rpartition(":") if ".npz:" in str(path) else (path, "", "")
     place = _place(file)
     if place.is_file():
-        return big_vision.open_file(place, tower, **decoder)
+        checkpoint = big_vision.open_file(place, tower, **decoder)
+        return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, place))
     checkpoint = native.open_folder(place) if native.is_native(place) else hugging_face.open_folder(place)
-    return dataclasses.replace(checkpoint, config=checkpoint.config.replace(decoder=decoder))
+    return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, place))
+
+
+def _with_decoder(config: Config, decoder: dict, place: Path) -> Config:
+    """The config with the decoder's fields changed."""
+    if not isinstance(config, DualEncoderConfig):
+        return config.replace(decoder=decoder)
+    if decoder:
+        raise UserError(f"{place} is a dual encoder, which has no decoder: leave out {', '.join(decoder)}.")
+    return config
 
 
 def _place(path: str | Path) -> Path:
@@ -238,14 +257,16 @@ def weight_files(path: str | Path) -> list[Path]:
     return [place] if place.is_file() else Folder(place).files
 
 
-def _changed(config: PaliGemmaConfig, image_size: int | None, vocab_size: int | None) -> PaliGemmaConfig:
+def _changed(config: Config, image_size: int | None, vocab_size: int | None) -> Config:
     """The same model for another image size and vocabulary."""
+    if vocab_size is not None and isinstance(config, DualEncoderConfig):
+        raise UserError(f"vocab_size is {vocab_size}, but the model is a dual encoder, whose words stay: leave it out.")
     if image_size is not None and image_size != config.vision.image_size:
         config = _resized(config, image_size)
     return config if vocab_size is None else config.replace(decoder=dict(vocab_size=vocab_size))
 
 
-def _resized(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
+def _resized(config: Config, image_size: int) -> Config:
     """The same model for another image size."""
     patch = config.vision.patch_size
     if image_size < 1 or image_size % patch:

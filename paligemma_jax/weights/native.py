@@ -17,18 +17,16 @@ from flax import nnx
 
 from paligemma_jax.adapt.quantize import FROZEN, quantize, quantized_kernels
 from paligemma_jax.adapt.quantized_kernel import KINDS
-from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
-from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
+from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import read_json
+from paligemma_jax.weights.native_config import config_from_dict, config_to_dict
 from paligemma_jax.weights.tables import Row
-from paligemma_jax.weights.tokenizer_files import copy_tokenizer
+from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer, copy_tokenizer
 from train_jax import params
 from train_jax.errors import UserError
 
-FORMAT = "paligemma_jax"
 ARRAYS = "params"
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIONS = {"kind", "dtype", "block_size", "double"}  # of a quantised kernel
@@ -88,7 +86,7 @@ def open_folder(folder: Path) -> Checkpoint:
     values = read_json(file)
     config, kernels = config_from_dict(values, file), quantized_from_dict(values, file)
 
-    def build(config: PaliGemmaConfig) -> PaliGemma:
+    def build(config: Config) -> nnx.Module:
         return with_quantized(whole_model(config), kernels)
 
     arrays = OrbaxArrays(folder / ARRAYS)
@@ -100,10 +98,11 @@ def open_folder(folder: Path) -> Checkpoint:
                 f"{arrays.path}: {row.theirs} is {arrays.dtype(row.theirs)}, expected {row.dtype} of a quantised "
                 "kernel: convert the model again."
             )
-    return Checkpoint(arrays, arrays.names(), rows, config, "decoder/embed_tokens/embedding", build)
+    words = "decoder/embed_tokens" if isinstance(config, PaliGemmaConfig) else "text/token_embedding"
+    return Checkpoint(arrays, arrays.names(), rows, config, f"{words}/embedding", build)
 
 
-def save_orbax(model: PaliGemma, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+def save_orbax(model: PaliGemma | DualEncoder, folder: str | Path, tokenizer: str | Path | None = None) -> None:
     """Writes a model as `pg.load` reads it back, equal to the bit, config and preprocessing included.
 
     Args:
@@ -131,43 +130,13 @@ def save_orbax(model: PaliGemma, folder: str | Path, tokenizer: str | Path | Non
     writer.close()
     values = config_to_dict(model.config) | ({"quantized": kernels} if kernels else {})
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    if tokenizer is not None:
+    if tokenizer is not None and isinstance(model, DualEncoder):
+        copy_text_tokenizer(tokenizer, folder, model.config.text.length)
+    elif tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 
 
-def config_to_dict(config: PaliGemmaConfig) -> dict[str, Any]:
-    """A config as JSON values."""
-    preprocessing = config.preprocessing
-    return {
-        "format": FORMAT,
-        "vision": dataclasses.asdict(config.vision),
-        "decoder": dataclasses.asdict(config.decoder),
-        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "image_token": config.image_token,
-    }
-
-
-def config_from_dict(values: dict[str, Any], file: Path) -> PaliGemmaConfig:
-    """What `config_to_dict` made.
-
-    Raises:
-      UserError: unknown fields, or another format.
-    """
-    if values.get("format") != FORMAT:
-        raise UserError(f"{file} has format {values.get('format')!r}, expected {FORMAT!r}: give another folder.")
-    try:
-        preprocessing = values.get("preprocessing")
-        return PaliGemmaConfig(
-            ViTConfig(**values["vision"]),
-            GemmaConfig(**values["decoder"]),
-            None if preprocessing is None else Preprocessing.from_dict(preprocessing),
-            values.get("image_token"),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} does not describe a model of this version ({error}): convert it again.") from None
-
-
-def quantized_to_dict(model: PaliGemma) -> dict[str, dict[str, Any]]:
+def quantized_to_dict(model: nnx.Module) -> dict[str, dict[str, Any]]:
     """How every quantised kernel is stored, by module path, as JSON values."""
     return {
         path.removesuffix("/kernel"): {"kind": kernel.kind, "dtype": kernel.dtype.name}
@@ -193,7 +162,7 @@ def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[st
     return kernels
 
 
-def with_quantized(model: PaliGemma, kernels: dict[str, dict[str, Any]]) -> PaliGemma:
+def with_quantized(model: nnx.Module, kernels: dict[str, dict[str, Any]]) -> nnx.Module:
     """The model with these kernels quantised, in place; abstract under `nnx.eval_shape`.
 
     Raises:

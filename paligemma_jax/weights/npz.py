@@ -70,7 +70,7 @@ class Npz:
 
     def _stream(self, name: str) -> zipfile.ZipExtFile:
         if name not in self._members:
-            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma checkpoint of big_vision.")
+            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma or SigLIP of big_vision.")
         try:
             return self._zip.open(self._members[name])
         except BROKEN as error:

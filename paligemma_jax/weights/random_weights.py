@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from jax import lax
 
-from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.weights.checkpoint import whole_model
+from paligemma_jax.models.dual_encoder import DualEncoderConfig
+from paligemma_jax.weights.checkpoint import Config, whole_model
 from paligemma_jax.weights.tables import stacked
 from train_jax import params
 
@@ -17,7 +17,7 @@ Finish = Callable[[nnx.Module], nnx.Module]
 
 
 def random_arrays(
-    config: PaliGemmaConfig, finish: Finish, places: Mapping[str, jax.sharding.Sharding | None], seed: int = 0
+    config: Config, finish: Finish, places: Mapping[str, jax.sharding.Sharding | None], seed: int = 0
 ) -> Arrays:
     """Random parameters by path, made where they are to lie.
 
@@ -36,14 +36,19 @@ def random_arrays(
     return arrays
 
 
-def draws(config: PaliGemmaConfig, finish: Finish) -> list[Callable[[jax.Array], Arrays]]:
+def draws(config: Config, finish: Finish) -> list[Callable[[jax.Array], Arrays]]:
     """Functions of a key that draw parts of a model, for `jax.jit`: what has no layers, and each tower's layers."""
-    depths = {"vision": config.vision.depth, "decoder": config.decoder.depth}
+    depths = {tower: getattr(config, tower).depth for tower in _towers(config)}
     towers = [functools.partial(_layers, config, finish, tower, depth) for tower, depth in depths.items()]
     return [functools.partial(_others, config, finish), *towers]
 
 
-def _layers(config: PaliGemmaConfig, finish: Finish, tower: str, depth: int, key: jax.Array) -> Arrays:
+def _towers(config: Config) -> tuple[str, str]:
+    """What has layers: the config's field, and the path."""
+    return "vision", "text" if isinstance(config, DualEncoderConfig) else "decoder"
+
+
+def _layers(config: Config, finish: Finish, tower: str, depth: int, key: jax.Array) -> Arrays:
     """The stacked leaves of one tower."""
 
     def layer(key: jax.Array) -> Arrays:
@@ -53,12 +58,12 @@ def _layers(config: PaliGemmaConfig, finish: Finish, tower: str, depth: int, key
     return lax.map(layer, jax.random.split(key, depth))
 
 
-def _others(config: PaliGemmaConfig, finish: Finish, key: jax.Array) -> Arrays:
+def _others(config: Config, finish: Finish, key: jax.Array) -> Arrays:
     """The leaves that have no layers."""
     return {path: array for path, array in _one_layer(config, finish, key).items() if not stacked(path)}
 
 
-def _one_layer(config: PaliGemmaConfig, finish: Finish, key: jax.Array) -> Arrays:
+def _one_layer(config: Config, finish: Finish, key: jax.Array) -> Arrays:
     """A model of one layer a tower; the compiler leaves out what a caller does not use."""
-    config = config.replace(vision=dict(depth=1), decoder=dict(depth=1))
+    config = config.replace(**{tower: dict(depth=1) for tower in _towers(config)})
     return params.flatten(finish(whole_model(config, nnx.Rngs(key))))

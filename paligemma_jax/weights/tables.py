@@ -28,7 +28,9 @@ class Row:
       "conv"      torch's Conv2d weight (out, in, kh, kw) for our [kh, kw, in, out]
       "heads_in"  big_vision's [N, D, H] for our [D, N, H]
       "row"       an axis of size 1 in front
-    `part` picks an index of a leading axis that holds two leaves of ours (big_vision's kv and gating einsums).
+      "token"     two axes of size 1 in front
+    `part` picks one of `parts` leaves of ours that share an array there: by the index of a leading axis (big_vision's
+    kv and gating einsums), or where `packed`, one behind another on the first axis (torch's in_proj).
     `dtype` is kept whatever dtype the model is read in, as codes need it; None where it is cast.
     """
 
@@ -37,19 +39,28 @@ class Row:
     layout: str = "same"
     contracted: int = 1
     part: int | None = None
+    parts: int = 2
+    packed: bool = False
     dtype: str | None = None
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape on their side of a leaf that is `shape` here."""
+        """Shape on their side of a leaf that is `shape` here, with those that share the array."""
+        stored = self._own_shape(shape)
+        if self.part is None:
+            return stored
+        return (self.parts * stored[0], *stored[1:]) if self.packed else (self.parts, *stored)
+
+    def _own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the leaf alone."""
         if self.layout == "linear":
             inputs, outputs = shape[: self.contracted], shape[self.contracted :]
             return math.prod(outputs), math.prod(inputs)
-        if self.layout == "row":
-            return (1, *shape)
+        if self.layout == "flat":
+            return (math.prod(shape),)
+        if self.layout in ("row", "token"):
+            return (1,) * ("row", "token").index(self.layout) + (1, *shape)
         axes = {"conv": (3, 2, 0, 1), "heads_in": (1, 0, 2)}.get(self.layout)
-        stored = tuple(shape[axis] for axis in axes) if axes else tuple(shape)
-        stored = (math.prod(stored),) if self.layout == "flat" else stored
-        return stored if self.part is None else (2, *stored)
+        return tuple(shape[axis] for axis in axes) if axes else tuple(shape)
 
     def read(self, array: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
         """Their array of one layer as ours of `shape`; `where` (file and name) is for the message.
@@ -65,7 +76,7 @@ class Row:
             )
         array = array.reshape(expected)
         if self.part is not None:
-            array = array[self.part]
+            array = array.reshape(self.parts, *self._own_shape(shape))[self.part]
         if self.layout == "linear":
             array = array.T
         elif self.layout == "conv":
@@ -77,14 +88,12 @@ class Row:
     def write(self, array: np.ndarray) -> np.ndarray:
         """Our array of one layer in their layout (without joining parts)."""
         if self.layout == "linear":
-            return array.reshape(self.stored_shape(array.shape)[::-1]).T
+            return array.reshape(self._own_shape(array.shape)[::-1]).T
         if self.layout == "conv":
             return array.transpose(3, 2, 0, 1)
         if self.layout == "heads_in":
             return array.transpose(1, 0, 2)
-        if self.layout == "row":
-            return array[None]
-        return array.reshape(-1) if self.layout == "flat" else array
+        return array.reshape(self._own_shape(array.shape))
 
 
 @runtime_checkable
@@ -257,7 +266,9 @@ def write_rows(
 def _join(group: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
     """One layer on their side, of the leaves of ours that it holds."""
     parts = [group[0].write(array) for array in arrays]
-    return parts[0] if group[0].part is None else np.stack(parts)
+    if group[0].part is None:
+        return parts[0]
+    return np.concatenate(parts) if group[0].packed else np.stack(parts)
 
 
 def listed(names: list[str], most: int = 8) -> str:

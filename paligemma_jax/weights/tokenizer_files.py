@@ -1,30 +1,37 @@
 """The tokenizer's files beside a checkpoint: copied as they are, completed where transformers needs more."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
 from train_jax.errors import UserError
 
 MODEL = "tokenizer.model"
+SIGLIP_MODEL = "spiece.model"
+JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-# What transformers has written beside PaliGemma's weights over its releases.
-FILES = (MODEL, "tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+# What transformers has written beside the weights of PaliGemma, SigLIP and CLIP over its releases.
+FILES = (
+    *(MODEL, SIGLIP_MODEL, JSON, CONFIG, "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+)
 TINY = Path(__file__).parent.parent / "tiny"
 
 
 def tokenizer_files(source: str | Path) -> list[Path]:
-    """The tokenizer's files of "tiny", of a folder, beside a .npz, or a tokenizer.model itself; [] if none."""
+    """The tokenizer's files of "tiny", of a folder, beside a .npz, or a SentencePiece file itself; [] if none."""
     place = TINY if str(source) == "tiny" else Path(source).expanduser()
-    if place.name == MODEL and place.is_file():
+    if place.name in (MODEL, SIGLIP_MODEL) and place.is_file():
         return [place]
     if not place.exists():
         return []
     folder = place if place.is_dir() else place.parent
     found = [folder / name for name in FILES if (folder / name).is_file()]
-    return found if {file.name for file in found} & {MODEL, "tokenizer.json"} else []
+    return found if {file.name for file in found} & {MODEL, SIGLIP_MODEL, JSON} else []
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
@@ -33,15 +40,52 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     Raises:
       UserError: `source` holds no tokenizer.
     """
+    _copy(source, folder)
+    if not (folder / CONFIG).exists() and (folder / MODEL).exists():
+        _write_config(folder, tokenizer_config(load_tokenizer(folder)))
+
+
+def copy_text_tokenizer(source: str | Path, folder: Path, length: int = 64) -> None:
+    """Likewise of a dual encoder whose texts have `length` tokens. A SigLIP 1's file is called as transformers does."""
+    _copy(source, folder)
+    words = load_text_tokenizer(folder)
+    if words.file.name == MODEL and words.pad_id == words.eos_id:  # beside a big_vision file
+        words = dataclasses.replace(words, file=words.file.replace(folder / SIGLIP_MODEL))
+    if not (folder / CONFIG).exists() and words.file.name != JSON:
+        _write_config(folder, text_tokenizer_config(words, length))
+
+
+def _copy(source: str | Path, folder: Path) -> None:
     files = tokenizer_files(source)
     if not files:
-        raise UserError(f"{source} holds no {MODEL} and no tokenizer.json: give the folder of the model's tokenizer.")
+        raise UserError(
+            f"{source} holds no {MODEL}, {SIGLIP_MODEL} or {JSON}: give the folder of the model's tokenizer."
+        )
     for file in files:
         if file.parent.resolve() != folder.resolve():
             shutil.copyfile(file, folder / file.name)
-    if not (folder / CONFIG).exists() and (folder / MODEL).exists():
-        values = tokenizer_config(load_tokenizer(folder))
-        (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_config(folder: Path, values: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def text_tokenizer_config(words: TextTokenizer, length: int) -> dict[str, Any]:
+    """What transformers must know beside the SentencePiece model of a SigLIP 1 or 2."""
+    if words.pad_id == words.eos_id:
+        marks = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+        return {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "model_max_length": length, **marks}
+    return {
+        "tokenizer_class": "Siglip2Tokenizer",
+        "model_max_length": length,
+        "padding_side": "right",
+        "add_bos_token": False,
+        "add_eos_token": True,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:

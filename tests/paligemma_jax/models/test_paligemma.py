@@ -198,6 +198,7 @@ def test_intermediates_have_their_names_and_shapes(forward, small_batch):
     assert {name: array.shape for name, array in out.items()} == {
         "vision/patches": (3, patches, E),
         "vision/embedded": (3, patches, E),
+        "vision/blocks": (3, patches, E),
         "vision/encoded": (3, patches, E),
         "image_features": (3, patches, D),
         "embedded": (3, text, D),

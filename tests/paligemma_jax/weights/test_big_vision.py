@@ -280,4 +280,4 @@ def test_never_unpickles(tmp_path, stored):
 
 def test_names_what_another_models_file_lacks(tmp_path):
     np.savez(tmp_path / "mlp.npz", kernel=np.zeros((2, 2)))
-    refused(tmp_path / "mlp.npz", "has no array .*: it is not a PaliGemma checkpoint of big_vision")
+    refused(tmp_path / "mlp.npz", "has no array .*: it is not a PaliGemma or SigLIP of big_vision")

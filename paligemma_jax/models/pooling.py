@@ -1,0 +1,28 @@
+"""How a vision tower's features become one vector an image. Axes: layers.py."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from paligemma_jax.models import encoder, layers
+from paligemma_jax.models.vit import ViTConfig
+
+POOLINGS = ("map", "gap", "class")
+
+
+class MAPHead(nnx.Module):
+    """Attention pooling (Lee et al. 2019, Zhai et al. 2022): a learned query reads all patches, then an MLP."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        probe = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
+        self.probe = nnx.Param(probe.astype(config.param_dtype))
+        self.attention = encoder.Attention(config, "image_head", rngs=rngs)
+        self.layernorm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.mlp = encoder.Mlp(config, "image_head", rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
+        probe = self.probe[...].astype(jnp.float32)[None, None]
+        query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
+        pooled = self.attention(query, dropout_keys, keys_from=x)
+        return (pooled + self.mlp(self.layernorm(pooled), dropout_keys))[:, 0]

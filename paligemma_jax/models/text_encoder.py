@@ -1,0 +1,119 @@
+"""The text tower of a dual encoder: SigLIP's reads both ways, CLIP's from left to right. Axes: layers.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from paligemma_jax.models import encoder, layers
+
+POOLINGS = ("last", "eos")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a text tower.
+
+    Attributes:
+      length: positions, that is, tokens of a text at most.
+      causal: whether a token reads only those before it (CLIP).
+      pool: which position stands for the text: "last" (SigLIP, whose texts end in EOS and are padded to `length`) or
+        "eos", the first `eos_token`; with no `eos_token` that of the largest id (CLIP as first released, where that
+        was the last id of the table).
+    """
+
+    vocab_size: int = 32_000
+    length: int = 64
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    eps: float = 1e-6
+    activation: str = "gelu_tanh"  # see encoder.ACTIVATIONS
+    causal: bool = False
+    pool: str = "last"
+    eos_token: int | None = None
+    remat: str = "none"  # see layers.scan_stack
+    unroll: bool = False  # see layers.scan_stack
+    dtype: str = "float32"  # compute dtype
+    param_dtype: str = "float32"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+class TokenEmbedding(nnx.Module):
+    """The word table."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.width)) * config.width**-0.5
+        self.embedding = nnx.Param(table.astype(config.param_dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embedding[...][tokens].astype(jnp.float32)
+
+
+class TextEncoder(nnx.Module):
+    """Words and learned positions, blocks, final norm, one position pooled."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        if config.pool not in POOLINGS:
+            raise ValueError(f"pool is {config.pool!r}, expected one of {', '.join(POOLINGS)}.")
+        self.config = config
+        self.token_embedding = TokenEmbedding(config, rngs=rngs)
+        positions = jax.random.normal(rngs.params(), (config.length, config.width)) * config.width**-0.5
+        self.position_embedding = nnx.Param(positions.astype(config.param_dtype))
+        self.layers = layers.make_stack(lambda rngs: encoder.Block(config, "text", rngs=rngs), config.depth, rngs)
+        self.final_layer_norm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None, dropout_keys=None
+    ) -> tuple[Float[Array, "B D"], dict]:
+        """Encodes texts.
+
+        Args:
+          tokens: ids, at most `config.length` a text. SigLIP's pooled position is the last of the array: pad in full.
+          mask: true on tokens that may be read; None means all, padding too, as SigLIP was trained.
+          dropout_keys: one key an example switches adapter dropout on.
+
+        Returns:
+          The pooled vectors, float32, and the named intermediates `embedded`, `encoded` [B, T, D] and `pooled`.
+
+        Raises:
+          ValueError: more tokens than positions.
+        """
+        config = self.config
+        B, T = tokens.shape
+        if config.length < T:
+            raise ValueError(f"texts have {T} tokens, expected at most {config.length}: cut them to that.")
+        embedded = self.token_embedding(tokens) + self.position_embedding[...][None, :T].astype(jnp.float32)
+        x = encoder.run_blocks(
+            self.layers,
+            embedded,
+            dropout_keys,
+            depth=config.depth,
+            mask=_visible(mask, tokens, config.causal),
+            remat=config.remat,
+            unroll=config.unroll,
+        )
+        encoded = self.final_layer_norm(x)
+        pooled = encoded[jnp.arange(B), self._pooled_position(tokens)]
+        return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
+
+    def _pooled_position(self, tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+        config = self.config
+        if config.pool == "last":
+            return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
+        return jnp.argmax(tokens if config.eos_token is None else tokens == config.eos_token, axis=1)
+
+
+def _visible(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:
+    """Who reads whom; None if everybody everybody."""
+    if mask is None and not causal:
+        return None
+    B, T = tokens.shape
+    keys = jnp.ones((B, 1, T), bool) if mask is None else mask.astype(bool)[:, None]
+    return jnp.broadcast_to(keys & jnp.tri(T, dtype=bool)[None] if causal else keys, (B, T, T))

@@ -1,0 +1,62 @@
+"""Writes a Hugging Face folder: config.json, and safetensors in one file or in shards with an index."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+SHARD_SIZE = 5 * 10**9  # bytes, transformers' own default
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    max_shard_size: int = SHARD_SIZE,
+) -> None:
+    """Writes config.json and the weights; those of an earlier save are replaced once all are written.
+
+    Args:
+      folder: made if missing.
+      config: of config.json.
+      arrays: by their names there, taken one after another.
+      max_shard_size: bytes a weight file holds at most (but for an array larger than that).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[list[str]] = []
+    total = 0
+    for shard in _shards(arrays, max_shard_size):
+        save_file(shard, folder / f"part-{len(written)}.partial", metadata={"format": "pt"})
+        written.append(list(shard))
+        total += sum(array.nbytes for array in shard.values())
+    for stale in folder.glob("model*.safetensors*"):
+        stale.unlink()
+    files = ["model.safetensors"]
+    if len(written) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
+        where = {name: file for names, file in zip(written, files, strict=True) for name in names}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    for i, file in enumerate(files):
+        (folder / f"part-{i}.partial").replace(folder / file)
+    write_json(folder / "config.json", config)
+
+
+def _shards(arrays: Iterable[tuple[str, np.ndarray]], max_size: int) -> Iterable[dict[str, np.ndarray]]:
+    """Groups arrays, in their order, into dictionaries of at most `max_size` bytes."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays:
+        if shard and size + array.nbytes > max_size:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = np.ascontiguousarray(array).reshape(array.shape)  # the former makes a vector of a scalar
+        size += array.nbytes
+    yield shard
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """One JSON object, indented."""
+    file.write_text(json.dumps(values, indent=2) + "\n")

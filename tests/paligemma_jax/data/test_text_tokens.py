@@ -1,0 +1,83 @@
+"""Tokens of texts for SigLIP and CLIP, against transformers' tokenizers."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paligemma_jax.data.text_tokens import load_text_tokenizer
+from train_jax.errors import UserError
+
+GOLDEN = Path(__file__).parents[2] / "golden/text_tokenizers"
+CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "name, file", [("siglip", ""), ("clip", ""), ("siglip2", "tokenizer.model"), ("siglip2", "tokenizer.json")]
+)
+def test_tokens_equal_transformers(name, file):
+    case = CASES[name]
+    tokens, mask = load_text_tokenizer(GOLDEN / name / file, case["length"])(CASES["texts"])
+    np.testing.assert_array_equal(tokens, case["input_ids"])
+    assert tokens.dtype == np.int32
+    # SigLIP reads its padding; so do the released SigLIP 2 models, whose processor hands out no mask.
+    np.testing.assert_array_equal(mask, case["attention_mask"] if name == "clip" else np.ones_like(tokens, bool))
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip", "siglip2"])
+def test_the_end_stays_where_a_text_is_cut(name):
+    tokenizer = load_text_tokenizer(GOLDEN / name, 5)
+    tokens, _ = tokenizer(["the " * 30])
+    assert tokens.shape == (1, 5) and tokens[0, -1] == tokenizer.eos_id
+    assert (tokens[0, :-1] != tokenizer.eos_id).all()
+
+
+def test_lengths_of_the_released_models_unless_told():
+    assert load_text_tokenizer(GOLDEN / "siglip").length == 64
+    assert load_text_tokenizer(GOLDEN / "clip").length == 77
+    assert load_text_tokenizer(GOLDEN / "siglip", 16).length == 16
+
+
+def test_punctuation_of_siglip_is_kept_on_demand_and_cases_never():
+    plain, kept = (load_text_tokenizer(GOLDEN / "siglip", keep_punctuation=keep) for keep in (None, True))
+    assert plain.encode("A Red, cube!") == plain.encode("a red cube") != kept.encode("a red, cube!")
+    assert kept.encode("A Red") == kept.encode("a red")
+
+
+def test_the_tiny_models_words():
+    """Every word of CLEVR is one piece, also at the start of a sentence."""
+    tokens, mask = load_text_tokenizer("tiny", 8)(["The red cube", ""])
+    assert mask.all() and np.count_nonzero(tokens[0]) == 4  # three words, EOS
+    np.testing.assert_array_equal(tokens[1], [1, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_a_file_beside_an_npz_counts(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((GOLDEN / "siglip/spiece.model").read_bytes())
+    (tmp_path / "x.npz").touch()
+    assert load_text_tokenizer(tmp_path / "x.npz").pad_id == 1
+
+
+def test_mistakes_are_told(tmp_path, monkeypatch):
+    def refused(sentence, *arguments):
+        with pytest.raises(UserError, match=sentence):
+            load_text_tokenizer(*arguments)
+
+    refused("holds no spiece.model", tmp_path)
+    refused("expected 2 or more", GOLDEN / "siglip", 1)
+    (tmp_path / "spiece.model").write_bytes(b"no model")
+    refused("no SentencePiece model", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    refused("cannot be read as a tokenizer", tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="the text tower has 60 words but .* needs 67"):
+        load_text_tokenizer(GOLDEN / "siglip").fits(60)
+    real = importlib.import_module
+
+    def without(name, *rest):
+        if name == "tokenizers":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    refused(r"paligemma-jax\[clip\]", GOLDEN / "clip")

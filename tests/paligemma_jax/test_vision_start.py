@@ -1,0 +1,152 @@
+"""The vision tower of a SigLIP within a PaliGemma: `with_vision`, `init.vision`, and runs of dual encoders."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import paligemma_jax as pg
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.dual_variants import variant
+from paligemma_jax.models.text_encoder import TextConfig
+from paligemma_jax.models.vit import resample_positions
+from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
+from paligemma_jax.weights.digest import check_digest, vision_digest
+from tests.paligemma_jax.mini import MINI, task_of
+from train_jax import config as configs
+from train_jax import params
+from train_jax.checkpoints import Checkpoints
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def dual(make_random):
+    """A SigLIP with the vision tower of the mini PaliGemma, in sizes; read-only."""
+    text = TextConfig(31, 6, 16, 1, 24, 2)
+    config = pg.DualEncoderConfig(MINI.vision, text, MINI.vision.width, preprocessing=Preprocessing.siglip(24))
+    return make_random(nnx.eval_shape(lambda: pg.DualEncoder(config, rngs=nnx.Rngs(0))), seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(dual, tmp_path_factory):
+    place = tmp_path_factory.mktemp("dual") / "siglip"
+    save_hugging_face(dual, place)
+    return place
+
+
+def tower_of(model):
+    return {path: array for path, array in params.flatten(model).items() if path.startswith("vision/")}
+
+
+def assert_tower(model, expected):
+    ours, theirs = tower_of(model), tower_of(expected)
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path, strict=True)
+
+
+def refused(sentence, function, *arguments):
+    with pytest.raises(UserError, match=sentence):
+        function(*arguments)
+
+
+def test_from_every_format_and_nothing_else_changes(dual, folder, mini_folder, tmp_path):
+    save_big_vision(dual, tmp_path / "x.npz")
+    save_orbax(dual, tmp_path / "orbax")
+    before = params.flatten(pg.load(mini_folder))
+    for path in (folder, tmp_path / "x.npz", f"{tmp_path}/x.npz:img", tmp_path / "orbax"):
+        model = pg.with_vision(pg.load(mini_folder), path)
+        assert_tower(model, dual)
+        for name, array in params.flatten(model).items():
+            assert name.startswith("vision/") or np.array_equal(array, before[name]), name
+
+
+def test_features_are_those_of_the_tower(dual, folder, mini_folder):
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 24, 24, 3)), jnp.float32)
+    model = pg.with_vision(pg.load(mini_folder), folder)
+    np.testing.assert_allclose(model.vision(images)[0], dual.vision(images)[0], rtol=0, atol=1e-6)
+
+
+def test_the_tiny_siglip_drops_into_the_tiny_paligemma(tmp_path, make_random):
+    dual = make_random(nnx.eval_shape(lambda: pg.DualEncoder(variant("tiny"), rngs=nnx.Rngs(0))))
+    save_orbax(dual, tmp_path / "dual")
+    model = pg.with_vision(pg.load("tiny", "bfloat16", param_dtype="float32"), tmp_path / "dual")
+    assert_tower(model, dual)
+    assert model.config.vision.dtype == "bfloat16"
+
+
+def test_positions_are_resampled_for_another_image_size(dual, folder, mini_folder):
+    model = pg.with_vision(pg.load(mini_folder, image_size=36), folder)
+    expected = resample_positions(np.asarray(dual.vision.position_embedding[...]), 3, "bicubic")
+    np.testing.assert_array_equal(model.vision.position_embedding[...], expected)
+
+
+def test_what_does_not_fit_is_told_in_one_sentence(golden, mini_folder, folder):
+    model = pg.load(mini_folder)
+    refused(
+        "has patch_size 8 instead of 12, .*, expected that of the model", pg.with_vision, model, golden / "hf_siglip"
+    )
+    refused("class_token True instead of False", pg.with_vision, model, golden / "hf_clip")
+    refused("has no vision tower", pg.with_vision, model, f"{golden}/bigvision_paligemma/params.npz:llm")
+    refused("no model at", pg.with_vision, model, "nowhere")
+    refused("expected plain kernels", pg.with_vision, pg.quantize(model, "int8"), folder)
+
+
+def test_a_config_starts_from_it_and_its_workdir_notes_it(dual, folder, mini_options, tmp_path):
+    task = task_of(mini_options | {"init.vision": str(folder)})
+    assert_tower(task.init(), dual)
+    task.start(tmp_path)
+    sources = [task.config.model.path, None]
+    check_digest(tmp_path, *sources, folder)
+    refused(
+        "with the tower that was .* set init.vision to it", check_digest, tmp_path, *sources, task.config.model.path
+    )
+    refused(
+        "init.vision is .* beside model.quantize",
+        task_of,
+        mini_options | {"init.vision": str(folder), "model.quantize": "int8"},
+    )
+    refused("is no PaliGemma: give it as init.vision", task_of(mini_options | {"model.path": str(folder)}).init)
+
+
+class Contrastive:
+    """As little of a task as `pg.load` of a workdir needs: `init` returns the DualEncoder itself."""
+
+    harmless_keys = ()
+
+    def __init__(self, config, mesh):
+        self.config = config
+
+    @staticmethod
+    def defaults():
+        config = configs.ConfigDict()
+        config.model = configs.ConfigDict({"path": ""})
+        return config
+
+    def init(self):
+        return pg.load(self.config.model.path)
+
+    def trainable(self):
+        return r"text/.*|logit_.*"  # a locked image tower
+
+    def sharding_rules(self):
+        return ((r".*", ()),)
+
+
+def test_the_workdir_of_a_contrastive_run_is_a_dual_encoder(dual, folder, mini_folder, tmp_path):
+    config = configs.base_config(f"{__name__}:Contrastive")
+    config.model.path = str(folder)
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    graph, arrays = params.split(dual)
+    trained = {path: array + 1 for path, array in arrays.items() if path.startswith(("text/", "logit_"))}
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, trained, {}, {})
+    checkpoints.close()
+    model = pg.load(tmp_path)
+    assert isinstance(model, pg.DualEncoder)
+    for path, array in params.flatten(model).items():
+        np.testing.assert_array_equal(array, trained.get(path, arrays[path]), err_msg=path)
+    assert_tower(pg.with_vision(pg.load(mini_folder), tmp_path), dual)
+    assert vision_digest(tmp_path) == vision_digest(str(tmp_path)) != vision_digest(folder)
