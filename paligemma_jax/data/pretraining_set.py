@@ -30,23 +30,25 @@ def build(
     stream: str = "pretraining",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    num_objects: tuple[int, int] = (1, 10),
 ) -> Path:
     """Writes images.npy, patches.npy and scenes.jsonl into `folder`, unless they are there.
 
     Args:
-      num_scenes: with 1 to 10 objects each; few objects first teach what a thing is, many then teach to count.
+      num_scenes: of these pictures.
       size: pixels a side.
       grid: patches a side.
       stream: the split's name, which seeds the scenes: splits of different names share none.
       workers: processes; the result does not depend on them.
       progress: called with scenes done and scenes in all.
+      num_objects: fewest and most in a scene; few first teach what a thing is, many then teach to count.
     """
     if (folder / "scenes.jsonl").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, size, size, 3))
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, (num_scenes, grid**2, 4))
-    jobs = ((stream, index, size, grid) for index in range(num_scenes))
+    jobs = ((stream, index, size, grid, num_objects) for index in range(num_scenes))
     with multiprocessing.get_context("spawn").Pool(workers) as pool, open(folder / ".scenes.tmp", "w") as file:
         for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
             images[index], patches[index] = image, labels
@@ -59,10 +61,10 @@ def build(
     return folder
 
 
-def _make(job: tuple[str, int, int, int]):
+def _make(job: tuple[str, int, int, int, tuple[int, int]]):
     """One scene, its picture and its patch labels."""
-    stream, index, size, grid = job
-    scene = split_scene(0, stream, index, num_objects=(1, 10))
+    stream, index, size, grid, num_objects = job
+    scene = split_scene(0, stream, index, num_objects)
     return scene, render(scene, size, size), patch_labels(scene, size, grid)
 
 

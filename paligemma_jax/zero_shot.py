@@ -1,0 +1,90 @@
+"""Zero-shot classification and retrieval with a dual encoder. Axes: N images, C classes, E of an embedding."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from paligemma_jax.models.dual_encoder import DualEncoder, unit
+from train_jax.errors import UserError
+
+Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+
+
+def class_embeddings(
+    model: DualEncoder, tokenize: Tokenize, classes: Sequence[str], templates: Sequence[str] = ("{}",)
+) -> Float[np.ndarray, "C E"]:
+    """One unit vector a class: the mean of its prompts' embeddings (Radford et al. 2021, section 3.1.4).
+
+    Args:
+      model: a SigLIP or a CLIP.
+      tokenize: its `load_text_tokenizer(...)`.
+      classes: what stands for {} in the prompts.
+      templates: "a photo of a {}.", each with one {}.
+
+    Raises:
+      UserError: no class, or a template without {}.
+    """
+    wrong = [template for template in templates if template.count("{}") != 1]
+    if wrong or not templates or not classes:
+        raise UserError(
+            f"zero-shot classification has {len(classes)} classes and the template {(wrong or ['none'])[0]!r}, expected "
+            "one class at least, and templates with one {} each: change them."
+        )
+    prompts = [template.format(name) for name in classes for template in templates]
+    tokens, mask = tokenize(prompts)
+    embeddings, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
+    return np.asarray(unit(embeddings.reshape(len(classes), len(templates), -1).mean(1)))
+
+
+def zero_shot(
+    model: DualEncoder,
+    tokenize: Tokenize,
+    images: Float[np.ndarray, "N I I 3"],
+    classes: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+) -> Float[np.ndarray, "N C"]:
+    """Scores of every image for every class: cosines, the highest of which is the answer.
+
+    Args:
+      images: as `model.config.preprocessing` prepares them.
+
+    Other arguments and errors: `class_embeddings`.
+    """
+    texts = class_embeddings(model, tokenize, classes, templates)
+    return np.asarray(model.encode_image(jnp.asarray(images))[0]) @ texts.T
+
+
+def recall(similarity: Float[np.ndarray, "N C"], right: Int[np.ndarray, " N"], at: Sequence[int]) -> dict[int, float]:
+    """How often the right column is among the `k` most similar ones, for every `k` of `at`; ties count against it."""
+    own = similarity[np.arange(len(similarity)), right]
+    others = (similarity >= own[:, None]).sum(1) - 1  # at least as similar, itself left out
+    return {k: float((others < k).mean()) for k in at}
+
+
+def retrieval(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> Mapping[str, float]:
+    """R@1, 5 and 10 of N pairs, both ways."""
+    similarity, pairs = images @ texts.T, np.arange(len(images))
+    found = {}
+    for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        found |= {f"{name}_r{k}": value for k, value in recall(matrix, pairs, (1, 5, 10)).items()}
+    return found
+
+
+def embed(
+    model: DualEncoder, rows: Sequence[Mapping[str, np.ndarray]], batch_size: int = 64
+) -> tuple[Float[np.ndarray, "N E"], Float[np.ndarray, "N E"]]:
+    """Embeddings of rows with uint8 `image`, `tokens` and `mask`; the last batch is filled up, so one program does."""
+    step = jax.jit(
+        lambda model, row: model(model.config.preprocessing.normalize(row["image"]), row["tokens"], row["mask"])[:2]
+    )
+    images, texts = [], []
+    for start in range(0, len(rows), batch_size):
+        part = [rows[min(index, len(rows) - 1)] for index in range(start, start + batch_size)]
+        batch = {name: np.stack([row[name] for row in part]) for name in ("image", "tokens", "mask")}
+        zimg, ztxt = jax.device_get(step(model, batch))
+        images.append(zimg)
+        texts.append(ztxt)
+    return np.concatenate(images)[: len(rows)], np.concatenate(texts)[: len(rows)]
