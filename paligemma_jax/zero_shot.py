@@ -30,8 +30,8 @@ def class_embeddings(
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong or not templates or not classes:
         raise UserError(
-            f"zero-shot classification has {len(classes)} classes and the template {(wrong or ['none'])[0]!r}, expected "
-            "one class at least, and templates with one {} each: change them."
+            f"zero-shot classification has {len(classes)} classes and the template {(wrong or ['none'])[0]!r}, "
+            "expected one class at least, and templates with one {} each: change them."
         )
     prompts = [template.format(name) for name in classes for template in templates]
     tokens, mask = tokenize(prompts)
