@@ -9,6 +9,8 @@ import pytest
 
 from paligemma_jax.beam import beam_search
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 VOCAB, LENGTH, PROMPT, EOS = 4, 4, 2, 3
 TABLE = jax.random.normal(jax.random.key(0), (2, VOCAB**LENGTH, VOCAB)) * 1.5  # by row, and history as a number
 

@@ -12,6 +12,8 @@ from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
 from paligemma_jax.weights.load import load, stored_dtype
 from train_jax import command_line, params
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 PLACES = {"hugging_face": "hf", "big_vision": "model.npz", "orbax": "orbax"}
 SAVE = {"hugging_face": save_hugging_face, "big_vision": save_big_vision, "orbax": save_orbax}
 

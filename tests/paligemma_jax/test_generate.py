@@ -10,6 +10,8 @@ import pytest
 from paligemma_jax.generate import generate
 from train_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 STEPS = 12
 
 

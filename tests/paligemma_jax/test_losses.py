@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_log_probs, token_scores
 from train_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 VOCABULARY = 257_152  # PaliGemma's
 
 

@@ -23,6 +23,8 @@ from train_jax.adamw_8bit import (
 )
 from train_jax.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/bnb_quant/adamw_8bit.npz")
 RATE, DECAY, EPS = (float(GOLDEN[f"adamw8/hp_{name}"]) for name in ("lr", "weight_decay", "eps"))
 B1, B2 = GOLDEN["adamw8/hp_betas"].tolist()

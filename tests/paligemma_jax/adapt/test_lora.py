@@ -29,6 +29,8 @@ from train_jax import params
 from train_jax.errors import UserError
 from train_jax.optimizers import Schedule, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 PEFT_QO = r".*/(q_proj|o_proj)"  # what peft's ["q_proj", "o_proj"] reaches: the tower's q_proj too
 SEVEN = "(q|k|v|o|gate|up|down)_proj"
 PEFT_KEY = re.compile(

@@ -11,6 +11,8 @@ from paligemma_jax.adapt.quantize import quantize_array, quantized_shapes
 from paligemma_jax.adapt.quantized_kernel import QuantizedKernel, make_codec
 from paligemma_jax.models.layers import Projection
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 KINDS = [("nf4", 64, False), ("nf4", 128, True), ("int8", 64, False), ("int4", 64, False)]
 
 

@@ -16,6 +16,8 @@ from paligemma_jax.models.layers import prefix_mask
 from paligemma_jax.models.paligemma import positions_of
 from train_jax import params
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 STEPS = 12
 
 

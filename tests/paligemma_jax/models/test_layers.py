@@ -10,6 +10,8 @@ from paligemma_jax.models import layers
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from train_jax import params
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def normal(seed, *shape, scale=1.0):
     return scale * jax.random.normal(jax.random.key(seed), shape)

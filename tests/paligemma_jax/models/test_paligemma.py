@@ -10,6 +10,8 @@ from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of, 
 from paligemma_jax.tasks.common import SHARDING_RULES
 from train_jax import params, sharding
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 @pytest.fixture(scope="module")
 def forward(small_model):

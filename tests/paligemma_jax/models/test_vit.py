@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions, sincos_2d
 from train_jax import params
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 
 def table(grid, width=3, seed=0):
     return np.random.default_rng(seed).standard_normal((grid**2, width)).astype(np.float32)

@@ -16,6 +16,8 @@ from paligemma_jax.weights.load import load
 from train_jax import params
 from train_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 BLOCK = "img/Transformer/encoderblock"
 
 

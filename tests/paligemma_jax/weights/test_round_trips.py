@@ -17,6 +17,8 @@ from paligemma_jax.weights.load import load
 from train_jax import params
 from train_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 FORMATS = {"hf": save_hugging_face, "x.npz": save_big_vision, "orbax": save_orbax}
 GOLDENS = ("hf_paligemma", "hf_paligemma2", "bigvision_paligemma/params.npz")
 
