@@ -13,6 +13,7 @@ from paligemma_jax import loading
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions
+from paligemma_jax.weights.load import placed
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -42,13 +43,15 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
     big_vision = str(path).endswith(":img") or (preprocessing is not None and preprocessing.source == "big_vision")
     arrays = _fitted(params.flatten(tower), model.config.vision, "bilinear" if big_vision else "bicubic")
     old = params.flatten(model)
-    missing = sorted(f"vision/{name}" for name in arrays if f"vision/{name}" not in old)
+    new = {f"vision/{name}": np.asarray(array) for name, array in arrays.items()}
+    missing = sorted(new.keys() - old.keys())
     if missing:
         raise UserError(
-            f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise later."
+            f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise it after that."
         )
-    placed = {name: jax.device_put(array, old[name].sharding) for name, array in _named(arrays, old).items()}
-    return params.assign(model, placed)
+    return params.assign(
+        model, {name: placed(array.astype(old[name].dtype), old[name].sharding) for name, array in new.items()}
+    )
 
 
 def _check(found: ViTConfig, expected: ViTConfig, path: str | Path) -> None:
@@ -66,8 +69,3 @@ def _fitted(arrays: Mapping[str, jax.Array], config: ViTConfig, method: str) -> 
     positions = np.asarray(arrays[POSITIONS])
     first, patches = np.split(positions, [int(config.class_token)])
     return dict(arrays) | {POSITIONS: np.concatenate([first, resample_positions(patches, config.grid, method)])}
-
-
-def _named(arrays: Mapping[str, np.ndarray | jax.Array], old: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """By our paths in the whole model, in its dtypes."""
-    return {f"vision/{name}": np.asarray(array).astype(old[f"vision/{name}"].dtype) for name, array in arrays.items()}

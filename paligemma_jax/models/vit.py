@@ -119,7 +119,7 @@ def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "S D"]
         return sincos_2d(config.grid, config.width)
     if config.posemb == "learn":
         return jax.random.normal(rngs.params(), (config.num_tokens, config.width)) * config.width**-0.5
-    raise ValueError(f"posemb is {config.posemb!r}, expected 'learn', or without a class token 'sincos2d'.")
+    raise ValueError(f"posemb is {config.posemb!r}, expected 'learn' or 'sincos2d' (not with a class token).")
 
 
 def sincos_2d(grid: int, width: int, temperature: float = 10_000.0) -> Float[Array, "P D"]:

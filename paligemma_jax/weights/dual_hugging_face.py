@@ -80,7 +80,8 @@ def _norm(ours: str, theirs: str) -> list[Row]:
 
 def is_dual_encoder(folder: Path) -> bool:
     """Whether a folder's config.json is of a SigLIP or a CLIP, a NaFlex one among them, which `open_folder` refuses."""
-    return read_json(folder / "config.json").get("model_type") in (*FAMILIES, NAFLEX)
+    file = folder / "config.json"
+    return file.exists() and read_json(file).get("model_type") in (*FAMILIES, NAFLEX)
 
 
 def open_folder(folder: Path) -> Checkpoint:

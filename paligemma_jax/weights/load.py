@@ -96,7 +96,7 @@ def load(
     arrays = {}
     for name, array in read_rows(checkpoint.rows, checkpoint.source, shapes, jnp.dtype(both["param_dtype"]), transform):
         array = _fitted(name, array, stored, config)
-        arrays[name] = _placed(array, shardings(name, array) if shardings else None)
+        arrays[name] = placed(array, shardings(name, array) if shardings else None)
     return params.assign(model, arrays)
 
 
@@ -163,7 +163,7 @@ def _fitted(path: str, array: np.ndarray, stored: Config, config: Config) -> np.
     return array
 
 
-def _placed(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def placed(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """The array on its devices; on a CPU nothing is copied where it can be adopted."""
     if sharding is not None and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -236,8 +236,8 @@ def test_the_question_only_companion(mini_options, task):
 
 def test_weights_go_straight_into_their_shardings(mini_options, monkeypatch):
     """No leaf lies whole on one device on its way."""
-    placed, real = [], load_module._placed
-    monkeypatch.setattr(load_module, "_placed", lambda array, place: placed.append(place) or real(array, place))
+    placed, real = [], load_module.placed
+    monkeypatch.setattr(load_module, "placed", lambda array, place: placed.append(place) or real(array, place))
     task = task_of(mini_options | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "adapter.name": "none"})
     arrays = params.flatten(task.base())
     expected, _ = sharding.shardings(task.mesh, task.sharding_rules(), arrays)
