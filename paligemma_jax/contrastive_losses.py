@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.contrastive_gradients import Gradients, Wanted
 from paligemma_jax.contrastive_pairs import sides_of
-from paligemma_jax.contrastive_ring import Ring
+from paligemma_jax.contrastive_ring import Ring, ring_of
 from paligemma_jax.contrastive_scores import sigmoid_on_device, softmax_on_device
 from train_jax.errors import UserError
 
@@ -96,18 +96,18 @@ def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Setti
     axes = (axis,) if isinstance(axis, str) else axis
     if mesh is not None and (missing := [name for name in axes if name not in mesh.shape]):
         raise UserError(f"the loss has axis {', '.join(missing)}, expected some of {', '.join(mesh.shape)}: change it.")
-    size = 1
-    for name in axes if mesh is not None else ():
-        size *= mesh.shape[name]
+    ring = Ring() if mesh is None else ring_of(mesh, axes)
     images, texts = zimg.shape[0], ztxt.shape[0]
     if images == 0 or texts == 0 or texts % images:
         raise UserError(f"the loss has {texts} texts of {images} images, expected a multiple: change the batch.")
-    if images % size:
-        raise UserError(f"the loss has {images} images on {size} devices, expected a multiple: change the batch size.")
+    if images % ring.size:
+        raise UserError(
+            f"the loss has {images} images on {ring.size} devices, expected a multiple: change the batch size."
+        )
     chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise UserError(f"the loss has chunk_size={chunk_size}, expected 1 or more: change it.")
-    return _Settings(on_device, mesh, Ring(axes, size) if size > 1 else Ring(), chunk_size)
+    return _Settings(on_device, mesh, ring, chunk_size)
 
 
 # ---- value and gradient ---------------------------------------------------------------------------------------------

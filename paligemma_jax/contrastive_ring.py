@@ -6,19 +6,31 @@ gradient of its texts, travels behind the block and is home when it has been eve
 computation of the hop, nor does that wait for them, so they overlap.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 
 class Ring(NamedTuple):
-    """The devices along some axes of a mesh; one device alone has no axes. Used within `shard_map`."""
+    """The devices along some axes of a mesh; one device alone has no axes. Used within `shard_map`.
+
+    Attributes:
+      axes: the last one runs fastest.
+      size: devices.
+      mesh_axes: the same in the order of the mesh, the only one in which JAX sends.
+      links: (from, to) pairs of device numbers along `mesh_axes`: everyone to the one before.
+    """
 
     axes: tuple[str, ...] = ()
     size: int = 1
+    mesh_axes: tuple[str, ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
 
     def position(self) -> jax.Array | int:
         """Number of this device, the last axis running fastest, as in `PartitionSpec(axes)`."""
@@ -30,7 +42,18 @@ class Ring(NamedTuple):
 
     def shift(self, tree):
         """Passes arrays on to the device before this one."""
-        return lax.ppermute(tree, self.axes, [(i, (i - 1) % self.size) for i in range(self.size)])
+        return lax.ppermute(tree, self.mesh_axes, self.links)
+
+
+def ring_of(mesh: Mesh, axes: tuple[str, ...]) -> Ring:
+    """The ring of a mesh along `axes`, in whatever order they are given."""
+    order = sorted(range(len(axes)), key=lambda index: mesh.axis_names.index(axes[index]))
+    sizes = [mesh.shape[name] for name in axes]
+    size = math.prod(sizes)
+    # Of the device at each position of the ring, its number along the mesh's order.
+    numbers = np.argsort(np.arange(size).reshape(sizes).transpose(order).ravel()).tolist()
+    links = tuple((numbers[position], numbers[position - 1]) for position in range(size))
+    return Ring(axes, size, tuple(axes[index] for index in order), links) if size > 1 else Ring()
 
 
 def fold_ring(ring: Ring, visit: Callable, merge: Callable, kept, block):
