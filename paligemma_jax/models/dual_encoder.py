@@ -98,7 +98,7 @@ class DualEncoder(nnx.Module):
 
         Args:
           images: float32 as `config.preprocessing` prepares them.
-          tokens: ids as the model's tokenizer pads them (data/text_tokenizer.py).
+          tokens: ids as the model's tokenizer pads them (data/text_tokens.py).
           mask: true on real tokens, for CLIP; None reads everything, as SigLIP does.
           dropout_keys: one key a pair switches adapter dropout on (training); None is deterministic.
 

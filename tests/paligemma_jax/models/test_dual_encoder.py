@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from paligemma_jax.contrastive_losses import sigmoid_loss, softmax_loss
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
 from paligemma_jax.models.encoder import quick_gelu
 from paligemma_jax.models.text_encoder import TextConfig
@@ -92,6 +93,8 @@ def test_siglip_equals_transformers(siglip):
     close(out["vision/encoded"], case["image_last_hidden"], HIRES)
     close(out["image_features"], case["image_pooled"], HIRES)
     close(out["text_features"], case["text_pooled"], HIRES)
+    loss = sigmoid_loss(images, texts, model.logit_scale[...], model.logit_bias[...])
+    np.testing.assert_allclose(loss, case["loss"], rtol=2e-5)
 
 
 def test_siglip_with_padding_masked_equals_transformers(siglip):
@@ -111,6 +114,7 @@ def test_clip_equals_transformers(clip):
     real = case["attention_mask"] == 1
     close(np.asarray(out["text/encoded"])[real], case["text_last_hidden"][real], HIRES)
     assert model.logit_bias is None
+    np.testing.assert_allclose(softmax_loss(images, texts, model.logit_scale[...]), case["loss"], rtol=2e-5)
 
 
 def test_clip_reads_the_same_with_and_without_its_mask(clip):
@@ -153,7 +157,6 @@ def test_stacked_layers_are_the_same_model(golden, big_vision):
 
 
 def test_gradients_of_the_sigmoid_loss_equal_big_visions(big_vision):
-    """The loss written out: -log sigmoid of +-logits, summed over texts, mean over images."""
     case, model, _ = big_vision
     images, tokens = jnp.asarray(case["image"]), jnp.asarray(case["text"], jnp.int32)
     graph, arrays = params.split(model)
@@ -162,8 +165,7 @@ def test_gradients_of_the_sigmoid_loss_equal_big_visions(big_vision):
     @jax.value_and_grad
     def loss(arrays):
         model = params.merge(graph, arrays)
-        logits = model.logits(*model(images, tokens)[:2])
-        return -jax.nn.log_sigmoid(logits * (2 * jnp.eye(len(images)) - 1)).sum(1).mean()
+        return sigmoid_loss(*model(images, tokens)[:2], model.logit_scale[...], model.logit_bias[...])
 
     value, grads = loss(arrays)
     close(value, case["sigmoid_loss"], 1.4e-5)
