@@ -23,6 +23,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.tasks import common, contrastive_report
 from paligemma_jax.vision_start import with_vision
+from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params, patterns
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
@@ -180,6 +181,11 @@ class Contrastive:
         return loss * len(zimg), metrics
 
     # Evaluation.
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`."""
+        workdir.mkdir(parents=True, exist_ok=True)
+        copy_text_tokenizer(self.config.tokenizer, workdir, self.config.data.text_length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:
         return contrastive_report.measure(model, self.tokenizer, self.held_out(), self.single_objects())

@@ -1,0 +1,90 @@
+"""Zero-shot classification and retrieval, against what is worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from paligemma_jax import zero_shot
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.text_encoder import TextConfig
+from paligemma_jax.models.vit import ViTConfig
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+SIZES = dict(width=16, depth=1, mlp_dim=24, num_heads=2)
+CONFIG = DualEncoderConfig(
+    ViTConfig(12, 4, **SIZES), TextConfig(31, 6, **SIZES), embed_dim=16, preprocessing=Preprocessing.siglip(12)
+)
+TEMPLATES = ("a {}", "one object: a {}", "{}")
+
+
+@pytest.fixture(scope="module")
+def model(make_random):
+    return make_random(nnx.eval_shape(lambda: DualEncoder(CONFIG, rngs=nnx.Rngs(0))))
+
+
+def tokenize(texts):
+    """Letters as tokens; everything may be read."""
+    tokens = np.array([[ord(letter) % 31 for letter in text.ljust(6)[-6:]] for text in texts], np.int32)
+    return tokens, np.ones(tokens.shape, bool)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_a_class_is_the_mean_of_its_prompts(model):
+    found = zero_shot.class_embeddings(model, tokenize, ("cube", "ball"), TEMPLATES)
+    for row, name in zip(found, ("cube", "ball"), strict=True):
+        tokens, mask = tokenize([template.format(name) for template in TEMPLATES])
+        prompts = np.asarray(model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))[0])
+        np.testing.assert_allclose(row, unit(prompts.mean(0)[None])[0], atol=1e-5)
+
+
+def test_scores_are_cosines_of_images_and_classes(model):
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 12, 12, 3)).astype(np.float32)
+    scores = zero_shot.zero_shot(model, tokenize, images, ("cube", "ball"), TEMPLATES)
+    embeds = np.asarray(model.encode_image(jnp.asarray(images))[0])
+    classes = zero_shot.class_embeddings(model, tokenize, ("cube", "ball"), TEMPLATES)
+    np.testing.assert_allclose(scores, embeds @ classes.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates", "found"),
+    [((), ("{}",), "0 classes"), (("cube",), ("a cube",), "'a cube'"), (("cube",), (), "'none'")],
+)
+def test_what_cannot_be_classified(model, classes, templates, found):
+    with pytest.raises(UserError, match=found):
+        zero_shot.class_embeddings(model, tokenize, classes, templates)
+
+
+def test_recall_of_ranks_known():
+    """The right column is first, second and third; in the last row it ties with two others, which counts against it."""
+    similarity = np.array([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [1, 1, 0, 1]])
+    assert zero_shot.recall(similarity, np.array([0, 1, 2, 0]), (1, 2, 3)) == {1: 0.25, 2: 0.5, 3: 1.0}
+
+
+def test_retrieval_both_ways():
+    """Image 0 finds text 0, image 1 finds text 0 as well; of the texts, both find image 1."""
+    images, texts = np.array([[1.0, 0], [2, 1]]), np.array([[1.0, 0], [0, 0.5]])
+    found = zero_shot.retrieval(images, texts)
+    assert found["image_to_text_r1"] == 0.5 and found["text_to_image_r1"] == 0.5
+    assert found["image_to_text_r5"] == found["text_to_image_r10"] == 1.0
+
+
+def test_rows_are_embedded_as_one_by_one(model):
+    rng = np.random.default_rng(1)
+    tokens, mask = tokenize(["red", "blue", "green", "gray", "cyan"])
+    rows = [
+        {"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "tokens": tokens[i], "mask": mask[i]} for i in range(5)
+    ]
+    images, texts = zero_shot.embed(model, rows, batch_size=2)
+    assert images.shape == texts.shape == (5, 16)
+    for i, row in enumerate(rows):
+        pixels = CONFIG.preprocessing.normalize(jnp.asarray(row["image"][None]))
+        zimg, ztxt, _ = model(pixels, jnp.asarray(tokens[i : i + 1]), jnp.asarray(mask[i : i + 1]))
+        np.testing.assert_allclose(images[i], zimg[0], atol=1e-5)
+        np.testing.assert_allclose(texts[i], ztxt[0], atol=1e-5)
