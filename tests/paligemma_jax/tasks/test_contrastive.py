@@ -112,8 +112,10 @@ def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
     np.testing.assert_allclose(value, 8 * direct, rtol=1e-5)
     np.testing.assert_allclose(again, value, rtol=1e-5)
     assert grads.keys() == others.keys()
+    rounding = 4e-7 * max(np.abs(grad).max() for grad in grads.values())  # sums of float32 that cancel
     for path, grad in grads.items():
-        np.testing.assert_allclose(others[path], grad, rtol=0, atol=1e-5 * np.abs(grad).max() + 1e-6, err_msg=path)
+        atol = 1e-5 * np.abs(grad).max() + rounding
+        np.testing.assert_allclose(others[path], grad, rtol=0, atol=atol, err_msg=path)
         assert np.abs(grad).max() > 0 or path == "text/layers/self_attn/k_proj/bias", path
 
 
