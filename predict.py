@@ -5,6 +5,10 @@
 run's model gets it in the template it was trained on (data.prompt). --config.KEY=VALUE changes a key of the run's
 config, such as --config.compute_dtype=bfloat16. A tokenizer that does not lie beside the model is named by --tokenizer.
 Every answer is one line; a newline inside one is written \\n.
+
+A SigLIP or a CLIP classifies: python predict.py --model=DIR --image=x.png --class=cat --class=dog. Every image is one
+line with the likelihood of each class; --template="a photo of a {}." (several make an ensemble) says how classes are
+written.
 """
 
 from absl import flags
@@ -27,6 +31,8 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("checkpoint", "best", "of the run: best, latest or a step", **options)
     flags.DEFINE_multi_string("image", [], "image file", **options)
     flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
+    flags.DEFINE_multi_string("class", [], "of a SigLIP or CLIP: what an image may show", **options)
+    flags.DEFINE_multi_string("template", [], "prompt with {} for the class; {} alone if absent", **options)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens to generate, at most", **options)
     flags.DEFINE_string("sampler", "greedy", "greedy, temperature, top_k, nucleus or beam", **options)
     flags.DEFINE_float("temperature", None, "of samplers temperature, top_k and nucleus", **options)
@@ -49,6 +55,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
         print(f"{__doc__.strip()}\n\nFlags:\n{values.get_help()}")
+        return
+    if values["class"].value:
+        _classify(values, rest)
         return
     from paligemma_jax.loading import run_config  # slow to import: after mistakes in the flags have been told
     from paligemma_jax.predict import predict
@@ -73,6 +82,29 @@ def main(argv: list[str]) -> None:
     )
     for image, prompt, answer in answers:
         print(f"{image}  {prompt}  ->  {answer}".translate(ESCAPES))
+
+
+def _classify(values: flags.FlagValues, rest: list[str]) -> None:
+    """Prints the likelihood of every class, one line an image."""
+    if values.prompt or rest:
+        raise UserError(f"found {(values.prompt + rest)[0]!r} beside --class, which goes without: leave one out.")
+    if (values.workdir is None) == (values.model is None):
+        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    from paligemma_jax.classify import classify
+
+    classes = values["class"].value
+    scores = classify(
+        values.image,
+        classes,
+        values.template or ("{}",),
+        model=values.workdir or values.model,
+        tokenizer=values.tokenizer,
+        dtype=values.dtype or "float32",
+        checkpoint=values.checkpoint,
+    )
+    for image, row in zip(values.image, scores, strict=True):
+        likely = "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, row, strict=True))
+        print(f"{image}  {likely}".translate(ESCAPES))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def predict(
         loaded = load_run(workdir, config, checkpoint)
     words, prepare = load_tokenizer(tokenizer or workdir or model), loaded.config.preprocessing
     words.fits(loaded.config.decoder.vocab_size)
-    pixels = {image: _pixels(image, prepare) for image in dict.fromkeys(images)}
+    pixels = {image: read_pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
     longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
     rows = [make_example(words, prefix, None, longest) for prefix in prefixes]
@@ -93,7 +93,7 @@ def predict(
     return list(zip(images, texts, answers, strict=True))
 
 
-def _pixels(file: str, prepare: Preprocessing) -> np.ndarray:
+def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
     """An image file as the model takes it, float32 [I, I, 3]."""
     try:
         return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))

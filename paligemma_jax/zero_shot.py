@@ -1,11 +1,12 @@
 """Zero-shot classification and retrieval with a dual encoder. Axes: N images, C classes, E of an embedding."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.errors import UserError
@@ -71,6 +72,28 @@ def retrieval(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"])
     for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         found |= {f"{name}_r{k}": value for k, value in recall(matrix, pairs, (1, 5, 10)).items()}
     return found
+
+
+class Calibration(NamedTuple):
+    """Pairs in bins of equal width of their likelihood: its mean, the share of true ones (NaN if empty), the number."""
+
+    likely: Float[np.ndarray, " K"]
+    true: Float[np.ndarray, " K"]
+    count: Int[np.ndarray, " K"]
+
+
+def calibration(likely: Float[np.ndarray, " N"], true: Bool[np.ndarray, " N"], bins: int = 10) -> Calibration:
+    """Likelihoods against what came true, in `bins` bins between 0 and 1 (Guo et al. 2017, section 2)."""
+    place = np.minimum((likely * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean, share = (np.bincount(place, values, minlength=bins) / count for values in (likely, true))
+    return Calibration(mean, share, count)
+
+
+def calibration_error(bins: Calibration) -> float:
+    """The expected calibration error: the mean over pairs of the bins' gaps (Guo et al. 2017, equation 3)."""
+    return float(np.nansum(bins.count * np.abs(bins.likely - bins.true)) / bins.count.sum())
 
 
 def embed(

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax import zero_shot
 from paligemma_jax.data.captioned import CaptionedScenes
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.captions import NUMBERS
 from paligemma_jax.data.text_tokens import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
 
@@ -18,7 +21,8 @@ TEMPLATES = {
     "material": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
     "size": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
 }
-ZERO_SHOT = tuple(f"zero_shot_{name}" for name in TEMPLATES)
+COUNT_TEMPLATES = ("{}", "{}: a cube", "{}: a sphere and a cylinder")  # of pictures with several objects
+ZERO_SHOT = (*(f"zero_shot_{name}" for name in TEMPLATES), "zero_shot_count")
 
 
 def measure(
@@ -33,20 +37,59 @@ def measure(
         scores = embedded @ zero_shot.class_embeddings(model, tokenizer, values, templates).T
         right = np.array([values.index(scene["objects"][0][name]) for scene in objects.scenes])
         found[f"zero_shot_{name}"] = float((scores.argmax(1) == right).mean())
+    counts = np.array([len(scene["objects"]) for scene in pairs.scenes])
+    values = [_count(number) for number in range(1, counts.max() + 1)]
+    scores = images @ zero_shot.class_embeddings(model, tokenizer, values, COUNT_TEMPLATES).T
+    found["zero_shot_count"] = float((scores.argmax(1) + 1 == counts).mean())
     return found
+
+
+def _count(number: int) -> str:
+    """As captions count."""
+    return f"{NUMBERS[number]} object{'s' if number > 1 else ''}"
 
 
 def report(
     model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, objects: CaptionedScenes, workdir: Path
 ) -> dict[str, Any]:
-    """`measure`, and in `workdir` similarity.png and neighbours.png."""
+    """`measure`, and in `workdir` similarity.png and neighbours.png.
+
+    Of a model with a bias (SigLIP) also `calibration_error`, how far its likelihoods are from how often they come true
+    among all pairs of a picture and a text, and calibration.png.
+    """
     number = min(12, len(pairs))
     images, texts = zero_shot.embed(model, [pairs[index] for index in range(len(pairs))])
     save_similarity(
         images[:number] @ texts[:number].T, [pairs.text(index) for index in range(number)], workdir / "similarity.png"
     )
     save_neighbours(images @ texts.T, pairs, workdir / "neighbours.png")
-    return measure(model, tokenizer, pairs, objects)
+    found = measure(model, tokenizer, pairs, objects)
+    if model.logit_bias is not None:
+        likely = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
+        # A caption may be true of other pictures too; of those with the very same one it is.
+        own = np.array([pairs.text(index) for index in range(len(pairs))])
+        bins = zero_shot.calibration(likely.ravel(), (own[:, None] == own[None]).ravel())
+        found["calibration_error"] = zero_shot.calibration_error(bins)
+        save_calibration(bins, workdir / "calibration.png")
+    return found
+
+
+def save_calibration(bins: zero_shot.Calibration, file: Path) -> None:
+    """How often pairs are true against how likely the model finds them, and how many pairs there are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = bins.count > 0
+    above.plot([0, 1], [0, 1], color="gray", linestyle=":", label="calibrated")
+    above.plot(bins.likely[filled], bins.true[filled], marker="o", label="model")
+    above.set(ylabel="share of true pairs", xlim=(0, 1), ylim=(0, 1))
+    above.legend()
+    below.bar((np.arange(len(bins.count)) + 0.5) / len(bins.count), bins.count, 0.9 / len(bins.count))
+    below.set(xlabel="likelihood, sigmoid of the logit", ylabel="pairs", yscale="log")
+    figure.savefig(file, dpi=100)
 
 
 def save_similarity(cosines: np.ndarray, captions: list[str], file: Path) -> None:

@@ -88,3 +88,16 @@ def test_rows_are_embedded_as_one_by_one(model):
         zimg, ztxt, _ = model(pixels, jnp.asarray(tokens[i : i + 1]), jnp.asarray(mask[i : i + 1]))
         np.testing.assert_allclose(images[i], zimg[0], atol=1e-5)
         np.testing.assert_allclose(texts[i], ztxt[0], atol=1e-5)
+
+
+def test_calibration_worked_out():
+    """Two bins: of .1 and .3 one in two is true, of .9 and 1 all."""
+    bins = zero_shot.calibration(np.array([0.1, 0.3, 0.9, 1.0]), np.array([False, True, True, True]), 2)
+    np.testing.assert_allclose(bins.likely, [0.2, 0.95])
+    assert bins.true.tolist() == [0.5, 1.0] and bins.count.tolist() == [2, 2]
+    assert zero_shot.calibration_error(bins) == pytest.approx((0.3 * 2 + 0.05 * 2) / 4)
+
+
+def test_empty_bins_add_nothing():
+    bins = zero_shot.calibration(np.array([0.05, 0.95]), np.array([False, True]), 10)
+    assert np.isnan(bins.true[5]) and zero_shot.calibration_error(bins) == pytest.approx(0.05)

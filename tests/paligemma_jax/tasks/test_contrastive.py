@@ -78,7 +78,9 @@ def test_a_run_measures_and_draws(run):
     results = json.loads((run / "eval.json").read_text())
     assert set(Contrastive.validation_metrics) <= results.keys()
     assert all(0 <= results[name] <= 1 for name in Contrastive.validation_metrics)
-    assert (run / "similarity.png").read_bytes()[:4] == (run / "neighbours.png").read_bytes()[:4] == b"\x89PNG"
+    assert 0 <= results["calibration_error"] <= 1
+    for name in ("similarity", "neighbours", "calibration"):
+        assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_is_a_model_with_a_tokenizer(run, options):
