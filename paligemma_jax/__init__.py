@@ -5,7 +5,7 @@ model = pg.load("tiny")
 tokens = pg.generate(model, images, prompt_tokens)
 """
 
-from paligemma_jax import losses, metrics, weights
+from paligemma_jax import losses, metrics, weights, zero_shot
 from paligemma_jax.adapt import nf4
 from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
 from paligemma_jax.adapt.quantize import dequantize, quantize
@@ -47,4 +47,5 @@ __all__ = [
     "metrics",
     "nf4",
     "weights",
+    "zero_shot",
 ]
