@@ -5,7 +5,7 @@
 The tiny model starts from the vision tower of the tiny PaliGemma that ships with the package
 (`--config.init.vision=None` starts from nothing, and takes longer). The workdir gets retrieval and zero-shot scores,
 similarity.png (captions against images) and neighbours.png (what is found for a caption). `:clip` trains with the
-softmax loss, `:smoke` for seconds.
+softmax loss, `:smoke` and `:clip,smoke` for seconds.
 """
 
 from ml_collections import ConfigDict

@@ -11,9 +11,11 @@ import paligemma_jax as pg
 import predict as predict_script
 from paligemma_jax import classify as module
 from paligemma_jax import zero_shot
-from paligemma_jax.classify import accuracies, class_folders, classify
+from paligemma_jax.classify import classify
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.dual_variants import variant
+from paligemma_jax.tasks import classify_folders
+from paligemma_jax.tasks.classify_folders import accuracies, class_folders
 from train_jax import command_line
 from train_jax.errors import UserError
 
@@ -89,7 +91,7 @@ def test_accuracies_worked_out():
 
 
 def test_the_command_measures_a_folder(folder, pictures, capsys):
-    command_line.run(module.main, ["classify", str(folder), str(pictures), "--template=a {}"])
+    command_line.run(classify_folders.main, ["classify", str(folder), str(pictures), "--template=a {}"])
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.strip().splitlines() if ":" not in line)
     files = class_folders(pictures)
     scores = classify([f for group in files.values() for f in group], list(files), ("a {}",), model=folder)
