@@ -137,7 +137,7 @@ METHODS = {
     "lora": {},
     "dora": {"adapter.dora": True},
     "bottleneck": {"adapter.name": "bottleneck"},
-    "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-2},
+    "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-1},
     "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1e-1},
     "bitfit": {"adapter.name": "bitfit", "optimizer.learning_rate": 1e-2, "cache_features": False},
     "diff_pruning": {
