@@ -138,7 +138,7 @@ METHODS = {
     "dora": {"adapter.dora": True},
     "bottleneck": {"adapter.name": "bottleneck"},
     "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-1},
-    "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1e-1},
+    "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1.0},
     "bitfit": {"adapter.name": "bitfit", "optimizer.learning_rate": 1e-2, "cache_features": False},
     "diff_pruning": {
         "adapter.name": "diff_pruning",

@@ -1,5 +1,6 @@
 """What a contrastive run measures: retrieval, zero-shot classification of single objects, and pictures of both."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,15 @@ def save_neighbours(cosines: np.ndarray, pairs: CaptionedScenes, file: Path, que
     from matplotlib.figure import Figure
 
     queries, shown = min(queries, len(pairs)), min(shown, len(pairs))
-    figure = Figure(figsize=(2 * shown, 2.4 * queries), layout="constrained")
+    figure = Figure(figsize=(1.6 * shown, 1.9 * queries), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(queries, shown, squeeze=False)
-    for query, row in enumerate(axes):
-        for axis, index in zip(row, np.argsort(-cosines[:, query], kind="stable")[:shown], strict=True):
+    for query, part in enumerate(figure.subfigures(queries, 1, squeeze=False)[:, 0]):
+        part.suptitle(textwrap.fill(pairs.text(query), 90), x=0.01, ha="left", fontsize=8, parse_math=False)
+        best = np.argsort(-cosines[:, query], kind="stable")[:shown]
+        for axis, index in zip(part.subplots(1, shown, squeeze=False)[0], best, strict=True):
             axis.imshow(pairs.image(int(index)))
             axis.set(xticks=[], yticks=[])
             if index == query:
                 for side in axis.spines.values():
                     side.set(color="green", linewidth=4)
-        row[0].set_title(pairs.text(query), fontsize=8, loc="left", parse_math=False)
     figure.savefig(file, dpi=100)
