@@ -139,24 +139,19 @@ def _is_adapted(model: PaliGemma | DualEncoder) -> bool:
     return any(module.lora_a is not None for module in projections(model).values())
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line of `convert`."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("format", None, ", ".join(CHOICES), flag_values=values)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the source has it", flag_values=values)
     flags.DEFINE_string("quantize", None, "nf4, int8 or int4, of orbax", flag_values=values)
     flags.DEFINE_string("push", None, "owner/name on the Hugging Face Hub", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    try:
-        places = values(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error}: correct the flag") from None
-    if values.help:
-        print(__doc__)
-        return
-    if len(places) != 2 or values.format is None:
-        raise UserError(f"found {' '.join(places) or 'nothing'}, expected SRC DST --format={'|'.join(CHOICES)}.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line of `convert`."""
+    expected = f"SRC DST --format={'|'.join(CHOICES)}"
+    places, values = command_line.parse(argv, __doc__, _flags, expected)
+    if values.format is None:
+        raise UserError(f"found no --format, expected {expected}")
     place = convert(*places, values.format, values.dtype, values.quantize)
     print(f"wrote {place}")
     if values.push:

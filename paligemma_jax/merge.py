@@ -56,23 +56,15 @@ def merge(
     return place, gap
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line of `merge`."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("adapter", None, "a folder as peft saves it", flag_values=values)
     flags.DEFINE_string("format", None, ", ".join(FORMATS), flag_values=values)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; as the base has it", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    try:
-        places = values(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error}: correct the flag") from None
-    if values.help:
-        print(__doc__)
-        return
-    if len(places) != 2:
-        raise UserError(f"found {' '.join(places) or 'nothing'}, expected RUN_OR_BASE [--adapter=FOLDER] DST.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line of `merge`."""
+    places, values = command_line.parse(argv, __doc__, _flags, "RUN_OR_BASE [--adapter=FOLDER] DST")
     place, gap = merge(*places, values.adapter, values.format, values.dtype)
     print(f"wrote {place}; merging changed logits by {gap:.2g} at most")
 

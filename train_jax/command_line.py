@@ -88,6 +88,37 @@ def load_from_flags(
     return config, workdir, values
 
 
+def parse(
+    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], expected: str
+) -> tuple[list[str], flags.FlagValues]:
+    """For a command of two places and flags of its own: the places, and the flags' values.
+
+    Args:
+      argv: as `sys.argv`, the program's name first; flags may stand anywhere.
+      usage: printed before the flags by --help.
+      define: adds the flags, as for `load_from_flags`.
+      expected: the arguments as an error names them: "SRC DST".
+
+    Raises:
+      UserError: a wrong flag, or another number of places than two.
+      SystemExit: after --help, with status 0.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    define(values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        places = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from error
+    if values.help:
+        print(f"{usage.strip()}\n\nFlags:\n{values.get_help()}")
+        raise SystemExit(0)
+    if len(places) != 2:
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
+    return places, values
+
+
 def default_workdir(config_flag: str) -> str:
     """Returns the workdir of a --config value: configs/clevr.py:3b,qlora -> runs/clevr-3b-qlora."""
     path, _, arg = config_flag.partition(":")

@@ -48,23 +48,15 @@ def accuracies(scores: Float[np.ndarray, "N C"], right: np.ndarray, names: Seque
     return {"accuracy": float(hits.mean()), "mean_class_accuracy": float(np.mean(list(own.values()))), **own}
 
 
-def main(argv: Sequence[str]) -> None:
-    """Command line: accuracy on a folder of class folders."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("template", ["{}"], "prompt with {} for the class; may be repeated", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "its folder; None = beside the model", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "compute dtype", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    try:
-        places = values(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(f"{error}: correct the flag") from error
-    if values.help:
-        print(f"{__doc__.strip()}\n\nFlags:\n{values.get_help()}")
-        return
-    if len(places) != 2:
-        raise UserError(f"found {len(places)} place(s), expected MODEL FOLDER: see --help.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line: accuracy on a folder of class folders."""
+    places, values = command_line.parse(argv, __doc__, _flags, "MODEL FOLDER")
     model, folder = places
     found = class_folders(folder)
     files = [file for group in found.values() for file in group]

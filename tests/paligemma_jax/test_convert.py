@@ -122,5 +122,6 @@ def test_mistakes_end_with_one_sentence_and_write_nothing(sources, tmp_path, cap
 
 
 def test_help_is_the_modules_page(capsys):
-    run("--help")
+    with pytest.raises(SystemExit, match="0"):
+        run("--help")
     assert "python -m paligemma_jax.convert SRC DST" in capsys.readouterr().out

@@ -83,5 +83,6 @@ def test_a_run_brings_its_own_adapter(mini_run, golden, tmp_path, capsys):
 
 
 def test_help_is_the_modules_page(capsys):
-    merge.main(["merge", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        merge.main(["merge", "--help"])
     assert "python -m paligemma_jax.merge RUN_OR_BASE" in capsys.readouterr().out
