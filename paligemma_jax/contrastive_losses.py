@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.contrastive_gradients import Gradients, Wanted
-from paligemma_jax.contrastive_pairs import sides_of
+from paligemma_jax.contrastive_pairs import Counting, sides_of
 from paligemma_jax.contrastive_ring import Ring, ring_of
 from paligemma_jax.contrastive_scores import sigmoid_on_device, softmax_on_device
 from train_jax.errors import UserError
@@ -45,6 +45,8 @@ def sigmoid_loss(
     chunk_size: int | None = None,
     mask: Bool[Array, "B T"] | None = None,
     text_ids: Int[Array, " T"] | None = None,
+    image_ids: Int[Array, " B"] | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """Mean over images of the sum over texts of `-log sigmoid(+-(exp(log_scale) * zimg @ ztxt.T + bias))`, float32.
 
@@ -61,6 +63,8 @@ def sigmoid_loss(
         mask: the pairs that count, split by rows like `zimg`; the others add nothing. B x T bits are what it costs.
         text_ids: equal numbers for equal texts (a hash, say). A text that equals one of the image's own but belongs
             to another image is not counted. Needs no B x T array.
+        image_ids: equal numbers for equal images: a text of one is not counted with the other. Likewise.
+        valid: the images that count, with their texts; where False, neither adds anything to any sum.
 
     Differentiable in embeddings, scale and bias in reverse mode, exactly, on one device and on many. What is not
     differentiated (a locked tower) is not computed.
@@ -68,7 +72,8 @@ def sigmoid_loss(
     and an axis that the mesh lacks.
     """
     settings = _settings(sigmoid_on_device, zimg, ztxt, mesh, axis, chunk_size)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), text_ids, mask)
+    counting = Counting(mask, text_ids, image_ids, valid)
+    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), counting)
 
 
 def softmax_loss(
@@ -80,6 +85,8 @@ def softmax_loss(
     chunk_size: int | None = None,
     mask: Bool[Array, "B T"] | None = None,
     text_ids: Int[Array, " T"] | None = None,
+    image_ids: Int[Array, " B"] | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
     """Mean of the cross entropies of images over texts and of texts over images, float32 (CLIP's loss).
 
@@ -89,7 +96,8 @@ def softmax_loss(
     """
     settings = _settings(softmax_on_device, zimg, ztxt, mesh, axis, chunk_size)
     bias = jnp.zeros((), jnp.float32)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias, text_ids, mask)
+    counting = Counting(mask, text_ids, image_ids, valid)
+    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias, counting)
 
 
 def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Settings:
@@ -114,14 +122,14 @@ def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Setti
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contrastive(settings, zimg, ztxt, log_scale, bias, text_ids, mask):
-    return _run(settings, Wanted(), zimg, ztxt, log_scale, bias, text_ids, mask)[0]
+def _contrastive(settings, zimg, ztxt, log_scale, bias, counting):
+    return _run(settings, Wanted(), zimg, ztxt, log_scale, bias, counting)[0]
 
 
 def _contrastive_forward(settings, *arguments):
     # symbolic_zeros tells which arguments the caller differentiates: a locked tower costs nothing.
     wanted = Wanted(*(argument.perturbed for argument in arguments[:4]))
-    arrays = [None if argument is None else argument.value for argument in arguments]
+    arrays = jax.tree.map(lambda argument: argument.value, arguments)
     loss, gradients = _run(settings, wanted, *arrays)
     return loss, (gradients, [jnp.zeros((), array.dtype) for array in arrays[:4]])
 
@@ -133,19 +141,19 @@ def _contrastive_backward(_settings, residuals, cotangent):
         None if gradient is None else (gradient * cotangent).astype(array.dtype)
         for gradient, array in zip(gradients, like, strict=True)
     )
-    return *scaled, None, None
+    return *scaled, None
 
 
 _contrastive.defvjp(_contrastive_forward, _contrastive_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, wanted: Wanted, zimg, ztxt, log_scale, bias, text_ids, mask):
+def _run(settings: _Settings, wanted: Wanted, zimg, ztxt, log_scale, bias, counting: Counting):
     """Loss, and its float32 gradients."""
     dtype = jnp.promote_types(zimg.dtype, ztxt.dtype)
     if dtype == jnp.float16:  # gradients of logits, 1e-5 and less for most pairs, are below its normal numbers
         dtype = jnp.float32
     scalars = (jnp.exp(log_scale.astype(jnp.float32)), bias.astype(jnp.float32))
-    arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, text_ids, mask)
+    arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, counting)
 
     def run(*arguments):
         return settings.on_device(settings.ring, settings.chunk_size, wanted, *sides_of(settings.ring, *arguments))
@@ -156,7 +164,7 @@ def _run(settings: _Settings, wanted: Wanted, zimg, ztxt, log_scale, bias, text_
     return jax.shard_map(
         run,
         mesh=settings.mesh,
-        in_specs=(rows, rows, P(), P(), rows, rows),
+        in_specs=(rows, rows, P(), P(), rows),
         out_specs=(P(), Gradients(rows, rows, P(), P())),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)

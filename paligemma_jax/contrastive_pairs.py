@@ -4,6 +4,7 @@ Axes: B images and T texts of the global batch, b and t on one device, c texts o
 K = T / B texts of each image: image i owns the texts [K * i, K * (i + 1)).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,15 +14,26 @@ from jax import lax
 from paligemma_jax.contrastive_ring import Ring, take
 
 
+class Counting(NamedTuple):
+    """What decides which pairs count; see the arguments of `losses.sigmoid_loss`. None: all do."""
+
+    mask: jax.Array | None = None  # bool [B, T]
+    text_ids: jax.Array | None = None  # [T]
+    image_ids: jax.Array | None = None  # [B]
+    valid: jax.Array | None = None  # bool [B]
+
+
 class Images(NamedTuple):
     """What stays on a device."""
 
     vectors: jax.Array  # [b, D]
     scale: jax.Array  # float32, positive
     bias: jax.Array  # float32
-    text_ids: jax.Array | None  # [b, K], of the texts that belong to each image
-    mask: jax.Array | None  # bool [b, T]
     position: jax.Array | int  # of the device on the ring
+    mask: jax.Array | None  # bool [b, T]
+    text_ids: jax.Array | None  # [b, K], of the texts that belong to each image
+    ids: jax.Array | None  # [b]
+    valid: jax.Array | None  # bool [b]
 
 
 class Texts(NamedTuple):
@@ -29,6 +41,8 @@ class Texts(NamedTuple):
 
     vectors: jax.Array  # [t, D]
     ids: jax.Array | None  # [t]
+    image_ids: jax.Array | None  # [t], of the images they belong to
+    valid: jax.Array | None  # bool [t], likewise
 
 
 class Pairs(NamedTuple):
@@ -51,16 +65,24 @@ def pairs_of(images: Images, texts: Texts, origin: jax.Array | int, start: jax.A
     image = images.position * rows + lax.broadcasted_iota(jnp.int32, cosines.shape, 0)
     owner = (first + lax.broadcasted_iota(jnp.int32, cosines.shape, 1)) // (columns // rows)
     positive = image == owner
-    counted = None
+    found = []
     if chunk.ids is not None:  # a text that is the image's own in another row is no negative
-        counted = positive | (images.text_ids[:, :, None] != chunk.ids[None, None, :]).all(axis=1)
+        found.append(positive | (images.text_ids[:, :, None] != chunk.ids[None, None, :]).all(axis=1))
+    if chunk.image_ids is not None:  # nor is another text of the very same image
+        found.append(positive | (images.ids[:, None] != chunk.image_ids[None, :]))
+    if chunk.valid is not None:
+        found.append(images.valid[:, None] & chunk.valid[None, :])
     if images.mask is not None:
-        mask = lax.dynamic_slice_in_dim(images.mask, first, size, axis=1)
-        counted = mask if counted is None else counted & mask
+        found.append(lax.dynamic_slice_in_dim(images.mask, first, size, axis=1))
+    counted = functools.reduce(jnp.logical_and, found) if found else None
     return Pairs(cosines * images.scale + images.bias, positive, counted)
 
 
-def sides_of(ring: Ring, zimg, ztxt, scale, bias, text_ids, mask) -> tuple[Images, Texts]:
+def sides_of(ring: Ring, zimg, ztxt, scale, bias, counting: Counting) -> tuple[Images, Texts]:
     """What stays on this device and what travels, from this device's rows."""
-    own_ids = None if text_ids is None else text_ids.reshape(zimg.shape[0], -1)
-    return Images(zimg, scale, bias, own_ids, mask, ring.position()), Texts(ztxt, text_ids)
+    mask, text_ids, image_ids, valid = counting
+    rows = zimg.shape[0]
+    own_ids = None if text_ids is None else text_ids.reshape(rows, -1)
+    of_texts = [None if array is None else jnp.repeat(array, ztxt.shape[0] // rows) for array in (image_ids, valid)]
+    images = Images(zimg, scale, bias, ring.position(), mask, own_ids, image_ids, valid)
+    return images, Texts(ztxt, text_ids, *of_texts)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from train_jax.sharding import make_mesh
 
 
-def counted_and_positive(zimg, ztxt, mask=None, text_ids=None):
+def counted_and_positive(zimg, ztxt, mask=None, text_ids=None, image_ids=None, valid=None):
     """Which pairs count, and which belong together, [B, T]."""
     images, texts = zimg.shape[0], ztxt.shape[0]
     positive = np.kron(np.eye(images, dtype=bool), np.ones((1, texts // images), bool))
@@ -20,6 +20,12 @@ def counted_and_positive(zimg, ztxt, mask=None, text_ids=None):
             for text in range(texts):
                 if not positive[image, text] and int(text_ids[text]) in own:
                     counted[image, text] = False
+    owner = positive.argmax(axis=0)
+    for image, text in np.ndindex(images, texts):
+        if image_ids is not None and not positive[image, text] and image_ids[image] == image_ids[owner[text]]:
+            counted[image, text] = False
+        if valid is not None and not (valid[image] and valid[owner[text]]):
+            counted[image, text] = False
     return jnp.asarray(counted), jnp.asarray(positive)
 
 

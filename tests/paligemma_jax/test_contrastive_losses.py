@@ -63,7 +63,14 @@ MASKS = {
     "mask": dict(mask=jnp.asarray(RNG.random((16, 32)) > 0.3)),
     "nothing": dict(mask=jnp.zeros((16, 32), bool)),
     "duplicates": dict(text_ids=jnp.asarray(RNG.integers(0, 12, 32), jnp.int32)),
-    "both": dict(mask=jnp.asarray(RNG.random((16, 32)) > 0.5), text_ids=jnp.asarray(RNG.integers(0, 9, 32), jnp.int32)),
+    "same images": dict(image_ids=jnp.asarray(RNG.integers(0, 6, 16), jnp.int32)),
+    "valid": dict(valid=jnp.asarray(RNG.random(16) > 0.3)),
+    "all": dict(
+        mask=jnp.asarray(RNG.random((16, 32)) > 0.5),
+        text_ids=jnp.asarray(RNG.integers(0, 9, 32), jnp.int32),
+        image_ids=jnp.asarray(RNG.integers(0, 6, 16), jnp.int32),
+        valid=jnp.asarray(RNG.random(16) > 0.3),
+    ),
 }
 
 
@@ -71,6 +78,14 @@ MASKS = {
 @pytest.mark.parametrize("devices", [1, 4])
 def test_masks_with_two_texts_of_each_image(which, devices):
     check(make_batch(texts_of_each=2), mesh_of(devices), chunk_size=3, **MASKS[which])
+
+
+def test_rows_that_are_not_valid_are_as_if_they_were_not_there():
+    zimg, ztxt, *scalars = make_batch(5)
+    valid = jnp.asarray([True, False, True, True, False])
+    some = jnp.flatnonzero(valid)
+    got = 5 * ours(zimg, ztxt, *scalars, valid=valid)  # the mean is over all rows
+    np.testing.assert_allclose(got, 3 * ours(zimg[some], ztxt[some], *scalars), rtol=1e-5)
 
 
 def test_duplicate_texts_are_no_negatives():
