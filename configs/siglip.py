@@ -6,6 +6,13 @@ The tiny model starts from the vision tower of the tiny PaliGemma that ships wit
 (`--config.init.vision=None` starts from nothing, and takes longer). The workdir gets retrieval and zero-shot scores,
 similarity.png (captions against images) and neighbours.png (what is found for a caption). `:clip` trains with the
 softmax loss, `:smoke` and `:clip,smoke` for seconds.
+
+`:b16` is a SigLIP B/16 from nothing, on your own captions, by the recipe of Zhai et al. 2023:
+
+    python train.py --config=configs/siglip.py:b16 --config.data.source=my_captions --config.tokenizer=FOLDER
+
+where my_captions/train.jsonl and validation.jsonl hold {"image": PATH, "caption": TEXT} a line, and FOLDER is that of a
+released SigLIP. `--config.data.name=tfds` reads what TFDS has prepared (docs/contrastive.md).
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +21,8 @@ from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "clip", "smoke" or both."""
-    arg = parse_arg(arg, clip=False, smoke=False)
+    """The config; arg "clip", "b16", "smoke" or some of them."""
+    arg = parse_arg(arg, clip=False, b16=False, smoke=False)
     config = base_config("paligemma_jax.tasks.contrastive:Contrastive")
     config.init.vision = "tiny"
     config.total_steps = 1000
@@ -32,6 +39,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.log_steps = 20
     config.eval_steps = 250
     config.checkpoint_steps = 250
+    if arg.b16:
+        b16(config)
     if arg.clip:
         config.loss.name = "softmax"
         config.init.scale = 1 / 0.07
@@ -40,3 +49,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optimizer.warmup_steps = 1
         config.data.num_scenes, config.data.num_held_out = 64, 12
     return config
+
+
+def b16(config: ConfigDict) -> None:
+    """The paper's recipe; the weight decay above is its 1e-4 too."""
+    config.model.variant, config.model.remat, config.model.unroll = "siglip-b16-224", "block", False
+    config.init.vision, config.init.scale, config.init.bias = None, 10.0, -10.0
+    config.compute_dtype = "bfloat16"
+    config.data.name, config.data.views, config.data.text_length = "jsonl", 1, 64
+    config.batch_size = 32_768
+    config.total_steps = 274_658  # 9 billion pairs
+    config.optimizer.warmup_steps = 10_000  # ours; schedule "rsqrt" knows no end, for runs that may go on
+    config.log_steps, config.eval_steps, config.checkpoint_steps = 100, 5000, 5000

@@ -1,7 +1,7 @@
 """Zero-shot classification and retrieval with a dual encoder. Axes: N images, C classes, E of an embedding."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.errors import UserError
 
+AT_ONCE = 64  # rows embedded at a time
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -96,18 +97,42 @@ def calibration_error(bins: Calibration) -> float:
     return float(np.nansum(bins.count * np.abs(bins.likely - bins.true)) / bins.count.sum())
 
 
-def embed(
-    model: DualEncoder, rows: Sequence[Mapping[str, np.ndarray]], batch_size: int = 64
-) -> tuple[Float[np.ndarray, "N E"], Float[np.ndarray, "N E"]]:
-    """Embeddings of rows with uint8 `image`, `tokens` and `mask`; the last batch is filled up, so one program does."""
-    step = jax.jit(
-        lambda model, row: model(model.config.preprocessing.normalize(row["image"]), row["tokens"], row["mask"])[:2]
-    )
-    images, texts = [], []
+@jax.jit
+def embed_rows(model: DualEncoder, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Embeddings [B, E] of uint8 `image` [B, I, I, 3], and of `tokens` and `mask` [B, T]."""
+    images = model.config.preprocessing.normalize(rows["image"])
+    return model(images, rows["tokens"], rows["mask"])[:2]
+
+
+@runtime_checkable  # so that beartype can check it in tests
+class Rows(Protocol):
+    """Rows with uint8 `image`, `tokens` and `mask`; and perhaps a `weight`, 0 of those that cannot be used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
+
+
+class Embedded(NamedTuple):
+    """Embeddings of pairs, and the numbers of the rows that they are of."""
+
+    images: Float[np.ndarray, "N E"]
+    texts: Float[np.ndarray, "N E"]
+    rows: list[int]
+
+
+def embed(model: DualEncoder, rows: Rows, batch_size: int = AT_ONCE) -> Embedded:
+    """`embed_rows` of any number of rows, without those that cannot be used, read a batch at a time.
+
+    The last batch is filled up, so that one program does.
+    """
+    images, texts, used = [], [], []
     for start in range(0, len(rows), batch_size):
         part = [rows[min(index, len(rows) - 1)] for index in range(start, start + batch_size)]
         batch = {name: np.stack([row[name] for row in part]) for name in ("image", "tokens", "mask")}
-        zimg, ztxt = jax.device_get(step(model, batch))
-        images.append(zimg)
-        texts.append(ztxt)
-    return np.concatenate(images)[: len(rows)], np.concatenate(texts)[: len(rows)]
+        good = [at for at, row in enumerate(part[: len(rows) - start]) if row.get("weight", 1)]
+        zimg, ztxt = jax.device_get(embed_rows(model, batch))
+        images.append(zimg[good])
+        texts.append(ztxt[good])
+        used += [start + at for at in good]
+    return Embedded(np.concatenate(images), np.concatenate(texts), used)

@@ -23,7 +23,7 @@ ARGUMENTS = {
     "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
-    "siglip": ("", "clip", "smoke", "clip,smoke"),
+    "siglip": ("", "clip", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from paligemma_jax.data.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from paligemma_jax.data.tfds_source import open_builder, open_split
 from train_jax.errors import UserError
 
 VERSION = "3.1.0"
@@ -185,18 +186,13 @@ def _prepared_folder(data_dir: Path) -> Path:
 
 
 def _data_source(folder: Path, split: str) -> Any:
-    builder = tfds.builder_from_directory(folder)
+    builder = open_builder(folder)
     info = builder.info
     if info.name != "clevr" or "question_answer" not in info.features:
         raise UserError(f"{folder} holds {info.full_name}, expected clevr/{VERSION} with questions; prepare that one.")
-    if info.file_format.value != "array_record":
-        raise UserError(
-            f"{folder} is stored as {info.file_format.value}, which has no random access, expected array_record; "
-            "convert it once with paligemma_jax.data.tfrecord.convert_tfrecord."
-        )
-    if split not in info.splits or split not in SPLITS:
-        raise UserError(f"{folder} has no split {split!r}, expected one of {sorted(info.splits)}; choose one of them.")
-    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    if split in info.splits and split not in SPLITS:
+        raise UserError(f"{folder} has a split {split!r}, expected one of {', '.join(SPLITS)}; choose one of them.")
+    return open_split(builder, folder, split)
 
 
 def _question_index(cache: Path, examples: Any) -> tuple[np.ndarray, str]:

@@ -5,8 +5,9 @@
         validation.jsonl
         images/0001.png
 
-Image paths are relative to the folder of the JSONL file and may not leave it. Further keys of a line are ignored. Only
-the byte offset and the image number of each line are held in memory.
+Captions need no prefix: `{"image", "caption"}`, where the caption's key may have another name. Image paths are relative
+to the folder of the JSONL file and may not leave it. Further keys of a line are ignored. Only the byte offset and the
+image number of each line are held in memory.
 """
 
 import array
@@ -31,12 +32,15 @@ class JsonlRecords:
     Args:
       path: the JSONL file; or its folder, which must hold SPLIT.jsonl, or without `split` exactly one JSONL file.
       split: name of the file within a folder, such as "train" or "validation".
+      caption: key of the caption, for pairs of an image and a text; it is the record's suffix, and the prefix is empty.
+        None: lines have a prefix and a suffix.
 
     Raises:
       UserError: if there is no such file, it has no rows, or an image path leaves its folder (naming file and line).
     """
 
-    def __init__(self, path: str | Path, split: str | None = None):
+    def __init__(self, path: str | Path, split: str | None = None, caption: str | None = None):
+        self._fields = FIELDS if caption is None else ("image", caption)
         self.file = _jsonl_file(Path(path).expanduser(), split)
         self._offsets, self._lines = array.array("q"), array.array("q")
         images, numbers, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
@@ -51,7 +55,8 @@ class JsonlRecords:
         if not self._offsets:
             raise UserError(f"{self.file} has no rows, expected one JSON object a line; fill it.")
         self._images = images
-        self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest())
+        more = {} if caption is None else {"caption": caption}
+        self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest(), **more)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -68,7 +73,8 @@ class JsonlRecords:
                 f"{self.file} line {self._lines[index]}: cannot read {row['image']} ({error.strerror}), expected an "
                 "image file; add it or remove the line."
             ) from error
-        return Record(image, row["image"], self._images[index], row["prefix"], row["suffix"])
+        prefix = row["prefix"] if "prefix" in self._fields else ""
+        return Record(image, row["image"], self._images[index], prefix, row[self._fields[-1]])
 
     def image_numbers(self) -> np.ndarray:
         """`image_index` of every row, without reading any."""
@@ -79,11 +85,11 @@ class JsonlRecords:
             row = json.loads(line)
         except ValueError as error:
             raise BadRow(f"{self.file} line {line_number} is no JSON ({error}); mend the line.") from error
-        texts = isinstance(row, dict) and all(isinstance(row.get(field), str) for field in FIELDS)
+        texts = isinstance(row, dict) and all(isinstance(row.get(field), str) for field in self._fields)
         if not texts or "\0" in row["image"]:
             raise BadRow(
                 f"{self.file} line {line_number} is {line[:80].decode(errors='replace').strip()}, expected an object "
-                f"with the texts {', '.join(FIELDS)}; mend the line."
+                f"with the texts {', '.join(self._fields)}; mend the line."
             )
         return row
 

@@ -112,15 +112,20 @@ class DualEncoder(nnx.Module):
 
     def encode_image(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B E"], dict]:
         """Embeddings of images, float32 of unit length, and intermediates."""
-        config = self.config
         x, out = self.vision(images, dropout_keys)
+        embeds, more = self.embed_features(x, dropout_keys)
+        return embeds, {f"vision/{k}": v for k, v in out.items()} | more
+
+    def embed_features(self, x: Float[Array, "B S D"], dropout_keys=None) -> tuple[Float[Array, "B E"], dict]:
+        """Embeddings from what the vision tower returns, its features of an image, and the `image_features`."""
+        config = self.config
         if config.pool == "map":
             features = self.image_head(x, dropout_keys)
         else:
             features = x.mean(axis=1) if config.pool == "gap" else x[:, 0]
         if config.image_projection:
             features = self.image_projection(features, dropout_keys, jnp.float32)
-        return unit(features), {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
+        return unit(features), {"image_features": features}
 
     def encode_text(
         self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None, dropout_keys=None

@@ -1,7 +1,7 @@
 """Trains a dual encoder on pairs of pictures and captions, with SigLIP's or CLIP's loss: the runtime's Task.
 
 The loss is of all pairs of a batch: texts travel around the ring of devices (contrastive_losses.py), and batches whose
-activations do not fit are embedded in micro-batches (`embed_micro_batch`).
+activations do not fit are embedded in micro-batches (`embed_micro_batch`). Axes: models/layers.py.
 """
 
 from pathlib import Path
@@ -11,138 +11,150 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax import losses
-from paligemma_jax.data import pretraining_set
-from paligemma_jax.data.captioned import CaptionedScenes
-from paligemma_jax.data.synthetic_clevr import VERSION
+from paligemma_jax.data.captioned import FEATURES, CaptionedFeatures
 from paligemma_jax.data.text_tokens import load_text_tokenizer
-from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.models.dual_variants import variant
-from paligemma_jax.tasks import common, contrastive_report
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.dual_variants import TINY, variant
+from paligemma_jax.tasks import common, contrastive_config, contrastive_plan, contrastive_report
+from paligemma_jax.tasks.contrastive_data import Pairs
 from paligemma_jax.vision_start import with_vision
+from paligemma_jax.weights import load
+from paligemma_jax.weights.digest import check_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params, patterns
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.task import Blueprint
 
 
 class Contrastive:
     """The task; see the module."""
 
     harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)", r"eval\..*", r"loss\.chunk_size")
-    validation_metrics = (*contrastive_report.RETRIEVAL, *contrastive_report.ZERO_SHOT)
     model_keys = (r"model\..*", r"init\..*")
 
     @staticmethod
     def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
-        config.init = ConfigDict(
-            {
-                "vision": placeholder(str),  # a model whose vision tower to start from
-                "scale": 10.0,  # what multiplies the cosines at first (the parameter is its logarithm)
-                "bias": -10.0,  # of the sigmoid loss; about -log(batch_size) makes the first loss smallest
-            }
-        )
-        config.trainable = ".*"  # without vision/ and image_head/ the image tower is locked (LiT)
-        config.tokenizer = "tiny"
-        config.loss = ConfigDict(
-            {
-                "name": "sigmoid",  # sigmoid (SigLIP) | softmax (CLIP)
-                "chunk_size": 256,  # texts met at a time
-                "mask_duplicates": True,  # a caption that two pictures of a batch share is no negative of either
-            }
-        )
-        config.embed_micro_batch = placeholder(int)  # rows embedded at once, without activations kept; None = all
-        config.data = ConfigDict(
-            {
-                "cache_dir": common.cache_dir(),
-                "num_scenes": 4000,
-                "views": 100,  # captions of a scene before they repeat
-                "num_objects": (1, 4),  # fewest and most in a scene
-                "num_held_out": 400,  # scenes for retrieval, and as many with a single object for zero-shot
-                "build_workers": 2,
-                "text_length": 64,
-            }
-        )
-        return config
+        return contrastive_config.defaults()
 
-    def __init__(self, config: ConfigDict, mesh):
-        common.check_choices(config, {"model.remat": common.REMAT, "loss.name": ("sigmoid", "softmax")})
-        if config.micro_batch not in (None, config.batch_size):
-            raise UserError(
-                f"micro_batch is {config.micro_batch}, expected None: the loss is of all pairs of a batch; to save "
-                "memory set embed_micro_batch."
-            )
-        if config.embed_micro_batch and config.batch_size % config.embed_micro_batch:
-            raise UserError(
-                f"batch_size={config.batch_size} does not divide into embeddings of {config.embed_micro_batch} rows: "
-                "set embed_micro_batch to a divisor."
-            )
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        contrastive_config.check(config)
+        self.config, self.mesh = config, mesh
+        self.model_config = self._sizes()
+        self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
+        self.tokenizer.fits(self.model_config.text.vocab_size)
+        preprocessing, vision = self.model_config.preprocessing, self.model_config.vision
+        self.pairs = Pairs(config.data, self.tokenizer, preprocessing, vision)
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command."""
+        return contrastive_plan.blueprint(cls, config, mesh)
+
+    # Model.
+
+    def _sizes(self) -> DualEncoderConfig:
+        """Of a new model by its variant, or of the one that is read."""
+        config = self.config
+        if config.model.path is not None:
+            model = nnx.eval_shape(lambda: load.new(config.model.path, **self._options()))
+            if not isinstance(model, DualEncoder):
+                raise UserError(f"model.path is {config.model.path}, which is no SigLIP or CLIP: give another.")
+            if config.loss.name == "sigmoid" and model.logit_bias is None:
+                raise UserError(
+                    f"{config.model.path} has no bias, which the sigmoid loss needs, expected loss.name=softmax for a "
+                    "CLIP: set that."
+                )
+            return model.config
         try:
             sizes = variant(config.model.variant)
         except ValueError as error:
             raise UserError(f"model.variant: {error}") from None
-        both = dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
-        bias = config.init.bias if config.loss.name == "sigmoid" else None
-        scale = float(np.log(config.init.scale))
-        text = {"length": config.data.text_length}
-        self.model_config = sizes.replace(both=both, text=text, initial_scale=scale, initial_bias=bias)
-        self.config, self.mesh = config, mesh
-        self.tokenizer = load_text_tokenizer(config.tokenizer, config.data.text_length)
-        self.tokenizer.fits(self.model_config.text.vocab_size)
+        both = {name: value for name, value in self._options().items() if name != "param_dtype"}
+        return sizes.replace(
+            both=both,
+            text={"length": config.data.text_length},
+            initial_scale=float(np.log(config.init.scale)),
+            initial_bias=config.init.bias if config.loss.name == "sigmoid" else None,
+        )
 
-    # Model.
+    def _options(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "dtype": config.compute_dtype,
+            "param_dtype": "float32",
+            "remat": config.model.remat,
+            "unroll": config.model.unroll,
+        }
+
+    def _tokenizer_path(self) -> str:
+        """The tokenizer that is named, or lies beside the model."""
+        config = self.config
+        if config.tokenizer is None and config.model.path is None and TINY not in config.model.variant:
+            raise UserError(
+                f"tokenizer is not set, expected the one for texts of {config.model.variant}: add "
+                "--config.tokenizer=FOLDER (of a released SigLIP or CLIP)."
+            )
+        return config.tokenizer or config.model.path or TINY
 
     def init(self) -> DualEncoder:
-        model = DualEncoder(self.model_config, rngs=nnx.Rngs(self.config.seed))
-        return with_vision(model, self.config.init.vision) if self.config.init.vision else model
+        config = self.config
+        if config.model.path is not None:
+            model = load.load(config.model.path, **self._options())
+        else:
+            model = DualEncoder(self.model_config, rngs=nnx.Rngs(config.seed))
+        return with_vision(model, config.init.vision) if config.init.vision else model
+
+    def abstract(self) -> DualEncoder:
+        """The model in shapes."""
+        return nnx.eval_shape(lambda: DualEncoder(self.model_config, rngs=nnx.Rngs(0)))
 
     def trainable(self) -> str:
         return self.config.trainable
 
     def trainable_paths(self) -> list[str]:
-        """Paths of the parameters that train."""
-        model = nnx.eval_shape(lambda: DualEncoder(self.model_config, rngs=nnx.Rngs(0)))
-        return patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+        """Paths of the parameters that train.
+
+        Raises:
+          UserError: a pattern that matches none, or features to be kept of a tower that trains.
+        """
+        paths = patterns.select(self.trainable(), params.abstract(self.abstract()), what="trainable parameters")
+        inside = [path for path in paths if path.startswith("vision/")]
+        if self.config.cache_features and inside:
+            raise UserError(
+                f"cache_features is on but {inside[0]} trains, which changes the image features with every step: set "
+                "cache_features=False, or trainable='(image_head|text).*|logit_.*'."
+            )
+        return paths
 
     def sharding_rules(self):
         return common.SHARDING_RULES
 
     # Data.
 
-    def scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
-        """The folder of a stream's scenes, rendered on first use."""
-        data, vision = self.config.data, self.model_config.vision
-        low, high = num_objects
-        name = f"{stream}-v{VERSION}-{vision.image_size}-{low}to{high}-{number}"
-        with common.progress(f"rendering {number} {stream} scenes") as told:
-            return pretraining_set.build(
-                Path(data.cache_dir).expanduser() / name,
-                number,
-                vision.image_size,
-                vision.grid,
-                stream,
-                data.build_workers,
-                told,
-                num_objects,
+    def train_source(self):
+        self.trainable_paths()  # first, for what can be told of the model before scenes are rendered or encoded
+        source = self.pairs.train()
+        self.pairs.held_out()  # a run must not find out at its end that there is none
+        return self._encoded(source) if self.config.cache_features else source
+
+    def _encoded(self, scenes) -> CaptionedFeatures:
+        """The scenes with the locked tower's features."""
+        vision = self.model_config.vision
+        needed = -(-4 * scenes.num_pictures * vision.num_tokens * vision.width >> 20)
+        if needed > self.config.cache_features_mb:
+            raise UserError(
+                f"cache_features needs {needed:,} MiB of host memory for {scenes.num_pictures:,} pictures, expected at "
+                f"most cache_features_mb={self.config.cache_features_mb}: raise it, or set cache_features=False."
             )
-
-    def train_source(self) -> CaptionedScenes:
-        data = self.config.data
-        return CaptionedScenes(self.scenes("captions", data.num_scenes, data.num_objects), self.tokenizer, data.views)
-
-    def held_out(self) -> CaptionedScenes:
-        """Pairs that are never trained on."""
-        data = self.config.data
-        return CaptionedScenes(self.scenes("captions-held-out", data.num_held_out, data.num_objects), self.tokenizer)
-
-    def single_objects(self) -> CaptionedScenes:
-        """Scenes of one object each, to be classified."""
-        return CaptionedScenes(self.scenes("captions-single", self.config.data.num_held_out, (1, 1)), self.tokenizer)
+        model = self.init()
+        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
+        with common.progress(f"encoding {scenes.num_pictures} training images") as told:
+            return CaptionedFeatures(scenes, lambda images: jax.device_get(step(model, images)), told)
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         return "\n".join(f"text {number}: {row[:16].tolist()} ..." for number, row in enumerate(batch["tokens"][0]))
@@ -150,45 +162,89 @@ class Contrastive:
     # Loss.
 
     def normalizer(self, batch) -> jax.Array:
-        A, b = batch["image"].shape[:2]
+        """The pairs that count."""
+        if "weight" in batch:
+            return jnp.maximum(batch["weight"].sum(), 1.0)
+        A, b = batch["tokens"].shape[:2]
         return jnp.float32(A * b)
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
-        """Times the number of images, for the runtime divides by it."""
-        del keys
+        """Times the number of images, for the runtime divides by those that count."""
 
         def embed(rows):
-            images = model.config.preprocessing.normalize(rows["image"])
-            return model(images, rows["tokens"], rows["mask"])[:2]
+            if FEATURES in rows:
+                images, _ = model.embed_features(rows[FEATURES])
+            else:
+                images, _ = model.encode_image(model.config.preprocessing.normalize(rows["image"]))
+            return images, model.encode_text(rows["tokens"], rows["mask"])[0]
 
-        rows = {name: batch[name] for name in ("image", "tokens", "mask")}
+        rows = {name: batch[name] for name in ("image", FEATURES, "tokens", "mask") if name in batch}
         zimg, ztxt = losses.embed_in_micro_batches(embed, rows, self.config.embed_micro_batch)
-        options: dict[str, Any] = {
-            "mesh": self.mesh,
-            "axis": ("data", "fsdp"),
-            "chunk_size": self.config.loss.chunk_size,
-        }
-        if self.config.loss.mask_duplicates:
-            options["text_ids"] = batch["text_id"]
-        scale = model.logit_scale[...]
-        if self.config.loss.name == "softmax":
-            loss = losses.softmax_loss(zimg, ztxt, scale, **options)
-        else:
-            loss = losses.sigmoid_loss(zimg, ztxt, scale, model.logit_bias[...], **options)
-        metrics = {"scale": (jnp.exp(scale), jnp.float32(1.0))}
-        if model.logit_bias is not None:
-            metrics["bias"] = (model.logit_bias[...], jnp.float32(1.0))
+        loss, metrics = self._of_pairs(model, zimg, ztxt, batch, keys)
         return loss * len(zimg), metrics
+
+    def _of_pairs(self, model: DualEncoder, zimg, ztxt, batch, keys) -> tuple[jax.Array, Metrics]:
+        settings = self.config.loss
+        options: dict[str, Any] = {"mesh": self.mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
+        if settings.mask_duplicates:
+            options |= {"text_ids": batch["text_id"], "image_ids": batch["image_id"]}
+        metrics = {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
+        if "weight" in batch:
+            options["valid"] = batch["weight"] > 0
+            metrics["good_rows"] = batch["weight"].sum(), jnp.float32(len(zimg))
+        if settings.negatives is not None:
+            options["mask"] = chosen_pairs(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
+        scale = model.logit_scale[...]
+        if settings.name == "softmax":
+            return losses.softmax_loss(zimg, ztxt, scale, **options), metrics
+        if model.logit_bias is None:
+            return losses.sigmoid_loss(zimg, ztxt, scale, jnp.zeros(()), **options), metrics
+        metrics["bias"] = model.logit_bias[...], jnp.float32(1.0)
+        return losses.sigmoid_loss(zimg, ztxt, scale, model.logit_bias[...], **options), metrics
 
     # Evaluation.
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What `validate` measures."""
+        of_scenes = contrastive_report.ZERO_SHOT if self.config.data.name == "scenes" else ()
+        return (*contrastive_report.RETRIEVAL, *of_scenes)
+
     def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`."""
+        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts.
+
+        Raises:
+          UserError: the run that goes on in this workdir was started from other weights.
+        """
         workdir.mkdir(parents=True, exist_ok=True)
-        copy_text_tokenizer(self.config.tokenizer, workdir, self.config.data.text_length)
+        sources = self.config.model.path, None, self.config.init.vision
+        check_digest(workdir, *sources)
+        write_digest(workdir, *sources)
+        copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:
-        return contrastive_report.measure(model, self.tokenizer, self.held_out(), self.single_objects())
+        return contrastive_report.measure(model, self.tokenizer, self.pairs.held_out(), self.pairs.single_objects())
 
     def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return contrastive_report.report(model, self.tokenizer, self.held_out(), self.single_objects(), workdir)
+        pairs = self.pairs.held_out()
+        return contrastive_report.report(model, self.tokenizer, pairs, self.pairs.single_objects(), workdir)
+
+
+def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:
+    """A mask bool [B, B] of the diagonal and of `number` negatives of each image (Zhai et al. 2023, section 4.8).
+
+    Args:
+      zimg, ztxt: embeddings [B, D], pairs in order.
+      number: negatives that are left of each image; more where some are equally hard.
+      by: "random", "hard" (the most alike) or "easy" (the least).
+      keys: one an image, for "random"; else not looked at.
+    """
+    cosines = jax.lax.stop_gradient(zimg @ ztxt.T)
+    if by == "random":
+        order = jax.vmap(lambda key: jax.random.uniform(key, (len(ztxt),)))(keys)
+    else:
+        order = cosines if by == "hard" else -cosines
+    own = jnp.eye(len(zimg), dtype=bool)
+    order = jnp.where(own, -jnp.inf, order)
+    least = jax.lax.top_k(order, number)[0][:, -1:]
+    return own | (order >= least)

@@ -1,6 +1,7 @@
 """What a contrastive run measures: retrieval, zero-shot classification of single objects, and pictures of both."""
 
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax import zero_shot
-from paligemma_jax.data.captioned import CaptionedScenes
+from paligemma_jax.data.captioned import CaptionedRecords, CaptionedScenes
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.captions import NUMBERS
 from paligemma_jax.data.text_tokens import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.zero_shot import Embedded
 
 RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 TEMPLATES = {
@@ -27,12 +29,28 @@ ZERO_SHOT = (*(f"zero_shot_{name}" for name in TEMPLATES), "zero_shot_count")
 
 
 def measure(
-    model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, objects: CaptionedScenes
+    model: DualEncoder,
+    tokenizer: TextTokenizer,
+    pairs: CaptionedScenes | CaptionedRecords,
+    objects: CaptionedScenes | None,
 ) -> dict[str, float]:
-    """Recalls of `pairs` both ways, and accuracies of what the single objects are."""
-    images, texts = zero_shot.embed(model, [pairs[index] for index in range(len(pairs))])
-    found = dict(zero_shot.retrieval(images, texts))
-    embedded, _ = zero_shot.embed(model, [objects[index] for index in range(len(objects))])
+    """Recalls of `pairs` both ways and, of scenes, accuracies of what the single `objects` are and of their count."""
+    return _measure(model, tokenizer, pairs, objects, zero_shot.embed(model, pairs))
+
+
+def _measure(model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded) -> dict[str, float]:
+    found = dict(zero_shot.retrieval(embedded.images, embedded.texts))
+    if objects is not None:
+        found |= _classified(model, tokenizer, pairs, embedded.images, objects)
+    return found
+
+
+def _classified(
+    model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, images: np.ndarray, objects: CaptionedScenes
+) -> dict[str, float]:
+    """Zero-shot accuracies: attributes of single objects, and how many objects the pairs' `images` show."""
+    found = {}
+    embedded = zero_shot.embed(model, objects).images
     for name, templates in TEMPLATES.items():
         values = list(ATTRIBUTES[name])
         scores = embedded @ zero_shot.class_embeddings(model, tokenizer, values, templates).T
@@ -51,24 +69,28 @@ def _count(number: int) -> str:
 
 
 def report(
-    model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, objects: CaptionedScenes, workdir: Path
+    model: DualEncoder,
+    tokenizer: TextTokenizer,
+    pairs: CaptionedScenes | CaptionedRecords,
+    objects: CaptionedScenes | None,
+    workdir: Path,
 ) -> dict[str, Any]:
     """`measure`, and in `workdir` similarity.png and neighbours.png.
 
     Of a model with a bias (SigLIP) also `calibration_error`, how far its likelihoods are from how often they come true
     among all pairs of a picture and a text, and calibration.png.
     """
-    number = min(12, len(pairs))
-    images, texts = zero_shot.embed(model, [pairs[index] for index in range(len(pairs))])
-    save_similarity(
-        images[:number] @ texts[:number].T, [pairs.text(index) for index in range(number)], workdir / "similarity.png"
-    )
-    save_neighbours(images @ texts.T, pairs, workdir / "neighbours.png")
-    found = measure(model, tokenizer, pairs, objects)
+    embedded = zero_shot.embed(model, pairs)
+    images, texts, rows = embedded
+    captions = [pairs.text(row) for row in rows]
+    number = min(12, len(rows))
+    save_similarity(images[:number] @ texts[:number].T, captions[:number], workdir / "similarity.png")
+    save_neighbours(images @ texts.T, captions, lambda index: pairs.image(rows[index]), workdir / "neighbours.png")
+    found = _measure(model, tokenizer, pairs, objects, embedded)
     if model.logit_bias is not None:
         likely = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
         # A caption may be true of other pictures too; of those with the very same one it is.
-        own = np.array([pairs.text(index) for index in range(len(pairs))])
+        own = np.array(captions)
         bins = zero_shot.calibration(likely.ravel(), (own[:, None] == own[None]).ravel())
         found["calibration_error"] = zero_shot.calibration_error(bins)
         save_calibration(bins, workdir / "calibration.png")
@@ -109,19 +131,26 @@ def save_similarity(cosines: np.ndarray, captions: list[str], file: Path) -> Non
     figure.savefig(file, dpi=100)
 
 
-def save_neighbours(cosines: np.ndarray, pairs: CaptionedScenes, file: Path, queries: int = 5, shown: int = 5) -> None:
+def save_neighbours(
+    cosines: np.ndarray,
+    captions: list[str],
+    picture: Callable[[int], np.ndarray],
+    file: Path,
+    queries: int = 5,
+    shown: int = 5,
+) -> None:
     """Captions and the pictures most like them, best first; the caption's own has a green frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    queries, shown = min(queries, len(pairs)), min(shown, len(pairs))
+    queries, shown = min(queries, len(captions)), min(shown, len(captions))
     figure = Figure(figsize=(1.6 * shown, 1.9 * queries), layout="constrained")
     FigureCanvasAgg(figure)
     for query, part in enumerate(figure.subfigures(queries, 1, squeeze=False)[:, 0]):
-        part.suptitle(textwrap.fill(pairs.text(query), 90), x=0.01, ha="left", fontsize=8, parse_math=False)
+        part.suptitle(textwrap.fill(captions[query], 90), x=0.01, ha="left", fontsize=8, parse_math=False)
         best = np.argsort(-cosines[:, query], kind="stable")[:shown]
         for axis, index in zip(part.subplots(1, shown, squeeze=False)[0], best, strict=True):
-            axis.imshow(pairs.image(int(index)))
+            axis.imshow(picture(int(index)))
             axis.set(xticks=[], yticks=[])
             if index == query:
                 for side in axis.spines.values():

@@ -74,10 +74,10 @@ def _starts(size: int) -> list[int]:
 
 
 def write_digest(
-    workdir: Path, path: str | Path, adapter: str | Path | None = None, vision: str | Path | None = None
+    workdir: Path, path: str | Path | None, adapter: str | Path | None = None, vision: str | Path | None = None
 ) -> None:
     """Notes in a workdir which base its run is made on, which adapters it goes on from, and whose vision tower."""
-    noted = {"path": str(path), "sha256": base_digest(path)}
+    noted: dict = {} if path is None else {"path": str(path), "sha256": base_digest(path)}
     if adapter is not None:
         noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
     if vision is not None:
@@ -97,12 +97,12 @@ def check_digest(
     if not file.is_file():
         return
     noted = json.loads(file.read_text(encoding="utf-8"))
-    _compare(workdir, "on the base that was", noted, path, base_digest(path), "model.path")
+    if path is not None and "path" in noted:
+        _compare(workdir, "on the base that was", noted, path, base_digest(path), "model.path")
     if adapter is not None and "adapter" in noted:
         _compare(
             workdir, "from the adapters that were", noted["adapter"], adapter, adapter_digest(adapter), "adapter.path"
         )
-
     if vision is not None and "vision" in noted:
         _compare(workdir, "with the tower that was", noted["vision"], vision, vision_digest(vision), "init.vision")
 

@@ -81,13 +81,24 @@ def test_rows_are_embedded_as_one_by_one(model):
     rows = [
         {"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "tokens": tokens[i], "mask": mask[i]} for i in range(5)
     ]
-    images, texts = zero_shot.embed(model, rows, batch_size=2)
+    images, texts, used = zero_shot.embed(model, rows, batch_size=2)
+    assert used == [0, 1, 2, 3, 4]
     assert images.shape == texts.shape == (5, 16)
     for i, row in enumerate(rows):
         pixels = CONFIG.preprocessing.normalize(jnp.asarray(row["image"][None]))
         zimg, ztxt, _ = model(pixels, jnp.asarray(tokens[i : i + 1]), jnp.asarray(mask[i : i + 1]))
         np.testing.assert_allclose(images[i], zimg[0], atol=1e-5)
         np.testing.assert_allclose(texts[i], ztxt[0], atol=1e-5)
+
+
+def test_rows_of_weight_0_are_left_out(model):
+    tokens, mask = tokenize(["red", "blue", "green"])
+    image = np.zeros((12, 12, 3), np.uint8)
+    rows = [{"image": image, "tokens": tokens[i], "mask": mask[i]} for i in range(3)]
+    every = zero_shot.embed(model, rows, batch_size=2)
+    some = zero_shot.embed(model, [row | {"weight": np.float32(i != 1)} for i, row in enumerate(rows)], batch_size=2)
+    assert some.rows == [0, 2]
+    np.testing.assert_array_equal(some.texts, every.texts[[0, 2]])
 
 
 def test_calibration_worked_out():

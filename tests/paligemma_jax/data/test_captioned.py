@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from paligemma_jax.data.captioned import CaptionedScenes, text_id
+from paligemma_jax.data.captioned import NOISE_PICTURES, CaptionedFeatures, CaptionedScenes, text_id
 from paligemma_jax.data.pretraining_set import build
 from paligemma_jax.data.text_tokens import load_text_tokenizer
 
@@ -44,4 +44,50 @@ def test_equal_texts_have_equal_ids(folder):
         ids.setdefault(rows.text(index), set()).add(int(rows[index]["text_id"]))
     assert all(len(found) == 1 for found in ids.values())
     assert len(set.union(*ids.values())) == len(ids)
-    assert text_id("a cube").dtype == np.int32
+    assert text_id(b"a cube").dtype == np.int32
+
+
+@pytest.mark.parametrize("noise", ["images", "texts", "pairs"])
+def test_a_share_of_the_rows_is_spoilt_in_one_way(folder, noise):
+    """The rest of the row, and every other row, is as it was."""
+    clean = CaptionedScenes(folder, TOKENIZER, 100)
+    spoilt = CaptionedScenes(folder, TOKENIZER, 100, noise, 0.25)
+    changed = {"image": 0, "tokens": 0}
+    for index in range(len(clean)):
+        one, other = clean[index], spoilt[index]
+        for name in changed:
+            changed[name] += not np.array_equal(one[name], other[name])
+    own = "image" if noise == "images" else "tokens"
+    assert changed.pop(own) / len(clean) == pytest.approx(0.25, abs=0.07)
+    assert set(changed.values()) == {0}
+    np.testing.assert_array_equal(spoilt[7]["tokens"], spoilt[7]["tokens"])  # a function of the row
+    number = len(clean.scenes) + NOISE_PICTURES if noise == "images" else len(clean.scenes)
+    assert spoilt.num_pictures == number
+
+
+def test_spoilt_texts_are_other_words_and_as_many(folder):
+    clean, spoilt = CaptionedScenes(folder, TOKENIZER, 4), CaptionedScenes(folder, TOKENIZER, 4, "texts", 1.0)
+    for index in range(4):
+        one, other = clean[index]["tokens"], spoilt[index]["tokens"]
+        ends = np.isin(one, (TOKENIZER.pad_id, TOKENIZER.eos_id))
+        np.testing.assert_array_equal(one[ends], other[ends])
+        assert (one[~ends] != other[~ends]).mean() > 0.5
+        assert clean[index]["text_id"] != spoilt[index]["text_id"]
+
+
+def test_features_stand_for_pictures(folder):
+    """Also those of noise; every picture is encoded once, in batches of one size."""
+    scenes, seen = CaptionedScenes(folder, TOKENIZER, 50, "images", 0.5), []
+
+    def encode(images):
+        assert len(images) == 8
+        seen.extend(images)
+        return images.reshape(8, 4, -1).astype(np.float32)
+
+    rows = CaptionedFeatures(scenes, encode, lambda done, total: None, at_once=8)
+    assert len(seen) == 8 * -(-scenes.num_pictures // 8)
+    for index in range(len(scenes)):
+        row, expected = rows[index], scenes[index]
+        np.testing.assert_array_equal(row.pop("features").reshape(-1), expected.pop("image").reshape(-1))
+        for name, values in expected.items():
+            np.testing.assert_array_equal(row[name], values, err_msg=name)

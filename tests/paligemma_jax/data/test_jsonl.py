@@ -136,3 +136,12 @@ def test_the_sample_in_the_documentation_is_readable_and_small():
         r.image for r in map(validation.__getitem__, range(len(validation)))
     }
     assert sum(file.stat().st_size for file in SAMPLE.rglob("*") if file.is_file()) < 40_000
+
+
+def test_captions_need_no_prefix(folder):
+    write(folder, json.dumps({"image": "images/0.png", "text": "a duck"}), row("images/0.png"))
+    rows = JsonlRecords(folder, "train", caption="text")
+    assert (rows[0].prefix, rows[0].suffix, rows[0].image_name) == ("", "a duck", "images/0.png")
+    with pytest.raises(BadRow, match=r"train.jsonl line 2 is .*, expected an object with the texts image, text"):
+        rows[1]
+    assert rows.fingerprint != JsonlRecords(folder, "train", caption="other").fingerprint

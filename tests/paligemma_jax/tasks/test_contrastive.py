@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pg
-from paligemma_jax import losses
+from paligemma_jax import convert, losses
 from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.tasks import contrastive
 from paligemma_jax.tasks.contrastive import Contrastive
-from tests.paligemma_jax.mini import ROOT, config_of
+from tests.paligemma_jax.mini import ROOT, config_of, png
 from train_jax import loop, params, sharding
 from train_jax.config import from_json
 from train_jax.errors import UserError
+from train_jax.plan import plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -74,10 +75,11 @@ def batch_of(task, number=8):
     return {name: jnp.stack([jnp.asarray(row[name]) for row in rows]) for name in rows[0]}
 
 
-def test_a_run_measures_and_draws(run):
+def test_a_run_measures_and_draws(run, options):
     results = json.loads((run / "eval.json").read_text())
-    assert set(Contrastive.validation_metrics) <= results.keys()
-    assert all(0 <= results[name] <= 1 for name in Contrastive.validation_metrics)
+    names = task_of(options).validation_metrics
+    assert set(names) <= results.keys()
+    assert all(0 <= results[name] <= 1 for name in names)
     assert 0 <= results["calibration_error"] <= 1
     for name in ("similarity", "neighbours", "calibration"):
         assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -95,6 +97,10 @@ def test_a_run_is_a_model_with_a_tokenizer(run, options):
         np.testing.assert_array_equal(ours, expected)
 
 
+def _ids(batch):
+    return {"text_ids": batch["text_id"], "image_ids": batch["image_id"]}
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "softmax"])
 def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
     """Against the loss of the embeddings, and its gradient with micro-batches against that without."""
@@ -110,7 +116,7 @@ def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
     images = model.config.preprocessing.normalize(batch["image"])
     zimg, ztxt, _ = model(images, batch["tokens"], batch["mask"])
     bias = () if name == "softmax" else (model.logit_bias[...],)
-    direct = getattr(losses, f"{name}_loss")(zimg, ztxt, model.logit_scale[...], *bias, text_ids=batch["text_id"])
+    direct = getattr(losses, f"{name}_loss")(zimg, ztxt, model.logit_scale[...], *bias, **_ids(batch))
     np.testing.assert_allclose(value, 8 * direct, rtol=1e-5)
     np.testing.assert_allclose(again, value, rtol=1e-5)
     assert grads.keys() == others.keys()
@@ -162,8 +168,146 @@ def test_another_models_tower_is_where_it_starts(options, run):
         ({"embed_micro_batch": 3}, "batch_size=8 does not divide into embeddings of 3 rows"),
         ({"model.variant": "b17"}, "model.variant: variant 'b17' is unknown"),
         ({"loss.name": "hinge"}, "loss.name is 'hinge', expected one of sigmoid, softmax"),
+        ({"loss.negatives": 8}, "loss.negatives is 8, expected 1 to 7, one fewer than the batch"),
+        ({"loss.negatives": 2, "loss.name": "softmax"}, "loss.negatives leaves pairs out of the sigmoid loss"),
+        ({"data.name": "jsonl"}, "data.name is 'jsonl' but data.source is not set"),
+        ({"data.source": "x"}, "data.source is 'x' of synthetic scenes: set data.name to jsonl or tfds"),
+        ({"data.noise": "colours"}, "data.noise is 'colours', expected one of '', images, texts, pairs"),
+        ({"data.noise_share": 1.5}, "data.noise_share is 1.5, expected a share from 0 to 1"),
+        ({"model.variant": "siglip-b16-224"}, "tokenizer is not set, expected the one for texts of siglip-b16-224"),
     ],
 )
 def test_what_is_refused(options, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         task_of(options, **changes)
+
+
+# Data of one's own.
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of captioned pictures: eight to train on, of which one cannot be read, and six held out."""
+    folder = tmp_path_factory.mktemp("own")
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(png(number) if number != 5 else b"no picture")
+    for name, numbers in (("train", range(8)), ("validation", range(6))):
+        lines = [{"image": f"{number}.png", "caption": f"number {number}"} for number in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_captions_from_a_file_train(options, own, tmp_path):
+    """A picture that cannot be read is counted, and in no sum; there is nothing to be classified."""
+    changed = options | {"data.name": "jsonl", "data.source": str(own), "data.max_bad_fraction": 0.5}
+    results = loop.fit(config_of(changed, CONFIG), tmp_path / "run", "none")
+    assert {"image_to_text_r1", "text_to_image_r10", "calibration_error"} <= results.keys()
+    assert not any(name.startswith("zero_shot") for name in results)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert next(line["good_rows"] for line in lines if "good_rows" in line) == pytest.approx(7 / 8)
+
+
+def test_a_bad_row_adds_nothing(options, own):
+    changed = {"data.name": "jsonl", "data.source": str(own)}
+    task = task_of(options, **changed)
+    batch, model = batch_of(task), task.init()
+    loss = task.loss(model, batch, None)[0] / task.normalizer({"weight": batch["weight"][None]})
+    good = np.flatnonzero(batch["weight"])
+    assert len(good) == 7
+    rest = {name: rows[good] for name, rows in batch.items()}
+    np.testing.assert_allclose(loss, task.loss(model, rest, None)[0] / 7, rtol=1e-5)
+
+
+# What is locked, what is left out, and where a run starts.
+
+LOCKED = {"trainable": "(image_head|text).*|logit_.*", "cache_features": True}
+
+
+def test_features_of_a_locked_tower_give_the_loss_of_its_pictures(options):
+    """Also through the whole runtime: the pictures of a batch are not there, and evaluation sees them."""
+    tasks = [task_of(options, **LOCKED | changed) for changed in ({}, {"cache_features": False})]
+    model = tasks[0].init()
+    first, second = (task.loss(model, batch_of(task), None)[0] for task in tasks)
+    assert "image" not in batch_of(tasks[0])
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+def test_a_run_with_features(options, tmp_path):
+    results = loop.fit(config_of(options | LOCKED, CONFIG), tmp_path / "run", "none")
+    assert 0 <= results["text_to_image_r1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trainable": ".*"}, "cache_features is on but vision/.* trains"),
+        ({"cache_features_mb": 0, "data.num_scenes": 500}, "cache_features needs .* MiB of host memory for 500"),
+    ],
+)
+def test_features_that_cannot_be_kept(options, changes, sentence, monkeypatch):
+    task = task_of(options, **LOCKED | changes)
+    scenes = task_of(options).pairs.train()
+    monkeypatch.setattr(type(scenes), "num_pictures", 500)
+    monkeypatch.setattr(task.pairs, "train", lambda: scenes)
+    with pytest.raises(UserError, match=sentence):
+        task.train_source()
+
+
+@pytest.mark.parametrize("by", ["hard", "easy", "random"])
+def test_negatives_that_count(by):
+    rng = np.random.default_rng(0)
+    zimg, ztxt = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
+    mask = np.asarray(contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
+    cosines = np.asarray(zimg @ ztxt.T)
+    for row in range(6):
+        assert mask[row, row] and mask[row].sum() == 3
+        others = np.delete(np.arange(6), row)
+        order = others[np.argsort(cosines[row, others])]
+        if by != "random":
+            assert set(np.flatnonzero(mask[row])) == {row, *(order[-2:] if by == "hard" else order[:2])}
+    other = contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
+    assert np.array_equal(mask, other) == (by != "random")
+
+
+def test_chosen_negatives_are_the_loss_of_that_mask(options):
+    task = task_of(options, **{"loss.negatives": 3, "loss.negatives_by": "hard", "loss.mask_duplicates": False})
+    model, batch = task.init(), batch_of(task)
+    images = model.config.preprocessing.normalize(batch["image"])
+    zimg, ztxt, _ = model(images, batch["tokens"], batch["mask"])
+    mask = contrastive.chosen_pairs(zimg, ztxt, 3, "hard", None)
+    expected = losses.sigmoid_loss(zimg, ztxt, model.logit_scale[...], model.logit_bias[...], mask=mask)
+    np.testing.assert_allclose(task.loss(model, batch, None)[0], 8 * expected, rtol=1e-5)
+
+
+def test_without_a_bias(options):
+    model = task_of(options, **{"init.bias": None}).init()
+    assert model.logit_bias is None
+    task = task_of(options, **{"init.bias": None})
+    batch = batch_of(task)
+    zero = task_of(options, **{"init.bias": 0.0})
+    np.testing.assert_allclose(task.loss(model, batch, None)[0], zero.loss(zero.init(), batch, None)[0], rtol=1e-6)
+
+
+def test_a_model_that_is_there_is_gone_on_from(options, run, tmp_path):
+    """With its own sizes, words, scale and bias."""
+    convert.convert(str(run), str(tmp_path / "folder"), "hugging_face")
+    task = task_of(options, **{"model.path": str(tmp_path / "folder"), "init.scale": 3.0, "data.text_length": 5})
+    theirs, ours = params.flatten(pg.load(run)), params.flatten(task.init())
+    for path, array in theirs.items():
+        np.testing.assert_array_equal(ours[path], array, err_msg=path)
+    assert task.tokenizer.length == 24
+    with pytest.raises(UserError, match="has no bias, which the sigmoid loss needs"):
+        task_of(options, **{"model.path": "random:clip-b32-224"})
+
+
+def test_the_plan_is_of_the_shapes_of_a_batch(options):
+    for changes in ({}, LOCKED):
+        task = task_of(options, **changes)
+        blueprint = Contrastive.blueprint(task.config, task.mesh)
+        row = task.train_source()[0]
+        assert {name: (np.shape(array), array.dtype) for name, array in row.items()} == {
+            name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()
+        }
+        assert params.abstract(blueprint.model).keys() == params.flatten(task.init()).keys()
+    planned = plan(config_of(options, CONFIG))
+    assert [program.name for program in planned.programs] == ["training step", "evaluation: embeddings"]

@@ -1,0 +1,78 @@
+"""Images with captions of a data set that TFDS has prepared, such as coco_captions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
+from paligemma_jax.data.tfds_source import open_builder, open_split
+from train_jax.errors import UserError
+
+
+class TfdsCaptions:
+    """Row i is a caption of example i % n of n examples: of several the one of number i // n, and so on in turn.
+
+    Args:
+      folder: the version folder, with dataset_info.json; its files are array_record.
+      split: a split that it has.
+      image: name of the feature that holds the picture.
+      caption: name of the one that holds the text or texts; parts of nested features are joined by a slash, as in
+        "captions/text".
+      views: rows of an example; as many as it has captions.
+
+    Raises:
+      UserError: no such folder, split or feature, or one without random access.
+    """
+
+    def __init__(self, folder: str | Path, split: str, image: str = "image", caption: str = "caption", views: int = 1):
+        self._folder = Path(folder).expanduser()
+        builder = open_builder(self._folder)
+        for name in (image, caption):
+            _check_feature(builder.info.features, name, self._folder)
+        self._examples = open_split(builder, self._folder, split, image)
+        self._image, self._caption, self._views, self._split = image, caption.split("/"), views, split
+        info = builder.info
+        self.fingerprint = fingerprint_of(
+            kind="tfds",
+            name=info.full_name,
+            split=split,
+            shards=list(info.splits[split].shard_lengths),
+            bytes=info.splits[split].num_bytes,
+            features=(image, caption),
+            views=views,
+        )
+
+    def __len__(self) -> int:
+        return len(self._examples) * self._views
+
+    def __getitem__(self, index: int) -> Record:
+        view, row = divmod(checked_index(index, len(self)), len(self._examples))
+        name = f"{self._split} example {row}"
+        try:
+            example: Any = self._examples[row]
+        except (RuntimeError, ValueError) as error:  # array_record's checksums, or a record that does not parse
+            raise BadRow(f"{name} of {self._folder} cannot be read ({error}): prepare the data again.") from error
+        image, texts = example[self._image], example
+        for part in self._caption:
+            texts = texts[part]
+        texts = [texts] if isinstance(texts, bytes) else list(texts)
+        if not texts:
+            raise BadRow(f"{name} of {self._folder} has no caption: leave it out.")
+        return Record(image, name, row, "", texts[view % len(texts)].decode())
+
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return np.tile(np.arange(len(self._examples)), self._views)
+
+
+def _check_feature(features: Any, name: str, folder: Path) -> None:
+    """Follows a name through nested features."""
+    for part in name.split("/"):
+        inner = getattr(features, "feature", features)  # a sequence's
+        if part not in inner:
+            raise UserError(
+                f"{folder} has no feature {name!r}, expected some of {', '.join(sorted(inner))}: change data.caption "
+                "or data.image."
+            )
+        features = inner[part]
