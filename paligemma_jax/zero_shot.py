@@ -67,11 +67,12 @@ def recall(similarity: Float[np.ndarray, "N C"], right: Int[np.ndarray, " N"], a
 
 
 def retrieval(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> Mapping[str, float]:
-    """R@1, 5 and 10 of N pairs, both ways."""
+    """R@1, 5 and 10 of N pairs, both ways; and `mean_r1`, the mean of the two R@1."""
     similarity, pairs = images @ texts.T, np.arange(len(images))
     found = {}
     for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         found |= {f"{name}_r{k}": value for k, value in recall(matrix, pairs, (1, 5, 10)).items()}
+    found["mean_r1"] = (found["image_to_text_r1"] + found["text_to_image_r1"]) / 2
     return found
 
 

@@ -23,6 +23,7 @@ ARGUMENTS = {
     "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
+    "siglip_batch_size": ("", "quick", "full", "bias", "negatives", "noise"),
     "siglip": ("", "clip", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]

@@ -69,9 +69,10 @@ def runtime_defaults() -> ConfigDict:
     # Runs instead of one: ((name, {dotted key: value}), ...), each in a folder of its name in the workdir (sweep.py).
     config.sweep = ()
     config.sweep_metric = placeholder(str)  # of eval.json, to compare the runs by; None = best_metric, else "loss"
-    config.sweep_x = placeholder(
-        str
-    )  # numeric config key, or "trainable_parameters": the plot's x; None = one bar a run
+    # Numeric config key, or a number of eval.json such as "trainable_parameters": the plot's x; None = one bar a run.
+    config.sweep_x = placeholder(str)
+    config.sweep_series = placeholder(str)  # config key, or keys joined by commas, that tell the plot's lines apart
+    config.sweep_more = ()  # further numbers of eval.json: columns of the table, and a panel of the plot each
 
     config.data = data = ConfigDict()
     data.workers = 0  # processes that read; 0 = threads of this process, faster unless decoding holds the GIL

@@ -18,7 +18,11 @@ from train_jax.resume import check_single, difference
 from train_jax.task import Task, make_task
 from train_jax.validation import validate
 
-OF_TRAINING = ("finished", "trainable_parameters")  # of a run's eval.json: another evaluation of it keeps these
+OF_TRAINING = (
+    "finished",
+    "trainable_parameters",
+    "step_temp_bytes",
+)  # of a run's eval.json: another evaluation of it keeps these
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from train_jax.durations import Plan
 from train_jax.errors import RunStopped
 from train_jax.evaluation import evaluate, load_model, print_results, resolve, write_results
 from train_jax.interrupt import Interrupt
-from train_jax.memory import reported_peak
+from train_jax.memory import reported_peak, step_memory
 from train_jax.plots import plot_curves
 from train_jax.ranking import check_metric
 from train_jax.reporting import Reporter
@@ -154,6 +154,8 @@ class Run:
         zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(mesh))
         began = time.perf_counter()
         compiled = traced.lower().compile()
+        memory = step_memory(compiled)
+        session.step_temp_bytes = None if memory is None else memory.temp
         model = bundle.model(session.state.params)
         counts = getattr(self.task, "parameter_counts", lambda model: {})(model)
         reporter.say(startup_report(session.state.params, bundle.frozen, session.state.opt_state, compiled, counts))
@@ -257,6 +259,8 @@ class Run:
         options = {"companions": companions} if companions else {}
         results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
         results |= self.task.evaluate(model, self.workdir, **options)
+        if session.step_temp_bytes is not None:
+            results["step_temp_bytes"] = session.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}
         write_results(self.workdir, results)
         if jax.process_index() == 0:

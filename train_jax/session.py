@@ -40,6 +40,7 @@ class Session:
         self.config, self.workdir, self.mesh, self.task, self.plan = config, workdir, mesh, task, plan
         self.checkpoints, self.source = checkpoints, source
         self._began, self.earlier_seconds = began, 0.0
+        self.step_temp_bytes: int | None = None  # of the compiled step, on a device; None where that is not known
         self.pipeline = training_batches(config, source, plan.total)
         self.bundle = model_state.build(task, mesh)
         self.schedule = optimizers.make_schedule(config.optimizer, plan.total, plan.warmup)
@@ -90,6 +91,7 @@ class Session:
             "without_improvement": self.without_improvement,
             "stopped_early": self.stopped_early,
             "seconds": self.seconds,
+            "step_temp_bytes": self.step_temp_bytes,
             "versions": {"jax": jax.__version__},
         }
         ema = self.parameters() if self.state.ema is not None else None
@@ -135,6 +137,7 @@ class Session:
         self.without_improvement = meta["without_improvement"]
         self.stopped_early = gave_up(meta, self.config.patience)
         self.earlier_seconds = meta.get("seconds", 0.0)
+        self.step_temp_bytes = meta.get("step_temp_bytes")
         return latest
 
     def parameters(self) -> dict[str, jax.Array]:

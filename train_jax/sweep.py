@@ -27,6 +27,7 @@ from train_jax.validation import unknown_key, validate
 NAME = re.compile(r"\w[\w.=+-]*")
 FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
 MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # what every run's eval.json holds
+OF_SWEEP = ("sweep", "sweep_metric", "sweep_x", "sweep_series", "sweep_more")
 
 
 class SweepRun(NamedTuple):
@@ -67,12 +68,13 @@ def expand(config: ConfigDict) -> list[SweepRun]:
 def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
     """The config of one run: overrides follow the rules of the command line, where a duration replaces another's."""
     single = from_json(to_json(config))
-    single.sweep, single.sweep_metric, single.sweep_x = (), None, None
+    single.sweep, single.sweep_more = (), ()
+    single.sweep_metric = single.sweep_x = single.sweep_series = None
     try:
         for key in overrides:
             if key not in leaves(config):
                 raise unknown_key(key, config)
-            if key in ("sweep", "sweep_metric", "sweep_x"):
+            if key in OF_SWEEP:
                 raise UserError(f"config.{key} cannot be overridden in a run, expected a key of the run: leave it out")
         command_line.override(single, {key: str(value) for key, value in overrides.items()})
         validate(single)
@@ -82,7 +84,13 @@ def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> 
 
 
 def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
-    key = config.sweep_x
+    series, key = config.sweep_series, config.sweep_x
+    for part in series.split(",") if series else ():
+        if part not in leaves(config):
+            raise UserError(
+                f"config.sweep_series={part!r} is no config key, expected one: change it"
+                f"{did_you_mean(part, list(leaves(config)))}"
+            )
     if key is None or key in MEASURED_X:
         return
     if key not in leaves(config):
@@ -116,12 +124,17 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     runs = expand(config)
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a single run, expected a new folder or a sweep's: choose another --workdir")
-    metric = config.sweep_metric or config.best_metric or "loss"
+    drawn = sweep_report.Drawn(
+        config.sweep_metric or config.best_metric or "loss",
+        config.sweep_x,
+        config.sweep_series,
+        tuple(config.sweep_more),
+    )
     outcomes = {run.name: Outcome(run.name, run.overrides, run.config, _earlier(workdir, run)) for run in runs}
     if jax.process_index() == 0:
         files.write_atomically(workdir / "config.json", to_json(config))
     for number, run in enumerate(runs, 1):
-        _write(workdir, metric, config.sweep_x, outcomes)
+        _write(workdir, drawn, outcomes)
         outcome = outcomes[run.name]
         if outcome.results is None:
             _say(f"[{number}/{len(runs)}] {run.name}: {sweep_report.describe(run.overrides)}")
@@ -135,8 +148,9 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         else:
             _say(f"[{number}/{len(runs)}] {run.name} is complete, see {workdir / run.name / 'eval.json'}.")
         began = None
-        _check_metric(metric, outcomes[run.name])
-    summary = _write(workdir, metric, config.sweep_x, outcomes)
+        for name in (drawn.metric, *drawn.more):
+            _check_metric(name, outcomes[run.name])
+    summary = _write(workdir, drawn, outcomes)
     table = sweep_report.table(summary)
     if jax.process_index() == 0:
         files.write_atomically(workdir / "sweep.md", table)
@@ -171,13 +185,13 @@ def _check_metric(metric: str, outcome: Outcome) -> None:
         numbers = [name for name, value in results.items() if type(value) in (int, float)]
         raise UserError(
             f"the sweep compares runs by {metric!r}, which {outcome.name}/eval.json does not hold, expected one of "
-            f"{', '.join(numbers)}: set config.sweep_metric{did_you_mean(metric, numbers)}"
+            f"{', '.join(numbers)}: set config.sweep_metric or config.sweep_more{did_you_mean(metric, numbers)}"
         )
 
 
-def _write(workdir: Path, metric: str, x: str | None, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def _write(workdir: Path, drawn: sweep_report.Drawn, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """Writes sweep.json as things stand; returns what it holds."""
-    summary = files.plain(sweep_report.summarize(metric, x, list(outcomes.values())))
+    summary = files.plain(sweep_report.summarize(drawn, list(outcomes.values())))
     if jax.process_index() == 0:
         files.write_atomically(workdir / SWEEP_FILE, files.to_json(summary, indent=2) + "\n")
     return summary

@@ -1,6 +1,7 @@
 """What a sweep found: a summary for sweep.json, a table, and a picture. Runs that differ by seed alone are pooled."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,20 @@ from train_jax import files
 from train_jax.config import leaves
 
 SEED = "seed"
+SEED_IN_NAME = re.compile(r"[-_.]*seed[-_.=]*\d+$")
 COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
 WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
 
 MARKED = 12  # values of x on a line that are all written at the axis
+
+
+class Drawn(NamedTuple):
+    """What of the runs is compared; see the config's keys `sweep_...`."""
+
+    metric: str
+    x: str | None = None
+    series: str | None = None
+    more: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -28,41 +39,62 @@ class Outcome(NamedTuple):
     stopped: str | None = None  # why it cannot go on
 
 
-def summarize(metric: str, x: str | None, outcomes: list[Outcome]) -> dict[str, Any]:
+def summarize(drawn: Drawn, outcomes: list[Outcome]) -> dict[str, Any]:
     """What sweep.json holds: `runs` one by one, and `groups` of those that differ in nothing but the seed.
 
     Args:
-      metric: name in every run's results; its value is `value`.
-      x: config key or name in the results; its value is `x`, None without one.
+      drawn: `metric` is a name in every run's results, its value is `value`; `x` a config key or a name in the results,
+        its value is `x`, None without one; `series` a config key, likewise; `more` names whose values are in `more`.
       outcomes: in the sweep's order.
     """
-    runs = [_run(metric, x, outcome) for outcome in outcomes]
+    runs = [_run(drawn, outcome) for outcome in outcomes]
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         rest = {key: value for key, value in run["overrides"].items() if key != SEED}
         groups.setdefault(files.to_json(dict(sorted(rest.items()))), []).append(run)
-    return {"metric": metric, "x": x, "runs": runs, "groups": [_group(members) for members in groups.values()]}
+    described = drawn._asdict() | {"more": list(drawn.more)}
+    return described | {"runs": runs, "groups": [_group(drawn, members) for members in groups.values()]}
 
 
-def _run(metric: str, x: str | None, outcome: Outcome) -> dict[str, Any]:
-    results = outcome.results or {}
+def _run(drawn: Drawn, outcome: Outcome) -> dict[str, Any]:
+    results, settings = outcome.results or {}, leaves(outcome.config)
     run = {"name": outcome.name, "overrides": outcome.overrides, "complete": outcome.results is not None}
     if outcome.stopped:
         run["stopped"] = outcome.stopped
-    at = leaves(outcome.config).get(x, results.get(x)) if x else None
-    return run | {"x": at, "value": results.get(metric)} | {name: results.get(name) for name in COPIED}
+    at = settings.get(drawn.x, results.get(drawn.x)) if drawn.x else None
+    series = ", ".join(str(settings[key]) for key in drawn.series.split(",")) if drawn.series else None
+    run |= {"x": at, "series": series, "value": results.get(drawn.metric)}
+    return run | {"more": {name: results.get(name) for name in drawn.more}} | {n: results.get(n) for n in COPIED}
 
 
-def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
+def _group(drawn: Drawn, members: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation (None of fewer than two) over the members that have a value."""
-    values = [run["value"] for run in members if _is_number(run["value"])]
     places = [run["x"] for run in members if _is_number(run["x"])]
-    rest = {key: value for key, value in members[0]["overrides"].items() if key != SEED}
     return {
-        "name": describe(rest) if len(members) > 1 else members[0]["name"],
+        "name": _name(members),
         "runs": [run["name"] for run in members],
-        "values": len(values),
         "x": statistics.fmean(places) if places else None,
+        "series": members[0]["series"],
+        **_spread([run["value"] for run in members]),
+        "more": {name: _spread([run["more"][name] for run in members]) for name in drawn.more},
+    }
+
+
+def _name(members: list[dict[str, Any]]) -> str:
+    """Of several the name without the seed ("rank-4" of "rank-4-seed-0"), or the overrides where that says nothing."""
+    names = {run["name"] for run in members}
+    if len(names) > 1:
+        names = {SEED_IN_NAME.sub("", name) for name in names}
+    if len(names) == 1 and names != {""}:
+        return names.pop()
+    return describe({key: value for key, value in members[0]["overrides"].items() if key != SEED})
+
+
+def _spread(values: list[Any]) -> dict[str, Any]:
+    """Of those that are finite numbers."""
+    values = [value for value in values if _is_number(value)]
+    return {
+        "values": len(values),
         "mean": statistics.fmean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
     }
@@ -80,17 +112,21 @@ def describe(overrides: Mapping[str, Any]) -> str:
 def table(summary: Mapping[str, Any]) -> str:
     """The runs as a Markdown table, and below it the groups where any has several runs."""
     keys = list(dict.fromkeys(key for run in summary["runs"] for key in run["overrides"]))
-    rows = [["run", *keys, summary["metric"], "trainable parameters", "seconds"]]
+    more = summary["more"]
+    rows = [["run", *keys, summary["metric"], *more, "trainable parameters", "seconds"]]
     for run in summary["runs"]:
         state = "stopped" if "stopped" in run else "null" if run["complete"] else "not complete"
         value = _text(run["value"]) if run["value"] is not None else state
         overrides = [_text(run["overrides"].get(key)) for key in keys]
-        rows.append([run["name"], *overrides, value, _text(run["trainable_parameters"]), _text(run["seconds"], 0)])
+        others = [_text(run["more"][name]) for name in more]
+        costs = [_text(run["trainable_parameters"]), _text(run["seconds"], 0)]
+        rows.append([run["name"], *overrides, value, *others, *costs])
     text = _markdown(rows)
     if any(len(group["runs"]) > 1 for group in summary["groups"]):
-        rows = [["", "runs", f"mean {summary['metric']}", "standard deviation"]]
+        rows = [["", "runs", f"mean {summary['metric']}", "standard deviation", *(f"mean {name}" for name in more)]]
         for group in summary["groups"]:
-            rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"])])
+            others = [_text(group["more"][name]["mean"]) for name in more]
+            rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"]), *others])
         text += "\n" + _markdown(rows)
     return text
 
@@ -120,31 +156,48 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import, needed once at the end
     from matplotlib.figure import Figure
 
-    groups = [group for group in summary["groups"] if group["mean"] is not None]
-    against_x = bool(groups) and all(group["x"] is not None for group in groups)
-    if not groups:
+    views = [_view(summary, name) for name in (summary["metric"], *summary["more"])]
+    views = [view for view in views if view["groups"]]
+    if not views:
         return
-    height = 4.4 if against_x else 1.6 + 0.4 * len(groups)
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    against_x = all(group["x"] is not None for group in views[0]["groups"])
+    height = 4.4 if against_x else 1.6 + 0.4 * len(views[0]["groups"])
+    figure = Figure(figsize=(6.4, height * len(views)), layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.grid(alpha=0.3)
-    (_against_x if against_x else _by_name)(axis, summary, groups)
+    for axis, view in zip(figure.subplots(len(views), squeeze=False)[:, 0], views, strict=True):
+        axis.grid(alpha=0.3)
+        (_against_x if against_x else _by_name)(axis, view, view["groups"])
     figure.savefig(png, dpi=120)
 
 
+def _view(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The summary as if `name` were its metric, with the groups that have a value of it."""
+    if name == summary["metric"]:
+        runs, groups = summary["runs"], summary["groups"]
+    else:
+        runs = [run | {"value": run["more"][name]} for run in summary["runs"]]
+        groups = [group | group["more"][name] for group in summary["groups"]]
+    return dict(summary) | {"metric": name, "runs": runs, "groups": [g for g in groups if g["mean"] is not None]}
+
+
 def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """A line where every run sets x and each group another; else single points with their names."""
+    """A line of each series, where every run sets x and each of its groups another; else single points with names."""
     groups = sorted(groups, key=lambda group: group["x"])
-    places = [group["x"] for group in groups]
-    line = all(summary["x"] in run["overrides"] for run in summary["runs"]) and len(set(places)) == len(places)
-    axis.errorbar(
-        places, [group["mean"] for group in groups], [group["std"] or 0.0 for group in groups],
-        marker="o", linestyle="-" if line else "", capsize=4,
-    )  # fmt: skip
+    places = sorted({group["x"] for group in groups})
+    series = list(dict.fromkeys(group["series"] for group in groups))
+    line = all(summary["x"] in run["overrides"] for run in summary["runs"]) and len(groups) == len(
+        {(group["series"], group["x"]) for group in groups}
+    )
+    for name in series:
+        own = [group for group in groups if group["series"] == name]
+        axis.errorbar(
+            [group["x"] for group in own], [group["mean"] for group in own], [group["std"] or 0.0 for group in own],
+            marker="o", linestyle="-" if line else "", capsize=4, label=str(name),
+        )  # fmt: skip
     runs = [run for run in summary["runs"] if run["value"] is not None and run["x"] is not None]
     axis.scatter([run["x"] for run in runs], [run["value"] for run in runs], s=10, color="grey", zorder=3)
     if not line:
+        axis.margins(x=0.15)  # room for the names
         for group in groups:
             axis.annotate(
                 group["name"], (group["x"], group["mean"]), xytext=(4, 4), textcoords="offset points", fontsize="small"
@@ -154,6 +207,10 @@ def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -
     if line and len(places) <= MARKED:
         axis.set_xticks(places, [f"{place:g}" for place in places])
         axis.set_xticks([], minor=True)
+    if summary["metric"].endswith("_bytes"):
+        axis.set_yscale("log")
+    if summary["series"]:
+        axis.legend(title=summary["series"])
     axis.set(xlabel=summary["x"], ylabel=summary["metric"])
 
 

@@ -33,6 +33,7 @@ class CaptionedScenes:
     """
 
     def __init__(self, folder: Path, tokenizer: TextTokenizer, views: int = 1, noise: str = "", share: float = 0.0):
+        self.folder = folder
         self._images = np.load(folder / "images.npy", mmap_mode="r")
         self.scenes = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
         self._tokenizer, self._views, self._noise, self._share = tokenizer, views, noise, share
@@ -91,23 +92,34 @@ class CaptionedScenes:
 
 
 class CaptionedFeatures:
-    """Rows of captioned scenes with `features` [P, D] in place of the picture, every picture encoded once."""
+    """Rows of captioned scenes with `features` [P, D] in place of the picture, from those of every picture in turn."""
 
-    def __init__(self, scenes: CaptionedScenes, encode: Callable[[np.ndarray], np.ndarray], told, at_once: int = 64):
-        """`encode` takes exactly `at_once` pictures [B, I, I, 3]; `told(done, total)` is told how far it got."""
-        self._scenes, number = scenes, scenes.num_pictures
-        parts = []
-        for start in range(0, number, at_once):
-            numbers = [min(index, number - 1) for index in range(start, start + at_once)]
-            parts.append(encode(np.stack([scenes.picture(index) for index in numbers])))
-            told(min(start + at_once, number), number)
-        self._features = np.concatenate(parts)[:number]
+    def __init__(self, scenes: CaptionedScenes, features: np.ndarray):
+        self._scenes, self._features = scenes, features
 
     def __len__(self) -> int:
         return len(self._scenes)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {FEATURES: self._features[self._scenes.number(index)]} | self._scenes.texts(index)
+
+
+def encode_pictures(
+    scenes: CaptionedScenes, encode: Callable[[np.ndarray], np.ndarray], told: Callable, at_once: int = 64
+) -> np.ndarray:
+    """Features [N, P, D] of all pictures.
+
+    Args:
+      scenes: whose `num_pictures` N.
+      encode: of exactly `at_once` pictures uint8 [B, I, I, 3].
+      told: `told(done, total)` is told how far it got.
+    """
+    number, parts = scenes.num_pictures, []
+    for start in range(0, number, at_once):
+        numbers = [min(index, number - 1) for index in range(start, start + at_once)]
+        parts.append(encode(np.stack([scenes.picture(index) for index in numbers])))
+        told(min(start + at_once, number), number)
+    return np.concatenate(parts)[:number]
 
 
 class CaptionedRecords(GuardedSource):

@@ -8,6 +8,7 @@ from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
 
 TINY = "tiny"
+MINI = "mini"  # the tiny one with a smaller text tower, for sweeps with a locked image tower
 B = dict(width=768, depth=12, mlp_dim=3072, num_heads=12)
 L = dict(width=1024, depth=24, mlp_dim=4096, num_heads=16)
 SO400M = dict(width=1152, depth=27, mlp_dim=4304, num_heads=16)
@@ -28,14 +29,14 @@ CLIP = {
     "clip-b16": (16, B, (512, 8), (224,)),
     "clip-l14": (14, L, (768, 12), (224, 336)),
 }
-NAMES = (TINY, *(f"{name}-{size}" for table in (SIGLIP, CLIP) for name, row in table.items() for size in row[-1]))
+NAMES = (TINY, MINI, *(f"{name}-{size}" for table in (SIGLIP, CLIP) for name, row in table.items() for size in row[-1]))
 
 
 def variant(name: str) -> DualEncoderConfig:
     """Sizes by name: "tiny", "siglip-b16-224", "siglip2-so400m14-384", "clip-l14-336" and so on (`NAMES`).
 
     The "tiny" one, also "siglip-tiny", has the vision tower and the words of the tiny PaliGemma, so that its tower fits
-    in there.
+    in there; "mini" has a smaller text tower beside it.
 
     Raises:
       ValueError: another name.
@@ -44,10 +45,10 @@ def variant(name: str) -> DualEncoderConfig:
         name = TINY
     if name not in NAMES:
         raise ValueError(f"variant {name!r} is unknown, expected one of {', '.join(NAMES)}.")
-    if name == TINY:
+    if name in (TINY, MINI):
         return DualEncoderConfig(
             vision=ViTConfig(96, 12, 128, 4, 512, 4, posemb="sincos2d"),
-            text=TextConfig(1792, 64, 128, 3, 512, 4),
+            text=TextConfig(1792, 64, 128, 3, 512, 4) if name == TINY else TextConfig(1792, 64, 48, 1, 128, 2),
             embed_dim=128,
             preprocessing=Preprocessing.siglip(96),
         )

@@ -86,7 +86,7 @@ class TextEncoder(nnx.Module):
           ValueError: more tokens than positions.
         """
         config = self.config
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if config.length < T:
             raise ValueError(f"texts have {T} tokens, expected at most {config.length}: cut them to that.")
         embedded = self.token_embedding(tokens) + self.position_embedding[...][None, :T].astype(jnp.float32)
@@ -100,14 +100,16 @@ class TextEncoder(nnx.Module):
             unroll=config.unroll,
         )
         encoded = self.final_layer_norm(x)
-        pooled = encoded[jnp.arange(B), self._pooled_position(tokens)]
+        pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
 
-    def _pooled_position(self, tokens: Int[Array, "B T"]) -> Int[Array, " B"]:
+    def _pooled(self, encoded: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        """One position each; without a gather over rows, for which devices would exchange them."""
         config = self.config
         if config.pool == "last":
-            return jnp.full(tokens.shape[:1], tokens.shape[1] - 1)
-        return jnp.argmax(tokens if config.eos_token is None else tokens == config.eos_token, axis=1)
+            return encoded[:, -1]
+        position = jnp.argmax(tokens if config.eos_token is None else tokens == config.eos_token, axis=1)
+        return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
 
 
 def _visible(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:

@@ -4,6 +4,7 @@ The loss is of all pairs of a batch: texts travel around the ring of devices (co
 activations do not fit are embedded in micro-batches (`embed_micro_batch`). Axes: models/layers.py.
 """
 
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from paligemma_jax import losses
-from paligemma_jax.data.captioned import FEATURES, CaptionedFeatures
+from paligemma_jax.data.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_pictures
 from paligemma_jax.data.text_tokens import load_text_tokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from paligemma_jax.models.dual_variants import TINY, variant
+from paligemma_jax.models.dual_variants import MINI, TINY, variant
 from paligemma_jax.tasks import common, contrastive_config, contrastive_plan, contrastive_report
 from paligemma_jax.tasks.contrastive_data import Pairs
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights import load
-from paligemma_jax.weights.digest import check_digest, write_digest
+from paligemma_jax.weights.digest import check_digest, vision_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params, patterns
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
+
+WORDS = (TINY, f"siglip-{TINY}", MINI)  # variants that read the tiny model's words
 
 
 class Contrastive:
@@ -94,7 +97,7 @@ class Contrastive:
     def _tokenizer_path(self) -> str:
         """The tokenizer that is named, or lies beside the model."""
         config = self.config
-        if config.tokenizer is None and config.model.path is None and TINY not in config.model.variant:
+        if config.tokenizer is None and config.model.path is None and config.model.variant not in WORDS:
             raise UserError(
                 f"tokenizer is not set, expected the one for texts of {config.model.variant}: add "
                 "--config.tokenizer=FOLDER (of a released SigLIP or CLIP)."
@@ -144,17 +147,18 @@ class Contrastive:
 
     def _encoded(self, scenes) -> CaptionedFeatures:
         """The scenes with the locked tower's features."""
-        vision = self.model_config.vision
+        if not isinstance(scenes, CaptionedScenes):
+            raise UserError("cache_features keeps features of synthetic scenes alone: set cache_features=False.")
+        config, vision = self.config, self.model_config.vision
         needed = -(-4 * scenes.num_pictures * vision.num_tokens * vision.width >> 20)
-        if needed > self.config.cache_features_mb:
+        if needed > config.cache_features_mb:
             raise UserError(
                 f"cache_features needs {needed:,} MiB of host memory for {scenes.num_pictures:,} pictures, expected at "
-                f"most cache_features_mb={self.config.cache_features_mb}: raise it, or set cache_features=False."
+                f"most cache_features_mb={config.cache_features_mb}: raise it, or set cache_features=False."
             )
-        model = self.init()
-        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
-        with common.progress(f"encoding {scenes.num_pictures} training images") as told:
-            return CaptionedFeatures(scenes, lambda images: jax.device_get(step(model, images)), told)
+        start = config.init.vision or config.model.path
+        tower = (self.model_config.vision, vision_digest(start) if start else config.seed)
+        return CaptionedFeatures(scenes, _features_of(scenes, tower, self.init))
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         return "\n".join(f"text {number}: {row[:16].tolist()} ..." for number, row in enumerate(batch["tokens"][0]))
@@ -228,6 +232,21 @@ class Contrastive:
     def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
         pairs = self.pairs.held_out()
         return contrastive_report.report(model, self.tokenizer, pairs, self.pairs.single_objects(), workdir)
+
+
+_latest: tuple[Hashable, np.ndarray] | None = None  # the runs of a sweep begin with the same features
+
+
+def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], DualEncoder]) -> np.ndarray:
+    """Features of all pictures by the tower that `make` makes and `tower` tells apart; those made last are kept."""
+    global _latest
+    key = (scenes.folder.resolve(), scenes.num_pictures, tower)
+    if _latest is None or _latest[0] != key:
+        model = make()
+        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
+        with common.progress(f"encoding {scenes.num_pictures} training images") as told:
+            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(step(model, images)), told)
+    return _latest[1]
 
 
 def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:

@@ -17,7 +17,7 @@ from paligemma_jax.data.text_tokens import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
 
-RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+RETRIEVAL = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)), "mean_r1")
 TEMPLATES = {
     "color": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
     "shape": ("a {}", "a large {}", "a small {}", "one object: a {}"),

@@ -71,7 +71,7 @@ def test_retrieval_both_ways():
     """Image 0 finds text 0, image 1 finds text 0 as well; of the texts, both find image 1."""
     images, texts = np.array([[1.0, 0], [2, 1]]), np.array([[1.0, 0], [0, 0.5]])
     found = zero_shot.retrieval(images, texts)
-    assert found["image_to_text_r1"] == 0.5 and found["text_to_image_r1"] == 0.5
+    assert found["image_to_text_r1"] == found["text_to_image_r1"] == found["mean_r1"] == 0.5
     assert found["image_to_text_r5"] == found["text_to_image_r10"] == 1.0
 
 

@@ -189,6 +189,7 @@ def test_overrides_follow_the_rules_of_the_command_line():
         ((), {}, "config.sweep is empty"),
         (RATES, {"sweep_x": "optimizer.name"}, "config.sweep_x='optimizer.name' is 'adamw' in run 'slow-0', expected"),
         (RATES, {"sweep_x": "sed"}, "config.sweep_x='sed' is no config key"),
+        (RATES, {"sweep_series": "sed"}, "config.sweep_series='sed' is no config key, expected one: change it; did"),
     ],
 )
 def test_each_mistake_is_one_sentence(tmp_path, runs, changes, sentence):

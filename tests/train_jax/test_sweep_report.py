@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from tests.train_jax.toy_task import toy_config
 from train_jax import sweep_report
-from train_jax.sweep_report import Outcome, summarize, table
+from train_jax.sweep_report import Drawn, Outcome, table
 
 
 def outcome(name, value, **overrides):
@@ -15,6 +15,10 @@ def outcome(name, value, **overrides):
     config = toy_config(**{key.replace(".", "__"): item for key, item in overrides.items()})
     results = {"score": value, "trainable_parameters": 1234, "seconds": 61.4, "step": 8, "peak_memory_bytes": 1}
     return Outcome(name, overrides, config, results if value is not None else None)
+
+
+def summarize(metric, x, outcomes, **more):
+    return sweep_report.summarize(Drawn(metric, x, **more), outcomes)
 
 
 @pytest.fixture
@@ -30,6 +34,14 @@ def test_seeds_are_pooled(summary):
     assert pooled["mean"] == pytest.approx(0.3) and pooled["std"] == pytest.approx(math.sqrt(0.07))
     assert (single["name"], single["mean"], single["std"], single["x"]) == ("b", 0.5, None, 40)
     assert missing["mean"] is None and missing["values"] == 0
+
+
+def test_runs_named_by_their_seeds_are_a_group_of_the_rest_of_the_name():
+    runs = [outcome(f"wide-seed-{seed}", 0.5, model__width=40, seed=seed) for seed in (0, 1)]
+    (group,) = summarize("score", None, runs)["groups"]
+    assert group["name"] == "wide"
+    (group,) = summarize("score", None, [outcome(f"seed{seed}", 0.5, seed=seed) for seed in (0, 1)])["groups"]
+    assert group["name"] == "no overrides"
 
 
 def test_a_value_that_is_not_finite_is_left_out_of_the_mean():
@@ -94,3 +106,28 @@ def test_plot_without_x_has_a_bar_a_group(summary, tmp_path):
 def test_nothing_is_drawn_of_nothing(tmp_path):
     sweep_report.plot(summarize("score", None, [outcome("a", None)]), tmp_path / "sweep.png")
     assert not (tmp_path / "sweep.png").exists()
+
+
+def test_a_line_of_each_series_and_a_panel_of_each_number(tmp_path):
+    """Two dropouts at two widths; seconds are the same everywhere."""
+    outcomes = [
+        outcome(f"{width}-{rate}", width * rate, model__width=width, model__dropout=rate)
+        for width in (4, 40)
+        for rate in (0.1, 0.5)
+    ]
+    summary = summarize("score", "model.width", outcomes, series="model.dropout", more=("seconds",))
+    axis = drawn(summary)
+    lines = [container[0] for container in axis.containers]
+    assert [list(line.get_ydata()) for line in lines] == [pytest.approx([0.4, 4.0]), pytest.approx([2.0, 20.0])]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0.1", "0.5"]
+    view = sweep_report._view(summary, "seconds")
+    assert {group["mean"] for group in view["groups"]} == {61.4} and view["metric"] == "seconds"
+    assert "| score " in table(summary) and table(summary).count("61.4") == 4
+    sweep_report.plot(summary, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_a_number_that_no_run_has_there_is_no_panel(summary, tmp_path):
+    outcomes = [outcome("a", 0.5, model__width=4), outcome("b", 0.5, model__width=40)]
+    sweep_report.plot(summarize("score", "model.width", outcomes, more=("nothing",)), tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").exists()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from paligemma_jax.data.captioned import NOISE_PICTURES, CaptionedFeatures, CaptionedScenes, text_id
+from paligemma_jax.data.captioned import NOISE_PICTURES, CaptionedFeatures, CaptionedScenes, encode_pictures, text_id
 from paligemma_jax.data.pretraining_set import build
 from paligemma_jax.data.text_tokens import load_text_tokenizer
 
@@ -84,7 +84,7 @@ def test_features_stand_for_pictures(folder):
         seen.extend(images)
         return images.reshape(8, 4, -1).astype(np.float32)
 
-    rows = CaptionedFeatures(scenes, encode, lambda done, total: None, at_once=8)
+    rows = CaptionedFeatures(scenes, encode_pictures(scenes, encode, lambda done, total: None, at_once=8))
     assert len(seen) == 8 * -(-scenes.num_pictures // 8)
     for index in range(len(scenes)):
         row, expected = rows[index], scenes[index]
