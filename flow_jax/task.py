@@ -22,6 +22,7 @@ from flow_jax.pairs import COUPLINGS, ToyPairs
 from flow_jax.toys import TOYS
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.task import Blueprint
 
 PATHS = {
     "cond_ot": lambda config: paths.CondOT(sigma_min=config.sigma_min),
@@ -103,6 +104,13 @@ class PlaneFlow:
         self.config, self.mesh = config, mesh
         self.path = PATHS[config.path.name](config.path)
         self.times = TIMES[config.times](*self.path.time_range)
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        task = cls(config, mesh)
+        point = jax.ShapeDtypeStruct((2,), jnp.float32)
+        return Blueprint(task, nnx.eval_shape(task.init), {"x_0": point, "x_1": point}, {})
 
     def init(self) -> nnx.Module:
         return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))

@@ -109,6 +109,9 @@ class Pretraining(SceneTask):
     def train_source(self):
         return self._source("pretraining", self.config.data.num_scenes, self.config.data.views)
 
+    def blank_row(self) -> dict[str, np.ndarray]:
+        return super().blank_row() | pack(self.tokenizer, [], self.config.data.text_length, dict(self.config.weights))
+
     def normalizer(self, batch) -> jax.Array:
         return batch["weight"].sum()
 

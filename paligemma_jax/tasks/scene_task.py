@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -21,6 +23,7 @@ from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.task import Blueprint
 
 
 class PretrainingModel(nnx.Module):
@@ -65,13 +68,32 @@ class SceneTask:
             both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
 
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        task = cls(config, mesh)
+        example = {name: jax.ShapeDtypeStruct(np.shape(row), row.dtype) for name, row in task.blank_row().items()}
+        return Blueprint(task, nnx.eval_shape(task.new), example, {})
+
+    def blank_row(self) -> dict[str, np.ndarray]:
+        """A row of the training source that shows nothing, for its shapes."""
+        vision = self.model_config.vision
+        return {
+            "image": np.zeros((vision.image_size, vision.image_size, 3), np.uint8),
+            "patches": np.zeros((vision.num_patches, len(ATTRIBUTES)), np.int32),
+        }
+
+    def new(self) -> PretrainingModel:
+        """A model that has learned nothing."""
+        return PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+
     def init(self) -> PretrainingModel:
         """A new model, with the tower of `init.vision` and whatever the averages of the runs in `init_from` hold of it.
 
         Raises:
           UserError: a run without a checkpoint, or of a model of other sizes.
         """
-        model = PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+        model = self.new()
         if self.config.init.vision is not None:
             model.model = with_vision(model.model, self.config.init.vision)
         shapes = params.abstract(model)
@@ -89,8 +111,7 @@ class SceneTask:
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train."""
-        model = nnx.eval_shape(lambda: PretrainingModel(self.model_config, rngs=nnx.Rngs(0)))
-        return patterns.select(self.trainable(), params.abstract(model), what="trainable parameters")
+        return patterns.select(self.trainable(), params.abstract(nnx.eval_shape(self.new)), what="trainable parameters")
 
     def sharding_rules(self):
         return common.SHARDING_RULES

@@ -10,8 +10,10 @@ from scipy.optimize import linear_sum_assignment
 import train
 from flow_jax import toys
 from flow_jax.pairs import ToyPairs
+from flow_jax.task import PlaneFlow
 from tests.paligemma_jax.mini import ROOT, arguments, mistake
 from train_jax import command_line, sharding
+from train_jax.plan import plan
 from train_jax.task import make_task
 
 FLOW = str(ROOT / "configs/flow_2d.py")
@@ -47,6 +49,18 @@ def test_exact_pairs_are_the_cheapest_of_the_step():
     cost = np.square(one["x_0"][:, None] - one["x_1"][None]).sum(-1)
     best = cost[linear_sum_assignment(cost)].sum()
     assert np.square(other["x_0"] - other["x_1"]).sum() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_plan_is_of_the_rows_that_are_trained_on():
+    config = command_line.load_config(FLOW)
+    with config.unlocked():
+        config.mesh.data = 1
+    blueprint = PlaneFlow.blueprint(config, sharding.make_mesh(config.mesh))
+    row = blueprint.task.train_source()[0]
+    assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()
+    }
+    assert [program.name for program in plan(config).programs] == ["training step"]
 
 
 def test_noise_is_a_function_of_seed_step_and_process():

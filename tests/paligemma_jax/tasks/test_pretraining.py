@@ -25,6 +25,7 @@ from paligemma_jax.tasks.vision_pretraining import Patches, VisionPretraining
 from tests.paligemma_jax.mini import MINI, ROOT, config_of
 from train_jax import loop, params, sharding
 from train_jax.errors import UserError
+from train_jax.plan import plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -140,6 +141,21 @@ def test_scores_count_whole_suffixes(task, module, monkeypatch):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return build(tmp_path_factory.mktemp("pretraining") / "scenes", 3, 24, 2)
+
+
+@pytest.mark.parametrize("make", [Pretraining, VisionPretraining])
+def test_the_plan_is_of_the_rows_that_are_trained_on(task, scenes, monkeypatch, make):
+    monkeypatch.setattr(scene_task, "variant", lambda name: MINI)
+    monkeypatch.setattr(scene_task.SceneTask, "rendered", lambda self, stream, number: scenes)
+    config = task.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.task = f"{make.__module__}:{make.__name__}"
+    blueprint = make.blueprint(config, task.mesh)
+    row = blueprint.task.train_source()[0]
+    assert {name: (np.shape(array), array.dtype) for name, array in row.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()
+    }
+    assert [program.name for program in plan(config).programs] == ["training step"]
 
 
 def test_rows_are_a_function_of_their_index(scenes, tmp_path):
