@@ -2,6 +2,8 @@
 
     python -m paligemma_jax.data.train_tokenizer --output=paligemma_jax/tiny/tokenizer.model
 
+and beside it tokenizer.json, the same for transformers 5, which would take the pieces of a .model for those of a BPE.
+
 The texts are those of the synthetic generator, so the words are few and known. Each becomes a piece twice, with and
 without its leading space, and all pieces score alike: SentencePiece's best segmentation is then the one of fewest
 pieces, and it does not depend on word counts. No trainer is run, so the file is the same on every machine.
@@ -9,6 +11,7 @@ Text is neither normalised nor prefixed with a space, so decoding gives back exa
 """
 
 import argparse
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -78,6 +81,36 @@ def build_model(vocabulary: Iterable[str]) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
+def to_json(model: bytes) -> str:
+    """What `build_model` returns as the tokenizers library writes it: a tokenizer.json."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    kinds = proto.SentencePiece
+    added = {kinds.CONTROL: True, kinds.UNKNOWN: True, kinds.USER_DEFINED: False}
+    space = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": piece.piece, **flags, "special": added[piece.type]}
+            for index, piece in enumerate(proto.pieces)
+            if piece.type in added
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "Unigram",
+            "unk_id": proto.trainer_spec.unk_id,
+            "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+            "byte_fallback": True,
+        },
+    }
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Writes the tokenizer to `--output`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(words([*synthetic_texts(), _OFFICIAL, _PROMPTS]))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(model)
+    output.with_suffix(".json").write_text(to_json(model), encoding="utf-8")
     print(f"{output}: {len(sentencepiece_model_pb2.ModelProto.FromString(model).pieces)} pieces, {len(model):,} bytes")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from paligemma_jax.tasks.pretraining import Pretraining
 from paligemma_jax.weights import hugging_face
+from paligemma_jax.weights.tokenizer_files import copy_tokenizer
 from train_jax import command_line, config, sharding
 from train_jax.checkpoints import Checkpoints
 from train_jax.errors import UserError
@@ -42,7 +43,7 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
     hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
     preprocessor = task.model_config.preprocessing.to_hugging_face()
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    (folder / "tokenizer.model").write_bytes(task.tokenizer.model_bytes)
+    copy_tokenizer(settings.tokenizer, folder)
 
 
 def main(argv: list[str]) -> None:

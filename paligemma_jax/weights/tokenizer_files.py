@@ -42,7 +42,10 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """
     _copy(source, folder)
     if not (folder / CONFIG).exists() and (folder / MODEL).exists():
-        _write_config(folder, tokenizer_config(load_tokenizer(folder)))
+        config = tokenizer_config(load_tokenizer(folder))
+        if (folder / JSON).exists():  # the tiny model's: read as it is, and not as Gemma's BPE
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_config(folder, config)
 
 
 def copy_text_tokenizer(source: str | Path, folder: Path, length: int = 64) -> None:
@@ -52,6 +55,7 @@ def copy_text_tokenizer(source: str | Path, folder: Path, length: int = 64) -> N
     if words.file.name == MODEL and words.pad_id == words.eos_id:  # beside a big_vision file
         words = dataclasses.replace(words, file=words.file.replace(folder / SIGLIP_MODEL))
     if not (folder / CONFIG).exists() and words.file.name != JSON:
+        (folder / JSON).unlink(missing_ok=True)  # the classes below make their own of the pieces
         _write_config(folder, text_tokenizer_config(words, length))
 
 

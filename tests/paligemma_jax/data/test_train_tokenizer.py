@@ -1,8 +1,11 @@
 """The tokenizer that ships: reproducible, small, one piece per word of CLEVR and of the pretraining texts."""
 
 import re
+from pathlib import Path
 
 import numpy as np
+import sentencepiece
+import tokenizers
 
 from paligemma_jax.data import train_tokenizer
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
@@ -17,6 +20,18 @@ TINY = load_tokenizer("tiny")
 def test_the_shipped_file_is_what_the_command_writes(tmp_path):
     train_tokenizer.main(["--output", str(tmp_path / "new" / "tokenizer.model")])
     assert (tmp_path / "new" / "tokenizer.model").read_bytes() == TINY.model_bytes
+    shipped = Path(train_tokenizer.__file__).parent.parent / "tiny/tokenizer.json"
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == shipped.read_text()
+
+
+def test_the_json_is_the_same_tokenizer():
+    pieces = sentencepiece.SentencePieceProcessor()
+    pieces.LoadFromSerializedProto(TINY.model_bytes)
+    words = tokenizers.Tokenizer.from_str(train_tokenizer.to_json(TINY.model_bytes))
+    texts = [*train_tokenizer.synthetic_texts(3), "ß 漢字\n ?", "  two  spaces ", ""]
+    for text in texts:
+        assert words.encode(text, add_special_tokens=False).ids == pieces.encode(text), text
+        assert words.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text)), text
 
 
 def test_it_is_small():

@@ -25,6 +25,7 @@ from train_jax.errors import UserError
 
 # Parameters of transformers' models of these sizes (5.23.0, on the meta device).
 COUNTS = {
+    "mini": 1_172_626,
     "siglip-b16-224": 203_155_970,
     "siglip-b16-256": 203_202_050,
     "siglip-b16-384": 203_447_810,
