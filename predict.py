@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     except flags.Error as error:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
-        print(f"{__doc__.strip()}\n\nFlags:\n{values.get_help()}")
+        print(f"{__doc__.strip()}\n\nFlags:\n{command_line.flags_help(values)}")
         return
     if values["class"].value:
         _classify(values, rest)

@@ -23,6 +23,7 @@ from train_jax.patterns import did_you_mean
 from train_jax.validation import check_keys, unknown_key
 
 PATH_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+OF_ABSL = ("flagfile", "undefok")  # flags that absl adds of its own
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -81,7 +82,7 @@ def load_from_flags(
     except flags.Error as error:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
-        print(f"{usage.strip()}\n\nFlags (--config.KEY=VALUE overrides a key):\n{values.get_help()}")
+        print(f"{usage.strip()}\n\nFlags (--config.KEY=VALUE overrides a key):\n{flags_help(values)}")
         raise SystemExit(0)
     config, workdir = _load(values.config, values.workdir)
     override(config, parse_overrides(rest, config, list(values)))
@@ -112,11 +113,18 @@ def parse(
     except flags.Error as error:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
-        print(f"{usage.strip()}\n\nFlags:\n{values.get_help()}")
+        print(f"{usage.strip()}\n\nFlags:\n{flags_help(values)}")
         raise SystemExit(0)
     if len(places) != 2:
         raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
     return places, values
+
+
+def flags_help(values: flags.FlagValues) -> str:
+    """A line for each flag, without those that absl adds of its own."""
+    texts = {name: values[name].help for name in sorted(values) if name not in OF_ABSL}
+    width = max(map(len, texts))
+    return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())
 
 
 def default_workdir(config_flag: str) -> str:

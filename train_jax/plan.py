@@ -3,7 +3,7 @@
 Compiles the training step and the programs of evaluation, as a run of this config would, on shapes alone: no weights
 and no data are read and nothing is allocated, so that a laptop plans for a pod. Prints what each device holds, computes
 and exchanges, and which common cards have the memory. `--devices` plans for that many (CPU) devices instead of those at
-hand; further arguments are as of train.py.
+hand; further arguments are as of train.py. Of a sweep every run is planned, of several seeds the first.
 """
 
 import jax
@@ -11,7 +11,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax import command_line, flops, hlo, model_state, optimizers, params, sharding, training_step
+from train_jax import command_line, flops, hlo, model_state, optimizers, params, sharding, sweep, training_step
 from train_jax.config import task_class
 from train_jax.durations import Plan
 from train_jax.errors import UserError
@@ -111,7 +111,24 @@ def main(argv: list[str]) -> None:
     if values.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", values.devices)
-    print(report(plan(config)))
+    for name, single in runs(config):
+        print(f"{name}\n" if name else "", end="")
+        print(report(plan(single)), end="\n\n" if name else "\n", flush=True)
+
+
+def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """The runs to plan, by name: those of a sweep, of several seeds the first; of any other config itself, nameless.
+
+    Raises:
+      UserError: a sweep that cannot be.
+    """
+    if not config.sweep:
+        return [("", config)]
+    found: dict[tuple, tuple[str, ConfigDict]] = {}
+    for run in sweep.expand(config):
+        overrides = tuple(sorted((key, repr(value)) for key, value in run.overrides.items() if key != "seed"))
+        found.setdefault(overrides, (run.name, run.config))
+    return list(found.values())
 
 
 if __name__ == "__main__":

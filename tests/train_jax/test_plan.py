@@ -143,6 +143,15 @@ def test_a_task_without_a_blueprint_is_told(monkeypatch):
         plan(config())
 
 
+def test_of_a_sweep_every_run_is_planned_once():
+    sweep = tuple((f"{width}-{seed}", {"model.width": width, "seed": seed}) for seed in (0, 1) for width in (8, 16))
+    single = config()
+    assert plan_command.runs(single) == [("", single)]
+    found = plan_command.runs(config(sweep=sweep))
+    assert [(name, each.model.width) for name, each in found] == [("8-0", 8), ("16-0", 16)]
+    assert all(each.sweep == () for _, each in found)
+
+
 # The command.
 
 
