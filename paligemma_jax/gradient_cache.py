@@ -33,12 +33,20 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     if micro_batch < 1 or rows % micro_batch:
         raise UserError(f"batch_size={rows} does not divide into embeddings of {micro_batch} rows: choose a divisor.")
 
-    def split(array):
-        return jnp.swapaxes(array.reshape(micro_batch, -1, *array.shape[1:]), 0, 1)
+    number = rows // micro_batch
+
+    def part(index):
+        """The micro-batch of a number: a slice along an axis that no device splits, so that nothing is copied first."""
+        return jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(
+                array.reshape(micro_batch, number, *array.shape[1:]), index, axis=1, keepdims=False
+            ),
+            batch,
+        )
 
     def join(array):
         return jnp.swapaxes(array, 0, 1).reshape(rows, *array.shape[2:])
 
     # In a loop the recomputation cannot be merged with the first computation, so nothing has to prevent that.
-    once_more = jax.checkpoint(embed, prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(once_more, jax.tree.map(split, batch)))
+    once_more = jax.checkpoint(lambda index: embed(part(index)), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(once_more, jnp.arange(number)))
