@@ -1,4 +1,4 @@
-"""Sigmoid against softmax loss over batch sizes: the ablation of Zhai et al. 2023 (figure 2) in miniature.
+"""Sigmoid against softmax loss over batch sizes: the ablation of Zhai et al. 2023 in miniature.
 
     python train.py --config=configs/siglip_batch_size.py
 
@@ -125,7 +125,7 @@ def full(config: ConfigDict) -> None:
 
 
 def bias(config: ConfigDict) -> None:
-    """Where the bias begins, and whether there is one (table 4 of the paper)."""
+    """Where the bias begins, and whether there is one."""
     config.sweep_x, config.total_examples = None, STUDY_PAIRS
     config.sweep = tuple(
         (f"bias{value}-seed-{seed}", run("sigmoid", STUDY_SIZE, seed, init__bias=value))
@@ -135,7 +135,7 @@ def bias(config: ConfigDict) -> None:
 
 
 def negatives(config: ConfigDict) -> None:
-    """Which negatives of an image count, and how many: random, the hardest or the easiest ones (its figure 6)."""
+    """Which negatives of an image count, and how many: random, the hardest or the easiest ones."""
     config.sweep_x, config.sweep_series = "loss.negatives", "loss.negatives_by"
     config.total_examples = STUDY_PAIRS
     every = STUDY_SIZE - 1
@@ -151,7 +151,7 @@ def negatives(config: ConfigDict) -> None:
 
 
 def noise(config: ConfigDict) -> None:
-    """A share of the images, of the texts or of the pairs is spoilt in training (its figure 7)."""
+    """A share of the images, of the texts or of the pairs is spoilt in training."""
     config.sweep_x, config.sweep_series = "data.noise_share", "loss.name,data.noise"
     config.total_examples = STUDY_PAIRS
     chosen = [("", 0.0), *((kind, share) for kind in ("images", "texts", "pairs") for share in (0.25, 0.5))]

@@ -27,7 +27,7 @@ class CaptionedScenes:
       folder: of the scenes.
       tokenizer: of the captions.
       views: captions of a scene before they repeat.
-      noise: what is spoilt in a row (Zhai et al. 2023, section 4.9): "images", noise of independent pixels instead of
+      noise: what is spoilt in a row (as in Zhai et al. 2023): "images", noise of independent pixels instead of
         the picture; "texts", words drawn at random, as many as there were; "pairs", the caption of another row.
       share: of how many rows; which ones is a function of the row.
     """

@@ -250,7 +250,7 @@ def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], Du
 
 
 def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:
-    """A mask bool [B, B] of the diagonal and of `number` negatives of each image (Zhai et al. 2023, section 4.8).
+    """A mask bool [B, B] of the diagonal and of `number` negatives of each image (an ablation of Zhai et al. 2023).
 
     Args:
       zimg, ztxt: embeddings [B, D], pairs in order.
