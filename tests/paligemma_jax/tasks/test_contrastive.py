@@ -311,3 +311,9 @@ def test_the_plan_is_of_the_shapes_of_a_batch(options):
         assert params.abstract(blueprint.model).keys() == params.flatten(task.init()).keys()
     planned = plan(config_of(options, CONFIG))
     assert [program.name for program in planned.programs] == ["training step", "evaluation: embeddings"]
+
+
+def test_devices_exchange_blocks_of_texts_and_never_gather_embeddings(options):
+    """The whole step: towers, pooling, ring, gradients."""
+    (step, _) = plan(config_of(options | {"mesh.data": 4}, CONFIG)).programs
+    assert "collective-permute" in step.collectives and "all-gather" not in step.collectives
