@@ -10,6 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from flow_jax import likelihood, metrics, pictures, sampling, toys
+from flow_jax.flow_task import solver
 
 FRAMES = 41  # of the animation, and points in time that trajectories and straightness are measured at
 
@@ -62,7 +63,7 @@ def distance(model: nnx.Module, data: ConfigDict, options: ConfigDict, draws: in
     """Mean W2 of samples to held-out data over `draws` of both."""
     values, nfe = [], []
     for draw in range(draws):
-        result = sampling.sample(model, _noise(data, options, draw), **_solver(options))
+        result = sampling.sample(model, _noise(data, options, draw), **solver(options))
         values.append(metrics.wasserstein(np.asarray(result.x), _held_out(data, options, draw), p=2))
         nfe.append(int(result.nfe))
     return Distance(float(np.mean(values)), float(np.mean(nfe)))
@@ -82,11 +83,5 @@ def _noise(data: ConfigDict, options: ConfigDict, draw: int) -> jax.Array:
     return jnp.asarray(toys.draw(data.noise, options.num_samples, (options.seed, 1, draw)))
 
 
-def _solver(options: ConfigDict) -> dict[str, Any]:
-    if options.num_steps is not None:
-        return {"solver": options.solver, "num_steps": options.num_steps}
-    return {"solver": options.solver, "rtol": options.tolerance, "atol": options.tolerance}
-
-
 def _log_density(model: nnx.Module, options: ConfigDict):
-    return lambda points: np.asarray(likelihood.log_prob(model, jnp.asarray(points), **_solver(options)).log_prob)
+    return lambda points: np.asarray(likelihood.log_prob(model, jnp.asarray(points), **solver(options)).log_prob)

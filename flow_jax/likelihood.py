@@ -173,7 +173,13 @@ def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) ->
 
 
 def image_bits_per_dim(
-    velocity: Callable, images: UInt8[AnyArray, "B H W C"], key: RandomKey, num_samples: int = 1, **options
+    velocity: Callable,
+    images: UInt8[AnyArray, "B H W C"],
+    key: RandomKey,
+    num_samples: int = 1,
+    *,
+    levels: int = 256,
+    **options,
 ) -> Float[Array, " B"]:
     """Bits per dimension of bytes under a flow on [-1, 1], by uniform dequantisation (Theis et al. 2016).
 
@@ -183,9 +189,10 @@ def image_bits_per_dim(
 
     Args:
       velocity: trained on images in [-1, 1].
-      images: bytes.
+      images: bytes, or integers below `levels`.
       key: of the dequantisation, and of the probes of a Hutchinson divergence.
       num_samples: K.
+      levels: values that an entry may have; 128 above is half of them.
       **options: of `log_prob`.
     """
     images = jnp.asarray(images)
@@ -194,7 +201,7 @@ def image_bits_per_dim(
     def one(key):
         key, probes = jax.random.split(key)
         noise = jax.random.uniform(key, images.shape)
-        return log_prob(velocity, (images + noise) / 128 - 1, key=probes, **options).log_prob
+        return log_prob(velocity, (images + noise) / (levels / 2) - 1, key=probes, **options).log_prob
 
     draws = jnp.stack([one(jax.random.fold_in(key, k)) for k in range(num_samples)])
-    return bits_per_dim(jax.nn.logsumexp(draws, axis=0) - math.log(num_samples), size, bins=128.0)
+    return bits_per_dim(jax.nn.logsumexp(draws, axis=0) - math.log(num_samples), size, bins=levels / 2)

@@ -1,0 +1,141 @@
+"""What the trainers of flows share: path, coupling and times by config, and the loss (the runtime's Task).
+
+A velocity model learns the conditional velocity dx_t of its path (Lipman et al. 2023, equation 14), pairs being coupled
+as the config says (Tong et al. 2024).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flow_jax import couplings, losses, paths
+from flow_jax import times as times_of
+from train_jax.errors import UserError
+from train_jax.metrics import Metrics
+from train_jax.task import Blueprint
+
+COUPLINGS = ("independent", "exact", "sinkhorn")
+PATHS = {
+    "cond_ot": lambda config: paths.CondOT(sigma_min=config.sigma_min),
+    "cfm": lambda config: paths.CFM(config.sigma),
+    "vp": lambda config: paths.VP(config.beta_min, config.beta_max),
+    "cosine": lambda config: paths.Cosine(),
+    "schroedinger_bridge": lambda config: paths.SchrodingerBridge(config.sigma),
+}
+STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
+TIMES = {
+    "uniform": times_of.Uniform,
+    "stratified": times_of.Stratified,
+    "logit_normal": lambda low, high: times_of.LogitNormal(),
+}
+
+
+class FlowTask:
+    """See the module. A subclass has the model, the data and the evaluation; rows are x_0 and x_1, perhaps `label`."""
+
+    harmless_keys = (r"eval\..*",)
+    model_keys = (r"model\..*", r"path\..*")
+    num_classes = 0
+    label_dropout = 0.0
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = ConfigDict()
+        config.path = ConfigDict(
+            {
+                "name": "cond_ot",  # cond_ot | cfm | vp | cosine | schroedinger_bridge
+                "sigma_min": 0.0,  # of cond_ot: standard deviation of what is left around a data point at t = 1
+                "sigma": 0.1,  # of cfm and schroedinger_bridge: noise around the line
+                "beta_min": 0.1,  # of vp
+                "beta_max": 20.0,
+            }
+        )
+        config.coupling = ConfigDict(
+            {
+                "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
+                "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances
+            }
+        )
+        config.times = "uniform"  # uniform | stratified | logit_normal
+        return config
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        choices = {"path.name": PATHS, "coupling.name": COUPLINGS, "times": TIMES}
+        check_choices(config, choices)
+        if config.micro_batch not in (None, config.batch_size) and config.coupling.name == "sinkhorn":
+            raise UserError(
+                f"micro_batch is {config.micro_batch} beside coupling.name='sinkhorn', which pairs the rows of a step: "
+                "set micro_batch=None."
+            )
+        self.config, self.mesh = config, mesh
+        self.path = PATHS[config.path.name](config.path)
+        self.times = TIMES[config.times](*self.path.time_range)
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        task = cls(config, mesh)
+        example = {name: jax.ShapeDtypeStruct(row.shape, row.dtype) for name, row in task.blank_row().items()}
+        return Blueprint(task, nnx.eval_shape(task.init), example, {})
+
+    def blank_row(self) -> Mapping[str, np.ndarray]:
+        """A row of the training source that holds nothing, for its shapes."""
+        raise NotImplementedError
+
+    def init(self) -> nnx.Module:
+        raise NotImplementedError
+
+    def trainable(self) -> str:
+        return r".*"
+
+    def sharding_rules(self) -> Sequence[tuple[str, Any]]:
+        return ((r".*", ()),)
+
+    def normalizer(self, batch) -> jax.Array:
+        A, b = batch["x_1"].shape[:2]
+        return jnp.float32(A * b)
+
+    def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
+        """The conditional flow-matching loss, summed over rows."""
+        x_0, x_1 = batch["x_0"], batch["x_1"]
+        pairs, draws, noise = jax.random.split(keys[0], 3)
+        if self.config.coupling.name == "sinkhorn":
+            i, j = couplings.sinkhorn(x_0, x_1, self.config.coupling.epsilon, pairs)
+            x_0, x_1 = x_0[i], x_1[j]
+        t = self.times.draw(draws, len(x_1))
+        sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
+        return losses.conditional_flow_matching(model, sample, *self._condition(batch, keys)).sum(), {}
+
+    def _condition(self, batch, keys) -> tuple:
+        """Labels, of which some are dropped, and keys of the model's dropout; nothing where there are no labels."""
+        if "label" not in batch:
+            return ()
+        drops, dropout = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (1, 2))
+        return losses.drop_labels(batch["label"], self.label_dropout, self.num_classes, drops), dropout
+
+
+def check_choices(config: ConfigDict, choices: Mapping[str, Any]) -> None:
+    """Checks config keys, dotted, that hold one of a few words.
+
+    Raises:
+      UserError: the first that does not.
+    """
+    for key, known in choices.items():
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        if value not in known:
+            raise UserError(f"{key} is {value!r}, expected one of {', '.join(known)}: change it.")
+
+
+def solver(options: ConfigDict) -> dict[str, Any]:
+    """The arguments of `sample` that a config's `eval` has."""
+    if options.num_steps is not None:
+        return {"solver": options.solver, "num_steps": options.num_steps}
+    return {"solver": options.solver, "rtol": options.tolerance, "atol": options.tolerance}
