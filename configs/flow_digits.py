@@ -17,6 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, dit=False, smoke=False)
     config = base_config("flow_jax.image_task:ImageFlow")
     config.coupling.name = "exact"  # within each class
+    config.model.unet.multipliers, config.model.unet.attention = (1, 2), (4,)
     config.total_steps = 3000
     config.batch_size = 128
     config.optimizer.learning_rate = 1e-3

@@ -34,7 +34,8 @@ class ImageFlow(FlowTask):
                 "name": "unet",  # unet | dit
                 "dropout": 0.0,
                 "label_dropout": 0.1,  # share of labels that are replaced by none, for guidance
-                "unet": {"width": 64, "multipliers": (1, 2), "num_blocks": 1, "attention": (4,), "head_width": 32},
+                # multipliers of the width, one a resolution, () = (1, 2); attention at feature maps of these sides
+                "unet": {"width": 64, "multipliers": (), "num_blocks": 1, "attention": (), "head_width": 32},
                 "dit": {"patch_size": 2, "width": 128, "depth": 6, "num_heads": 4},
             }
         )
@@ -70,14 +71,11 @@ class ImageFlow(FlowTask):
     def init(self) -> nnx.Module:
         settings = self.config.model
         make, sizes = MODELS[settings.name]
+        own = dict(settings[settings.name])
+        if settings.name == "unet":
+            own["multipliers"] = own["multipliers"] or (1, 2)
         try:
-            size = sizes(
-                image_size=8,
-                channels=1,
-                num_classes=self.num_classes,
-                dropout=settings.dropout,
-                **settings[settings.name],
-            )
+            size = sizes(image_size=8, channels=1, num_classes=self.num_classes, dropout=settings.dropout, **own)
             return make(size, rngs=nnx.Rngs(self.config.seed))
         except ValueError as error:
             raise UserError(f"model.{settings.name}: {error}") from None

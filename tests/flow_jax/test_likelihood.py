@@ -142,9 +142,10 @@ def test_a_prior_of_ones_own(double):
     np.testing.assert_allclose(r.log_prob, -7.0)
 
 
-def test_bits_of_bytes_under_a_uniform_density():
+@pytest.mark.parametrize("levels", [256, 17])
+def test_bits_of_bytes_under_a_uniform_density(levels):
     """Under a density that is constant over [-1, 1] a byte costs 8 bits, whatever its value and however many draws."""
-    images = jnp.arange(2 * 4 * 4 * 3, dtype=jnp.uint8).reshape(2, 4, 4, 3)
+    images = (jnp.arange(2 * 4 * 4 * 3) % levels).astype(jnp.uint8).reshape(2, 4, 4, 3)
 
     def uniform(x):
         inside = (jnp.abs(x) <= 1).all(axis=(1, 2, 3))
@@ -159,8 +160,9 @@ def test_bits_of_bytes_under_a_uniform_density():
             prior=uniform,
             solver="euler",
             num_steps=1,
+            levels=levels,
         )
-        np.testing.assert_allclose(bits, 8.0, rtol=1e-5)
+        np.testing.assert_allclose(bits, math.log2(levels), rtol=1e-5)
 
 
 def test_more_draws_tighten_the_bound():
