@@ -4,7 +4,8 @@
 
 leaves samples.png (samples beside held-out digits), flow.png (digits on their way from noise), and in eval.json how
 often a machine that has learned real digits reads the label that was asked for, how diverse samples are, and how near
-they come to training images. `:dit` trains a transformer instead of a U-Net, `:smoke` for seconds.
+they come to training images. `:dit` trains a transformer instead of a U-Net; `:smoke` and `:dit,smoke`
+take seconds.
 """
 
 from ml_collections import ConfigDict

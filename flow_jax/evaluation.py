@@ -1,5 +1,6 @@
 """Scores of a flow in the plane, against held-out data; and its pictures."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,10 @@ from ml_collections import ConfigDict
 from flow_jax import likelihood, metrics, pictures, sampling, toys
 from flow_jax.flow_task import solver
 
+Curve = list[tuple[int, float]]  # x and y, for the plots of a sweep
 FRAMES = 41  # of the animation, and points in time that trajectories and straightness are measured at
 
+STEPS = (1, 2, 4, 8, 16, 32)  # of midpoint, each of two evaluations
 HISTOGRAM = 100_000  # points of the data that their density is drawn from
 
 
@@ -33,11 +36,15 @@ def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: 
     nfe             evaluations of the model for a batch of samples
     straightness    mean square of |velocity - (x_1 - x_0)| along the way, 0 for straight lines
     path_energy     mean square of |velocity| along the way, at least the squared W2 of noise and samples
+    coverage        share of held-out points that have a sample among their nearest neighbours (Naeem et al. 2020)
+    error_by_nfe    [evaluations, root mean square distance of midpoint's samples to the solver's]
+    w2_by_step      [updates, w2] in the course of training
     """
     found = distance(model, data, options, options.draws)
     x_0, held_out = _noise(data, options, 0), _held_out(data, options, 0)
     grid = jnp.linspace(0.0, 1.0, FRAMES)
     ways = sampling.sample(model, x_0, "rk4", times=grid, trajectory=True)
+    trajectories = np.asarray(ways.trajectory)
     results = {
         "examples": len(held_out),
         "w2": found.value,
@@ -46,8 +53,10 @@ def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: 
         "nfe": found.nfe,
         "straightness": metrics.straightness(model, x_0),
         "path_energy": metrics.path_energy(model, x_0),
+        "coverage": metrics.coverage(trajectories[-1], held_out),
+        "error_by_nfe": _errors(model, x_0, options),
+        "w2_by_step": _course(workdir),
     }
-    trajectories = np.asarray(ways.trajectory)
     pictures.draw_samples(workdir / "samples.png", held_out, trajectories[-1], np.asarray(x_0))
     pictures.draw_field(workdir / "field.png", model, trajectories, np.asarray(grid))
     pictures.draw_trajectories(workdir / "trajectories.png", trajectories)
@@ -57,6 +66,23 @@ def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: 
         many = toys.draw(data.name, HISTOGRAM, (options.seed, 2))
         pictures.draw_density(workdir / "density.png", many, _log_density(model, options))
     return results | {"w2_ratio": results["w2"] / results["w2_data"]}
+
+
+def _errors(model: nnx.Module, x_0: jax.Array, options: ConfigDict) -> Curve:
+    exact = sampling.sample(model, x_0, **solver(options)).x
+    found = []
+    for num_steps in STEPS:
+        r = sampling.sample(model, x_0, "midpoint", num_steps)
+        found.append((int(r.nfe), float(jnp.sqrt(((r.x - exact) ** 2).sum(1).mean()))))
+    return found
+
+
+def _course(workdir: Path) -> Curve:
+    """W2 of the evaluations in the course of training, as the run's log has them; the last of equal steps."""
+    log = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    found = {line["step"]: line["eval/w2"] for line in lines if "eval/w2" in line}
+    return sorted(found.items())
 
 
 def distance(model: nnx.Module, data: ConfigDict, options: ConfigDict, draws: int) -> Distance:

@@ -113,6 +113,16 @@ def frechet_distance(features_a: Float[AnyArray, "N F"], features_b: Float[AnyAr
     return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
+def coverage(samples: Cloud, real: OtherCloud, neighbours: int = 5) -> float:
+    """The share of real rows with a sample no farther than their `neighbours`-th nearest real one (Naeem et al. 2020).
+
+    1 where samples are everywhere that data are; another sample of the data has about 1 - 2^-neighbours.
+    """
+    x, y = _host(samples), _host(real)
+    radius = np.sort(cdist(y, y), axis=1)[:, neighbours]  # the first is the row itself
+    return float((cdist(y, x).min(axis=1) <= radius).mean())
+
+
 def path_energy(velocity: Callable, x_0: Rows, num_steps: int = 50, args: tuple = ()) -> float:
     """The mean over time and rows of |v|^2 along Euler's paths; W_2^2 of noise and samples is its least value."""
     return float(_euler_energies(*as_field(velocity), num_steps, jnp.asarray(x_0), args)[0])

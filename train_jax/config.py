@@ -73,6 +73,7 @@ def runtime_defaults() -> ConfigDict:
     config.sweep_x = placeholder(str)
     config.sweep_series = placeholder(str)  # config key, or keys joined by commas, that tell the plot's lines apart
     config.sweep_more = ()  # further numbers of eval.json: columns of the table, and a panel of the plot each
+    config.sweep_curves = ()  # lists of [x, y] in eval.json: a panel each, with a line for every group of runs
 
     config.data = data = ConfigDict()
     data.workers = 0  # processes that read; 0 = threads of this process, faster unless decoding holds the GIL

@@ -27,7 +27,7 @@ from train_jax.validation import unknown_key, validate
 NAME = re.compile(r"\w[\w.=+-]*")
 FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
 MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # what every run's eval.json holds
-OF_SWEEP = ("sweep", "sweep_metric", "sweep_x", "sweep_series", "sweep_more")
+OF_SWEEP = ("sweep", "sweep_metric", "sweep_x", "sweep_series", "sweep_more", "sweep_curves")
 
 
 class SweepRun(NamedTuple):
@@ -68,7 +68,7 @@ def expand(config: ConfigDict) -> list[SweepRun]:
 def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
     """The config of one run: overrides follow the rules of the command line, where a duration replaces another's."""
     single = from_json(to_json(config))
-    single.sweep, single.sweep_more = (), ()
+    single.sweep, single.sweep_more, single.sweep_curves = (), (), ()
     single.sweep_metric = single.sweep_x = single.sweep_series = None
     try:
         for key in overrides:
@@ -129,6 +129,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         config.sweep_x,
         config.sweep_series,
         tuple(config.sweep_more),
+        tuple(config.sweep_curves),
     )
     outcomes = {run.name: Outcome(run.name, run.overrides, run.config, _earlier(workdir, run)) for run in runs}
     if jax.process_index() == 0:

@@ -27,6 +27,7 @@ class Drawn(NamedTuple):
     x: str | None = None
     series: str | None = None
     more: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -44,7 +45,8 @@ def summarize(drawn: Drawn, outcomes: list[Outcome]) -> dict[str, Any]:
 
     Args:
       drawn: `metric` is a name in every run's results, its value is `value`; `x` a config key or a name in the results,
-        its value is `x`, None without one; `series` a config key, likewise; `more` names whose values are in `more`.
+        its value is `x`, None without one; `series` a config key, likewise; `more` names, whose values are in `more`,
+        and `curves` names of lists of [x, y], in `curves`.
       outcomes: in the sweep's order.
     """
     runs = [_run(drawn, outcome) for outcome in outcomes]
@@ -52,7 +54,7 @@ def summarize(drawn: Drawn, outcomes: list[Outcome]) -> dict[str, Any]:
     for run in runs:
         rest = {key: value for key, value in run["overrides"].items() if key != SEED}
         groups.setdefault(files.to_json(dict(sorted(rest.items()))), []).append(run)
-    described = drawn._asdict() | {"more": list(drawn.more)}
+    described = drawn._asdict() | {"more": list(drawn.more), "curves": list(drawn.curves)}
     return described | {"runs": runs, "groups": [_group(drawn, members) for members in groups.values()]}
 
 
@@ -64,7 +66,9 @@ def _run(drawn: Drawn, outcome: Outcome) -> dict[str, Any]:
     at = settings.get(drawn.x, results.get(drawn.x)) if drawn.x else None
     series = ", ".join(str(settings[key]) for key in drawn.series.split(",")) if drawn.series else None
     run |= {"x": at, "series": series, "value": results.get(drawn.metric)}
-    return run | {"more": {name: results.get(name) for name in drawn.more}} | {n: results.get(n) for n in COPIED}
+    for kind, names in (("more", drawn.more), ("curves", drawn.curves)):
+        run[kind] = {name: results.get(name) for name in names}
+    return run | {name: results.get(name) for name in COPIED}
 
 
 def _group(drawn: Drawn, members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,7 +81,15 @@ def _group(drawn: Drawn, members: list[dict[str, Any]]) -> dict[str, Any]:
         "series": members[0]["series"],
         **_spread([run["value"] for run in members]),
         "more": {name: _spread([run["more"][name] for run in members]) for name in drawn.more},
+        "curves": {name: _mean_curve([run["curves"][name] for run in members]) for name in drawn.curves},
     }
+
+
+def _mean_curve(curves: list[Any]) -> list[dict[str, Any]]:
+    """At every x that all have: x, and the mean and standard deviation of y."""
+    tables = [dict(curve) for curve in curves if curve]
+    shared = sorted(set.intersection(*map(set, tables))) if tables else []
+    return [{"x": x} | _spread([table[x] for table in tables]) for x in shared]
 
 
 def _name(members: list[dict[str, Any]]) -> str:
@@ -162,12 +174,36 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
         return
     against_x = all(group["x"] is not None for group in views[0]["groups"])
     height = 4.4 if against_x else 1.6 + 0.4 * len(views[0]["groups"])
-    figure = Figure(figsize=(6.4, height * len(views)), layout="constrained")
+    curves = [name for name in summary["curves"] if any(group["curves"][name] for group in summary["groups"])]
+    heights = [height] * len(views) + [4.4] * len(curves)
+    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, view in zip(figure.subplots(len(views), squeeze=False)[:, 0], views, strict=True):
+    axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for axis in axes:
         axis.grid(alpha=0.3)
+    for axis, view in zip(axes, views, strict=False):
         (_against_x if against_x else _by_name)(axis, view, view["groups"])
+    for axis, name in zip(axes[len(views) :], curves, strict=True):
+        _curves(axis, name, summary["groups"])
     figure.savefig(png, dpi=120)
+
+
+def _curves(axis, name: str, groups: list[dict[str, Any]]) -> None:
+    """A line of each group that has the curve."""
+    values = []
+    for group in groups:
+        points = [point for point in group["curves"][name] if point["mean"] is not None]
+        if points:
+            axis.errorbar(
+                [point["x"] for point in points], [point["mean"] for point in points],
+                [point["std"] or 0.0 for point in points], marker="o", markersize=3, capsize=3, label=group["name"],
+            )  # fmt: skip
+            values += [(point["x"], point["mean"]) for point in points]
+    for scale, numbers in zip((axis.set_xscale, axis.set_yscale), zip(*values, strict=True), strict=True):
+        if min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE:
+            scale("log")
+    axis.set(title=name)
+    axis.legend(fontsize="small")
 
 
 def _view(summary: Mapping[str, Any], name: str) -> dict[str, Any]:

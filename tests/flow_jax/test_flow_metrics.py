@@ -96,3 +96,13 @@ def test_bad_arguments():
         fj.metrics.wasserstein(x, x, 0.5)
     with pytest.raises(UserError, match="needs two rows, got 1 and 3"):
         fj.metrics.frechet_distance(x[:1], x)
+
+
+def test_coverage_worked_out():
+    """Real points 0, 1, 2, 10: with one neighbour radii are 1, 1, 1 and 8. Samples reach the first and the last."""
+    real = np.array([[0.0], [1.0], [2.0], [10.0]])
+    assert fj.metrics.coverage(np.array([[-1.0], [18.0]]), real, neighbours=1) == 0.5
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 2000, 2))
+    assert fj.metrics.coverage(one, other) == pytest.approx(1 - 2**-5, abs=0.01)
+    assert fj.metrics.coverage(one * 0.1, other) < 0.2

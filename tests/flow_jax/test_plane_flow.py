@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import train
-from flow_jax import toys
+from flow_jax import evaluation, toys
 from flow_jax.pairs import ToyPairs
 from flow_jax.task import PlaneFlow
 from tests.paligemma_jax.mini import ROOT, arguments, mistake
@@ -92,7 +92,9 @@ def test_a_run_learns_and_leaves_its_pictures(tmp_path):
     results = json.loads((workdir / "eval.json").read_text())
     for name in ("w2", "w2_data", "nll", "nfe", "straightness", "path_energy", "w2_ratio"):
         assert np.isfinite(results[name]), name
-    assert results["nfe"] == 4
+    assert results["nfe"] == 4 and 0 < results["coverage"] <= 1
+    assert [nfe for nfe, _ in results["error_by_nfe"]] == [2 * steps for steps in evaluation.STEPS]
+    assert [step for step, _ in results["w2_by_step"]] == [30, 60]
     noise, data = (toys.draw(name, 100, 9) for name in ("gaussian", "checkerboard"))
     untrained = np.square(noise[:, None] - data[None]).sum(-1)
     assert results["w2"] < np.sqrt(untrained[linear_sum_assignment(untrained)].mean())

@@ -131,3 +131,19 @@ def test_of_a_number_that_no_run_has_there_is_no_panel(summary, tmp_path):
     outcomes = [outcome("a", 0.5, model__width=4), outcome("b", 0.5, model__width=40)]
     sweep_report.plot(summarize("score", "model.width", outcomes, more=("nothing",)), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").exists()
+
+
+def test_curves_of_a_group_are_averaged_where_all_have_a_point(tmp_path):
+    def with_curve(name, seed, points):
+        run = outcome(name, 0.5, model__width=4, seed=seed)
+        return run._replace(results=run.results | {"by_step": points})
+
+    runs = [with_curve("a-seed-0", 0, [[1, 2.0], [2, 4.0]]), with_curve("a-seed-1", 1, [[1, 4.0], [3, 1.0]])]
+    summary = summarize("score", None, runs, curves=("by_step",))
+    (point,) = summary["groups"][0]["curves"]["by_step"]
+    assert (point["x"], point["mean"], point["std"]) == (1, 3.0, pytest.approx(math.sqrt(2)))
+    axis = Figure().subplots()
+    sweep_report._curves(axis, "by_step", summary["groups"])
+    assert list(axis.containers[0][0].get_ydata()) == [3.0]
+    sweep_report.plot(summary, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
