@@ -35,7 +35,7 @@ class ImageFlow(FlowTask):
                 "dropout": 0.0,
                 "label_dropout": 0.1,  # share of labels that are replaced by none, for guidance
                 # multipliers of the width, one a resolution, () = (1, 2); attention at feature maps of these sides
-                "unet": {"width": 64, "multipliers": (), "num_blocks": 1, "attention": (), "head_width": 32},
+                "unet": {"width": 32, "multipliers": (), "num_blocks": 1, "attention": (), "head_width": 32},
                 "dit": {"patch_size": 2, "width": 128, "depth": 6, "num_heads": 4},
             }
         )
