@@ -114,6 +114,7 @@ def _bits_per_dim(model: nnx.Module, held_out: Digits, options: ConfigDict) -> f
         jax.random.key(options.seed + 1),
         options.likelihood_samples,
         levels=digits.LEVELS,
+        divergence=options.divergence,
         args=(jnp.asarray(held_out.labels[rows]),),
         **solver(options),
     )
