@@ -4,6 +4,7 @@ A velocity model learns the conditional velocity dx_t of its path (Lipman et al.
 as the config says (Tong et al. 2024).
 """
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ TIMES = {
 }
 
 
-class FlowTask:
+class FlowTask(abc.ABC):
     """See the module. A subclass has the model, the data and the evaluation; rows are x_0 and x_1, perhaps `label`."""
 
     harmless_keys = (r"eval\..*",)
@@ -84,12 +85,13 @@ class FlowTask:
         example = {name: jax.ShapeDtypeStruct(row.shape, row.dtype) for name, row in task.blank_row().items()}
         return Blueprint(task, nnx.eval_shape(task.init), example, {})
 
+    @abc.abstractmethod
     def blank_row(self) -> Mapping[str, np.ndarray]:
         """A row of the training source that holds nothing, for its shapes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def init(self) -> nnx.Module:
-        raise NotImplementedError
+        """The velocity model at the start of training."""
 
     def trainable(self) -> str:
         return r".*"
