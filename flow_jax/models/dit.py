@@ -9,14 +9,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from flow_jax.arrays import Labels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16."""
+    """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16.
+
+    `num_classes` and `vector_width` say what the model is told of every row, see features.Condition.
+    """
 
     image_size: int = 32
     channels: int = 3
@@ -24,7 +28,8 @@ class DiTConfig:
     width: int = 384
     depth: int = 12
     num_heads: int = 6
-    num_classes: int = 0
+    num_classes: int | tuple[int, ...] = 0
+    vector_width: int = 0
     dropout: int | float = 0.0
     remat: bool = False
 
@@ -93,7 +98,7 @@ class DiT(nnx.Module):
         p, D = config.patch_size, config.width
         self.config = config
         self.patch_embedding = linear(p * p * config.channels, D, rngs=rngs)
-        self.condition = Condition(D, config.num_classes, rngs=rngs)
+        self.condition = Condition(D, config.num_classes, vector_width=config.vector_width, rngs=rngs)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -109,7 +114,7 @@ class DiT(nnx.Module):
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Int[Array, " B"] | None = None,
+        labels: Labels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""

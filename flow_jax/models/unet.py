@@ -9,8 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from flow_jax.arrays import Labels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
 
 
@@ -25,7 +26,8 @@ class UNetConfig:
       num_blocks: residual blocks a resolution ("depth").
       attention: sides of the feature maps that attend, such as (16, 8).
       head_width: channels of an attention head.
-      num_classes, dropout: of the condition, and inside residual blocks.
+      num_classes, vector_width: what the model is told of every row, see features.Condition.
+      dropout: inside residual blocks.
       remat: recompute blocks in the backward pass.
     """
 
@@ -36,7 +38,8 @@ class UNetConfig:
     num_blocks: int = 2
     attention: tuple[int, ...] = (16,)
     head_width: int = 64
-    num_classes: int = 0
+    num_classes: int | tuple[int, ...] = 0
+    vector_width: int = 0
     dropout: int | float = 0.0
     remat: bool = False
 
@@ -144,7 +147,8 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
-        self.condition = Condition(4 * config.width, config.num_classes, config.width, rngs=rngs)
+        told = config.num_classes, config.width, config.vector_width
+        self.condition = Condition(4 * config.width, *told, rngs=rngs)
         self.inputs = conv(config.channels, config.width, rngs=rngs)
         down, skips, channels, side = [], [config.width], config.width, config.image_size
         for level, width in enumerate(widths):
@@ -176,7 +180,7 @@ class UNet(nnx.Module):
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Int[Array, " B"] | None = None,
+        labels: Labels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""
