@@ -30,11 +30,15 @@ def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"
     return jnp.pad(features, ((0, 0), (0, width - 2 * half)))
 
 
-def linear(features_in: int, features_out: int, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first."""
-    if zero:
-        return nnx.Linear(features_in, features_out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
-    return nnx.Linear(features_in, features_out, rngs=rngs)
+def linear(
+    features_in: int, features_out: int, *, zero: bool = False, dtype: str | None = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first.
+
+    `dtype` is that of the computation; None takes it from inputs and parameters.
+    """
+    init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
+    return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **init)
 
 
 class Condition(nnx.Module):
@@ -43,11 +47,14 @@ class Condition(nnx.Module):
     There is one embedding more than classes: the last, `num_classes`, stands for no label (losses.drop_labels).
     """
 
-    def __init__(self, width: int, num_classes: int = 0, time_width: int = 256, *, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, num_classes: int = 0, time_width: int = 256, *, dtype: str | None = None, rngs: nnx.Rngs
+    ):
         self.num_classes, self.time_width = num_classes, time_width
-        self.time_in = linear(time_width, width, rngs=rngs)
-        self.time_out = linear(width, width, rngs=rngs)
-        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs) if num_classes else None
+        self.time_in = linear(time_width, width, dtype=dtype, rngs=rngs)
+        self.time_out = linear(width, width, dtype=dtype, rngs=rngs)
+        embed = dict(dtype=dtype) if dtype else {}
+        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs, **embed) if num_classes else None
 
     def __call__(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B D"]:
         if (labels is not None) != (self.num_classes > 0):
