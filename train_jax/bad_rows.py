@@ -54,7 +54,8 @@ class BadRows:
 
     def skip(self, index: int, name: str, error: Exception) -> None:
         """Logs a bad row, once in this process. Raises the error itself where that is the policy."""
-        if next((policy for kind, policy in self._policies.items() if isinstance(error, kind)), self.on_error) == "raise":
+        policies = (policy for kind, policy in self._policies.items() if isinstance(error, kind))
+        if next(policies, self.on_error) == "raise":
             raise error
         with self._lock:
             new = index not in self._told
