@@ -33,11 +33,15 @@ def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"
     return jnp.pad(features, ((0, 0), (0, width - 2 * half)))
 
 
-def linear(features_in: int, features_out: int, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first."""
-    if zero:
-        return nnx.Linear(features_in, features_out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
-    return nnx.Linear(features_in, features_out, rngs=rngs)
+def linear(
+    features_in: int, features_out: int, *, zero: bool = False, dtype: str | None = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first.
+
+    `dtype` is that of the computation; None takes it from inputs and parameters.
+    """
+    init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
+    return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **init)
 
 
 class Condition(nnx.Module):
@@ -57,16 +61,21 @@ class Condition(nnx.Module):
         time_width: int = 256,
         vector_width: int = 0,
         *,
+        dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.kind, self.time_width = _kind(num_classes, vector_width), time_width
-        self.time_in = linear(time_width, width, rngs=rngs)
-        self.time_out = linear(width, width, rngs=rngs)
-        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs) if self.kind == "one label" else None
-        several = num_classes if self.kind == "several labels" else ()
-        self.labels = nnx.List([nnx.Embed(number + 1, width, rngs=rngs) for number in several])
+        self.time_in = linear(time_width, width, dtype=dtype, rngs=rngs)
+        self.time_out = linear(width, width, dtype=dtype, rngs=rngs)
+
+        def embed(number: int) -> nnx.Embed:
+            return nnx.Embed(number + 1, width, rngs=rngs, **({"dtype": dtype} if dtype else {}))
+
+        self.label = embed(num_classes) if self.kind == "one label" else None
+        self.labels = nnx.List([embed(number) for number in num_classes] if self.kind == "several labels" else [])
         # Without a bias: zeros add nothing.
-        self.vector = nnx.Linear(vector_width, width, use_bias=False, rngs=rngs) if self.kind == "vectors" else None
+        vector = dict(use_bias=False, dtype=dtype, rngs=rngs)
+        self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
 
     def __call__(self, t: Float[Array, " B"], labels: Labels | None) -> Float[Array, "B D"]:
         found = _kind_of(labels)
