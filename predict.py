@@ -9,6 +9,9 @@ Every answer is one line; a newline inside one is written \\n.
 A SigLIP or a CLIP classifies: python predict.py --model=DIR --image=x.png --class=cat --class=dog. Every image is one
 line with the likelihood of each class; --template="a photo of a {}." (several make an ensemble) says how classes are
 written.
+
+A run of configs/flow_clevr.py draws: python predict.py --workdir=DIR --prompt="a small red metal cube" --out=x.png (by
+default DIR/drawn.png); --seed=1 draws another, --config.eval.guidance=2 follows the prompt more closely.
 """
 
 from absl import flags
@@ -33,6 +36,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
     flags.DEFINE_multi_string("class", [], "of a SigLIP or CLIP: what an image may show", **options)
     flags.DEFINE_multi_string("template", [], "prompt with {} for the class; {} alone if absent", **options)
+    flags.DEFINE_string("out", None, "of a run that draws: the PNG", **options)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens to generate, at most", **options)
     flags.DEFINE_string("sampler", "greedy", "greedy, temperature, top_k, nucleus or beam", **options)
     flags.DEFINE_float("temperature", None, "of samplers temperature, top_k and nucleus", **options)
@@ -66,6 +70,11 @@ def main(argv: list[str]) -> None:
     overrides = command_line.parse_overrides(rest, config or ConfigDict(), list(values))
     if config is not None:
         command_line.override(config, overrides)
+        if config.task.endswith(":TextToImage"):
+            _draw(values, config)
+            return
+    if values.out is not None:
+        raise UserError(f"--out={values.out} is given, but only runs of configs/flow_clevr.py draw: leave it out.")
     answers = predict(
         values.image,
         values.prompt,
@@ -82,6 +91,19 @@ def main(argv: list[str]) -> None:
     )
     for image, prompt, answer in answers:
         print(f"{image}  {prompt}  ->  {answer}".translate(ESCAPES))
+
+
+def _draw(values: flags.FlagValues, config: ConfigDict) -> None:
+    """Draws the prompts, prints where."""
+    if values.image:
+        raise UserError(
+            f"--image={values.image[0]} is given to a run that draws, expected prompts alone: leave it out."
+        )
+    from paligemma_jax.tasks.draw import draw
+
+    file = values.out or f"{values.workdir}/drawn.png"
+    draw(values.workdir, values.prompt, file, config=config, checkpoint=values.checkpoint, seed=values.seed)
+    print(f"{len(values.prompt)} picture(s) in {file}")
 
 
 def _classify(values: flags.FlagValues, rest: list[str]) -> None:

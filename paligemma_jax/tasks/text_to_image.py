@@ -14,12 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from flow_jax import sampling
+from flow_jax.flow_task import solver
+from flow_jax.guidance import Guided
 from flow_jax.image_data import BYTES, ImageData
 from flow_jax.image_flow_task import ImageFlowTask
+from flow_jax.image_pairs import to_levels
+from flow_jax.image_sampling import noise
 from flow_jax.image_sets import Picture
 from paligemma_jax import zero_shot
 from paligemma_jax.data.captioned import CaptionedScenes
@@ -186,6 +191,35 @@ class TextToImage(ImageFlowTask):
         pictures = [held_out[index] for index in range(len(held_out))]
         real = np.stack([picture.pixels for picture in pictures]), np.array([picture.label for picture in pictures])
         return [Judge(*self.siglip, self.descriptions.said, real)]
+
+    def draw(self, model: Told, texts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N I I 3"]:
+        """A picture of each text, by the solver and the guidance of the config's `eval`.
+
+        Raises:
+          UserError: a text that does not name all attributes, where these are what the model is told.
+        """
+        told, none = self._conditions(texts)
+        options = self.config.eval
+        velocity = model.model if options.guidance == 1.0 else Guided(model.model, options.guidance, none)
+        x_0 = noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels))
+        found = sampling.sample(velocity, x_0, **solver(options), args=(jnp.asarray(told),))
+        return to_levels(np.asarray(found.x), BYTES, self.config.data.dequantize)
+
+    def _conditions(self, texts: Sequence[str]) -> tuple[np.ndarray, float | tuple[int, ...]]:
+        """What the model is told of each text, and what stands for none."""
+        if self.config.told == "captions":
+            return self.vectors(texts), 0.0
+        numbers = []
+        for text in texts:
+            named = descriptions.said(text)
+            missing = [name for name in descriptions.ATTRIBUTES if name not in named]
+            if missing:
+                raise UserError(
+                    f"{text!r} names no {' and no '.join(missing)}, expected all attributes, such as 'small red metal "
+                    "cube': the run was not trained on captions; add them."
+                )
+            numbers.append(self.descriptions.numbers[descriptions.text_of(named)])
+        return self.descriptions.table[numbers], descriptions.SIZES
 
     def describe(self, model: Told) -> str:
         if self.siglip is None:

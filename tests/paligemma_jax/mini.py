@@ -1,5 +1,6 @@
 """A PaliGemma and a CLEVR small enough to train and evaluate in seconds, and running the entry points on them."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -10,10 +11,13 @@ from flax import nnx
 from PIL import Image
 
 import train
+from paligemma_jax import weights
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import Record
 from paligemma_jax.data.sources import synthetic_folder
 from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
@@ -150,6 +154,16 @@ class Rows:
 
     def image_numbers(self) -> np.ndarray:
         return np.array([record.image_index for record in self.records])
+
+
+def save_small_siglip(make_random, folder: Path) -> Path:
+    """A small SigLIP with the tiny tokenizer, as transformers saves it; `make_random` is the fixture."""
+    sizes = dict(width=16, depth=1, mlp_dim=24, num_heads=2)
+    config = variant("tiny").replace(vision=sizes | {"image_size": 24}, text=sizes | {"length": 16}, embed_dim=16)
+    config = dataclasses.replace(config, preprocessing=dataclasses.replace(config.preprocessing, size=24))
+    model = make_random(nnx.eval_shape(lambda: DualEncoder(config, rngs=nnx.Rngs(0))))
+    weights.save_hugging_face(model, folder, "tiny")
+    return folder
 
 
 def png(seed: int) -> bytes:

@@ -1,7 +1,5 @@
 """Image files classified by a dual encoder, in Python and from the command line."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,29 +10,20 @@ import predict as predict_script
 from paligemma_jax import classify as module
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
-from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.tasks import classify_folders
 from paligemma_jax.tasks.classify_folders import accuracies, class_folders
+from tests.paligemma_jax.mini import save_small_siglip
 from train_jax import command_line
 from train_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-SIZES = dict(width=16, depth=1, mlp_dim=24, num_heads=2)
 CLASSES, TEMPLATES = ("cube", "ball", "cylinder"), ("a {}", "one object: a {}")
 
 
 @pytest.fixture(scope="module")
 def folder(make_random, tmp_path_factory):
-    """A small SigLIP with the tiny tokenizer, as transformers saves it."""
-    tiny = variant("tiny")
-    config = tiny.replace(vision=SIZES | {"image_size": 24}, text=SIZES | {"length": 16}, embed_dim=16)
-    config = dataclasses.replace(config, preprocessing=dataclasses.replace(config.preprocessing, size=24))
-    model = make_random(nnx.eval_shape(lambda: DualEncoder(config, rngs=nnx.Rngs(0))))
-    place = tmp_path_factory.mktemp("siglip") / "model"
-    pg.weights.save_hugging_face(model, place, "tiny")
-    return place
+    return save_small_siglip(make_random, tmp_path_factory.mktemp("siglip") / "model")
 
 
 @pytest.fixture(scope="module")

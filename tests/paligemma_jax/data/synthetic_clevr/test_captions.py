@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data.synthetic_clevr.attributes import COLORS, MATERIALS, SHAPES, SIZES
-from paligemma_jax.data.synthetic_clevr.captions import NUMBERS, caption
+from paligemma_jax.data.synthetic_clevr.captions import NUMBERS, caption, of_single_objects
 from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 
 WORDS = {"size": SIZES, "color": COLORS, "material": MATERIALS, "shape": SHAPES}
@@ -78,3 +78,11 @@ def test_a_seed_decides_the_caption(pairs):
 def test_two_of_a_batch_rarely_coincide():
     texts = [caption(sample_scene((6, index), (2, 6)), generator(index)) for index in range(500)]
     assert len(set(texts)) >= 495
+
+
+def test_all_captions_of_single_objects_are_known():
+    known = of_single_objects()
+    assert len(known) == len(set(known)) == 2 * 3 * 9 * 3 * 3
+    scenes = [sample_scene((7, index), (1, 1)) for index in range(20)]
+    drawn = {caption(scene, generator(index)) for scene in scenes for index in range(60)}
+    assert len(drawn) > 100 and drawn <= set(known)
