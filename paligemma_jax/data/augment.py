@@ -1,7 +1,8 @@
 """Random views of an image: resized crop, flip, colour jitter and rotation, each of which may be off.
 
-Colour jitter is for classes that are not colours. Crops and rotations keep small objects whole only where they are mild:
-`SCENES_LIGHT` and `SCENES_STRONG` are for the synthetic scenes, whose size is part of their class too.
+Colour jitter is for classes that are not colours. Crops and rotations keep small objects whole only where they are
+mild: `SCENES_LIGHT` and `SCENES_STRONG` are for the synthetic scenes, whose size is part of their class
+too.
 """
 
 import dataclasses

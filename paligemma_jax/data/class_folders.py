@@ -53,7 +53,9 @@ def read_class_folders(folder: str | Path, seed: int = 0, shares: tuple[float, f
         for place, number in enumerate(drawing_order(seed, f"split/{name}", len(files))):
             split = "train" if place < train else "val" if place < train + val else "test"
             splits[split].append(Example(files[number].relative_to(root).as_posix(), label))
-    return FewShot(root.resolve().name, root, tuple(found), {name: tuple(sorted(rows)) for name, rows in splits.items()})
+    return FewShot(
+        root.resolve().name, root, tuple(found), {name: tuple(sorted(rows)) for name, rows in splits.items()}
+    )
 
 
 def open_images(folder: str | Path, seed: int = 0) -> FewShot:

@@ -1,8 +1,8 @@
 """Image data sets in the layout of CoOp (Zhou et al. 2022): a folder of images beside a published split file.
 
-    caltech-101/101_ObjectCategories/...            the images
-    caltech-101/split_zhou_Caltech101.json          {"train": [["accordion/image_0001.jpg", 3, "accordion"], ...],
-                                                     "val": [...], "test": [...]}
+caltech-101/101_ObjectCategories/...            the images
+caltech-101/split_zhou_Caltech101.json          {"train": [["accordion/image_0001.jpg", 3, "accordion"], ...],
+                                                 "val": [...], "test": [...]}
 """
 
 import json
@@ -73,12 +73,16 @@ def _examples(file: Path, root: Path) -> tuple[tuple[str, ...], dict[str, tuple[
     for split, rows in _rows(file).items():
         for image, label, name in rows:
             if names.setdefault(label, name) != name:
-                raise UserError(f"{file} calls label {label} {names[label]!r} and {name!r}, expected one name: mend it.")
+                raise UserError(
+                    f"{file} calls label {label} {names[label]!r} and {name!r}, expected one name: mend it."
+                )
             if not inside(root, image):
                 raise UserError(f"{file}: the image path {image!r} leaves {root.name}, expected one within: mend it.")
         splits[split] = tuple(Example(image, label) for image, label, _ in rows)
     if sorted(names) != list(range(len(names))):
-        raise UserError(f"{file} has {len(names)} labels from {min(names)} to {max(names)}, expected all from 0: mend it.")
+        raise UserError(
+            f"{file} has {len(names)} labels from {min(names)} to {max(names)}, expected all from 0: mend it."
+        )
     return tuple(names[label].replace("_", " ") for label in range(len(names))), splits
 
 

@@ -55,14 +55,14 @@ def read_descriptions(file: str | Path, classes: Sequence[str]) -> Sentences:
     missing = [name for name in classes if _key(name) not in found]
     if missing:
         raise UserError(
-            f"{file} has no sentences about {len(missing)} of {len(classes)} classes ({_first(missing)}), expected a list "
-            "for each: have them written too."
+            f"{file} has no sentences about {len(missing)} of {len(classes)} classes ({_first(missing)}), expected a "
+            "list for each: have them written too."
         )
     wrong = [name for name in classes if not _is_list(found[_key(name)])]
     if wrong:
         raise UserError(
-            f"{file} has something else than a list of sentences, none of them empty, for {len(wrong)} of {len(classes)} "
-            f"classes ({_first(wrong)}): mend it."
+            f"{file} has something else than a list of sentences, none of them empty, for {len(wrong)} of "
+            f"{len(classes)} classes ({_first(wrong)}): mend it."
         )
     return tuple(tuple(sentence.strip() for sentence in found[_key(name)]) for name in classes)
 

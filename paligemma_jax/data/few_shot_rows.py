@@ -40,9 +40,10 @@ class FewShotRecords:
 
 
 class TestRows(GuardedSource):
-    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split, images as the model's preprocessing has them.
+    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split.
 
-    Bad images come with weight 0, see `GuardedSource`, of which the last three arguments and the errors are.
+    Images are as the model's preprocessing has them. Bad ones come with weight 0, see `GuardedSource`, of which the
+    keyword arguments and the errors are.
     """
 
     __test__ = False  # no test of pytest's
@@ -68,10 +69,10 @@ class TestRows(GuardedSource):
 class TunedRows:
     """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
 
-    `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one, and `draw`,
+    `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one; `draw`,
     the same in all rows of a step, chooses the sentences (`descriptions.place`). All are functions of (seed, step, row),
-    whichever process or thread reads them, so that a resumed run sees the same; a row that is in a step twice shows the
-    same views twice.
+    whichever process or thread reads them, so that a resumed run sees the same; a row that is in a step twice shows
+    the same views twice.
 
     Args:
       data: its training images.

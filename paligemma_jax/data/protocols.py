@@ -89,8 +89,8 @@ def domain_generalization(source: FewShot, shifted: Mapping[str, FewShot], shots
         others = sorted(set(data.classes) - set(source.classes))
         if others:
             raise UserError(
-                f"{name} has {len(others)} classes that {source.name} has not (first: {others[0]!r}), expected the same "
-                "ones: rename them, or measure across data sets."
+                f"{name} has {len(others)} classes that {source.name} has not (first: {others[0]!r}), expected the "
+                "same ones: rename them, or measure across data sets."
             )
     return Protocol("domain_generalization", source.few_shot(shots, seed), _with_source(source, shifted))
 
@@ -129,8 +129,8 @@ def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol
         raise UserError(f"{file} is no protocol ({error!r}), expected what a few-shot run wrote: give that.") from None
     if digest != protocol.digest or protocol.kind not in KINDS:
         raise UserError(
-            f"{file} has the digest {protocol.digest}, expected {digest}: it was changed after it was written; give the "
-            "original."
+            f"{file} has the digest {protocol.digest}, expected {digest}: it was changed after it was written; give "
+            "the original."
         )
     for data in (protocol.tuned, *protocol.tested.values()):
         _check_inside(data)

@@ -12,9 +12,9 @@ import predict as predict_script
 from paligemma_jax import classify as module
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
+from paligemma_jax.data.class_folders import class_folders
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.dual_variants import variant
-from paligemma_jax.data.class_folders import class_folders
 from paligemma_jax.tasks import classify_folders
 from paligemma_jax.tasks.classify_folders import accuracies
 from train_jax import command_line

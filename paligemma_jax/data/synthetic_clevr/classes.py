@@ -1,8 +1,8 @@
 """Classes of single objects: every size, colour, material and shape, 96 in all, named as captions name them.
 
 The first half are base classes, the second novel ones: those whose places of the four values in ATTRIBUTES have an even
-sum come first. So every value of an attribute, and every pair of values of two, is in as many base classes as novel ones: only
-combinations are new, and every novel class differs from a base class in its size alone.
+sum come first. So every value of an attribute, and every pair of values of two, is in as many base classes as novel
+ones: only combinations are new, and every novel class differs from a base class in its size alone.
 """
 
 import itertools

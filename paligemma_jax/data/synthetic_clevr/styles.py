@@ -67,7 +67,7 @@ def _restyled(scene: dict, style: Style) -> dict:
 
 
 def _noisy(image: np.ndarray, deviation: float, scene: dict) -> np.ndarray:
-    """Noise of nearly normal distribution, seeded by the scene's name: sums of four bytes, the same on every machine."""
+    """Noise of nearly normal distribution, seeded by the scene's name: sums of four bytes, exact everywhere."""
     seed = zlib.crc32(f"{scene['split']}/{scene['image_index']}".encode())
     rng = np.random.Generator(np.random.PCG64((_NOISE, seed)))
     total = rng.integers(0, 256, (*image.shape, 4)).sum(-1) - 510.0
