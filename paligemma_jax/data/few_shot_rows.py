@@ -39,14 +39,12 @@ class FewShotRecords:
         return np.arange(len(self))
 
 
-class TestRows(GuardedSource):
-    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split.
+class LabelledRows(GuardedSource):
+    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split, to test on.
 
     Images are as the model's preprocessing has them. Bad ones come with weight 0, see `GuardedSource`, of which the
     keyword arguments and the errors are.
     """
-
-    __test__ = False  # no test of pytest's
 
     def __init__(
         self,
@@ -70,9 +68,9 @@ class TunedRows:
     """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
 
     `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one; `draw`,
-    the same in all rows of a step, chooses the sentences (`descriptions.place`). All are functions of (seed, step, row),
-    whichever process or thread reads them, so that a resumed run sees the same; a row that is in a step twice shows
-    the same views twice.
+    the same in all rows of a step, chooses the sentences (`descriptions.place`). All are functions of the seed, the
+    step and the row, whichever process or thread reads them, so that a resumed run sees the same; a row that is in a
+    step twice shows the same views twice.
 
     Args:
       data: its training images.

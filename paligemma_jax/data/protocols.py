@@ -22,7 +22,9 @@ SHOTS = (1, 2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Attributes:
+    """Images to tune on, and sets of images to test on.
+
+    Attributes:
       kind: one of KINDS.
       tuned: drawn shots of train (and val).
       tested: data sets with their test splits, by the name of their result.

@@ -53,10 +53,7 @@ def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, 
             yield label, scene
 
 
-_SURFACES = {
-    "metal": ("shiny", "a polished surface that mirrors the room", "it shines"),
-    "rubber": ("matte", "a dull surface that mirrors nothing", "it does not shine"),
-}
+_SURFACES = {"metal": ("shiny", "it shines"), "rubber": ("matte", "it does not shine")}
 _BIG_OR_TINY = {"large": "big", "small": "tiny"}
 _SHAPES = {"cube": "block", "sphere": "ball", "cylinder": "cylinder"}
 
@@ -65,13 +62,13 @@ def describe(values: ObjectClass) -> tuple[str, ...]:
     """Sentences that are true of the class, of the same forms in the same order for every class."""
     size, color, material, shape = values
     other_size, other_shape = _BIG_OR_TINY[size], _SHAPES[shape]
-    gloss, surface, shines = _SURFACES[material]
+    gloss, shines = _SURFACES[material]
     return (
         f"a {size} {color} {material} {shape}",
         f"one object: a {size} {color} {material} {shape}",
         f"a photo of a {other_size} {color} {other_shape} made of {material}",
         f"a {gloss} {color} {shape} of {size} size",
-        f"a {size} {shape} in {color}, with {surface}",
+        f"a {size} {shape} in {color}, with a {gloss} surface",
         f"the {color} {material} {other_shape} is {size}",
         f"a {other_size} {gloss} {color} {other_shape} on a gray floor",
         f"a {color} {shape}, {size} and of {material}: {shines}",

@@ -1,4 +1,4 @@
-"""Other looks of a scene: light, background and camera change, what stands where does not.
+"""Other looks of a scene: light, background and sensor change, what stands where does not.
 
 For tests of domain generalisation: a model is tuned on the plain look and meets the others.
 """
@@ -17,12 +17,14 @@ _NOISE = zlib.crc32(b"sensor noise")
 
 
 class Style(NamedTuple):
-    """Attributes:
-    light: multiplies all light, of each channel (linear).
-    ground: its display value 0..1, of each channel; None: the scene's own.
-    turned: the lights stand on the other side of the scene, so that shadows fall the other way.
-    noise: standard deviation of the sensor's noise in display values 0..255, of each pixel and channel.
-    shrink: the picture has so many times fewer pixels a side, and is enlarged again.
+    """A look; the default is the renderer's own.
+
+    Attributes:
+      light: multiplies all light, of each channel (linear).
+      ground: its display value 0..1, of each channel; None: the scene's own.
+      turned: the lights stand on the other side of the scene, so that shadows fall the other way.
+      noise: standard deviation of the sensor's noise in display values 0..255, of each pixel and channel.
+      shrink: the picture has so many times fewer pixels a side, and is enlarged again.
     """
 
     light: tuple[float, float, float] = (1.0, 1.0, 1.0)

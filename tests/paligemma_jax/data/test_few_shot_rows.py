@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import cloudpickle
 import numpy as np
 import pytest
 from PIL import Image
 
 from paligemma_jax.data import augment
 from paligemma_jax.data.class_folders import read_class_folders
-from paligemma_jax.data.few_shot_rows import TestRows, TunedRows
+from paligemma_jax.data.few_shot_rows import LabelledRows, TunedRows
 from paligemma_jax.data.images import Preprocessing
 from train_jax.errors import UserError
 from train_jax.input import Pipeline
@@ -116,6 +117,11 @@ def test_fingerprints_tell_streams_apart(data):
     assert tuned_rows(data).fingerprint == streams[0].fingerprint
 
 
+def test_worker_processes_can_be_given_them(data):
+    copy = cloudpickle.loads(cloudpickle.dumps(tuned_rows(data)))  # as grain sends them
+    assert_equal(copy.together(np.array([3]), 2), tuned_rows(data).together(np.array([3]), 2))
+
+
 def test_bad_images_count_nothing_and_are_named(broken):
     rows = tuned_rows(broken)
     batch = rows.together(np.arange(9), 0)
@@ -131,10 +137,10 @@ def test_bad_images_count_nothing_and_are_named(broken):
 
 
 def test_images_to_test_on_are_as_the_model_wants_them(data, broken):
-    rows = TestRows(data, PREPROCESSING)
+    rows = LabelledRows(data, PREPROCESSING)
     assert [int(rows[k]["label"]) for k in range(len(rows))] == [label for _, label in data.splits["test"]]
     for k, (name, _) in enumerate(data.splits["test"]):
         decoded = PREPROCESSING.decode((data.root / name).read_bytes())
         np.testing.assert_array_equal(rows[k]["image"], PREPROCESSING.resize(decoded))
-    weights = [float(TestRows(broken, PREPROCESSING, "train")[k]["weight"]) for k in range(9)]
+    weights = [float(LabelledRows(broken, PREPROCESSING, "train")[k]["weight"]) for k in range(9)]
     assert weights == [0, 0] + [1] * 7
