@@ -8,7 +8,7 @@ t = 1 data. What annotations call an array may be a NumPy array: both are taken 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key, Num, UInt32
+from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
 AnyArray = Array | np.ndarray
 Rows = Float[AnyArray, "B ..."]
@@ -19,6 +19,8 @@ Scalar = Number | Num[AnyArray, ""]
 """A number that may be traced."""
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 """A key of jax.random, typed or raw."""
+Labels = Int[AnyArray, " B"] | Int[AnyArray, "B K"] | Float[AnyArray, "B E"]
+"""What a model is told of each row: a class, several attributes, or a vector; see models.features.Condition."""
 Time = Scalar | Float[AnyArray, " B"]
 """One time for all rows, or one a row."""
 

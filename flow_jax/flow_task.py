@@ -38,7 +38,7 @@ TIMES = {
 
 
 class FlowTask(abc.ABC):
-    """See the module. A subclass has the model, the data and the evaluation; rows are x_0 and x_1, perhaps `label`."""
+    """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
 
     harmless_keys = (r"eval\..*",)
     model_keys = (r"model\..*", r"path\..*")
@@ -100,11 +100,13 @@ class FlowTask(abc.ABC):
         return ((r".*", ()),)
 
     def normalizer(self, batch) -> jax.Array:
+        if "weight" in batch:
+            return jnp.maximum(batch["weight"].sum(), 1.0)
         A, b = batch["x_1"].shape[:2]
         return jnp.float32(A * b)
 
     def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
-        """The conditional flow-matching loss, summed over rows."""
+        """The conditional flow-matching loss, summed over rows, each times its weight if rows have one."""
         x_0, x_1 = batch["x_0"], batch["x_1"]
         pairs, draws, noise = jax.random.split(keys[0], 3)
         if self.config.coupling.name == "sinkhorn":
@@ -112,14 +114,16 @@ class FlowTask(abc.ABC):
             x_0, x_1 = x_0[i], x_1[j]
         t = self.times.draw(draws, len(x_1))
         sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
-        return losses.conditional_flow_matching(model, sample, *self._condition(batch, keys)).sum(), {}
+        found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
+        return (found * batch["weight"] if "weight" in batch else found).sum(), {}
 
     def _condition(self, batch, keys) -> tuple:
-        """Labels, of which some are dropped, and keys of the model's dropout; nothing where there are no labels."""
-        if "label" not in batch:
-            return ()
+        """Labels, of which some are dropped, None where there are none; and keys of the model's dropout."""
         drops, dropout = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (1, 2))
-        return losses.drop_labels(batch["label"], self.label_dropout, self.num_classes, drops), dropout
+        labels = batch.get("label")
+        if labels is not None:
+            labels = losses.drop_labels(labels, self.label_dropout, self.num_classes, drops)
+        return labels, dropout
 
 
 def check_choices(config: ConfigDict, choices: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flow_jax.arrays import AnyArray, Number, Rows, Time, as_time, per_row
+from flow_jax.arrays import Labels, Number, Rows, Time, as_time, per_row
 from train_jax.errors import UserError
 
 
@@ -18,13 +18,19 @@ class Guided(nnx.Module):
     the cost where t is a scalar and rows share their steps.
     """
 
-    def __init__(self, model: Callable, weight: Number, null: int, interval: tuple[Number, Number] = (0.0, 1.0)):
+    def __init__(
+        self,
+        model: Callable,
+        weight: Number,
+        null: int | float | tuple[int, ...],
+        interval: tuple[Number, Number] = (0.0, 1.0),
+    ):
         """Wraps a model (t, x, labels) -> velocity.
 
         Args:
           model: trained with labels dropped (losses.drop_labels).
           weight: 1 is the model itself, larger is stronger guidance, 0 is no label at all.
-          null: the label that stands for none.
+          null: the label, or labels of a row, that stand for none.
           interval: times [low, high] at which guidance acts. (0, 1) is all of them.
 
         Raises:
@@ -38,12 +44,12 @@ class Guided(nnx.Module):
         self.null = null
         self.interval = (low, high)
 
-    def __call__(self, t: Time, x: Rows, labels: Int[AnyArray, " B"]) -> Float[Array, "B ..."]:
+    def __call__(self, t: Time, x: Rows, labels: Labels) -> Float[Array, "B ..."]:
         t, (low, high) = as_time(t, x), self.interval
         inside = (t >= low) & (t <= high)
 
         def guided(t, x, labels):
-            both = jnp.concatenate([labels, jnp.full_like(labels, self.null)])
+            both = jnp.concatenate([labels, jnp.broadcast_to(jnp.asarray(self.null, labels.dtype), labels.shape)])
             times = t if t.ndim == 0 else jnp.concatenate([t, t])
             with_label, without = jnp.split(self.model(times, jnp.concatenate([x, x]), both), 2)
             return without + self.weight * (with_label - without)

@@ -1,5 +1,7 @@
-"""Scores of a flow of digits against real ones that were held out; and its pictures. Axes: N images of each side."""
+"""Scores of a flow of images against real ones; and its pictures. Axes: N images of each side."""
 
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,133 +9,165 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
-from scipy.spatial.distance import cdist
 
-from flow_jax import digits, guidance, image_pictures, likelihood, metrics, sampling
-from flow_jax.digits import Digits, flat
+from flow_jax import image_data, image_pictures, likelihood, metrics, sampling
 from flow_jax.flow_task import solver
-from flow_jax.image_pairs import to_levels
+from flow_jax.frechet import FrechetScore, features_of
+from flow_jax.image_data import ImageData, Score
+from flow_jax.image_pictures import Gallery
+from flow_jax.image_sampling import Sampler, batches_of, spread
+from flow_jax.image_sets import Pictures
+from flow_jax.moments import Moments, frechet
+from train_jax.bad_rows import BadRow, BadRows
 
 FRAMES = 9  # of the picture of the flow
-SPLITS = 10  # halves of the real images that give the spread between two real samples
+SIDES = ("held_out", "train")
 
 
-def validate(model: nnx.Module, data: ConfigDict, options: ConfigDict) -> dict[str, float]:
-    """The Frechet distance of pixels between samples and held-out images."""
-    held_out = digits.load("held_out")
-    some = np.linspace(0, len(held_out.labels) - 1, options.validation_samples).astype(int)
-    samples, _ = draw(model, held_out.labels[some], data, options)
-    return {"frechet": metrics.frechet_distance(flat(samples), flat(held_out.images))}
+class Evaluation:
+    """Measures models on one set of images. Moments of real images are computed once.
 
-
-def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """What `eval.json` holds, of one sample for every held-out image and label, and the pictures.
-
-    frechet           between pixels of samples and held-out images; frechet_data: between training and held-out ones
-    accuracy          how often a machine trained on real digits reads the label asked for; accuracy_data: of real ones
-    mmd               mean over labels between samples and held-out images; mmd_data: between two halves of real ones
-    nearest           mean distance of samples to the nearest training image; nearest_data: of held-out images
-    bpd               bits per dimension of held-out images
-    nfe               evaluations of the model for the samples
-    straightness      mean square of |velocity - (x_1 - x_0)| along the way, 0 for straight lines
+    Args:
+      data: the images.
+      settings, options: the config's `data` and `eval`.
+      mesh: whose devices share the samples.
     """
-    train, held_out = digits.load("train"), digits.load("held_out")
-    samples, nfe = draw(model, held_out.labels, data, options)
-    drawn = Digits(samples, held_out.labels)
-    machine = digits.classifier(train)
-    results = {
-        "examples": len(samples),
-        "frechet": metrics.frechet_distance(flat(samples), flat(held_out.images)),
-        "frechet_data": metrics.frechet_distance(flat(train.images), flat(held_out.images)),
-        "accuracy": _accuracy(machine, drawn),
-        "accuracy_data": _accuracy(machine, held_out),
-        "mmd": class_mmd(drawn, held_out),
-        "mmd_data": mmd_of_data(train, held_out, options.seed),
-        "nearest": _nearest(samples, train),
-        "nearest_data": _nearest(held_out.images, train),
-        "bpd": _bits_per_dim(model, held_out, options),
-        "nfe": nfe,
-        "straightness": _straightness(model, held_out.labels, options),
-    }
-    for name in ("mmd", "nearest"):
-        results[f"{name}_ratio"] = results[name] / results[f"{name}_data"]
-    image_pictures.draw_grid(workdir / "samples.png", drawn, held_out, digits.LEVELS)
-    image_pictures.draw_flow(workdir / "flow.png", _frames(model, options))
-    return results
+
+    def __init__(self, data: ImageData, settings: ConfigDict, options: ConfigDict, mesh: Mesh):
+        self.data, self.settings, self.options, self.mesh = data, settings, options, mesh
+        self._moments: dict[str, Moments] = {}
+
+    @functools.cached_property
+    def features(self) -> Callable[[np.ndarray], np.ndarray]:
+        """What Frechet distances are measured in."""
+        return features_of(self.options.features)
+
+    def validate(self, model: nnx.Module) -> dict[str, float]:
+        """The Frechet distance between `validation_samples` samples and real images."""
+        score = FrechetScore(self.features, self.moments(self.options.reference))
+        self.score(model, self.labels(self.options.validation_samples), [score])
+        return score.results()
+
+    def evaluate(self, model: nnx.Module, workdir: Path) -> dict[str, Any]:
+        """What `eval.json` holds, of one sample for every held-out image and label (or `num_samples`); the pictures.
+
+        frechet           between features of samples and real images; frechet_data: of training and held-out ones
+        bpd               bits per dimension of held-out images
+        nfe               evaluations of the model for the samples
+        straightness      mean square of |velocity - (x_1 - x_0)| along the way, 0 for straight lines
+        and what the data measure of their own (image_data.ImageData.scores)
+        """
+        labels = self.labels(self.options.num_samples or len(self.data.held_out))
+        gallery, real = (Gallery(self.data.num_classes) for _ in range(2))
+        scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores()]
+        nfe = self.score(model, labels, [*scores, gallery])
+        results: dict[str, Any] = {"examples": len(labels)}
+        for score in scores:
+            results |= score.results()
+        results |= {
+            "frechet_data": frechet(self.moments("held_out"), self.moments("train")),
+            "bpd": self.bits_per_dim(model),
+            "nfe": nfe,
+            "straightness": self.straightness(model, labels),
+        }
+        for images, shown in self.read(self.data.held_out, rows_of(len(self.data.held_out), gallery.wanted)):
+            real.add(images, shown)
+        image_pictures.draw_grid(workdir / "samples.png", gallery, real, self.data.levels)
+        image_pictures.draw_flow(workdir / "flow.png", self._frames(model))
+        return results
+
+    def score(self, model: nnx.Module, labels: Int[np.ndarray, " N"], scores: Iterable[Score], told=None) -> float:
+        """Draws a sample of each label and gives them to the scores; returns the mean of evaluations a sample.
+
+        `told(number)` hears how many were drawn.
+        """
+        evaluations = 0
+        for drawn in Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh).batches(labels):
+            for score in scores:
+                score.add(drawn.images, drawn.labels)
+            evaluations += drawn.nfe * len(drawn.labels)
+            if told is not None:
+                told(len(drawn.labels))
+        nfe = evaluations / len(labels)
+        return int(nfe) if nfe.is_integer() else nfe
+
+    def labels(self, number: int) -> Int[np.ndarray, " {number}"]:
+        """Labels of held-out images spread over all of them, 0 where there are none."""
+        held_out = self.data.held_out
+        if not self.data.num_classes:
+            return np.zeros(number, np.int32)
+        found = []
+        for row in rows_of(len(held_out), number):
+            try:
+                found.append(held_out.label(int(row)))
+            except BadRow:  # is counted where its pixels are wanted; the neighbour's label stands in
+                found.append(found[-1] if found else 0)
+        return np.array(found, np.int32)
+
+    def moments(self, side: str, told=None) -> Moments:
+        """Of `reference_examples` images of "train" or "held_out", spread over all of them; `told` as in `score`."""
+        if side not in self._moments:
+            pictures, moments = getattr(self.data, side), Moments()
+            rows = rows_of(len(pictures), min(len(pictures), self.options.reference_examples))
+            for images, _ in self.read(pictures, rows):
+                moments.add(self.features(images))
+                if told is not None:
+                    told(len(images))
+            self._moments[side] = moments
+        return self._moments[side]
+
+    def read(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
+        """Images and labels of some rows in batches, without bad ones, see image_data.read."""
+        settings = self.settings
+        tally = BadRows(len(rows), settings.on_error, settings.max_bad_fraction)
+        return image_data.read(pictures, rows, tally, settings.threads)
+
+    def bits_per_dim(self, model: nnx.Module) -> float:
+        """Mean over held-out images, without guidance."""
+        held_out, options = self.data.held_out, self.options
+        found, labels = [], []
+        for images, shown in self.read(held_out, rows_of(len(held_out), options.likelihood_examples)):
+            found.append(images)
+            labels.append(shown)
+        images, labels = np.concatenate(found), np.concatenate(labels)
+        bits = []
+        for number, (rows, good) in enumerate(batches_of(len(images), options.batch_size)):
+            args = (jnp.asarray(labels[rows]),) if self.data.num_classes else ()
+            images_on, args = spread((jnp.asarray(images[rows]), args), self.mesh)
+            batch = likelihood.image_bits_per_dim(
+                model,
+                images_on,
+                jax.random.fold_in(jax.random.key(options.seed + 1), number),
+                options.likelihood_samples,
+                levels=self.data.levels,
+                divergence=options.divergence,
+                args=args,
+                **solver(options),
+            )
+            bits += np.asarray(batch)[:good].tolist()
+        return float(np.mean(bits))
+
+    def straightness(self, model: nnx.Module, labels: Int[np.ndarray, " N"]) -> float:
+        """Of the flow that is sampled from, over the first batch of samples."""
+        sampler = Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        x_0, args = sampler.start(np.arange(min(len(labels), self.options.batch_size)), labels)
+        return metrics.straightness(sampler.velocity, x_0, args=args)
+
+    def _frames(self, model: nnx.Module) -> np.ndarray:
+        """Samples on their way [T, 10, I, I, C] in the model's range: of the first labels one each."""
+        sampler = Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        number = min(self.data.num_classes or image_pictures.ROWS, image_pictures.ROWS)
+        x_0, args = sampler.start(np.arange(number), np.arange(number, dtype=np.int32))
+        grid = jnp.linspace(0.0, 1.0, FRAMES)
+        ways = sampling.sample(sampler.velocity, x_0, "rk4", times=grid, trajectory=True, args=args)
+        return np.asarray(ways.trajectory)
 
 
-def draw(model: nnx.Module, labels: np.ndarray, data: ConfigDict, options: ConfigDict) -> tuple[np.ndarray, int]:
-    """A sample of each label, in grey values, and what they cost."""
-    x_0 = jax.random.normal(jax.random.key(options.seed), (len(labels), 8, 8, 1))
-    found = sampling.sample(_guided(model, options), x_0, **solver(options), args=(jnp.asarray(labels),))
-    return to_levels(np.asarray(found.x), digits.LEVELS, data.dequantize), int(found.nfe)
-
-
-def class_mmd(one: Digits, other: Digits) -> float:
-    """Mean over labels of the root of the squared MMD, at the bandwidth of the second's own distances."""
-    return float(np.mean([_mmd(one, other, label) for label in range(digits.CLASSES)]))
-
-
-def mmd_of_data(train: Digits, held_out: Digits, seed: int) -> float:
-    """`class_mmd` of two real samples as large as the held-out one: halves of all real images, mean of ten splits."""
-    images = np.concatenate([train.images, held_out.images])
-    labels = np.concatenate([train.labels, held_out.labels])
-    values = []
-    for split in range(SPLITS):
-        rng = np.random.default_rng((seed, split))
-        halves: tuple[list, list] = ([], [])
-        for label in range(digits.CLASSES):
-            number = int((held_out.labels == label).sum())
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            for half, part in zip(halves, (rows[:number], rows[number : 2 * number]), strict=True):
-                half.append(part)
-        values.append(class_mmd(*(Digits(images[np.concatenate(h)], labels[np.concatenate(h)]) for h in halves)))
-    return float(np.mean(values))
-
-
-def _mmd(one: Digits, other: Digits, label: int) -> float:
-    a, b = (flat(side.images[side.labels == label]) for side in (one, other))
-    bandwidth = float(np.median(cdist(b, b)))
-    return metrics.mmd(a, b, bandwidth) ** 0.5
-
-
-def _accuracy(machine: Any, shown: Digits) -> float:
-    return float((machine.predict(flat(shown.images)) == shown.labels).mean())
-
-
-def _nearest(images: np.ndarray, train: Digits) -> float:
-    return float(cdist(flat(images), flat(train.images)).min(axis=1).mean())
-
-
-def _bits_per_dim(model: nnx.Module, held_out: Digits, options: ConfigDict) -> float:
-    rows = np.linspace(0, len(held_out.labels) - 1, options.likelihood_examples).astype(int)
-    bits = likelihood.image_bits_per_dim(
-        model,
-        held_out.images[rows],
-        jax.random.key(options.seed + 1),
-        options.likelihood_samples,
-        levels=digits.LEVELS,
-        divergence=options.divergence,
-        args=(jnp.asarray(held_out.labels[rows]),),
-        **solver(options),
-    )
-    return float(np.mean(bits))
-
-
-def _straightness(model: nnx.Module, labels: np.ndarray, options: ConfigDict) -> float:
-    x_0 = jax.random.normal(jax.random.key(options.seed), (len(labels), 8, 8, 1))
-    return metrics.straightness(_guided(model, options), x_0, args=(jnp.asarray(labels),))
-
-
-def _frames(model: nnx.Module, options: ConfigDict) -> np.ndarray:
-    """One sample of each label on its way [T, 10, 8, 8, 1], in the model's range."""
-    x_0 = jax.random.normal(jax.random.key(options.seed + 2), (digits.CLASSES, 8, 8, 1))
-    labels = jnp.arange(digits.CLASSES)
-    grid = jnp.linspace(0.0, 1.0, FRAMES)
-    ways = sampling.sample(_guided(model, options), x_0, "rk4", times=grid, trajectory=True, args=(labels,))
-    return np.asarray(ways.trajectory)
-
-
-def _guided(model: nnx.Module, options: ConfigDict) -> nnx.Module:
-    return model if options.guidance == 1.0 else guidance.Guided(model, options.guidance, digits.CLASSES)
+def rows_of(length: int, number: int) -> Int[np.ndarray, " {number}"]:
+    """`number` rows spread evenly over `length`; more than there are go around."""
+    if number > length:
+        return np.arange(number) % length
+    return np.linspace(0, length - 1, number).astype(int)

@@ -1,43 +1,51 @@
 """Pairs of noise and images for a training step: drawn by (seed, step), coupled on the host ahead of the device."""
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from flow_jax import couplings
+from flow_jax.image_data import ImageData
+from train_jax.bad_rows import BadRows
+from train_jax.errors import UserError
 
-_NOISE = 1  # of the random streams of a run
+_NOISE, _FLIP = 1, 2  # of the random streams of a run
 
 
 class ImagePairs:
-    """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": []} of images in [-1, 1], and fresh noise in every step.
+    """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": [], "weight": []} of images in [-1, 1], with fresh noise.
 
     Coupled "exact", the rows of a step that this process reads are paired by the permutation of least squared distance
-    within each class, so that every class starts from all of the noise.
+    within each class, so that every class starts from all of the noise. Rows of data without labels have no label, and
+    are paired across all. A bad image is grey and has weight 0 (train_jax.input.Source).
 
     Args:
-      images: of `levels` values.
-      labels: what they show, or None: rows have no label then, and are paired across all.
-      levels: 256 for bytes.
+      data: whose training side is read.
       dequantize: add uniform noise of one value, fresh in every step, so that a density exists.
       coupling: one of flow_task.COUPLINGS.
       seed, process: of the noise; each process draws its own.
+      flip: turn images left to right, each with probability 1/2 by (seed, step, its number).
+      on_error, max_bad_fraction: see BadRows.
     """
 
     def __init__(
         self,
-        images: UInt8[np.ndarray, "N I I C"],
-        labels: Int[np.ndarray, " N"] | None,
-        levels: int,
+        data: ImageData,
         dequantize: bool,
         coupling: str,
         seed: int,
         process: int = 0,
+        *,
+        flip: bool = False,
+        on_error: str = "skip",
+        max_bad_fraction: float = 0.01,
     ):
-        self._images, self._labels, self._levels, self._dequantize = images, labels, levels, dequantize
-        self._coupling, self._seed, self._process = coupling, seed, process
+        self._data, self._dequantize, self._coupling = data, dequantize, coupling
+        self._seed, self._process, self._flip = seed, process, flip
+        self._tally = BadRows(len(data.train), on_error, max_bad_fraction)
+        self.fingerprint = data.train.fingerprint
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._data.train)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: rows[0] for name, rows in self.together(np.array([index]), 0).items()}
@@ -45,15 +53,48 @@ class ImagePairs:
     def together(self, indices: Int[np.ndarray, " n"], step: int) -> dict[str, np.ndarray]:
         """The rows of a step, see train_jax.input.Source."""
         rng = np.random.default_rng((self._seed, _NOISE, step, self._process))
-        x_0 = rng.standard_normal((len(indices), *self._images.shape[1:]), np.float32)
-        x_1 = to_range(self._images[indices], self._levels, rng if self._dequantize else None)
-        labels = None if self._labels is None else self._labels[indices].astype(np.int32)
+        images, labels, bad = self._read(indices)
+        if self._flip:
+            turned = np.array([self._turns(int(index), step) for index in indices], bool)
+            images[turned] = images[turned, :, ::-1]
+        x_0 = rng.standard_normal(images.shape, np.float32)
+        x_1 = to_range(images, self._data.levels, rng if self._dequantize else None)
         if self._coupling == "exact":
-            alike = np.zeros(len(indices), np.int32) if labels is None else labels
+            classes = labels if self._data.num_classes else np.zeros_like(labels)
+            alike = np.where(bad, -1, classes)  # what is not trained on takes no noise from what is
             i, j = couplings.within_class(x_0, x_1, alike, alike)
-            x_0, x_1, labels = x_0[i], x_1[j], None if labels is None else labels[j]
-        rows = {"x_0": x_0, "x_1": x_1}
-        return rows if labels is None else rows | {"label": labels}
+            x_0 = x_0[i][np.argsort(j)]  # rows stay in the order of `indices`
+        rows = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "bad": bad}
+        return rows | {"label": labels} if self._data.num_classes else rows
+
+    def count(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
+        """Counts rows that were read, see BadRows."""
+        self._tally.count(indices, bad, self._data.train.name)
+
+    @property
+    def bad_rows(self) -> dict[int, str]:
+        """Name by row number of the bad rows counted so far."""
+        return self._tally.names
+
+    def check(self) -> None:
+        """Judges the share of bad rows among all counted so far. Raises UserError."""
+        self._tally.check()
+
+    def _read(self, indices: Int[np.ndarray, " n"]):
+        """Images [n, I, I, C], labels [n], and which are bad [n]."""
+        data, n = self._data, len(indices)
+        images = np.full((n, data.size, data.size, data.channels), data.levels // 2, np.uint8)
+        labels, bad = np.zeros(n, np.int32), np.zeros(n, bool)
+        for row, index in enumerate(map(int, indices)):
+            try:
+                images[row], labels[row] = data.train[index]
+            except UserError as error:
+                self._tally.skip(index, data.train.name(index), error)
+                bad[row] = True
+        return images, labels, bad
+
+    def _turns(self, index: int, step: int) -> bool:
+        return np.random.default_rng((self._seed, _FLIP, step, index)).random() < 0.5
 
 
 def to_range(

@@ -3,32 +3,56 @@
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from flow_jax.digits import Digits
+ROWS, COLUMNS = 10, 10  # of a gallery
 
 
-def draw_grid(path: Path, samples: Digits, real: Digits, levels: int, columns: int = 10) -> None:
+class Gallery:
+    """Keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels."""
+
+    def __init__(self, num_classes: int):
+        self._labelled = num_classes > 0
+        self.rows: list[list[np.ndarray]] = [[] for _ in range(min(num_classes or ROWS, ROWS))]
+        # Images to look through for enough of each label; there are some more of one than of another.
+        self.wanted = 2 * COLUMNS * max(num_classes, ROWS)
+
+    def add(self, images: UInt8[np.ndarray, "N I I C"], labels: Int[np.ndarray, " N"]) -> None:
+        """Takes in images, as far as there is room."""
+        for image, label in zip(images, labels, strict=True):
+            rows = [int(label)] if self._labelled else range(len(self.rows))
+            row = next((row for row in rows if row < len(self.rows) and len(self.rows[row]) < COLUMNS), None)
+            if row is not None:
+                self.rows[row].append(image)
+
+    def sheet(self, levels: int) -> UInt8[np.ndarray, "H W C"]:
+        """All of them in one, white where there are too few."""
+        shape = next((image.shape for row in self.rows for image in row), (1, 1, 1))
+        blank = np.full(shape, levels - 1, np.uint8)
+        lines = [np.concatenate([*row, *[blank] * (COLUMNS - len(row))], axis=1) for row in self.rows]
+        return np.concatenate(lines)
+
+
+def draw_grid(path: Path, samples: Gallery, real: Gallery, levels: int) -> None:
     """A row a label: samples on the left, real images on the right."""
-    labels = np.unique(samples.labels)
-    sides = [
-        np.concatenate(
-            [np.concatenate(list(side.images[side.labels == label][:columns, ..., 0]), axis=1) for label in labels]
-        )
-        for side in (samples, real)
-    ]
-    figure = Figure(figsize=(2 * columns * 0.45, len(labels) * 0.45 + 0.4), layout="constrained")
-    for axes, side, title in zip(figure.subplots(1, 2), sides, ("samples", "held-out images"), strict=True):
-        axes.imshow(side, cmap="gray", vmin=0, vmax=levels - 1, interpolation="nearest")
-        axes.set(title=title, xticks=[], yticks=[])
+    figure = Figure(figsize=(2 * COLUMNS * 0.45, len(samples.rows) * 0.45 + 0.4), layout="constrained")
+    titles = ("samples", "held-out images")
+    for axes, gallery, title in zip(figure.subplots(1, 2), (samples, real), titles, strict=True):
+        _show(axes, gallery.sheet(levels) / (levels - 1), title)
     figure.savefig(path, dpi=110)
 
 
-def draw_flow(path: Path, frames: np.ndarray) -> None:
-    """A row a sample, from noise on the left to the image on the right; frames [T, N, I, I, 1] in [-1, 1]."""
-    rows = np.concatenate([np.concatenate(list(row[..., 0]), axis=1) for row in np.swapaxes(frames, 0, 1)])
+def draw_flow(path: Path, frames: Float[np.ndarray, "T N I I C"]) -> None:
+    """A row a sample, from noise on the left to the image on the right; values in [-1, 1]."""
+    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in np.swapaxes(frames, 0, 1)])
     figure = Figure(figsize=(len(frames) * 0.6, frames.shape[1] * 0.6 + 0.3), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(rows, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    axes.set(title="t = 0 ... 1", xticks=[], yticks=[])
+    _show(figure.subplots(), np.clip((rows + 1) / 2, 0, 1), "t = 0 ... 1")
     figure.savefig(path, dpi=110)
+
+
+def _show(axes, image: np.ndarray, title: str) -> None:
+    """Values in [0, 1], grey or RGB."""
+    grey = image.shape[2] == 1
+    axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(title=title, xticks=[], yticks=[])

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, Num
 
-from flow_jax.arrays import AnyArray, RandomKey, Rows, Scalar, mean_rows
+from flow_jax.arrays import AnyArray, Labels, RandomKey, Rows, Scalar, mean_rows
 from flow_jax.paths.affine import PathSample
 
 
@@ -66,18 +66,20 @@ def coupled_flow_matching(
 
 
 def drop_labels(
-    labels: Int[AnyArray, " B"], rate: Scalar, null: int, keys: Key[Array, " B"] | Key[Array, ""]
-) -> Int[Array, " B"]:
+    labels: Labels, rate: Scalar, null: int | float | tuple[int, ...], keys: Key[Array, " B"] | Key[Array, ""]
+) -> Num[Array, "B ..."]:
     """Labels of which each is replaced by `null` with probability `rate`, row by row (Ho and Salimans 2022).
 
     Dropping a whole batch at once has the same mean, but its steps alternate between two losses.
 
     Args:
-      labels: of the rows.
+      labels: of the rows, [B]; or several labels or a vector a row, which are replaced together.
       rate: 0 to 1.
-      null: the label that stands for none.
+      null: the label, or labels of a row, that stand for none, see models.features.Condition.
       keys: one a row, or one for all.
     """
     labels = jnp.asarray(labels)
-    draws = jax.random.uniform(keys, labels.shape) if keys.ndim == 0 else jax.vmap(jax.random.uniform)(keys)
-    return jnp.where(draws < rate, jnp.asarray(null, labels.dtype), labels)
+    shape = labels.shape[:1]
+    draws = jax.random.uniform(keys, shape) if keys.ndim == 0 else jax.vmap(jax.random.uniform)(keys)
+    dropped = (draws < rate).reshape(*shape, *(1,) * (labels.ndim - 1))
+    return jnp.where(dropped, jnp.asarray(null, labels.dtype), labels)

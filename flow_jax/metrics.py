@@ -19,6 +19,7 @@ from flow_jax.arrays import AnyArray, Number, Rows, flatten_rows, sum_rows
 from flow_jax.assignment import transport
 from flow_jax.couplings import host_cost
 from flow_jax.integrate import as_field
+from flow_jax.moments import Moments, frechet
 from train_jax.errors import UserError
 
 Cloud = Float[AnyArray, "N ..."]
@@ -94,23 +95,12 @@ def energy_distance(a: Cloud, b: OtherCloud) -> float:
 
 
 def frechet_distance(features_a: Float[AnyArray, "N F"], features_b: Float[AnyArray, "M F"]) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of any features (Heusel et al. 2017).
-
-    The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), a symmetric matrix:
-    stable where covariances are singular (fewer rows than features), and never complex.
+    """The Frechet distance of Gaussians with the moments of any features; see moments.py, also for more than fit.
 
     Args:
       features_a, features_b: at least two rows each; covariances are divided by rows - 1.
     """
-    x, y = _host(features_a), _host(features_b)
-    if min(len(x), len(y)) < 2:
-        raise UserError(f"a covariance needs two rows, got {len(x)} and {len(y)}.")
-    cov_a, cov_b = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (x, y))
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    gap = x.mean(axis=0) - y.mean(axis=0)
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    return frechet(Moments.of(features_a), Moments.of(features_b))
 
 
 def coverage(samples: Cloud, real: OtherCloud, neighbours: int = 5) -> float:

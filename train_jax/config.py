@@ -140,22 +140,27 @@ def steps(
 
 
 def task_class(path: str | None) -> type:
-    """Imports the class that `config.task` names.
+    """Imports the class that `config.task` names. Raises UserError as `imported`."""
+    return imported("config.task", path, "package.module:Class")
+
+
+def imported(key: str, path: str | None, form: str = "package.module:function") -> Any:
+    """Imports what a config key names by its import path.
 
     Raises:
-      UserError: not of the form "package.module:Class", no such module, or no such class in it.
+      UserError: not of that form, no such module, or no such name in it.
     """
     module_name, _, name = (path or "").partition(":")
     if not module_name or not name:
-        raise UserError(f"config.task={path!r}, expected 'package.module:Class': set it to a task's import path")
+        raise UserError(f"{key}={path!r}, expected {form!r}: set it to an import path")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the task's module exists, something that it imports does not
-        raise UserError(f"config.task={path!r}: there is no module {error.name!r}: correct the import path") from error
+            raise  # the module exists, something that it imports does not
+        raise UserError(f"{key}={path!r}: there is no module {error.name!r}: correct the import path") from error
     if not hasattr(module, name):
-        raise UserError(f"config.task={path!r}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
+        raise UserError(f"{key}={path!r}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
     return getattr(module, name)
 
 

@@ -9,14 +9,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from flow_jax.arrays import Labels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16."""
+    """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16.
+
+    `num_classes` and `vector_width` say what the model is told of every row, see features.Condition.
+    """
 
     image_size: int = 32
     channels: int = 3
@@ -24,9 +28,11 @@ class DiTConfig:
     width: int = 384
     depth: int = 12
     num_heads: int = 6
-    num_classes: int = 0
+    num_classes: int | tuple[int, ...] = 0
+    vector_width: int = 0
     dropout: int | float = 0.0
     remat: bool = False
+    dtype: str | None = None  # of the computation, see UNetConfig
 
     def __post_init__(self):
         if self.image_size % self.patch_size or self.width % self.num_heads or self.width % 4:
@@ -54,23 +60,23 @@ def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(config: DiTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A norm without parameters: modulation takes their place."""
-    return nnx.LayerNorm(width, use_bias=False, use_scale=False, epsilon=1e-6, rngs=rngs)
+    return nnx.LayerNorm(config.width, use_bias=False, use_scale=False, epsilon=1e-6, dtype=config.dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
     """Attention and a two-layer perceptron, each normed, modulated and gated."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        D = config.width
+        D, options = config.width, {"dtype": config.dtype, "rngs": rngs}
         self.config = config
-        self.norm1, self.norm2 = norm(D, rngs), norm(D, rngs)
-        self.qkv_proj = linear(D, 3 * D, rngs=rngs)
-        self.o_proj = linear(D, D, rngs=rngs)
-        self.fc1 = linear(D, 4 * D, rngs=rngs)
-        self.fc2 = linear(4 * D, D, rngs=rngs)
-        self.modulation = linear(D, 6 * D, zero=True, rngs=rngs)
+        self.norm1, self.norm2 = norm(config, rngs), norm(config, rngs)
+        self.qkv_proj = linear(D, 3 * D, **options)
+        self.o_proj = linear(D, D, **options)
+        self.fc1 = linear(D, 4 * D, **options)
+        self.fc2 = linear(4 * D, D, **options)
+        self.modulation = linear(D, 6 * D, zero=True, **options)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B D"], dropout_keys: Key[Array, " B"] | None
@@ -90,10 +96,10 @@ class DiT(nnx.Module):
     """Velocity of images [B, size, size, channels]; the output starts at zero."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        p, D = config.patch_size, config.width
+        p, D, options = config.patch_size, config.width, {"dtype": config.dtype, "rngs": rngs}
         self.config = config
-        self.patch_embedding = linear(p * p * config.channels, D, rngs=rngs)
-        self.condition = Condition(D, config.num_classes, rngs=rngs)
+        self.patch_embedding = linear(p * p * config.channels, D, **options)
+        self.condition = Condition(D, config.num_classes, vector_width=config.vector_width, **options)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -101,15 +107,15 @@ class DiT(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.norm = norm(D, rngs)
-        self.modulation = linear(D, 2 * D, zero=True, rngs=rngs)
-        self.outputs = linear(D, p * p * config.channels, zero=True, rngs=rngs)
+        self.norm = norm(config, rngs)
+        self.modulation = linear(D, 2 * D, zero=True, **options)
+        self.outputs = linear(D, p * p * config.channels, zero=True, **options)
 
     def __call__(
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Int[Array, " B"] | None = None,
+        labels: Labels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""
@@ -121,11 +127,12 @@ class DiT(nnx.Module):
             )
         g, p = config.grid, config.patch_size
         patches = x.reshape(B, g, p, g, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, g * g, p * p * C)
-        h = self.patch_embedding(patches) + sincos_positions(g, config.width)[None].astype(x.dtype)
+        h = self.patch_embedding(patches)
+        h = h + sincos_positions(g, config.width)[None].astype(h.dtype)
         c = self.condition(batch_times(t, x), labels)
         h = self._blocks(h, c, dropout_keys)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=1)
-        out = self.outputs(modulate(self.norm(h), shift, scale))
+        out = self.outputs(modulate(self.norm(h), shift, scale)).astype(x.dtype)
         return out.reshape(B, g, g, p, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
     def _blocks(self, h, c, dropout_keys):

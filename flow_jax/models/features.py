@@ -1,7 +1,8 @@
 """Pieces that the velocity models share: time features, label embeddings, dropout by rows, initial values.
 
-Models are called (t, x, labels=None, dropout_keys=None): t is a scalar or one a row, t = 0 noise and t = 1 data, and
-dropout draws from one key a row, so that a row's noise does not depend on the batch it is in.
+Models are called (t, x, labels=None, dropout_keys=None): t is a scalar or one a row, t = 0 noise and t = 1 data;
+labels are what the model is told of every row (`Condition`); dropout draws from one key a row, so that the noise of a
+row does not depend on the batch it is in.
 """
 
 import math
@@ -10,7 +11,9 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
+
+from flow_jax.arrays import Labels
 
 MAX_PERIOD = 10_000
 TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
@@ -30,31 +33,78 @@ def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"
     return jnp.pad(features, ((0, 0), (0, width - 2 * half)))
 
 
-def linear(features_in: int, features_out: int, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first."""
-    if zero:
-        return nnx.Linear(features_in, features_out, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
-    return nnx.Linear(features_in, features_out, rngs=rngs)
+def linear(
+    features_in: int, features_out: int, *, zero: bool = False, dtype: str | None = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first.
+
+    `dtype` is that of the computation; None takes it from inputs and parameters.
+    """
+    init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
+    return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **init)
 
 
 class Condition(nnx.Module):
-    """Time, and a label if there are any, as one vector a row.
+    """Time, and what else the model is told of a row, as one vector a row.
 
-    There is one embedding more than classes: the last, `num_classes`, stands for no label (losses.drop_labels).
+    Labels are of one kind, and every kind has one that stands for none (losses.drop_labels):
+
+      num_classes=10        int [B]       one of ten classes; 10 is none
+      num_classes=(2, 8)    int [B, 2]    an attribute of two values and one of eight; (2, 8) is none
+      vector_width=128      float [B, E]  vectors, embeddings of texts say; zeros are none
     """
 
-    def __init__(self, width: int, num_classes: int = 0, time_width: int = 256, *, rngs: nnx.Rngs):
-        self.num_classes, self.time_width = num_classes, time_width
-        self.time_in = linear(time_width, width, rngs=rngs)
-        self.time_out = linear(width, width, rngs=rngs)
-        self.label = nnx.Embed(num_classes + 1, width, rngs=rngs) if num_classes else None
+    def __init__(
+        self,
+        width: int,
+        num_classes: int | tuple[int, ...] = 0,
+        time_width: int = 256,
+        vector_width: int = 0,
+        *,
+        dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.kind, self.time_width = _kind(num_classes, vector_width), time_width
+        self.time_in = linear(time_width, width, dtype=dtype, rngs=rngs)
+        self.time_out = linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, t: Float[Array, " B"], labels: Int[Array, " B"] | None) -> Float[Array, "B D"]:
-        if (labels is not None) != (self.num_classes > 0):
-            found = "none" if labels is None else "labels"
-            raise ValueError(f"the model has {self.num_classes} classes but got {found}.")
+        def embed(number: int) -> nnx.Embed:
+            return nnx.Embed(number + 1, width, rngs=rngs, **({"dtype": dtype} if dtype else {}))
+
+        self.label = embed(num_classes) if self.kind == "one label" else None
+        self.labels = nnx.List([embed(number) for number in num_classes] if self.kind == "several labels" else [])
+        # Without a bias: zeros add nothing.
+        vector = dict(use_bias=False, dtype=dtype, rngs=rngs)
+        self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
+
+    def __call__(self, t: Float[Array, " B"], labels: Labels | None) -> Float[Array, "B D"]:
+        found = _kind_of(labels)
+        if found != self.kind:
+            raise ValueError(f"the model is told {self.kind} of every row but got {found}.")
         c = self.time_out(jax.nn.silu(self.time_in(time_features(t, self.time_width))))
-        return c if labels is None else c + self.label(labels)
+        if labels is None:
+            return c
+        if self.kind == "several labels":
+            return c + sum(table(labels[:, place]) for place, table in enumerate(self.labels))
+        return c + (self.label if self.kind == "one label" else self.vector)(labels)
+
+
+def _kind(num_classes: int | tuple[int, ...], vector_width: int) -> str:
+    if num_classes and vector_width:
+        raise ValueError(f"the model has num_classes={num_classes} and vector_width={vector_width}, expected one kind.")
+    if vector_width:
+        return "vectors"
+    if isinstance(num_classes, tuple):
+        return "several labels" if num_classes else "nothing"
+    return "one label" if num_classes else "nothing"
+
+
+def _kind_of(labels: Labels | None) -> str:
+    if labels is None:
+        return "nothing"
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return "vectors"
+    return "one label" if labels.ndim == 1 else "several labels"
 
 
 def drop(

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from flow_jax.arrays import Labels
 from flow_jax.models.features import Condition, batch_times, drop, linear
 
 
@@ -17,7 +18,7 @@ class MLPConfig:
     Attributes:
       dim: of the points.
       width, depth: of the hidden layers, and how many.
-      num_classes: labels, 0 for none.
+      num_classes, vector_width: what the model is told of every row, see features.Condition.
       time_width: of the time features; 0 puts t itself beside x, as torchcfm's MLP has it, and takes no labels.
       activation: a function of jax.nn by name.
       dropout: before every hidden layer but the first.
@@ -26,7 +27,8 @@ class MLPConfig:
     dim: int = 2
     width: int = 512
     depth: int = 5
-    num_classes: int = 0
+    num_classes: int | tuple[int, ...] = 0
+    vector_width: int = 0
     time_width: int = 64
     activation: str = "silu"
     dropout: int | float = 0.0
@@ -36,13 +38,12 @@ class MLP(nnx.Module):
     """Velocity of points [B, dim]; the output starts at zero."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
-        if config.depth < 1 or (config.num_classes and not config.time_width):
+        told = config.num_classes or config.vector_width
+        if config.depth < 1 or (told and not config.time_width):
             raise ValueError(f"{config}: expected depth >= 1, and time_width > 0 with labels.")
         self.config = config
-        condition = (
-            Condition(config.width, config.num_classes, config.time_width, rngs=rngs) if config.time_width else None
-        )
-        self.condition = nnx.data(condition)
+        sizes = config.width, config.num_classes, config.time_width, config.vector_width
+        self.condition = nnx.data(Condition(*sizes, rngs=rngs) if config.time_width else None)
         self.inputs = linear(config.dim + (self.condition is None), config.width, rngs=rngs)
         self.hidden = nnx.List([linear(config.width, config.width, rngs=rngs) for _ in range(config.depth - 1)])
         self.outputs = linear(config.width, config.dim, zero=True, rngs=rngs)
@@ -51,7 +52,7 @@ class MLP(nnx.Module):
         self,
         t,
         x: Float[Array, "B D"],
-        labels: Int[Array, " B"] | None = None,
+        labels: Labels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See features.py for the arguments."""

@@ -9,8 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from flow_jax.arrays import Labels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
 
 
@@ -25,8 +26,11 @@ class UNetConfig:
       num_blocks: residual blocks a resolution ("depth").
       attention: sides of the feature maps that attend, such as (16, 8).
       head_width: channels of an attention head.
-      num_classes, dropout: of the condition, and inside residual blocks.
+      num_classes, vector_width: what the model is told of every row, see features.Condition.
+      dropout: inside residual blocks.
       remat: recompute blocks in the backward pass.
+      dtype: of the computation, "bfloat16" or "float16" say; norms and softmax take their sums in float32. None is that
+        of images and parameters.
     """
 
     image_size: int = 32
@@ -36,9 +40,11 @@ class UNetConfig:
     num_blocks: int = 2
     attention: tuple[int, ...] = (16,)
     head_width: int = 64
-    num_classes: int = 0
+    num_classes: int | tuple[int, ...] = 0
+    vector_width: int = 0
     dropout: int | float = 0.0
     remat: bool = False
+    dtype: str | None = None
 
     def __post_init__(self):
         halvings = len(self.multipliers) - 1
@@ -50,16 +56,18 @@ class UNetConfig:
             raise ValueError(f"attention at {missing}, but the feature maps have sides {sides}.")
 
 
-def conv(features_in: int, features_out: int, size: int = 3, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.Conv:
+def conv(
+    features_in: int, features_out: int, size: int = 3, *, zero: bool = False, dtype: str | None, rngs: nnx.Rngs
+) -> nnx.Conv:
     """A convolution that keeps the resolution."""
     init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
-    return nnx.Conv(features_in, features_out, (size, size), padding="SAME", rngs=rngs, **init)
+    return nnx.Conv(features_in, features_out, (size, size), padding="SAME", dtype=dtype, rngs=rngs, **init)
 
 
-def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def group_norm(channels: int, dtype: str | None, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """32 groups; fewer in narrow models, of four channels at least (a group of one would undo every bias before it)."""
     groups = next(groups for groups in range(min(32, max(channels // 4, 1)), 0, -1) if channels % groups == 0)
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, rngs=rngs)
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
 
 def upsample(x: Float[Array, "B I J C"]) -> Float[Array, "B 2*I 2*J C"]:
@@ -83,12 +91,13 @@ class ResBlock(nnx.Module):
         self, name: str, channels_in: int, channels: int, config: UNetConfig, resize: str | None = None, *, rngs
     ):
         self.name, self.dropout, self.resize = name, config.dropout, resize
-        self.norm1 = group_norm(channels_in, rngs)
-        self.conv1 = conv(channels_in, channels, rngs=rngs)
-        self.condition = linear(4 * config.width, 2 * channels, rngs=rngs)
-        self.norm2 = group_norm(channels, rngs)
-        self.conv2 = conv(channels, channels, zero=True, rngs=rngs)
-        self.skip = conv(channels_in, channels, 1, rngs=rngs) if channels != channels_in else None
+        dtype = config.dtype
+        self.norm1 = group_norm(channels_in, dtype, rngs)
+        self.conv1 = conv(channels_in, channels, dtype=dtype, rngs=rngs)
+        self.condition = linear(4 * config.width, 2 * channels, dtype=dtype, rngs=rngs)
+        self.norm2 = group_norm(channels, dtype, rngs)
+        self.conv2 = conv(channels, channels, zero=True, dtype=dtype, rngs=rngs)
+        self.skip = conv(channels_in, channels, 1, dtype=dtype, rngs=rngs) if channels != channels_in else None
 
     def __call__(self, x: Float[Array, "B ..."], c: Float[Array, "B E"], dropout_keys) -> Float[Array, "B ..."]:
         resize = RESIZE[self.resize]
@@ -103,13 +112,14 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention over the pixels of a feature map; its output starts at zero."""
 
-    def __init__(self, channels: int, head_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, config: UNetConfig, *, rngs: nnx.Rngs):
+        head_width, dtype = config.head_width, config.dtype
         if channels % head_width:
             raise ValueError(f"{channels} channels do not divide into attention heads of {head_width}.")
         self.head_width = head_width
-        self.norm = group_norm(channels, rngs)
-        self.qkv_proj = linear(channels, 3 * channels, rngs=rngs)
-        self.o_proj = linear(channels, channels, zero=True, rngs=rngs)
+        self.norm = group_norm(channels, dtype, rngs)
+        self.qkv_proj = linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(channels, channels, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B I J C"]) -> Float[Array, "B I J C"]:
         B, height, width, C = x.shape
@@ -125,7 +135,7 @@ class Stage(nnx.Module):
         self.remat = config.remat
         self.block = ResBlock(name, channels_in, channels, config, resize, rngs=rngs)
         attends = resize is None and side in config.attention
-        self.attention = Attention(channels, config.head_width, rngs=rngs) if attends else None
+        self.attention = Attention(channels, config, rngs=rngs) if attends else None
 
     def __call__(self, x, c, dropout_keys):
         if not self.remat:
@@ -144,8 +154,10 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
-        self.condition = Condition(4 * config.width, config.num_classes, config.width, rngs=rngs)
-        self.inputs = conv(config.channels, config.width, rngs=rngs)
+        dtype = config.dtype
+        told = config.num_classes, config.width, config.vector_width
+        self.condition = Condition(4 * config.width, *told, dtype=dtype, rngs=rngs)
+        self.inputs = conv(config.channels, config.width, dtype=dtype, rngs=rngs)
         down, skips, channels, side = [], [config.width], config.width, config.image_size
         for level, width in enumerate(widths):
             for index in range(config.num_blocks):
@@ -158,7 +170,7 @@ class UNet(nnx.Module):
                 skips.append(channels)
         self.down = nnx.List(down)
         self.middle_in = ResBlock("middle/in", channels, channels, config, rngs=rngs)
-        self.middle_attention = Attention(channels, config.head_width, rngs=rngs)
+        self.middle_attention = Attention(channels, config, rngs=rngs)
         self.middle_out = ResBlock("middle/out", channels, channels, config, rngs=rngs)
         up = []
         for level, width in reversed(list(enumerate(widths))):
@@ -169,14 +181,14 @@ class UNet(nnx.Module):
                 side *= 2
                 up.append(Stage(f"up/{level}/double", channels, channels, side, config, "up", rngs=rngs))
         self.up = nnx.List(up)
-        self.norm = group_norm(channels, rngs)
-        self.outputs = conv(channels, config.channels, zero=True, rngs=rngs)
+        self.norm = group_norm(channels, dtype, rngs)
+        self.outputs = conv(channels, config.channels, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Int[Array, " B"] | None = None,
+        labels: Labels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""
@@ -194,4 +206,4 @@ class UNet(nnx.Module):
             if stage.block.resize is None:
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
             h = stage(h, c, dropout_keys)
-        return self.outputs(jax.nn.silu(self.norm(h)))
+        return self.outputs(jax.nn.silu(self.norm(h))).astype(x.dtype)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from paligemma_jax.data.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
-from paligemma_jax.data.tfds_source import open_builder, open_split
 from train_jax.errors import UserError
+from train_jax.tfds_source import open_builder, open_split
 
 VERSION = "3.1.0"
 SOURCE_FILE = "source.json"  # beside dataset_info.json: which tree the data came from

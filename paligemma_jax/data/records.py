@@ -9,19 +9,26 @@ import dataclasses
 import hashlib
 import io
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
+from train_jax.bad_rows import BadRow, BadRows
 from train_jax.errors import UserError
 
-
-class BadRow(UserError):
-    """One row of a data set cannot be used (corrupt image, malformed line); the message names the row."""
+__all__ = [
+    "BadRow",
+    "GuardedSource",
+    "Record",
+    "Source",
+    "Subset",
+    "blank_record",
+    "checked_index",
+    "fingerprint_of",
+    "prompt_checked",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,26 +164,18 @@ class GuardedSource:
     """Prepared examples of a source, with bad rows logged by name and replaced by weight 0, to be counted.
 
     A row is bad when reading or preparing it raises `UserError` (of which `BadRow` is one) or `OSError`; any other
-    exception is a fault of the program and passes through. Reading only marks a bad row, since worker processes may do
-    it, each with a copy of the source; whoever takes their examples in `count`s them. The share of bad rows among those
-    counted so far is judged once `MIN_BAD` of them were met, and when as many rows were counted as the source has;
-    `check` judges at any time.
+    exception is a fault of the program and passes through. They are counted and judged as `BadRows` says.
 
     Args:
       source: records to prepare.
       prepare: turns a record into a dict of numpy arrays, decoding the image; must accept `placeholder`.
-      on_error: "skip" as described, "raise" to stop at the first bad row.
-      policies: what to do instead, "skip" or "raise", for some kinds of error.
-      max_bad_fraction: largest share of bad rows that is tolerated, 0 to 1.
+      on_error, max_bad_fraction, policies: see `BadRows`.
       placeholder: the record prepared in place of a bad one.
 
     Raises:
-      UserError: for an unknown `on_error` or a share outside 0 to 1; while counting, when the share is exceeded, with
-        count, share and the first names; under "raise", the first bad row's own error, while reading.
+      UserError: for an unknown `on_error` or a share outside 0 to 1; while counting, when the share is exceeded; under
+        "raise", the first bad row's own error, while reading.
     """
-
-    MIN_BAD = 20
-    NAMES_IN_MESSAGE = 3
 
     def __init__(
         self,
@@ -188,22 +187,11 @@ class GuardedSource:
         placeholder: Record | None = None,
         policies: Mapping[type[Exception], str] | None = None,
     ):
-        if on_error not in ("skip", "raise"):
-            raise UserError(f"data.on_error is {on_error!r}, expected 'skip' or 'raise'; choose one of them.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}, expected a share from 0 to 1; change it.")
         self.source = source
         self.prepare = prepare
-        self.on_error = on_error
-        self.max_bad_fraction = max_bad_fraction
-        self.policies = dict(policies or {})
         self.fingerprint = source.fingerprint
+        self.tally = BadRows(len(source), on_error, max_bad_fraction, policies)
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
-        self._lock = threading.Lock()
-        self._told: set[int] = set()  # rows whose fault was logged
-        self._seen = 0
-        self._bad = 0
-        self._bad_rows: dict[int, str] = {}  # row number -> name, in the order counted
 
     def __len__(self) -> int:
         return len(self.source)
@@ -211,61 +199,27 @@ class GuardedSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The prepared example; where the row was bad, `weight` (float32 scalar) is 0 and `bad` (bool scalar) True."""
         index = checked_index(index, len(self))
-        record, failure = None, None
+        record, bad = None, False
         try:
             record = self.source[index]
             example, weight = self.prepare(record), record.weight
         except (UserError, OSError) as error:
-            if self._policy(error) == "raise":
-                raise
-            example, weight, failure = self.prepare(self._placeholder), 0.0, error
-            self._tell(index, record, error)
-        return {**example, "weight": np.float32(weight), "bad": np.bool_(failure is not None)}
+            self.tally.skip(index, record.image_name if record else f"row {index}", error)
+            example, weight, bad = self.prepare(self._placeholder), 0.0, True
+        return {**example, "weight": np.float32(weight), "bad": np.bool_(bad)}
 
     def count(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
-        """Counts rows that were read, here or by a copy: their numbers, and which of them were marked.
-
-        A bad row that is new is looked up for its name. Raises UserError as `check`, where the share is to be judged.
-        """
-        for index, marked in zip(map(int, indices), bad, strict=True):
-            name = self._name(index) if marked and index not in self._bad_rows else None
-            with self._lock:
-                self._seen += 1
-                self._bad += bool(marked)
-                if name is not None:
-                    self._bad_rows[index] = name
-                due = marked and self._bad >= self.MIN_BAD or self._seen == len(self)
-            if due:
-                self.check()
+        """Counts rows that were read, see `BadRows`; a bad row that is new is looked up for its name."""
+        self.tally.count(indices, bad, self._name)
 
     @property
     def bad_rows(self) -> dict[int, str]:
-        """Name by row number of the bad rows counted so far, in that order; a row counted twice stands once."""
-        with self._lock:
-            return dict(self._bad_rows)
+        """Name by row number of the bad rows counted so far."""
+        return self.tally.names
 
     def check(self) -> None:
-        """Judges the share of bad rows among all counted so far; call it at the end of a pass. Raises UserError."""
-        with self._lock:
-            seen, bad, names = self._seen, self._bad, list(self._bad_rows.values())
-        if bad > self.max_bad_fraction * seen:
-            first = ", ".join(names[: self.NAMES_IN_MESSAGE])
-            raise UserError(
-                f"{bad} of {seen} rows read were bad ({bad / seen:.1%}; first: {first}), expected at most "
-                f"{self.max_bad_fraction:.1%}; mend the data or raise data.max_bad_fraction."
-            )
-
-    def _policy(self, error: Exception) -> str:
-        return next((policy for kind, policy in self.policies.items() if isinstance(error, kind)), self.on_error)
-
-    def _tell(self, index: int, record: Record | None, failure: Exception) -> None:
-        """Logs a bad row, once in this process."""
-        with self._lock:
-            new = index not in self._told
-            self._told.add(index)
-        if new:
-            name = record.image_name if record else f"row {index}"
-            logging.warning("Bad row %d (%s) skipped with weight 0: %s", index, name, failure)
+        """Judges the share of bad rows among all counted so far. Raises UserError."""
+        self.tally.check()
 
     def _name(self, index: int) -> str:
         """The name of a bad row, where it can be read as far as that."""
@@ -273,9 +227,3 @@ class GuardedSource:
             return self.source[index].image_name
         except (UserError, OSError):
             return f"row {index}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())

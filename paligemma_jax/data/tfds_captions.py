@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
-from paligemma_jax.data.tfds_source import open_builder, open_split
 from train_jax.errors import UserError
+from train_jax.tfds_source import open_builder, open_split
 
 
 class TfdsCaptions:

@@ -5,16 +5,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data import pretraining_set
 from paligemma_jax.data.captioned import CaptionedRecords, CaptionedScenes
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.jsonl import JsonlRecords
 from paligemma_jax.data.records import Source, Subset
-from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.data.text_tokens import TextTokenizer
 from paligemma_jax.data.tfds_captions import TfdsCaptions
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.tasks import common
+from paligemma_jax.tasks.rendered import rendered
 
 
 class Pairs:
@@ -59,8 +57,4 @@ class Pairs:
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
         """The folder of a stream's scenes, rendered on first use."""
-        data, size, grid = self._data, self._vision.image_size, self._vision.grid
-        low, high = num_objects
-        folder = Path(data.cache_dir).expanduser() / f"{stream}-v{VERSION}-{size}-{low}to{high}-{number}"
-        with common.progress(f"rendering {number} {stream} scenes") as told:
-            return pretraining_set.build(folder, number, size, grid, stream, data.build_workers, told, num_objects)
+        return rendered(self._data, stream, number, self._vision.image_size, self._vision.grid, num_objects)

@@ -10,20 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax import zero_shot
+from paligemma_jax.attribute_scores import TEMPLATES, recognised
 from paligemma_jax.data.captioned import CaptionedRecords, CaptionedScenes
-from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.captions import NUMBERS
 from paligemma_jax.data.text_tokens import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
 
 RETRIEVAL = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)), "mean_r1")
-TEMPLATES = {
-    "color": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
-    "shape": ("a {}", "a large {}", "a small {}", "one object: a {}"),
-    "material": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
-    "size": ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube"),
-}
 COUNT_TEMPLATES = ("{}", "{}: a cube", "{}: a sphere and a cylinder")  # of pictures with several objects
 ZERO_SHOT = (*(f"zero_shot_{name}" for name in TEMPLATES), "zero_shot_count")
 
@@ -49,13 +43,9 @@ def _classified(
     model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, images: np.ndarray, objects: CaptionedScenes
 ) -> dict[str, float]:
     """Zero-shot accuracies: attributes of single objects, and how many objects the pairs' `images` show."""
-    found = {}
-    embedded = zero_shot.embed(model, objects).images
-    for name, templates in TEMPLATES.items():
-        values = list(ATTRIBUTES[name])
-        scores = embedded @ zero_shot.class_embeddings(model, tokenizer, values, templates).T
-        right = np.array([values.index(scene["objects"][0][name]) for scene in objects.scenes])
-        found[f"zero_shot_{name}"] = float((scores.argmax(1) == right).mean())
+    shown = [{name: scene["objects"][0][name] for name in TEMPLATES} for scene in objects.scenes]
+    right = recognised(model, tokenizer, zero_shot.embed(model, objects).images, shown)
+    found = {f"zero_shot_{name}": float(values.mean()) for name, values in right.items()}
     counts = np.array([len(scene["objects"]) for scene in pairs.scenes])
     values = [_count(number) for number in range(1, counts.max() + 1)]
     scores = images @ zero_shot.class_embeddings(model, tokenizer, values, COUNT_TEMPLATES).T

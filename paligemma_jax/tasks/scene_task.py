@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from paligemma_jax.data import pretraining_set
-from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
+from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.vision_start import with_vision
 from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
@@ -118,12 +117,8 @@ class SceneTask:
 
     def rendered(self, stream: str, num_scenes: int) -> Path:
         """The folder of a stream's scenes, rendered on first use."""
-        data, vision = self.config.data, self.model_config.vision
-        folder = Path(data.cache_dir).expanduser() / f"{stream}-v{VERSION}-{vision.image_size}-{num_scenes}"
-        with common.progress(f"rendering {num_scenes} {stream} scenes") as told:
-            return pretraining_set.build(
-                folder, num_scenes, vision.image_size, vision.grid, stream, data.build_workers, told
-            )
+        vision = self.model_config.vision
+        return rendered(self.config.data, stream, num_scenes, vision.image_size, vision.grid)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """uint8 [0, 255] to float32 in the tower's range."""

@@ -68,6 +68,37 @@ def test_a_row_depends_on_its_own_time_label_and_input_alone(kind):
         np.testing.assert_array_equal(moved, [False, False, True, False, False])
 
 
+@pytest.mark.parametrize(
+    ("told", "labels", "other", "none"),
+    [
+        ({"num_classes": (2, 3)}, [[0, 1], [1, 1]], [[0, 1], [1, 2]], (2, 3)),
+        ({"vector_width": 2}, [[0.6, 0.8], [1.0, 0.0]], [[0.6, 0.8], [0.0, 1.0]], 0.0),
+    ],
+)
+def test_attributes_and_vectors_are_conditions_too_row_by_row(told, labels, other, none):
+    model, x = make("mlp", **told)
+    model, x = disturb(model), x[:2]
+    labels, other = jnp.array(labels), jnp.array(other)
+    out, changed = run(model, 0.3, x, labels), run(model, 0.3, x, other)
+    np.testing.assert_allclose(changed[0], out[0], rtol=1e-5)
+    assert np.abs(changed[1] - out[1]).max() > 1e-3
+    keys = jax.random.split(jax.random.key(0), 2)
+    dropped = fj.losses.drop_labels(labels, 1.0, none, keys)
+    assert dropped.shape == labels.shape and dropped.dtype == labels.dtype
+    # What all rows are told is nothing: guidance of weight 0 sees the same.
+    nothing = fj.guidance.Guided(model, 0.0, none)(0.3, x, labels)
+    np.testing.assert_allclose(nothing, run(model, 0.3, x, dropped), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(fj.losses.drop_labels(labels, 0.0, none, keys), labels)
+
+
+def test_a_vector_of_zeros_tells_nothing():
+    model, x = make("mlp", vector_width=2)
+    model = disturb(model)
+    zeros = run(model, 0.3, x, jnp.zeros((len(x), 2)))
+    model.condition.vector.kernel[...] *= 2.0
+    np.testing.assert_array_equal(run(model, 0.3, x, jnp.zeros((len(x), 2))), zeros)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_parameter_takes_part(kind):
     model, x = make(kind, num_classes=4)
@@ -209,8 +240,16 @@ def test_resizing_keeps_the_mean():
         (lambda: UNetConfig(attention=(12,)), "feature maps have sides .32, 16, 8, 4."),
         (lambda: DiTConfig(image_size=31), "must divide"),
         (lambda: MLP(MLPConfig(depth=0), rngs=nnx.Rngs(0)), "depth >= 1"),
-        (lambda: make("mlp")[0](0.5, jnp.ones((2, 3)), jnp.array([0, 1])), "has 0 classes but got labels"),
-        (lambda: make("mlp", num_classes=2)[0](0.5, jnp.ones((2, 3))), "has 2 classes but got none"),
+        (
+            lambda: make("mlp")[0](0.5, jnp.ones((2, 3)), jnp.array([0, 1])),
+            "told nothing of every row but got one",
+        ),
+        (
+            lambda: make("mlp", num_classes=2)[0](0.5, jnp.ones((2, 3))),
+            "told one label of every row but got nothing",
+        ),
+        (lambda: make("mlp", num_classes=2, vector_width=3), "expected one kind"),
+        (lambda: make("mlp", vector_width=3, time_width=0), "time_width > 0 with labels"),
         (lambda: make("unet")[0](0.5, jnp.ones((1, 4, 4, 2))), "expected .8, 8, 2."),
         (lambda: make("dit")[0](0.5, jnp.ones((1, 4, 4, 2))), "built for 6 x 6 x 2"),
         (lambda: UNet(UNetConfig(width=8, head_width=7), rngs=nnx.Rngs(0)), "do not divide into attention heads of 7"),

@@ -1,4 +1,4 @@
-"""Random access to a data set that TFDS has prepared, images still encoded."""
+"""Random access to a data set that TFDS has prepared."""
 
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, image: str = "image") -> Any:
-    """The examples of a split, the feature `image` as the bytes of its file.
+def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, encoded: str = "image") -> Any:
+    """The examples of a split, the feature `encoded` as the bytes of its file.
 
     Raises:
       UserError: no such split.
@@ -38,4 +38,4 @@ def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, imag
         raise UserError(
             f"{folder} has no split {split!r}, expected one of {sorted(builder.info.splits)}; choose one of them."
         )
-    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+    return builder.as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})

@@ -1,0 +1,74 @@
+"""What a generator of single objects is told of each: its attributes, or a caption as a vector; by number.
+
+number  text                         attributes (size, color, material, shape)
+     0  large gray rubber cube       0 0 0 0
+     1  large gray rubber sphere     0 0 0 1
+   ...
+    95  small yellow metal cylinder  1 7 1 2
+    96  (nothing)                    2 8 2 3
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from .attributes import ATTRIBUTES
+
+SIZES = tuple(len(values) for values in ATTRIBUTES.values())
+"""How many values each attribute has; also the numbers that stand for none."""
+
+
+class Descriptions(NamedTuple):
+    """N things to tell, and behind them nothing.
+
+    Attributes:
+      texts: what they say.
+      said: of each the attributes that it names, with their values.
+      table: int32 [N + 1, 4], or float32 [N + 1, E]; the last row stands for none.
+      numbers: of each text.
+    """
+
+    texts: Sequence[str]
+    said: Sequence[Mapping[str, str]]
+    table: np.ndarray
+    numbers: Mapping[str, int]
+
+
+def of_attributes() -> Descriptions:
+    """All combinations of attributes, as indices into their values."""
+    combined = list(itertools.product(*ATTRIBUTES.values()))
+    texts = [" ".join(values) for values in combined]
+    said = [dict(zip(ATTRIBUTES, values, strict=True)) for values in combined]
+    table = list(itertools.product(*map(range, SIZES)))
+    return Descriptions(texts, said, np.array([*table, SIZES], np.int32), _numbers(texts))
+
+
+def of_captions(captions: Iterable[str], embed: Callable[[Sequence[str]], Float[np.ndarray, "N E"]]) -> Descriptions:
+    """All different captions, as vectors; zeros stand for none.
+
+    Args:
+      captions: of single objects.
+      embed: texts to vectors.
+    """
+    texts = sorted(set(captions))
+    vectors = np.asarray(embed(texts), np.float32)
+    table = np.concatenate([vectors, np.zeros_like(vectors[:1])])
+    return Descriptions(texts, [said(text) for text in texts], table, _numbers(texts))
+
+
+def text_of(item: Mapping[str, str]) -> str:
+    """The text that `of_attributes` has of an object."""
+    return " ".join(item[name] for name in ATTRIBUTES)
+
+
+def said(caption: str) -> dict[str, str]:
+    """Attribute to value, of those that the caption of a single object names."""
+    words = caption.split()
+    return {name: value for name, values in ATTRIBUTES.items() for value in values if value in words}
+
+
+def _numbers(texts: Sequence[str]) -> dict[str, int]:
+    return {text: number for number, text in enumerate(texts)}
