@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from .attributes import ATTRIBUTES
 from .build import split_scene
+from .descriptions import text_of
 
 
 class ObjectClass(NamedTuple):
@@ -24,7 +25,7 @@ class ObjectClass(NamedTuple):
     @property
     def name(self) -> str:
         """E.g. "small cyan metal cylinder"."""
-        return " ".join(self)
+        return text_of(self._asdict())
 
 
 def _parity(values: ObjectClass) -> int:
