@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -20,6 +20,7 @@ _SPLIT = 0  # seed of the split of a folder
 _READ = 256  # pictures read at once
 
 
+@runtime_checkable
 class Score(Protocol):
     """Something to measure of samples, which come in batches."""
 
@@ -36,6 +37,7 @@ class ImageData:
     size, channels, levels: side of a picture, 1 or 3, values that an entry has.
     num_classes: 0 where there are no labels.
     scores: makes what to measure of samples beside what is measured of all.
+    row_a_label: whether pictures of samples have a row for each label; or rows of any.
     """
 
     train: Pictures
@@ -45,6 +47,7 @@ class ImageData:
     levels: int
     num_classes: int
     scores: Callable[[], Sequence[Score]] = tuple
+    row_a_label: bool = True
 
 
 class Found(NamedTuple):

@@ -61,7 +61,7 @@ class Evaluation:
         and what the data measure of their own (image_data.ImageData.scores)
         """
         labels = self.labels(self.options.num_samples or len(self.data.held_out))
-        gallery, real = (Gallery(self.data.num_classes) for _ in range(2))
+        gallery, real = (Gallery(self.data.num_classes if self.data.row_a_label else 0) for _ in range(2))
         scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores()]
         nfe = self.score(model, labels, [*scores, gallery])
         results: dict[str, Any] = {"examples": len(labels)}
@@ -73,7 +73,8 @@ class Evaluation:
             "nfe": nfe,
             "straightness": self.straightness(model, labels),
         }
-        for images, shown in self.read(self.data.held_out, rows_of(len(self.data.held_out), gallery.wanted)):
+        held_out = self.data.held_out
+        for images, shown in self.read(held_out, rows_of(len(held_out), min(gallery.wanted, len(held_out)))):
             real.add(images, shown)
         image_pictures.draw_grid(workdir / "samples.png", gallery, real, self.data.levels)
         image_pictures.draw_flow(workdir / "flow.png", self._frames(model))
@@ -85,7 +86,7 @@ class Evaluation:
         `told(number)` hears how many were drawn.
         """
         evaluations = 0
-        for drawn in Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh).batches(labels):
+        for drawn in self.sampler(model).batches(labels):
             for score in scores:
                 score.add(drawn.images, drawn.labels)
             evaluations += drawn.nfe * len(drawn.labels)
@@ -93,6 +94,10 @@ class Evaluation:
                 told(len(drawn.labels))
         nfe = evaluations / len(labels)
         return int(nfe) if nfe.is_integer() else nfe
+
+    def sampler(self, model: nnx.Module) -> Sampler:
+        """Draws samples as the config says."""
+        return Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
 
     def labels(self, number: int) -> Int[np.ndarray, " {number}"]:
         """Labels of held-out images spread over all of them, 0 where there are none."""
@@ -152,13 +157,13 @@ class Evaluation:
 
     def straightness(self, model: nnx.Module, labels: Int[np.ndarray, " N"]) -> float:
         """Of the flow that is sampled from, over the first batch of samples."""
-        sampler = Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        sampler = self.sampler(model)
         x_0, args = sampler.start(np.arange(min(len(labels), self.options.batch_size)), labels)
         return metrics.straightness(sampler.velocity, x_0, args=args)
 
     def _frames(self, model: nnx.Module) -> np.ndarray:
         """Samples on their way [T, 10, I, I, C] in the model's range: of the first labels one each."""
-        sampler = Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        sampler = self.sampler(model)
         number = min(self.data.num_classes or image_pictures.ROWS, image_pictures.ROWS)
         x_0, args = sampler.start(np.arange(number), np.arange(number, dtype=np.int32))
         grid = jnp.linspace(0.0, 1.0, FRAMES)

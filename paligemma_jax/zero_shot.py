@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from paligemma_jax.data.descriptions import fill_templates
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
@@ -97,6 +97,22 @@ def embed_rows(model: DualEncoder, rows: Mapping[str, jax.Array]) -> tuple[jax.A
     """Embeddings [B, E] of uint8 `image` [B, I, I, 3], and of `tokens` and `mask` [B, T]."""
     images = model.config.preprocessing.normalize(rows["image"])
     return model(images, rows["tokens"], rows["mask"])[:2]
+
+
+def embed_images(
+    model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = AT_ONCE
+) -> Float[np.ndarray, "N E"]:
+    """Embeddings of pictures of any size, resized as the model's family does it; the last batch is filled up."""
+    prepare, found = model.config.preprocessing, []
+    for start in range(0, len(images), batch_size):
+        part = [images[min(index, len(images) - 1)] for index in range(start, start + batch_size)]
+        found.append(np.asarray(_embed_pixels(model, np.stack([prepare.resize(image) for image in part]))))
+    return np.concatenate(found)[: len(images)]
+
+
+@jax.jit
+def _embed_pixels(model: DualEncoder, pixels: jax.Array) -> jax.Array:
+    return model.encode_image(model.config.preprocessing.normalize(pixels))[0]
 
 
 @runtime_checkable  # so that beartype can check it in tests

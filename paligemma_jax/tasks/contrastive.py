@@ -24,7 +24,7 @@ from paligemma_jax.tasks import common, contrastive_config, contrastive_plan, co
 from paligemma_jax.tasks.contrastive_data import Pairs
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights import load
-from paligemma_jax.weights.digest import check_digest, vision_digest, write_digest
+from paligemma_jax.weights.digest import check_digest, model_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params, patterns
 from train_jax.errors import UserError
@@ -157,7 +157,7 @@ class Contrastive:
                 f"most cache_features_mb={config.cache_features_mb}: raise it, or set cache_features=False."
             )
         start = config.init.vision or config.model.path
-        tower = (self.model_config.vision, vision_digest(start) if start else config.seed)
+        tower = (self.model_config.vision, model_digest(start) if start else config.seed)
         return CaptionedFeatures(scenes, _features_of(scenes, tower, self.init))
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:

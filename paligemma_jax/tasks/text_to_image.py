@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flow_jax.image_data import BYTES, ImageData
-from flow_jax.image_flow import ImageTask
+from flow_jax.image_flow_task import ImageFlowTask
 from flow_jax.image_sets import Picture
 from paligemma_jax import zero_shot
 from paligemma_jax.data.captioned import CaptionedScenes
@@ -28,13 +28,15 @@ from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks import common, text_to_image_pictures
+from paligemma_jax.tasks import common
 from paligemma_jax.tasks.judge import Judge
+from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.weights.digest import check_digest, write_digest
 from train_jax.errors import UserError
 
 TOLD = ("attributes", "captions")
+SHOWN = 24  # pictures of the sheet with their texts
 
 
 class Told(nnx.Module):
@@ -74,15 +76,15 @@ class ScenePictures:
         return f"scene {self._scenes.number(index)}"
 
 
-class TextToImage(ImageTask):
+class TextToImage(ImageFlowTask):
     """The task; see the module."""
 
-    harmless_keys = (*ImageTask.harmless_keys, r"data\.(build_workers|cache_dir)")
-    model_keys = (*ImageTask.model_keys, r"siglip|told")
+    harmless_keys = (*ImageFlowTask.harmless_keys, r"data\.(build_workers|cache_dir)")
+    model_keys = (*ImageFlowTask.model_keys, r"siglip|told")
 
     @staticmethod
     def defaults() -> ConfigDict:
-        config = ImageTask.defaults()
+        config = ImageFlowTask.defaults()
         config.told = "attributes"  # attributes | captions: what the model is told of each picture
         config.siglip = placeholder(str)  # folder or run of a SigLIP or CLIP: reads captions, and judges samples
         config.data = ConfigDict(
@@ -169,7 +171,8 @@ class TextToImage(ImageTask):
                 ("drawing-held-out", self.config.data.num_held_out, 1),
             )
         )
-        return ImageData(train, held_out, self.size, self.channels, BYTES, self.num_classes, self._scores)
+        shape = self.size, self.channels, BYTES
+        return ImageData(train, held_out, *shape, self.num_classes, self._scores, row_a_label=False)
 
     def _pictures(self, stream: str, number: int, views: int) -> ScenePictures:
         folder = rendered(self.config.data, stream, number, self.size, 1, (1, 1))
@@ -205,5 +208,11 @@ class TextToImage(ImageTask):
 
     def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
         results = super().evaluate(model, workdir)
-        text_to_image_pictures.draw(self, model, workdir / "captions.png")
+        held_out = self.data.held_out
+        rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int)
+        labels = np.array([held_out.label(row) for row in rows], np.int32)
+        samples = next(self.evaluation.sampler(model).batches(labels)).images
+        pictures = [held_out[int(row)].pixels for row in rows]
+        texts = [self.descriptions.texts[label] for label in labels]
+        save_sheet(list(samples), texts, workdir / "captions.png", pictures)
         return results

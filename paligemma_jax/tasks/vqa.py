@@ -26,7 +26,7 @@ from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.vision_start import with_vision
-from paligemma_jax.weights.digest import base_digest, check_digest, vision_digest, write_digest
+from paligemma_jax.weights.digest import base_digest, check_digest, model_digest, write_digest
 from paligemma_jax.weights.load import load, stored_dtype
 from paligemma_jax.weights.peft import open_peft
 from train_jax import params, patterns, sharding
@@ -86,7 +86,7 @@ class VQA:
 
     def _vision_digest(self) -> str | None:
         vision = self.config.init.vision
-        return None if vision is None else vision_digest(vision)
+        return None if vision is None else model_digest(vision)
 
     def _read(self) -> PaliGemma:
         config = self.config

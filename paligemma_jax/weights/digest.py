@@ -43,8 +43,8 @@ def adapter_digest(path: str | Path) -> str:
     return _digest([folder.path / CONFIG, *folder.files])
 
 
-def vision_digest(path: str | Path) -> str:
-    """As `base_digest`, of what a vision tower was taken from, which may be the workdir of a run.
+def model_digest(path: str | Path) -> str:
+    """As `base_digest`, of a model that may be the workdir of a run.
 
     Raises:
       UserError: no model there.
@@ -74,21 +74,31 @@ def _starts(size: int) -> list[int]:
 
 
 def write_digest(
-    workdir: Path, path: str | Path | None, adapter: str | Path | None = None, vision: str | Path | None = None
+    workdir: Path,
+    path: str | Path | None,
+    adapter: str | Path | None = None,
+    vision: str | Path | None = None,
+    siglip: str | Path | None = None,
 ) -> None:
-    """Notes in a workdir which base its run is made on, which adapters it goes on from, and whose vision tower."""
+    """Notes in a workdir what its run is made of: base, adapters to go on from, whose tower, whose texts."""
     noted: dict = {} if path is None else {"path": str(path), "sha256": base_digest(path)}
     if adapter is not None:
         noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
     if vision is not None:
-        noted["vision"] = {"path": str(vision), "sha256": vision_digest(vision)}
+        noted["vision"] = {"path": str(vision), "sha256": model_digest(vision)}
+    if siglip is not None:
+        noted["siglip"] = {"path": str(siglip), "sha256": model_digest(siglip)}
     (workdir / FILE).write_text(json.dumps(noted, indent=2) + "\n")
 
 
 def check_digest(
-    workdir: Path, path: str | Path | None, adapter: str | Path | None = None, vision: str | Path | None = None
+    workdir: Path,
+    path: str | Path | None,
+    adapter: str | Path | None = None,
+    vision: str | Path | None = None,
+    siglip: str | Path | None = None,
 ) -> None:
-    """Compares a base, adapters and a vision tower with those noted in a workdir; passes where none are noted.
+    """Compares a base, adapters, a tower and a SigLIP with those noted in a workdir; passes where none are noted.
 
     Raises:
       UserError: they are others.
@@ -104,7 +114,9 @@ def check_digest(
             workdir, "from the adapters that were", noted["adapter"], adapter, adapter_digest(adapter), "adapter.path"
         )
     if vision is not None and "vision" in noted:
-        _compare(workdir, "with the tower that was", noted["vision"], vision, vision_digest(vision), "init.vision")
+        _compare(workdir, "with the tower that was", noted["vision"], vision, model_digest(vision), "init.vision")
+    if siglip is not None and "siglip" in noted:
+        _compare(workdir, "on the texts of", noted["siglip"], siglip, model_digest(siglip), "siglip")
 
 
 def _compare(workdir: Path, what: str, noted: dict, path: str | Path | None, found: str, key: str) -> None:

@@ -11,7 +11,7 @@ from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
-from paligemma_jax.weights.digest import check_digest, vision_digest
+from paligemma_jax.weights.digest import check_digest, model_digest
 from tests.paligemma_jax.mini import MINI, task_of
 from train_jax import config as configs
 from train_jax import params
@@ -159,4 +159,4 @@ def test_the_workdir_of_a_contrastive_run_is_a_dual_encoder(dual, folder, mini_f
     for path, array in params.flatten(model).items():
         np.testing.assert_array_equal(array, trained.get(path, arrays[path]), err_msg=path)
     assert_tower(pg.with_vision(pg.load(mini_folder), tmp_path), dual)
-    assert vision_digest(tmp_path) == vision_digest(str(tmp_path)) != vision_digest(folder)
+    assert model_digest(tmp_path) == model_digest(str(tmp_path)) != model_digest(folder)

@@ -7,14 +7,17 @@
 Each attribute but the shape is left out now and then, so that a word is learnt on its own and not as a part of a name.
 """
 
+import itertools
 from collections import Counter
 
 import numpy as np
 
+from .attributes import ATTRIBUTES
 from .wording import choose
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_SAID = 0.75  # how often a size, a colour or a material is said
+SAID = ("size", "color", "material")  # before the shape, in this order
+_SAID = 0.75  # how often each of them is said
 _TOTAL, _RELATION = 0.3, 0.5  # how often a caption counts the objects, and tells a relation of two
 _PLACES = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
@@ -32,8 +35,15 @@ def caption(scene: dict, rng: np.random.Generator) -> str:
     return listed
 
 
+def of_single_objects() -> list[str]:
+    """Every caption that a scene of one object may have."""
+    choices = [("", *ATTRIBUTES[name]) for name in SAID] + [ATTRIBUTES["shape"]]
+    names = [" ".join(filter(None, words)) for words in itertools.product(*choices)]
+    return [f"{total}a {name}" for total in ("", f"{NUMBERS[1]} object: ") for name in names]
+
+
 def _name(item: dict, rng: np.random.Generator) -> str:
-    words = [item[name] for name in ("size", "color", "material") if rng.random() < _SAID]
+    words = [item[name] for name in SAID if rng.random() < _SAID]
     return " ".join([*words, item["shape"]])
 
 
