@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from paligemma_jax.data.descriptions import fill_templates
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
-from train_jax.errors import UserError
 
 AT_ONCE = 64  # rows embedded at a time
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -29,13 +29,7 @@ def class_embeddings(
     Raises:
       UserError: no class, or a template without {}.
     """
-    wrong = [template for template in templates if template.count("{}") != 1]
-    if wrong or not templates or not classes:
-        raise UserError(
-            f"zero-shot classification has {len(classes)} classes and the template {(wrong or ['none'])[0]!r}, "
-            "expected one class at least, and templates with one {} each: change them."
-        )
-    prompts = [template.format(name) for name in classes for template in templates]
+    prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
     tokens, mask = tokenize(prompts)
     embeddings, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
     return np.asarray(unit(embeddings.reshape(len(classes), len(templates), -1).mean(1)))
@@ -62,7 +56,7 @@ def zero_shot(
 def recall(similarity: Float[np.ndarray, "N C"], right: Int[np.ndarray, " N"], at: Sequence[int]) -> dict[int, float]:
     """How often the right column is among the `k` most similar ones, for every `k` of `at`; ties count against it."""
     own = similarity[np.arange(len(similarity)), right]
-    others = (similarity >= own[:, None]).sum(1) - 1  # at least as similar, itself left out
+    others = (~(similarity < own[:, None])).sum(1) - 1  # at least as similar, or not a number; itself left out
     return {k: float((others < k).mean()) for k in at}
 
 

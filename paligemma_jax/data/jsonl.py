@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from train_jax.errors import UserError
 
@@ -101,7 +102,7 @@ class JsonlRecords:
             return numbers.setdefault(f"\0{line_number}", len(numbers))  # no name holds a NUL
         if name not in numbers:
             folder = self.file.parent.resolve()
-            if not (folder / name).resolve().is_relative_to(folder):
+            if not inside(folder, name):
                 raise UserError(
                     f"{self.file} line {line_number}: the image path {name!r} leaves the folder of the file, expected "
                     "a path within it; move the image there."

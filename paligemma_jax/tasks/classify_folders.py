@@ -7,38 +7,15 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from jaxtyping import Float
 
 from paligemma_jax.classify import classify
+from paligemma_jax.data.class_folders import class_folders
 from paligemma_jax.tasks.common import progress
 from train_jax import command_line
-from train_jax.errors import UserError
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def class_folders(folder: str | Path) -> dict[str, list[Path]]:
-    """The image files of a folder of class folders, by class; both in the order of their names.
-
-    Raises:
-      UserError: fewer than two folders with images.
-    """
-    root = Path(folder).expanduser()
-    found = {}
-    for place in sorted(root.iterdir()) if root.is_dir() else ():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in ENDINGS) if place.is_dir() else []
-        if files:
-            found[place.name.replace("_", " ")] = files
-    if len(found) < 2:
-        raise UserError(
-            f"{folder} holds {len(found)} folder(s) with images ({', '.join(ENDINGS)}), expected one a class, two at "
-            "least: correct the path."
-        )
-    return found
 
 
 def accuracies(scores: Float[np.ndarray, "N C"], right: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -10,8 +10,9 @@ import predict as predict_script
 from paligemma_jax import classify as module
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
+from paligemma_jax.data.class_folders import class_folders
 from paligemma_jax.tasks import classify_folders
-from paligemma_jax.tasks.classify_folders import accuracies, class_folders
+from paligemma_jax.tasks.classify_folders import accuracies
 from tests.paligemma_jax.mini import save_small_siglip
 from train_jax import command_line
 from train_jax.errors import UserError

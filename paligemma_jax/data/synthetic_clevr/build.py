@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def build_tree(
         (draft / "images").mkdir()
         scenes, questions, balance = [], [], AnswerBalance()
         make = partial(_picture, seed, split, num_objects, width, height)
-        for scene, png in _map(make, range(first_index, first_index + num_scenes), workers):
+        for scene, png in ordered_map(make, range(first_index, first_index + num_scenes), workers):
             (draft / "images" / scene["image_filename"]).write_bytes(png)
             stream = (*split_seed(seed, split), _QUESTION_STREAM, scene["image_index"])
             asked = generate_questions(scene, questions_per_scene, stream, balance)
@@ -100,13 +100,13 @@ def _picture(seed: int, split: str, num_objects: tuple[int, int], width: int, he
     return scene, encode_png(render(scene, width, height))
 
 
-def _map(function: Callable, indices: range, workers: int) -> Iterator:
-    """Ordered map, in this process or in `workers` spawned ones."""
+def ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """Results in the order of the items, in this process or from `workers` spawned ones."""
     if workers <= 1:
-        yield from map(function, indices)
+        yield from map(function, items)
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(function, indices, chunksize=8)
+        yield from pool.imap(function, items, chunksize=8)
 
 
 def _in_pixels(scene: dict[str, Any], width: int, height: int) -> dict[str, Any]:

@@ -33,8 +33,17 @@ _METAL_DIFFUSE = 0.25
 Image = Float32[np.ndarray, "H W"]
 
 
-def render(scene: dict, width: int, height: int, supersample: int = 2) -> UInt8[np.ndarray, "height width 3"]:
-    """Picture of a scene, sRGB 0..255, each pixel the mean of `supersample` squared rays."""
+def render(
+    scene: dict,
+    width: int,
+    height: int,
+    supersample: int = 2,
+    light: tuple[float, float, float] | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Picture of a scene, sRGB 0..255, each pixel the mean of `supersample` squared rays.
+
+    `light` multiplies all light, per channel: what has no light of its own is seen by it.
+    """
     w, h = width * supersample, height * supersample
     ids, distance, rays = cast(scene, w, h)
     solids = [solid_of(item) for item in scene["objects"]]
@@ -42,6 +51,8 @@ def render(scene: dict, width: int, height: int, supersample: int = 2) -> UInt8[
     points = tuple(np.float32(camera.location[k]) + distance * rays[k] for k in range(3))
     normals = _normals(solids, ids, points)
     rgb = _shade(scene, solids, camera, ids, points, normals, rays)
+    if light is not None:
+        rgb = tuple(np.float32(gain) * channel for gain, channel in zip(light, rgb, strict=True))
     return _to_bytes(rgb, supersample)
 
 
@@ -90,8 +101,9 @@ def _dot(a: Components, b: Components) -> np.ndarray:
 
 def _surfaces(scene: dict) -> tuple[Float32[np.ndarray, "surfaces 3"], Bool[np.ndarray, " surfaces"]]:
     """Linear albedo of each object and, last, of the ground; and which of them is metal."""
-    table = [[c / 255.0 for c in COLORS[item["color"]]] for item in scene["objects"]] + [[scene["view"]["ground"]] * 3]
-    table = np.array(table, np.float32)
+    ground = scene["view"]["ground"]  # a gray level, or one of each channel
+    table = [[c / 255.0 for c in COLORS[item["color"]]] for item in scene["objects"]]
+    table = np.array([*table, ground if isinstance(ground, list | tuple) else [ground] * 3], np.float32)
     metal = np.array([item["material"] == "metal" for item in scene["objects"]] + [False])
     return table * table, metal  # display values to linear light; gamma 2, for pow differs between machines
 

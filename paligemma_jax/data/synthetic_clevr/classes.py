@@ -1,0 +1,76 @@
+"""Classes of single objects: every size, colour, material and shape, 96 in all, named as captions name them.
+
+The first half are base classes, the second novel ones: those whose places of the four values in ATTRIBUTES have an even
+sum come first. So every value of an attribute, and every pair of values of two, is in as many base classes as novel
+ones: only combinations are new, and every novel class differs from a base class in its size alone.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .attributes import ATTRIBUTES
+from .build import split_scene
+from .descriptions import text_of
+
+
+class ObjectClass(NamedTuple):
+    """What an object is; values of ATTRIBUTES, in its order."""
+
+    size: str
+    color: str
+    material: str
+    shape: str
+
+    @property
+    def name(self) -> str:
+        """E.g. "small cyan metal cylinder"."""
+        return text_of(self._asdict())
+
+
+def _parity(values: ObjectClass) -> int:
+    return sum(ATTRIBUTES[name].index(value) for name, value in values._asdict().items()) % 2
+
+
+CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*ATTRIBUTES.values())), key=_parity))
+"""All classes, base ones first; a class's place is its label."""
+
+
+def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(label, scene) of the first `per_class` scenes of each class in a stream of scenes of one object.
+
+    Scenes come in the order of the stream; those of a smaller `per_class` are among those of a larger one.
+    """
+    labels = {values: label for label, values in enumerate(CLASSES)}
+    room = dict.fromkeys(labels.values(), per_class)
+    for index in itertools.count():
+        if not any(room.values()):
+            return
+        scene = split_scene(seed, stream, index, (1, 1))
+        item = scene["objects"][0]
+        label = labels[ObjectClass(*(item[name] for name in ATTRIBUTES))]
+        if room[label]:
+            room[label] -= 1
+            yield label, scene
+
+
+_SURFACES = {"metal": ("shiny", "it shines"), "rubber": ("matte", "it does not shine")}
+_BIG_OR_TINY = {"large": "big", "small": "tiny"}
+_SHAPES = {"cube": "block", "sphere": "ball", "cylinder": "cylinder"}
+
+
+def describe(values: ObjectClass) -> tuple[str, ...]:
+    """Sentences that are true of the class, of the same forms in the same order for every class."""
+    size, color, material, shape = values
+    other_size, other_shape = _BIG_OR_TINY[size], _SHAPES[shape]
+    gloss, shines = _SURFACES[material]
+    return (
+        f"a {size} {color} {material} {shape}",
+        f"one object: a {size} {color} {material} {shape}",
+        f"a photo of a {other_size} {color} {other_shape} made of {material}",
+        f"a {gloss} {color} {shape} of {size} size",
+        f"a {size} {shape} in {color}, with a {gloss} surface",
+        f"the {color} {material} {other_shape} is {size}",
+        f"a {other_size} {gloss} {color} {other_shape} on a gray floor",
+        f"a {color} {shape}, {size} and of {material}: {shines}",
+    )

@@ -1,0 +1,68 @@
+"""Classes of single objects: divided so that base classes know every value, described truly, shown by their scenes."""
+
+import itertools
+import re
+from collections import Counter
+
+import pytest
+
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.classes import CLASSES, class_scenes, describe
+from paligemma_jax.data.synthetic_clevr.wording import SYNONYMS
+
+BASE, NOVEL = CLASSES[:48], CLASSES[48:]
+WORDS = {
+    (name, value): SYNONYMS.get(value, (value,)) for name, values in ATTRIBUTES.items() for value in values
+}  # every word that says a value
+
+
+def test_classes_are_all_combinations():
+    assert set(CLASSES) == set(itertools.product(*ATTRIBUTES.values())) and len(CLASSES) == 96
+    assert len({values.name for values in CLASSES}) == 96
+    assert "small cyan metal cylinder" in {values.name for values in CLASSES}
+
+
+def test_base_and_novel_classes_have_the_same_values_and_pairs_of_values():
+    for size in (1, 2):
+        for names in itertools.combinations(ATTRIBUTES, size):
+            base, novel = (Counter(tuple(getattr(c, name) for name in names) for c in part) for part in (BASE, NOVEL))
+            assert base == novel
+            assert len(base) == len(list(itertools.product(*(ATTRIBUTES[name] for name in names))))
+
+
+def test_a_novel_class_is_a_base_class_of_the_other_size():
+    other = {"small": "large", "large": "small"}
+    assert {values._replace(size=other[values.size]) for values in NOVEL} == set(BASE)
+
+
+def said(sentence):
+    """Values of attributes that a sentence says by any word for them; the floor's colour left out."""
+    words = re.findall(r"[a-z]+", sentence.replace("on a gray floor", ""))
+    return {key for key, synonyms in WORDS.items() if set(synonyms) & set(words)}
+
+
+@pytest.mark.parametrize("values", CLASSES, ids=lambda values: values.name)
+def test_descriptions_are_true_and_whole(values):
+    sentences = describe(values)
+    assert len(set(sentences)) == len(sentences) == 8
+    for sentence in sentences:
+        assert said(sentence) == set(values._asdict().items())
+        assert ("not shine" in sentence) <= (values.material == "rubber")
+        assert ("it shines" in sentence) <= (values.material == "metal")
+
+
+def test_no_two_classes_share_a_sentence():
+    sentences = [sentence for values in CLASSES for sentence in describe(values)]
+    assert len(set(sentences)) == len(sentences)
+
+
+def test_scenes_show_their_class():
+    scenes = list(class_scenes(0, "some", 2))
+    assert Counter(label for label, _ in scenes) == dict.fromkeys(range(96), 2)
+    for label, scene in scenes:
+        (item,) = scene["objects"]
+        assert tuple(item[name] for name in ATTRIBUTES) == CLASSES[label]
+    one = list(class_scenes(0, "some", 1))
+    assert [scene["image_index"] for _, scene in one] == [
+        next(scene["image_index"] for other, scene in scenes if other == label) for label, _ in one
+    ]

@@ -1,0 +1,112 @@
+"""Image folders: class folders divided by a seed, and CoOp's split files."""
+
+import json
+
+import pytest
+
+from paligemma_jax.data.class_folders import open_images, read_class_folders
+from paligemma_jax.data.coop import read_coop, write_split_file
+from train_jax.errors import UserError
+
+COUNTS = {"cube": 10, "small_ball": 5, "cone": 2}
+ROWS = {
+    "train": [["b/1.jpg", 1, "border_collie"], ["a/1.jpg", 0, "cat"]],
+    "val": [["a/2.jpg", 0, "cat"]],
+    "test": [["b/3.jpg", 1, "border_collie"], ["c/1.jpg", 2, "duck"]],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, number in COUNTS.items():
+        (tmp_path / "toys" / name).mkdir(parents=True)
+        for k in range(number):
+            (tmp_path / "toys" / name / f"{k}.png").write_bytes(b"")
+    return tmp_path / "toys"
+
+
+def test_class_folders_are_divided_by_seed_and_class(folder):
+    data = read_class_folders(folder, 1)
+    assert data.classes == ("cone", "cube", "small ball") and data.name == "toys"
+    sizes = {split: [sum(label == c for _, label in rows) for c in range(3)] for split, rows in data.splits.items()}
+    assert sizes == {"train": [1, 5, 2], "val": [0, 2, 1], "test": [1, 3, 2]}
+    images = [image for rows in data.splits.values() for image, _ in rows]
+    assert len(set(images)) == len(images) == 17 and all((folder / image).is_file() for image in images)
+    assert data == read_class_folders(folder, 1) and data != read_class_folders(folder, 2)
+    (folder / "zebra").mkdir()  # another class changes nothing for these
+    for k in range(3):
+        (folder / "zebra" / f"{k}.png").write_bytes(b"")
+    more = read_class_folders(folder, 1)
+    assert [row for row in more.splits["train"] if row.label < 3] == list(data.splits["train"])
+
+
+def test_a_division_is_stored_as_a_split_file(folder):
+    data = read_class_folders(folder, 1)
+    write_split_file(data, folder)
+    again = read_coop(folder, images=".")
+    assert (again.name, again.classes, again.splits) == (data.name, data.classes, data.splits)
+
+
+@pytest.fixture
+def coop(tmp_path):
+    def write(content, name="OxfordPets", images="images"):
+        (tmp_path / images).mkdir(exist_ok=True)
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / f"split_zhou_{name}.json").write_text(text)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, images", [("OxfordPets", "images"), ("Caltech101", "101_ObjectCategories"), ("Mine", "images")]
+)
+def test_published_split_files_are_read(coop, name, images):
+    data = open_images(coop(ROWS, name, images))
+    assert data.name == name and data.root.name == images
+    assert data.classes == ("cat", "border collie", "duck")
+    assert data.splits == {split: tuple((image, label) for image, label, _ in rows) for split, rows in ROWS.items()}
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "a/../../x.png", "link/x.png", "a\0b"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_paths_out_of_the_folder_are_refused(coop, path, split):
+    folder = coop(ROWS | {split: [*ROWS[split], [path, 0, "cat"]]})
+    (folder / "images/link").symlink_to(folder.parent)
+    with pytest.raises(UserError, match="the image path .* leaves"):
+        read_coop(folder)
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ("{", "cannot be read as JSON"),
+        ([], "holds no object with the lists train, val, test"),
+        ({"train": 3}, "holds no object with the lists"),
+        ({"train": [], "test": []}, "has no rows"),
+        (ROWS | {"val": [["a.jpg", "0", "cat"]]}, r"has the row \['a.jpg', '0', 'cat'\]"),
+        (ROWS | {"val": [["a.jpg", True, "cat"]]}, "has the row"),
+        (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "calls label 0 'cat' and 'dog'"),
+        (ROWS | {"val": [["a.jpg", 4, "dog"]]}, "has 4 labels from 0 to 4"),
+        (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg stands 2 times"),
+        (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' stands twice"),
+    ],
+)
+def test_malformed_split_files(coop, content, found):
+    with pytest.raises(UserError, match=found) as error:
+        read_coop(coop(content))
+    assert str(error.value).count("\n") == 0
+
+
+def test_missing_files_and_images(tmp_path, coop, folder):
+    with pytest.raises(UserError, match="no split_zhou_NAME.json, expected one"):
+        read_coop(tmp_path)
+    with pytest.raises(UserError, match="is no folder, expected the images of split_zhou_OxfordPets.json"):
+        read_coop(coop(ROWS), images="pictures")
+    with pytest.raises(UserError, match="holds split_zhou_.*, split_zhou_.*, expected one"):
+        read_coop(coop(ROWS, "Other"))
+    (folder / "cone/0.png").unlink()
+    with pytest.raises(UserError, match="the class 'cone' of .* has one image"):
+        read_class_folders(folder)
+    with pytest.raises(UserError, match="the shares of train and val"):
+        read_class_folders(folder, shares=(0.6, 0.4))
