@@ -21,9 +21,9 @@ import numpy as np
 import sentencepiece
 
 from paligemma_jax import hub
+from paligemma_jax.shipped import local
 from train_jax.errors import UserError
 
-TINY = Path(__file__).parent.parent / "tiny"
 PIECES = ("spiece.model", "tokenizer.model")  # SentencePiece files, as SigLIP and Gemma call them
 JSON = "tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
@@ -88,7 +88,7 @@ def load_text_tokenizer(
     Args:
       path: a folder with `spiece.model` or `tokenizer.model` (SentencePiece: SigLIP 1 and 2), or with `tokenizer.json`
         (CLIP, SigLIP 2; needs the extra [clip]); one of these files; hf://owner/name; a .npz that has one beside it; a
-        run's workdir; or "tiny".
+        run's workdir; "tiny" or "tiny-siglip".
       length: tokens of a text, the model's `config.text.length`; None is the released models', 64 or CLIP's 77.
       keep_punctuation: of SigLIP; None keeps it but for SigLIP 1, whose tokenizer in transformers removes it, as do
         big_vision's zero-shot evaluations (its training kept it).
@@ -106,7 +106,7 @@ def load_text_tokenizer(
 
 def _find(path: str | Path) -> Path:
     """The tokenizer's file."""
-    place = hub.download(path) if hub.is_remote(path) else TINY if str(path) == "tiny" else Path(path).expanduser()
+    place = hub.download(path) if hub.is_remote(path) else local(path)
     if place.suffix == ".npz":
         place = place.parent
     if place.is_file():

@@ -14,11 +14,11 @@ A model that already holds these pieces (some exports do) keeps the ids it has.
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
 from paligemma_jax import hub
+from paligemma_jax.shipped import local
 from train_jax.errors import UserError
 
 _SPECIALS = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
@@ -27,7 +27,6 @@ _SEGMENTS = tuple(f"<seg{i:03d}>" for i in range(128))
 _IMAGE = "<image>"
 _APPENDED = (*_LOCATIONS, *_SEGMENTS, _IMAGE)
 _SPLIT = re.compile(r"(<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>|<image>)")
-_TINY = Path(__file__).parent.parent / "tiny" / "tokenizer.model"
 
 
 class Tokenizer:
@@ -129,7 +128,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     if hub.is_remote(path):
         path = hub.download(path)
-    file = _TINY if str(path) == "tiny" else Path(path).expanduser()
+    file = local(path)
     if file.suffix == ".npz":
         file = file.parent
     if file.is_dir():

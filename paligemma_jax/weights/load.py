@@ -21,6 +21,7 @@ from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import REMAT_POLICIES
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.models.vit import ViT, resample_positions
+from paligemma_jax.shipped import SHIPPED, local
 from paligemma_jax.weights import big_vision, hugging_face, native
 from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import Folder
@@ -29,7 +30,6 @@ from paligemma_jax.weights.tables import Transform, check_names, read_rows
 from train_jax import params
 from train_jax.errors import UserError
 
-TINY = Path(__file__).parent.parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
@@ -56,7 +56,7 @@ def load(
 
     Args:
       path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a
-        folder that `save_orbax` wrote, "tiny" (the model that ships with this package), or "random:3b-224" or
+        folder that `save_orbax` wrote, "tiny" or "tiny-siglip" (these ship with this package), or "random:3b-224" or
         "random:siglip-b16-224" for random weights of a variant's sizes (models.paligemma.variant,
         models.dual_variants). "file.npz:img" and "file.npz:llm" are one tower, returned as a ViT or a Gemma.
       dtype: compute dtype, float32, bfloat16 or float16.
@@ -234,12 +234,12 @@ def _place(path: str | Path) -> Path:
     """The folder or the .npz file."""
     if hub.is_remote(path):
         return hub.download(path)
-    place = TINY if str(path) == "tiny" else Path(path).expanduser()
+    place = local(path)
     if place.is_dir() or (place.suffix == ".npz" and place.is_file()):
         return place
     raise UserError(
-        f"no model at {path}: expected a Hugging Face folder, a big_vision .npz file, hf://owner/name, or the word "
-        "tiny; check the path."
+        f"no model at {path}: expected a Hugging Face folder, a big_vision .npz file, hf://owner/name, or the name of "
+        f"a model that ships with the package ({', '.join(SHIPPED)}); check the path."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
+from paligemma_jax.shipped import local
 from train_jax.errors import UserError
 
 MODEL = "tokenizer.model"
@@ -19,12 +20,11 @@ FILES = (
     *(MODEL, SIGLIP_MODEL, JSON, CONFIG, "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
 )
-TINY = Path(__file__).parent.parent / "tiny"
 
 
 def tokenizer_files(source: str | Path) -> list[Path]:
-    """The tokenizer's files of "tiny", of a folder, beside a .npz, or a SentencePiece file itself; [] if none."""
-    place = TINY if str(source) == "tiny" else Path(source).expanduser()
+    """The tokenizer's files of a shipped model, a folder, beside a .npz, or a SentencePiece file itself; [] if none."""
+    place = local(source)
     if place.name in (MODEL, SIGLIP_MODEL) and place.is_file():
         return [place]
     if not place.exists():

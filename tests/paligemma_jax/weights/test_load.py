@@ -165,7 +165,7 @@ def test_zero_means_no_cap_as_in_big_visions_configs(path):
 
 
 def test_the_word_tiny_means_the_model_of_this_package(golden, monkeypatch):
-    monkeypatch.setattr(load_module, "TINY", golden / "hf_paligemma")
+    monkeypatch.setitem(SHIPPED, "tiny", golden / "hf_paligemma")
     assert load("tiny").config == load(golden / "hf_paligemma").config
 
 
