@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from paligemma_jax.adapt.quantize import quantize
 from paligemma_jax.models.vit import resample_positions
+from paligemma_jax.shipped import SHIPPED
 from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.weights import load as load_module
 from paligemma_jax.weights.hugging_face import save
