@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -20,6 +20,7 @@ _SPLIT = 0  # seed of the split of a folder
 _READ = 256  # pictures read at once
 
 
+@runtime_checkable
 class Score(Protocol):
     """Something to measure of samples, which come in batches."""
 
