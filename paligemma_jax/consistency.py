@@ -37,7 +37,7 @@ def class_cross_entropy(
     return -_mean(log_probs, weights)
 
 
-def consistency(
+def consistency_loss(
     tuned: Float[Array, "N E"],
     frozen: Float[Array, "N E"],
     kind: str = "cosine",
@@ -84,7 +84,7 @@ def coprompt_loss(
         `images_augmented`, another view of the images, and `descriptions` [C, T] with `description_mask`, or
         `frozen_text` [C, E], embeddings of these by the base.
       weight: lambda; 0 leaves consistency out of the program.
-      kind: see `consistency`.
+      kind: see `consistency_loss`.
       on: "text", "image" or "both".
 
     Returns:
@@ -106,11 +106,11 @@ def coprompt_loss(
         frozen = batch.get("frozen_text")
         if frozen is None:
             frozen, _ = model.encode_text(batch["descriptions"], batch.get("description_mask"), prompts=False)
-        parts["text"] = consistency(texts, frozen, kind)
+        parts["text"] = consistency_loss(texts, frozen, kind)
         loss = loss + weight * parts["text"]
     if weight and on != "text":
         frozen, _ = model.encode_image(batch["images_augmented"], prompts=False)
-        parts["image"] = consistency(images, frozen, kind, rows)
+        parts["image"] = consistency_loss(images, frozen, kind, rows)
         loss = loss + weight * parts["image"]
     return loss, parts | {"logits": logits, "image_embeds": images, "text_embeds": texts}
 

@@ -139,7 +139,7 @@ def _with_room(
       ValueError: nothing would be left of a text.
     """
     T = tokens.shape[1]
-    if T <= start + room:
+    if start + room >= T:
         raise ValueError(f"texts have {T} tokens, expected more than the {start + room} up to the last of the prompts.")
     if start == 0:
         tokens, mask = (
