@@ -98,7 +98,11 @@ def test_embeddings_and_logits(model, batch, case, trained):
 
 def test_terms_of_the_loss(case, trained):
     value, parts, _ = trained
-    for name, ours in (("loss", value), ("loss_ce", parts["ce"]), *((f"loss_{s}", parts[s]) for s in ("text", "image"))):
+    for name, ours in (
+        ("loss", value),
+        ("loss_ce", parts["ce"]),
+        *((f"loss_{s}", parts[s]) for s in ("text", "image")),
+    ):
         np.testing.assert_allclose(ours, case[name], **FEATURES, err_msg=name)
 
 
