@@ -106,10 +106,10 @@ def vision_prompts_by_hand(learned):
     )
 
 
-def image_by_hand(model):
+def image_by_hand(model, x):
+    """From the patches with their positions."""
     tower, learned = model.vision, model.prompts
     prompts = vision_prompts_by_hand(learned)
-    x = tower(IMAGES)[1]["embedded"]
     number = x.shape[1]
     x = jnp.concatenate([x, jnp.broadcast_to(prompts[:1], (2, *prompts.shape[1:]))], axis=1)
     if model.config.pool == "class":
@@ -137,6 +137,11 @@ def text_by_hand(model):
     return unit(adapt(model.text_projection(pooled), learned.text_adapter, learned.config.text_mix))
 
 
+@jax.jit
+def by_hand(model, x):
+    return image_by_hand(model, x), text_by_hand(model)
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [("clip", FREE), ("map", COUPLED), ("gap", SHALLOW)],
@@ -145,7 +150,7 @@ def text_by_hand(model):
 def test_embeddings_are_those_of_a_loop_over_layers(bases, name, config):
     model = with_prompts(bases[name], config)
     images, texts, out = run(model)
-    wanted = image_by_hand(model), text_by_hand(model)
+    wanted = by_hand(model, out["vision/embedded"])
     np.testing.assert_allclose(images, wanted[0], rtol=0, atol=3e-6)
     np.testing.assert_allclose(texts, wanted[1], rtol=0, atol=3e-6)
     assert out["vision/encoded"].shape == run_frozen(model)[2]["vision/encoded"].shape  # without the prompts'
