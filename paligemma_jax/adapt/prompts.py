@@ -81,7 +81,8 @@ class Coupling(nnx.Module):
         self.kernel = nnx.Param(_uniform(rngs, text_width, (depth, text_width, vision_width)))
         self.bias = nnx.Param(_uniform(rngs, text_width, (depth, vision_width)))
 
-    def __call__(self, text: Float[Array, "K M D"], dtype: str) -> Float[Array, "K M F"]:
+    def __call__(self, text: Float[Array, "K M D"], dtype: str) -> Float[Array, "J M F"]:
+        """Vision prompts of the first J layers, as many as there are maps, from the text prompts of at least as many."""
         kernel, bias = self.kernel[...], self.bias[...]
         mapped = jax.vmap(lambda rows, kernel: _linear(rows, kernel, dtype))(text[: len(kernel)], kernel)
         return mapped + bias[:, None]
@@ -109,11 +110,11 @@ class Prompts(nnx.Module):
             self.image_adapter = OutputAdapter(model.embed_dim, hidden, mix, dtype, rngs=rngs)
 
     def text_prompts(self) -> Float[Array, "K M D"] | None:
-        """Of the first K layers of the text tower, float32."""
+        """Of the first layers of the text tower, float32."""
         return None if self.text is None else self.text[...]
 
     def vision_prompts(self) -> Float[Array, "K M D"] | None:
-        """Of the first K layers of the vision tower, float32."""
+        """Of the first layers of the vision tower, float32."""
         if self.coupling is not None:
             return self.coupling(self.text[...], self.dtype)
         return None if self.vision is None else self.vision[...]
@@ -210,7 +211,10 @@ def _check(config: PromptConfig, model: DualEncoderConfig) -> None:
         ("vision_depth", config.vision_tokens, vision, model.vision),
     ):
         if tokens and not 1 <= depth <= tower.depth:
-            raise UserError(f"{key} is {depth}, expected 1 to {tower.depth}, the layers of its tower: change it.")
+            raise UserError(
+                f"{key} is {depth}, expected 1 to {tower.depth}, the layers of its tower: change it (vision_depth is "
+                "depth where it is None)."
+            )
     if config.coupled and config.vision_tokens:
         _check_coupled(config)
     if config.text_tokens and model.text.length <= config.text_tokens + 1:

@@ -238,6 +238,9 @@ def test_they_start_as_told(bases):
     model = attach_prompts(nnx.clone(bases["clip"]), COUPLED, init_words=[7, 4, 9, 7], rngs=nnx.Rngs(0))
     table = bases["clip"].text.token_embedding.embedding[...]
     np.testing.assert_array_equal(model.prompts.text[...][0], table[jnp.asarray([7, 4])])
+    fewer = attach_prompts(nnx.clone(bases["clip"]), PromptConfig(depth=2, vision_depth=1), rngs=nnx.Rngs(0)).prompts
+    np.testing.assert_allclose(fewer.vision_prompts(), vision_prompts_by_hand(fewer), rtol=0, atol=1e-6)
+    assert fewer.vision_prompts().shape == (1, 2, 16)
     wide = abstract(variant("clip-b16-224"), PromptConfig())
     drawn = attach_prompts(nnx.clone(bases["clip"]), PromptConfig(7, 7, 2, image_adapter=400), rngs=nnx.Rngs(0)).prompts
     assert float(jnp.std(drawn.text[...])) == pytest.approx(0.02, rel=0.15)
