@@ -21,6 +21,16 @@ ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
+    "flow_images": (
+        "",
+        "cifar10",
+        "imagenet32",
+        "imagenet64",
+        "imagenet128",
+        "torchcfm",
+        "torchcfm,coupling=exact",
+        "smoke",
+    ),
     "flow_paths": ("", "sigma_min"),
     "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),

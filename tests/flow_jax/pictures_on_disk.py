@@ -63,3 +63,14 @@ def prepare(root: Path, channels: int = 3) -> Path:
     builder = Pictures(channels=channels, data_dir=root, file_format="array_record")
     builder.download_and_prepare()
     return root / "pictures/1.0.0"
+
+
+def colours(images: np.ndarray) -> np.ndarray:
+    """Features: mean colour and its square."""
+    means = images.astype(np.float64).mean(axis=(1, 2))
+    return np.concatenate([means, means**2 / 255], axis=1)
+
+
+def flat(images: np.ndarray) -> np.ndarray:
+    """No features: one number for all."""
+    return images.mean()

@@ -165,6 +165,25 @@ def test_torchcfms_mlp_is_one_of_these(double):
     assert len(jax.tree.leaves(nnx.state(model))) == 8
 
 
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_the_dtype_is_that_of_every_product(kind):
+    """Parameters and the velocity stay in float32; values agree as far as half precision does."""
+    model, x = make(kind, num_classes=3)
+    model, low = disturb(model), disturb(make(kind, num_classes=3, dtype="bfloat16")[0])
+    t, labels = jnp.linspace(0.0, 1.0, 5), jnp.array([0, 1, 2, 3, 0])
+    out, want = run(low, t, x, labels), run(model, t, x, labels)
+    assert out.dtype == jnp.float32
+    assert jnp.abs(out - want).mean() < 0.03 * jnp.abs(want).mean()
+    graph, state = nnx.split(low)
+    text = str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(t, x, labels))(state, x))
+    products = [line for line in text.splitlines() if "= conv_general" in line or "= dot_general" in line]
+    # Logits of attention, whose softmax is in float32, are sums of products of bfloat16.
+    assert products and all(
+        ":bf16[" in line.split("=")[0] or "preferred_element_type=float32" in line for line in products
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize(
     ("width", "depth", "heads", "millions"), [(384, 12, 6, 33), (768, 12, 12, 130), (1152, 28, 16, 675)]
 )
