@@ -79,7 +79,9 @@ class Evaluation:
         image_pictures.draw_flow(workdir / "flow.png", self._frames(model))
         return results
 
-    def score(self, model: nnx.Module, labels: Int[np.ndarray, " N"], scores: Iterable[Score], told=None) -> float:
+    def score(
+        self, model: nnx.Module, labels: Int[np.ndarray, " N"], scores: Iterable[Score], told=None
+    ) -> int | float:
         """Draws a sample of each label and gives them to the scores; returns the mean of evaluations a sample.
 
         `told(number)` hears how many were drawn.

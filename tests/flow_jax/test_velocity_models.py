@@ -177,10 +177,10 @@ def test_the_dtype_is_that_of_every_product(kind):
     graph, state = nnx.split(low)
     text = str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(t, x, labels))(state, x))
     products = [line for line in text.splitlines() if "= conv_general" in line or "= dot_general" in line]
+    half = [":bf16[" in line.split("=")[0] for line in products]
     # Logits of attention, whose softmax is in float32, are sums of products of bfloat16.
-    assert products and all(
-        ":bf16[" in line.split("=")[0] or "preferred_element_type=float32" in line for line in products
-    )
+    logits = ["preferred_element_type=float32" in line for line in products]
+    assert half and all(one or other for one, other in zip(half, logits, strict=True))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
 
 
