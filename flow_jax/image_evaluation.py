@@ -62,8 +62,8 @@ class Evaluation:
         """
         labels = self.labels(self.options.num_samples or len(self.data.held_out))
         gallery, real = (Gallery(self.data.num_classes) for _ in range(2))
-        scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores()]
-        nfe = self.score(model, labels, [*scores, gallery])
+        scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores(), gallery]
+        nfe = self.score(model, labels, scores)
         results: dict[str, Any] = {"examples": len(labels)}
         for score in scores:
             results |= score.results()
