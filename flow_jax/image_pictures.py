@@ -10,7 +10,10 @@ ROWS, COLUMNS = 10, 10  # of a gallery
 
 
 class Gallery:
-    """A score (image_data.Score) that keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels."""
+    """Keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels.
+
+    A score (image_data.Score) beside others, which measures nothing.
+    """
 
     def __init__(self, num_classes: int):
         self._labelled = num_classes > 0
