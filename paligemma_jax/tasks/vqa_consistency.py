@@ -20,12 +20,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from paligemma_jax.adapt import family
-from paligemma_jax.consistency import KINDS, consistency_loss
+from paligemma_jax.consistency import KINDS
 from paligemma_jax.data.prompts import make_example, training_arrays
 from paligemma_jax.data.tokenizer import Tokenizer
+from paligemma_jax.losses import consistency_loss, token_divergence
 from paligemma_jax.models.layers import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.token_divergence import token_divergence
 from train_jax import params
 from train_jax.errors import UserError
 

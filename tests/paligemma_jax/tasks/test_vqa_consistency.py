@@ -1,4 +1,4 @@
-"""config.consistency: its terms against the plain ones, the frozen branch, meshes and micro-batches, memory, mistakes."""
+"""config.consistency: its terms against plain ones, the frozen branch, meshes and micro-batches, memory, mistakes."""
 
 import functools
 
