@@ -174,10 +174,24 @@ def family(config: ConfigDict) -> None:
     config.eval.controls = config.eval.before = False  # the same for every method: of the default run
 
 
+PROMPTS = (
+    ("caption en", "5 objects: a small red metal cube, a large blue rubber sphere, two large gray"),
+    ("caption en", "a large green rubber cylinder, a small yellow metal sphere, a small purple rubber"),
+    ("answer en How many things are there?", ""),
+    ("answer en Are there any small metal cubes?", ""),
+    ("answer en Are there more spheres than cubes?", ""),
+    ("answer en What size is the rubber thing?", ""),
+    ("answer en What is the large sphere made of?", ""),
+    ("answer en What shape is the small metal thing?", ""),
+    ("answer en Is the color of the sphere the same as the cube?", ""),
+)
+"""Texts that hold for any scene, of what is not tuned in `:forgetting`; whether they are true of it does not matter."""
+
 CONSISTENCY = {
     "off": {},
     "weight-1": {"consistency.weight": 1.0},
     "weight-4": {"consistency.weight": 4.0},
+    "prompts-1": {"consistency.weight": 1.0, "consistency.prompts": PROMPTS},
 }
 """What the runs of `:forgetting` differ in."""
 

@@ -42,7 +42,7 @@ class VQA:
 
     harmless_keys = (
         # Not eval.max_new_tokens: it changes the accuracy that the best checkpoint is chosen by.
-        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before)",
+        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before|captions)",
         r"data\.(build_workers|cache_dir)",
         r"loss\.(chunk_size|vocab_chunk)",
         "cache_features(_mb)?",
@@ -290,6 +290,7 @@ class VQA:
         with config.unlocked():
             config.data.blank_images = True
             config.eval.controls = config.eval.before = False
+            config.eval.captions = 0
         return {"question_only": config}
 
     def validate(self, model: PaliGemma) -> dict[str, float]:
