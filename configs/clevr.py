@@ -36,6 +36,9 @@ slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoi
 last_layers, decoder, full: docs/peft.md); `:family` trains it by each, three seeds, and draws accuracy against the
 number of trained parameters.
 
+`:forgetting` trains the default on questions for colours alone, with and without `config.consistency`, three seeds
+each, and tells what that does to the other families of questions and to captions (docs/consistency.md).
+
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
 """
 
@@ -46,12 +49,12 @@ from train_jax.errors import UserError
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "peft=NAME", "family", "ranks" or "smoke".
+    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "peft=NAME", or one of the names below.
 
     Raises:
       UserError: another one.
     """
-    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks", "family")
+    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks", "family", "forgetting")
     arg = parse_arg(arg, peft="", **dict.fromkeys(names, False))
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
@@ -79,6 +82,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         ranks(config)
     if arg.family:
         family(config)
+    if arg.forgetting:
+        forgetting(config)
     return config
 
 
@@ -167,6 +172,42 @@ def family(config: ConfigDict) -> None:
     )
     config.sweep_x = "trainable_parameters"
     config.eval.controls = config.eval.before = False  # the same for every method: of the default run
+
+
+PROMPTS = (
+    ("caption en", "5 objects: a small red metal cube, a large blue rubber sphere, two large gray"),
+    ("caption en", "a large green rubber cylinder, a small yellow metal sphere, a small purple rubber"),
+    ("answer en How many things are there?", ""),
+    ("answer en Are there any small metal cubes?", ""),
+    ("answer en Are there more spheres than cubes?", ""),
+    ("answer en What size is the rubber thing?", ""),
+    ("answer en What is the large sphere made of?", ""),
+    ("answer en What shape is the small metal thing?", ""),
+    ("answer en Is the color of the sphere the same as the cube?", ""),
+)
+"""Texts that hold for any scene, of what is not tuned in `:forgetting`; whether they are true of it does not matter."""
+
+CONSISTENCY = {
+    "off": {},
+    "weight-1": {"consistency.weight": 1.0},
+    "weight-4": {"consistency.weight": 4.0},
+    "prompts-1": {"consistency.weight": 1.0, "consistency.prompts": PROMPTS},
+}
+"""What the runs of `:forgetting` differ in."""
+
+
+def forgetting(config: ConfigDict) -> None:
+    """One family of questions is tuned; the others and captions are tested too, before and after."""
+    config.data.families = ("query_color",)
+    config.data.num_train_scenes = 1000  # 10,000 questions, of which about one in ten is for a colour
+    config.total_epochs = 4.0
+    config.eval.captions = 100
+    config.eval.controls = False
+    config.sweep = tuple(
+        (f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in range(3) for name, changes in CONSISTENCY.items()
+    )
+    config.sweep_metric = "change_untuned"
+    config.sweep_more = ("change_tuned", "change_captions")
 
 
 def smoke(config: ConfigDict) -> None:

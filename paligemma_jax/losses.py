@@ -3,6 +3,7 @@
 from paligemma_jax.consistency import class_cross_entropy, consistency_loss, coprompt_loss
 from paligemma_jax.contrastive_losses import sigmoid_loss, softmax_loss
 from paligemma_jax.gradient_cache import embed_in_micro_batches
+from paligemma_jax.token_divergence import token_divergence
 from paligemma_jax.token_losses import TokenScores, loss_weights, token_cross_entropy, token_log_probs, token_scores
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "TokenScores",
     "loss_weights",
     "token_cross_entropy",
+    "token_divergence",
     "token_log_probs",
     "token_scores",
     # Pairs

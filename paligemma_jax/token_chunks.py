@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from train_jax.errors import UserError
+
 
 def _groups(shape: tuple[int, ...], chunk_size: int) -> int:
     """How many groups of rows share each chunk: the largest divisor of B that leaves each a token or more."""
@@ -37,3 +39,15 @@ def join(chunks: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Arra
     array = jnp.moveaxis(chunks.reshape(count, groups, tokens // groups, *tail), 0, 1)
     array = array.reshape(groups, -1, *tail)[:, : math.prod(shape) // groups]
     return array.reshape(*shape, *tail)
+
+
+def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Their product; 0 where the weight is 0, whatever the value is."""
+    return jnp.where(weights != 0, weights * values, 0.0)
+
+
+def check_sizes(chunk_size: int, vocab_chunk: int | None) -> None:
+    """Raises UserError for a chunk of tokens or of words that holds none."""
+    for name, size in (("chunk_size", chunk_size), ("vocab_chunk", vocab_chunk)):
+        if size is not None and size < 1:
+            raise UserError(f"the loss has {name}={size}, expected 1 or more: change it.")

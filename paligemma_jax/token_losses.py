@@ -31,7 +31,6 @@ from paligemma_jax.word_logits import (
     statistics_of,
     streamed_statistics,
 )
-from train_jax.errors import UserError
 
 
 class TokenScores(NamedTuple):
@@ -142,9 +141,7 @@ def token_scores(
 
 
 def _checked(chunk_size: int, vocab_chunk: int | None, softcap: float | None) -> _Settings:
-    for name, size in (("chunk_size", chunk_size), ("vocab_chunk", vocab_chunk)):
-        if size is not None and size < 1:
-            raise UserError(f"the loss has {name}={size}, expected 1 or more: change it.")
+    token_chunks.check_sizes(chunk_size, vocab_chunk)
     return _Settings(chunk_size, vocab_chunk, softcap)
 
 
@@ -200,7 +197,7 @@ def _run(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weigh
         return lax.cond(jnp.any(chunk[2] != 0), compute, skip, d_embedding)
 
     d_embedding, (nll, d_hidden) = lax.scan(step, initial, chunks)
-    loss = _weigh(chunks[2], nll).sum()
+    loss = token_chunks.weigh(chunks[2], nll).sum()
     d_hidden = None if d_hidden is None else token_chunks.join(d_hidden, shape, settings.chunk_size)
     return loss, (d_hidden, d_embedding, token_chunks.join(nll, shape, settings.chunk_size) if wanted.weights else None)
 
@@ -215,7 +212,7 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
     else:
         statistics = streamed_statistics(rows, embedding, targets, softcap, vocab_chunk)
     log_sum_exp = statistics.log_sum_exp
-    weighted = _weigh(weights[:, None], hidden.astype(jnp.float32))
+    weighted = token_chunks.weigh(weights[:, None], hidden.astype(jnp.float32))
 
     def add_block(gradients, block, start, logits):
         d_rows, d_embedding = gradients
@@ -244,7 +241,3 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
     if wanted.hidden:
         d_rows = weights[:, None] * d_rows
     return d_embedding, (log_sum_exp - statistics.target, d_rows)
-
-
-def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.where(weights != 0, weights * values, 0.0)

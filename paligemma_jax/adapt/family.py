@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from paligemma_jax.adapt import bitfit, bottleneck, diff_pruning, last_layers, prefixes
+from paligemma_jax.adapt import bitfit, bottleneck, diff_pruning, last_layers, lora, prefixes
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.errors import UserError
 
 Attach = Callable[[PaliGemma, int, str, nnx.Rngs], PaliGemma]
+Detach = Callable[[PaliGemma], PaliGemma]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Method:
       trainable: pattern of what trains; None: `targets` itself.
       size: what `adapter.size` is of this method, and its default; None where it has none.
       targets: default pattern, of modules or parameters; None where it has none.
+      detach: makes the base of it again, in place; None where parameters of the base train.
     """
 
     attach: Attach
     trainable: str | None
     size: tuple[str, int] | None = None
     targets: str | None = None
+    detach: Detach | None = None
 
 
 METHODS = {
@@ -37,16 +40,19 @@ METHODS = {
         lambda model, size, targets, rngs: bottleneck.attach_bottlenecks(model, size, rngs=rngs),
         bottleneck.TRAINABLE,
         ("width", 16),
+        detach=bottleneck.detach_bottlenecks,
     ),
     "prefix": Method(
         lambda model, size, targets, rngs: prefixes.attach_prefix(model, size, rngs=rngs),
         prefixes.TRAINABLE_PREFIX,
         ("length", 16),
+        detach=prefixes.detach_prefix,
     ),
     "prompt": Method(
         lambda model, size, targets, rngs: prefixes.attach_prompt(model, size, rngs=rngs),
         prefixes.TRAINABLE_PROMPT,
         ("length", 16),
+        detach=prefixes.detach_prompt,
     ),
     "bitfit": Method(
         lambda model, size, targets, rngs: bitfit.prepare_bitfit(model, targets),
@@ -57,6 +63,7 @@ METHODS = {
         lambda model, size, targets, rngs: diff_pruning.attach_diff(model, targets),
         diff_pruning.TRAINABLE,
         targets=r"decoder/.*_proj",
+        detach=diff_pruning.detach_diff,
     ),
     "last_layers": Method(
         lambda model, size, targets, rngs: last_layers.split_last_layers(model, size),
@@ -65,6 +72,15 @@ METHODS = {
     ),
 }
 """By the names that `adapter.name` takes beside "lora" and "none"."""
+
+DETACH: dict[str, Detach] = {"lora": lora.detach_lora}
+DETACH |= {name: method.detach for name, method in METHODS.items() if method.detach is not None}
+"""By name, of the methods that leave the base's parameters as they are: makes the base again, in place."""
+
+
+def base_of(model: PaliGemma, name: str) -> PaliGemma:
+    """The model without the adapters of a method in `DETACH`: a module of its own over the same arrays, none copied."""
+    return DETACH[name](nnx.clone(model))
 
 
 def merge(model: PaliGemma) -> PaliGemma:

@@ -21,9 +21,10 @@ from paligemma_jax.data.records import Source
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_plan
+from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_consistency, vqa_plan
 from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
+from paligemma_jax.tasks.vqa_forgetting import of_families
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights.digest import base_digest, check_digest, model_digest, write_digest
@@ -41,7 +42,7 @@ class VQA:
 
     harmless_keys = (
         # Not eval.max_new_tokens: it changes the accuracy that the best checkpoint is chosen by.
-        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before)",
+        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before|captions)",
         r"data\.(build_workers|cache_dir)",
         r"loss\.(chunk_size|vocab_chunk)",
         "cache_features(_mb)?",
@@ -60,6 +61,7 @@ class VQA:
         # Opened here, so that its faults show before the base is read.
         self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
         self._base: PaliGemma | None = None
+        self._consistency = vqa_consistency.Consistency(self) if config.consistency.weight else None
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
 
@@ -145,6 +147,7 @@ class VQA:
         else:
             paths = vqa_adapter.trained_paths(model, adapter, self.attach)
         quantize.refuse_trained(paths)
+        vqa_consistency.check_paths(self.config, paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
         if self.config.cache_features and outside:
             raise UserError(
@@ -182,6 +185,8 @@ class VQA:
             data = self.config.data
             if name in ("train", "tune"):
                 source = sources.open_source(data, "train", common.progress)
+                if data.families:
+                    source = of_families(source, data)
                 self._splits |= zip(("train", "tune"), sources.training_and_tuning(source, data), strict=True)
             else:
                 self._splits[name] = sources.open_source(data, name, common.progress)
@@ -224,19 +229,22 @@ class VQA:
         return model.encode_image(model.config.preprocessing.normalize(batch["image"]), keys)[0]
 
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
-        hidden, arrays = self._hidden(model, batch, keys)
+        tuned = self._tuned(model, batch, keys)
         weights, normalizer = self._weights(batch)
-        loss = token_cross_entropy(hidden, targets=arrays["targets"], weights=weights, **self._words(model))
+        loss = token_cross_entropy(tuned.hidden, targets=tuned.arrays["targets"], weights=weights, **self.words(model))
         loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
-        return loss, {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
+        metrics = {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
+        if self._consistency is not None:
+            for part, term in self._consistency.terms(model, batch, tuned, weights, keys).items():
+                loss += self.config.consistency.weight * term
+                metrics[f"consistency_{part}"] = term, normalizer
+        return loss, metrics
 
-    def _hidden(self, model: PaliGemma, batch, keys=None):
-        arrays = prompts.training_arrays(batch)
-        features = self.features(model, batch, keys)
-        hidden, _ = model.hidden(features, arrays["tokens"], arrays["mask_ar"], arrays["mask_input"], keys)
-        return hidden, arrays
+    def _tuned(self, model: PaliGemma, batch, keys=None) -> vqa_consistency.Tuned:
+        arrays, features = prompts.training_arrays(batch), self.features(model, batch, keys)
+        return vqa_consistency.Tuned(features, vqa_consistency.hidden_of(model, features, arrays, keys), arrays)
 
-    def _words(self, model: PaliGemma) -> dict[str, Any]:
+    def words(self, model: PaliGemma) -> dict[str, Any]:
         """How hidden states become probabilities of words, for the functions of losses.py."""
         return {
             "embedding": model.decoder.embed_tokens.embedding[...],
@@ -247,8 +255,8 @@ class VQA:
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
-        hidden, arrays = self._hidden(model, batch)
-        scores = token_scores(hidden, targets=arrays["targets"], **self._words(model))
+        _, hidden, arrays = self._tuned(model, batch)
+        scores = token_scores(hidden, targets=arrays["targets"], **self.words(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 
     # Evaluation.
@@ -282,6 +290,7 @@ class VQA:
         with config.unlocked():
             config.data.blank_images = True
             config.eval.controls = config.eval.before = False
+            config.eval.captions = 0
         return {"question_only": config}
 
     def validate(self, model: PaliGemma) -> dict[str, float]:

@@ -4,7 +4,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
-from paligemma_jax.tasks import common, vqa_adapter
+from paligemma_jax.data.families import QUESTION_FAMILIES
+from paligemma_jax.tasks import common, vqa_adapter, vqa_consistency
 from train_jax.config import leaves
 from train_jax.errors import UserError
 
@@ -14,7 +15,7 @@ CHOICES = {
     "adapter.name": vqa_adapter.NAMES,
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
-}
+} | vqa_consistency.CHOICES
 # The smallest value allowed, where one is set.
 MINIMA = {
     "adapter.rank": 1,
@@ -26,6 +27,7 @@ MINIMA = {
     "eval.batch_size": 1,
     "eval.max_new_tokens": 1,
     "eval.max_examples": 1,
+    "eval.captions": 0,
     "eval.feature_cache_mb": 0,
 }
 
@@ -86,12 +88,14 @@ def defaults() -> ConfigDict:
             "vocab_chunk": placeholder(int),  # words whose logits exist at one time; None = all
         }
     )
+    config.consistency = vqa_consistency.defaults()
     config.eval = ConfigDict(
         {
             "batch_size": 50,  # questions at once, at most; shrinks where the device has less memory
             "max_new_tokens": 16,
             "max_examples": placeholder(int),  # evenly spread over the split; None = all of it
             "candidates": "clevr",  # "clevr": the 28 answers; "": no likelihood scoring; else answers joined by |
+            "captions": 0,  # scenes of synthetic_clevr whose captions are scored too, before and after training
             "feature_cache_mb": 64,  # image features kept between questions on the same image
             "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
             "question_only": True,  # the last of these, which trains the whole run again on black images
@@ -114,6 +118,7 @@ def _data_defaults() -> ConfigDict:
             "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
             "blank_images": False,  # the question-only control: same run, black images
             "fraction": 1.0,  # of the training questions
+            "families": (),  # of questions to train on, such as ("query_color",); () = all. All are evaluated.
             "subset_seed": 42,  # draws that fraction (not the permutation of the `datasets` library)
             "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by; at least one
             "tune_examples": 300,  # questions on those images, at most
@@ -150,6 +155,22 @@ def check(config: ConfigDict) -> None:
         )
     _check_dtypes(config)
     _check_quantize(config)
+    vqa_consistency.check(config)
+    _check_families(config.data)
+    if config.eval.captions and config.data.name != "synthetic_clevr":
+        raise UserError(
+            f"eval.captions is {config.eval.captions} beside data.name={config.data.name!r}, expected 0, as only the "
+            "scenes of synthetic_clevr have captions: change it."
+        )
+
+
+def _check_families(data: ConfigDict) -> None:
+    """Refuses families of questions that do not exist."""
+    unknown = [name for name in data.families if name not in QUESTION_FAMILIES]
+    if unknown:
+        raise UserError(
+            f"data.families holds {unknown[0]!r}, expected some of {', '.join(QUESTION_FAMILIES)}: change it."
+        )
 
 
 def _check_dtypes(config: ConfigDict) -> None:

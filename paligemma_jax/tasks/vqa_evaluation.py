@@ -30,6 +30,7 @@ from paligemma_jax.metrics import Accuracy, exact_match
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
+from paligemma_jax.tasks.vqa_rows import Rows
 from train_jax import sharding
 from train_jax.errors import UserError
 from train_jax.memory import device_memory_limit, smaller_batch, step_memory
@@ -51,8 +52,9 @@ def rows_at_once(config: ConfigDict, mesh: Mesh) -> int:
 class Evaluation:
     """One model over any number of sources."""
 
-    def __init__(self, task, model):
-        self.task, self.config = task, task.config
+    def __init__(self, task, model, rows: Rows | None = None):
+        """`rows` prepares the records, the task's own when None."""
+        self.task, self.config, self._rows = task, task.config, rows or task.rows
         outliers = self.config.eval.int8_outliers
         # A clone holds the same arrays: training goes on with dequantised weights.
         self.model = model if outliers is None else set_outlier_split(nnx.clone(model), outliers)
@@ -82,7 +84,8 @@ class Evaluation:
         """
         good = 0
         self._size = min(self._size, -(-len(source) // self._parts) * self._parts)  # a split may be smaller
-        with _Reader(self.task, source, encoder(self.model, self.task.mesh), self._size, shuffled) as reader:
+        encode = encoder(self.model, self.task.mesh)
+        with _Reader(self.config, self._rows, source, encode, self._size, shuffled) as reader:
             self._fit(reader, wanted)
             start = 0
             while start < len(source):
@@ -172,7 +175,7 @@ class Evaluation:
 
     def _all_activations(self) -> int:
         """More bytes than a device needs for its rows: as if of no layer anything were freed, and all in float32."""
-        config, data, model = self.config, self.config.data, self.model.config
+        config, data, model = self.config, self._rows.data, self.model.config
         vision, decoder = model.vision, model.decoder
         candidates = 0 if self._candidates is None else self._candidates[1].size
         tokens = data.prefix_length + max(data.suffix_length, config.eval.max_new_tokens, candidates)
@@ -226,11 +229,11 @@ class Evaluation:
 class _Reader:
     """Reads rows of a source as prompts, targets and features, bad ones with weight 0. A context: it has threads."""
 
-    def __init__(self, task, source: Source, encode, size: int, shuffled: bool):
-        self._task = task
-        self._rows = task.rows.guarded(source, self._prepare)
+    def __init__(self, config: ConfigDict, rows: Rows, source: Source, encode, size: int, shuffled: bool):
+        self._config, self._make = config, rows
+        self._rows = rows.guarded(source, self._prepare)
         # Shares are judged by row, in `_rows`: an image may have one question or many.
-        self._images = task.rows.guarded(source, task.rows.image, max_bad_fraction=1.0)
+        self._images = rows.guarded(source, rows.image, max_bad_fraction=1.0)
         self._numbers = np.asarray(source.image_numbers())
         unique, first = np.unique(self._numbers, return_index=True)
         self._row_of = dict(zip(unique.tolist(), first.tolist(), strict=True))
@@ -247,7 +250,7 @@ class _Reader:
 
     def resize(self, size: int) -> None:
         """Another number of rows at once."""
-        megabytes = self._task.config.eval.feature_cache_mb if jax.process_count() == 1 else 0
+        megabytes = self._config.eval.feature_cache_mb if jax.process_count() == 1 else 0
         self._cache = FeatureCache(self._encode, size, megabytes << 20)
 
     def check(self) -> None:
@@ -257,13 +260,13 @@ class _Reader:
     def blank(self) -> dict[str, np.ndarray]:
         """The arrays of a row that holds nothing, with its `image`."""
         record = blank_record()
-        example = self._prepare(record) | self._task.rows.image(record) | {"weight": np.float32(0)}
+        example = self._prepare(record) | self._make.image(record) | {"weight": np.float32(0)}
         return {name: value for name, value in example.items() if name != "record"}
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
             raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
-        return {"record": record} | self._task.rows.prompt_and_text(record)
+        return {"record": record} | self._make.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
         """Records and arrays of some rows, filled up to `size` rows with copies of weight 0."""

@@ -10,6 +10,8 @@ What each number means:
     accuracy_question_only   as accuracy, for the same fine-tuning on black images
     accuracy_blind           the best of these last three: what the questions alone are worth
 
+A run on some families of questions (data.families), or with eval.captions, has those of vqa_forgetting.py too.
+
 A number that has no meaning (a shuffled image where there is only one, a likelihood without candidates, the question
 alone without its run) is null.
 """
@@ -29,6 +31,7 @@ from paligemma_jax.adapt.lora import detach_lora
 from paligemma_jax.data.families import question_family
 from paligemma_jax.data.records import Source, Subset
 from paligemma_jax.metrics import Accuracy, RougeSums, exact_match
+from paligemma_jax.tasks import vqa_forgetting
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
@@ -63,8 +66,13 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
             "accuracy_question_only": blank,
         }
         results |= _best_of(controls)
-    if config.before:
-        results |= _before(task, model, source)
+    before = _untrained(task, model) if config.before else None
+    if before is not None:
+        results |= _before(task, before, source)
+    if config.captions and reported:
+        results |= vqa_forgetting.captions(task, source, model, before)
+    if task.config.data.families:
+        results |= vqa_forgetting.changes(task.config.data.families, results)
     if jax.process_index() == 0:
         # CLEVR's view is 3:2, also where its pictures are stored as squares.
         ratio = 1.5 if task.config.data.name in ("synthetic_clevr", "clevr") else None
@@ -93,6 +101,7 @@ def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tup
         "accuracy": generated.overall,
         "accuracy_likelihood": likely.overall if likely.examples else None,
         "accuracy_by_family": generated.by_family(),
+        "accuracy_likelihood_by_family": likely.by_family(),
         "examples_by_family": dict(sorted(generated.total.items())),
     }
     scores = rouge.result()
@@ -150,13 +159,12 @@ def _best_of(controls: dict[str, Accuracy | dict | None]) -> dict[str, Any]:
     return {"accuracy_blind": best} | overall | {"controls_by_family": families}
 
 
-def _before(task, model, source) -> dict[str, Any]:
+def _before(task, untrained, source) -> dict[str, Any]:
     """Accuracy of the model before training, by likelihood, and by family."""
     if not candidate_answers(task.config.eval.candidates):
         return {"accuracy_before": None}
     accuracy = Accuracy()
-    before = Evaluation(task, _untrained(task, model))
-    for answer in before.answers(source, ("likelihood",)):
+    for answer in Evaluation(task, untrained).answers(source, ("likelihood",)):
         accuracy.add(exact_match(answer.likeliest, answer.reference), answer.family)
     return {"accuracy_before": accuracy.overall, "accuracy_before_by_family": accuracy.by_family()}
 

@@ -9,15 +9,22 @@ import numpy as np
 from flax import nnx
 
 from paligemma_jax.data.records import Record
+from paligemma_jax.tasks import vqa_consistency
 from tests.paligemma_jax.mini import Rows, png, task_of
 from train_jax import metrics, model_state, optimizers, params, sharding, state
 from train_jax.memory import StepMemory, step_memory
 from train_jax.session import training_batches
 
-METRICS = ("good_rows", "loss", "grad_norm", "learning_rate")
+STEP = ("loss", "grad_norm", "learning_rate")  # what every task's step measures
 # Adam divides by |gradient| + eps: with a small eps the first steps would blow up the rounding of tiny gradients.
 SMOOTH = {"optimizer.eps": 0.01, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
 SMOOTH |= {"optimizer.warmup_percent": None}
+
+
+def measured(task) -> tuple[str, ...]:
+    """Names of what a step measures."""
+    parts = vqa_consistency.parts(task.config.consistency)
+    return ("good_rows", *(f"consistency_{part}" for part in parts), *STEP)
 
 
 def long_answers(count: int = 64) -> Rows:
@@ -37,7 +44,8 @@ class Training:
     """What train_jax.session makes of a config, for rows given here."""
 
     def __init__(self, options: dict, rows: Rows):
-        self.task = task = task_of(options)
+        self.options, self.task = options, task_of(options)
+        task = self.task
         config, self.mesh = task.config, task.mesh
         task.base()
         source = task.rows.guarded(rows, task.rows.image_and_text, max_bad_fraction=1.0)
@@ -61,7 +69,7 @@ class Training:
         found = []
         for step in range(steps):
             batch = sharding.to_global(self.batch(step), self.mesh, sharding.batch_sharding(self.mesh).spec)
-            zeros = jax.device_put(metrics.zeros_like(METRICS), sharding.replicated(self.mesh))
+            zeros = jax.device_put(metrics.zeros_like(measured(self.task)), sharding.replicated(self.mesh))
             if self._compiled is None:
                 places = jax.tree.map(lambda leaf: leaf.sharding, (self.state, zeros))
                 jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
@@ -88,7 +96,7 @@ def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: in
         lambda arrays: params.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
     )
     before = jax.eval_shape(lambda p: state.create(p, optimizer, ema=False, float16=False), trained)
-    totals = jax.eval_shape(lambda: metrics.zeros_like(METRICS))
+    totals = jax.eval_shape(lambda: metrics.zeros_like(measured(task)))
     length = task.config.data.prefix_length + task.config.data.suffix_length
     shape = functools.partial(jax.ShapeDtypeStruct, (micro, rows, length))
     batch = {"tokens": shape(jnp.int32), "mask_ar": shape(jnp.int32)}

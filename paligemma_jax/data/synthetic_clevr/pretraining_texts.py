@@ -36,6 +36,12 @@ def pretraining_segments(scene: dict, rng: np.random.Generator, num_segments: in
     return [writer.segment() for _ in range(num_segments)]
 
 
+def plain_caption(scene: dict) -> Segment:
+    """The caption that says how many objects there are, names all, and tells no relation."""
+    writer = _Writer(scene, np.random.default_rng(0))
+    return "caption en", writer.total() + writer.listed()
+
+
 class _Writer:
     """Writes segments about one scene; what does not depend on chance is computed once."""
 
@@ -76,14 +82,21 @@ class _Writer:
         return f"describe {self._located(index)}", self._names[index]
 
     def _caption(self) -> Segment:
+        # Large numbers are rare as answers; here every one up to ten is met, and before what it counts.
+        total = self.total() if self._rng.random() < 0.5 else ""
+        relation = self._relation_sentence() if self._rng.random() < 0.5 else ""
+        return "caption en", total + self.listed() + relation
+
+    def total(self) -> str:
+        """How many objects there are, before they are listed."""
+        return f"{len(self._order)} objects: "
+
+    def listed(self) -> str:
+        """All objects, equal ones together."""
         groups: dict[str, int] = {}
         for i in self._order:
             groups[self._names[i]] = groups.get(self._names[i], 0) + 1
-        parts = [f"a {name}" if n == 1 else f"{_NUMBER_WORDS[n]} {name}s" for name, n in groups.items()]
-        # Large numbers are rare as answers; here every one up to ten is met, and before what it counts.
-        total = f"{len(self._order)} objects: " if self._rng.random() < 0.5 else ""
-        relation = self._relation_sentence() if self._rng.random() < 0.5 else ""
-        return "caption en", total + ", ".join(parts) + relation
+        return ", ".join(f"a {name}" if n == 1 else f"{_NUMBER_WORDS[n]} {name}s" for name, n in groups.items())
 
     def _relation_sentence(self) -> str:
         index = choose(self._rng, self._order)
