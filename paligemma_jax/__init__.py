@@ -8,6 +8,8 @@ tokens = pg.generate(model, images, prompt_tokens)
 from paligemma_jax import losses, metrics, weights, zero_shot
 from paligemma_jax.adapt import nf4
 from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
+from paligemma_jax.adapt.prompt_methods import FEW_SHOT_METHODS, attach_method, few_shot_method
+from paligemma_jax.adapt.prompts import PromptConfig, attach_prompts, detach_prompts
 from paligemma_jax.adapt.quantize import dequantize, quantize
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.prompts import make_example
@@ -42,6 +44,13 @@ __all__ = [
     "lora_table",
     "merge_lora",
     "quantize",
+    # Prompts of a dual encoder
+    "FEW_SHOT_METHODS",
+    "PromptConfig",
+    "attach_method",
+    "attach_prompts",
+    "detach_prompts",
+    "few_shot_method",
     # Submodules
     "losses",
     "metrics",

@@ -8,7 +8,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
-from paligemma_jax.weights import adapter_folder, peft
+from paligemma_jax.weights import adapter_folder, peft, prompt_folder
 from paligemma_jax.weights import load as checkpoint
 from paligemma_jax.weights.digest import check_digest
 from train_jax import config
@@ -25,7 +25,7 @@ def load(
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
       adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.peft.load_peft), or the
-        `adapter` of a run with another method than LoRA.
+        `adapter` of a run with another method than LoRA; of a dual encoder one that `save_prompts` wrote.
       options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, quantize, shardings and
         more); a run has its own in its config.json.
 
@@ -43,6 +43,8 @@ def load(
         model = checkpoint.load(path, dtype, **options)
         if adapter is None:
             return model
+        if ours and isinstance(model, DualEncoder):
+            return prompt_folder.load_prompts(model, adapter)
         if not isinstance(model, PaliGemma):
             what = "a dual encoder" if isinstance(model, DualEncoder) else "one tower"
             raise UserError(f"{path} is {what}, expected a whole model for an adapter: give a whole PaliGemma.")

@@ -6,6 +6,9 @@
 SigLIP pools with an attention head and has no image projection; CLIP pools its class token. How alike an image and a
 text are is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: layers.py; E of an embedding, C texts
 where they may be more or fewer than the images.
+
+What `adapt/prompts.py` learns has a place of its own, `prompts`, empty in a base model. A call with `prompts=False` is
+that of the base, to the bit: a frozen branch needs no second copy of the weights.
 """
 
 import dataclasses
@@ -86,6 +89,7 @@ class DualEncoder(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(config.initial_scale, dtype))
         bias = config.initial_bias
         self.logit_bias = nnx.data(None) if bias is None else nnx.Param(jnp.asarray(bias, dtype))
+        self.prompts = nnx.data(None)
 
     def __call__(
         self,
@@ -93,6 +97,7 @@ class DualEncoder(nnx.Module):
         tokens: Int[Array, "C T"],
         mask: Bool[Array, "C T"] | Int[Array, "C T"] | None = None,
         dropout_keys=None,
+        prompts: bool = True,
     ) -> tuple[Float[Array, "B E"], Float[Array, "C E"], dict]:
         """Embeds images and texts, as many of each or not.
 
@@ -101,22 +106,29 @@ class DualEncoder(nnx.Module):
           tokens: ids as the model's tokenizer pads them (data/text_tokens.py).
           mask: true on real tokens, for CLIP; None reads everything, as SigLIP does.
           dropout_keys: one key a pair switches adapter dropout on (training); None is deterministic.
+          prompts: whether those that are attached, and the adapters of the output, are used.
 
         Returns:
           image_embeds, text_embeds: float32, of unit length.
-          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (before normalising).
+          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (before adapters of the
+            output and normalising).
         """
-        image_embeds, image_out = self.encode_image(images, dropout_keys)
-        text_embeds, text_out = self.encode_text(tokens, mask, dropout_keys)
+        image_embeds, image_out = self.encode_image(images, dropout_keys, prompts)
+        text_embeds, text_out = self.encode_text(tokens, mask, dropout_keys, prompts)
         return image_embeds, text_embeds, image_out | text_out
 
-    def encode_image(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B E"], dict]:
+    def encode_image(
+        self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: bool = True
+    ) -> tuple[Float[Array, "B E"], dict]:
         """Embeddings of images, float32 of unit length, and intermediates."""
-        x, out = self.vision(images, dropout_keys)
-        embeds, more = self.embed_features(x, dropout_keys)
+        learned = self.prompts if prompts else None
+        x, out = self.vision(images, dropout_keys, None if learned is None else learned.vision_prompts())
+        embeds, more = self.embed_features(x, dropout_keys, prompts)
         return embeds, {f"vision/{k}": v for k, v in out.items()} | more
 
-    def embed_features(self, x: Float[Array, "B S D"], dropout_keys=None) -> tuple[Float[Array, "B E"], dict]:
+    def embed_features(
+        self, x: Float[Array, "B S D"], dropout_keys=None, prompts: bool = True
+    ) -> tuple[Float[Array, "B E"], dict]:
         """Embeddings from what the vision tower returns, its features of an image, and the `image_features`."""
         config = self.config
         if config.pool == "map":
@@ -125,15 +137,22 @@ class DualEncoder(nnx.Module):
             features = x.mean(axis=1) if config.pool == "gap" else x[:, 0]
         if config.image_projection:
             features = self.image_projection(features, dropout_keys, jnp.float32)
-        return unit(features), {"image_features": features}
+        learned = self.prompts if prompts else None
+        return unit(features if learned is None else learned.adapt_image(features)), {"image_features": features}
 
     def encode_text(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None, dropout_keys=None
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        dropout_keys=None,
+        prompts: bool = True,
     ) -> tuple[Float[Array, "B E"], dict]:
         """Embeddings of texts, float32 of unit length, and intermediates."""
-        pooled, out = self.text(tokens, mask, dropout_keys)
+        learned = self.prompts if prompts else None
+        pooled, out = self.text(tokens, mask, dropout_keys, None if learned is None else learned.text_prompts())
         features = self.text_projection(pooled, dropout_keys, jnp.float32)
-        return unit(features), {f"text/{k}": v for k, v in out.items()} | {"text_features": features}
+        embeds = unit(features if learned is None else learned.adapt_text(features))
+        return embeds, {f"text/{k}": v for k, v in out.items()} | {"text_features": features}
 
     def logits(self, image_embeds: Float[Array, "B E"], text_embeds: Float[Array, "C E"]) -> Float[Array, "B C"]:
         """exp(logit_scale) cosine + logit_bias of every image and every text, float32."""

@@ -108,13 +108,42 @@ def run_blocks(
     *,
     depth: int,
     mask: Bool[Array, "B T T"] | None = None,
+    prompts: Float[Array, "K M D"] | None = None,
+    start: int = 0,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T D"]:
-    """A stack of `Block`s made by `layers.make_stack`, each layer with dropout keys of its own; see scan_stack."""
+    """A stack of `Block`s made by `layers.make_stack`, each layer with dropout keys of its own; see scan_stack.
 
-    def call(block, x, layer):
+    Args:
+      blocks, dropout_keys, mask, remat, unroll: see scan_stack and Block.
+      x: of the first layer; where there are prompts, its positions `start` to `start + M` hold `prompts[0]`.
+      depth: number of layers.
+      prompts: of the first K layers: before layer k, 1 <= k < K, what those positions hold is replaced by `prompts[k]`
+        (deep prompts: Jia et al. 2022; Khattak et al. 2023).
+      start: see x.
+    """
+    deep = None if prompts is None or len(prompts) == 1 else _deep_prompts(prompts, depth)
+
+    def call(block, x, inputs):
+        layer, deep = inputs
+        if deep is not None:
+            x = _replace(x, *deep, start)
         keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
         return block(x, keys, mask=mask), None
 
-    return layers.scan_stack(blocks, call, x, jnp.arange(depth), remat=remat, unroll=unroll)[0]
+    return layers.scan_stack(blocks, call, x, (jnp.arange(depth), deep), remat=remat, unroll=unroll)[0]
+
+
+def _deep_prompts(prompts: Float[Array, "K M D"], depth: int) -> tuple[Float[Array, "L M D"], Bool[Array, " L"]]:
+    """Prompts of every layer, zeros beyond the K-th, and whether a layer takes them: the first has them already."""
+    padded = jnp.pad(prompts, ((0, depth - len(prompts)), (0, 0), (0, 0)))
+    return padded, (jnp.arange(depth) > 0) & (jnp.arange(depth) < len(prompts))
+
+
+def _replace(
+    x: Float[Array, "B T D"], prompt: Float[Array, "M D"], active: Bool[Array, ""], start: int
+) -> Float[Array, "B T D"]:
+    """x with positions from `start` on replaced by a layer's prompt, if it has one."""
+    place = slice(start, start + len(prompt))
+    return x.at[:, place].set(jnp.where(active, prompt[None], x[:, place]))

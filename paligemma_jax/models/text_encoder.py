@@ -70,7 +70,11 @@ class TextEncoder(nnx.Module):
         self.final_layer_norm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None, dropout_keys=None
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        dropout_keys=None,
+        prompts: Float[Array, "K M D"] | None = None,
     ) -> tuple[Float[Array, "B D"], dict]:
         """Encodes texts.
 
@@ -78,30 +82,38 @@ class TextEncoder(nnx.Module):
           tokens: ids, at most `config.length` a text. SigLIP's pooled position is the last of the array: pad in full.
           mask: true on tokens that may be read; None means all, padding too, as SigLIP was trained.
           dropout_keys: one key an example switches adapter dropout on.
+          prompts: M learned inputs of each of the first K layers (adapt/prompts.py), in the places that
+            `prompt_start` tells.
 
         Returns:
           The pooled vectors, float32, and the named intermediates `embedded`, `encoded` [B, T, D] and `pooled`.
 
         Raises:
-          ValueError: more tokens than positions.
+          ValueError: more tokens than positions, or no room for the prompts.
         """
         config = self.config
         T = tokens.shape[1]
         if config.length < T:
             raise ValueError(f"texts have {T} tokens, expected at most {config.length}: cut them to that.")
-        embedded = self.token_embedding(tokens) + self.position_embedding[...][None, :T].astype(jnp.float32)
-        x = encoder.run_blocks(
-            self.layers,
-            embedded,
-            dropout_keys,
-            depth=config.depth,
-            mask=_visible(mask, tokens, config.causal),
-            remat=config.remat,
-            unroll=config.unroll,
-        )
+        options = dict(depth=config.depth, remat=config.remat, unroll=config.unroll)
+        if prompts is None:
+            embedded = self.token_embedding(tokens)
+        else:
+            start = self.prompt_start
+            tokens, mask = _with_room(tokens, mask, prompts.shape[1], start)
+            embedded = self.token_embedding(tokens).at[:, start : start + prompts.shape[1]].set(prompts[:1])
+            options |= dict(prompts=prompts, start=start)
+        embedded = embedded + self.position_embedding[...][None, :T].astype(jnp.float32)
+        visible = _visible(mask, tokens, config.causal)
+        x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
         encoded = self.final_layer_norm(x)
         pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
+
+    @property
+    def prompt_start(self) -> int:
+        """Where prompts stand: behind CLIP's start mark, at the front of SigLIP's texts, which have none."""
+        return 1 if self.config.pool == "eos" else 0
 
     def _pooled(self, encoded: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
         """One position each; without a gather over rows, for which devices would exchange them."""
@@ -110,6 +122,33 @@ class TextEncoder(nnx.Module):
             return encoded[:, -1]
         position = jnp.argmax(tokens if config.eos_token is None else tokens == config.eos_token, axis=1)
         return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
+
+
+def _with_room(
+    tokens: Int[Array, "B T"], mask: Array | None, room: int, start: int
+) -> tuple[Int[Array, "B T"], Array | None]:
+    """Texts with `room` places from `start` on whose words do not matter, and which are read.
+
+    Two prompts, as the rows of text become:
+
+      CLIP     start a photo of a cat end        start P P of a cat end           the words there give way
+      SigLIP   a photo of a cat </s> </s> </s>   P P a photo of a cat </s>        moved; the last, pooled, stays last
+      SigLIP   one two three four five six </s>  P P one two three four </s>      a text without padding loses words
+
+    Raises:
+      ValueError: nothing would be left of a text.
+    """
+    T = tokens.shape[1]
+    if start + room >= T:
+        raise ValueError(f"texts have {T} tokens, expected more than the {start + room} up to the last of the prompts.")
+    if start == 0:
+        tokens, mask = (
+            None if rows is None else jnp.concatenate([rows[:, :room], rows[:, : T - room - 1], rows[:, -1:]], axis=1)
+            for rows in (tokens, mask)
+        )
+    if mask is not None:
+        mask = jnp.asarray(mask, bool).at[:, start : start + room].set(True)
+    return tokens, mask
 
 
 def _visible(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:

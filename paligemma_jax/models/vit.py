@@ -81,8 +81,16 @@ class ViT(nnx.Module):
         self.layers = layers.make_stack(lambda rngs: encoder.Block(config, rngs=rngs), config.depth, rngs)
         self.post_layernorm = layers.LayerNorm(config.width, **norm)
 
-    def __call__(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B S D"], dict]:
+    def __call__(
+        self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: Float[Array, "K M D"] | None = None
+    ) -> tuple[Float[Array, "B S D"], dict]:
         """Encodes images in the checkpoint's value range (SigLIP: [-1, 1]).
+
+        Args:
+          images: float32.
+          dropout_keys: one key an example switches adapter dropout on.
+          prompts: M learned inputs of each of the first K layers (adapt/prompts.py). They stand behind the patches,
+            have no position, and are left out of what comes back: the pooling sees what it was trained on.
 
         Returns:
           Patch features after the final norm, float32, in row-major order, behind those of the class token if there is
@@ -106,9 +114,13 @@ class ViT(nnx.Module):
         x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)[None]
         if config.class_token:
             x = self.pre_layernorm(x)
-        x = out["blocks"] = encoder.run_blocks(
-            self.layers, x, dropout_keys, depth=config.depth, remat=config.remat, unroll=config.unroll
-        )
+        options = dict(depth=config.depth, remat=config.remat, unroll=config.unroll)
+        if prompts is not None:
+            first = self.pre_layernorm(prompts[0]) if config.class_token else prompts[0]
+            x = jnp.concatenate([x, jnp.broadcast_to(first[None], (B, *first.shape))], axis=1)
+            options |= dict(prompts=prompts, start=config.num_tokens)
+        x = encoder.run_blocks(self.layers, x, dropout_keys, **options)
+        x = out["blocks"] = x if prompts is None else x[:, : config.num_tokens]
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
 

@@ -1,12 +1,17 @@
 """Adapters of the methods in adapt/family.py on disk, apart from their base; LoRA's are peft's folders (peft.py).
 
+Those of dual encoders are folders of the same form (prompt_folder.py).
+
 adapter.json            {"method": "prefix", "size": 16, "targets": null}
 adapter.safetensors     what trained, by path; of diff pruning difference.npz instead, the entries that change
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,9 +21,11 @@ from safetensors.numpy import load_file, save_file
 from paligemma_jax.adapt import diff_pruning
 from paligemma_jax.adapt.family import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.weights.tables import listed
 from train_jax import params, patterns
 from train_jax.errors import UserError
 
+Model = TypeVar("Model", bound=nnx.Module)
 DESCRIPTION, ARRAYS, DIFFERENCE = "adapter.json", "adapter.safetensors", "difference.npz"
 
 
@@ -32,15 +39,21 @@ def save_adapter(
       folder: made if missing.
       method, size, targets: what it was attached with.
     """
-    folder = Path(folder)
+    folder, arrays = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     if method == "diff_pruning":
         diff_pruning.save_sparse(model, folder / DIFFERENCE)
     else:
         arrays = params.flatten(model)
-        paths = patterns.select(_trainable(method, targets), arrays, what="adapters")
-        save_file({path: np.asarray(arrays[path]) for path in paths}, folder / ARRAYS)
-    description = {"method": method, "size": size, "targets": targets}
+        arrays = {path: arrays[path] for path in patterns.select(_trainable(method, targets), arrays, what="adapters")}
+    write_folder(folder, {"method": method, "size": size, "targets": targets}, arrays)
+
+
+def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+    """Writes a description and the arrays by path, if there are any; the folder is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        save_file({path: np.asarray(array) for path, array in arrays.items()}, folder / ARRAYS)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -69,21 +82,43 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
         ) from None
     if name == "diff_pruning":
         return diff_pruning.add_sparse(model, folder / DIFFERENCE)
+    arrays = read_arrays(folder)
+    model = method.attach(model, size or (method.size and method.size[1]), targets or method.targets, nnx.Rngs(0))
+    paths = patterns.select(_trainable(name, targets), params.abstract(model), what="adapters")
+    return put_arrays(model, arrays, paths, folder)
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays by path.
+
+    Raises:
+      UserError: a file that is not there or broken.
+    """
     try:
-        arrays = load_file(folder / ARRAYS)
+        return load_file(folder / ARRAYS)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder / ARRAYS} cannot be read ({error}), expected the adapter's arrays: restore it."
         ) from None
-    model = method.attach(model, size or (method.size and method.size[1]), targets or method.targets, nnx.Rngs(0))
+
+
+def put_arrays(model: Model, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> Model:
+    """The model with the arrays in the places of `paths`, all of which they must fill.
+
+    Raises:
+      UserError: the list of what does not fit.
+    """
     shapes = params.abstract(model)
-    wanted = {path: shapes[path].shape for path in patterns.select(_trainable(name, targets), shapes, what="adapters")}
+    wanted = {path: shapes[path].shape for path in paths}
     found = {path: array.shape for path, array in arrays.items()}
-    if wanted != found:
-        path = min(path for path in wanted | found if wanted.get(path) != found.get(path))
+    wrong = [
+        f"{found.get(path, 'nothing')} for {path} where the model has {wanted.get(path, 'nothing')}"
+        for path in sorted(wanted | found)
+        if wanted.get(path) != found.get(path)
+    ]
+    if wrong:
         raise UserError(
-            f"{folder / ARRAYS} has {found.get(path, 'nothing')} for {path} where the model has "
-            f"{wanted.get(path, 'nothing')}: it is an adapter of another model; load it on its own base."
+            f"{folder / ARRAYS} has {listed(wrong)}: it is an adapter of another model; load it on its own base."
         )
     return params.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
 
