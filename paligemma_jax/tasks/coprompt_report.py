@@ -135,7 +135,9 @@ def save_confusion(scored: Mapping[str, tuple[Scored, tuple[str, ...]]], workdir
 
     figure = Figure(figsize=(7.5 * len(scored), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (name, (found, classes)) in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored.items()):
+    for axis, (name, (found, classes)) in zip(
+        figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True
+    ):
         picture = axis.imshow(confusion(found.scores, found.labels), cmap="viridis", vmin=0, vmax=1)
         axis.set_title(f"{name}: accuracy {found.accuracy:.3f}", parse_math=False)
         axis.set(xlabel="taken for", ylabel="class")
