@@ -21,8 +21,8 @@ Another method of the same run: --config.method=zero_shot (nothing trains), coop
     python train.py --config=configs/coprompt.py:clip_b16 --config.model.path=clip-vit-base-patch16 \
         --config.data.source=oxford_pets --config.data.descriptions=oxford_pets.json
 
-where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). The prompts that were learned
-lie in the workdir's `adapter`, apart from their base.
+where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). What was learned lies in the
+workdir's `adapter`, apart from its base.
 """
 
 from ml_collections import ConfigDict

@@ -151,7 +151,7 @@ class CoPrompt:
         """The class texts, and where the loss asks for them the frozen embeddings of what is said of the classes."""
         classes = self.protocol.tuned.classes
         tokens, mask = self.tokenizer([self.config.template.format(name) for name in classes])
-        check_texts(nnx.eval_shape(lambda: self._attached(nnx.merge(*nnx.split(base)))), tokens)
+        check_texts(self.abstract(), tokens)
         frozen, lengths = None, np.ones(len(classes), np.int32)
         if self.weight and self.config.consistency.on != "image":
             sentences = coprompt_data.read_sentences(self.config, classes)

@@ -55,10 +55,6 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
             config.data.source = config.data.source or "."
             config.data.descriptions = config.data.descriptions or "."
     task = make(config, mesh)
-    if task.trainable() is None:
-        raise UserError(
-            f"method {config.method!r} trains nothing, expected one that does, to plan its step: change it."
-        )
     length, size = task.model_config.text.length, task.model_config.vision.image_size
     frozen = coprompt_config.weight(config) and config.consistency.on != "image"
     task.assume_texts(classes, SENTENCES if frozen else 0, length)

@@ -384,6 +384,8 @@ def test_the_plan_is_of_the_shapes_of_a_batch(options):
     assert blueprint.task.texts.tokens.shape == task.texts.tokens.shape
     planned = plan(task.config)
     assert [program.name for program in planned.programs] == ["training step", "evaluation: image embeddings"]
+    planned = plan(task_of(options, method="zero_shot").config)
+    assert [program.name for program in planned.programs] == ["evaluation: image embeddings"]
 
 
 def test_released_names_are_planned_without_their_files(options):
