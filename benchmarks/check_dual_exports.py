@@ -2,7 +2,7 @@
 
     python benchmarks/check_dual_exports.py
 
-Needs torch and transformers beside this package; run by hand (docs/weights.md has the output). It exports to a
+Needs torch and transformers (the extra [bench]); run by hand (docs/weights.md has the output). It exports to a
 temporary folder, in float32: the models of the tests' golden cases, with the golden tokenizers of their kind, and the
 tiny variant with random weights. For each folder it prints the largest difference of an
 embedding and of a logit, whether the processor makes our tokens of three texts and our pixels of an image, and whether

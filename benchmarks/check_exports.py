@@ -2,7 +2,7 @@
 
     python benchmarks/check_exports.py [FOLDER ...]
 
-Needs torch, transformers and peft beside this package; run by hand (docs/weights.md has the output). Without arguments
+Needs torch, transformers and peft (the extra [bench]); run by hand (docs/weights.md has the output). Without arguments
 it exports to a temporary folder: the models of the tests' golden cases (PaliGemma 1 and 2, a file of big_vision) and
 "tiny", in one file and in shards; models of random weights and other sizes, one with a vocabulary of 257,152 rows
 padded to 257,216; and, on PaliGemma 1 and 2, adapters of every kind that save_peft writes.

@@ -1,16 +1,15 @@
 """Text to image in miniature: a flow of 32 x 32 pictures of single objects, told what to draw.
 
-    python train.py --config=configs/siglip.py                      # once: the SigLIP that judges, and reads captions
-    python train.py --config=configs/flow_clevr.py --config.siglip=runs/siglip
-    python train.py --config=configs/flow_clevr.py:captions --config.siglip=runs/siglip
+    python train.py --config=configs/flow_clevr.py
+    python train.py --config=configs/flow_clevr.py:captions
 
 The first flow is told attributes (size, colour, material, shape), the second captions ("a small red metal cube"), as
-the vector that the SigLIP's text tower makes of one. The workdir gets samples.png, captions.png (each sample under its
-text, beside a real picture), flow.png, and in eval.json how often the SigLIP finds the attributes asked for, zero-shot,
-in samples and in real pictures. Without a SigLIP attributes can be told, and nobody judges. `:dit` trains a transformer
-instead of a U-Net; `:smoke` and `:captions,smoke` take seconds.
+the vector that a SigLIP's text tower makes of one: that of "tiny-siglip", which ships with the package, or another,
+--config.siglip=PATH. The workdir gets samples.png, captions.png (each sample under its text, beside a real picture),
+flow.png, and in eval.json how often the SigLIP finds what was asked for, zero-shot, in samples and in real pictures.
+`:dit` trains a transformer instead of a U-Net; `:smoke` and `:captions,smoke` take seconds.
 
-    python predict.py --workdir=runs/flow_clevr --prompt="a small red metal cube"
+    python predict.py --workdir=runs/flow_clevr-captions --prompt="a small red metal cube"
 
 draws what it is told, into a PNG.
 """
@@ -25,6 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, captions=False, dit=False, smoke=False)
     config = base_config("paligemma_jax.tasks.text_to_image:TextToImage")
     config.told = "captions" if arg.captions else "attributes"
+    config.siglip = "tiny-siglip"
     config.times = "stratified"
     config.model.unet.width, config.model.unet.multipliers = 32, (1, 2, 2)
     config.model.unet.attention = (8,)

@@ -46,7 +46,7 @@ class DigitScores:
 
 def class_mmd(one: Digits, other: Digits) -> float:
     """Mean over labels of the root of the squared MMD, at the bandwidth of the second's own distances."""
-    return float(np.mean([_mmd(one, other, label) for label in np.unique(one.labels)]))
+    return float(np.mean([_mmd(one, other, label) for label in map(int, np.unique(one.labels))]))
 
 
 def mmd_of_data(train: Digits, held_out: Digits, seed: int) -> float:

@@ -62,8 +62,8 @@ class Evaluation:
         """
         labels = self.labels(self.options.num_samples or len(self.data.held_out))
         gallery, real = (Gallery(self.data.num_classes if self.data.row_a_label else 0) for _ in range(2))
-        scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores()]
-        nfe = self.score(model, labels, [*scores, gallery])
+        scores = [FrechetScore(self.features, self.moments(self.options.reference)), *self.data.scores(), gallery]
+        nfe = self.score(model, labels, scores)
         results: dict[str, Any] = {"examples": len(labels)}
         for score in scores:
             results |= score.results()
@@ -80,7 +80,9 @@ class Evaluation:
         image_pictures.draw_flow(workdir / "flow.png", self._frames(model))
         return results
 
-    def score(self, model: nnx.Module, labels: Int[np.ndarray, " N"], scores: Iterable[Score], told=None) -> float:
+    def score(
+        self, model: nnx.Module, labels: Int[np.ndarray, " N"], scores: Iterable[Score], told=None
+    ) -> int | float:
         """Draws a sample of each label and gives them to the scores; returns the mean of evaluations a sample.
 
         `told(number)` hears how many were drawn.

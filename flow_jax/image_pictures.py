@@ -10,7 +10,10 @@ ROWS, COLUMNS = 10, 10  # of a gallery
 
 
 class Gallery:
-    """Keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels."""
+    """Keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels.
+
+    A score (image_data.Score) beside others, which measures nothing.
+    """
 
     def __init__(self, num_classes: int):
         self._labelled = num_classes > 0
@@ -25,6 +28,10 @@ class Gallery:
             row = next((row for row in rows if row < len(self.rows) and len(self.rows[row]) < COLUMNS), None)
             if row is not None:
                 self.rows[row].append(image)
+
+    def results(self) -> dict[str, float]:
+        """A gallery measures nothing."""
+        return {}
 
     def sheet(self, levels: int) -> UInt8[np.ndarray, "H W C"]:
         """All of them in one, white where there are too few."""

@@ -29,7 +29,7 @@ class PlaneFlow(FlowTask):
     @staticmethod
     def defaults() -> ConfigDict:
         config = FlowTask.defaults()
-        config.model = ConfigDict({"width": 256, "depth": 4, "activation": "silu"})
+        config.model = ConfigDict({"width": 256, "depth": 4, "activation": "silu", "time_width": 64})
         config.data = ConfigDict(
             {
                 "name": "checkerboard",

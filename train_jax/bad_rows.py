@@ -64,7 +64,10 @@ class BadRows:
             logging.warning("Bad row %d (%s) skipped with weight 0: %s", index, name, error)
 
     def count(
-        self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray, name_of: Callable[[int], str]
+        self,
+        indices: Sequence[int] | np.ndarray,
+        bad: Sequence[bool | np.bool_] | np.ndarray,
+        name_of: Callable[[int], str],
     ) -> None:
         """Counts rows that were read, here or by a copy: their numbers, and which of them were bad.
 

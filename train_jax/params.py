@@ -20,7 +20,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
 
 def merge(graph: nnx.GraphDef, arrays: Mapping[str, Any]) -> nnx.Module:
     """The module again; under jit this only rebuilds Python objects."""
-    return nnx.merge(graph, nnx.from_flat_state([(tuple(path.split("/")), leaf) for path, leaf in arrays.items()]))
+    return nnx.merge(graph, nnx.from_flat_state([(_parts(path), leaf) for path, leaf in arrays.items()]))
 
 
 def flatten(model: nnx.Module) -> dict[str, jax.Array]:
@@ -52,3 +52,8 @@ def assign(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
 
 def _join(path: tuple) -> str:
     return "/".join(map(str, path))
+
+
+def _parts(path: str) -> tuple[str | int, ...]:
+    """The inverse of `_join`: entries of a list are numbers, which NNX sorts as such ("10" would come before "2")."""
+    return tuple(int(part) if part.isdecimal() else part for part in path.split("/"))

@@ -29,12 +29,12 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
 
 
 def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, encoded: str = "image") -> Any:
-    """The examples of a split, the feature `encoded` as the bytes of its file.
+    """The examples of a split, or of a part of one ("train[:90%]"), the feature `encoded` as the bytes of its file.
 
     Raises:
       UserError: no such split.
     """
-    if split not in builder.info.splits:
+    if split.partition("[")[0] not in builder.info.splits:
         raise UserError(
             f"{folder} has no split {split!r}, expected one of {sorted(builder.info.splits)}; choose one of them."
         )

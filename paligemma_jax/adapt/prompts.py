@@ -82,7 +82,7 @@ class Coupling(nnx.Module):
         self.bias = nnx.Param(_uniform(rngs, text_width, (depth, vision_width)))
 
     def __call__(self, text: Float[Array, "K M D"], dtype: str) -> Float[Array, "J M F"]:
-        """Vision prompts of the first J layers, as many as there are maps, from the text prompts of at least as many."""
+        """Vision prompts of the first J layers, as many as there are maps, from text prompts of as many or more."""
         kernel, bias = self.kernel[...], self.bias[...]
         mapped = jax.vmap(lambda rows, kernel: _linear(rows, kernel, dtype))(text[: len(kernel)], kernel)
         return mapped + bias[:, None]

@@ -91,7 +91,7 @@ class TextToImage(ImageFlowTask):
     def defaults() -> ConfigDict:
         config = ImageFlowTask.defaults()
         config.told = "attributes"  # attributes | captions: what the model is told of each picture
-        config.siglip = placeholder(str)  # folder or run of a SigLIP or CLIP: reads captions, and judges samples
+        config.siglip = placeholder(str)  # folder, run or name of a SigLIP or CLIP: reads captions, and judges samples
         config.data = ConfigDict(
             {
                 "cache_dir": common.cache_dir(),
@@ -112,7 +112,7 @@ class TextToImage(ImageFlowTask):
         if config.told == "captions" and config.siglip is None:
             raise UserError(
                 "told is 'captions' but siglip is not set, expected a SigLIP whose text tower reads them: add "
-                "--config.siglip=PATH (runs/siglip, say, from configs/siglip.py), or set told='attributes'."
+                "--config.siglip=tiny-siglip, or set told='attributes'."
             )
         if config.coupling.name != "independent":
             raise UserError(

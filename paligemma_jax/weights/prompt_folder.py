@@ -77,7 +77,8 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
 def _check_base(model: DualEncoder, noted: dict[str, list[float]], folder: Path) -> None:
     """Raises UserError if the numbers noted are not those of the model."""
     found = _marks(model)
-    wrong = [name for name in found if not np.allclose(found[name], noted.get(name, np.nan), **_TOLERANCE)]
+    both = [name for name in found if name in noted]  # a quantised kernel has no such numbers
+    wrong = [name for name in both if not np.allclose(found[name], noted[name], **_TOLERANCE)]
     if wrong:
         raise UserError(
             f"{folder} was trained on another base: {', '.join(wrong)} differ, expected the weights that it was "

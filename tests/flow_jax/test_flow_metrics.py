@@ -7,6 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 import flow_jax as fj
+from flow_jax.moments import Moments, frechet
 from tests.flow_jax.fields import FIELDS
 from train_jax.errors import UserError
 
@@ -90,11 +91,29 @@ def test_frechet_distance_is_the_one_by_scipys_root():
     assert fj.metrics.frechet_distance(one, b[:, :1]) == pytest.approx(want, rel=1e-8)
 
 
+def test_moments_of_batches_are_those_of_all_at_once():
+    """Far from zero, where sums of squares would cancel; and batches of one row, or none."""
+    rng = np.random.default_rng(2)
+    rows, other = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)) + 1e6, rng.normal(size=(40, 4)) + 1e6
+    streamed = Moments()
+    for part in np.split(rows, [0, 1, 2, 9, 30, 30]):
+        streamed.add(part)
+        if streamed.count > 1:
+            assert streamed.root.shape == (4, 4)  # kept between calls, but not beyond new rows
+    assert streamed.count == 50
+    np.testing.assert_allclose(streamed.mean, rows.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(streamed.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-12)
+    want = fj.metrics.frechet_distance(rows, other)
+    assert frechet(streamed, Moments.of(other)) == pytest.approx(want, rel=1e-7)
+    with pytest.raises(UserError, match="rows have 3 features, those before 4"):
+        streamed.add(rows[:, :3])
+
+
 def test_bad_arguments():
     x = np.zeros((3, 2))
     with pytest.raises(UserError, match="p is 0.5"):
         fj.metrics.wasserstein(x, x, 0.5)
-    with pytest.raises(UserError, match="needs two rows, got 1 and 3"):
+    with pytest.raises(UserError, match="needs two rows, got 1"):
         fj.metrics.frechet_distance(x[:1], x)
 
 

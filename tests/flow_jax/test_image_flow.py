@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 import train
-from flow_jax import digits, image_evaluation
+from flow_jax import digit_scores, digits
 from flow_jax.digits import Digits
+from flow_jax.image_data import ImageData
 from flow_jax.image_pairs import ImagePairs, to_levels, to_range
+from flow_jax.image_sets import ArrayPictures
 from flow_jax.image_task import ImageFlow
 from tests.paligemma_jax.mini import ROOT, arguments, config_of
 from train_jax import sharding
@@ -70,7 +72,8 @@ def images_of(number: int) -> Digits:
 
 
 def pairs_of(coupling: str, dequantize: bool = False, seed: int = 3) -> ImagePairs:
-    return ImagePairs(*images_of(30), 17, dequantize, coupling, seed)
+    pictures = ArrayPictures(*images_of(30))
+    return ImagePairs(ImageData(pictures, pictures, 4, 1, 17, 3), dequantize, coupling, seed)
 
 
 def test_exact_pairs_are_the_cheapest_within_each_class():
@@ -125,6 +128,7 @@ def test_the_plan_is_of_the_rows_that_are_trained_on():
     task = task_of()
     blueprint = ImageFlow.blueprint(task.config, task.mesh)
     row = task.train_source()[0]
+    assert not row.pop("bad")  # which batches do not hold
     assert {name: (np.shape(array), array.dtype) for name, array in row.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()
     }
@@ -136,15 +140,15 @@ def test_the_plan_is_of_the_rows_that_are_trained_on():
 def test_scores_of_real_digits_are_those_of_real_digits():
     """Held-out digits as samples: near as themselves, read as well, and as diverse; training images are too near."""
     train_part, held_out = digits.load("train"), digits.load("held_out")
-    assert image_evaluation.class_mmd(held_out, held_out) == pytest.approx(0, abs=1e-6)
-    spread = image_evaluation.mmd_of_data(train_part, held_out, seed=0)
+    assert digit_scores.class_mmd(held_out, held_out) == pytest.approx(0, abs=1e-6)
+    spread = digit_scores.mmd_of_data(train_part, held_out, seed=0)
     assert 0 < spread < 0.3
     noise = held_out._replace(images=np.full_like(held_out.images, 8))
-    assert image_evaluation.class_mmd(noise, held_out) > 3 * spread
+    assert digit_scores.class_mmd(noise, held_out) > 3 * spread
     machine = digits.classifier(train_part)
-    assert image_evaluation._accuracy(machine, held_out) > 0.98
-    assert image_evaluation._nearest(train_part.images[:50], train_part) == 0
-    assert image_evaluation._nearest(held_out.images[:50], train_part) > 5
+    assert digit_scores.accuracy(machine, held_out) > 0.98
+    assert digit_scores.nearest(train_part.images[:50], train_part) == 0
+    assert digit_scores.nearest(held_out.images[:50], train_part) > 5
 
 
 def test_a_run_measures_and_draws(tmp_path):
@@ -170,7 +174,7 @@ def test_a_run_measures_and_draws(tmp_path):
     [
         ({"model.name": "vit"}, "model.name is 'vit', expected one of unet, dit"),
         ({"coupling.name": "sinkhorn"}, "coupling.name is 'sinkhorn', which pairs across classes"),
-        ({"data.name": "letters"}, "data.name is 'letters', expected one of digits"),
+        ({"data.name": "letters"}, "data.name is 'letters', expected one of digits, shapes, folder, tfds"),
     ],
 )
 def test_what_is_refused(changes, sentence):

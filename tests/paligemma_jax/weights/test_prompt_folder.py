@@ -60,9 +60,12 @@ def test_the_folder_holds_what_trained_and_no_more(trained, saved):
     assert {file.name for file in saved.iterdir()} == {"adapter.json", "adapter.safetensors"}
 
 
-def test_a_base_in_half_precision_is_the_same_base(saved, golden):
+def test_a_base_in_less_precision_is_the_same_base(saved, golden, tmp_path):
     half = pg.load(golden / "coprompt/base", "bfloat16", param_dtype="bfloat16", adapter=saved)
     assert half.prompts.text.dtype == jnp.float32
+    quantized = pg.load(golden / "coprompt/base", quantize="nf4", adapter=saved)
+    pg.weights.save_prompts(quantized, tmp_path)
+    pg.weights.load_prompts(pg.load(golden / "coprompt/base"), tmp_path)
 
 
 def test_another_base_of_the_same_sizes_is_told(saved, golden):

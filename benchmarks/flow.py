@@ -1,0 +1,240 @@
+"""Flow matching in the plane beside torchcfm and torchdiffeq: training steps, exact couplings, sampling.
+
+    pip install -e ".[bench]"
+    taskset -c 0,1 python benchmarks/flow.py [--steps=200] [--rounds=5] [--cases=step,coupled,sample] [--check]
+
+Both sides do the same work in the same process on all cores that it may use, in turns, and medians of the rounds'
+wall time are told. `step` and `coupled` are training on 8 Gaussians to moons, torchcfm's tutorial: an MLP of 3 x 256
+(SELU, t beside x), Adam, sigma 0.1, a training set of 200,000 points and fresh noise in every step. Ours is what
+train.py runs, the compiled step of train_jax with its guard and its metrics and batches read ahead by threads that
+start in the timed part; theirs is the tutorial's loop. `coupled` pairs every batch by an exact coupling. `sample`
+integrates one trained field by Dopri5 at 1e-5, with the weights of one side copied to the other.
+
+--check exits with status 1 where a ratio is below its bar.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from ml_collections import ConfigDict
+from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
+from torchcfm.models import MLP
+from torchdiffeq import odeint
+
+import flow_jax as fj
+from flow_jax import toys
+from flow_jax.task import PlaneFlow
+from train_jax import metrics, model_state, optimizers, params, sharding, training_step
+from train_jax.config import base_config
+from train_jax.session import training_batches
+
+NOISE, DATA, POINTS = "8gaussians", "moons", 200_000
+WIDTH, RATE, SIGMA = 256, 1e-3, 0.1
+TOLERANCE = 1e-5
+PACKAGES = ("jax", "flax", "diffrax", "torch", "torchcfm", "torchdiffeq", "POT", "numpy", "scipy")
+
+
+class Case(NamedTuple):
+    """One comparison: what a round of each side runs, and the ratio that ours should reach."""
+
+    title: str
+    ours: Callable[[], None]
+    theirs: Callable[[], None]
+    work: int  # steps or samplings of a round
+    bar: float
+
+
+class Ours:
+    """A training run of train_jax without its log, evaluations and checkpoints."""
+
+    def __init__(self, batch_size: int, coupling: str, threads: int):
+        self.config = make_config(batch_size, coupling, threads)
+        self.mesh = sharding.make_mesh(self.config.mesh)
+        task = PlaneFlow(self.config, self.mesh)
+        self.source, self.bundle = task.train_source(), model_state.build(task, self.mesh)
+        schedule = optimizers.make_schedule(self.config.optimizer, POINTS, 0)
+        optimizer = optimizers.make_optimizer(self.config.optimizer, schedule, self.bundle.trainable)
+        self.state = model_state.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=False)
+        self.place, self.done = sharding.batch_sharding(self.mesh).spec, 0
+        batch = sharding.to_global(self.pipeline(1).batch_at(0), self.mesh, self.place)
+        traced, totals = training_step.trace(
+            self.config, task, self.mesh, self.bundle, optimizer, schedule, self.state, batch
+        )
+        self.step = traced.lower().compile()
+        self.totals = jax.device_put(metrics.zeros_like(totals), sharding.replicated(self.mesh))
+
+    def pipeline(self, num_steps: int):
+        return training_batches(self.config, self.source, num_steps)
+
+    def train(self, steps: int) -> None:
+        """Some more steps, from empty queues to the end of the last (as train_jax.loop.Run.train)."""
+        batches = self.pipeline(self.done + steps).iterate(self.done)
+        for _ in range(steps):
+            batch = sharding.to_global(next(batches), self.mesh, self.place)
+            self.state, self.totals = self.step(self.state, self.totals, self.bundle.frozen, batch)
+        jax.block_until_ready(self.state)
+        batches.close()
+        self.done += steps
+
+    def model(self) -> nnx.Module:
+        """The model as it is now; later steps take its arrays over."""
+        return self.bundle.model({path: leaf.copy() for path, leaf in self.state.params.items()})
+
+
+def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
+    """What a user would write into a config file."""
+    config = base_config("flow_jax.task:PlaneFlow")
+    config.batch_size, config.data.threads = batch_size, threads
+    config.data.noise, config.data.name, config.data.num_examples = NOISE, DATA, POINTS
+    config.model.update({"width": WIDTH, "depth": 3, "activation": "selu", "time_width": 0})
+    config.path.name, config.path.sigma = "cfm", SIGMA
+    config.coupling.name = coupling
+    config.optimizer.learning_rate = RATE  # of adamw, whose decay is 0
+    return config
+
+
+class Theirs:
+    """The loop of torchcfm's tutorial."""
+
+    def __init__(self, batch_size: int, matcher: ConditionalFlowMatcher):
+        torch.manual_seed(0)
+        self.net = MLP(dim=2, w=WIDTH, time_varying=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), RATE)
+        self.matcher, self.batch_size = matcher, batch_size
+        self.points = torch.from_numpy(toys.draw(DATA, POINTS, 0))
+        angle = torch.arange(8) * (torch.pi / 4)
+        self.centres = 5 * torch.stack([angle.cos(), angle.sin()], 1)
+
+    def train(self, steps: int) -> None:
+        n = self.batch_size
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            x_0 = self.centres[torch.randint(8, (n,))] + 0.1**0.5 * torch.randn(n, 2)
+            x_1 = self.points[torch.randint(POINTS, (n,))]
+            t, x_t, u_t = self.matcher.sample_location_and_conditional_flow(x_0, x_1)
+            loss = ((self.net(torch.cat([x_t, t[:, None]], 1)) - u_t) ** 2).mean()
+            loss.backward()
+            self.optimizer.step()
+
+
+def step_case(ours: Ours, steps: int) -> Case:
+    theirs = Theirs(ours.config.batch_size, ConditionalFlowMatcher(SIGMA))
+    sizes = [sum(leaf.size for leaf in params.flatten(ours.model()).values())]
+    sizes.append(sum(leaf.numel() for leaf in theirs.net.parameters()))
+    assert sizes[0] == sizes[1], f"the models have {sizes} parameters"
+    print(f"MLP of {sizes[0]:,} parameters on both sides")
+    return Case("step", lambda: ours.train(steps), lambda: theirs.train(steps), steps, 1.15)
+
+
+def coupled_case(steps: int, threads: int) -> Case:
+    ours = Ours(1024, "exact", threads)
+    theirs = Theirs(1024, ExactOptimalTransportConditionalFlowMatcher(SIGMA))
+    return Case("coupled", lambda: ours.train(steps), lambda: theirs.train(steps), steps, 1.2)
+
+
+def sample_case(ours: Ours, solves: int) -> Case:
+    """Both integrate the field that `ours` has learned in some steps, from the same 10,000 points."""
+    ours.train(max(0, 1500 - ours.done))
+    model, net = ours.model(), MLP(dim=2, w=WIDTH, time_varying=True)
+    layers = [layer for layer in net.net if isinstance(layer, torch.nn.Linear)]
+    with torch.no_grad():
+        for layer, source in zip(layers, (model.inputs, *model.hidden, model.outputs), strict=True):
+            layer.weight.copy_(torch.from_numpy(np.array(source.kernel[...]).T))
+            layer.bias.copy_(torch.from_numpy(np.array(source.bias[...])))
+    x_0 = toys.draw(NOISE, 10_000, 1)
+    calls, ends = [0], torch.tensor([0.0, 1.0])
+
+    def field(t, x):
+        calls[0] += 1
+        return net(torch.cat([x, t.expand(len(x), 1)], 1))
+
+    def their_sample():
+        with torch.no_grad():
+            return odeint(field, torch.from_numpy(x_0), ends, rtol=TOLERANCE, atol=TOLERANCE, method="dopri5")[-1]
+
+    def our_sample():
+        return fj.sample(model, x_0, solver="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
+
+    with torch.no_grad():
+        velocity = field(torch.tensor(0.5), torch.from_numpy(x_0)).numpy()
+    np.testing.assert_allclose(np.asarray(model(0.5, x_0)), velocity, rtol=1e-4, atol=1e-4)
+    calls[0] = 0
+    found, expected = our_sample(), their_sample().numpy()
+    nfe = int(found.nfe), calls[0]
+    gap = np.abs(np.asarray(found.x) - expected)
+    print(f"Dopri5 at {TOLERANCE:g}: {nfe[0]} evaluations, torchdiffeq {nfe[1]}; outputs differ by {gap.mean():.1e} in "
+          f"the mean, {gap.max():.1e} at most")  # fmt: skip
+    assert gap.mean() < 100 * TOLERANCE, "the two sides sample different points"  # local errors add up
+
+    def repeat(function):
+        for _ in range(solves):
+            jax.block_until_ready(function())
+
+    return Case("sample", lambda: repeat(lambda: our_sample().x), lambda: repeat(their_sample), solves, 2.0)
+
+
+def compare(case: Case, rounds: int) -> bool:
+    """Runs the rounds, of which one before does not count, prints the row; whether the bar is met."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(-1, rounds):
+        for side in (0, 1) if number % 2 else (1, 0):
+            time.sleep(0.2)  # threads of the other side go to sleep
+            began = time.perf_counter()
+            (case.ours, case.theirs)[side]()
+            if number >= 0:
+                seconds[side].append((time.perf_counter() - began) / case.work)
+    ours, theirs = (1e3 * statistics.median(side) for side in seconds)
+    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    met = theirs / ours >= case.bar
+    print(
+        f"{case.title:<9} {ours:>9.2f} {theirs:>9.2f} {theirs / ours:>7.2f} {min(ratios):>7.2f} {max(ratios):>7.2f} "
+        f"{case.bar:>6.2f} {'' if met else 'below'}",
+        flush=True,
+    )
+    return met
+
+
+def main() -> int:
+    """Prints a row for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="of a round of training")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--solves", type=int, default=5, help="samplings of a round")
+    parser.add_argument("--cases", default="step,coupled,sample", help="separated by commas")
+    parser.add_argument("--threads", type=int, default=2, help="our data.threads, which read and couple ahead")
+    parser.add_argument("--check", action="store_true", help="status 1 where a ratio is below its bar")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_platforms", "cpu")
+    torch.set_num_threads(cores)
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    print(f"{cores} cores, torch {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; float32 on the CPU")
+    ours = Ours(256, "independent", options.threads)
+    makers = {
+        "step": lambda: step_case(ours, options.steps),
+        "coupled": lambda: coupled_case(options.steps, options.threads),
+        "sample": lambda: sample_case(ours, options.solves),
+    }
+    names = options.cases.split(",")
+    if unknown := set(names) - set(makers):
+        parser.error(f"--cases has {', '.join(sorted(unknown))}, expected some of {', '.join(makers)}")
+    cases = [makers[name]() for name in names]
+    print(f"{'':<9} {'ours, ms':>9} {'theirs':>9} {'ratio':>7} {'least':>7} {'most':>7} {'bar':>6}")
+    met = [compare(case, options.rounds) for case in cases]
+    print(f"load {os.getloadavg()[0]:.1f} at the end")
+    return int(options.check and not all(met))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
