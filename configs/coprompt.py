@@ -74,7 +74,8 @@ def clip_b16(config: ConfigDict) -> None:
     config.template = config.init_words + " {}."  # "a photo of a {}."
     config.data.name = "images"
     # Views are ours: the code draws both by one RandAugment.
-    config.views.tuned, config.views.frozen = vars(augment.LIGHT), vars(augment.STRONG)
+    config.views.tuned.update(vars(augment.LIGHT))
+    config.views.frozen.update(vars(augment.STRONG))
     config.consistency.weight = None  # lambda is the method's, 1 as in the code
     config.batch_size, config.total_epochs = 4, 8.0
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.0035
