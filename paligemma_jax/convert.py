@@ -29,7 +29,7 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax, save_peft
 from paligemma_jax.weights.load import stored_dtype
 from paligemma_jax.weights.tokenizer_files import MODEL, SIGLIP_MODEL, tokenizer_files
-from train_jax import command_line
+from train_jax import command_line, params
 from train_jax.errors import UserError
 
 ORBAX = "orbax"
@@ -99,6 +99,9 @@ def read(
     model = loading.load(source, dtype, **options)
     if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
+    if isinstance(model, DualEncoder) and loading.is_run(source):  # which trains in float32, whatever it computes in
+        arrays = params.flatten(model)
+        return params.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
     return model
 
 

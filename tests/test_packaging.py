@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from paligemma_jax.shipped import SHIPPED
 from train_jax.command_line import load_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
-TINY = ROOT / "paligemma_jax" / "tiny"
 MAX_TINY_BYTES = 8 * 2**20
 MAIN_JOB = (
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && python train.py --config=configs/clevr.py"
@@ -45,20 +45,23 @@ def sources(*suffixes):
     return {str(file.relative_to(ROOT)) for file in files}
 
 
-def test_wheel_holds_the_tiny_model(wheel):
-    in_tree = {f"paligemma_jax/tiny/{file.name}": file.read_bytes() for file in TINY.iterdir()}
-    in_wheel = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("paligemma_jax/tiny/")}
+def shipped():
+    """Files of the models that ship, as the wheel names them."""
+    return {str(file.relative_to(ROOT)): file for folder in SHIPPED.values() for file in folder.iterdir()}
+
+
+def test_wheel_holds_the_tiny_models(wheel):
+    in_tree = {name: file.read_bytes() for name, file in shipped().items()}
+    in_wheel = {name: wheel.read(name) for name in wheel.namelist() if name.startswith("paligemma_jax/tiny")}
     assert in_wheel == in_tree
-    assert "paligemma_jax/tiny/tokenizer.model" in in_wheel
+    assert {"paligemma_jax/tiny/tokenizer.model", "paligemma_jax/tiny_siglip/tokenizer.model"} <= in_wheel.keys()
     assert sum(map(len, in_wheel.values())) <= MAX_TINY_BYTES
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {name for name in names if name.endswith(".py")} == sources(".py")
-    assert {name for name in names if not name.endswith(".py")} == {
-        f"paligemma_jax/tiny/{f.name}" for f in TINY.iterdir()
-    }
+    assert {name for name in names if not name.endswith(".py")} == set(shipped())
 
 
 def test_wheel_metadata(wheel):

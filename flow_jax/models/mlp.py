@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import Labels
-from flow_jax.models.features import Condition, batch_times, drop, linear
+from flow_jax.models.features import Condition, activation, batch_times, drop, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +55,12 @@ class MLP(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See features.py for the arguments."""
-        activation, t = getattr(jax.nn, self.config.activation), batch_times(t, x)
+        act, t = activation(self.config.activation), batch_times(t, x)
         if self.condition is None:
             h = self.inputs(jnp.concatenate([x, t[:, None].astype(x.dtype)], axis=1))
         else:
             h = self.inputs(x) + self.condition(t, labels)
-        h = activation(h)
+        h = act(h)
         for index, layer in enumerate(self.hidden):
-            h = activation(layer(drop(h, self.config.dropout, dropout_keys, f"hidden/{index}")))
+            h = act(layer(drop(h, self.config.dropout, dropout_keys, f"hidden/{index}")))
         return self.outputs(h)

@@ -284,3 +284,11 @@ def test_resizing_keeps_the_mean():
 def test_wrong_sizes_are_told(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
+
+
+def test_selu_is_that_of_jax_to_rounding_and_so_is_its_gradient():
+    x = jnp.concatenate([jnp.linspace(-6, 6, 1001), jnp.array([-1e4, -1e-6, 0.0, 1e-6, 1e4])])
+    np.testing.assert_allclose(features.activation("selu")(x), jax.nn.selu(x), rtol=3e-7, atol=3e-7)
+    gradients = [jax.vmap(jax.grad(function))(x) for function in (features.selu, jax.nn.selu)]
+    np.testing.assert_allclose(*gradients, rtol=3e-7, atol=3e-7)
+    assert features.activation("silu") is jax.nn.silu

@@ -13,6 +13,7 @@ from paligemma_jax import convert, losses
 from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.tasks import contrastive
 from paligemma_jax.tasks.contrastive import Contrastive
+from paligemma_jax.weights.load import stored_dtype
 from tests.paligemma_jax.mini import ROOT, config_of, png
 from train_jax import loop, params, sharding
 from train_jax.config import from_json
@@ -291,6 +292,8 @@ def test_without_a_bias(options):
 def test_a_model_that_is_there_is_gone_on_from(options, run, tmp_path):
     """With its own sizes, words, scale and bias."""
     convert.convert(str(run), str(tmp_path / "folder"), "hugging_face")
+    convert.convert(str(run), str(tmp_path / "half"), "hugging_face", "float16")
+    assert [stored_dtype(tmp_path / name) for name in ("folder", "half")] == ["float32", "float16"]
     task = task_of(options, **{"model.path": str(tmp_path / "folder"), "init.scale": 3.0, "data.text_length": 5})
     theirs, ours = params.flatten(pg.load(run)), params.flatten(task.init())
     for path, array in theirs.items():
