@@ -70,7 +70,6 @@ def clip_b16(config: ConfigDict) -> None:
     Prompts and adapters are those of `pg.few_shot_method`: 2 coupled prompts in each of 9 layers, 128 units.
     """
     config.model.path = "hf://openai/clip-vit-base-patch16"
-    config.model.remat, config.model.unroll = "none", False
     config.template = config.init_words + " {}."  # "a photo of a {}."
     config.data.name = "images"
     # Views are ours: the code draws both by one RandAugment.

@@ -31,7 +31,7 @@ def defaults() -> ConfigDict:
     """The keys of the task with their defaults."""
     config = ConfigDict()
     # path: a SigLIP or CLIP: folder, hf://owner/name, .npz, or a name that ships.
-    config.model = ConfigDict({"path": "tiny-siglip", "remat": "none", "unroll": True})
+    config.model = ConfigDict({"path": "tiny-siglip", "remat": "none", "unroll": False})
     config.tokenizer = placeholder(str)  # its folder or file; None = beside model.path
     config.method = "coprompt"  # zero_shot | coop | maple | adapters | coprompt | full
     config.prompts = ConfigDict(
@@ -108,7 +108,7 @@ def _check_scenes(config: ConfigDict) -> None:
         raise UserError(f"data.source is {data.source!r} of synthetic classes: set data.name=images.")
     if config.protocol == "cross_dataset":
         raise UserError(
-            "protocol is 'cross_dataset', which synthetic classes have no others for: set data.name=images."
+            "protocol is 'cross_dataset' of synthetic classes, which are one data set: set data.name=images."
         )
     if bool(data.target_styles) != (config.protocol in OTHERS) or data.targets:
         raise UserError(

@@ -46,6 +46,7 @@ OPTIONS = {
     "prompts.image_adapter": 3,
 }
 CLASSES = ("red", "green ball", "blue", "gray cube", "brown")
+CLASSES_SORTED = tuple(sorted(CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,10 @@ def options(folder, tmp_path_factory):
 def task_of(options, **changes):
     config = config_of(without(options | changes), CONFIG)
     return CoPrompt(config, sharding.make_mesh(config.mesh))
+
+
+def tokens_of(words, texts):
+    return tuple(map(jnp.asarray, words(texts)))
 
 
 def without(options):
@@ -115,9 +120,6 @@ def test_a_run_measures_draws_and_stores(run, options):
     assert any("eval/val_accuracy" in line for line in logged)
 
 
-CLASSES_SORTED = tuple(sorted(CLASSES))
-
-
 def test_an_extended_run_is_the_run(run, options, tmp_path):
     """Two steps, then two more: views, draws and order are functions of the step."""
     fit(options, tmp_path / "run", total_steps=2)
@@ -143,7 +145,7 @@ def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_p
     assert all(np.array_equal(after[path], array) for path, array in before.items())
     assert set(after) - set(before) == set(params.abstract(trained)) - set(params.abstract(base)) != set()
     pixels = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 24, 24, 3)), jnp.float32)
-    tokens, mask = task.tokenizer(["a red", "a green ball"])
+    tokens, mask = tokens_of(task.tokenizer, ["a red", "a green ball"])
     plain = jax.jit(lambda model: model(pixels, tokens, mask, prompts=False)[:2])
     for ours, theirs in zip(plain(trained), plain(base), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -248,9 +250,9 @@ def test_the_loss_is_coprompts_in_micro_batches_too(options):
     sentences = [written[name] for name in task.protocol.tuned.classes]
     drawn = [group[int(float(batch["draw"][0]) * len(group))] for group in sentences]
     good, normalize = np.array([0, 2, 3]), model.config.preprocessing.normalize
-    tokens, mask = task.tokenizer([f"a {name}" for name in task.protocol.tuned.classes])
+    tokens, mask = tokens_of(task.tokenizer, [f"a {name}" for name in task.protocol.tuned.classes])
     rows = {"tokens": tokens, "text_mask": mask, "labels": batch["label"][good]}
-    rows |= dict(zip(("descriptions", "description_mask"), task.tokenizer(drawn), strict=True))
+    rows |= dict(zip(("descriptions", "description_mask"), tokens_of(task.tokenizer, drawn), strict=True))
     rows |= {ours: normalize(batch[name][good]) for name, ours in IMAGES.items()}
     expected, _ = coprompt_loss(model, rows, 2.0, "mse")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -368,7 +370,7 @@ def test_a_run_classifies_with_its_prompts(run, options):
     model = pg.load(run)
     words = pg.load_text_tokenizer(run, model.config.text.length)
     pixels = jnp.asarray(np.stack([read_pixels(file, model.config.preprocessing) for file in files]))
-    logits = model.logits(*model(pixels, *words(["a red", "a blue"]))[:2])
+    logits = model.logits(*model(pixels, *tokens_of(words, ["a red", "a blue"]))[:2])
     np.testing.assert_allclose(found, jax.nn.sigmoid(logits), rtol=1e-5, atol=1e-6)
     base = classify(files, ["red", "blue"], ["a {}"], model=options["model.path"])
     assert np.abs(found - base).max() > 1e-4
