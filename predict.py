@@ -8,7 +8,7 @@ Every answer is one line; a newline inside one is written \\n.
 
 A SigLIP or a CLIP classifies: python predict.py --model=DIR --image=x.png --class=cat --class=dog. Every image is one
 line with the likelihood of each class; --template="a photo of a {}." (several make an ensemble) says how classes are
-written.
+written. A run of configs/coprompt.py (--workdir) does so with its prompts, and its own template by default.
 
 A run of configs/flow_clevr.py draws: python predict.py --workdir=DIR --prompt="a small red metal cube" --out=x.png (by
 default DIR/drawn.png); --seed=1 draws another, --config.eval.guidance=2 follows the prompt more closely.
@@ -35,7 +35,9 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("image", [], "image file", **options)
     flags.DEFINE_multi_string("prompt", [], "question or task, such as 'caption en'", **options)
     flags.DEFINE_multi_string("class", [], "of a SigLIP or CLIP: what an image may show", **options)
-    flags.DEFINE_multi_string("template", [], "prompt with {} for the class; {} alone if absent", **options)
+    flags.DEFINE_multi_string(
+        "template", [], "prompt with {} for the class; {} alone, or the run's own, if absent", **options
+    )
     flags.DEFINE_string("out", None, "of a run that draws: the PNG", **options)
     flags.DEFINE_integer("max_new_tokens", 64, "tokens to generate, at most", **options)
     flags.DEFINE_string("sampler", "greedy", "greedy, temperature, top_k, nucleus or beam", **options)
@@ -118,7 +120,7 @@ def _classify(values: flags.FlagValues, rest: list[str]) -> None:
     scores = classify(
         values.image,
         classes,
-        values.template or ("{}",),
+        values.template or None,
         model=values.workdir or values.model,
         tokenizer=values.tokenizer,
         dtype=values.dtype or "float32",

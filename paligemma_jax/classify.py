@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Float
 
 from paligemma_jax import zero_shot
+from paligemma_jax.adapt.prompts import check_texts
+from paligemma_jax.data.descriptions import fill_templates
 from paligemma_jax.data.text_tokens import load_text_tokenizer
-from paligemma_jax.loading import load
+from paligemma_jax.loading import is_run, load, run_config
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.predict import read_pixels
 from train_jax.errors import UserError
@@ -21,7 +23,7 @@ BATCH = 32  # images embedded at once
 def classify(
     images: Sequence[str | Path],
     classes: Sequence[str],
-    templates: Sequence[str] = ("{}",),
+    templates: Sequence[str] | None = None,
     *,
     model: str | Path,
     tokenizer: str | Path | None = None,
@@ -33,7 +35,8 @@ def classify(
 
     Args:
       images: files, N of them.
-      classes, templates: see zero_shot.class_embeddings; a prompt ensemble has several templates.
+      classes, templates: see zero_shot.class_embeddings; a prompt ensemble has several templates. None: of a few-shot
+        run that which it was tuned with, else the class alone.
       model: a SigLIP or CLIP that `pg.load` reads, the workdir of a run too.
       tokenizer: its folder or file; None is what lies beside the model.
       dtype: compute dtype.
@@ -45,7 +48,7 @@ def classify(
       over the classes. float32.
 
     Raises:
-      UserError: no dual encoder, no class, or an image that cannot be read.
+      UserError: no dual encoder, no class, an image that cannot be read, or texts that learned prompts would spoil.
     """
     if not images:
         raise UserError("no image is given to classify: add --image.")
@@ -55,6 +58,9 @@ def classify(
         raise UserError(f"{model} is no SigLIP or CLIP, which classes are compared with: leave them out, or give one.")
     words = load_text_tokenizer(tokenizer or model, encoder.config.text.length)
     words.fits(encoder.config.text.vocab_size)
+    templates = templates or (_template(model),)
+    prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
+    check_texts(encoder, words(prompts)[0])
     texts = jnp.asarray(zero_shot.class_embeddings(encoder, words, classes, templates))
     step = jax.jit(lambda encoder, pixels, texts: encoder.logits(encoder.encode_image(pixels)[0], texts))
     logits = []
@@ -66,3 +72,8 @@ def classify(
             told(min(start + BATCH, len(images)), len(images))
     found = jnp.asarray(np.concatenate(logits)[: len(images)])
     return np.asarray(jax.nn.softmax(found) if encoder.logit_bias is None else jax.nn.sigmoid(found))
+
+
+def _template(model: str | Path) -> str:
+    """How a few-shot run writes classes (tasks/coprompt.py); of all else the class alone."""
+    return run_config(model).get("template", "{}") if is_run(model) else "{}"

@@ -106,13 +106,28 @@ def embed_images(
     prepare, found = model.config.preprocessing, []
     for start in range(0, len(images), batch_size):
         part = [images[min(index, len(images) - 1)] for index in range(start, start + batch_size)]
-        found.append(np.asarray(_embed_pixels(model, np.stack([prepare.resize(image) for image in part]))))
+        found.append(np.asarray(embed_pixels(model, np.stack([prepare.resize(image) for image in part]))))
     return np.concatenate(found)[: len(images)]
 
 
 @jax.jit
-def _embed_pixels(model: DualEncoder, pixels: jax.Array) -> jax.Array:
+def embed_pixels(model: DualEncoder, pixels: UInt8[jax.Array, "B I I 3"]) -> Float[jax.Array, "B E"]:
+    """Embeddings of pictures that `Preprocessing.resize` made."""
     return model.encode_image(model.config.preprocessing.normalize(pixels))[0]
+
+
+def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
+    """Embeddings of any number of texts, a batch at a time; the last batch is filled up."""
+    found = []
+    for start in range(0, len(texts), AT_ONCE):
+        part = [texts[min(index, len(texts) - 1)] for index in range(start, start + AT_ONCE)]
+        found.append(np.asarray(_embed_tokens(model, *tokenize(part))))
+    return np.concatenate(found)[: len(texts)]
+
+
+@jax.jit
+def _embed_tokens(model: DualEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.encode_text(tokens, mask)[0]
 
 
 @runtime_checkable  # so that beartype can check it in tests

@@ -39,6 +39,7 @@ def runtime_defaults() -> ConfigDict:
     optimizer.learning_rate = 1e-3  # the peak, after warm-up
     optimizer.schedule = "constant"  # constant | linear | cosine | rsqrt, after warm-up
     optimizer.update(_duration("warmup", *UNITS))  # at most one; none = no warm-up
+    optimizer.warmup_constant = placeholder(float)  # learning rate all through the warm-up; None = a ramp from 0
     optimizer.end_factor = 0.0  # linear and cosine end at learning_rate * end_factor
     optimizer.rsqrt_timescale = 10_000.0  # rsqrt: updates until the rate has fallen to learning_rate / sqrt(2)
     optimizer.b1 = 0.9

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, optimizers, sharding, state, training_step
+from train_jax import files, metrics, optimizers, sharding, state, training_step, untrained
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
 from train_jax.durations import Plan
@@ -64,6 +64,8 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     measured = getattr(task, "validation_metrics", None)
     if measured is not None:
         check_metric(config.best_metric, measured)
+    if task.trainable() is None:
+        return untrained.fit(config, workdir, task, mesh, began)
     trainable_paths = getattr(task, "trainable_paths", None)
     if trainable_paths is not None:
         optimizers.check(config.optimizer, trainable_paths())

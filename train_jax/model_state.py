@@ -52,7 +52,8 @@ def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> Bundle:
 
 def _bundle(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> Bundle:
     graph, arrays = params.split(model)
-    trains = set(patterns.select(task.trainable(), arrays, what="trainable parameters"))
+    pattern = task.trainable()
+    trains = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
     places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
     placed = {path: put(array, places[path]) for path, array in arrays.items()}
     return Bundle(

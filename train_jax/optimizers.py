@@ -35,24 +35,27 @@ Rate = tuple[float, int | None]  # factor and own warm-up (None: the schedule's)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """An optax schedule: linear warm-up from 0, then decay from `peak`.
+    """An optax schedule: linear warm-up from 0, or one at a constant rate, then decay from `peak`.
 
     Attributes:
       peak: learning rate at the end of the warm-up.
       decay: factor of the peak as a function of the updates made since the warm-up ended (0 or more).
       warmup_steps: length of the warm-up in updates; 0 starts at the peak.
+      constant: learning rate all through the warm-up; None: a ramp.
     """
 
     peak: float
     decay: Callable[[Float[Array, ""]], Float[Array, ""]]
     warmup_steps: int
+    constant: float | None = None
 
     def __call__(self, step: Step, warmup_steps: int | None = None) -> Float[Array, ""]:
         """Rate of the update after `step` updates; `warmup_steps` replaces the warm-up (the decay keeps its place)."""
         step = jnp.asarray(step, jnp.float32)
         warmup_steps = self.warmup_steps if warmup_steps is None else warmup_steps
-        ramp = jnp.minimum(step / max(warmup_steps, 1), 1.0) if warmup_steps else 1.0
-        return self.peak * ramp * self.decay(jnp.maximum(step - self.warmup_steps, 0.0))
+        ramp = jnp.minimum(step / max(warmup_steps, 1), 1.0) if warmup_steps and self.constant is None else 1.0
+        rate = self.peak * ramp * self.decay(jnp.maximum(step - self.warmup_steps, 0.0))
+        return rate if self.constant is None else jnp.where(step < warmup_steps, self.constant, rate)
 
 
 # The decays by name: factor of the peak at t, the updates made since the warm-up ended (float32).
@@ -100,9 +103,9 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
       rsqrt:    1 / sqrt(1 + t / `rsqrt_timescale`), t updates after the warm-up (Zhai et al., 2022), knows no end
 
     Args:
-      config: `learning_rate`, `schedule`, `end_factor`, `rsqrt_timescale` are read.
+      config: `learning_rate`, `schedule`, `warmup_constant`, `end_factor`, `rsqrt_timescale` are read.
       total_steps: updates of the whole run.
-      warmup_steps: updates of the linear warm-up, contained in `total_steps`.
+      warmup_steps: updates of the warm-up (linear, or constant at `warmup_constant`), contained in `total_steps`.
 
     Raises:
       UserError: unknown schedule, negative rate, a warm-up longer than the run, or an end factor that has no meaning.
@@ -111,7 +114,7 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
     check_warmup(warmup_steps, total_steps)
     span, end, timescale = max(total_steps - warmup_steps, 1), config.end_factor, config.rsqrt_timescale
     decay = functools.partial(SCHEDULES[config.schedule], span=span, end=end, timescale=timescale)
-    return Schedule(float(config.learning_rate), decay, warmup_steps)
+    return Schedule(float(config.learning_rate), decay, warmup_steps, config.warmup_constant)
 
 
 def _check_schedule(config: ConfigDict) -> None:
@@ -119,6 +122,10 @@ def _check_schedule(config: ConfigDict) -> None:
     _check_choice("schedule", config.schedule, SCHEDULES)
     if not config.learning_rate >= 0:
         raise UserError(f"learning_rate is {config.learning_rate}, expected 0 or more; change optimizer.learning_rate")
+    if config.warmup_constant is not None and not config.warmup_constant >= 0:
+        raise UserError(
+            f"warmup_constant is {config.warmup_constant}, expected a rate of 0 or more, or None for a ramp"
+        )
     if config.schedule in ("constant", "rsqrt") and config.end_factor:
         raise UserError(
             f"end_factor={config.end_factor} has no meaning for schedule='{config.schedule}', which does not end; "

@@ -37,6 +37,10 @@ def plan(config: ConfigDict) -> RunPlan:
     mesh = sharding.make_mesh(config.mesh)
     blueprint = task.blueprint(config, mesh)
     bundle = model_state.abstract(blueprint.task, blueprint.model, mesh)
+    device = jax.devices()[0].device_kind
+    if blueprint.task.trainable() is None:
+        frozen = sharding.device_bytes(bundle.frozen)
+        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, bundle, frozen, mesh))
     steps = Plan.of(config, NOMINAL_EXAMPLES)
     schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
@@ -46,13 +50,10 @@ def plan(config: ConfigDict) -> RunPlan:
     traced, totals = training_step.trace(config, blueprint.task, mesh, bundle, optimizer, schedule, start, batch)
     state_bytes = sharding.device_bytes((start, bundle.frozen))
     held = state_bytes + sharding.device_bytes((totals, batch))
-    programs = [_compiled("training step", traced, held, mesh)]
-    for name, (function, arguments) in blueprint.programs.items():
-        held = state_bytes + sharding.device_bytes(arguments)
-        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments), held, mesh))
+    programs = [_compiled("training step", traced, held, mesh), *_evaluations(blueprint, bundle, state_bytes, mesh)]
     trainable = sharding.device_bytes(start.params)
     return RunPlan(
-        device=jax.devices()[0].device_kind,
+        device=device,
         mesh=dict(mesh.shape),
         trainable=trainable,
         frozen=sharding.device_bytes(bundle.frozen),
@@ -60,6 +61,15 @@ def plan(config: ConfigDict) -> RunPlan:
         batch=sharding.device_bytes(batch),
         programs=programs,
     )
+
+
+def _evaluations(blueprint: Blueprint, bundle: Bundle, state_bytes: int, mesh: Mesh) -> list[Program]:
+    """The programs of an evaluation, beside a state of so many bytes."""
+    programs = []
+    for name, (function, arguments) in blueprint.programs.items():
+        held = state_bytes + sharding.device_bytes(arguments)
+        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments), held, mesh))
+    return programs
 
 
 def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """What a run takes on one device, in bytes; the first program is the training step."""
+    """What a run takes on one device, in bytes; the first program is the training step, if anything trains."""
 
     device: str
     mesh: dict[str, int]

@@ -36,7 +36,7 @@ class Earlier(NamedTuple):
 
 
 def look(workdir: Path, config: ConfigDict) -> Earlier | None:
-    """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint.
+    """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint and no results.
 
     A run that gave up for want of patience stays over, however long a run is asked for; more patience lets it go on.
 
@@ -45,7 +45,7 @@ def look(workdir: Path, config: ConfigDict) -> Earlier | None:
     """
     latest = checkpoint_files.read_latest(workdir / "checkpoints")
     if latest is None:
-        return None
+        return _untrained(workdir, config)
     step, meta = latest
     examples = meta["fingerprint"]["examples"]  # the session compares it with the data once they are there
     notes = check_resume(stored_config(workdir), config, examples)
@@ -64,6 +64,15 @@ def look(workdir: Path, config: ConfigDict) -> Earlier | None:
     elif early:
         notes = [f"{found}, and only its evaluation is left{remedy}."]
     return Earlier(notes, results)
+
+
+def _untrained(workdir: Path, config: ConfigDict) -> Earlier | None:
+    """An earlier run in which nothing trained: it has no checkpoint, and is complete once it was evaluated."""
+    results = _final_results(workdir)
+    if results is None or results["step"] > 0:  # of a run whose checkpoints were removed
+        return None
+    notes = check_resume(stored_config(workdir), config, epoch_examples=1)
+    return Earlier([*notes, f"{workdir} is complete: nothing trains, see {workdir / 'eval.json'}."], results)
 
 
 def check_single(config: ConfigDict, workdir: Path) -> None:

@@ -69,8 +69,11 @@ class Task(Protocol):
         """The model at the start of training, weights loaded and adapters attached; a function of the config."""
         ...
 
-    def trainable(self) -> str:
-        """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state."""
+    def trainable(self) -> str | None:
+        """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state.
+
+        None: nothing trains, as in a baseline that is only measured; the run is its evaluation (untrained.py).
+        """
         ...
 
     def sharding_rules(self) -> Sequence[tuple[str, Spec]]:

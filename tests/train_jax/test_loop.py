@@ -345,6 +345,21 @@ def test_evaluate_the_model_before_training(tmp_path):
     assert json.loads((tmp_path / "base" / "eval.json").read_text()) == results
 
 
+def test_where_nothing_trains_the_run_is_its_evaluation(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Toy, "trainable", lambda self: None)
+    untouched = loop.evaluate(config(), tmp_path / "base")
+    results = fit(tmp_path / "run")
+    assert results["loss"] == untouched["loss"] and results["trainable_parameters"] == results["step"] == 0
+    assert json.loads((tmp_path / "run/eval.json").read_text())["finished"]
+    assert from_json((tmp_path / "run/config.json").read_text()).total_steps == 8
+    assert not (tmp_path / "run/checkpoints").exists()
+    capsys.readouterr()
+    assert fit(tmp_path / "run") == results
+    assert "run is complete: nothing trains, see" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another config .*seed: 0 -> 1"):
+        fit(tmp_path / "run", seed=1)
+
+
 def test_evaluate_on_other_devices(two_checkpoints):
     run_config, workdir = two_checkpoints
     expected = loop.evaluate(run_config, workdir, split="one")["loss"]

@@ -210,6 +210,15 @@ def test_schedule_values_at_knots(kind, changes, knots):
         assert float(schedule(step)) == pytest.approx(4.0 * value, abs=1e-6), step
 
 
+def test_a_warm_up_at_a_constant_rate():
+    schedule = make_schedule(config(schedule="cosine", learning_rate=4.0, warmup_constant=0.5), 110, 10)
+    for step, value in {0: 0.5, 9: 0.5, 10: 4.0, 60: 2.0, 110: 0.0}.items():
+        assert float(schedule(step)) == pytest.approx(value, abs=1e-6), step
+    assert float(schedule(10, warmup_steps=40)) == 0.5
+    with pytest.raises(UserError, match="warmup_constant is -1.0, expected a rate of 0 or more"):
+        make_schedule(config(warmup_constant=-1.0), 110, 10)
+
+
 def test_own_warmup_replaces_the_shared_one_and_keeps_the_decay():
     schedule = make_schedule(config(schedule="linear", learning_rate=1.0), total_steps=100, warmup_steps=0)
     assert float(schedule(0)) == 1.0

@@ -1,0 +1,82 @@
+"""Which images a few-shot run is tuned on and tested on, and the sentences about its classes."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from paligemma_jax.data import protocols
+from paligemma_jax.data.class_folders import open_images
+from paligemma_jax.data.descriptions import Sentences, read_descriptions
+from paligemma_jax.data.few_shot import SPLITS, FewShot
+from paligemma_jax.data.protocols import Protocol
+from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
+from paligemma_jax.tasks.common import progress
+from train_jax import files
+from train_jax.errors import UserError
+
+FILE = "protocol.json"
+
+
+def read_data(config: ConfigDict, size: int) -> Protocol:
+    """The images of a config's protocol; shots are drawn by its seed. Synthetic ones are rendered on first use.
+
+    Args:
+      config: of the task.
+      size: pixels a side of synthetic images.
+
+    Raises:
+      UserError: images that are not there, or that do not fit the protocol.
+    """
+    source, targets = (_scenes if config.data.name == "scenes" else _images)(config, size)
+    drawn = dict(shots=config.shots, seed=config.seed)
+    if config.protocol == "cross_dataset":
+        return protocols.cross_dataset(source, targets, **drawn)
+    if config.protocol == "domain_generalization":
+        return protocols.domain_generalization(source, targets, **drawn)
+    return getattr(protocols, config.protocol)(source, **drawn)
+
+
+def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
+    data = config.data
+    whole = dict(zip(SPLITS, data.per_class, strict=True))
+
+    def read(style: str, per_class: dict[str, int]) -> FewShot:
+        with progress(f"rendering {style} classes") as told:
+            return synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, told)
+
+    return read(data.style, whole), {style: read(style, {"test": whole["test"]}) for style in data.target_styles}
+
+
+def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
+    targets = [open_images(folder) for folder in config.data.targets]
+    return open_images(config.data.source), {target.name: target for target in targets}
+
+
+def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:
+    """What the frozen branch reads about each class: descriptions, or where inputs are not perturbed its text alone.
+
+    Raises:
+      UserError: see `read_descriptions`.
+    """
+    if not config.consistency.perturb:
+        return tuple((config.template.format(name),) for name in classes)
+    if config.data.descriptions is not None:
+        return read_descriptions(config.data.descriptions, classes)
+    described = class_descriptions()
+    return tuple(described[name] for name in classes)
+
+
+def store(protocol: Protocol, workdir: Path) -> None:
+    """Writes a run's protocol.
+
+    Raises:
+      UserError: the workdir holds another one.
+    """
+    file = workdir / FILE
+    noted = files.read_json(file).get("digest")
+    if noted not in (None, protocol.digest):
+        raise UserError(
+            f"{file} is of other images (digest {noted}, now {protocol.digest}), expected those of this run: restore "
+            "them, or choose another --workdir."
+        )
+    files.write_atomically(file, protocol.to_json())
