@@ -24,6 +24,7 @@ def config(**changes):
             name="adamw",
             learning_rate=0.1,
             schedule="constant",
+            warmup_constant=None,
             end_factor=0.0,
             rsqrt_timescale=100.0,
             b1=0.9,
