@@ -120,14 +120,19 @@ def _chunk_divergence(settings: _Settings, differentiate: bool, hidden, frozen, 
             for total, each in zip(totals, logits or logits_over(block), strict=True)
         )
 
+    def log_probs(*logits):
+        return tuple(each / temperature - total[:, None] for each, total in zip(logits, totals, strict=True))
+
     def add_block(sums, block, _start, logits=None):
         tuned, base = logits or logits_over(block)
-        log_q, log_p = (each / temperature - total[:, None] for each, total in zip((tuned, base), totals, strict=True))
-        p = jnp.exp(log_p)
-        values = sums[0] + temperature**2 * (p * (log_p - log_q)).sum(axis=-1)
+        log_q, log_p = log_probs(tuned, base)
+        values = sums[0] + temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
         if not differentiate:
             return values, None
-        d_logits = temperature * (jnp.exp(log_q) - p)
+        # Without the barrier p is kept from above, in a third array as large as the logits.
+        tuned, base, values = lax.optimization_barrier((tuned, base, values))
+        log_q, log_p = log_probs(tuned, base)
+        d_logits = temperature * (jnp.exp(log_q) - jnp.exp(log_p))
         if softcap is not None:
             d_logits *= 1.0 - jnp.square(tuned / softcap)
         d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)
