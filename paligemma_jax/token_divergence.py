@@ -25,6 +25,9 @@ from paligemma_jax.word_logits import fold_blocks, logits_of, project_back
 from train_jax.errors import UserError
 
 
+_ARRAYS = 4  # as large as a chunk's logits, that are alive together
+
+
 class _Settings(NamedTuple):
     """What of the arguments is no array."""
 
@@ -52,7 +55,8 @@ def token_divergence(
       embedding: the output embedding of both.
       weights: a token of weight 0 adds nothing to value and gradient, whatever its hidden states hold.
       temperature: tau.
-      chunk_size: as of `token_cross_entropy`, for as much memory: two models' logits are alive, of half as many tokens.
+      chunk_size: as of `token_cross_entropy`, for as much memory: of a quarter as many tokens, two models' logits,
+        probabilities and gradients are alive.
       vocab_chunk, softcap: as of `token_cross_entropy`. The cap comes before the temperature.
 
     Raises:
@@ -61,7 +65,7 @@ def token_divergence(
     token_chunks.check_sizes(chunk_size, vocab_chunk)
     if not temperature > 0:
         raise UserError(f"the divergence has temperature={temperature}, expected a positive number: change it.")
-    settings = _Settings(float(temperature), max(chunk_size // 2, 1), vocab_chunk, softcap)
+    settings = _Settings(float(temperature), max(chunk_size // _ARRAYS, 1), vocab_chunk, softcap)
     return _divergence(settings, hidden, *map(lax.stop_gradient, (frozen, embedding, weights)))
 
 
