@@ -63,7 +63,7 @@ def load(
 
 
 def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> nnx.Module:
-    """The model of the run in `path`, of whatever task; `settings` are its `run_config`, perhaps with another compute_dtype.
+    """The model of the run in `path`, of any task; `settings` are its `run_config`, perhaps with another compute_dtype.
 
     Raises:
       UserError: see load.
