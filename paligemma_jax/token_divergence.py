@@ -24,7 +24,6 @@ from paligemma_jax.models.layers import cast
 from paligemma_jax.word_logits import fold_blocks, logits_of, project_back
 from train_jax.errors import UserError
 
-
 _ARRAYS = 4  # as large as a chunk's logits, that are alive together
 
 
