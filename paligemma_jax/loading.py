@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flax import nnx
 from ml_collections import ConfigDict
 
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -61,8 +62,8 @@ def load(
     return load_run(path, settings, which)
 
 
-def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> PaliGemma | DualEncoder:
-    """The model of the run in `path`; `settings` are its `run_config`, perhaps with another compute_dtype.
+def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> nnx.Module:
+    """The model of the run in `path`, of any task; `settings` are its `run_config`, perhaps with another compute_dtype.
 
     Raises:
       UserError: see load.

@@ -24,6 +24,8 @@ from paligemma_jax.models.layers import cast
 from paligemma_jax.word_logits import fold_blocks, logits_of, project_back
 from train_jax.errors import UserError
 
+_ARRAYS = 4  # as large as a chunk's logits, that are alive together
+
 
 class _Settings(NamedTuple):
     """What of the arguments is no array."""
@@ -52,7 +54,8 @@ def token_divergence(
       embedding: the output embedding of both.
       weights: a token of weight 0 adds nothing to value and gradient, whatever its hidden states hold.
       temperature: tau.
-      chunk_size: as of `token_cross_entropy`, for as much memory: two models' logits are alive, of half as many tokens.
+      chunk_size: as of `token_cross_entropy`, for as much memory: of a quarter as many tokens, two models' logits,
+        probabilities and gradients are alive.
       vocab_chunk, softcap: as of `token_cross_entropy`. The cap comes before the temperature.
 
     Raises:
@@ -61,7 +64,7 @@ def token_divergence(
     token_chunks.check_sizes(chunk_size, vocab_chunk)
     if not temperature > 0:
         raise UserError(f"the divergence has temperature={temperature}, expected a positive number: change it.")
-    settings = _Settings(float(temperature), max(chunk_size // 2, 1), vocab_chunk, softcap)
+    settings = _Settings(float(temperature), max(chunk_size // _ARRAYS, 1), vocab_chunk, softcap)
     return _divergence(settings, hidden, *map(lax.stop_gradient, (frozen, embedding, weights)))
 
 
@@ -120,14 +123,19 @@ def _chunk_divergence(settings: _Settings, differentiate: bool, hidden, frozen, 
             for total, each in zip(totals, logits or logits_over(block), strict=True)
         )
 
+    def log_probs(*logits):
+        return tuple(each / temperature - total[:, None] for each, total in zip(logits, totals, strict=True))
+
     def add_block(sums, block, _start, logits=None):
         tuned, base = logits or logits_over(block)
-        log_q, log_p = (each / temperature - total[:, None] for each, total in zip((tuned, base), totals, strict=True))
-        p = jnp.exp(log_p)
-        values = sums[0] + temperature**2 * (p * (log_p - log_q)).sum(axis=-1)
+        log_q, log_p = log_probs(tuned, base)
+        values = sums[0] + temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
         if not differentiate:
             return values, None
-        d_logits = temperature * (jnp.exp(log_q) - p)
+        # Without the barrier p is kept from above, in a third array as large as the logits.
+        tuned, base, values = lax.optimization_barrier((tuned, base, values))
+        log_q, log_p = log_probs(tuned, base)
+        d_logits = temperature * (jnp.exp(log_q) - jnp.exp(log_p))
         if softcap is not None:
             d_logits *= 1.0 - jnp.square(tuned / softcap)
         d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)

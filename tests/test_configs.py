@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
     "coprompt": ("", "methods", "ablations", "shots", "domain", "smoke", "clip_b16"),
+    "flow_clevr": ("", "captions", "dit", "smoke", "captions,smoke"),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
     "flow_images": (
         "",
@@ -37,7 +38,7 @@ ARGUMENTS = {
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
     "siglip_batch_size": ("", "quick", "full", "bias", "negatives", "noise"),
-    "siglip": ("", "clip", "b16", "smoke", "clip,smoke"),
+    "siglip": ("", "clip", "mini", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]

@@ -243,10 +243,10 @@ class TextToImage(ImageFlowTask):
     def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
         results = super().evaluate(model, workdir)
         held_out = self.data.held_out
-        rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int)
+        rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int).tolist()
         labels = np.array([held_out.label(row) for row in rows], np.int32)
         samples = next(self.evaluation.sampler(model).batches(labels)).images
-        pictures = [held_out[int(row)].pixels for row in rows]
+        pictures = [held_out[row].pixels for row in rows]
         texts = [self.descriptions.texts[label] for label in labels]
         save_sheet(list(samples), texts, workdir / "captions.png", pictures)
         return results
