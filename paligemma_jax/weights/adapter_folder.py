@@ -49,7 +49,7 @@ def save_adapter(
     write_folder(folder, {"method": method, "size": size, "targets": targets}, arrays)
 
 
-def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> None:
+def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Writes a description and the arrays by path, if there are any; the folder is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     if arrays:

@@ -210,7 +210,13 @@ def test_no_key_that_changes_the_choice_may_change_on_resuming(mini_options):
     """Validation generates answers: their length matters, how many at once does not."""
     old = config_of(mini_options)
     free = {"eval.batch_size": 3, "eval.max_examples": 2, "eval.candidates": "", "eval.feature_cache_mb": 1}
-    free |= {"eval.controls": False, "eval.question_only": False, "eval.before": False, "cache_features_mb": 100}
+    free |= {
+        "eval.controls": False,
+        "eval.question_only": False,
+        "eval.before": False,
+        "eval.captions": 1,
+        "cache_features_mb": 100,
+    }
     assert len(check_resume(old, config_of(mini_options | free))) == len(free)
     assert set(free) >= {f"eval.{key}" for key in old.eval} - {"eval.max_new_tokens", "eval.int8_outliers"}
     with pytest.raises(UserError, match="eval.max_new_tokens: 4 -> 1"):

@@ -169,7 +169,8 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
 
 def planned(evaluation, rows, wanted=ALL):
     """What the compiler plans for one batch, beside the model and what it is given."""
-    with vqa_evaluation._Reader(evaluation.task, rows, lambda images: images, evaluation._size, False) as reader:
+    task, encode = evaluation.task, lambda images: images
+    with vqa_evaluation._Reader(task.config, task.rows, rows, encode, evaluation._size, False) as reader:
         batch, images = evaluation._shapes(reader)
     step = jax.jit(evaluation._everything, static_argnums=3).lower(evaluation.model, batch, images, wanted).compile()
     found = step_memory(step)
@@ -249,7 +250,8 @@ def reader(options):
 
     def make(rows, size, shuffled=False, **changes):
         task = task_of(options | {key.replace("__", "."): value for key, value in changes.items()})
-        return vqa_evaluation._Reader(task, rows, lambda images: images.astype(np.float32), size, shuffled)
+        encode = lambda images: images.astype(np.float32)  # noqa: E731
+        return vqa_evaluation._Reader(task.config, task.rows, rows, encode, size, shuffled)
 
     return make
 
