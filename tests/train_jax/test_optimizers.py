@@ -27,7 +27,6 @@ def config(**changes):
             warmup_constant=None,
             end_factor=0.0,
             rsqrt_timescale=100.0,
-            warmup_constant=None,
             b1=0.9,
             b2=0.99,
             eps=1e-8,
