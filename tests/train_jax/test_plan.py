@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from tests.live import live_arrays
 from tests.train_jax.runs import CONFIG, ROOT
 from tests.train_jax.toy_task import Toy, toy_config
 from train_jax import command_line, loop, training_step
@@ -71,9 +72,9 @@ def bytes_on_first_device(tree) -> int:
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_the_plan_is_the_run(real, changes):
     """Live arrays to the byte; the step's temporaries; nothing is left on a device by the planning."""
-    before = len(jax.live_arrays())
+    before = len(live_arrays())
     planned = plan(config(**changes))
-    assert len(jax.live_arrays()) == before
+    assert len(live_arrays()) == before
     (start, frozen, batch), traced = real(changes)
     assert planned.trainable == bytes_on_first_device(start.params)
     assert planned.frozen == bytes_on_first_device(frozen)
@@ -89,10 +90,10 @@ def test_nothing_is_allocated_while_planning(monkeypatch):
     held, original = [], plan_command._compiled
 
     def compiled(*arguments):
-        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        held.append(sum(array.nbytes for array in live_arrays()))
         return original(*arguments)
 
-    before = sum(array.nbytes for array in jax.live_arrays())
+    before = sum(array.nbytes for array in live_arrays())
     monkeypatch.setattr(plan_command, "_compiled", compiled)
     planned = plan(config(model__width=12_288))
     assert planned.trainable > 1.2 * 10**9 and held == [before, before]

@@ -8,6 +8,7 @@ import pytest
 
 from paligemma_jax.tasks.vqa import VQA
 from paligemma_jax.weights import load as loading
+from tests.live import live_arrays
 from tests.paligemma_jax.mini import config_of
 from train_jax import loop, model_state, sharding, training_step
 from train_jax.errors import UserError
@@ -59,9 +60,9 @@ def test_the_plan_is_the_run(mini_options, tmp_path, monkeypatch, changes):
 def test_nothing_is_read_and_nothing_is_left(mini_options, monkeypatch):
     monkeypatch.setattr(loading, "read_rows", lambda *arguments: pytest.fail("weights were read"))
     monkeypatch.setattr(VQA, "split", lambda self, name: pytest.fail("data were opened"))
-    before = len(jax.live_arrays())
+    before = len(live_arrays())
     planned = plan(config_of(mini_options))
-    assert len(jax.live_arrays()) == before
+    assert len(live_arrays()) == before
     assert {program.name.removeprefix("evaluation: ") for program in planned.programs[1:]} == {
         "image features", "features of training images", "generated answers", "likelihood of candidates", "token loss"
     }  # fmt: skip
