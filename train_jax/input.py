@@ -4,9 +4,9 @@ The stream of global batches does not depend on the number of processes, workers
 
     position k of the stream = step * batch_size + row,    example = order(seed, k)
 
-where `order` is grain's global shuffle, another permutation in every epoch, computed for one index at a time. So
-seeking to any step costs nothing, and a run resumes from the step number alone (grain's own iterator state breaks when
-the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
+where `order` is grain's global shuffle, another permutation in every epoch, computed for a step at a time (order.py).
+So seeking to any step costs nothing, and a run resumes from the step number alone (grain's own iterator state breaks
+when the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
 """
 
 import os
@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from train_jax.errors import UserError
+from train_jax.order import Order
 from train_jax.sharding import local_rows
 
 BAD = "bad"  # key of an example, see Source
@@ -154,8 +155,7 @@ class Pipeline:
         self.source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
         self._threads, self._workers = threads, workers
         self._rows = local_rows(process_index, process_count, self.micro_batch)
-        indices = grain.MapDataset.range(len(source)).seed(seed)
-        self._order = (indices.shuffle() if shuffle else indices).repeat()
+        self._order = Order(len(source), seed if shuffle else None)
 
     def iterate(self, start_step: int = 0) -> Batches:
         """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1; seeking costs nothing."""
@@ -175,17 +175,16 @@ class Pipeline:
     def rows_at(self, step: int) -> np.ndarray:
         """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
         places = np.arange(self._batch_size).reshape(-1, self.micro_batch)[:, self._rows]
-        numbers = [int(self._order[step * self._batch_size + int(place)]) for place in places.ravel()]
-        return np.array(numbers).reshape(places.shape)
+        return self._order.at(step * self._batch_size + places)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the stream depends on, as JSON: a run may only resume on an equal one.
 
-        Holds the beginning of the order itself, so that a release of grain that shuffles otherwise is noticed, and the
-        source's own `fingerprint` where it has one.
+        Holds the beginning of the order itself, so that a change of how it shuffles is noticed, and the source's own
+        `fingerprint` where it has one.
         """
-        head = np.array([self._order[k] for k in range(min(len(self.source), 256))], np.int64)
+        head = self._order.at(np.arange(min(len(self.source), 256)))
         return {
             "examples": len(self.source),
             "batch_size": self._batch_size,
