@@ -67,16 +67,12 @@ def _small_permutation(size: int, seed: int) -> np.ndarray:
 
 def _encrypted(values: UInt64[np.ndarray, " n"], keys: tuple[int, ...], word: int) -> UInt64[np.ndarray, " n"]:
     """Blocks of two words of `word` bits after a round of the cipher for each key."""
-    mask = np.uint64(2**word - 1)
-
-    def rotated(x: np.ndarray, bits: int) -> np.ndarray:
-        return (x << np.uint64(bits) | x >> np.uint64(word - bits)) & mask
-
-    left, right = values >> np.uint64(word) & mask, values & mask
+    mask, up, by_1, by_8, by_2 = (np.uint64(x) for x in (2**word - 1, word, word - 1, word - 8, word - 2))
+    left, right = values >> up & mask, values & mask
     for key in keys:
-        mixed = rotated(right, 1) & rotated(right, 8) ^ rotated(right, 2)
-        left, right = right, left ^ mixed ^ np.uint64(key) & mask
-    return left << np.uint64(word) | right
+        twice = right << up | right  # shifted right by `word - n`, its low word is `right` rotated left by n
+        left, right = right, ((twice >> by_1 & twice >> by_8 ^ twice >> by_2) ^ left ^ np.uint64(key)) & mask
+    return left << up | right
 
 
 @functools.lru_cache(maxsize=16)
