@@ -8,7 +8,7 @@ import dataclasses
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -98,6 +98,24 @@ class FewShot:
             )
         middle = math.ceil(len(self.classes) / 2)
         return self._part(BASE, 0, middle), self._part(NOVEL, middle, len(self.classes))
+
+    def ordered(self, classes: Sequence[str]) -> "FewShot":
+        """The same with its classes in another order, which decides what `base_to_novel` takes for what.
+
+        Raises:
+          UserError: other names than the classes have.
+        """
+        if sorted(classes) != sorted(self.classes):
+            raise UserError(
+                f"an order of {len(classes)} classes was given for the {len(self.classes)} of {self.name}, expected "
+                "each of them once: mend the names."
+            )
+        places = {name: place for place, name in enumerate(classes)}
+        splits = {
+            split: tuple(Example(image, places[self.classes[label]]) for image, label in examples)
+            for split, examples in self.splits.items()
+        }
+        return dataclasses.replace(self, classes=tuple(classes), splits=splits)
 
     def only(self, *splits: str) -> "FewShot":
         """The same without the other splits."""

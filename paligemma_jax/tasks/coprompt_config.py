@@ -10,6 +10,7 @@ from paligemma_jax.adapt.prompts import TRAINABLE
 from paligemma_jax.consistency import KINDS, SIDES
 from paligemma_jax.data import augment, protocols
 from paligemma_jax.data.augment import Augmentation
+from paligemma_jax.data.synthetic_clevr.classes import COLORS, COMBINATIONS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
@@ -23,6 +24,7 @@ CHOICES = {
     "protocol": protocols.KINDS,
     "data.name": SOURCES,
     "data.style": tuple(STYLES),
+    "data.novel": (COMBINATIONS, COLORS),
 }
 OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on further data sets
 
@@ -69,6 +71,7 @@ def defaults() -> ConfigDict:
             "targets": (),  # further ones to test on, of cross_dataset and domain_generalization
             # Synthetic classes:
             "style": PLAIN,  # of what is tuned on and tested on
+            "novel": COMBINATIONS,  # what novel classes have that base classes have not: combinations | colors
             "target_styles": (),  # further ones to test on, of domain_generalization
             "cache_dir": common.cache_dir(),
             "build_workers": 2,

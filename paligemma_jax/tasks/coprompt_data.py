@@ -10,6 +10,7 @@ from paligemma_jax.data.descriptions import Sentences, read_descriptions
 from paligemma_jax.data.few_shot import SPLITS, FewShot
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
+from paligemma_jax.data.synthetic_clevr.classes import in_halves
 from paligemma_jax.tasks.common import progress
 from train_jax import files
 from train_jax.errors import UserError
@@ -42,7 +43,8 @@ def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]
 
     def read(style: str, per_class: dict[str, int]) -> FewShot:
         with progress(f"rendering {style} classes") as told:
-            return synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, told)
+            found = synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, told)
+        return found.ordered([values.name for values in in_halves(data.novel)])
 
     return read(data.style, whole), {style: read(style, {"test": whole["test"]}) for style in data.target_styles}
 

@@ -36,6 +36,18 @@ CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*AT
 """All classes, base ones first; a class's place is its label."""
 
 
+COMBINATIONS, COLORS = "combinations", "colors"
+
+
+def in_halves(novel: str) -> tuple[ObjectClass, ...]:
+    """All classes, base ones first, where the novel ones differ from them in "combinations" of values they share, as in
+    CLASSES, or in their "colors": the last four of eight, of which no base class has one."""
+    if novel == COMBINATIONS:
+        return CLASSES
+    colors = ATTRIBUTES["color"]
+    return tuple(sorted(CLASSES, key=lambda values: colors.index(values.color) >= len(colors) // 2))
+
+
 def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(label, scene) of the first `per_class` scenes of each class in a stream of scenes of one object.
 

@@ -57,6 +57,20 @@ def test_base_classes_are_the_first_half_rounded_up():
         assert not {image for image, _ in base.splits[split]} & {image for image, _ in novel.splits[split]}
 
 
+def test_another_order_divides_otherwise_and_draws_the_same():
+    data = example_set().ordered(("e", "b", "a", "d", "c"))
+    base, novel = data.base_to_novel()
+    assert base.classes == ("e", "b", "a") and novel.classes == ("d", "c")
+    for split in SPLITS:
+        for image, label in data.splits[split]:
+            assert image.startswith(data.classes[label])
+    drawn = {image for image, _ in data.few_shot(2, 1).splits["train"]}
+    assert drawn == {image for image, _ in example_set().few_shot(2, 1).splits["train"]}
+    assert data.ordered(example_set().classes) == example_set()
+    with pytest.raises(UserError, match=r"an order of 2 classes was given for the 5 .* each of them once"):
+        data.ordered(("a", "b"))
+
+
 def test_drawing_and_dividing_commute():
     drawn_first, divided_first = example_set().few_shot(4, 2).base_to_novel()[0], example_set().base_to_novel()[0]
     assert drawn_first == divided_first.few_shot(4, 2)

@@ -9,7 +9,7 @@ from PIL import Image
 from paligemma_jax.data import protocols
 from paligemma_jax.data.descriptions import read_descriptions, write_descriptions
 from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
-from paligemma_jax.data.synthetic_clevr.classes import CLASSES
+from paligemma_jax.data.synthetic_clevr.classes import CLASSES, in_halves
 from train_jax.errors import UserError
 
 FEW = {"train": 1, "test": 1}
@@ -43,6 +43,16 @@ def test_it_is_rendered_once(cache, plain, monkeypatch):
 def test_splits_share_no_picture(plain):
     pictures = [(plain.root / image).read_bytes() for rows in plain.splits.values() for image, _ in rows]
     assert len(set(pictures)) == len(pictures)
+
+
+def test_novel_classes_may_have_colors_of_their_own():
+    base, novel = in_halves("colors")[:48], in_halves("colors")[48:]
+    assert sorted(base + novel) == sorted(CLASSES)
+    colors = {values.color for values in base}, {values.color for values in novel}
+    assert len(colors[0]) == len(colors[1]) == 4 and not colors[0] & colors[1]
+    for values in base, novel:
+        assert len({(one.size, one.material, one.shape) for one in values}) == 12
+    assert in_halves("combinations") == CLASSES
 
 
 def test_base_classes_and_shifted_styles(cache, plain):

@@ -25,7 +25,7 @@ pytestmark = [
 CONFIG = PaliGemmaConfig(
     vision=ViTConfig(image_size=28, patch_size=14, width=128, depth=2, mlp_dim=256, num_heads=4),
     decoder=GemmaConfig(
-        vocab_size=65_536, width=1024, depth=10, mlp_dim=5760, num_heads=8, head_dim=128, dtype="bfloat16"
+        vocab_size=65_536, width=1024, depth=20, mlp_dim=2880, num_heads=8, head_dim=128, dtype="bfloat16"
     ),
 )
 ROOT = Path(__file__).parents[3]
