@@ -16,8 +16,9 @@ SEED = "seed"
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_.=]*\d+$")
 COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
 WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
-
+MOST_IN_A_COLUMN = 3  # panels
 MARKED = 12  # values of x on a line that are all written at the axis
+APART = 1.35  # ratio of two that are written beside one another on a logarithmic axis
 
 
 class Drawn(NamedTuple):
@@ -176,9 +177,14 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
     height = 4.4 if against_x else 1.6 + 0.4 * len(views[0]["groups"])
     curves = [name for name in summary["curves"] if any(group["curves"][name] for group in summary["groups"])]
     heights = [height] * len(views) + [4.4] * len(curves)
-    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
+    columns = 1 if len(heights) <= MOST_IN_A_COLUMN else 2
+    rows = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
+    figure = Figure(figsize=(6.4 * columns, sum(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).ravel()
+    for axis in axes[len(heights) :]:
+        axis.remove()
+    axes = axes[: len(heights)]
     for axis in axes:
         axis.grid(alpha=0.3)
     for axis, view in zip(axes, views, strict=False):
@@ -202,8 +208,23 @@ def _curves(axis, name: str, groups: list[dict[str, Any]]) -> None:
     for scale, numbers in zip((axis.set_xscale, axis.set_yscale), zip(*values, strict=True), strict=True):
         if min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE:
             scale("log")
-    axis.set(title=name)
+    places = sorted({x for x, _ in values})
+    if axis.get_xscale() == "log" and len(places) <= MARKED:
+        _mark(axis, places)
+    of, _, along = name.rpartition("_by_")
+    axis.set(ylabel=(of or name).replace("_", " "), xlabel=along.replace("_", " ") if of else "")
     axis.legend(fontsize="small")
+
+
+def _mark(axis, places: list[float]) -> None:
+    """Writes the values themselves at the axis and no others; of a logarithmic one those that have room."""
+    if axis.get_xscale() == "log":
+        roomy = places[:1]
+        for place in places[1:]:
+            roomy += [place] if place >= APART * roomy[-1] else []
+        places = roomy
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.set_xticks([], minor=True)
 
 
 def _view(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -241,8 +262,7 @@ def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -
     if min(places) > 0 and max(places) / min(places) >= WIDE:
         axis.set_xscale("log")
     if line and len(places) <= MARKED:
-        axis.set_xticks(places, [f"{place:g}" for place in places])
-        axis.set_xticks([], minor=True)
+        _mark(axis, places)
     if summary["metric"].endswith("_bytes"):
         axis.set_yscale("log")
     if summary["series"]:
