@@ -26,8 +26,9 @@ Time = Scalar | Float[AnyArray, " B"]
 
 
 def as_time(t: Time, x: AnyArray) -> Array:
-    """The time in the dtype of x: a scalar, or [B]."""
-    return jnp.asarray(t, jnp.result_type(x))
+    """The time in the dtype of x, in float32 where that is no float: a scalar, or [B]."""
+    dtype = jnp.result_type(x)
+    return jnp.asarray(t, dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
 
 
 def per_row(c: AnyArray, x: AnyArray) -> Array:

@@ -14,6 +14,7 @@ import abc
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flow_jax.arrays import Rows, Time, as_time, per_row
@@ -54,6 +55,10 @@ class Convertible(abc.ABC):
 
     @abc.abstractmethod
     def d_sigma(self, t): ...
+
+    def sigma_d_sigma(self, t):
+        """sigma(t) sigma'(t), which stays finite where sigma' alone does not."""
+        return self.sigma(t) * self.d_sigma(t)
 
     @abc.abstractmethod
     def one_minus_alpha(self, t):
@@ -113,8 +118,11 @@ class Convertible(abc.ABC):
         return -epsilon / per_row(self.sigma(as_time(t, x_t)), x_t)
 
     def score_to_velocity(self, score: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
-        """The velocity, given the score."""
-        return self.epsilon_to_velocity(-per_row(self.sigma(as_time(t, x_t)), x_t) * score, x_t, t)
+        """The velocity a' / a x_t + (a' s^2 / a - s s') score, given the score; finite where s = 0."""
+        t = as_time(t, x_t)
+        a, s = self.alpha(t), self.sigma(t)
+        rate = self.d_alpha(t) / a
+        return per_row(rate, x_t) * x_t + per_row(rate * s * s - self.sigma_d_sigma(t), x_t) * score
 
 
 def change_schedule(velocity: Callable, old: Convertible, new: Convertible) -> Callable:
@@ -127,11 +135,12 @@ def change_schedule(velocity: Callable, old: Convertible, new: Convertible) -> C
 
     Returns:
       A function (t, x, ...) for `sample` and `log_prob`. A model trained on VP never saw the smallest ratios (alpha is
-      0.007 at t = 0): there it is asked at t = 0.
+      0.007 at t = 0): there it is asked at t = 0. Where the velocity of `new` is infinite, as VP's at t = 1, it is that
+      of the nearest time of `new.time_range`.
     """
 
     def changed(t, x, *args):
-        t = as_time(t, x)
+        t = jnp.clip(as_time(t, x), *new.time_range)
         alpha, sigma = new.alpha(t), new.sigma(t)
         then = old.time_at(alpha, sigma)
         scale = per_row((alpha + sigma) / (old.alpha(then) + old.sigma(then)), x)

@@ -59,7 +59,7 @@ def independent(n: int, key: RandomKey) -> tuple[Int[Array, " {n}"], Int[Array, 
 
 
 def within_class(
-    x_0: Rows, x_1: Rows, y_0: Int[AnyArray, " B"], y_1: Int[AnyArray, " B"]
+    x_0: Rows, x_1: Rows, y_0: Int[AnyArray, " N"], y_1: Int[AnyArray, " M"]
 ) -> HostPairs:  # fmt: skip
     """The cheapest permutation that pairs rows of equal labels alone.
 
@@ -71,10 +71,15 @@ def within_class(
       y_0, y_1: labels; noise has none of its own, so give it the data's, in any order.
 
     Raises:
-      UserError: a label has not as many rows on both sides.
+      UserError: a label has not as many rows on both sides, or there are more labels than rows or fewer.
     """
     y_0, y_1 = np.asarray(y_0), np.asarray(y_1)
     x_0, x_1 = np.asarray(x_0), np.asarray(x_1)
+    if len({len(x_0), len(x_1), len(y_0), len(y_1)}) > 1:
+        raise UserError(
+            f"{len(x_0)} rows of noise with {len(y_0)} labels and {len(x_1)} of data with {len(y_1)}, expected one "
+            "number: give each row its label."
+        )
     columns = np.empty(len(x_0), np.int64)
     for label in np.union1d(y_0, y_1):
         rows, targets = np.flatnonzero(y_0 == label), np.flatnonzero(y_1 == label)
@@ -104,7 +109,6 @@ def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: 
     return np.arange(len(x_0)), assign(cost + weight * cost.std() * price)
 
 
-@functools.partial(jax.jit, static_argnames=("rounding", "relative", "max_iterations"))
 def sinkhorn(
     x_0: Rows,
     x_1: Rows,
@@ -125,23 +129,32 @@ def sinkhorn(
       rounding: "draw" takes each row of noise once and draws its partner from the row's distribution, so the noise
         keeps its law exactly; "round" is a permutation: rows take, the surest first, the likeliest partner left.
       relative: see epsilon.
-      tolerance, max_iterations: of the solver (sinkhorn.py).
+      tolerance, max_iterations: of the solver (sinkhorn.py), which stops there whether it has converged or not.
+
+    Returns:
+      (i, j) with i = 0, 1, ... Where the plan is not finite, as with a NaN among the rows, j is i: every row is used,
+      and the loss of the step tells of the fault.
 
     Raises:
-      UserError: drawing without a key, or another rounding.
+      UserError: an epsilon that is not above 0, drawing without a key, or another rounding.
     """
     if rounding not in ("draw", "round"):
         raise UserError(f'rounding={rounding!r} is unknown, expected "draw" or "round".')
+    if key is None and rounding == "draw":
+        raise UserError('couplings.sinkhorn draws partners: pass `key`, or rounding="round".')
+    if not isinstance(epsilon, jax.core.Tracer) and not epsilon > 0:
+        raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")
+    return _sinkhorn(x_0, x_1, epsilon, key, rounding, relative, tolerance, max_iterations)
+
+
+@functools.partial(jax.jit, static_argnames=("rounding", "relative", "max_iterations"))
+def _sinkhorn(x_0, x_1, epsilon, key, rounding, relative, tolerance, max_iterations):
     cost = entropic.squared_distances(x_0, x_1)
     scale = entropic.relative_epsilon(cost, epsilon) if relative else epsilon
-    solution = entropic.solve(cost, scale, tolerance=tolerance, max_iterations=max_iterations)
-    log_plan = solution.log_plan(cost)
+    log_plan = entropic.solve(cost, scale, tolerance=tolerance, max_iterations=max_iterations).log_plan(cost)
     rows = jnp.arange(len(x_0))
-    if rounding == "round":
-        return rows, greedy_permutation(log_plan)
-    if key is None:
-        raise UserError('couplings.sinkhorn draws partners: pass `key`, or rounding="round".')
-    return rows, jax.random.categorical(key, log_plan, axis=1)
+    partners = greedy_permutation(log_plan) if rounding == "round" else jax.random.categorical(key, log_plan, axis=1)
+    return rows, jnp.where(jnp.isfinite(log_plan).all(), partners, rows)
 
 
 def greedy_permutation(score: Float[Array, "N N"]) -> Int[Array, " N"]:

@@ -14,7 +14,7 @@ from flow_jax import likelihood, metrics, pictures, sampling, toys
 from flow_jax.flow_task import solver
 
 Curve = list[tuple[int, float]]  # x and y, for the plots of a sweep
-FRAMES = 41  # of the animation, and points in time that trajectories and straightness are measured at
+FRAMES = 41  # of the animation, and points in time of the trajectories
 
 STEPS = (1, 2, 4, 8, 16, 32)  # of midpoint, each of two evaluations
 HISTOGRAM = 100_000  # points of the data that their density is drawn from

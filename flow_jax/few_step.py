@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, mean_rows, per_row
+from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Time, mean_rows, per_row
 from flow_jax.integrate import as_field
+from flow_jax.models.features import batch_times, time_features
 from flow_jax.paths.affine import PathSample
 from flow_jax.sampling import sample
 from flow_jax.times import Times
@@ -31,7 +33,7 @@ def mean_flow(
     """MeanFlow's loss at a path's sample.
 
     Args:
-      mean_velocity: (t, x, s, *args) -> [B, ...], differentiable in t and x.
+      mean_velocity: (t, x, s, *args) -> [B, ...], differentiable in t and x, such as a `MeanVelocity`.
       sample: t is where the interval starts, dx_t stands for the velocity there.
       end: s >= t, one a row; where they are equal the loss is conditional flow matching's.
       *args: passed on.
@@ -71,6 +73,24 @@ def sample_mean_flow(mean_velocity: Callable, x_0: Rows, num_steps: int = 1, *ar
         return x + (s - t).astype(x.dtype) * field(arrays, t, x, s, *args).astype(x.dtype), None
 
     return lax.scan(jump, jnp.asarray(x_0), (times[:-1], times[1:]))[0]
+
+
+class MeanVelocity(nnx.Module):
+    """A mean velocity (t, x, s) made of a model that is told vectors: features of s - t are what it is told of a row.
+
+    Args:
+      model: (t, x, vectors [B, E]) -> [B, ...], a model of `fj.models` whose `vector_width` is E.
+      width: E.
+      time_scale: of all times that the model sees. Its features turn once in a thousandth of the time, which MeanFlow's
+        derivative by time would magnify; at 0.01 they turn once in a tenth.
+    """
+
+    def __init__(self, model: nnx.Module, width: int, time_scale: Number = 0.01):
+        self.model, self.width, self.time_scale = model, width, time_scale
+
+    def __call__(self, t: Time, x: Rows, s: Time) -> Float[Array, "B ..."]:
+        gap = batch_times(s, x) - batch_times(t, x)
+        return self.model(self.time_scale * t, x, time_features(self.time_scale * gap, self.width))
 
 
 class Pairs(NamedTuple):

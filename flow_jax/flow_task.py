@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from flow_jax import couplings, losses, paths
 from flow_jax import times as times_of
+from flow_jax.integrate import TOLERANCE, Plan
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
@@ -60,7 +62,7 @@ class FlowTask(abc.ABC):
         config.coupling = ConfigDict(
             {
                 "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
-                "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances
+                "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances; a bridge has its own
             }
         )
         config.times = "uniform"  # uniform | stratified | logit_normal
@@ -69,6 +71,12 @@ class FlowTask(abc.ABC):
     def __init__(self, config: ConfigDict, mesh: Mesh):
         choices = {"path.name": PATHS, "coupling.name": COUPLINGS, "times": TIMES}
         check_choices(config, choices)
+        check_solver(config.eval)
+        if config.path.name == "schroedinger_bridge" and config.coupling.name != "sinkhorn":
+            raise UserError(
+                f"coupling.name is {config.coupling.name!r} with path.name='schroedinger_bridge', whose marginals are "
+                "the bridge's under the entropic coupling alone, expected sinkhorn: change one of the two."
+            )
         if config.micro_batch not in (None, config.batch_size) and config.coupling.name == "sinkhorn":
             raise UserError(
                 f"micro_batch is {config.micro_batch} beside coupling.name='sinkhorn', which pairs the rows of a step: "
@@ -110,12 +118,18 @@ class FlowTask(abc.ABC):
         x_0, x_1 = batch["x_0"], batch["x_1"]
         pairs, draws, noise = jax.random.split(keys[0], 3)
         if self.config.coupling.name == "sinkhorn":
-            i, j = couplings.sinkhorn(x_0, x_1, self.config.coupling.epsilon, pairs)
+            i, j = couplings.sinkhorn(x_0, x_1, key=pairs, **self._entropy())
             x_0, x_1 = x_0[i], x_1[j]
         t = self.times.draw(draws, len(x_1))
         sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
         found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
         return (found * batch["weight"] if "weight" in batch else found).sum(), {}
+
+    def _entropy(self) -> dict[str, Any]:
+        """Epsilon of a Sinkhorn coupling; that of a bridge follows from its noise (Tong et al. 2024, section 4.1)."""
+        if self.config.path.name == "schroedinger_bridge":
+            return {"epsilon": 2 * self.config.path.sigma**2, "relative": False}
+        return {"epsilon": self.config.coupling.epsilon}
 
     def _condition(self, batch, keys) -> tuple:
         """Labels, of which some are dropped, None where there are none; and keys of the model's dropout."""
@@ -126,22 +140,14 @@ class FlowTask(abc.ABC):
         return labels, dropout
 
 
-def check_choices(config: ConfigDict, choices: Mapping[str, Any]) -> None:
-    """Checks config keys, dotted, that hold one of a few words.
-
-    Raises:
-      UserError: the first that does not.
-    """
-    for key, known in choices.items():
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        if value not in known:
-            raise UserError(f"{key} is {value!r}, expected one of {', '.join(known)}: change it.")
-
-
 def solver(options: ConfigDict) -> dict[str, Any]:
     """The arguments of `sample` that a config's `eval` has."""
     if options.num_steps is not None:
         return {"solver": options.solver, "num_steps": options.num_steps}
     return {"solver": options.solver, "rtol": options.tolerance, "atol": options.tolerance}
+
+
+def check_solver(options: ConfigDict) -> None:
+    """Raises UserError if a config's `eval` names no solver, or one that contradicts its steps."""
+    chosen = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver(options)
+    Plan.make(**chosen, t0=0.0, t1=1.0, per_sample=False)

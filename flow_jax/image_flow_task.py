@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flow_jax import image_evaluation
-from flow_jax.flow_task import FlowTask, check_choices
+from flow_jax import image_evaluation, likelihood
+from flow_jax.flow_task import FlowTask
 from flow_jax.image_data import ImageData
 from flow_jax.image_evaluation import Evaluation
 from flow_jax.image_pairs import ImagePairs
 from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 
 MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
@@ -62,7 +63,7 @@ class ImageFlowTask(FlowTask):
                 "tolerance": 1e-4,  # relative and absolute, of the solver
                 "num_steps": placeholder(int),  # of a fixed solver
                 "likelihood_examples": 100,  # held-out images whose bits per dimension are measured
-                "divergence": "hutchinson",  # of the likelihood: unbiased; or exact, at 64 times the cost
+                "divergence": "hutchinson",  # of the likelihood: unbiased; exact costs a product an entry of an image
                 "likelihood_samples": 1,  # draws of the dequantisation
                 "seed": 1000,
             }
@@ -75,6 +76,12 @@ class ImageFlowTask(FlowTask):
         if config.coupling.name == "sinkhorn":
             raise UserError(
                 "coupling.name is 'sinkhorn', which pairs across classes, expected independent or exact: change it."
+            )
+        likelihood.check_divergence(config.eval.divergence)
+        if config.eval.guidance != 1.0 and not config.model.label_dropout > 0:
+            raise UserError(
+                f"eval.guidance is {config.eval.guidance} with model.label_dropout={config.model.label_dropout}, "
+                "expected 1, or a share of labels to drop in training: else nothing is learned of images without one."
             )
         self.label_dropout = config.model.label_dropout
 

@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flow_jax import image_data
-from flow_jax.flow_task import check_choices
 from flow_jax.image_data import ImageData
 from flow_jax.image_flow_task import ImageFlowTask
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 
 

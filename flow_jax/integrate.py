@@ -41,6 +41,7 @@ FIXED = {
 }
 ADAPTIVE = {"dopri5": diffrax.Dopri5, "tsit5": diffrax.Tsit5, "dopri8": diffrax.Dopri8}
 TOLERANCE = 1e-5
+MAX_STEPS = 4096  # of an adaptive solver
 
 
 def as_field(velocity: Callable) -> tuple[Callable, Any]:
@@ -112,7 +113,7 @@ class Plan:
         t1: Number,
         per_sample: bool,
         times=None,
-        max_steps: int = 4096,
+        max_steps: int = MAX_STEPS,
         *,
         ends: tuple[Number, Number] = (0.0, 1.0),
     ) -> "Plan":
@@ -131,6 +132,10 @@ class Plan:
                 raise UserError(
                     f"solver={solver!r} has fixed steps, so rtol={rtol:g} and atol={atol:g} have no effect: leave them "
                     f"out, or choose one of {', '.join(ADAPTIVE)}."
+                )
+            if max_steps != MAX_STEPS:
+                raise UserError(
+                    f"solver={solver!r} has fixed steps, so max_steps={max_steps} has no effect: leave it out."
                 )
             if per_sample:
                 raise UserError(

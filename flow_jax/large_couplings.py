@@ -33,19 +33,17 @@ def relative_to_absolute(x_0: Rows, x_1: Float[AnyArray, "M ..."], epsilon: Scal
 def fit_semidiscrete(
     x_1: Float[AnyArray, "M ..."],
     key: RandomKey,
-    epsilon: Number = 0.0,
     *,
     num_steps: int = 2_000,
     batch_size: int = 256,
     learning_rate: Number | None = None,
     sampler: Callable | None = None,
 ) -> Float[Array, " M"]:
-    """The dual potential of every example of a data set against noise, by stochastic gradient ascent.
+    """The dual potential of every example of a data set against noise, without entropy, by stochastic gradient ascent.
 
     Args:
       x_1: the data set.
       key: of the noise.
-      epsilon: entropic, in standard deviations of the squared distances; 0 for hard partners.
       num_steps, batch_size: of the ascent; rows of noise a step.
       learning_rate: of Adam, decayed to zero; 0.05 standard deviations of the squared distances when None.
       sampler: (key, shape, dtype) -> noise; standard normal when None.
@@ -62,7 +60,7 @@ def fit_semidiscrete(
     x_1 = flatten_rows(jnp.asarray(x_1))
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
     spread = float(relative_to_absolute(noise, x_1, 1.0))
-    geometry = point_cloud(sampler or jax.random.normal, x_1, epsilon=epsilon * spread)
+    geometry = point_cloud(sampler or jax.random.normal, x_1, epsilon=0.0)
     rate = 0.05 * spread if learning_rate is None else learning_rate
     solver = solver_class(
         num_iterations=num_steps,

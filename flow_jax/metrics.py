@@ -1,4 +1,4 @@
-"""Distances between samples, on the host in float64, and properties of a flow's paths.
+"""Distances between samples, on the host in float64 but for Sinkhorn's, and properties of a flow's paths.
 
 Point clouds are arrays of rows of any shape. Distances of two finite samples of one law are not zero: compare with the
 distance between two real samples of the same sizes.
@@ -38,6 +38,8 @@ def wasserstein(a: Cloud, b: OtherCloud, p: Number = 2) -> float:
     if p < 1:
         raise UserError(f"p is {p:g}, expected at least 1: below, this is no distance.")
     x, y = _host(a), _host(b)
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"rows of {x.shape[1]} and {y.shape[1]} entries have no distance: make the shapes equal.")
     cost = host_cost(x, y) if p == 2 else cdist(x, y) ** p
     return float((transport(cost) * cost).sum() ** (1 / p))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flow_jax.arrays import Number, Rows
-from flow_jax.integrate import FIXED, TOLERANCE, Plan, as_field, integrate
+from flow_jax.integrate import FIXED, MAX_STEPS, TOLERANCE, Plan, as_field, integrate
 from train_jax.errors import UserError
 
 
@@ -41,7 +41,7 @@ def sample(
     times=None,
     trajectory: bool = False,
     args: tuple = (),
-    max_steps: int = 4096,
+    max_steps: int = MAX_STEPS,
 ) -> SampleResult:
     """Integrates dx/dt = velocity(t, x) from x_0.
 

@@ -1,11 +1,14 @@
 """Sampling by a stochastic differential equation with the flow's marginals (Song et al. 2021; Ma et al. 2024).
 
 dx = [v(t, x) + g(t)^2 / 2 score(t, x)] dt + g(t) dW has the marginals of dx = v dt for every g >= 0: the added drift
-undoes what the noise spreads. The score follows from the velocity of an affine path.
+undoes what the noise spreads. The score follows from the velocity of an affine path if noise and data are independent:
+of a flow trained with coupled pairs (couplings.exact, say) -E[x_0 | x] / sigma is not the score, and the marginals are
+lost.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from train_jax.errors import UserError
 def sample_sde(
     velocity: Callable,
     x_0: Rows,
-    path: Convertible,
+    path: Any,
     key: RandomKey,
     num_steps: int = 250,
     strength: Number = 1.0,
@@ -29,13 +32,13 @@ def sample_sde(
     trajectory: bool = False,
     args: tuple = (),
 ) -> SampleResult:
-    """Euler-Maruyama from noise to data, with g(t)^2 = 2 strength sigma(t).
+    """Euler-Maruyama from noise to data, with g(t)^2 = 2 strength sigma(t), for flows of independently coupled pairs.
 
     This g vanishes with sigma, so that the drift strength sigma score = -strength E[noise | x] is bounded everywhere.
 
     Args:
       velocity: (t, x, *args) -> [B, ...], trained along `path`; as of `sample`.
-      x_0: noise.
+      x_0: x at t = 0: noise, of VE `sigma(0)` times noise.
       path: an affine path.
       key: of the noise; a row's noise does not depend on how many rows there are besides it.
       num_steps: equal steps from t = 0 to 1, one evaluation each.
@@ -44,8 +47,13 @@ def sample_sde(
       args: arrays of rows passed on to the velocity.
 
     Raises:
-      UserError: no steps, or a negative strength.
+      UserError: no steps, a negative strength, or a path that is not affine.
     """
+    if not isinstance(path, Convertible):
+        raise UserError(
+            f"the path is {path}, which does not tell the score of a velocity, expected an affine one, such as CondOT: "
+            "use `sample`."
+        )
     if num_steps < 1 or strength < 0:
         raise UserError(f"num_steps={num_steps} and strength={strength:g}: expected num_steps >= 1 and strength >= 0.")
     field, arrays = as_field(velocity)

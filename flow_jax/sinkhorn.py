@@ -29,8 +29,9 @@ def squared_distances(x: Float[AnyArray, "N ..."], y: Float[AnyArray, "M ..."]) 
 
 
 def relative_epsilon(cost: Float[Array, "N M"], epsilon: Scalar) -> Float[Array, ""]:
-    """epsilon times the standard deviation of the cost: absolute, of the cost's units."""
-    return epsilon * cost.std()
+    """epsilon times the standard deviation of the cost: absolute, in the cost's units; epsilon if all are equal."""
+    spread = cost.std()
+    return epsilon * jnp.where(spread > 0, spread, 1.0)
 
 
 class Solution(NamedTuple):

@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flow_jax import evaluation
-from flow_jax.flow_task import FlowTask, check_choices
+from flow_jax.flow_task import FlowTask
 from flow_jax.models.mlp import MLP, MLPConfig
 from flow_jax.pairs import ToyPairs
 from flow_jax.toys import TOYS
+from train_jax.config import check_choices
+from train_jax.errors import UserError
 
 
 class PlaneFlow(FlowTask):
@@ -58,7 +60,10 @@ class PlaneFlow(FlowTask):
         return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}
 
     def init(self) -> nnx.Module:
-        return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))
+        try:
+            return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
 
     def train_source(self) -> ToyPairs:
         config = self.config

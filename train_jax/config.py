@@ -8,7 +8,7 @@ applies `--config.key=value`, `resume.py` compares two configs of one run.
 import ast
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +298,16 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
         return wanted(text)
     except ValueError as error:
         raise UserError(f"config argument {key}={text!r}, expected {wanted.__name__}: change it") from error
+
+
+def check_choices(config: ConfigDict, choices: Mapping[str, Iterable[str]]) -> None:
+    """Checks config keys, dotted, that hold one of a few words.
+
+    Raises:
+      UserError: the first that does not.
+    """
+    values = leaves(config)
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            expected = ", ".join(word or "''" for word in allowed)
+            raise UserError(f"{key} is {values[key]!r}, expected one of {expected}: change it.")

@@ -47,8 +47,11 @@ def linear(
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """A function of jax.nn by name."""
-    return selu if name == "selu" else getattr(jax.nn, name)
+    """A function of jax.nn by name. Raises ValueError for a name that is none."""
+    found = selu if name == "selu" else getattr(jax.nn, name, None)
+    if not callable(found):
+        raise ValueError(f"the activation is {name!r}, expected a function of jax.nn, such as silu, gelu or selu.")
+    return found
 
 
 def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:

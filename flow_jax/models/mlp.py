@@ -40,6 +40,7 @@ class MLP(nnx.Module):
         told = config.num_classes or config.vector_width
         if config.depth < 1 or (told and not config.time_width):
             raise ValueError(f"{config}: expected depth >= 1, and time_width > 0 with labels.")
+        activation(config.activation)  # an unknown one is told here
         self.config = config
         sizes = config.width, config.num_classes, config.time_width, config.vector_width
         self.condition = nnx.data(Condition(*sizes, rngs=rngs) if config.time_width else None)

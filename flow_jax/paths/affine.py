@@ -49,10 +49,6 @@ class AffinePath(Convertible):
         w = da * s - a * ds
         return Inverse(s / w, -ds / w, -a / w, da / w, a / (w * s), -da / (w * s))
 
-    def sigma_d_sigma(self, t):
-        """sigma(t) sigma'(t), which stays finite where sigma' alone does not."""
-        return self.sigma(t) * self.d_sigma(t)
-
     def signal_to_noise(self, t):
         """alpha(t) / sigma(t); infinite where sigma is zero."""
         return self.alpha(t) / self.sigma(t)
@@ -84,6 +80,10 @@ class CondOT(AffinePath):
     """The conditional-OT path: alpha = t, sigma = 1 - (1 - sigma_min) t (Lipman et al. 2023, equation 20)."""
 
     sigma_min: Number = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.sigma_min <= 1:
+            raise UserError(f"CondOT(sigma_min={self.sigma_min}): expected 0 to 1, what is left of the noise.")
 
     def alpha(self, t):
         return jnp.asarray(t)
@@ -122,6 +122,12 @@ class VP(AffinePath):
     beta_min: Number = 0.1
     beta_max: Number = 20.0
     time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    def __post_init__(self):
+        if not 0 <= self.beta_min <= self.beta_max or not self.beta_max > 0:
+            raise UserError(
+                f"VP(beta_min={self.beta_min}, beta_max={self.beta_max}): expected 0 <= beta_min <= beta_max > 0."
+            )
 
     def _exponent(self, t):
         r = 1 - t
@@ -206,6 +212,12 @@ class VE(AffinePath):
 
     sigma_min: Number = 0.01
     sigma_max: Number = 50.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UserError(
+                f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): expected 0 < sigma_min < sigma_max."
+            )
 
     @property
     def _log_ratio(self) -> float:

@@ -36,6 +36,10 @@ class CFM:
     sigma: Number = 0.0
     base: AffinePath = CondOT()
 
+    def __post_init__(self):
+        if not self.sigma >= 0:
+            raise UserError(f"CFM(sigma={self.sigma}): expected a standard deviation of 0 or more.")
+
     @property
     def time_range(self) -> tuple[float, float]:
         return self.base.time_range
@@ -78,6 +82,10 @@ class SchrodingerBridge:
 
     sigma: Number = 1.0
     time_range: ClassVar[tuple[float, float]] = (1e-5, 1.0 - 1e-5)
+
+    def __post_init__(self):
+        if not self.sigma > 0:
+            raise UserError(f"SchrodingerBridge(sigma={self.sigma}): expected a standard deviation above 0.")
 
     def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
         """The mean of x_t."""

@@ -4,21 +4,18 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from paligemma_jax.adapt import quantize
 from paligemma_jax.models.layers import REMAT_POLICIES
 from train_jax import sharding
-from train_jax.config import leaves
-from train_jax.errors import UserError
 from train_jax.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
@@ -45,19 +42,6 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*projector/linear/(kernel|lora_b)" + WITH_GATES, (None, "fsdp")),
     (r".*", ()),
 )
-
-
-def check_choices(config: ConfigDict, choices: Mapping[str, Sequence[str]]) -> None:
-    """Checks config keys, dotted, that hold one of a few words.
-
-    Raises:
-      UserError: the first that does not.
-    """
-    values = leaves(config)
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            expected = ", ".join(word or "''" for word in allowed)
-            raise UserError(f"{key} is {values[key]!r}, expected one of {expected}: change it.")
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

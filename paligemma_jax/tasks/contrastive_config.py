@@ -5,6 +5,7 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.captioned import NOISE
 from paligemma_jax.tasks import common
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 
 SOURCES = ("scenes", "jsonl", "tfds")
@@ -81,7 +82,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first fault found.
     """
-    common.check_choices(config, CHOICES)
+    check_choices(config, CHOICES)
     if config.micro_batch not in (None, config.batch_size):
         raise UserError(
             f"micro_batch is {config.micro_batch}, expected None: the loss is of all pairs of a batch; to save memory "

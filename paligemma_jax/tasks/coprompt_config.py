@@ -14,6 +14,7 @@ from paligemma_jax.data.synthetic_clevr.classes import COLORS, COMBINATIONS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 
 SOURCES = ("scenes", "images")
@@ -88,7 +89,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first fault found.
     """
-    common.check_choices(config, CHOICES)
+    check_choices(config, CHOICES)
     for side in config.views.values():
         Augmentation(**side)
     if config.template.count("{}") != 1:

@@ -20,6 +20,7 @@ from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.vision_start import with_vision
 from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
@@ -57,7 +58,7 @@ class SceneTask:
                 f"micro_batch is {config.micro_batch}, expected None: the loss of the patch heads is a mean over the "
                 "patches of the whole batch, which micro-batches would change; set a smaller batch_size."
             )
-        common.check_choices(config, {"model.remat": common.REMAT})
+        check_choices(config, {"model.remat": common.REMAT})
         try:
             sizes = variant(config.model.variant)
         except ValueError as error:

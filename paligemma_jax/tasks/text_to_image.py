@@ -38,6 +38,7 @@ from paligemma_jax.tasks.judge import Judge
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.weights.digest import check_digest, write_digest
+from train_jax.config import check_choices
 from train_jax.errors import UserError
 
 TOLD = ("attributes", "captions")
@@ -108,7 +109,7 @@ class TextToImage(ImageFlowTask):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        common.check_choices(config, {"told": TOLD})
+        check_choices(config, {"told": TOLD})
         if config.told == "captions" and config.siglip is None:
             raise UserError(
                 "told is 'captions' but siglip is not set, expected a SigLIP whose text tower reads them: add "

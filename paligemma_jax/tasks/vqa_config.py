@@ -6,7 +6,7 @@ from ml_collections.config_dict import placeholder
 from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.families import QUESTION_FAMILIES
 from paligemma_jax.tasks import common, vqa_adapter, vqa_consistency
-from train_jax.config import leaves
+from train_jax.config import check_choices, leaves
 from train_jax.errors import UserError
 
 CHOICES = {
@@ -143,7 +143,7 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     values = leaves(config)
-    common.check_choices(config, CHOICES)
+    check_choices(config, CHOICES)
     for key, minimum in MINIMA.items():
         if values[key] is not None and values[key] < minimum:
             raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")

@@ -89,6 +89,19 @@ def toy(w):
     return lambda t, x: jnp.sin(w[0] * x) * (1 + fj.arrays.per_row(t, x)) + w[1] * fj.arrays.per_row(t, x) * x
 
 
+@pytest.mark.parametrize("path", [fj.paths.VP(), fj.paths.LinearVP()], ids=repr)
+def test_a_score_gives_its_velocity_where_sigma_vanishes(path):
+    """sigma' is infinite at t = 1, sigma sigma' is not."""
+    x, score = jnp.array([[0.4, -1.0]]), jnp.array([[2.0, 0.5]])
+    at = path.score_to_velocity(score, x, 1.0)
+    assert jnp.isfinite(at).all()
+    np.testing.assert_allclose(at, path.score_to_velocity(score, x, 1 - 1e-6), rtol=2e-3)
+
+
+def test_times_of_integer_rows_are_no_integers():
+    assert fj.arrays.as_time(0.5, np.zeros((2, 2), np.int32)) == 0.5
+
+
 def test_a_change_of_schedule_equals_flow_matchings(golden_case, precision):
     case = golden_case("flow_paths")
     for name in ("cosine", "poly", "vp"):
@@ -119,7 +132,8 @@ def test_a_changed_marginal_field_is_the_other_path_s_field(double, old, new):
 def test_both_ends_of_a_change_of_schedule_are_finite():
     velocity = fj.marginals.MixtureMarginal(fj.paths.CondOT(), jnp.ones((2, 3)), 0.5).velocity
     x = jnp.full((2, 3), 0.3)
-    for new in (fj.paths.Cosine(), fj.paths.Polynomial(3.0), fj.paths.CondOT()):
+    affine = fj.paths
+    for new in (affine.Cosine(), affine.Polynomial(3.0), affine.CondOT(), affine.VP(), affine.LinearVP()):
         changed = fj.conversions.change_schedule(velocity, fj.paths.CondOT(), new)
         assert jnp.isfinite(changed(jnp.array([0.0, 1.0]), x)).all()
     back = fj.conversions.change_schedule(velocity, fj.paths.VP(), fj.paths.CondOT())

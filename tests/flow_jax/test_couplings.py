@@ -109,6 +109,27 @@ def test_sinkhorn_pairs_do_not_depend_on_units_and_gain_what_the_exact_coupling_
         fj.couplings.sinkhorn(x_0, x_1)
 
 
+def test_a_row_of_each_label_or_an_error():
+    x, y = np.zeros((5, 2), np.float32), np.array([0, 1, 0, 1])
+    with pytest.raises(UserError, match="5 rows of noise with 4 labels and 5 of data with 4, expected one number"):
+        fj.couplings.within_class(x, x, y, y)
+
+
+def test_a_plan_that_is_not_finite_pairs_rows_as_they_come():
+    """So that the row at fault is in the loss, where the step's guard sees it."""
+    x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 8, 2))
+    for rounding in ("draw", "round"):
+        i, j = fj.couplings.sinkhorn(x_0, x_1.at[3].set(jnp.nan), key=jax.random.key(1), rounding=rounding)
+        assert i.tolist() == j.tolist() == list(range(8))
+
+
+def test_equal_costs_pair_at_random():
+    _, j = fj.couplings.sinkhorn(jnp.zeros((64, 2)), jnp.ones((64, 2)), key=jax.random.key(1))
+    assert len(set(j.tolist())) > 20
+    with pytest.raises(UserError, match="epsilon is 0, expected a number above 0"):
+        fj.couplings.sinkhorn(jnp.zeros((4, 2)), jnp.ones((4, 2)), 0.0, jax.random.key(1))
+
+
 def test_rounded_sinkhorn_pairs_are_a_permutation_near_the_best():
     x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 64, 2))
     i, j = fj.couplings.sinkhorn(x_0, x_1, 0.01, rounding="round")

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import flow_jax as fj
 from train_jax.errors import UserError
@@ -71,6 +73,71 @@ def test_one_jump_and_many_cross_the_path_exactly():
         np.testing.assert_allclose(got, np.exp(RATE) * x, rtol=1e-5)
     with pytest.raises(UserError, match="num_steps is 0"):
         fj.few_step.sample_mean_flow(mean_velocity, x, 0)
+
+
+def trained(model, loss, steps):
+    """A model after some steps of Adam on loss(model, key)."""
+    graph, state = nnx.split(model)
+    optimizer = optax.adam(2e-3)
+
+    @jax.jit
+    def step(carry, key):
+        state, moments = carry
+        gradient = jax.grad(lambda state: loss(nnx.merge(graph, state), key))(state)
+        updates, moments = optimizer.update(gradient, moments, state)
+        return optax.apply_updates(state, updates), moments
+
+    carry = state, optimizer.init(state)
+    for number in range(steps):
+        carry = step(carry, jax.random.key(number))
+    return nnx.merge(graph, carry[0])
+
+
+def corners(key, n):
+    """Noise, and points near (+-2, +-2)."""
+    noise, corner, spread = jax.random.split(key, 3)
+    signs = jax.random.rademacher(corner, (n, 2), jnp.float32)
+    return jax.random.normal(noise, (n, 2)), 2 * signs + 0.2 * jax.random.normal(spread, (n, 2))
+
+
+def test_a_model_of_ours_learns_to_jump():
+    """One evaluation comes near a corner, where one step of a velocity model would stay in the middle."""
+
+    def loss(model, key):
+        pairs, interval = jax.random.split(key)
+        t, s = fj.few_step.draw_intervals(interval, 256, fj.times.Uniform(), same=0.5)
+        return fj.few_step.mean_flow(model, fj.paths.CondOT().sample(*corners(pairs, 256), t), s).mean()
+
+    mlp = fj.models.MLP(fj.models.MLPConfig(width=64, depth=3, vector_width=16), rngs=nnx.Rngs(0))
+    model = trained(fj.few_step.MeanVelocity(mlp, 16), loss, 500)
+    found = fj.few_step.sample_mean_flow(model, corners(jax.random.key(9), 500)[0], 1)
+    assert float(jnp.abs(jnp.abs(found) - 2).mean()) < 0.7
+
+
+def test_a_model_trained_on_reflow_s_pairs_has_straighter_paths():
+    def loss_on(pairs):
+        def loss(model, key):
+            rows, times = jax.random.split(key)
+            sample = fj.paths.CondOT().sample(*pairs(rows), jax.random.uniform(times, (256,)))
+            return fj.losses.conditional_flow_matching(model, sample).mean()
+
+        return loss
+
+    def mlp():
+        return fj.models.MLP(fj.models.MLPConfig(width=64, depth=3), rngs=nnx.Rngs(0))
+
+    first = trained(mlp(), loss_on(lambda key: corners(key, 256)), 300)
+    x_0 = corners(jax.random.key(8), 2048)[0]
+    ends = fj.few_step.reflow_pairs(first, x_0, solver="rk4", num_steps=20)
+
+    def own(key):
+        rows = jax.random.randint(key, (256,), 0, len(x_0))
+        return ends.x_0[rows], ends.x_1[rows]
+
+    second = trained(mlp(), loss_on(own), 300)
+    noise = corners(jax.random.key(9), 200)[0]
+    before, after = (fj.metrics.straightness(model, noise) for model in (first, second))
+    assert float(after) < 0.3 * float(before)
 
 
 def test_intervals_are_ordered_and_a_share_has_no_length():

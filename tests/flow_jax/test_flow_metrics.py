@@ -67,6 +67,8 @@ def test_distances_of_clouds_that_are_shifted_are_the_shift(double):
     x = np.random.default_rng(0).normal(size=(50, 3, 2))
     for p in (1, 2, 3):
         assert fj.metrics.wasserstein(x, x + 2.0, p) == pytest.approx(2 * np.sqrt(6), rel=1e-6)
+        with pytest.raises(UserError, match="rows of 6 and 2 entries have no distance"):
+            fj.metrics.wasserstein(x, x[:, 0, :2], p)
     flat = x.reshape(50, 6)
     assert fj.metrics.frechet_distance(flat, flat + 2.0) == pytest.approx(24.0, rel=1e-9)
     assert fj.metrics.frechet_distance(flat, 3 * flat - 2 * flat.mean(0)) == pytest.approx(

@@ -261,6 +261,8 @@ def test_variants_that_contradict_each_other(argument, sentence):
     [
         ({"data.folder": "/nowhere"}, "/nowhere has no dataset_info.json"),
         ({"eval.guidance": 2.0}, "without labels there is nothing to guide by"),
+        ({"eval.guidance": 2.0, "model.label_dropout": 0.0}, "else nothing is learned of images without one"),
+        ({"eval.divergence": "foo"}, "divergence='foo' is unknown, expected one of exact, hutchinson"),
         ({"data.channels": 2}, "data.channels is 2, expected 1"),
     ],
 )

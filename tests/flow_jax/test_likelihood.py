@@ -182,11 +182,54 @@ def test_more_draws_tighten_the_bound():
     assert exact < many < one - 0.05
 
 
+def test_a_falling_grid_is_as_good_as_its_number_of_steps(double):
+    x = jnp.array([[1.5, 1.2], [-0.3, 0.8]])
+
+    def velocity(t, x):
+        return 0.7 * x
+
+    grid = fj.times.uniform_grid(32)[::-1]
+    got = fj.log_prob(velocity, x, solver="rk4", times=grid).log_prob
+    np.testing.assert_allclose(got, fj.log_prob(velocity, x, solver="rk4", num_steps=32).log_prob, rtol=1e-12)
+
+
+def test_more_draws_with_hutchinsons_divergence_stay_on_the_right_side():
+    """Of a field whose Jacobian is far from diagonal, so that the estimate is noisy."""
+    matrix = 0.3 * jax.random.normal(jax.random.key(1), (16, 16))
+    images = jax.random.randint(jax.random.key(2), (100, 4, 4, 1), 0, 256)
+
+    def velocity(t, x):
+        return (x.reshape(-1, 16) @ matrix).reshape(x.shape)
+
+    def bits(**options):
+        return float(
+            fj.image_bits_per_dim(
+                velocity, images, jax.random.key(0), 10, solver="rk4", num_steps=4, **options
+            ).mean()
+        )  # fmt: skip
+
+    assert bits(divergence="hutchinson") == pytest.approx(bits(), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [(np.zeros((2, 4, 4, 1), np.float32), "of float32"), (np.full((2, 4, 4, 1), 16), "from 16 to 16")],
+)
+def test_images_that_are_no_levels_are_refused(images, found):
+    with pytest.raises(UserError, match=f"images have values {found}, expected integers from 0 to 15"):
+        fj.image_bits_per_dim(lambda t, x: x, images, jax.random.key(0), levels=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(divergence="hutchinson"), "pass `key`"),
-        (dict(divergence="brute"), "'brute' with noise='rademacher' is unknown"),
+        (dict(divergence="brute"), "divergence='brute' is unknown"),
+        (dict(divergence="hutchinson", key=jax.random.key(0), noise="white"), "noise='white' is unknown"),
+        (dict(key=jax.random.key(0)), "draws no probes: leave out key and noise"),
+        (dict(noise="gaussian"), "draws no probes"),
+        (dict(solver="rk4", times=[0.0, 0.5, 1.0]), r"times rise from 0 to 1, expected them to fall .* times\[::-1\]"),
+        (dict(solver="rk4", num_steps=4, max_steps=7), "max_steps=7 has no effect"),
         (dict(num_probes=2), "num_probes=2"),
         (dict(num_steps=3), "leave out num_steps=3"),
         (dict(times=[1.0, 0.0]), "leave out times"),

@@ -13,6 +13,7 @@ from flow_jax.pairs import ToyPairs
 from flow_jax.task import PlaneFlow
 from tests.paligemma_jax.mini import ROOT, arguments, mistake
 from train_jax import command_line, sharding
+from train_jax.errors import UserError
 from train_jax.plan import plan
 from train_jax.task import make_task
 
@@ -80,10 +81,28 @@ def task(**changes):
 @pytest.mark.parametrize("path", ["cond_ot", "cfm", "vp", "cosine", "schroedinger_bridge"])
 @pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn"])
 def test_every_path_and_coupling_has_a_finite_loss(path, coupling):
-    chosen = task(**{"path.name": path, "coupling.name": coupling, "times": "stratified"})
+    changes = {"path.name": path, "coupling.name": coupling, "times": "stratified"}
+    if path == "schroedinger_bridge" and coupling != "sinkhorn":
+        with pytest.raises(UserError, match="under the entropic coupling alone, expected sinkhorn"):
+            task(**changes)
+        return
+    chosen = task(**changes)
     batch = chosen.train_source().together(np.arange(32), 0)
     loss, _ = chosen.loss(chosen.init(), batch, jax.random.split(jax.random.key(0), 32))
     assert np.isfinite(float(loss)) and float(loss) > 0
+
+
+def test_the_entropy_of_a_bridge_is_that_of_its_noise():
+    """Tong et al. 2024: epsilon = 2 sigma^2, in the units of the squared distance."""
+    changes = {"path.name": "schroedinger_bridge", "coupling.name": "sinkhorn"}
+    assert task(**changes, **{"path.sigma": 0.5})._entropy() == {"epsilon": 0.5, "relative": False}
+    x = np.linspace(-1, 1, 16, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    batch = {"x_0": x, "x_1": x}
+    losses = [
+        float(chosen.loss(chosen.init(), batch, jax.random.split(jax.random.key(0), 16))[0])
+        for chosen in (task(**changes, **{"path.sigma": sigma, "path.beta_max": 20.0}) for sigma in (1e-2, 10.0))
+    ]
+    assert losses[0] < 0.05 * losses[1]  # with little noise every row stays where it is
 
 
 def test_a_run_learns_and_leaves_its_pictures(tmp_path):
@@ -121,6 +140,11 @@ def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
          "gaussian: change it."),
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
+        ({"eval.solver": "foo"}, "solver='foo' is unknown, expected one of euler, midpoint, heun, rk4, dopri5, tsit5, "
+         "dopri8."),
+        ({"model.activation": "foo"}, "model: the activation is 'foo', expected a function of jax.nn, such as silu, "
+         "gelu or selu."),
+        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, what is left of the noise."),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, capsys, changes, sentence):
