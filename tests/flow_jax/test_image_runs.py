@@ -36,6 +36,7 @@ SMALL = {
     "eval.num_samples": 4,
     "eval.validation_samples": 4,
     "eval.batch_size": 4,
+    "eval.solver": "euler",
     "eval.num_steps": 2,
     "eval.likelihood_examples": 2,
     "eval.likelihood_samples": 2,
