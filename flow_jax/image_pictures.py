@@ -1,9 +1,10 @@
 """Pictures of a flow of images: samples beside real ones, and images on their way."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from matplotlib.figure import Figure
 
 ROWS, COLUMNS = 10, 10  # of a gallery
@@ -37,8 +38,17 @@ class Gallery:
         """All of them in one, white where there are too few."""
         shape = next((image.shape for row in self.rows for image in row), (1, 1, 1))
         blank = np.full(shape, levels - 1, np.uint8)
-        lines = [np.concatenate([*row, *[blank] * (COLUMNS - len(row))], axis=1) for row in self.rows]
-        return np.concatenate(lines)
+        return tiled([[*row, *[blank] * (COLUMNS - len(row))] for row in self.rows], levels - 1)
+
+
+def tiled(rows: Any, between: float | int) -> Num[np.ndarray, "H W C"]:
+    """Rows of images [I, I, C] in one, apart by lines of the value `between`."""
+
+    def framed(image):
+        line = max(1, len(image) // 32)
+        return np.pad(image, ((0, line), (0, line), (0, 0)), constant_values=between)
+
+    return np.concatenate([np.concatenate([framed(image) for image in row], axis=1) for row in rows])
 
 
 def draw_grid(path: Path, samples: Gallery, real: Gallery, levels: int) -> None:
@@ -52,7 +62,7 @@ def draw_grid(path: Path, samples: Gallery, real: Gallery, levels: int) -> None:
 
 def draw_flow(path: Path, frames: Float[np.ndarray, "T N I I C"]) -> None:
     """A row a sample, from noise on the left to the image on the right; values in [-1, 1]."""
-    rows = np.concatenate([np.concatenate(list(row), axis=1) for row in np.swapaxes(frames, 0, 1)])
+    rows = tiled(np.swapaxes(frames, 0, 1), 1.0)
     figure = Figure(figsize=(len(frames) * 0.6, frames.shape[1] * 0.6 + 0.3), layout="constrained")
     _show(figure.subplots(), np.clip((rows + 1) / 2, 0, 1), "t = 0 ... 1")
     figure.savefig(path, dpi=110)

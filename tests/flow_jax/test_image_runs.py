@@ -180,7 +180,8 @@ def test_a_gallery_has_a_row_a_label():
     gallery.add(images, np.array([2, 0, 2, 5]))
     assert [len(row) for row in gallery.rows] == [1, 0, 2]
     sheet = gallery.sheet(levels=17)
-    assert sheet.shape == (6, 20, 1) and sheet[4:, :4].max() == 2 and sheet[2:4].min() == 16
+    assert sheet.shape == (9, 30, 1) and sheet[3:6].min() == 16  # a line behind each
+    assert (sheet[6:8, [0, 1, 3, 4]] == 2).all() and (sheet[6:8, [2, 5]] == 16).all()
     plain = Gallery(num_classes=0)
     plain.add(np.zeros((120, 2, 2, 3), np.uint8), np.zeros(120, np.int32))
     assert [len(row) for row in plain.rows] == [10] * 10
