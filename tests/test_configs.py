@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
     "coprompt": ("", "methods", "ablations", "shots", "domain", "smoke", "clip_b16"),
-    "flow_clevr": ("", "captions", "unet", "smoke", "captions,smoke"),
+    "flow_clevr": ("", "captions", "dit", "smoke", "captions,smoke"),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
     "flow_images": (
         "",

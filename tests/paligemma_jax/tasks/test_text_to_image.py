@@ -23,8 +23,8 @@ from train_jax.plan import plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-CONFIG = str(ROOT / "configs/flow_clevr.py:smoke")
-CAPTIONS = str(ROOT / "configs/flow_clevr.py:captions,smoke")
+CONFIG = str(ROOT / "configs/flow_clevr.py:dit,smoke")
+CAPTIONS = str(ROOT / "configs/flow_clevr.py:captions,dit,smoke")
 OPTIONS = {
     "data.num_scenes": 12,
     "data.num_held_out": 6,
