@@ -314,6 +314,45 @@ def test_other_images_in_the_same_workdir_are_refused(run, options, tmp_path):
         fit(options, tmp_path / "run", total_steps=5)
 
 
+def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
+    """An image that is added divides its class anew; the evaluation of the run would then flatter it."""
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    shutil.copytree(run, tmp_path / "run")
+    changed = without(options | {"data.source": str(tmp_path / "toys")})
+    (tmp_path / "toys/brown/+added.png").write_bytes(png(77))
+    stored = json.loads((run / "protocol.json").read_text())["tuned"]["splits"]
+    tuned = {image for rows in stored.values() for image, _ in rows}
+    again = task_of(changed)
+    shared = tuned & {image for image, _ in again.protocol.tested["base"].splits["test"]}
+    assert shared and not tuned & {image for image, _ in task_of(options).protocol.tested["base"].splits["test"]}
+    sentence = rf"of toys \(base\) would be tested .* \(first: {min(shared)}\), .* restore them"
+    with pytest.raises(UserError, match=sentence):
+        loop.evaluate(again.config, tmp_path / "run")
+    assert task_of(changed, method="zero_shot").trainable() is None  # which was tuned on nothing
+    (tmp_path / "run/protocol.json").write_text("{")
+    with pytest.raises(UserError, match="protocol.json cannot be read as JSON"):
+        again.evaluate(again.abstract(), tmp_path / "run")
+    (tmp_path / "run/protocol.json").write_text('{"tuned": {}}')
+    with pytest.raises(UserError, match="protocol.json is no protocol"):
+        again.evaluate(again.abstract(), tmp_path / "run")
+
+
+def test_the_test_images_are_the_only_split(run, options):
+    for split in ("val", "novel"):
+        with pytest.raises(UserError, match=f"split is '{split}', expected 'test', of which results are"):
+            loop.evaluate(task_of(options).config, run, split)
+
+
+@pytest.mark.parametrize("names", [("a/cars", "b/cars"), ("a/cars", "target_mean"), ("examples",), ("a/step",)])
+def test_names_of_further_sets_are_their_own(options, tmp_path, names):
+    folders = tuple(str(class_folders(tmp_path / name, ("car", "van"))) for name in names)
+    task = task_of(options, protocol="cross_dataset", **{"data.targets": repr(folders)})
+    with pytest.raises(
+        UserError, match=f"data.targets: {folders[-1]} is named .* none of source, target_mean, examples"
+    ):
+        task.protocol  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
