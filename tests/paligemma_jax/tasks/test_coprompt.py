@@ -72,6 +72,9 @@ def options(folder, tmp_path_factory):
     return {"model.path": str(folder)} | places | OPTIONS
 
 
+NO_ADAPTERS = {"prompts.text_adapter": None, "prompts.image_adapter": None}
+
+
 def task_of(options, **changes):
     config = config_of(without(options | changes), CONFIG)
     return CoPrompt(config, sharding.make_mesh(config.mesh))
@@ -366,6 +369,19 @@ def test_names_of_further_sets_are_their_own(options, tmp_path, names):
             {"method": "full", "consistency.weight": 1.0},
             "consistency.weight is 1.0 of method 'full', expected a method",
         ),
+        (
+            {"method": "coop", "consistency.weight": 1.0, "consistency.on": "image"} | NO_ADAPTERS,
+            "consistency.on is 'image' but method 'coop' has neither .* image side, .* set consistency.on=text, or",
+        ),
+        (
+            {"method": "coop", "consistency.weight": 1.0} | NO_ADAPTERS,
+            "consistency.on is 'both' but method 'coop' has neither .* image side, .* set consistency.on=text, or",
+        ),
+        (
+            {"prompts.text_tokens": 0, "prompts.coupled": False, "prompts.text_adapter": 0, "consistency.on": "text"},
+            "consistency.on is 'text' but method 'coprompt' .* text side, .* set consistency.on=image, or",
+        ),
+        ({"data.novel": "shapes"}, "data.novel is 'shapes', expected one of combinations, colors"),
         ({"consistency.on": "images"}, "consistency.on is 'images', expected one of text, image, both"),
         ({"template": "a thing"}, "template is 'a thing', expected one {}"),
         ({"shots": 0}, "shots is 0, expected 1 or more"),
