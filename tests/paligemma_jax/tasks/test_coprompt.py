@@ -16,6 +16,7 @@ from paligemma_jax.classify import classify
 from paligemma_jax.consistency import coprompt_loss
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.protocols import read_protocol
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.predict import read_pixels
 from paligemma_jax.tasks import coprompt_report
 from paligemma_jax.tasks.coprompt import CoPrompt, Texts
@@ -45,6 +46,7 @@ OPTIONS = {
     "prompts.text_adapter": 3,
     "prompts.image_adapter": 3,
 }
+COLORS = ATTRIBUTES["color"]
 CLASSES = ("red", "green ball", "blue", "gray cube", "brown")
 CLASSES_SORTED = tuple(sorted(CLASSES))
 
@@ -152,6 +154,21 @@ def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_p
     plain = jax.jit(lambda model: model(pixels, tokens, mask, prompts=False)[:2])
     for ours, theirs in zip(plain(trained), plain(base), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_smoke_run_on_colors_of_their_own(folder, tmp_path):
+    """What `data.novel` says reaches the protocol: no novel class has a color of a base class."""
+    options = {"model.path": str(folder), "mesh.data": 1, "data.cache_dir": str(tmp_path / "cache"), "data.threads": 0}
+    options |= {"data.novel": "colors", "data.per_class": "(1, 1, 1)", "shots": 1, "data.style": "plain"}
+    results = loop.fit(config_of(options, f"{CONFIG}:smoke"), tmp_path / "run", "none")
+    assert results["examples"] == {"base": 48, "novel": 48} and results["step"] == 4
+    stored = json.loads((tmp_path / "run/protocol.json").read_text())
+    base, novel = stored["tuned"]["classes"], stored["tested"]["novel"]["classes"]
+    assert stored["tested"]["base"]["classes"] == base and len(set(base + novel)) == 96
+    colors = tuple({name.split()[1] for name in half} for half in (base, novel))
+    assert colors == (set(COLORS[:4]), set(COLORS[4:]))
+    images = [image for image, _ in stored["tuned"]["splits"]["train"]]
+    assert len(images) == 48 and {image.split("_")[1] for image in images} == colors[0]
 
 
 SIZES = {  # of towers of width 16, one layer each, with adapters of 3 units
