@@ -15,36 +15,64 @@ Another method of the same run: --config.method=zero_shot (nothing trains), coop
     :domain        tested in other styles too, plain ones among them (protocol domain_generalization)
     :smoke         seconds
 
-`:clip_b16` has the settings of the released code for a CLIP B/16; with the words above after a comma its sweeps are
-(`:clip_b16,methods`):
+`:clip_b16` has the defaults of the released code for a CLIP B/16; `:clip_b16,dataset=oxford_pets` has what that code
+sets for a data set (`DATASETS`) in their place. The words above after a comma make a sweep of it (`:clip_b16,methods`):
 
-    python train.py --config=configs/coprompt.py:clip_b16 --config.model.path=clip-vit-base-patch16 \
-        --config.data.source=oxford_pets --config.data.descriptions=oxford_pets.json
+    python train.py --config=configs/coprompt.py:clip_b16,dataset=oxford_pets --config.data.source=oxford_pets \\
+        --config.data.descriptions=oxford_pets.json --config.model.path=clip-vit-base-patch16
 
 where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). What was learned lies in the
-workdir's `adapter`, apart from its base.
+workdir's `adapter`, apart from its base. Prompts and lambda of a data set are CoPrompt's: sweeps leave them out of the
+other methods, `--config.method` does not.
 """
 
 from ml_collections import ConfigDict
 
 from paligemma_jax.data import augment
-from train_jax.config import base_config, parse_arg
+from paligemma_jax.data.protocols import SHOTS
+from train_jax.config import base_config, leaves, parse_arg
 from train_jax.errors import UserError
+from train_jax.patterns import did_you_mean
 
 SEEDS = (0, 1, 2)
-SHOTS = (1, 2, 4, 8, 16)
 FULL_RATE = 0.1  # of the learning rate, where all weights train
 OTHER_STYLES = ("plain", "noise", "low_resolution", "bright")
+DEPTH, WEIGHT = 9, 1.0  # layers that have prompts, and lambda, of the released code's defaults
+DATASETS = {
+    "caltech101": (4, 12, 4.0),
+    "dtd": (2, 12, 8.0),
+    "eurosat": (2, 12, 0.1),
+    "fgvc_aircraft": (4, 9, 2.0),
+    "food101": (4, 9, 0.5),
+    "imagenet": (4, 12, 8.0),
+    "oxford_flowers": (4, 9, 8.0),
+    "oxford_pets": (2, 12, 0.1),
+    "stanford_cars": (4, 12, 4.0),
+    "sun397": (4, 12, 8.0),
+    "ucf101": (4, 12, 2.0),
+}
+"""Prompts a layer, layers and lambda by data set: trainers/constants.py of the released code, which overrides its yaml
+and the command line; names are those of its configs/datasets."""
+EPOCHS = {"food101": 5.0}  # and 8 elsewhere
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "clip_b16", and one of "methods", "ablations", "shots" and "domain"; "smoke" for seconds."""
-    arg = parse_arg(arg, clip_b16=False, smoke=False, **dict.fromkeys(SWEEPS, False))
+    """The config; arg "clip_b16" (with "dataset=NAME"), and one of "methods", "ablations", "shots" and "domain", or
+    "smoke" for seconds.
+
+    Raises:
+      UserError: another one, two sweeps, or a data set that has no settings.
+    """
+    arg = parse_arg(arg, clip_b16=False, dataset="", smoke=False, **dict.fromkeys(SWEEPS, False))
     chosen = [name for name in SWEEPS if arg[name]]
     if len(chosen) > 1:
         raise UserError(f"the config argument names {' and '.join(chosen)}, expected one sweep: leave one out.")
     config = base_config("paligemma_jax.tasks.coprompt:CoPrompt")
     (clip_b16 if arg.clip_b16 else embedded)(config)
+    if arg.dataset:
+        if not arg.clip_b16:
+            raise UserError(f"the config argument dataset={arg.dataset} stands alone, expected clip_b16 too: add it.")
+        of_dataset(config, arg.dataset)
     if arg.smoke:
         smoke(config)
     if chosen:
@@ -65,7 +93,7 @@ def embedded(config: ConfigDict) -> None:
 
 
 def clip_b16(config: ConfigDict) -> None:
-    """The settings of the released code (configs/trainers/vit_b16_c2_ep5_batch4_2ctx_randaug.yaml) where none is noted.
+    """The defaults of the released code (its configs/trainers/coprompt.yaml) where no other source is noted.
 
     Prompts and adapters are those of `pg.few_shot_method`: 2 coupled prompts in each of 9 layers, 128 units.
     """
@@ -75,16 +103,30 @@ def clip_b16(config: ConfigDict) -> None:
     # Views are ours: the code draws both by one RandAugment.
     config.views.tuned.update(vars(augment.LIGHT))
     config.views.frozen.update(vars(augment.STRONG))
-    config.consistency.weight = None  # lambda is the method's, 1 as in the code
+    config.consistency.weight = None  # lambda is the method's, 1 as in the yaml
     config.batch_size, config.total_epochs = 4, 8.0
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.0035
     config.optimizer.momentum = 0.9  # Dassl's default
     # Dassl's default of 5e-4 is added to the gradient, which momentum sums up to ten times as much; ours is not.
     config.optimizer.weight_decay, config.optimizer.weight_decay_mask = 5e-3, ".*"
-    config.optimizer.schedule = "cosine"  # of every step; the code's goes down once an epoch
+    # From the peak to 0, at every step. The code's goes down once an epoch, on a cosine of 8 epochs that begins behind
+    # the first: its last epoch is at 14.6 % of the peak.
+    config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs, config.optimizer.warmup_constant = 1.0, 1e-5
     config.log_steps = 20
     config.eval_percent = config.checkpoint_percent = 1.0
+
+
+def of_dataset(config: ConfigDict, name: str) -> None:
+    """What the released code sets for a data set."""
+    if name not in DATASETS:
+        raise UserError(
+            f"the config argument dataset={name} has no settings, expected one of {', '.join(DATASETS)}"
+            f"{did_you_mean(name, DATASETS) or ': choose one, or leave it out'}"
+        )
+    tokens, config.prompts.depth, config.consistency.weight = DATASETS[name]
+    config.prompts.text_tokens = config.prompts.vision_tokens = tokens
+    config.total_epochs = EPOCHS.get(name, config.total_epochs)
 
 
 def smoke(config: ConfigDict) -> None:
@@ -104,6 +146,9 @@ def method(config: ConfigDict, name: str, **changes) -> dict:
     """Overrides of one method."""
     if name == "full":
         changes["optimizer.learning_rate"] = FULL_RATE * config.optimizer.learning_rate
+    if name != "coprompt":  # prompts and lambda that a config sets are CoPrompt's
+        own = ("prompts.text_tokens", "prompts.vision_tokens", "prompts.depth", "consistency.weight")
+        changes = {key: None for key in own if leaves(config)[key] is not None} | changes
     return {"method": name} | changes
 
 
@@ -115,16 +160,18 @@ def methods(config: ConfigDict) -> None:
 
 
 def ablations(config: ConfigDict) -> None:
-    """The paper's: each changes one thing of CoPrompt, which is `both-1.0`."""
-    weight = "consistency.weight"
-    found = {"both-1.0": {}, "no_consistency": {weight: 0.0}}
+    """The paper's: each changes one thing of CoPrompt, which is `both-1.0` (its lambda)."""
+    weight, own = "consistency.weight", config.consistency.weight or WEIGHT
+    found = {f"both-{own}": {}, "no_consistency": {weight: 0.0}}
     found |= {f"on_{side}": {"consistency.on": side} for side in ("text", "image")}
     found |= {"not_perturbed": {"consistency.perturb": False}}
     found |= {"prompts_only": {"prompts.text_adapter": 0, "prompts.image_adapter": 0}}
-    found |= {"adapters_only": {"method": "adapters", weight: 1.0}}
-    found |= {f"both-{value}": {weight: value} for value in (0.1, 0.5, 2.0, 8.0)}
+    found |= {"adapters_only": method(config, "adapters", **{weight: own})}
+    found |= {f"both-{value}": {weight: value} for value in (0.1, 0.5, 1.0, 2.0, 8.0) if value != own}
     found |= {kind: {"consistency.kind": kind} for kind in ("l1", "mse")}
-    found |= {f"layers_{depth}": depths(config, depth) for depth in (1, 3, 6, 12) if depth <= towers(config)}
+    whole = config.prompts.depth or DEPTH
+    layers = [depth for depth in (1, 3, 6, 9, 12) if depth <= towers(config) and depth != whole]
+    found |= {f"layers_{depth}": depths(config, depth) for depth in layers}
     config.sweep_metric, config.sweep_more = "harmonic_mean", ("base", "novel")
     config.sweep = seeds({name: {"method": "coprompt"} | changes for name, changes in found.items()})
 

@@ -9,8 +9,12 @@ import pytest
 from absl import flags
 
 from configs.clevr import METHODS
+from paligemma_jax.adapt.prompt_methods import few_shot_method
+from paligemma_jax.adapt.prompts import PromptConfig
+from paligemma_jax.models.dual_variants import variant as variant_of_dual
 from paligemma_jax.models.paligemma import variant
-from train_jax import command_line
+from paligemma_jax.tasks import coprompt_config
+from train_jax import command_line, sweep
 from train_jax.config import leaves, steps
 from train_jax.errors import UserError
 from train_jax.sharding import make_mesh
@@ -20,7 +24,7 @@ from train_jax.validation import validate
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
-    "coprompt": ("", "methods", "ablations", "shots", "domain", "smoke", "clip_b16"),
+    "coprompt": ("", "methods", "ablations", "shots", "domain", "smoke", "clip_b16", "clip_b16,dataset=oxford_pets"),
     "flow_clevr": ("", "captions", "dit", "smoke", "captions,smoke"),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
     "flow_images": (
@@ -108,6 +112,92 @@ def test_the_settings_of_the_report(argument, dtype):
     epoch = {"batch_size": config.batch_size, "epoch_examples": 6650}
     total = steps(config, "total", **epoch)
     assert total == steps(config, "eval", **epoch) == steps(config, "checkpoint", **epoch) == 1662
+
+
+# CoPrompt's released code at a2a6c12: prompts a layer, layers, lambda and epochs.
+COPROMPT = {
+    "caltech101": (4, 12, 4.0, 8.0),
+    "dtd": (2, 12, 8.0, 8.0),
+    "eurosat": (2, 12, 0.1, 8.0),
+    "fgvc_aircraft": (4, 9, 2.0, 8.0),
+    "food101": (4, 9, 0.5, 5.0),
+    "imagenet": (4, 12, 8.0, 8.0),
+    "oxford_flowers": (4, 9, 8.0, 8.0),
+    "oxford_pets": (2, 12, 0.1, 8.0),
+    "stanford_cars": (4, 12, 4.0, 8.0),
+    "sun397": (4, 12, 8.0, 8.0),
+    "ucf101": (4, 12, 2.0, 8.0),
+}
+
+
+@pytest.mark.parametrize("dataset", [None, *COPROMPT])
+def test_the_settings_of_coprompts_released_code(dataset):
+    """Of its yaml and of Dassl's defaults, and what it sets for a data set; docs/coprompt.md says the same."""
+    config = load("coprompt", "clip_b16" + (f",dataset={dataset}" if dataset else ""))
+    expected = {
+        "model.path": "hf://openai/clip-vit-base-patch16",
+        "method": "coprompt",
+        "template": "a photo of a {}.",
+        "init_words": "a photo of a",
+        "consistency.kind": "cosine",
+        "consistency.on": "both",
+        "consistency.perturb": True,
+        "protocol": "base_to_novel",
+        "shots": 16,
+        "batch_size": 4,
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.0035,
+        "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 5e-3,
+        "optimizer.schedule": "cosine",
+        "optimizer.warmup_epochs": 1.0,
+        "optimizer.warmup_constant": 1e-5,
+        "log_steps": 20,
+    }
+    found = leaves(config)
+    assert {key: found[key] for key in expected} == expected
+    method = coprompt_config.method(config, variant_of_dual("clip-b16-224"))
+    assert method.prompts == PromptConfig(*COPROMPT.get(dataset, (2,))[:1] * 2, method.prompts.depth, **ADAPTERS)
+    row = method.prompts.text_tokens, method.prompts.depth, coprompt_config.weight(config), config.total_epochs
+    assert row == COPROMPT.get(dataset, (2, 9, 1.0, 8.0))
+    if dataset:
+        tokens, depth, weight, epochs = row
+        line = f"| `{dataset}` | {tokens} | {depth} | {weight:g} | {epochs:g} |"
+        assert line in (ROOT / "docs/coprompt.md").read_text(encoding="utf-8").splitlines()
+
+
+ADAPTERS = {"text_adapter": 128, "image_adapter": 128, "text_mix": 0.2, "image_mix": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"), [("methods", ",dataset=caltech101"), ("ablations", ",dataset=caltech101"), ("ablations", "")]
+)
+def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
+    """Every run of a sweep is valid, and other methods are what they are without the data set."""
+    config = load("coprompt", f"clip_b16,{name}{dataset}")
+    config.data.source = config.data.descriptions = "."
+    towers = variant_of_dual("clip-b16-224")
+    for run in sweep.expand(one_device(config)):
+        coprompt_config.check(run.config)
+        found = coprompt_config.method(run.config, towers)
+        if run.config.method != "coprompt":
+            assert found == few_shot_method(run.config.method)
+        elif run.name.startswith("both-"):
+            assert float(run.name.split("-")[1]) == coprompt_config.weight(run.config)
+            assert found.prompts.depth == (12 if dataset else 9)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
+        ("dataset=dtd", "dataset=dtd stands alone, expected clip_b16 too"),
+        ("methods,shots", "names methods and shots, expected one sweep"),
+    ],
+)
+def test_arguments_of_coprompt_that_are_refused(argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load("coprompt", argument)
 
 
 @pytest.mark.parametrize(("argument", "kind"), [("qlora", "nf4"), ("int8", "int8")])

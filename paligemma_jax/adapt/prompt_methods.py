@@ -37,7 +37,10 @@ FEW_SHOT_METHODS = {
     "coprompt": FewShotMethod(PromptConfig(**_ADAPTERS), prompts.TRAINABLE, consistency=True),
     "full": FewShotMethod(None, r".*"),
 }
-"""With the sizes of the released codes for CLIP B/16; `attach_method` changes them."""
+"""With the default sizes of the released codes for CLIP B/16; `few_shot_method` changes them.
+
+CoPrompt's code has other prompts for each data set (docs/coprompt.md).
+"""
 
 
 def few_shot_method(name: str, **changes) -> FewShotMethod:

@@ -26,8 +26,8 @@ class Augmentation:
     Attributes:
       crop: smallest share of the image's area that a crop keeps, of any up to all, its sides at most 4 : 3; 1: no crop.
       flip: left and right swapped in half of the views.
-      color_jitter: s of SimCLR (Chen et al. 2020): brightness, contrast and saturation times a factor in 1 +- s, then
-        the hue turned by up to s / 4 of the circle; at most 1; 0: colours stay.
+      color_jitter: s: brightness, contrast and saturation times a factor in 1 +- s, then the hue turned by up to s / 4
+        of the circle; at most 1; 0: colours stay. 0.8 of SimCLR's strength (Chen et al. 2020: 1 +- 0.8 s, hue 0.2 s).
       rotation: by up to so many degrees, corners filled with the image's mean colour; 0: upright.
 
     Raises:

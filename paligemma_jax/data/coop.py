@@ -15,7 +15,6 @@ from train_jax.errors import UserError
 
 PREFIX = "split_zhou_"
 
-# Where each data set has its images, and the prompts that CoOp and CoPrompt give its classes.
 IMAGES = {
     "Caltech101": "101_ObjectCategories",
     "OxfordPets": "images",
@@ -27,7 +26,7 @@ IMAGES = {
     "EuroSAT": "2750",
     "UCF101": "UCF-101-midframes",
 }
-TEMPLATE = "a photo of a {}."
+"""Where each data set has its images."""
 TEMPLATES = {
     "OxfordPets": "a photo of a {}, a type of pet.",
     "OxfordFlowers": "a photo of a {}, a type of flower.",
@@ -36,6 +35,8 @@ TEMPLATES = {
     "Food101": "a photo of {}, a type of food.",
     "UCF101": "a photo of a person doing {}.",
 }
+"""Hand-written prompts of CLIP and CoOp for zero-shot classification; of the others "a photo of a {}.", which CoPrompt
+gives all its classes (its code makes these too, and does not use them)."""
 
 
 def is_coop(folder: str | Path) -> bool:
@@ -48,7 +49,8 @@ def read_coop(folder: str | Path, images: str | None = None) -> FewShot:
 
     Args:
       folder: holds exactly one split_zhou_NAME.json.
-      images: folder within it that the file's paths are relative to; None: the published one of NAME, else "images".
+      images: folder within it that the file's paths are relative to; None: the published one of NAME, else "images"
+        where there is one, else `folder`, as `write_split_file` leaves class folders.
 
     Raises:
       UserError: no split file or several, no images, or a file that is not as above, names paths outside, gives a
@@ -61,6 +63,8 @@ def read_coop(folder: str | Path, images: str | None = None) -> FewShot:
         raise UserError(f"{folder} holds {found}, expected one split file: add it, or remove the others.")
     name = files[0].stem.removeprefix(PREFIX)
     root = folder / (images or IMAGES.get(name, "images"))
+    if images is None and name not in IMAGES and not root.is_dir():
+        root = folder
     if not root.is_dir():
         raise UserError(f"{root} is no folder, expected the images of {files[0].name}: put them there.")
     return FewShot(name, root, *_examples(files[0], root.resolve()))
@@ -108,7 +112,7 @@ def _is_row(row: Any) -> bool:
 
 
 def write_split_file(data: FewShot, folder: str | Path) -> Path:
-    """Writes the splits of a data set to split_zhou_NAME.json of a folder, for `read_coop`."""
+    """Writes the splits of a data set to split_zhou_NAME.json of its root, or of what holds that, for `read_coop`."""
     rows = {
         split: [[image, label, data.classes[label]] for image, label in examples]
         for split, examples in data.splits.items()

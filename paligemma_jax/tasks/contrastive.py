@@ -229,7 +229,22 @@ class Contrastive:
     def validate(self, model: DualEncoder) -> dict[str, float]:
         return contrastive_report.measure(model, self.tokenizer, self.pairs.held_out(), self.pairs.single_objects())
 
+    @property
+    def default_split(self) -> str:
+        """What is held out; of scenes a name alone."""
+        return self.config.data.validation_split
+
     def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        """See `contrastive_report.report`.
+
+        Raises:
+          UserError: another split than what is held out.
+        """
+        if split not in (None, self.default_split):
+            change = "" if self.config.data.name == "scenes" else ", or name it by --config.data.validation_split"
+            raise UserError(
+                f"split is {split!r}, expected {self.default_split!r}, what is held out: leave --split out{change}."
+            )
         pairs = self.pairs.held_out()
         return contrastive_report.report(model, self.tokenizer, pairs, self.pairs.single_objects(), workdir)
 

@@ -65,6 +65,7 @@ class CoPrompt:
     harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
     model_keys = (r"model\.path", r"method", r"prompts\..*")
     validation_metrics = ("val_accuracy",)
+    default_split = "test"
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -219,6 +220,17 @@ class CoPrompt:
         return {"val_accuracy": found.accuracy}
 
     def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        """See `coprompt_report.report`.
+
+        Raises:
+          UserError: another split than "test", or test images that the workdir's run was tuned on.
+        """
+        if split not in (None, self.default_split):
+            raise UserError(
+                f"split is {split!r}, expected {self.default_split!r}, of which results are: leave --split out."
+            )
+        if self.trainable() is not None:
+            coprompt_data.check_unseen(self.protocol, workdir)
         options = (self.tokenizer, self.config.template, self.protocol, workdir)
         return coprompt_report.report(model, *options, **self._bad())
 

@@ -1,6 +1,7 @@
 """The config keys of few-shot tuning: defaults, checks that need nothing but the config, and the method they name."""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -10,7 +11,7 @@ from paligemma_jax.adapt.prompts import TRAINABLE
 from paligemma_jax.consistency import KINDS, SIDES
 from paligemma_jax.data import augment, protocols
 from paligemma_jax.data.augment import Augmentation
-from paligemma_jax.data.synthetic_clevr.classes import COLORS, COMBINATIONS
+from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
@@ -25,7 +26,7 @@ CHOICES = {
     "protocol": protocols.KINDS,
     "data.name": SOURCES,
     "data.style": tuple(STYLES),
-    "data.novel": (COMBINATIONS, COLORS),
+    "data.novel": HALVES,
 }
 OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on further data sets
 
@@ -103,7 +104,25 @@ def check(config: ConfigDict) -> None:
         )
     if config.consistency.weight is not None and config.consistency.weight < 0:
         raise UserError(f"consistency.weight is {config.consistency.weight}, expected 0 or more: change it.")
+    _check_sides(config)
     (_check_scenes if config.data.name == "scenes" else _check_images)(config)
+
+
+def _check_sides(config: ConfigDict) -> None:
+    """Raises UserError for consistency of embeddings that cannot change."""
+    on = config.consistency.on
+    prompts = few_shot_method(config.method, **_changes(config)).prompts
+    if not weight(config) or prompts is None:  # a weight without prompts is refused: all of the base trains, or nothing
+        return
+    for side, other, learned in (
+        ("text", "image", prompts.text_tokens or prompts.text_adapter),
+        ("image", "text", prompts.vision_tokens or prompts.image_adapter),
+    ):
+        if on in (side, "both") and not learned:
+            raise UserError(
+                f"consistency.on is {on!r} but method {config.method!r} has neither prompts nor an adapter on the "
+                f"{side} side, whose embeddings stay what they are: set consistency.on={other}, or give it some."
+            )
 
 
 def _check_scenes(config: ConfigDict) -> None:
@@ -158,13 +177,18 @@ def needs_descriptions(config: ConfigDict) -> bool:
     return bool(weight(config)) and config.consistency.on != "image" and config.consistency.perturb
 
 
+def _changes(config: ConfigDict) -> dict[str, Any]:
+    """Fields of the method's prompts that the config sets."""
+    return {key: value for key, value in config.prompts.items() if value is not None}
+
+
 def method(config: ConfigDict, model: DualEncoderConfig) -> FewShotMethod:
     """What the config's method attaches to a model; layers that its towers lack are left out of the preset's.
 
     Raises:
       UserError: an unknown method, or `prompts` of one that attaches nothing.
     """
-    changes = {key: value for key, value in config.prompts.items() if value is not None}
+    changes = _changes(config)
     chosen = few_shot_method(config.method, **changes)
     if chosen.prompts is None or "depth" in changes:
         return chosen

@@ -1,6 +1,7 @@
 """Which images a few-shot run is tuned on and tested on, and the sentences about its classes."""
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,6 +13,7 @@ from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
 from paligemma_jax.data.synthetic_clevr.classes import in_halves
 from paligemma_jax.tasks.common import progress
+from paligemma_jax.tasks.coprompt_report import RESERVED
 from train_jax import files
 from train_jax.errors import UserError
 
@@ -26,7 +28,8 @@ def read_data(config: ConfigDict, size: int) -> Protocol:
       size: pixels a side of synthetic images.
 
     Raises:
-      UserError: images that are not there, or that do not fit the protocol.
+      UserError: images that are not there, or that do not fit the protocol; further data sets of one name, or of one
+        that a number of the results has.
     """
     source, targets = (_scenes if config.data.name == "scenes" else _images)(config, size)
     drawn = dict(shots=config.shots, seed=config.seed)
@@ -50,8 +53,16 @@ def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]
 
 
 def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
-    targets = [open_images(folder) for folder in config.data.targets]
-    return open_images(config.data.source), {target.name: target for target in targets}
+    targets: dict[str, FewShot] = {}
+    for folder in config.data.targets:
+        target = open_images(folder)
+        if target.name in targets or target.name in RESERVED:
+            raise UserError(
+                f"data.targets: {folder} is named {target.name!r}, as another of them or a number of eval.json is, "
+                f"expected names of their own, none of {', '.join(RESERVED)}: rename the folder or its split file."
+            )
+        targets[target.name] = target
+    return open_images(config.data.source), targets
 
 
 def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:
@@ -75,10 +86,47 @@ def store(protocol: Protocol, workdir: Path) -> None:
       UserError: the workdir holds another one.
     """
     file = workdir / FILE
-    noted = files.read_json(file).get("digest")
+    noted = _stored(file).get("digest")
     if noted not in (None, protocol.digest):
         raise UserError(
             f"{file} is of other images (digest {noted}, now {protocol.digest}), expected those of this run: restore "
             "them, or choose another --workdir."
         )
     files.write_atomically(file, protocol.to_json())
+
+
+def check_unseen(protocol: Protocol, workdir: Path) -> None:
+    """Checks that nothing is tested on which the run of a workdir was tuned on, by the protocol that it stored.
+
+    An image that was added since divides class folders anew.
+
+    Raises:
+      UserError: an image of both, or a stored protocol that is broken.
+    """
+    file = workdir / FILE
+    stored = _stored(file)
+    if not stored:
+        return
+    try:
+        tuned = FewShot.from_dict(stored["tuned"], protocol.tuned.root)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no protocol ({error!r}), expected what the run wrote: restore it.") from None
+    images = {image for split in tuned.splits.values() for image, _ in split}
+    for name, data in protocol.tested.items():
+        shared = images & {image for image, _ in data.splits["test"]} if data.name == tuned.name else ()
+        if shared:
+            raise UserError(
+                f"{len(shared)} image(s) of {data.name} ({name}) would be tested that the run in {workdir} was tuned "
+                f"on (first: {min(shared)}), expected the images of its {FILE}: restore them."
+            )
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """What a run stored; empty if there is no file."""
+    try:
+        stored = files.read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}), expected what the run wrote: restore it.") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{file} holds no JSON object, expected what the run wrote: restore it.")
+    return stored

@@ -23,6 +23,11 @@ from paligemma_jax.tasks.picture_sheet import save_sheet
 from train_jax import files
 
 SHOWN = 24  # pictures of the sheet of mistakes
+RESERVED = (
+    *("source", "target_mean", "examples"),
+    *("step", "seconds", "peak_memory_bytes", "step_temp_bytes", "trainable_parameters", "finished"),
+)
+"""Numbers of eval.json beside those of the sets: ours and the runtime's."""
 
 
 class Scored(NamedTuple):

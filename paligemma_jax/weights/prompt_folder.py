@@ -60,6 +60,8 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
         if description["method"] != METHOD:
             raise ValueError(f"its method is {description['method']!r}")
         config, base = PromptConfig(**description["config"]), dict(description["base"])
+        _check_types(config)
+        base = {name: np.array(numbers, np.float32) for name, numbers in base.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / DESCRIPTION} tells no prompts of a dual encoder ({error}), expected one that save_prompts "
@@ -74,11 +76,23 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
     return model
 
 
-def _check_base(model: DualEncoder, noted: dict[str, list[float]], folder: Path) -> None:
+def _check_types(config: PromptConfig) -> None:
+    """Raises TypeError for a value that JSON has and a config has not."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, field.type) or isinstance(value, bool) != (field.type is bool):  # bools are ints
+            raise TypeError(f"{field.name} is {value!r}")
+
+
+def _check_base(model: DualEncoder, noted: dict[str, np.ndarray], folder: Path) -> None:
     """Raises UserError if the numbers noted are not those of the model."""
     found = _marks(model)
     both = [name for name in found if name in noted]  # a quantised kernel has no such numbers
-    wrong = [name for name in both if not np.allclose(found[name], noted[name], **_TOLERANCE)]
+    wrong = [
+        name
+        for name in both
+        if found[name].shape != noted[name].shape or not np.allclose(found[name], noted[name], **_TOLERANCE)
+    ]
     if wrong:
         raise UserError(
             f"{folder} was trained on another base: {', '.join(wrong)} differ, expected the weights that it was "

@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from train_jax.errors import UserError
+
 from .attributes import ATTRIBUTES
 from .build import split_scene
 from .descriptions import text_of
@@ -37,11 +39,21 @@ CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*AT
 
 
 COMBINATIONS, COLORS = "combinations", "colors"
+HALVES = (COMBINATIONS, COLORS)
 
 
 def in_halves(novel: str) -> tuple[ObjectClass, ...]:
-    """All classes, base ones first, where the novel ones differ from them in "combinations" of values they share, as in
-    CLASSES, or in their "colors": the last four of eight, of which no base class has one."""
+    """All classes, base ones first.
+
+    Args:
+      novel: in what the novel ones differ from them: "combinations" of values that they share, as in CLASSES, or
+        "colors": they have the last four of eight, of which no base class has one.
+
+    Raises:
+      UserError: another word.
+    """
+    if novel not in HALVES:
+        raise UserError(f"novel classes differ in {novel!r}, expected one of {', '.join(HALVES)}: change it.")
     if novel == COMBINATIONS:
         return CLASSES
     colors = ATTRIBUTES["color"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from paligemma_jax.data.class_folders import open_images, read_class_folders
+from paligemma_jax.data.class_folders import class_folders, open_images, read_class_folders
 from paligemma_jax.data.coop import read_coop, write_split_file
 from train_jax.errors import UserError
 
@@ -43,8 +43,39 @@ def test_class_folders_are_divided_by_seed_and_class(folder):
 def test_a_division_is_stored_as_a_split_file(folder):
     data = read_class_folders(folder, 1)
     write_split_file(data, folder)
-    again = read_coop(folder, images=".")
+    again = open_images(folder, 2)
     assert (again.name, again.classes, again.splits) == (data.name, data.classes, data.splits)
+    assert all((again.root / image).is_file() for rows in again.splits.values() for image, _ in rows)
+    assert read_coop(folder, images=".").splits == data.splits
+
+
+def test_two_folders_of_a_class_are_refused(folder):
+    (folder / "small ball").mkdir()
+    assert class_folders(folder)["small ball"][0].parent.name == "small_ball"  # the other has no images
+    (folder / "small ball/9.png").write_bytes(b"")
+    with pytest.raises(UserError, match="holds 'small ball' and 'small_ball', both of the class 'small ball'"):
+        class_folders(folder)
+
+
+def test_hidden_names_are_left_out(folder):
+    data = read_class_folders(folder, 1)
+    (folder / ".thumbnails").mkdir()
+    for name in (".thumbnails/0.png", ".thumbnails/1.png", "cube/._0.png"):
+        (folder / name).write_bytes(b"")
+    assert read_class_folders(folder, 1) == data
+
+
+@pytest.mark.parametrize("link", ["cube/10.png", "zebra"])
+def test_links_out_of_class_folders_are_refused(folder, link):
+    (folder.parent / "out").mkdir()
+    for k in range(2):
+        (folder.parent / f"out/{k}.png").write_bytes(b"")
+    (folder / "cube/9.png").unlink()
+    (folder / "cube/9.png").symlink_to(folder / "cube/8.png")  # a link within it is none out of it
+    read_class_folders(folder)
+    (folder / link).symlink_to(folder.parent / ("out" if link == "zebra" else "out/0.png"))
+    with pytest.raises(UserError, match=f"the image path '{link}.* leaves .*toys by a link, expected one within"):
+        read_class_folders(folder)
 
 
 @pytest.fixture

@@ -53,6 +53,8 @@ def test_novel_classes_may_have_colors_of_their_own():
     for values in base, novel:
         assert len({(one.size, one.material, one.shape) for one in values}) == 12
     assert in_halves("combinations") == CLASSES
+    with pytest.raises(UserError, match="novel classes differ in 'shapes', expected one of combinations, colors"):
+        in_halves("shapes")
 
 
 def test_base_classes_and_shifted_styles(cache, plain):

@@ -183,6 +183,18 @@ def test_what_is_refused(options, changes, sentence):
         task_of(options, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "repair"),
+    [({}, "leave --split out.$"), ({"data.name": "jsonl", "data.source": "x"}, "or name it by --config.data.valid")],
+)
+def test_what_is_held_out_is_the_only_split(options, tmp_path, changes, repair):
+    """Another's results would be those of this one under its name."""
+    task = task_of(options, **changes)
+    assert task.default_split == "validation"
+    with pytest.raises(UserError, match=f"split is 'train', expected 'validation', what is held out: .*{repair}"):
+        task.evaluate(task.abstract(), tmp_path, "train")
+
+
 # Data of one's own.
 
 

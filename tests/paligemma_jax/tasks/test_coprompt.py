@@ -16,6 +16,7 @@ from paligemma_jax.classify import classify
 from paligemma_jax.consistency import coprompt_loss
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.protocols import read_protocol
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.predict import read_pixels
 from paligemma_jax.tasks import coprompt_report
 from paligemma_jax.tasks.coprompt import CoPrompt, Texts
@@ -45,6 +46,7 @@ OPTIONS = {
     "prompts.text_adapter": 3,
     "prompts.image_adapter": 3,
 }
+COLORS = ATTRIBUTES["color"]
 CLASSES = ("red", "green ball", "blue", "gray cube", "brown")
 CLASSES_SORTED = tuple(sorted(CLASSES))
 
@@ -70,6 +72,9 @@ def options(folder, tmp_path_factory):
     (root / "toys.json").write_text(json.dumps(sentences))
     places = {"data.source": str(root / "toys"), "data.descriptions": str(root / "toys.json")}
     return {"model.path": str(folder)} | places | OPTIONS
+
+
+NO_ADAPTERS = {"prompts.text_adapter": None, "prompts.image_adapter": None}
 
 
 def task_of(options, **changes):
@@ -149,6 +154,21 @@ def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_p
     plain = jax.jit(lambda model: model(pixels, tokens, mask, prompts=False)[:2])
     for ours, theirs in zip(plain(trained), plain(base), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_smoke_run_on_colors_of_their_own(folder, tmp_path):
+    """What `data.novel` says reaches the protocol: no novel class has a color of a base class."""
+    options = {"model.path": str(folder), "mesh.data": 1, "data.cache_dir": str(tmp_path / "cache"), "data.threads": 0}
+    options |= {"data.novel": "colors", "data.per_class": "(1, 1, 1)", "shots": 1, "data.style": "plain"}
+    results = loop.fit(config_of(options, f"{CONFIG}:smoke"), tmp_path / "run", "none")
+    assert results["examples"] == {"base": 48, "novel": 48} and results["step"] == 4
+    stored = json.loads((tmp_path / "run/protocol.json").read_text())
+    base, novel = stored["tuned"]["classes"], stored["tested"]["novel"]["classes"]
+    assert stored["tested"]["base"]["classes"] == base and len(set(base + novel)) == 96
+    colors = tuple({name.split()[1] for name in half} for half in (base, novel))
+    assert colors == (set(COLORS[:4]), set(COLORS[4:]))
+    images = [image for image, _ in stored["tuned"]["splits"]["train"]]
+    assert len(images) == 48 and {image.split("_")[1] for image in images} == colors[0]
 
 
 SIZES = {  # of towers of width 16, one layer each, with adapters of 3 units
@@ -314,6 +334,45 @@ def test_other_images_in_the_same_workdir_are_refused(run, options, tmp_path):
         fit(options, tmp_path / "run", total_steps=5)
 
 
+def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
+    """An image that is added divides its class anew; the evaluation of the run would then flatter it."""
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    shutil.copytree(run, tmp_path / "run")
+    changed = without(options | {"data.source": str(tmp_path / "toys")})
+    (tmp_path / "toys/brown/+added.png").write_bytes(png(77))
+    stored = json.loads((run / "protocol.json").read_text())["tuned"]["splits"]
+    tuned = {image for rows in stored.values() for image, _ in rows}
+    again = task_of(changed)
+    shared = tuned & {image for image, _ in again.protocol.tested["base"].splits["test"]}
+    assert shared and not tuned & {image for image, _ in task_of(options).protocol.tested["base"].splits["test"]}
+    sentence = rf"of toys \(base\) would be tested .* \(first: {min(shared)}\), .* restore them"
+    with pytest.raises(UserError, match=sentence):
+        loop.evaluate(again.config, tmp_path / "run")
+    assert task_of(changed, method="zero_shot").trainable() is None  # which was tuned on nothing
+    (tmp_path / "run/protocol.json").write_text("{")
+    with pytest.raises(UserError, match="protocol.json cannot be read as JSON"):
+        again.evaluate(again.abstract(), tmp_path / "run")
+    (tmp_path / "run/protocol.json").write_text('{"tuned": {}}')
+    with pytest.raises(UserError, match="protocol.json is no protocol"):
+        again.evaluate(again.abstract(), tmp_path / "run")
+
+
+def test_the_test_images_are_the_only_split(run, options):
+    for split in ("val", "novel"):
+        with pytest.raises(UserError, match=f"split is '{split}', expected 'test', of which results are"):
+            loop.evaluate(task_of(options).config, run, split)
+
+
+@pytest.mark.parametrize("names", [("a/cars", "b/cars"), ("a/cars", "target_mean"), ("examples",), ("a/step",)])
+def test_names_of_further_sets_are_their_own(options, tmp_path, names):
+    folders = tuple(str(class_folders(tmp_path / name, ("car", "van"))) for name in names)
+    task = task_of(options, protocol="cross_dataset", **{"data.targets": repr(folders)})
+    with pytest.raises(
+        UserError, match=f"data.targets: {folders[-1]} is named .* none of source, target_mean, examples"
+    ):
+        task.protocol  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -327,6 +386,19 @@ def test_other_images_in_the_same_workdir_are_refused(run, options, tmp_path):
             {"method": "full", "consistency.weight": 1.0},
             "consistency.weight is 1.0 of method 'full', expected a method",
         ),
+        (
+            {"method": "coop", "consistency.weight": 1.0, "consistency.on": "image"} | NO_ADAPTERS,
+            "consistency.on is 'image' but method 'coop' has neither .* image side, .* set consistency.on=text, or",
+        ),
+        (
+            {"method": "coop", "consistency.weight": 1.0} | NO_ADAPTERS,
+            "consistency.on is 'both' but method 'coop' has neither .* image side, .* set consistency.on=text, or",
+        ),
+        (
+            {"prompts.text_tokens": 0, "prompts.coupled": False, "prompts.text_adapter": 0, "consistency.on": "text"},
+            "consistency.on is 'text' but method 'coprompt' .* text side, .* set consistency.on=image, or",
+        ),
+        ({"data.novel": "shapes"}, "data.novel is 'shapes', expected one of combinations, colors"),
         ({"consistency.on": "images"}, "consistency.on is 'images', expected one of text, image, both"),
         ({"template": "a thing"}, "template is 'a thing', expected one {}"),
         ({"shots": 0}, "shots is 0, expected 1 or more"),

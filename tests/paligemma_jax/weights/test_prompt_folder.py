@@ -18,6 +18,7 @@ from train_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 CONFIG = pg.PromptConfig(2, 2, depth=2, text_adapter=3, image_adapter=3)
+MARK = "text/position_embedding"
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +89,18 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
         pg.weights.save_prompts(base, tmp_path)
     refused("adapter.json tells no prompts of a dual encoder", tmp_path, base)
     refused("has prompts already", saved, trained)
-    for change in (dict(method="prefix"), dict(config={"tokens": 3}), dict(base=[1])):
-        folder = shutil.copytree(saved, tmp_path / "changed", dirs_exist_ok=True)
-        description = json.loads((saved / "adapter.json").read_text())
+    folder = shutil.copytree(saved, tmp_path / "changed")
+    description = json.loads((saved / "adapter.json").read_text())
+    for change in (
+        dict(method="prefix"),
+        *(dict(config=value) for value in (None, {"tokens": 3}, {"text_tokens": None}, {"depth": 1.5}, {"coupled": 1})),
+        *(dict(base=value) for value in ([1], {MARK: "words"}, {MARK: [[1], [1, 2]]}, {MARK: {"a": 1}})),
+    ):
         (folder / "adapter.json").write_text(json.dumps(description | change))
         refused("tells no prompts of a dual encoder", folder, base)
+    for numbers in ([1, 2], [], 3.0):
+        (folder / "adapter.json").write_text(json.dumps(description | {"base": {MARK: numbers}}))
+        refused(f"was trained on another base: {MARK} differ", folder, base)
     folder = shutil.copytree(saved, tmp_path / "cut")
     (folder / "adapter.safetensors").write_bytes(b"short")
     refused("cannot be read", folder, base)
