@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.ema_decay = 0.999
     config.log_steps = 500
     config.eval_steps = 2000
+    config.eval.validation_draws = 5  # one draw of points differs more from another than W2 falls in training
     config.checkpoint_steps = 2000
     return config
 

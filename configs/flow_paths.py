@@ -29,7 +29,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sweep_more = ("w2", "nfe", "straightness", "coverage")
     config.sweep_curves = ("error_by_nfe", "w2_by_step")
     config.eval_steps = 1000
-    config.eval.validation_draws = 5  # W2 of one draw of points is uncertain by more than the methods differ
     if arg.sigma_min:
         config.coupling.name = "independent"
         config.sweep_x = "path.sigma_min"
