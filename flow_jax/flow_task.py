@@ -43,6 +43,7 @@ class FlowTask(abc.ABC):
     """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
 
     harmless_keys = (r"eval\..*",)
+    single_split = True
     model_keys = (r"model\..*", r"path\..*")
     num_classes = 0
     label_dropout = 0.0

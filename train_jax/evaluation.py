@@ -41,7 +41,8 @@ def evaluate(
       began: the time (of `time.perf_counter`) from which on the `seconds` of the results count; None = now.
 
     Raises:
-      UserError: a config that cannot run or is of another model than the run's, a sweep, or no such checkpoint.
+      UserError: a config that cannot run or is of another model than the run's, a sweep, no such checkpoint, or a split
+        where there is one alone.
     """
     began = time.perf_counter() if began is None else began
     validate(config, training=False)
@@ -50,6 +51,8 @@ def evaluate(
     task, model, step = _trained(config, workdir, checkpoint)
     if split == getattr(task, "default_split", None):
         split = None
+    if split is not None and getattr(task, "single_split", False):
+        raise UserError(f"split is {split!r}, but what this run is measured on has no splits: leave --split out.")
     files.make_folder(workdir)
     before = files.read_json(workdir / "eval.json")
     companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}

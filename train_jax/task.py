@@ -47,6 +47,7 @@ class Task(Protocol):
         that matches none is found before data are prepared, without it after;
       export(model, workdir): called once at the end of training with the chosen model, by every process;
       default_split: the split of `evaluate` when none is asked for;
+      single_split: True where `evaluate` has nothing to choose from, and --split is refused;
       model_keys: patterns of the config keys that make the model, which an evaluation of a run may not change;
       describe(model) -> str: lines for the start-up report;
       parameter_counts(model) -> {path: number}: how many parameters an array stands for, where that is not its size

@@ -39,6 +39,7 @@ class PretrainingModel(nnx.Module):
 class SceneTask:
     """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
 
+    single_split = True
     harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
 
     @staticmethod

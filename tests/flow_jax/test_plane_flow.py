@@ -13,7 +13,9 @@ from flow_jax.pairs import ToyPairs
 from flow_jax.task import PlaneFlow
 from tests.paligemma_jax.mini import ROOT, arguments, mistake
 from train_jax import command_line, sharding
+from train_jax.config import stored_config
 from train_jax.errors import UserError
+from train_jax.evaluation import evaluate as run_evaluation
 from train_jax.plan import plan
 from train_jax.task import make_task
 
@@ -128,6 +130,8 @@ def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
     )
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["nll"] is None and not (tmp_path / "density.png").exists()
+    with pytest.raises(UserError, match="split is 'val', but what this run is measured on has no splits"):
+        run_evaluation(stored_config(tmp_path), tmp_path, "val")
 
 
 @pytest.mark.parametrize(
