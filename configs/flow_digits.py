@@ -19,15 +19,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base_config("flow_jax.image_task:ImageFlow")
     config.coupling.name = "exact"  # within each class
     config.model.unet.multipliers, config.model.unet.attention = (1, 2), (4,)
-    config.total_steps = 2500
+    config.total_steps = 1200  # after 2,500 samples lie nearer to the training images than held-out digits do
     config.batch_size = 128
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
     config.ema_decay = 0.999
     config.log_steps = 100
-    config.eval_steps = 500
-    config.checkpoint_steps = 500
+    config.eval_steps = 400
+    config.checkpoint_steps = 400
     if arg.dit:
         config.model.name = "dit"
     if arg.smoke:
