@@ -40,8 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.log_steps = 50
     config.eval_steps = 800
     config.checkpoint_steps = 400
-    # 400 samples and 100 likelihoods were not done after ten minutes of a CPU core. Fixed steps do not do: by 20 of
-    # Heun's method the bits per dimension came out below zero.
+    # Four minutes on two cores. Fixed steps are faster and do not solve for likelihoods (docs/text_to_image.md).
     config.eval.num_samples, config.eval.likelihood_examples = 200, 16
     if arg.smoke:
         config.total_steps, config.eval_steps, config.checkpoint_steps, config.log_steps = 4, 2, 4, 2
