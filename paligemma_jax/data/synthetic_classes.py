@@ -28,7 +28,7 @@ def synthetic_classes(
     """The 96 classes of single objects (synthetic_clevr.classes); base classes are the first half.
 
     Base and novel classes differ in combinations of values; `FewShot.ordered` by the names of
-    `synthetic_clevr.classes.in_halves("colors")` makes it colours (`data.novel` of the config).
+    `synthetic_clevr.classes.in_halves` makes it colours, or materials of shapes (`data.novel` of the config).
 
     Args:
       cache_dir: holds a folder for every set of these arguments.

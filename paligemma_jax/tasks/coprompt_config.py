@@ -73,7 +73,7 @@ def defaults() -> ConfigDict:
             "targets": (),  # further ones to test on, of cross_dataset and domain_generalization
             # Synthetic classes:
             "style": PLAIN,  # of what is tuned on and tested on
-            "novel": COMBINATIONS,  # what novel classes have that base classes have not: combinations | colors
+            "novel": COMBINATIONS,  # what novel classes have that base classes have not: combinations | colors | pairings
             "target_styles": (),  # further ones to test on, of domain_generalization
             "cache_dir": common.cache_dir(),
             "build_workers": 2,

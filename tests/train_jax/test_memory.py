@@ -28,7 +28,7 @@ def test_peak_rises_with_an_allocation_and_stays_and_is_not_the_parents():
     before, during, after, *devices = child.stdout.split()
     assert 50e6 < int(before) < large.nbytes / 2
     assert abs(int(during) - int(before) - 2**26) < 2**22
-    assert abs(int(after) - int(during)) < 2**20  # the kernel's counter is exact to some pages
+    assert abs(int(after) - int(during)) < 2**22  # the kernel counts by core, some pages at a time
     assert devices == ["None"] * 3  # the CPU does not tell
 
 

@@ -6,7 +6,7 @@ ones: only combinations are new, and every novel class differs from a base class
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from train_jax.errors import UserError
@@ -30,16 +30,17 @@ class ObjectClass(NamedTuple):
         return text_of(self._asdict())
 
 
-def _parity(values: ObjectClass) -> int:
-    return sum(ATTRIBUTES[name].index(value) for name, value in values._asdict().items()) % 2
+def _parity(values: ObjectClass, names: Iterable[str] = tuple(ATTRIBUTES)) -> int:
+    """Of the sum of places of some of its values."""
+    return sum(ATTRIBUTES[name].index(getattr(values, name)) for name in names) % 2
 
 
 CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*ATTRIBUTES.values())), key=_parity))
 """All classes, base ones first; a class's place is its label."""
 
 
-COMBINATIONS, COLORS = "combinations", "colors"
-HALVES = (COMBINATIONS, COLORS)
+COMBINATIONS, COLORS, PAIRINGS = "combinations", "colors", "pairings"
+HALVES = (COMBINATIONS, COLORS, PAIRINGS)
 
 
 def in_halves(novel: str) -> tuple[ObjectClass, ...]:
@@ -47,7 +48,8 @@ def in_halves(novel: str) -> tuple[ObjectClass, ...]:
 
     Args:
       novel: in what the novel ones differ from them: "combinations" of values that they share, as in CLASSES, or
-        "colors": they have the last four of eight, of which no base class has one.
+        "colors": they have the last four of eight, of which no base class has one; or "pairings": base classes have
+        one material for each shape, and novel ones the other, so that what tells base classes apart misleads here.
 
     Raises:
       UserError: another word.
@@ -56,6 +58,8 @@ def in_halves(novel: str) -> tuple[ObjectClass, ...]:
         raise UserError(f"novel classes differ in {novel!r}, expected one of {', '.join(HALVES)}: change it.")
     if novel == COMBINATIONS:
         return CLASSES
+    if novel == PAIRINGS:
+        return tuple(sorted(CLASSES, key=lambda values: _parity(values, ("material", "shape"))))
     colors = ATTRIBUTES["color"]
     return tuple(sorted(CLASSES, key=lambda values: colors.index(values.color) >= len(colors) // 2))
 

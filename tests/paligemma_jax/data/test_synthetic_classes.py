@@ -57,6 +57,16 @@ def test_novel_classes_may_have_colors_of_their_own():
         in_halves("shapes")
 
 
+def test_novel_classes_may_pair_materials_and_shapes_the_other_way_round():
+    base, novel = in_halves("pairings")[:48], in_halves("pairings")[48:]
+    assert sorted(base + novel) == sorted(CLASSES)
+    for part, other in (base, novel), (novel, base):
+        material_of = dict((one.shape, one.material) for one in part)
+        assert all(material_of[one.shape] == one.material for one in part)
+        assert all(material_of[one.shape] != one.material for one in other)
+        assert len({(one.size, one.color, one.shape) for one in part}) == 48
+
+
 def test_base_classes_and_shifted_styles(cache, plain):
     base, novel = plain.base_to_novel()
     assert len(base.classes) == len(novel.classes) == 48

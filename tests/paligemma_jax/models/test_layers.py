@@ -329,7 +329,8 @@ def test_remat_and_unroll_change_neither_values_nor_gradients(stack, remat, unro
     value, gradients = value_and_grad(arrays, "none", False)
     other_value, other_gradients = value_and_grad(arrays, remat, unroll)
     np.testing.assert_allclose(other_value, value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), other_gradients, gradients)
+    # Sums of numbers up to 2 in another order: some of their last bits (1e-7 fails on processors with AVX-512).
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_gradients, gradients)
 
 
 def test_remat_recomputes(stack):
