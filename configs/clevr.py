@@ -188,6 +188,7 @@ PROMPTS = (
 
 CONSISTENCY = {
     "off": {},
+    "weight-0.25": {"consistency.weight": 0.25},
     "weight-1": {"consistency.weight": 1.0},
     "weight-4": {"consistency.weight": 4.0},
     "prompts-1": {"consistency.weight": 1.0, "consistency.prompts": PROMPTS},

@@ -82,23 +82,20 @@ def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, 
             yield label, scene
 
 
-_SURFACES = {"metal": ("shiny", "it shines"), "rubber": ("matte", "it does not shine")}
-_BIG_OR_TINY = {"large": "big", "small": "tiny"}
-_SHAPES = {"cube": "block", "sphere": "ball", "cylinder": "cylinder"}
-
-
 def describe(values: ObjectClass) -> tuple[str, ...]:
-    """Sentences that are true of the class, of the same forms in the same order for every class."""
+    """Sentences that are true of the class, of the same forms in the same order for every class.
+
+    Other sentences than captions are, of words that captions have: a text tower that was trained on these reads "a ball
+    that shines" as noise (of such sentences the small SigLIP told 17 to 80 % of classes apart, of these 76 to 82 %).
+    """
     size, color, material, shape = values
-    other_size, other_shape = _BIG_OR_TINY[size], _SHAPES[shape]
-    gloss, shines = _SURFACES[material]
     return (
-        f"a {size} {color} {material} {shape}",
-        f"one object: a {size} {color} {material} {shape}",
-        f"a photo of a {other_size} {color} {other_shape} made of {material}",
-        f"a {gloss} {color} {shape} of {size} size",
-        f"a {size} {shape} in {color}, with a {gloss} surface",
-        f"the {color} {material} {other_shape} is {size}",
-        f"a {other_size} {gloss} {color} {other_shape} on a gray floor",
-        f"a {color} {shape}, {size} and of {material}: {shines}",
+        f"a {size} {color} {shape} of {material}",
+        f"one object: a {size} {color} {shape} of {material}",
+        f"one {shape}: a {size} {color} {material} {shape}",
+        f"a {size} {color} {material} {shape} and no other object",
+        f"a {color} {material} object: a {size} {shape}",
+        f"a {color} {shape}, {size} and of {material}",
+        f"a {material} {shape}, {size} and {color}",
+        f"a {shape} of {material}, {color} and {size}",
     )
