@@ -204,8 +204,10 @@ def domain(config: ConfigDict) -> None:
     if config.data.name == "scenes":
         config.data.target_styles = OTHER_STYLES
     names = ("zero_shot", "coop", "maple", "adapters", "coprompt")
+    found = {name: method(config, name) for name in names}
+    found["no_consistency"] = method(config, "coprompt", **{"consistency.weight": 0.0})
     config.sweep_metric, config.sweep_more = "target_mean", ("source", *config.data.target_styles)
-    config.sweep = seeds({name: method(config, name) for name in names})
+    config.sweep = seeds(found)
 
 
 SWEEPS = {"methods": methods, "ablations": ablations, "shots": shots, "domain": domain}
