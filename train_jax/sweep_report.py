@@ -16,6 +16,7 @@ SEED = "seed"
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_.=]*\d+$")
 COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
 WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
+WIDEST = 40  # characters of an overridden value in the table
 MOST_IN_A_COLUMN = 3  # panels
 MARKED = 12  # values of x on a line that are all written at the axis
 APART = 1.35  # ratio of two that are written beside one another on a logarithmic axis
@@ -130,7 +131,7 @@ def table(summary: Mapping[str, Any]) -> str:
     for run in summary["runs"]:
         state = "stopped" if "stopped" in run else "null" if run["complete"] else "not complete"
         value = _text(run["value"]) if run["value"] is not None else state
-        overrides = [_text(run["overrides"].get(key)) for key in keys]
+        overrides = [_shortened(_text(run["overrides"].get(key))) for key in keys]
         others = [_text(run["more"][name]) for name in more]
         costs = [_text(run["trainable_parameters"]), _text(run["seconds"], 0)]
         rows.append([run["name"], *overrides, value, *others, *costs])
@@ -138,10 +139,20 @@ def table(summary: Mapping[str, Any]) -> str:
     if any(len(group["runs"]) > 1 for group in summary["groups"]):
         rows = [["", "runs", f"mean {summary['metric']}", "standard deviation", *(f"mean {name}" for name in more)]]
         for group in summary["groups"]:
-            others = [_text(group["more"][name]["mean"]) for name in more]
+            others = [_with_spread(group["more"][name]) for name in more]
             rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"]), *others])
         text += "\n" + _markdown(rows)
     return text
+
+
+def _with_spread(found: Mapping[str, Any]) -> str:
+    """E.g. "0.8854 ± 0.0055"; the mean alone where there is one value."""
+    return " ± ".join(_text(found[key]) for key in ("mean", "std") if found[key] is not None)
+
+
+def _shortened(text: str) -> str:
+    """Its beginning; `config.json` of a run has all of it."""
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _text(value: Any, decimals: int = 4) -> str:

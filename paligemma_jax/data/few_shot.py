@@ -117,6 +117,20 @@ class FewShot:
         }
         return dataclasses.replace(self, classes=tuple(classes), splits=splits)
 
+    def renamed(self, names: Mapping[str, str]) -> "FewShot":
+        """The same with other names of its classes, in their order.
+
+        Raises:
+          UserError: a class without a new name, or two of one name.
+        """
+        without = [name for name in self.classes if name not in names]
+        if without or len({names[name] for name in self.classes}) < len(self.classes):
+            raise UserError(
+                f"names for the {len(self.classes)} classes of {self.name} leave out {len(without)} of them or are not "
+                "distinct, expected a name for each: mend the names."
+            )
+        return dataclasses.replace(self, classes=tuple(names[name] for name in self.classes))
+
     def only(self, *splits: str) -> "FewShot":
         """The same without the other splits."""
         return dataclasses.replace(self, splits={split: self.splits[split] for split in splits})

@@ -56,8 +56,8 @@ def synthetic_classes(
 
 
 def class_descriptions() -> dict[str, tuple[str, ...]]:
-    """Sentences about every class by its name, as a file of descriptions has them."""
-    return {values.name: describe(values) for values in CLASSES}
+    """Sentences about every class by either of its names, as a file of descriptions has them."""
+    return {name: describe(values) for values in CLASSES for name in (values.name, values.in_other_words)}
 
 
 def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: int, workers: int, progress) -> None:

@@ -11,7 +11,7 @@ from paligemma_jax.adapt.prompts import TRAINABLE
 from paligemma_jax.consistency import KINDS, SIDES
 from paligemma_jax.data import augment, protocols
 from paligemma_jax.data.augment import Augmentation
-from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES
+from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
@@ -27,6 +27,7 @@ CHOICES = {
     "data.name": SOURCES,
     "data.style": tuple(STYLES),
     "data.novel": HALVES,
+    "data.words": WORDS,
 }
 OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on further data sets
 
@@ -73,7 +74,8 @@ def defaults() -> ConfigDict:
             "targets": (),  # further ones to test on, of cross_dataset and domain_generalization
             # Synthetic classes:
             "style": PLAIN,  # of what is tuned on and tested on
-            "novel": COMBINATIONS,  # what novel classes have that base classes have not: combinations | colors | pairings
+            "novel": COMBINATIONS,  # what novel classes have of their own: combinations | colors | pairings
+            "words": IN_CAPTIONS,  # classes are named in words of the small SigLIP's captions, or in "others"
             "target_styles": (),  # further ones to test on, of domain_generalization
             "cache_dir": common.cache_dir(),
             "build_workers": 2,

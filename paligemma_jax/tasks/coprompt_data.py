@@ -11,7 +11,7 @@ from paligemma_jax.data.descriptions import Sentences, read_descriptions
 from paligemma_jax.data.few_shot import SPLITS, FewShot
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
-from paligemma_jax.data.synthetic_clevr.classes import in_halves
+from paligemma_jax.data.synthetic_clevr.classes import CLASSES, OTHERS, in_halves
 from paligemma_jax.tasks.common import progress
 from paligemma_jax.tasks.coprompt_report import RESERVED
 from train_jax import files
@@ -43,11 +43,13 @@ def read_data(config: ConfigDict, size: int) -> Protocol:
 def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
     data = config.data
     whole = dict(zip(SPLITS, data.per_class, strict=True))
+    renamed = data.words == OTHERS
 
     def read(style: str, per_class: dict[str, int]) -> FewShot:
         with progress(f"rendering {style} classes") as told:
             found = synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, told)
-        return found.ordered([values.name for values in in_halves(data.novel)])
+        found = found.ordered([values.name for values in in_halves(data.novel)])
+        return found.renamed({values.name: values.in_other_words for values in CLASSES}) if renamed else found
 
     return read(data.style, whole), {style: read(style, {"test": whole["test"]}) for style in data.target_styles}
 

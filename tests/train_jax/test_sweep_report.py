@@ -67,6 +67,15 @@ def test_bars_of_a_pattern_do_not_break_the_table():
     assert r"head\|tower" in text
 
 
+def test_further_numbers_have_their_spread_and_long_values_are_shortened():
+    runs = [outcome(f"a-seed-{seed}", 0.5, seed=seed, model__trainable="word " * 50) for seed in range(2)]
+    for loss, run in enumerate(runs):
+        run.results["loss"] = 1.0 + loss
+    text = table(summarize("score", None, runs, more=("loss",)))
+    assert "| 1.5000 ± 0.7071 |" in text
+    assert "word word wo... |" in text and max(map(len, text.splitlines())) < 160
+
+
 def drawn(summary):
     axis = Figure().subplots()
     groups = [group for group in summary["groups"] if group["mean"] is not None]

@@ -15,6 +15,8 @@ from .attributes import ATTRIBUTES
 from .build import split_scene
 from .descriptions import text_of
 
+OTHER_WORDS = {"metal": "shiny", "rubber": "matte", "cube": "block", "sphere": "ball"}
+
 
 class ObjectClass(NamedTuple):
     """What an object is; values of ATTRIBUTES, in its order."""
@@ -29,6 +31,11 @@ class ObjectClass(NamedTuple):
         """E.g. "small cyan metal cylinder"."""
         return text_of(self._asdict())
 
+    @property
+    def in_other_words(self) -> str:
+        """E.g. "small shiny cyan block": of what captions say it has size, colour and "cylinder"."""
+        return f"{self.size} {OTHER_WORDS[self.material]} {self.color} {OTHER_WORDS.get(self.shape, self.shape)}"
+
 
 def _parity(values: ObjectClass, names: Iterable[str] = tuple(ATTRIBUTES)) -> int:
     """Of the sum of places of some of its values."""
@@ -39,6 +46,8 @@ CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*AT
 """All classes, base ones first; a class's place is its label."""
 
 
+IN_CAPTIONS, OTHERS = "captions", "others"
+WORDS = (IN_CAPTIONS, OTHERS)
 COMBINATIONS, COLORS, PAIRINGS = "combinations", "colors", "pairings"
 HALVES = (COMBINATIONS, COLORS, PAIRINGS)
 

@@ -71,6 +71,16 @@ def test_another_order_divides_otherwise_and_draws_the_same():
         data.ordered(("a", "b"))
 
 
+def test_classes_may_be_renamed():
+    names = {name: name * 2 for name in "abcdef"}
+    data = example_set().renamed(names)
+    assert data.classes == tuple(names[name] for name in example_set().classes)
+    assert data.splits == example_set().splits and data.digest != example_set().digest
+    for wrong in ({"a": "b"}, names | {"a": "bb"}):
+        with pytest.raises(UserError, match="names for the 5 classes .* expected a name for each: mend the names"):
+            example_set().renamed(wrong)
+
+
 def test_drawing_and_dividing_commute():
     drawn_first, divided_first = example_set().few_shot(4, 2).base_to_novel()[0], example_set().base_to_novel()[0]
     assert drawn_first == divided_first.few_shot(4, 2)

@@ -83,6 +83,7 @@ def test_descriptions_are_a_file_like_any_other(plain, tmp_path):
     sentences = read_descriptions(tmp_path / "d.json", plain.classes)
     assert len({len(group) for group in sentences}) == 1  # one place is one form for all classes
     assert sentences[5] == class_descriptions()[plain.classes[5]]
+    assert class_descriptions()[CLASSES[5].in_other_words] == sentences[5]
 
 
 @pytest.mark.parametrize(

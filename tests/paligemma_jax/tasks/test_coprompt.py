@@ -156,16 +156,23 @@ def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_p
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_smoke_run_on_colors_of_their_own(folder, tmp_path):
-    """What `data.novel` says reaches the protocol: no novel class has a color of a base class."""
+def test_a_smoke_run_on_colors_of_their_own_in_other_words(folder, tmp_path):
+    """What `data.novel` and `data.words` say reaches the protocol: no novel class has a color of a base class."""
     options = {"model.path": str(folder), "mesh.data": 1, "data.cache_dir": str(tmp_path / "cache"), "data.threads": 0}
-    options |= {"data.novel": "colors", "data.per_class": "(1, 1, 1)", "shots": 1, "data.style": "plain"}
+    options |= {
+        "data.novel": "colors",
+        "data.words": "others",
+        "data.per_class": "(1, 1, 1)",
+        "shots": 1,
+        "data.style": "plain",
+    }
     results = loop.fit(config_of(options, f"{CONFIG}:smoke"), tmp_path / "run", "none")
     assert results["examples"] == {"base": 48, "novel": 48} and results["step"] == 4
     stored = json.loads((tmp_path / "run/protocol.json").read_text())
     base, novel = stored["tuned"]["classes"], stored["tested"]["novel"]["classes"]
     assert stored["tested"]["base"]["classes"] == base and len(set(base + novel)) == 96
-    colors = tuple({name.split()[1] for name in half} for half in (base, novel))
+    assert {name.split()[1] for name in base + novel} == {"shiny", "matte"}
+    colors = tuple({name.split()[2] for name in half} for half in (base, novel))
     assert colors == (set(COLORS[:4]), set(COLORS[4:]))
     images = [image for image, _ in stored["tuned"]["splits"]["train"]]
     assert len(images) == 48 and {image.split("_")[1] for image in images} == colors[0]

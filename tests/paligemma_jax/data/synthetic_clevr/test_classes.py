@@ -44,6 +44,15 @@ def test_descriptions_are_true_and_whole_and_in_the_words_of_captions(values):
         assert not words & SYNONYM
 
 
+def test_other_words_say_the_same():
+    assert CLASSES[0]._replace(size="small", color="cyan", material="metal", shape="cylinder").in_other_words == (
+        "small shiny cyan cylinder"
+    )
+    means = {word: value for value, words in SYNONYMS.items() for word in words}
+    for values in CLASSES:
+        assert sorted(means.get(word, word) for word in values.in_other_words.split()) == sorted(values)
+
+
 def test_no_two_classes_share_a_sentence():
     sentences = [sentence for values in CLASSES for sentence in describe(values)]
     assert len(set(sentences)) == len(sentences)
