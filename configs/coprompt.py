@@ -4,8 +4,8 @@
 
 tunes the small SigLIP that ships with the package on 48 of the 96 classes of single synthetic objects, one picture of
 each, and tests it on these and on the 48 that it has not seen: accuracies `base` and `novel`, and their harmonic mean.
-The classes have names in words that no caption has had ("small shiny cyan block"), and descriptions in words that captions
-have ("a small cyan cube of metal"), as a rare name has in a language model's words. A minute on two CPU cores, once the
+Classes have names in words that it has never met ("small shiny cyan block"), and descriptions in words that it has ("a
+small cyan cube of metal"), as a language model describes what has a rare name. A minute on two CPU cores, once the
 pictures are rendered. A benchmark without new words, but in a light that the SigLIP has not met (docs/coprompt.md):
 
     --config.data.words=captions --config.data.style=turned --config.shots=16 --config.total_epochs=10
