@@ -4,19 +4,20 @@
 
 tunes the small SigLIP that ships with the package on 48 of the 96 classes of single synthetic objects, one picture of
 each, and tests it on these and on the 48 that it has not seen: accuracies `base` and `novel`, and their harmonic mean.
-Classes have names in words that it has never met ("small shiny cyan block"), and descriptions in words that it has ("a
-small cyan cube of metal"), as a language model describes what has a rare name. A minute on two CPU cores, once the
-pictures are rendered. A benchmark without new words, but in a light that the SigLIP has not met (docs/coprompt.md):
-
-    --config.data.words=captions --config.data.style=turned --config.shots=16 --config.total_epochs=10
+Their names have words for materials and shapes that it has never met ("small shiny cyan block"); their descriptions do
+not ("a small cyan cube of metal"), as a language model describes what has a rare name. A minute on two CPU cores, once
+the pictures are rendered.
 
 Another method of the same run: --config.method=zero_shot (nothing trains), coop, maple, adapters or full.
 
+    :turned        no new words, but a light that the SigLIP has not met, and 16 pictures of a class
     :methods       all six with three seeds; sweep.png has bars with deviations
     :ablations     of CoPrompt: consistency (weight, kind, side), perturbed inputs, what is attached, layers
     :shots         1, 2, 4, 8 and 16 shots of all classes (protocol few_shot)
     :domain        tested in other styles too (protocol domain_generalization)
     :smoke         seconds
+
+`:turned,domain` and so on make a sweep of that one.
 
 `:clip_b16` has the defaults of the released code for a CLIP B/16; `:clip_b16,dataset=oxford_pets` has what that code
 sets for a data set (`DATASETS`) in their place. The words above after a comma make a sweep of it (`:clip_b16,methods`):
@@ -39,7 +40,7 @@ from train_jax.patterns import did_you_mean
 
 SEEDS = (0, 1, 2)
 FULL_RATE = 0.1  # of the learning rate, where all weights train
-OTHER_STYLES = ("turned", "noise", "low_resolution", "bright")
+STYLES = ("plain", "turned", "bright", "dark_floor", "noise", "low_resolution")
 DEPTH, WEIGHT = 9, 1.0  # layers that have prompts, and lambda, of the released code's defaults
 DATASETS = {
     "caltech101": (4, 12, 4.0),
@@ -60,18 +61,22 @@ EPOCHS = {"food101": 5.0}  # and 8 elsewhere
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "clip_b16" (with "dataset=NAME"), and one of "methods", "ablations", "shots" and "domain", or
-    "smoke" for seconds.
+    """The config; arg "turned" or "clip_b16" (with "dataset=NAME"), and one of "methods", "ablations", "shots" and
+    "domain", or "smoke" for seconds.
 
     Raises:
-      UserError: another one, two sweeps, or a data set that has no settings.
+      UserError: another one, two sweeps, "turned" beside "clip_b16", or a data set that has no settings.
     """
-    arg = parse_arg(arg, clip_b16=False, dataset="", smoke=False, **dict.fromkeys(SWEEPS, False))
+    arg = parse_arg(arg, turned=False, clip_b16=False, dataset="", smoke=False, **dict.fromkeys(SWEEPS, False))
     chosen = [name for name in SWEEPS if arg[name]]
     if len(chosen) > 1:
         raise UserError(f"the config argument names {' and '.join(chosen)}, expected one sweep: leave one out.")
+    if arg.turned and arg.clip_b16:
+        raise UserError("the config arguments turned and clip_b16 stand together, expected one: leave one out.")
     config = base_config("paligemma_jax.tasks.coprompt:CoPrompt")
     (clip_b16 if arg.clip_b16 else embedded)(config)
+    if arg.turned:
+        turned(config)
     if arg.dataset:
         if not arg.clip_b16:
             raise UserError(f"the config argument dataset={arg.dataset} stands alone, expected clip_b16 too: add it.")
@@ -87,12 +92,18 @@ def embedded(config: ConfigDict) -> None:
     """The small SigLIP on synthetic classes; its text tower has one layer, so prompts are shallow."""
     config.template, config.init_words = "a {}", "one object: a"  # its captions' words
     config.data.words, config.shots = "others", 1
-    config.batch_size, config.total_epochs = 32, 100.0  # 150 steps
+    config.batch_size, config.total_steps = 32, 150
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.schedule, config.optimizer.warmup_epochs = "cosine", 0.5
-    config.log_epochs = 10.0
+    config.optimizer.schedule, config.optimizer.warmup_steps = "cosine", 1
+    config.log_steps = 15
     config.eval_percent = config.checkpoint_percent = 1.0
+
+
+def turned(config: ConfigDict) -> None:
+    """The small SigLIP on classes in its captions' words, lit from the other side."""
+    config.data.words, config.data.style, config.shots = "captions", "turned", 16
+    config.total_steps, config.optimizer.warmup_steps, config.log_steps = 240, 12, 24
 
 
 def clip_b16(config: ConfigDict) -> None:
@@ -136,7 +147,7 @@ def smoke(config: ConfigDict) -> None:
     """Seconds: two pictures of a class, four steps."""
     config.data.per_class, config.shots = (2, 1, 1), 2
     config.total_epochs, config.total_steps = None, 4
-    config.log_epochs, config.log_steps = None, 2
+    config.log_steps = 2
     config.optimizer.warmup_epochs, config.optimizer.warmup_steps = None, 1
 
 
@@ -163,7 +174,10 @@ def methods(config: ConfigDict) -> None:
 
 
 def ablations(config: ConfigDict) -> None:
-    """The paper's: each changes one thing of CoPrompt, which is `both-1.0` (its lambda)."""
+    """After the paper's: each changes one thing of CoPrompt, which is `both-1.0` (its lambda).
+
+    On synthetic classes `layers_K` uncouples the prompts too (`depths`).
+    """
     weight, own = "consistency.weight", config.consistency.weight or WEIGHT
     found = {f"both-{own}": {}, "no_consistency": {weight: 0.0}}
     found |= {f"on_{side}": {"consistency.on": side} for side in ("text", "image")}
@@ -195,9 +209,6 @@ def shots(config: ConfigDict) -> None:
     """How many pictures of a class: all classes are tuned on, and tested."""
     config.protocol = "few_shot"
     config.sweep_metric, config.sweep_x, config.sweep_series = "accuracy", "shots", "method"
-    if config.data.name == "scenes":  # as many updates whatever the shots
-        config.total_epochs, config.total_steps = None, 150
-        config.log_epochs, config.log_steps = None, 15
     names = ("coop", "maple", "adapters", "coprompt")
     config.sweep = seeds({f"{name}-{k}": method(config, name) | {"shots": k} for k in SHOTS for name in names})
 
@@ -206,7 +217,7 @@ def domain(config: ConfigDict) -> None:
     """Tuned in one look and tested in others; of images of one's own, set data.targets."""
     config.protocol = "domain_generalization"
     if config.data.name == "scenes":
-        config.data.target_styles = OTHER_STYLES
+        config.data.target_styles = tuple(style for style in STYLES if style != config.data.style)
     names = ("zero_shot", "coop", "maple", "adapters", "coprompt")
     found = {name: method(config, name) for name in names}
     found["no_consistency"] = method(config, "coprompt", **{"consistency.weight": 0.0})

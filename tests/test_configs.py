@@ -24,7 +24,18 @@ from train_jax.validation import validate
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
-    "coprompt": ("", "methods", "ablations", "shots", "domain", "smoke", "clip_b16", "clip_b16,dataset=oxford_pets"),
+    "coprompt": (
+        "",
+        "turned",
+        "methods",
+        "ablations",
+        "shots",
+        "domain",
+        "turned,domain",
+        "smoke",
+        "clip_b16",
+        "clip_b16,dataset=oxford_pets",
+    ),
     "flow_clevr": ("", "captions", "dit", "smoke", "captions,smoke"),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
     "flow_images": (

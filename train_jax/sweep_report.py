@@ -137,7 +137,9 @@ def table(summary: Mapping[str, Any]) -> str:
         rows.append([run["name"], *overrides, value, *others, *costs])
     text = _markdown(rows)
     if any(len(group["runs"]) > 1 for group in summary["groups"]):
-        rows = [["", "runs", f"mean {summary['metric']}", "standard deviation", *(f"mean {name}" for name in more)]]
+        rows = [
+            ["", "runs", f"mean {summary['metric']}", "standard deviation", *(f"{name}, mean ± std" for name in more)]
+        ]
         for group in summary["groups"]:
             others = [_with_spread(group["more"][name]) for name in more]
             rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"]), *others])

@@ -118,16 +118,16 @@ class FewShot:
         return dataclasses.replace(self, classes=tuple(classes), splits=splits)
 
     def renamed(self, names: Mapping[str, str]) -> "FewShot":
-        """The same with other names of its classes, in their order.
+        """The same with other names of its classes, in their order. Shots are drawn by name, so others are drawn.
 
         Raises:
           UserError: a class without a new name, or two of one name.
         """
         without = [name for name in self.classes if name not in names]
-        if without or len({names[name] for name in self.classes}) < len(self.classes):
+        if without:
             raise UserError(
-                f"names for the {len(self.classes)} classes of {self.name} leave out {len(without)} of them or are not "
-                "distinct, expected a name for each: mend the names."
+                f"{len(without)} of {len(self.classes)} classes of {self.name} have no new name (first: "
+                f"{without[0]!r}), expected one for each: add names."
             )
         return dataclasses.replace(self, classes=tuple(names[name] for name in self.classes))
 

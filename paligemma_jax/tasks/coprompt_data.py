@@ -11,7 +11,7 @@ from paligemma_jax.data.descriptions import Sentences, read_descriptions
 from paligemma_jax.data.few_shot import SPLITS, FewShot
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_classes
-from paligemma_jax.data.synthetic_clevr.classes import CLASSES, OTHERS, in_halves
+from paligemma_jax.data.synthetic_clevr.classes import CLASSES, IN_OTHERS, in_halves
 from paligemma_jax.tasks.common import progress
 from paligemma_jax.tasks.coprompt_report import RESERVED
 from train_jax import files
@@ -43,7 +43,7 @@ def read_data(config: ConfigDict, size: int) -> Protocol:
 def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
     data = config.data
     whole = dict(zip(SPLITS, data.per_class, strict=True))
-    renamed = data.words == OTHERS
+    renamed = data.words == IN_OTHERS
 
     def read(style: str, per_class: dict[str, int]) -> FewShot:
         with progress(f"rendering {style} classes") as told:

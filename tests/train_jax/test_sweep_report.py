@@ -72,7 +72,7 @@ def test_further_numbers_have_their_spread_and_long_values_are_shortened():
     for loss, run in enumerate(runs):
         run.results["loss"] = 1.0 + loss
     text = table(summarize("score", None, runs, more=("loss",)))
-    assert "| 1.5000 ± 0.7071 |" in text
+    assert "| 1.5000 ± 0.7071 " in text
     assert "word word wo... |" in text and max(map(len, text.splitlines())) < 160
 
 

@@ -14,8 +14,9 @@ from train_jax.errors import UserError
 from .attributes import ATTRIBUTES
 from .build import split_scene
 from .descriptions import text_of
+from .wording import SYNONYMS
 
-OTHER_WORDS = {"metal": "shiny", "rubber": "matte", "cube": "block", "sphere": "ball"}
+OTHER_WORDS = {value: SYNONYMS[value][-1] for value in ("metal", "rubber", "cube", "sphere")}  # shiny matte block ball
 
 
 class ObjectClass(NamedTuple):
@@ -33,7 +34,7 @@ class ObjectClass(NamedTuple):
 
     @property
     def in_other_words(self) -> str:
-        """E.g. "small shiny cyan block": of what captions say it has size, colour and "cylinder"."""
+        """E.g. "small shiny cyan block" of a metal cube: sizes, colours and "cylinder" are the words of captions."""
         return f"{self.size} {OTHER_WORDS[self.material]} {self.color} {OTHER_WORDS.get(self.shape, self.shape)}"
 
 
@@ -46,8 +47,8 @@ CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*AT
 """All classes, base ones first; a class's place is its label."""
 
 
-IN_CAPTIONS, OTHERS = "captions", "others"
-WORDS = (IN_CAPTIONS, OTHERS)
+IN_CAPTIONS, IN_OTHERS = "captions", "others"
+WORDS = (IN_CAPTIONS, IN_OTHERS)  # of which the names are
 COMBINATIONS, COLORS, PAIRINGS = "combinations", "colors", "pairings"
 HALVES = (COMBINATIONS, COLORS, PAIRINGS)
 
@@ -94,8 +95,8 @@ def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, 
 def describe(values: ObjectClass) -> tuple[str, ...]:
     """Sentences that are true of the class, of the same forms in the same order for every class.
 
-    Other sentences than captions are, of words that captions have: a text tower that was trained on these reads "a ball
-    that shines" as noise (of such sentences the small SigLIP told 17 to 80 % of classes apart, of these 76 to 82 %).
+    Other sentences than captions, but of their words ("no other" excepted): the text tower of a SigLIP that was trained
+    on captions alone reads others as noise (docs/few_shot.md).
     """
     size, color, material, shape = values
     return (
