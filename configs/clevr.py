@@ -14,12 +14,12 @@ CLEVR's questions, one epoch. Weights are gated, so you give their path:
     python train.py --config=configs/clevr.py:3b \\
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
-It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Training and evaluation take 7.0
-GiB of a GPU at most (docs/memory.md, measured with random weights). It reports on 2,000 of the 149,991 validation
+It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Training and evaluation took 7.0
+GiB of a GPU (docs/memory.md: random weights, short answers). It reports on 2,000 of the 149,991 validation
 questions, evenly spread (`--config.eval.max_examples=None` for all). The run on CLEVR has not been made: its score is
 not measured.
 
-`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.8 GiB (docs/quantization.md); the
+`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.8 GiB (docs/memory.md); the
 tiny model goes with `--config.model.quantize=nf4`.
 
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out

@@ -284,12 +284,14 @@ def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -
 
 
 def _by_name(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """One bar a group, the first on top."""
+    """One bar a group with its number beside it, as bars from 0 look alike; the first on top."""
     names = [group["name"] for group in groups]
-    axis.barh(
+    bars = axis.barh(
         range(len(groups)), [group["mean"] for group in groups], xerr=[group["std"] or 0.0 for group in groups],
         height=0.6, capsize=4, alpha=0.7,
     )  # fmt: skip
+    axis.bar_label(bars, [_with_spread(group) for group in groups], padding=8, fontsize="small")
+    axis.margins(x=0.4)  # room for these
     by_run = {run["name"]: run["value"] for run in summary["runs"]}
     for place, group in enumerate(groups):
         values = [by_run[name] for name in group["runs"] if by_run[name] is not None]
