@@ -4,7 +4,7 @@
 
 Runs follow one another in this process. The same command again skips what is complete and resumes what was cut off,
 for each folder is the workdir of an ordinary run. The sweep's own folder holds config.json, sweep.json, sweep.md (the
-table that is printed) and sweep.png.
+table that is printed), sweep.png, and at the end eval.json: scores by run, with mean and deviation over the seeds.
 """
 
 import gc
@@ -155,6 +155,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     table = sweep_report.table(summary)
     if jax.process_index() == 0:
         files.write_atomically(workdir / "sweep.md", table)
+        files.write_atomically(workdir / "eval.json", files.to_json(sweep_report.scores(summary), indent=2) + "\n")
         sweep_report.plot(summary, workdir / "sweep.png")
         print(f"{table}{workdir}: see {SWEEP_FILE}, sweep.md and sweep.png there.", flush=True)
     stopped = [name for name, outcome in outcomes.items() if outcome.stopped]

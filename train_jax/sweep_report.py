@@ -60,6 +60,24 @@ def summarize(drawn: Drawn, outcomes: list[Outcome]) -> dict[str, Any]:
     return described | {"runs": runs, "groups": [_group(drawn, members) for members in groups.values()]}
 
 
+def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the eval.json of a sweep holds: of each group the compared numbers by run, with mean and deviation."""
+    trained = "trainable_parameters"
+    runs = {
+        run["name"]: {summary["metric"]: run["value"], **run["more"], trained: run[trained]} for run in summary["runs"]
+    }
+    found = {}
+    for group in summary["groups"]:
+        members = {name: runs[name] for name in group["runs"]}
+        spread = {key: _spread([values[key] for values in members.values()]) for key in next(iter(members.values()))}
+        found[group["name"]] = {
+            "runs": members,
+            "mean": {key: of["mean"] for key, of in spread.items()},
+            "std": {key: of["std"] for key, of in spread.items()},
+        }
+    return found
+
+
 def _run(drawn: Drawn, outcome: Outcome) -> dict[str, Any]:
     results, settings = outcome.results or {}, leaves(outcome.config)
     run = {"name": outcome.name, "overrides": outcome.overrides, "complete": outcome.results is not None}

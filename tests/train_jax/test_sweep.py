@@ -90,7 +90,7 @@ def test_the_summary_holds_what_the_runs_measured(finished):
 def test_the_folder_holds_table_plot_and_config(finished):
     workdir, _ = finished
     assert {file.name for file in workdir.iterdir() if file.is_file()} == {
-        "config.json", "sweep.json", "sweep.md", "sweep.png"
+        "config.json", "sweep.json", "sweep.md", "sweep.png", "eval.json"
     }  # fmt: skip
     assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert from_json((workdir / "config.json").read_text()) == config()

@@ -76,6 +76,17 @@ def test_further_numbers_have_their_spread_and_long_values_are_shortened():
     assert "word word wo... |" in text and max(map(len, text.splitlines())) < 160
 
 
+def test_scores_of_a_sweep_are_by_run_and_over_the_seeds():
+    runs = [outcome(f"wide-seed-{seed}", value, seed=seed) for seed, value in enumerate((0.2, 0.6, None))]
+    found = sweep_report.scores(summarize("score", None, runs, more=("seconds",)))
+    assert list(found) == ["wide"]
+    each, mean, std = found["wide"]["runs"], found["wide"]["mean"], found["wide"]["std"]
+    assert each["wide-seed-0"] == {"score": 0.2, "seconds": 61.4, "trainable_parameters": 1234}
+    assert each["wide-seed-2"] == dict.fromkeys(each["wide-seed-0"])  # not complete
+    assert mean == pytest.approx({"score": 0.4, "seconds": 61.4, "trainable_parameters": 1234})
+    assert std == pytest.approx({"score": math.sqrt(0.08), "seconds": 0.0, "trainable_parameters": 0.0})
+
+
 def drawn(summary):
     axis = Figure().subplots()
     groups = [group for group in summary["groups"] if group["mean"] is not None]
