@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from train_jax import command_line, files, loop, sweep_report
+from train_jax import command_line, files, loop, sweep_plot, sweep_report
 from train_jax.config import from_json, leaves, to_json
 from train_jax.errors import RunStopped, UserError
 from train_jax.patterns import did_you_mean
@@ -156,7 +156,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if jax.process_index() == 0:
         files.write_atomically(workdir / "sweep.md", table)
         files.write_atomically(workdir / "eval.json", files.to_json(sweep_report.scores(summary), indent=2) + "\n")
-        sweep_report.plot(summary, workdir / "sweep.png")
+        sweep_plot.plot(summary, workdir / "sweep.png")
         print(f"{table}{workdir}: see {SWEEP_FILE}, sweep.md and sweep.png there.", flush=True)
     stopped = [name for name, outcome in outcomes.items() if outcome.stopped]
     if stopped:

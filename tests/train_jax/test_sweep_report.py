@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.train_jax.toy_task import toy_config
-from train_jax import sweep_report
+from train_jax import sweep_plot, sweep_report
 from train_jax.sweep_report import Drawn, Outcome, table
 
 
@@ -90,7 +90,7 @@ def test_scores_of_a_sweep_are_by_run_and_over_the_seeds():
 def drawn(summary):
     axis = Figure().subplots()
     groups = [group for group in summary["groups"] if group["mean"] is not None]
-    sweep_report._against_x(axis, summary, groups)
+    sweep_plot._against_x(axis, summary, groups)
     return axis
 
 
@@ -116,15 +116,15 @@ def test_plot_without_x_has_a_bar_a_group(summary, tmp_path):
     for group in summary["groups"]:
         group["x"] = None
     axis = Figure().subplots()
-    sweep_report._by_name(axis, summary, summary["groups"][:2])
+    sweep_plot._by_name(axis, summary, summary["groups"][:2])
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.3, 0.5])
     assert [label.get_text() for label in axis.get_yticklabels()] == ["model.width=4", "b"]
-    sweep_report.plot(summary, tmp_path / "sweep.png")
+    sweep_plot.plot(summary, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):
-    sweep_report.plot(summarize("score", None, [outcome("a", None)]), tmp_path / "sweep.png")
+    sweep_plot.plot(summarize("score", None, [outcome("a", None)]), tmp_path / "sweep.png")
     assert not (tmp_path / "sweep.png").exists()
 
 
@@ -140,16 +140,16 @@ def test_a_line_of_each_series_and_a_panel_of_each_number(tmp_path):
     lines = [container[0] for container in axis.containers]
     assert [list(line.get_ydata()) for line in lines] == [pytest.approx([0.4, 4.0]), pytest.approx([2.0, 20.0])]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0.1", "0.5"]
-    view = sweep_report._view(summary, "seconds")
+    view = sweep_plot._view(summary, "seconds")
     assert {group["mean"] for group in view["groups"]} == {61.4} and view["metric"] == "seconds"
     assert "| score " in table(summary) and table(summary).count("61.4") == 4
-    sweep_report.plot(summary, tmp_path / "sweep.png")
+    sweep_plot.plot(summary, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_of_a_number_that_no_run_has_there_is_no_panel(summary, tmp_path):
     outcomes = [outcome("a", 0.5, model__width=4), outcome("b", 0.5, model__width=40)]
-    sweep_report.plot(summarize("score", "model.width", outcomes, more=("nothing",)), tmp_path / "sweep.png")
+    sweep_plot.plot(summarize("score", "model.width", outcomes, more=("nothing",)), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").exists()
 
 
@@ -163,7 +163,7 @@ def test_curves_of_a_group_are_averaged_where_all_have_a_point(tmp_path):
     (point,) = summary["groups"][0]["curves"]["by_step"]
     assert (point["x"], point["mean"], point["std"]) == (1, 3.0, pytest.approx(math.sqrt(2)))
     axis = Figure().subplots()
-    sweep_report._curves(axis, "by_step", summary["groups"])
+    sweep_plot._curves(axis, "by_step", summary["groups"])
     assert list(axis.containers[0][0].get_ydata()) == [3.0]
-    sweep_report.plot(summary, tmp_path / "sweep.png")
+    sweep_plot.plot(summary, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
