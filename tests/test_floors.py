@@ -24,11 +24,11 @@ FLOORS = [
     (r"train_jax(\..*)?", r"(paligemma_jax|flow_jax)(\..*)?", None),
     (r"flow_jax(\..*)?", r"paligemma_jax(\..*)?", None),
     (r"paligemma_jax(?!\.tasks\.text_to_image$)(\..*)?", r"flow_jax(\..*)?", None),
-    (r"paligemma_jax\.models(\..*)?", r"train_jax(\..*)?", None),
+    (r"(paligemma_jax|flow_jax)\.models(\..*)?", r"train_jax(\..*)?", r"train_jax\.core(\..*)?"),
     (
         r"paligemma_jax\.(?!tasks|loading|predict|convert|merge).*",
         r"train_jax(\..*)?",
-        r"train_jax\.(bad_rows|errors|params|patterns|tfds_source)",
+        r"train_jax\.(bad_rows|core(\..*)?|errors|params|patterns|tfds_source)",
     ),
     (r"(?!paligemma_jax\.tasks).*", r"paligemma_jax\.tasks(\..*)?", None),
     (r".*", r"(tensorflow|torch|clu|pickle|dill)(\..*)?", None),
