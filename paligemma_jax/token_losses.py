@@ -58,9 +58,9 @@ class _Wanted(NamedTuple):
 
 
 def loss_weights(
-    mask_loss: Bool[Array, "B T"] | Int[Array, "B T"] | Float[Array, "B T"],
+    mask_loss: Bool[Array, "*batch T"] | Int[Array, "*batch T"] | Float[Array, "*batch T"],
     reduction: Literal["token_mean", "example_mean"] = "token_mean",
-) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
+) -> tuple[Float[Array, "*batch T"], Float[Array, ""]]:
     """Weights and normalizer such that `token_cross_entropy(..., weights) / normalizer` is the wanted mean.
 
     `token_mean`: every supervised token counts 1, the normalizer is their number (transformers' loss).
@@ -71,7 +71,7 @@ def loss_weights(
     mask = mask_loss.astype(jnp.float32)
     if reduction == "token_mean":
         return mask, mask.sum()
-    tokens = mask.sum(axis=1, keepdims=True)
+    tokens = mask.sum(axis=-1, keepdims=True)
     return mask / jnp.maximum(tokens, 1.0), (tokens > 0).sum().astype(jnp.float32)
 
 
@@ -91,7 +91,8 @@ def token_cross_entropy(
         embedding: the output (tied) embedding. Products run in its type and accumulate in float32; it is never cast.
         targets: word ids. An id outside [0, V) is allowed where the weight is 0 (transformers' -100).
         weights: a token of weight 0 adds nothing to value and gradients, whatever its hidden state holds (NaN too).
-        chunk_size: tokens of the global batch per chunk; `chunk_size * V` float32 logits are alive at a time.
+        chunk_size: tokens of the global batch per chunk; `chunk_size * V` float32 logits are alive at a time, divided
+            by the devices that share the rows (but of 64 tokens a device, where `chunk_size` is no less).
         vocab_chunk: words per block of a streamed log-sum-exp; memory then no longer grows with V, for one more
             vocabulary projection. Leave it off where the embedding is sharded over words: there each device holds
             its part of the logits anyway, and slicing would gather the embedding.
@@ -99,8 +100,10 @@ def token_cross_entropy(
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of an embedding that is not
     differentiated (frozen) is never computed; of one that trains, it is accumulated in one float32 `[V, D]` array.
-    Chunks are cut within groups of rows, so a batch sharded over rows stays where it is; chunks in which no token has
-    weight are skipped. Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
+    Where the mesh of the context splits the rows (row_sharding.over), every device cuts chunks of its own rows, and the
+    embedding is gathered once. Chunks in which no token has weight are skipped.
+
+    Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
     """
     return _cross_entropy(_checked(chunk_size, vocab_chunk, softcap), hidden, embedding, targets, weights)
 

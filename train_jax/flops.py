@@ -57,7 +57,8 @@ def _of_convolution(instruction: Instruction, types: dict[str, str]) -> int:
     """Pairs of an output and a kernel position that meets the padding, or a gap of a dilated input, count nothing."""
     rest = instruction.rest
     image, kernel, result = (dict(zip(labels, sizes, strict=True)) for labels, sizes in _labelled(instruction, types))
-    window = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", _WINDOW.search(rest)[1])}
+    window = found[1] if (found := _WINDOW.search(rest)) else ""
+    window = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", window)}
     groups = int(found[1]) if (found := _GROUPS.search(rest)) else 1
     flops = 2 * result["b"] * result["f"] * kernel["i"] // groups
     for axis, name in enumerate(sorted(name for name in image if name.isdecimal())):

@@ -38,7 +38,7 @@ def plan(config: ConfigDict) -> RunPlan:
     mesh = sharding.make_mesh(config.mesh)
     blueprint = task.blueprint(config, mesh)
     bundle = model_state.abstract(blueprint.task, blueprint.model, mesh)
-    device = jax.devices()[0].device_kind
+    device = mesh.devices.flat[0].device_kind
     if blueprint.task.trainable() is None:
         frozen = sharding.device_bytes(bundle.frozen)
         return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, bundle, frozen, mesh))
@@ -92,12 +92,20 @@ def _traced(bundle: Bundle, function, arguments: tuple, mesh: Mesh) -> jax.stage
 
 
 def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:
-    compiled = traced.lower().compile()
-    memory = step_memory(compiled)
+    return program_of(name, traced.lower().compile(), held, mesh)
+
+
+def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) -> Program:
+    """What a program compiled for a mesh takes on one device, beside `held` bytes of arrays.
+
+    Raises:
+      UserError: the backend does not tell.
+    """
+    memory, platform = step_memory(compiled), mesh.devices.flat[0].platform
     if memory is None:
-        raise UserError(f"this backend ({jax.default_backend()}) tells no memory: plan with --devices, on the CPU")
+        raise UserError(f"this backend ({platform}) tells no memory: plan with --devices, on the CPU")
     module = hlo.parse(compiled.as_text())
-    copies = hlo.float32_copies(module) if jax.default_backend() == "cpu" else 0
+    copies = hlo.float32_copies(module) if platform == "cpu" else 0
     return Program(
         name,
         held,

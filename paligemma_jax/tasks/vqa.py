@@ -219,8 +219,7 @@ class VQA:
     def _weights(self, batch) -> tuple[jax.Array, jax.Array]:
         """Token weights and what their sum is divided by; rows of weight 0 count nothing."""
         mask = batch["mask_loss"][..., 1:] * batch["weight"][..., None]
-        flat, normalizer = loss_weights(mask.reshape(-1, mask.shape[-1]), self.config.loss.reduction)
-        return flat.reshape(mask.shape), normalizer
+        return loss_weights(mask, self.config.loss.reduction)
 
     def features(self, model: PaliGemma, batch, keys=None) -> jax.Array:
         """Image features of a batch, from the store or the tower."""

@@ -90,7 +90,7 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
         lengths = {len(x) for has_rows, x in zip(rows, arguments, strict=True) if has_rows}
         if 1 in map(row_parts, lengths):
             return function(*arguments)
-        places = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(ROW_AXES if has_rows else None))
+        places = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
         options = dict(axis_names=set(ROW_AXES), check_vma=False)  # nothing is differentiated through it
         return jax.shard_map(summed, in_specs=places(rows), out_specs=places(out_rows), **options)(*arguments)
 
