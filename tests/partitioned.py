@@ -112,7 +112,8 @@ def check(case: Case, mesh: str, monkeypatch) -> None:
         strange = {key: times for key, times in part.exchanged.items() if key[1] not in allowed}
         assert not strange, f"{name} exchanges {strange}"
         assert part.flops <= 1.05 / DEVICES * whole.flops, name
-        assert part.temp - room <= 1.2 / DEVICES * whole.temp, name
+        share = (part.temp - room) / whole.temp * DEVICES
+        assert share <= 1.2, f"{name} takes {share:.2f} of its share of {whole.temp} bytes"
         passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # of a prompt, a token
         for key, number in arrays_of(shapes).items():
             assert part.exchanged["all-gather", key] <= passes * number, f"{name} gathers {key} too often"

@@ -12,7 +12,9 @@ UNET = {"model.name": "unet", "model.unet.width": 16, "model.unet.head_width": 1
 DIT = {"model.name": "dit", "model.dit.depth": 2, "model.dit.width": 64}
 CASES = {
     "points": Case(FLOW_2D, {"batch_size": 4096, "model.width": 64}),
-    "coupled": Case(FLOW_2D, {"batch_size": 64, "coupling.name": "sinkhorn"}, ((64,), (2, 64), (64, 64), (8, 64))),
+    "coupled": Case(
+        FLOW_2D, {"batch_size": 1024, "model.width": 64, "coupling.name": "sinkhorn"}, ((1024,), (2, 1024))
+    ),
     "unet": Case(FLOW_IMAGES, PICTURES | UNET),
     "dit": Case(FLOW_IMAGES, PICTURES | DIT),
 }

@@ -15,6 +15,7 @@ def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
     vqa = mini_options | {"batch_size": 64, "eval.batch_size": 64, "cache_features": False}
     dual = {"batch_size": 64, "model.path": str(save_small_siglip(make_random, tmp_path_factory.mktemp("dual")))}
     pairs = dual | {"init.vision": None, "data.text_length": 16, "loss.chunk_size": 4}
+    many = {"batch_size": 512, "embed_micro_batch": 256}
     return {
         "vqa": Case(CLEVR, vqa, evaluates=True),
         "nf4": Case(CLEVR, vqa | {"model.quantize": "nf4"}),
@@ -22,7 +23,7 @@ def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
         "full": Case(CLEVR, vqa | {"adapter.name": "none"}),
         "sigmoid": Case(SIGLIP, pairs, EMBEDDINGS, evaluates=True),
         "softmax": Case(SIGLIP, pairs | {"loss.name": "softmax"}, EMBEDDINGS),
-        "embedded in micro-batches": Case(SIGLIP, pairs | {"embed_micro_batch": 32}, EMBEDDINGS, passes=6),
+        "embedded in micro-batches": Case(SIGLIP, pairs | many, ((64,), (16, 64)), passes=6),
         "coprompt": Case(str(ROOT / "configs/coprompt.py"), dual, (*EMBEDDINGS, (16, 48))),
         "pretraining": Case(str(ROOT / "configs/pretrain.py:smoke"), {"batch_size": 16}),
         "pretraining of the tower": Case(str(ROOT / "configs/pretrain.py:vision,smoke"), {"batch_size": 16}),
