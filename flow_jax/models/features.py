@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedTime, Labels, as_time, check_args
 
 MAX_PERIOD = 10_000
 TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
-def batch_times(t, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """One time a row, in float32."""
-    return jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
+def batch_times(t: CheckedTime, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """One time a row, in float32. Raises UserError for times that are neither one nor one a row."""
+    return jnp.broadcast_to(as_time(t, x).astype(jnp.float32), x.shape[:1])
 
 
 def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:
@@ -97,6 +97,7 @@ class Condition(nnx.Module):
         self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
 
     def __call__(self, t: Float[Array, " B"], labels: Labels | None) -> Float[Array, "B D"]:
+        check_args((labels,), t)
         found = _kind_of(labels)
         if found != self.kind:
             raise ValueError(f"the model is told {self.kind} of every row but got {found}.")
