@@ -83,8 +83,8 @@ def check_clouds(a: AnyArray, b: AnyArray) -> None:
     shapes = [np.shape(cloud) for cloud in (a, b)]
     if not all(shapes) or shapes[0][1:] != shapes[1][1:] or 0 in shapes[0] + shapes[1]:
         raise UserError(
-            f"clouds of shapes {list(shapes[0])} and {list(shapes[1])} have no distance, expected rows of one shape, at "
-            "least one in each: make them so."
+            f"clouds of shapes {list(shapes[0])} and {list(shapes[1])} have no distance, expected rows of one shape, "
+            "at least one in each: make them so."
         )
 
 

@@ -55,6 +55,21 @@ def standard_normal_log_prob(x: Rows) -> Float[Array, " B"]:
     return -0.5 * sum_rows(x**2) - 0.5 * math.log(2 * math.pi) * math.prod(x.shape[1:])
 
 
+def start_log_prob(start: Callable) -> Callable:
+    """The prior of a path that starts from start(x_0) of standard normal x_0: a function x -> log-density [B].
+
+    Args:
+      start: of a path; entry by entry x_0 times a number plus another.
+    """
+
+    def prior(x):
+        mean = start(jnp.zeros_like(x))
+        std = start(jnp.ones_like(x)) - mean
+        return standard_normal_log_prob((x - mean) / std) - sum_rows(jnp.log(std))
+
+    return prior
+
+
 def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Array, Float[Array, " B"]]:
     """A velocity [B, ...] and its divergence: as many Jacobian-vector products as an example has entries.
 
@@ -164,7 +179,8 @@ def log_prob(
       t0, t1: times of the noise and of the data.
       noise: of the probes: "rademacher", which has the smaller variance, or "gaussian".
       num_probes: averaged.
-      prior: x_0 -> log-density [B] at t0; standard normal when None.
+      prior: x_0 -> log-density [B] at t0; standard normal when None. Of a path that starts elsewhere, such as VE, it is
+        `start_log_prob(path.start)`.
       times: from the data's time down to the noise's; the steps of a fixed solver.
 
     Raises:

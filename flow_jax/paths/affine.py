@@ -97,6 +97,10 @@ class AffinePath(Convertible):
         dx_t = per_row(self.d_alpha(t), x_1) * x_1 + per_row(self.d_sigma(t), x_1) * x_0
         return PathSample(x_0, x_1, t, x_t.astype(x_1.dtype), dx_t.astype(x_1.dtype))
 
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: x at t = 0 of noise x_0, the data set aside."""
+        return jnp.asarray(x_0)
+
     def conditional_velocity(self, x: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """u_t(x | x_1), the field whose flow carries N(0, I) to N(alpha x_1, sigma^2 I) (Lipman et al., Theorem 3)."""
         return self.x1_to_velocity(x_1, x, t)
@@ -234,7 +238,8 @@ class LinearVP(AffinePath):
 class VE(AffinePath):
     """The variance-exploding diffusion path: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^(1 - t).
 
-    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself.
+    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself: from
+    `start(x_0)`, whose density `likelihood.start_log_prob(path.start)` is the prior of `log_prob`.
     """
 
     sigma_min: Number = 0.01
@@ -245,6 +250,10 @@ class VE(AffinePath):
             raise UserError(
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): expected 0 < sigma_min < sigma_max."
             )
+
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """See AffinePath.start."""
+        return self.sigma_max * jnp.asarray(x_0)
 
     @property
     def _log_ratio(self) -> float:

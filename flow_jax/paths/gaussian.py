@@ -61,6 +61,10 @@ class CFM:
         """The mean of x_t."""
         return self.base.sample(x_0, x_1, t).x_t
 
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts, as of the base."""
+        return self.base.start(x_0)
+
     def std(self, t):
         """The standard deviation of x_t around its mean."""
         return jnp.full_like(t, self.sigma)
@@ -109,6 +113,10 @@ class SchrodingerBridge:
         """The mean of x_t."""
         return CondOT().sample(x_0, x_1, t).x_t
 
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: from x_0 itself."""
+        return jnp.asarray(x_0)
+
     def std(self, t):
         """The standard deviation of x_t around its mean."""
         return self.sigma * jnp.sqrt(t * (1 - t))
@@ -152,6 +160,11 @@ class GaussianPath:
     mu: Callable
     sigma: Callable
     time_range: tuple[Number, Number] = (0.0, 1.0)
+
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: x at t = 0 of noise x_0 and data 0; of other data it should be the same."""
+        mean, std, *_ = self.moments(jnp.zeros_like(x_0), 0.0)
+        return mean + std * x_0
 
     def moments(self, x_1: Rows, t: CheckedTime) -> tuple[Array, Array, Array, Array]:
         """Mean, deviation, and their derivatives by time, each [B, ...].
