@@ -39,28 +39,31 @@ def run(program: Callable, function: Callable, settings: tuple, *operands):
       settings: hashable values that the program depends on.
       operands: trees of arrays.
     """
-    arrays: list = []
-    try:
-        part = _take_apart(function, arrays)
-    except (_Opaque, RecursionError):
-        return _compiled(program)(_Anew(function), settings, (), *operands)
-    return _kept(program)(_Call(part), settings, arrays, *operands)
+    found = _Found()
+    call = _Call(_take_apart(function, found))
+    if found.known:
+        return _kept(program)(call, settings, found.arrays, *operands)
+
+    def once(arrays, *operands):
+        return program(call, *settings, arrays, *operands)
+
+    return jax.jit(once)(found.arrays, *operands)  # what it compiles and holds goes with it
 
 
-def _compiled(program: Callable) -> Callable:
-    """A jit of its own: what it has compiled goes when it goes."""
+@functools.cache
+def _kept(program: Callable) -> Callable:
+    def at(call, settings, arrays, *operands):
+        return program(call, *settings, arrays, *operands)
 
-    def call(function, settings, arrays, *operands):
-        return program(function, *settings, arrays, *operands)
-
-    return jax.jit(call, static_argnums=(0, 1))
-
-
-_kept = functools.cache(_compiled)
+    return jax.jit(at, static_argnums=(0, 1))
 
 
-class _Opaque(Exception):
-    """The callable cannot be taken apart."""
+@dataclasses.dataclass
+class _Found:
+    """What a callable holds: its arrays, and whether all the rest is known."""
+
+    arrays: list = dataclasses.field(default_factory=list)
+    known: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +76,6 @@ class _Call:
         return self.part.build(arrays)(*args)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Anew:
-    """Equal to nothing but itself."""
-
-    function: Callable
-
-    def __call__(self, arrays, *args):
-        return self.function(*args)
-
-
 # The hashable rest is a tree of these; `build` puts a value together again, from arrays.
 
 
@@ -90,6 +83,16 @@ class _Anew:
 class _Constant:
     value: Any
     kind: type  # 1, 1.0 and True are equal, and programs of them are not
+
+    def build(self, arrays):
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unknown:
+    """What cannot be taken apart, as it is; equal to nothing but itself."""
+
+    value: Any
 
     def build(self, arrays):
         return self.value
@@ -108,7 +111,7 @@ class _Function:
     """A function, and the values of the names that it reads."""
 
     function: Callable
-    reads: tuple
+    reads: Any
 
     def build(self, arrays):
         return self.function
@@ -130,42 +133,45 @@ class _Module:
     attributes: tuple  # ((path, part), ...) of what is no state of the module
 
     def build(self, arrays):
-        module = nnx.merge(self.graph, arrays[self.place])
+        module = nnx.merge(self.graph, arrays[self.place], copy=True)  # whose variables a call may set
         for path, part in self.attributes:
             if isinstance(part, _Made | _Module):
-                *nodes, name = path
-                setattr(functools.reduce(_entry, nodes, module), name, part.build(arrays))
+                _set_entry(module, path, part.build(arrays))
         return module
 
 
-def _entry(node, key):
-    return node[key] if isinstance(key, int) else getattr(node, key)
+def _set_entry(module, path: tuple, value) -> None:
+    *nodes, name = path
+    for key in nodes:
+        module = module[key] if isinstance(key, int) else getattr(module, key)
+    setattr(module, name, value)
 
 
-def _take_apart(value, arrays: list):
-    """The hashable rest of a value, whose arrays go to the list.
-
-    Raises:
-      _Opaque: it holds what this module does not know.
-    """
+def _take_apart(value, found: _Found):
+    """The hashable rest of a value."""
     if isinstance(value, _VALUES):
         return _Constant(value, type(value))
     if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufcV"):
-        arrays.append(value)
-        return _Array(len(arrays) - 1)
-    if isinstance(value, nnx.Pytree | nnx.Variable):
-        return _module(value, arrays)
-    if isinstance(value, functools.partial):
-        return _partial(value, arrays)
-    if isinstance(value, types.MethodType):
-        return _method(value, arrays)
+        found.arrays.append(value)
+        return _Array(len(found.arrays) - 1)
     if type(value) in (tuple, list):
-        return _Made(_sequence, (_Constant(type(value), type), *(_take_apart(item, arrays) for item in value)))
+        return _Made(_sequence, (_Constant(type(value), type), *(_take_apart(item, found) for item in value)))
     if type(value) is dict:
-        return _Made(_mapping, tuple(_take_apart(side, arrays) for side in (tuple(value), tuple(value.values()))))
-    if dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
-        return _dataclass(value, arrays)
-    return _function(value)
+        return _Made(_mapping, tuple(_take_apart(side, found) for side in (tuple(value), tuple(value.values()))))
+    if isinstance(value, nnx.Pytree | nnx.Variable):
+        part = _module(value, found)
+    elif isinstance(value, functools.partial):
+        part = _partial(value, found)
+    elif isinstance(value, types.MethodType):
+        part = _method(value, found)
+    elif dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
+        part = _dataclass(value, found)
+    else:
+        part = _function(value)
+    if part is None:
+        found.known = False
+        return _Unknown(value)
+    return part
 
 
 def _sequence(kind, *items):
@@ -176,30 +182,35 @@ def _mapping(keys, values):
     return dict(zip(keys, values, strict=True))
 
 
-def _module(module, arrays: list) -> _Module:
+def _module(module, found: _Found) -> _Module | None:
     """A module: its graph, its state, and what its attributes are besides."""
     try:
         graph, state = nnx.split(module)
         hash(graph)
     except (TypeError, ValueError):
-        raise _Opaque from None
-    arrays.append(state)
-    place, attributes = len(arrays) - 1, []
+        return None
+    place, attributes = len(found.arrays), []
+    found.arrays.append(state)
     for path, value in nnx.iter_graph(module):
         inside = isinstance(value, (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, tuple, list, dict))
         if path and not inside and not str(path[-1]).startswith("_pytree__"):
-            before = len(arrays)
-            attributes.append((path, _take_apart(value, arrays)))
-            if len(arrays) > before and not isinstance(path[-1], str):
-                raise _Opaque  # an entry of a container
+            part = _take_apart(value, found)
+            attributes.append((path, part))
+            if isinstance(part, _Made | _Module) and not isinstance(path[-1], str):
+                return None  # an entry of a container
+    if held := [path for path, part in attributes if isinstance(part, _Made | _Module)]:
+        module = nnx.merge(graph, state, copy=True)
+        for path in held:  # they are put back when the module is built
+            _set_entry(module, path, None)
+        graph, found.arrays[place] = nnx.split(module)
     return _Module(graph, place, tuple(attributes))
 
 
-def _partial(value: functools.partial, arrays: list) -> _Made:
+def _partial(value: functools.partial, found: _Found) -> _Made:
     args, keywords = value.args, value.keywords
     if isinstance(value, jax.tree_util.Partial):  # says of itself that numbers are arrays
         args, keywords = jax.tree.map(_number_as_array, (args, keywords), is_leaf=lambda x: isinstance(x, nnx.Pytree))
-    return _Made(_bind, tuple(_take_apart(part, arrays) for part in (value.func, args, keywords)))
+    return _Made(_bind, tuple(_take_apart(part, found) for part in (value.func, args, keywords)))
 
 
 def _number_as_array(value):
@@ -210,22 +221,22 @@ def _bind(function, args, keywords):
     return functools.partial(function, *args, **keywords)
 
 
-def _method(value: types.MethodType, arrays: list) -> _Made:
+def _method(value: types.MethodType, found: _Found) -> _Made | None:
     """A bound method; what its class defines is code."""
     owner, function = value.__self__, value.__func__
     name = getattr(function, "__name__", None)
     if not any(vars(kind).get(name) is function for kind in type(owner).__mro__):
-        raise _Opaque
-    return _Made(types.MethodType, (_Constant(function, type(function)), _take_apart(owner, arrays)))
+        return None
+    return _Made(types.MethodType, (_Constant(function, type(function)), _take_apart(owner, found)))
 
 
-def _dataclass(value, arrays: list) -> _Made:
+def _dataclass(value, found: _Found) -> _Made | None:
     """A frozen dataclass by its fields; what it has computed from them and kept is computed again."""
     kind, names = type(value), tuple(field.name for field in dataclasses.fields(value))
     others = set(getattr(value, "__dict__", ())) - set(names)
     if any(not isinstance(getattr(kind, name, None), functools.cached_property) for name in others):
-        raise _Opaque
-    fields = (_take_apart(getattr(value, name), arrays) for name in names)
+        return None
+    fields = (_take_apart(getattr(value, name), found) for name in names)
     return _Made(_with_fields, (_Constant(kind, type), _Constant(names, tuple), *fields))
 
 
@@ -237,50 +248,52 @@ def _with_fields(kind, names, *values):
     return made
 
 
-def _function(value) -> "_Constant | _Function":
+def _function(value) -> _Constant | _Function | None:
     """A function whose every program is the same, as long as what it reads is."""
     if isinstance(value, np.ufunc) or (isinstance(value, types.ModuleType) and _is_library(value.__name__)):
         return _Constant(value, type(value))
-    if isinstance(value, types.FunctionType):
-        return _Function(value, _reads(value))
     if isinstance(value, jnp.ufunc) and getattr(jnp, value.__name__, None) is value:
         return _Constant(value, type(value))
-    if hasattr(value, "__wrapped__") and _is_library(type(value).__module__):  # of jax.jit, jax.custom_jvp
-        return _Function(value, (_function(value.__wrapped__),))
-    raise _Opaque
+    if isinstance(value, types.FunctionType):
+        reads = _reads(value)
+    elif hasattr(value, "__wrapped__") and _is_library(type(value).__module__):  # of jax.jit, jax.custom_jvp
+        reads = _function(value.__wrapped__)
+    else:
+        return None
+    return None if reads is None else _Function(value, reads)
 
 
 def _is_library(module: str) -> bool:
     return module.split(".")[0] in _LIBRARIES
 
 
-def _reads(function: types.FunctionType) -> tuple:
-    """What a function may read besides its arguments, to tell whether it has changed.
-
-    Raises:
-      _Opaque: it may read arrays, or what is not known.
-    """
+def _reads(function: types.FunctionType) -> _Made | None:
+    """What a function may read besides its arguments, to tell whether it has changed; None if that may be anything."""
     home = function.__globals__["__name__"]  # __module__ is copied by wrappers
     if home.split(".")[0] == "jaxtyping":  # checks arguments, then calls it
         return _reads(function.__wrapped__)
-    held = [function.__defaults__, function.__kwdefaults__]
-    held += [cell.cell_contents for cell in function.__closure__ or ()]
-    if not _is_library(home):
-        held += _globals(function)
-    arrays: list = []
-    found = tuple(_take_apart(value, arrays) for value in held)
-    if arrays:
-        raise _Opaque
-    return found
+    found = _Found()
+    try:
+        held = [function.__defaults__, function.__kwdefaults__]
+        held += [cell.cell_contents for cell in function.__closure__ or ()]
+        held += [] if _is_library(home) else _globals(function)
+        part = _take_apart(held, found)
+    except (LookupError, RecursionError, ValueError):  # it looks around; it calls itself; a cell is empty
+        return None
+    return part if found.known and not found.arrays else None
 
 
 def _globals(function: types.FunctionType) -> list:
-    """The values of the names that a function's code has among its globals, attributes of that name included."""
+    """The values of the names that a function's code has among its globals, attributes of that name included.
+
+    Raises:
+      LookupError: it may read others.
+    """
     found = []
     for code in _codes(function.__code__):
         imports = any(step.opname.startswith("IMPORT") for step in dis.get_instructions(code))
         if imports or _LOOKS_AROUND.intersection(code.co_names):
-            raise _Opaque
+            raise LookupError
         found += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
     return found
 

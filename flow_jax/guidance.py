@@ -7,7 +7,19 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import Labels, Number, Rows, Time, as_time, check_args, check_null, per_row, velocity_at
+from flow_jax.arrays import (
+    AnyArray,
+    CheckedLabels,
+    CheckedTime,
+    Number,
+    Rows,
+    Scalar,
+    as_time,
+    check_args,
+    check_null,
+    per_row,
+    velocity_at,
+)
 from train_jax.errors import UserError
 
 
@@ -21,7 +33,7 @@ class Guided(nnx.Module):
     def __init__(
         self,
         model: Callable,
-        weight: Number,
+        weight: Scalar | AnyArray,
         null: int | float | tuple[int, ...],
         interval: tuple[Number, Number] = (0.0, 1.0),
     ):
@@ -46,7 +58,7 @@ class Guided(nnx.Module):
         self.null = null
         self.interval = (low, high)
 
-    def __call__(self, t: Time, x: Rows, labels: Labels) -> Float[Array, "B ..."]:
+    def __call__(self, t: CheckedTime, x: Rows, labels: CheckedLabels) -> Float[Array, "B ..."]:
         check_args((labels,), x)
         check_null(self.null, labels)
         t, (low, high) = as_time(t, x), self.interval

@@ -154,7 +154,7 @@ def integrate(function: Callable, state: Any, args: tuple, plan: Plan, trajector
       trajectory: keep the state at every time of the plan, on a new leading axis.
 
     Raises:
-      UserError: as the function does.
+      UserError: as the function does; or an adaptive solver without a number to integrate.
       RuntimeError: an adaptive solver came to max_steps, or to numbers that are not finite. Under `jax.jit` the result
         is NaN instead.
     """
@@ -162,6 +162,9 @@ def integrate(function: Callable, state: Any, args: tuple, plan: Plan, trajector
     times = jnp.asarray(plan.times, dtype)
     if plan.solver in FIXED:
         return run(_fixed, function, (plan.solver, trajectory), state, args, times)
+    if not all(leaf.size for leaf in jax.tree.leaves(state)):
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(state))
+        raise UserError(f"{plan.solver} has nothing to choose its steps by in {shapes}: leave out empty batches.")
     settings = (plan.solver, trajectory, plan.max_steps)
     solve = _adaptive_rows if plan.per_sample else _adaptive
     result = run(solve, function, settings, state, args, times, plan.rtol, plan.atol)

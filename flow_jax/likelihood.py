@@ -89,7 +89,7 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
         tangent = jnp.zeros((len(x), size), x.dtype).at[:, index].set(1).reshape(x.shape)
         return push(tangent).reshape(len(x), size)[:, index]
 
-    return value, jax.lax.map(diagonal, jnp.arange(size), batch_size=min(chunk, size)).sum(axis=0)
+    return value, jax.lax.map(diagonal, jnp.arange(size), batch_size=max(1, min(chunk, size))).sum(axis=0)
 
 
 def hutchinson_divergence(

@@ -204,7 +204,7 @@ def _host(a, b) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "M D"]]:
         if not np.isfinite(cloud).all():
             rows = int((~np.isfinite(cloud)).any(axis=1).sum())
             raise UserError(
-                f"{rows} of {len(cloud)} rows are not finite: look for NaN and infinity where they come from."
+                f"{rows} of {len(cloud)} rows have NaN or infinity, expected finite numbers: find where they come from."
             )
     return clouds[0], clouds[1]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import CheckedTime, Labels, as_time, check_args
+from flow_jax.arrays import CheckedLabels, CheckedTime, as_time, check_args
 
 MAX_PERIOD = 10_000
 TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
@@ -96,7 +96,7 @@ class Condition(nnx.Module):
         vector = dict(use_bias=False, dtype=dtype, rngs=rngs)
         self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
 
-    def __call__(self, t: Float[Array, " B"], labels: Labels | None) -> Float[Array, "B D"]:
+    def __call__(self, t: Float[Array, " B"], labels: CheckedLabels | None) -> Float[Array, "B D"]:
         check_args((labels,), t)
         found = _kind_of(labels)
         if found != self.kind:
@@ -119,7 +119,7 @@ def _kind(num_classes: int | tuple[int, ...], vector_width: int) -> str:
     return "one label" if num_classes else "nothing"
 
 
-def _kind_of(labels: Labels | None) -> str:
+def _kind_of(labels: CheckedLabels | None) -> str:
     if labels is None:
         return "nothing"
     if jnp.issubdtype(labels.dtype, jnp.floating):
