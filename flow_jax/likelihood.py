@@ -89,7 +89,7 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
         tangent = jnp.zeros((len(x), size), x.dtype).at[:, index].set(1).reshape(x.shape)
         return push(tangent).reshape(len(x), size)[:, index]
 
-    return value, jax.lax.map(diagonal, jnp.arange(size), batch_size=max(1, min(chunk, size))).sum(axis=0)
+    return value, jax.lax.map(diagonal, jnp.arange(size), batch_size=min(chunk, size)).sum(axis=0)
 
 
 def hutchinson_divergence(
@@ -192,6 +192,8 @@ def log_prob(
     plan = Plan.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
     x_1 = as_rows("x_1", x_1)
     check_args(args, x_1)
+    if not x_1.size:
+        raise UserError(f"x_1 has shape {list(x_1.shape)}, expected numbers in it: leave out empty batches.")
     probes = None
     if divergence == "hutchinson":
         probes = PROBES[noise](key, (len(x_1), num_probes, *x_1.shape[1:]), x_1.dtype)

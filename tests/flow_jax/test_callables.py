@@ -336,7 +336,7 @@ def test_changes_of_what_is_no_parameter_are_seen(change):
     for held in (net.velocity, functools.partial(net.velocity)):
         fj.sample(held, X, "euler", 1)
     change(net)
-    want = X + nnx.merge(*nnx.split(net)).velocity(0.0, X)  # a copy: a call may change statistics and counts
+    want = X + nnx.merge(*nnx.split(net), copy=True).velocity(0.0, X)  # a copy: a call may change statistics and counts
     for held in (net.velocity, functools.partial(net.velocity)):
         np.testing.assert_allclose(fj.sample(held, X, "euler", 1).x, want, rtol=1e-5)
 
