@@ -64,8 +64,16 @@ DUAL = {
 }
 CHANGES_THE_MODEL = ("attach_lora", "attach_method", "attach_prompts", "dequantize", "detach_lora", "detach_prompts",
                      "merge_lora", "quantize", "with_vision")  # fmt: skip
-WRITES_OR_READS_FILES = ("load", "weights.load_peft", "weights.load_prompts", "weights.save_prompts", "weights.save_big_vision", "weights.save_hugging_face",
-                         "weights.save_orbax", "weights.save_peft")  # fmt: skip
+WRITES_OR_READS_FILES = (
+    "load",
+    "weights.load_peft",
+    "weights.load_prompts",
+    "weights.save_big_vision",
+    "weights.save_hugging_face",
+    "weights.save_orbax",
+    "weights.save_peft",
+    "weights.save_prompts",
+)
 PURE = ("losses.coprompt_loss",)  # compiled by its caller, whose argument the model is
 TELLS_SIZES = ("lora_table", "format_lora_table")
 
