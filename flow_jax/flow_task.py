@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flow_jax import couplings, losses, paths
+from flow_jax import couplings, losses, path_choice
 from flow_jax import times as times_of
 from flow_jax.integrate import TOLERANCE, Plan
 from train_jax.config import check_choices
@@ -25,14 +25,6 @@ from train_jax.sharding import Spec
 from train_jax.task import Blueprint
 
 COUPLINGS = ("independent", "exact", "sinkhorn")
-PATHS = {
-    "cond_ot": lambda config: paths.CondOT(sigma_min=config.sigma_min),
-    "cfm": lambda config: paths.CFM(config.sigma),
-    "vp": lambda config: paths.VP(config.beta_min, config.beta_max),
-    "cosine": lambda config: paths.Cosine(),
-    "schroedinger_bridge": lambda config: paths.SchrodingerBridge(config.sigma),
-}
-STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
 TIMES = {
     "uniform": times_of.Uniform,
     "stratified": times_of.Stratified,
@@ -65,15 +57,7 @@ class FlowTask(abc.ABC):
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict()
-        config.path = ConfigDict(
-            {
-                "name": "cond_ot",  # cond_ot | cfm | vp | cosine | schroedinger_bridge
-                "sigma_min": 0.0,  # of cond_ot: standard deviation of what is left around a data point at t = 1
-                "sigma": 0.1,  # of cfm and schroedinger_bridge: noise around the line
-                "beta_min": 0.1,  # of vp
-                "beta_max": 20.0,
-            }
-        )
+        config.path = path_choice.defaults()
         config.coupling = ConfigDict(
             {
                 "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
@@ -84,7 +68,7 @@ class FlowTask(abc.ABC):
         return config
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        choices = {"path.name": PATHS, "coupling.name": COUPLINGS, "times": TIMES}
+        choices = {"path.name": path_choice.PATHS, "coupling.name": COUPLINGS, "times": TIMES}
         check_choices(config, choices)
         check_solver(config.eval)
         if config.path.name == "schroedinger_bridge" and config.coupling.name != "sinkhorn":
@@ -98,7 +82,7 @@ class FlowTask(abc.ABC):
                 "set micro_batch=None."
             )
         self.config, self.mesh = config, mesh
-        self.path = PATHS[config.path.name](config.path)
+        self.path = path_choice.make_path(config.path)
         self.times = TIMES[config.times](*self.path.time_range)
 
     @classmethod
@@ -136,7 +120,7 @@ class FlowTask(abc.ABC):
             i, j = couplings.sinkhorn(x_0, x_1, key=pairs, **self._entropy())
             x_0, x_1 = x_0[i], x_1[j]
         t = self.times.draw(draws, len(x_1))
-        sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
+        sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in path_choice.STOCHASTIC else None)
         found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
         return (found * batch["weight"] if "weight" in batch else found).sum(), {}
 

@@ -32,12 +32,13 @@ class Evaluation:
 
     Args:
       data: the images.
+      path: which the models are trained along.
       settings, options: the config's `data` and `eval`.
       mesh: whose devices share the samples.
     """
 
-    def __init__(self, data: ImageData, settings: ConfigDict, options: ConfigDict, mesh: Mesh):
-        self.data, self.settings, self.options, self.mesh = data, settings, options, mesh
+    def __init__(self, data: ImageData, path: Any, settings: ConfigDict, options: ConfigDict, mesh: Mesh):
+        self.data, self.path, self.settings, self.options, self.mesh = data, path, settings, options, mesh
         self._moments: dict[str, Moments] = {}
 
     @functools.cached_property
@@ -99,7 +100,7 @@ class Evaluation:
 
     def sampler(self, model: nnx.Module) -> Sampler:
         """Draws samples as the config says."""
-        return Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        return Sampler(model, self.data, self.path, self.options, self.settings.dequantize, self.mesh)
 
     def labels(self, number: int) -> Int[np.ndarray, " {number}"]:
         """Labels of held-out images spread over all of them, 0 where there are none."""
@@ -152,6 +153,7 @@ class Evaluation:
                 levels=self.data.levels,
                 divergence=options.divergence,
                 args=args,
+                prior=likelihood.start_log_prob(self.path.start),
                 **solver(options),
             )
             bits += np.asarray(batch)[:good].tolist()

@@ -93,7 +93,7 @@ class ImageFlowTask(FlowTask):
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """What measures models."""
-        return Evaluation(self.data, self.config.data, self.config.eval, self.mesh)
+        return Evaluation(self.data, self.path, self.config.data, self.config.eval, self.mesh)
 
     def velocity_model(self, **told: Any) -> UNet | DiT:
         """A new model of the config's sizes; `told` is its num_classes or vector_width."""

@@ -81,8 +81,8 @@ class PlaneFlow(FlowTask):
         return "\n".join(f"{x_0} -> {x_1}" for x_0, x_1 in rows)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
-        config = self.config
-        return {"w2": evaluation.distance(model, config.data, config.eval, config.eval.validation_draws).value}
+        data, options = self.config.data, self.config.eval
+        return {"w2": evaluation.distance(model, self.path, data, options, options.validation_draws).value}
 
     def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return evaluation.evaluate(model, self.config.data, self.config.eval, workdir)
+        return evaluation.evaluate(model, self.path, self.config.data, self.config.eval, workdir)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels
 from flow_jax.models.features import Condition, activation, batch_times, drop, linear
 from train_jax.core import row_sharding
 
@@ -53,7 +53,7 @@ class MLP(nnx.Module):
         self,
         t,
         x: Float[Array, "B D"],
-        labels: Labels | None = None,
+        labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See features.py for the arguments."""

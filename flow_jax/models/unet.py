@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
 from train_jax.core import row_sharding
 
@@ -182,7 +182,7 @@ class UNet(nnx.Module):
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Labels | None = None,
+        labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""

@@ -202,7 +202,7 @@ class TextToImage(ImageFlowTask):
         told, none = self._conditions(texts)
         options = self.config.eval
         velocity = model.model if options.guidance == 1.0 else Guided(model.model, options.guidance, none)
-        x_0 = noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels))
+        x_0 = self.path.start(noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels)))
         found = sampling.sample(velocity, x_0, **solver(options), args=(jnp.asarray(told),))
         return to_levels(np.asarray(found.x), BYTES, self.config.data.dequantize)
 

@@ -14,7 +14,6 @@ from paligemma_jax import hub
 from paligemma_jax.adapt import quantize as quantization
 from paligemma_jax.adapt.lora import projections
 from paligemma_jax.adapt.quantized_kernel import QuantizedKernel
-from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models import dual_variants
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
@@ -201,8 +200,6 @@ def _random(
         config = dual_variants.variant(name) if name.startswith(("siglip", "clip")) else variant(name)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if config.preprocessing is None:
-        config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
     config = _changed(config, image_size, vocab_size).replace(both=both)
     finish = functools.partial(_quantized, codec=codec)
     model = nnx.eval_shape(lambda: finish(whole_model(config)))

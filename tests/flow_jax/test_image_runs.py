@@ -108,7 +108,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
     labels = task.evaluation.labels(11)
-    sampler = Sampler(load_model(config, run), task.data, config.eval, True, task.mesh)
+    sampler = Sampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
     samples = np.concatenate([drawn.images for drawn in sampler.batches(labels)])
     good = [pixels(100 * label + number) for label in range(3) for number in range(10) if (label, number) != (1, 4)]
     want = fj.metrics.frechet_distance(colours(samples), colours(np.stack(good)))
@@ -149,7 +149,7 @@ def data_of(classes: int = 3) -> ImageData:
 
 def sampler_of(batch_size: int, devices: int = 1, **changes) -> Sampler:
     config = config_of(SMALL | {"mesh.data": devices, "eval.batch_size": batch_size} | changes, f"{CONFIG}:smoke")
-    return Sampler(Field(), data_of(), config.eval, True, sharding.make_mesh(config.mesh))
+    return Sampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (100, 1), (8, 8)])

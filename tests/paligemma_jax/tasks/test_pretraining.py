@@ -5,10 +5,12 @@ import json
 import warnings
 
 import beartype
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from beartype.door import is_bearable
+from flax import nnx
 
 import paligemma_jax as pg
 from paligemma_jax.data import pretraining_set
@@ -17,6 +19,7 @@ from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.models.gemma import Gemma
+from paligemma_jax.models.paligemma import DECODERS, variant
 from paligemma_jax.tasks import export as export_module
 from paligemma_jax.tasks import pretraining, scene_task
 from paligemma_jax.tasks.export import export
@@ -213,6 +216,25 @@ def test_micro_batches_are_refused():
     config = config_of({"micro_batch": 2, "batch_size": 4}, config=str(ROOT / "configs/pretrain.py:vision"))
     with pytest.raises(UserError, match="micro_batch is 2, expected None"):
         VisionPretraining(config, None)
+
+
+@pytest.mark.parametrize("argument", ["", ":vision"])
+def test_a_variant_of_a_released_model_is_trained_on_images_prepared_for_it(argument):
+    changes = {"model.variant": "3b-224", "model.unroll": False, "batch_size": 2, "init_from": "()"}
+    config = config_of(changes, config=str(ROOT / f"configs/pretrain.py{argument}"))
+    task = task_class(config.task)(config, None)
+    row = task.blank_row()
+    assert row["image"].shape == (224, 224, 3) and task.model_config.preprocessing.size == 224
+    np.testing.assert_allclose(task.normalize(jnp.array([0, 255, 0], jnp.uint8)), [-1, 1, -1])
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), row)
+    loss, _ = nnx.eval_shape(lambda batch: task.loss(task.new(), batch, None), batch)
+    assert loss.shape == ()
+
+
+def test_every_variant_knows_how_its_images_are_prepared():
+    for name in ("tiny", *(f"{size}-{pixels}" for size in DECODERS for pixels in (224, 448, 896))):
+        sizes = variant(name)
+        assert sizes.preprocessing.size == sizes.vision.image_size
 
 
 def test_an_unknown_remat_is_refused():
