@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -118,7 +117,7 @@ class ImageFlowTask(FlowTask):
             data.dequantize,
             self.config.coupling.name,
             self.config.seed,
-            jax.process_index(),
+            group=self.config.coupling.group,
             flip=data.flip,
             on_error=data.on_error,
             max_bad_fraction=data.max_bad_fraction,
@@ -126,7 +125,7 @@ class ImageFlowTask(FlowTask):
 
     def blank_row(self) -> dict[str, np.ndarray]:
         image = np.zeros((self.size, self.size, self.channels), np.float32)
-        row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32)}
+        row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32), "row": np.zeros((), np.int32)}
         return row | {"label": np.zeros((), np.int32)} if self.num_classes else row
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:

@@ -7,7 +7,6 @@ coupled as the config says (Tong et al. 2024). Scores are in evaluation.py.
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -57,7 +56,8 @@ class PlaneFlow(FlowTask):
         check_choices(config, {"data.name": TOYS, "data.noise": TOYS})
 
     def blank_row(self) -> dict[str, np.ndarray]:
-        return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}
+        point = np.zeros(2, np.float32)
+        return {"x_0": point, "x_1": point, "row": np.zeros((), np.int32)}
 
     def init(self) -> nnx.Module:
         try:
@@ -73,7 +73,7 @@ class PlaneFlow(FlowTask):
             config.data.num_examples,
             config.coupling.name,
             config.seed,
-            jax.process_index(),
+            config.coupling.group,
         )
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
