@@ -25,6 +25,7 @@ from flow_jax.row_keys import RowKeys, normal_rows, stream
 from train_jax.config import check_choices
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.state import ROW
 from train_jax.task import Blueprint
 
 COUPLINGS = ("independent", "exact", "sinkhorn")
@@ -123,7 +124,7 @@ class FlowTask(abc.ABC):
         x_0, x_1 = batch["x_0"], batch["x_1"]
         if self.config.coupling.name == "sinkhorn":
             x_0, x_1 = self._coupled(x_0, x_1, stream(keys, PAIRS))
-        t = self.times.draw_rows(stream(keys, TIME), batch.get("row"), self.config.batch_size)
+        t = self.times.draw_rows(stream(keys, TIME), batch.get(ROW), self.config.batch_size)
         stochastic = self.config.path.name in STOCHASTIC
         sample = self.path.sample(x_0, x_1, t, noise=normal_rows(stream(keys, NOISE), x_1) if stochastic else None)
         found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))

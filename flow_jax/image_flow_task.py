@@ -125,7 +125,7 @@ class ImageFlowTask(FlowTask):
 
     def blank_row(self) -> dict[str, np.ndarray]:
         image = np.zeros((self.size, self.size, self.channels), np.float32)
-        row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32), "row": np.zeros((), np.int32)}
+        row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32)}
         return row | {"label": np.zeros((), np.int32)} if self.num_classes else row
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:

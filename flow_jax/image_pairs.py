@@ -16,12 +16,12 @@ _BLOCK = 16  # rows of noise drawn at a time
 
 
 class ImagePairs:
-    """Rows {"x_0", "x_1": [I, I, C], "label", "weight", "row": []} of images in [-1, 1], with fresh noise.
+    """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": [], "weight": []} of images in [-1, 1], with fresh noise.
 
-    Noise is a function of the seed, the step and the row of the global batch, whose number is in `row`. Coupled
-    "exact", the rows of a group are paired by the permutation of least squared distance within each class, so that
-    every class starts from all of the noise. Rows of data without labels have no label, and are paired across all. A
-    bad image is grey and has weight 0 (train_jax.input.Source).
+    Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
+    paired by the permutation of least squared distance within each class, so that every class starts from all of the
+    noise. Rows of data without labels have no label, and are paired across all. A bad image is grey and has weight 0
+    (train_jax.input.Source).
 
     Args:
       data: whose training side is read.
@@ -75,7 +75,7 @@ class ImagePairs:
             for places in in_groups(rows, self.group):
                 i, j = couplings.within_class(x_0[places], x_1[places], alike[places], alike[places])
                 x_0[places] = x_0[places][i][np.argsort(j)]  # rows stay in the order of `indices`
-        batch = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "row": rows.astype(np.int32), "bad": bad}
+        batch = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "bad": bad}
         return batch | {"label": labels} if self._data.num_classes else batch
 
     def _draw(self, law: Callable, stream: int, step: int, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n I I C"]:

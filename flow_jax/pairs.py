@@ -11,11 +11,11 @@ _BLOCK = 256  # rows of noise drawn at a time
 
 
 class ToyPairs:
-    """Rows {"x_0": [2], "x_1": [2], "row": []} of a training set in the plane, and fresh noise in every step.
+    """Rows {"x_0": [2], "x_1": [2]} of a training set in the plane, and fresh noise in every step.
 
-    Noise is a function of the seed, the step and the row of the global batch, whose number is in `row`. Coupled
-    "exact", the rows of a group are paired by the permutation of least squared distance; otherwise noise and data meet
-    as they come (for "sinkhorn" the device pairs them in the step).
+    Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
+    paired by the permutation of least squared distance; otherwise noise and data meet as they come (for "sinkhorn" the
+    device pairs them in the step).
 
     Args:
       data, noise: names of distributions, see toys.py.
@@ -40,7 +40,7 @@ class ToyPairs:
 
     def together(
         self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
-    ) -> dict[str, Float[np.ndarray, "n 2"] | Int[np.ndarray, " n"]]:
+    ) -> dict[str, Float[np.ndarray, "n 2"]]:
         """The examples of a step at some rows of its batch, the first ones if None; see train_jax.input.Source."""
         rows = np.arange(len(indices)) if rows is None else rows
         x_0, x_1 = self._noise_of(rows, step), self._points[indices]
@@ -48,7 +48,7 @@ class ToyPairs:
             for places in in_groups(rows, self.group):
                 i, j = couplings.exact(x_0[places], x_1[places])
                 x_0[places], x_1[places] = x_0[places][i], x_1[places][j]
-        return {"x_0": x_0, "x_1": x_1, "row": rows.astype(np.int32)}
+        return {"x_0": x_0, "x_1": x_1}
 
     def _noise_of(self, rows: Int[np.ndarray, " n"], step: int) -> Float[np.ndarray, "n 2"]:
         seed = self._seed, _NOISE, step

@@ -56,8 +56,7 @@ class PlaneFlow(FlowTask):
         check_choices(config, {"data.name": TOYS, "data.noise": TOYS})
 
     def blank_row(self) -> dict[str, np.ndarray]:
-        point = np.zeros(2, np.float32)
-        return {"x_0": point, "x_1": point, "row": np.zeros((), np.int32)}
+        return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}
 
     def init(self) -> nnx.Module:
         try:
