@@ -258,7 +258,7 @@ class VQA:
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
-        _, hidden, arrays = self._tuned(model, batch)
+        _, hidden, arrays, _ = self._tuned(model, batch)
         scores = token_scores(hidden, targets=arrays["targets"], **self.words(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 
