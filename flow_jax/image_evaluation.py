@@ -21,9 +21,11 @@ from flow_jax.image_pictures import Gallery
 from flow_jax.image_sampling import Sampler, batches_of, spread
 from flow_jax.image_sets import Pictures
 from flow_jax.moments import Moments, frechet
+from flow_jax.row_keys import row_keys
 from train_jax.bad_rows import BadRow, BadRows
 
 FRAMES = 9  # of the picture of the flow
+FOLLOWED = 1000  # samples whose way is measured
 SIDES = ("held_out", "train")
 
 
@@ -142,13 +144,13 @@ class Evaluation:
             labels.append(shown)
         images, labels = np.concatenate(found), np.concatenate(labels)
         bits = []
-        for number, (rows, good) in enumerate(batches_of(len(images), options.batch_size)):
+        for rows, good in batches_of(len(images), options.batch_size):
             args = (jnp.asarray(labels[rows]),) if self.data.num_classes else ()
             images_on, args = spread((jnp.asarray(images[rows]), args), self.mesh)
             batch = likelihood.image_bits_per_dim(
                 model,
                 images_on,
-                jax.random.fold_in(jax.random.key(options.seed + 1), number),
+                row_keys(jax.random.key(options.seed + 1), rows),
                 options.likelihood_samples,
                 levels=self.data.levels,
                 divergence=options.divergence,
@@ -160,10 +162,13 @@ class Evaluation:
         return float(np.mean(bits))
 
     def straightness(self, model: nnx.Module, labels: Int[np.ndarray, " N"]) -> float:
-        """Of the flow that is sampled from, over the first batch of samples."""
-        sampler = self.sampler(model)
-        x_0, args = sampler.start(np.arange(min(len(labels), self.options.batch_size)), labels)
-        return metrics.straightness(sampler.velocity, x_0, args=args)
+        """Of the flow that is sampled from, over the first samples."""
+        sampler, number = self.sampler(model), min(len(labels), FOLLOWED)
+        found = 0.0
+        for rows, good in batches_of(number, self.options.batch_size):
+            x_0, args = jax.tree.map(lambda array, good=good: array[:good], sampler.start(rows, labels))
+            found += good * metrics.straightness(sampler.velocity, x_0, args=args)
+        return found / number
 
     def _frames(self, model: nnx.Module) -> np.ndarray:
         """Samples on their way [T, 10, I, I, C] in the model's range: of the first labels one each."""

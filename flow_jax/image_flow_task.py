@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -118,7 +117,7 @@ class ImageFlowTask(FlowTask):
             data.dequantize,
             self.config.coupling.name,
             self.config.seed,
-            jax.process_index(),
+            group=self.config.coupling.group,
             flip=data.flip,
             on_error=data.on_error,
             max_bad_fraction=data.max_bad_fraction,

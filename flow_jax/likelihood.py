@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from flow_jax.arrays import (
@@ -26,6 +27,7 @@ from flow_jax.arrays import (
     velocity_at,
 )
 from flow_jax.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, integrate
+from flow_jax.row_keys import RowKeys, row_keys, stream
 from train_jax.errors import UserError
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -147,7 +149,7 @@ def log_prob(
     velocity: Callable,
     x_1: CheckedRows,
     divergence: str = "exact",
-    key: RandomKey | None = None,
+    key: RandomKey | RowKeys | None = None,
     solver: str = "tsit5",
     num_steps: int | None = None,
     rtol: Number = TOLERANCE,
@@ -173,7 +175,8 @@ def log_prob(
       divergence: "exact" costs a Jacobian-vector product an entry of an example and evaluation; "hutchinson" one a
         probe, and is unbiased.
       key: draws the probes, once for the whole solve: noise that changes from step to step would leave the solver a
-        field without a solution. Needed for "hutchinson" alone.
+        field without a solution. A row's depend on the key and the row's number alone; or give one key a row [B].
+        Needed for "hutchinson" alone.
       solver, num_steps, rtol, atol, per_sample, args, max_steps: as of `sample`; errors of a shared step are over
         points and log-densities together.
       t0, t1: times of the noise and of the data.
@@ -196,7 +199,8 @@ def log_prob(
         raise UserError(f"x_1 has shape {list(x_1.shape)}, expected numbers in it: leave out empty batches.")
     probes = None
     if divergence == "hutchinson":
-        probes = PROBES[noise](key, (len(x_1), num_probes, *x_1.shape[1:]), x_1.dtype)
+        shape = (num_probes, *x_1.shape[1:])
+        probes = jax.vmap(lambda key: PROBES[noise](key, shape, x_1.dtype))(row_keys(key, np.arange(len(x_1))))
     state = (x_1, jnp.zeros(len(x_1), full_dtype(x_1)))
     field = functools.partial(_with_divergence, velocity, divergence == "exact")
     r = integrate(field, state, (probes, *args), plan, trajectory=False)
@@ -221,7 +225,7 @@ def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) ->
 def image_bits_per_dim(
     velocity: Callable,
     images: Num[AnyArray, "B H W C"],
-    key: RandomKey,
+    key: RandomKey | RowKeys,
     num_samples: int = 1,
     *,
     levels: int = 256,
@@ -237,7 +241,7 @@ def image_bits_per_dim(
     Args:
       velocity: trained on images in [-1, 1].
       images: bytes, or integers below `levels`.
-      key: of the dequantisation, and of the probes of a Hutchinson divergence.
+      key: of the dequantisation, and of the probes of a Hutchinson divergence; one, or one a row, see `log_prob`.
       num_samples: K.
       levels: values that an entry may have; 128 above is half of them.
       **options: of `log_prob`.
@@ -248,15 +252,15 @@ def image_bits_per_dim(
     images = jnp.asarray(images)
     _check_levels(images, levels)
     size = math.prod(images.shape[1:])
-    key, probes = jax.random.split(key)
+    keys = row_keys(key, np.arange(len(images)))
     if options.get("divergence", "exact") == "hutchinson":
-        options["key"] = probes
+        options["key"] = stream(keys, num_samples)
 
-    def one(key):
-        noise = jax.random.uniform(key, images.shape)
+    def one(k):
+        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(stream(keys, k))
         return log_prob(velocity, (images + noise) / (levels / 2) - 1, **options).log_prob
 
-    draws = jnp.stack([one(jax.random.fold_in(key, k)) for k in range(num_samples)])
+    draws = jnp.stack([one(k) for k in range(num_samples)])
     return bits_per_dim(jax.nn.logsumexp(draws, axis=0) - math.log(num_samples), size, bins=levels / 2)
 
 

@@ -7,7 +7,6 @@ coupled as the config says (Tong et al. 2024). Scores are in evaluation.py.
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -73,7 +72,7 @@ class PlaneFlow(FlowTask):
             config.data.num_examples,
             config.coupling.name,
             config.seed,
-            jax.process_index(),
+            config.coupling.group,
         )
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:

@@ -42,7 +42,8 @@ def predict(
       dtype: a base model's compute dtype, float32 if None; a run has its own.
       tokenizer: a tokenizer.model or its folder; None is the one beside the model.
       checkpoint: of the run.
-      max_new_tokens, sampler, seed, sampler_options: see generate.generate.
+      max_new_tokens, sampler, seed, sampler_options: see generate.generate; row numbers go on from batch to batch, so
+        that equal prompts draw answers of their own.
 
     Returns:
       (image, prompt, answer), in the order given.
@@ -87,6 +88,7 @@ def predict(
             words.eos_id,
             sampler,
             seed,
+            first_row=start,
             **sampler_options,
         )
         answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]

@@ -97,8 +97,11 @@ class Task(Protocol):
 
         Args:
           model: parameters in place.
-          batch: rows on the leading axis.
-          keys: one key an example, a function of (seed, step, row), for dropout and noise.
+          batch: rows on the leading axis; beside what the source gives, state.ROW and state.STEP, int32 [b]: the
+            row's number in the global batch, and the step's.
+          keys: one key an example, a function of (seed, step, row), for dropout and noise. Whatever is random must
+            come from these (or of what rows have in common from state.step_key), so that a batch may be cut into any
+            micro-batches, on any number of processes and devices.
         """
         ...
 

@@ -46,7 +46,7 @@ def trace(
     )
 
     def measured(start, frozen, batch):
-        first = jax.tree.map(lambda x: x[0], batch)
+        first = jax.tree.map(lambda x: x[0], state.numbered(batch, start.step))
         keys = state.row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
         return task.loss(bundle.merge(start.params | frozen), first, keys)[1]
 

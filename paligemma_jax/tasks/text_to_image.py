@@ -246,8 +246,8 @@ class TextToImage(ImageFlowTask):
         held_out = self.data.held_out
         rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int).tolist()
         labels = np.array([held_out.label(row) for row in rows], np.int32)
-        samples = next(self.evaluation.sampler(model).batches(labels)).images
+        samples = [image for drawn in self.evaluation.sampler(model).batches(labels) for image in drawn.images]
         pictures = [held_out[row].pixels for row in rows]
         texts = [self.descriptions.texts[label] for label in labels]
-        save_sheet(list(samples), texts, workdir / "captions.png", pictures)
+        save_sheet(samples, texts, workdir / "captions.png", pictures)
         return results

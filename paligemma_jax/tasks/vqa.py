@@ -34,6 +34,7 @@ from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.state import STEP, step_key
 from train_jax.task import Blueprint
 
 
@@ -240,8 +241,10 @@ class VQA:
         return loss, metrics
 
     def _tuned(self, model: PaliGemma, batch, keys=None) -> vqa_consistency.Tuned:
+        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.DRAWN_ONCE:
+            keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), self.features(model, batch, keys)
-        return vqa_consistency.Tuned(features, vqa_consistency.hidden_of(model, features, arrays, keys), arrays)
+        return vqa_consistency.Tuned(features, vqa_consistency.hidden_of(model, features, arrays, keys), arrays, keys)
 
     def words(self, model: PaliGemma) -> dict[str, Any]:
         """How hidden states become probabilities of words, for the functions of losses.py."""
@@ -254,7 +257,7 @@ class VQA:
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
-        _, hidden, arrays = self._tuned(model, batch)
+        _, hidden, arrays, _ = self._tuned(model, batch)
         scores = token_scores(hidden, targets=arrays["targets"], **self.words(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 

@@ -30,6 +30,9 @@ DECODER_ATTENTION = r"decoder/.*/(q_proj|o_proj)"
 """What LoRA adapts unless told."""
 
 LORA_ALONE = ("rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
+DRAWN_ONCE = ("diff_pruning",)
+"""Methods whose noise belongs to a step and not to its rows."""
+
 NAMES = ("lora", "none", *METHODS)
 
 

@@ -39,6 +39,7 @@ class Tuned(NamedTuple):
     features: jax.Array  # [B, P, D]
     hidden: jax.Array  # [B, T, D]
     arrays: Mapping[str, jax.Array]  # of data.prompts.training_arrays, [B, T] each
+    keys: jax.Array | None = None  # of its dropout, [B]
 
 
 def defaults() -> ConfigDict:
@@ -129,7 +130,7 @@ class Consistency:
                 terms[part] = self._answers(model, base, tuned.hidden, features, tuned.arrays, weights)
             else:
                 arrays = _drawn(self._prompts, keys)
-                hidden = hidden_of(model, tuned.features, arrays, keys)
+                hidden = hidden_of(model, tuned.features, arrays, tuned.keys)
                 share = arrays["weights"] / arrays["weights"].sum(axis=1, keepdims=True)
                 terms[part] = self._answers(model, base, hidden, features, arrays, rows[:, None] * share)
         return terms

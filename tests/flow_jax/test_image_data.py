@@ -218,12 +218,25 @@ def test_flips_are_a_function_of_seed_step_and_picture():
     turned = np.array([not np.array_equal(a, b) for a, b in zip(plain, flipped, strict=True)])
     assert 10 < turned.sum() < 30
     np.testing.assert_array_equal(flipped[turned], plain[turned, :, ::-1])
-    order = np.random.default_rng(0).permutation(40)[:25]  # another batch, process or coupling changes nothing
-    other = ImagePairs(data, False, "exact", 5, process=1, flip=True).together(order, 3)["x_1"]
+    order = np.random.default_rng(0).permutation(40)[:25]  # other rows of a batch or a coupling change nothing
+    other = pairs_of(data, "exact", flip=True).together(order, 3, 7 + np.arange(25))["x_1"]
     np.testing.assert_array_equal(other, flipped[order])
     later = pairs_of(data, flip=True).together(rows, 4)["x_1"]
     assert not np.array_equal(later, flipped)
     np.testing.assert_array_equal(data.train.images, np.stack([pixels(row) for row in range(40)]))
+
+
+@pytest.mark.parametrize("classes", [2, 0])
+def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
+    data, rows = memory(40, classes), np.arange(40)
+    pairs = ImagePairs(data, True, "exact", 5, group=8)
+    whole = pairs.together(rows, 3, rows)
+    for part in (rows[8:16], rows[16:40]):
+        found = pairs.together(part, 3, part)
+        for name, values in whole.items():
+            np.testing.assert_array_equal(found[name], values[part], err_msg=name)
+    same = pairs.together(np.zeros(40, int), 3, rows)["x_1"]  # one picture in all rows
+    assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
 
 def test_made_up_shapes_differ_between_sides_and_rows():

@@ -99,6 +99,17 @@ def test_a_run_on_tfds_without_labels(tmp_path):
     assert {"frechet", "bpd", "nfe", "straightness"} <= results.keys() and results["finished"]
 
 
+def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
+    config = command_line.from_json((run / "config.json").read_text())
+    config.eval.likelihood_examples, config.eval.num_samples = 5, 7
+    model, found = load_model(config, run), []
+    for size in (7, 3):
+        config.eval.batch_size = size
+        results = ImageFlow(config, sharding.make_mesh(config.mesh)).evaluate(model, tmp_path)
+        found.append([results[name] for name in ("frechet", "bpd", "straightness")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys):
     chosen = ["--features=tests.flow_jax.pictures_on_disk:colours", "--num_samples=11", "--reference=train"]
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
