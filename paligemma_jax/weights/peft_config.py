@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.weights.folder import read_json
+from paligemma_jax.side_files import read_json
 from paligemma_jax.weights.tables import listed
 from train_jax.errors import UserError
 
