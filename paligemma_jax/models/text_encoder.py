@@ -53,7 +53,7 @@ class TokenEmbedding(nnx.Module):
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)  # NaN for an id beyond the table
 
 
 class TextEncoder(nnx.Module):

@@ -38,7 +38,7 @@ _CLIP_SIZES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, every key of it accounted for.
+    """The folder's config.json, every key of it accounted for, with transformers' defaults filled in.
 
     Raises:
       UserError: it is missing or broken, of another architecture, or has a value that changes the model to one that is
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if older:
             stored = stored | DEFAULTS[family][tower] | _CLIP_SIZES[tower] | older
         account(stored, DUAL[family][tower], file, f"{tower}.")
-        config[tower] = stored
+        config[tower] = DEFAULTS[family][tower] | stored
     return config
 
 
