@@ -74,7 +74,7 @@ class JsonPieces:
     """
 
     def __init__(self, file: Path, spelled: Sequence[str] = ()):
-        self._model = open_json(file)
+        self._model, self._content = open_json(file), file.read_bytes()
         self._spelled = tuple(spelled)
 
     @property
@@ -83,7 +83,7 @@ class JsonPieces:
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self._model.to_str(pretty=True).encode()}
+        return {"tokenizer.json": self._content}
 
     def index(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)

@@ -8,7 +8,8 @@ An unmodified Gemma `tokenizer.model` has 256,000 pieces. PaliGemma counts on fr
     base + 1024 .. 1151   <seg000> .. <seg127>      a code of a segmentation mask
     base + 1152           <image>                   placeholder of transformers; big_vision's table ends before it
 
-Pieces and tokens that the files name already (exports do, and people add their own) keep the ids they have there.
+Pieces and tokens that the files name already (exports do, and people add their own) keep the ids they have there; where
+such take up the ids above, PaliGemma's follow on them, `<image>` first, as transformers' processor adds them.
 """
 
 import json
@@ -63,7 +64,7 @@ class Tokenizer:
         if found != _SPECIALS:
             raise UserError(f"{name} has special ids {found}, expected {_SPECIALS}; give a Gemma tokenizer.model.")
         self._base = self._pieces.size
-        tokens = {piece: self._look_up(piece, self._base + i) for i, piece in enumerate(_APPENDED)} | self.added
+        tokens = self._paligemma_tokens() | self.added
         self._tokens = {content: token for content, token in tokens.items() if token.id >= len(_SPECIALS)}
         self._appended = {token.id: content for content, token in self._tokens.items()}
         if len(self._appended) < len(self._tokens):
@@ -81,9 +82,20 @@ class Tokenizer:
                 f"{name} encodes a newline as {self.separator_ids}, expected one id; give a Gemma tokenizer.model."
             )
 
-    def _look_up(self, piece: str, otherwise: int) -> AddedToken:
-        index = self._pieces.index(piece)
-        return AddedToken(otherwise if index is None else index, piece)
+    def _paligemma_tokens(self) -> dict[str, AddedToken]:
+        """Locations, segments and the image by their text: with the ids that the files give them, or behind the pieces.
+
+        Where other tokens lie there already, they follow on the last of those, the image first, as transformers'
+        processor adds them.
+        """
+        added = {content: token.id for content, token in self.added.items()}
+        known = {piece: added.get(piece, self._pieces.index(piece)) for piece in _APPENDED}
+        places = {piece: self._base + i for i, piece in enumerate(_APPENDED) if known[piece] is None}
+        taken = set(added.values()) | {index for index in known.values() if index is not None}
+        if taken & set(places.values()):
+            free = max(taken | {self._base - 1}) + 1
+            places = {piece: free + i for i, piece in enumerate(sorted(places, key=lambda piece: piece != _IMAGE))}
+        return {piece: AddedToken(places.get(piece, index), piece) for piece, index in known.items()}
 
     @property
     def vocab_size(self) -> int:
@@ -99,6 +111,11 @@ class Tokenizer:
     def model_bytes(self) -> bytes:
         """The content of the file of the pieces, tokenizer.model or tokenizer.json."""
         return next(iter(self._pieces.files.values()))
+
+    @property
+    def extra(self) -> list[AddedToken]:
+        """The added tokens that are no pieces with these ids."""
+        return [token for token in self.added.values() if self._pieces.index(token.content) != token.id]
 
     @property
     def marks(self) -> tuple[str, ...]:

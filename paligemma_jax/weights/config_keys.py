@@ -115,8 +115,9 @@ GEMMA = Keys(
         "tie_word_embeddings",
         "vocab_size",
     },
-    only={"attention_bias": (False,), "use_bidirectional_attention": (True,)} | NO_DROPOUT,
-    idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens"},
+    only={"attention_bias": (False,)} | NO_DROPOUT,
+    # the third is of decoders without the mask of a prompt and its answer, which says who reads whom here
+    idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens", "use_bidirectional_attention"},
 )
 GEMMA_2 = Keys(
     read=GEMMA.read | {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"},

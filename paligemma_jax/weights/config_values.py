@@ -57,7 +57,7 @@ class Values:
             raise self.refuse(key, "a positive number")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | int) -> float | int:
         """A positive, finite number."""
         value = self.get(key, default)
         if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -81,7 +81,7 @@ def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
     windowed, own = _windowed(text, depth), {}
     if gemma2:
         own = {
-            "query_scale": text.number("query_pre_attn_scalar", head_dim) ** -0.5,
+            "query_scale": text.number("query_pre_attn_scalar", 256) ** -0.5,
             "attn_softcap": _cap(text, "attn_logit_softcapping", 50.0),
             "final_softcap": _cap(text, "final_logit_softcapping", 30.0),
             "sliding_window": text.size("sliding_window", 4096) if windowed else None,
@@ -102,7 +102,7 @@ def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
     )
 
 
-def _cap(text: Values, key: str, default: float) -> float | None:
+def _cap(text: Values, key: str, default: float) -> float | int | None:
     """A soft cap: a positive number, the default where it is left out, None where it is null or zero."""
     value = text.get(key, None if text.given(key) else default)
     return text.number(key, default) if value else None
@@ -127,7 +127,7 @@ def _windowed(text: Values, depth: int) -> bool:
     return True
 
 
-def _rope_theta(text: Values) -> float:
+def _rope_theta(text: Values) -> float | int:
     """The base of the rotary positions.
 
     Raises:
