@@ -111,7 +111,10 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
 def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
     """Every token of every file, the file whose flags count first."""
     if (file := folder / JSON).is_file():
-        for values in read_json(file).get("added_tokens") or ():
+        listed = read_json(file).get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise refusal(file, "added_tokens", listed, "a list of tokens", "download it again")
+        for values in listed:
             yield file, _token(values, values.get("id") if isinstance(values, dict) else None, file)
     if (file := folder / CONFIG).is_file():
         values = read_json(file)

@@ -239,8 +239,11 @@ def _check_names(words: Tokenizer, folder: Path) -> None:
 
 def _check_pieces(pieces: Pieces, file: Path, other: Path) -> None:
     """Refuses a tokenizer.json whose pieces are another tokenizer's: transformers would read that one."""
-    vocab = read_json(other).get("model", {}).get("vocab", {})
-    ids = vocab if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+    model = read_json(other).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # of a unigram model, [piece, score] each
+        vocab = {entry[0]: index for index, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    ids = vocab if isinstance(vocab, dict) else {}
     names = (pieces.piece(index) for index in range(pieces.size))
     wrong = sum(ids.get("\t" if name == _TAB and _TAB not in ids else name) != at for at, name in enumerate(names))
     if wrong > _OTHER * pieces.size:

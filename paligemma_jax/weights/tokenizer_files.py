@@ -44,8 +44,8 @@ def check_added_tokens(folder: Path, words: int) -> None:
         if token.id >= words and token.content != IMAGE:
             raise UserError(
                 f"{folder} adds the token {token.content!r} = {token.id} to its tokenizer, expected ids below the "
-                f"{words:,} rows of the word table: load it with vocab_size={token.id + 1}, or give the weights that "
-                "belong to it."
+                f"{words:,} rows of the word table: give the weights that belong to it, or of a PaliGemma load them "
+                f"with vocab_size={token.id + 1}."
             )
 
 
