@@ -116,11 +116,12 @@ class SceneTask:
     def _check_prepared(self, run: str) -> None:
         """Refuses the tower of a run whose images are prepared in another way than this model's."""
         settings = run_config(run)
-        found = vision_config_of(variant(settings.model.variant), settings.init.vision).preprocessing
+        vision = settings.get("init", {}).get("vision")
+        found = vision_config_of(variant(settings.model.variant), vision).preprocessing
         if found != self.model_config.preprocessing:
             raise UserError(
                 f"init_from: {run} trained on images by {found}, expected {self.model_config.preprocessing} as here: "
-                f"set init.vision to {settings.init.vision!r}."
+                f"set init.vision to {vision!r}."
             )
 
     def trainable_paths(self) -> list[str]:
