@@ -47,6 +47,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_beams", None, "sampler beam: how many hypotheses", **options)
     flags.DEFINE_float("length_penalty", None, "sampler beam: exponent of the length", **options)
     flags.DEFINE_integer("seed", 0, "of the draws", **options)
+    flags.DEFINE_string("special_tokens", None, "<bos> and such in prompts: refuse, or parse as tokens", **options)
     flags.DEFINE_string("dtype", None, "a base model's compute dtype (a run has its own); float32 if absent", **options)
     flags.DEFINE_bool("help", False, "print this", **options)
     return values
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
         max_new_tokens=values.max_new_tokens,
         sampler=values.sampler,
         seed=values.seed,
+        special_tokens=values.special_tokens,
         **{name: values[name].value for name in SAMPLER_OPTIONS},
     )
     for image, prompt, answer in answers:

@@ -30,6 +30,7 @@ def predict(
     max_new_tokens: int = 64,
     sampler: str = "greedy",
     seed: int = 0,
+    special_tokens: str | None = None,
     **sampler_options: int | float | None,
 ) -> list[tuple[str, str, str]]:
     """Answers every (image, prompt) pair.
@@ -44,6 +45,8 @@ def predict(
       checkpoint: of the run.
       max_new_tokens, sampler, seed, sampler_options: see generate.generate; row numbers go on from batch to batch, so
         that equal prompts draw answers of their own.
+      special_tokens: what becomes of <bos> and such in prompts, "refuse" or "parse", see data.prompts.encode; None is
+        the run's data.special_tokens, or "refuse".
 
     Returns:
       (image, prompt, answer), in the order given.
@@ -65,17 +68,19 @@ def predict(
     make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
     if workdir is None:
         prompt, loaded = "{question}", load(model, dtype or "float32")
+        special_tokens = special_tokens or "refuse"
     else:
         config = config or run_config(workdir)
         # Rows of a JSONL file bring whole prompts.
         prompt = "{question}" if config.data.name == "jsonl" else config.data.prompt
+        special_tokens = special_tokens or config.data.get("special_tokens", "refuse")
         loaded = load_run(workdir, config, checkpoint)
     words, prepare = load_tokenizer(tokenizer or workdir or model), loaded.config.preprocessing
     words.fits(loaded.config.decoder.vocab_size)
     pixels = {image: read_pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
     longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
-    rows = [make_example(words, prefix, None, longest) for prefix in prefixes]
+    rows = [make_example(words, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
     answers = []
     for start in range(0, count, BATCH):
         part = slice(start, start + BATCH)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from paligemma_jax.data.descriptions import fill_templates
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
+from train_jax.errors import UserError
 
 AT_ONCE = 64  # rows embedded at a time
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -30,9 +31,27 @@ def class_embeddings(
       UserError: no class, or a template without {}.
     """
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
-    tokens, mask = tokenize(prompts)
+    tokens, mask = check_tokens(model, *tokenize(prompts))
     embeddings, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
     return np.asarray(unit(embeddings.reshape(len(classes), len(templates), -1).mean(1)))
+
+
+def check_tokens(model: DualEncoder, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of texts, as they came.
+
+    Raises:
+      UserError: an id that is no word of the model's, or of a CLIP a text without the end mark that it pools at: the
+        tokenizer is another model's.
+    """
+    text = model.config.text
+    wrong = tokens[(tokens < 0) | (tokens >= text.vocab_size)]
+    if wrong.size:
+        raise UserError(
+            f"texts hold the id {wrong[0]}, expected ids from 0 to {text.vocab_size - 1}: use this model's tokenizer."
+        )
+    if text.eos_token is not None and not (tokens == text.eos_token).any(axis=1).all():
+        raise UserError(f"a text lacks the end mark {text.eos_token} that the model reads: use this model's tokenizer.")
+    return tokens, mask
 
 
 def zero_shot(
@@ -121,7 +140,7 @@ def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) ->
     found = []
     for start in range(0, len(texts), AT_ONCE):
         part = [texts[min(index, len(texts) - 1)] for index in range(start, start + AT_ONCE)]
-        found.append(np.asarray(_embed_tokens(model, *tokenize(part))))
+        found.append(np.asarray(_embed_tokens(model, *check_tokens(model, *tokenize(part)))))
     return np.concatenate(found)[: len(texts)]
 
 
@@ -156,6 +175,7 @@ def embed(model: DualEncoder, rows: Rows, batch_size: int = AT_ONCE) -> Embedded
     for start in range(0, len(rows), batch_size):
         part = [rows[min(index, len(rows) - 1)] for index in range(start, start + batch_size)]
         batch = {name: np.stack([row[name] for row in part]) for name in ("image", "tokens", "mask")}
+        check_tokens(model, batch["tokens"], batch["mask"])
         good = [at for at, row in enumerate(part[: len(rows) - start]) if row.get("weight", 1)]
         zimg, ztxt = jax.device_get(embed_rows(model, batch))
         images.append(zimg[good])

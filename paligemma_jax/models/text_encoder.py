@@ -54,7 +54,9 @@ class TokenEmbedding(nnx.Module):
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return row_sharding.pin_rows(row_sharding.gathered(self.embedding)[tokens].astype(jnp.float32))
+        # NaN for an id beyond the table
+        rows = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
+        return row_sharding.pin_rows(rows)
 
 
 class TextEncoder(nnx.Module):

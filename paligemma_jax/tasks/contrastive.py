@@ -22,7 +22,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.dual_variants import MINI, TINY, variant
 from paligemma_jax.tasks import common, contrastive_config, contrastive_plan, contrastive_report
 from paligemma_jax.tasks.contrastive_data import Pairs
-from paligemma_jax.vision_start import with_vision
+from paligemma_jax.vision_start import vision_config_of, with_vision
 from paligemma_jax.weights import load
 from paligemma_jax.weights.digest import check_digest, model_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
@@ -47,7 +47,7 @@ class Contrastive:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)
         self.config, self.mesh = config, mesh
-        self.model_config = self._sizes()
+        self.model_config = vision_config_of(self._sizes(), config.init.vision)
         self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
         self.tokenizer.fits(self.model_config.text.vocab_size)
         preprocessing, vision = self.model_config.preprocessing, self.model_config.vision

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.loading import run_config
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
-from paligemma_jax.vision_start import with_vision
+from paligemma_jax.vision_start import vision_config_of, with_vision
 from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import check_choices
@@ -65,9 +66,10 @@ class SceneTask:
         except ValueError as error:
             raise UserError(f"model.variant: {error}") from None
         self.config, self.mesh = config, mesh
-        self.model_config = sizes.replace(
+        sizes = sizes.replace(
             both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
+        self.model_config = vision_config_of(sizes, config.init.vision)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
@@ -99,6 +101,7 @@ class SceneTask:
             model.model = with_vision(model.model, self.config.init.vision)
         shapes = params.abstract(model)
         for run in self.config.init_from:
+            self._check_prepared(run)
             checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
             arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
             checkpoints.close()
@@ -109,6 +112,17 @@ class SceneTask:
                     )
             model = params.assign(model, arrays)
         return model
+
+    def _check_prepared(self, run: str) -> None:
+        """Refuses the tower of a run whose images are prepared in another way than this model's."""
+        settings = run_config(run)
+        vision = settings.get("init", {}).get("vision")
+        found = vision_config_of(variant(settings.model.variant), vision).preprocessing
+        if found != self.model_config.preprocessing:
+            raise UserError(
+                f"init_from: {run} trained on images by {found}, expected {self.model_config.preprocessing} as here: "
+                f"set init.vision to {vision!r}."
+            )
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train."""

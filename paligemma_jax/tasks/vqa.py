@@ -272,7 +272,7 @@ class VQA:
         workdir.mkdir(parents=True, exist_ok=True)
         check_digest(workdir, *self._sources())
         write_digest(workdir, *self._sources())
-        (workdir / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+        self.tokenizer.save(workdir)
 
     def _sources(self) -> tuple[str | None, ...]:
         """Paths of the base, of the adapters that the run goes on from, and of the vision tower put in."""

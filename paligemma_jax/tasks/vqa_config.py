@@ -5,6 +5,7 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.families import QUESTION_FAMILIES
+from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.tasks import common, vqa_adapter, vqa_consistency
 from train_jax.config import check_choices, leaves
 from train_jax.errors import UserError
@@ -15,6 +16,7 @@ CHOICES = {
     "adapter.name": vqa_adapter.NAMES,
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
+    "data.special_tokens": SPECIAL_TOKENS,
 } | vqa_consistency.CHOICES
 # The smallest value allowed, where one is set.
 MINIMA = {
@@ -126,6 +128,9 @@ def _data_defaults() -> ConfigDict:
             "prefix_length": 64,  # tokens of BOS + prompt + separator
             "suffix_length": 16,  # tokens of the answer with its EOS
             "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
+            # refuse | parse: <bos>, <eos>, <pad> and <image> in a text, which the format adds itself; "parse" reads
+            # them as transformers does
+            "special_tokens": "refuse",
             # Synthetic scenes only:
             "image_size": 96,
             "num_train_scenes": 1000,

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.quantize import set_outlier_split
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
+from paligemma_jax.data.prompts import encode
 from paligemma_jax.data.records import BadRow, Record, Source, blank_record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generate import generate
@@ -218,7 +219,8 @@ class Evaluation:
         if not answers:
             return None
         tokenizer = self.task.tokenizer
-        rows = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in answers]
+        special = self.config.data.get("special_tokens", "refuse")
+        rows = [[*encode(tokenizer, answer, special), tokenizer.eos_id] for answer in answers]
         ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_id, np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row

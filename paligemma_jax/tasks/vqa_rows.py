@@ -31,12 +31,19 @@ class Rows:
             prefix_length + suffix_length - 1,
             prefix_length=prefix_length,
             suffix_length=suffix_length,
+            special_tokens=self._special_tokens,
         )
 
     def prompt(self, record: Record) -> dict[str, np.ndarray]:
         """Tokens [prefix_length] and masks of a row to be answered."""
         length = self.data.prefix_length
-        return prompts.make_example(self.tokenizer, record.prefix, None, length, prefix_length=length)
+        return prompts.make_example(
+            self.tokenizer, record.prefix, None, length, prefix_length=length, special_tokens=self._special_tokens
+        )
+
+    @property
+    def _special_tokens(self) -> str:
+        return self.data.get("special_tokens", "refuse")  # older runs' configs lack the key
 
     def prompt_and_text(self, record: Record) -> dict[str, np.ndarray]:
         """A row to be answered whose answer is known: `prompt`, `prompt_mask`, and the training row's text."""

@@ -26,6 +26,7 @@ from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.random_weights import random_arrays
 from paligemma_jax.weights.tables import Transform, check_names, read_rows
+from paligemma_jax.weights.tokenizer_files import check_added_tokens
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -88,6 +89,7 @@ def load(
     checkpoint = _open(path, decoder)
     stored = checkpoint.config.replace(both=both)
     config = _changed(stored, image_size, vocab_size)
+    _check_words(path, config)
     shapes = params.abstract(nnx.eval_shape(lambda: checkpoint.build(stored)))
     check_names(checkpoint.rows, checkpoint.names, shapes, str(checkpoint.source.path))
     model = nnx.eval_shape(lambda: _quantized(checkpoint.build(config), codec))
@@ -122,6 +124,14 @@ def new(
         return _random(str(path), image_size, None, both, codec, None)
     checkpoint = _open(path, {})
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
+
+
+def _check_words(path: str | Path, config: Config) -> None:
+    """Refuses a folder whose tokenizer has words that the table lacks; rows beyond its words are padding."""
+    place = _place(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
+    if place.is_dir():
+        text = config.text if isinstance(config, DualEncoderConfig) else config.decoder
+        check_added_tokens(place, text.vocab_size)
 
 
 def _check_options(both: dict, vocab_size: int | None) -> None:

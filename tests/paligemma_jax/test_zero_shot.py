@@ -1,5 +1,7 @@
 """Zero-shot classification and retrieval, against what is worked out by hand."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,3 +114,31 @@ def test_calibration_worked_out():
 def test_empty_bins_add_nothing():
     bins = zero_shot.calibration(np.array([0.05, 0.95]), np.array([False, True]), 10)
     assert np.isnan(bins.true[5]) and zero_shot.calibration_error(bins) == pytest.approx(0.05)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    """Clamped ids would give plausible scores; inside jit an embedding beyond the table is not a number."""
+
+    def other(texts):
+        tokens, mask = tokenize(texts)
+        return np.where(tokens == tokens[0, 0], 31, tokens), mask
+
+    images = np.zeros((1, 12, 12, 3), np.float32)
+    rows = [{"image": np.zeros((12, 12, 3), np.uint8), "tokens": other(["cube"])[0][0], "mask": np.ones(6, bool)}]
+    for call in (
+        lambda: zero_shot.class_embeddings(model, other, ("cube",)),
+        lambda: zero_shot.zero_shot(model, other, images, ("cube", "ball")),
+        lambda: zero_shot.embed_texts(model, other, ["cube"]),
+        lambda: zero_shot.embed(model, rows),
+    ):
+        with pytest.raises(UserError, match="texts hold the id 31, expected ids from 0 to 30: use this model's"):
+            call()
+    tokens, mask = map(jnp.asarray, other(["cube"]))
+    assert np.isnan(model.encode_text(tokens, mask)[0]).all()
+
+
+def test_a_clip_needs_its_end_mark(make_random):
+    text = TextConfig(31, 6, **SIZES, causal=True, pool="eos", eos_token=30)
+    clip = make_random(nnx.eval_shape(lambda: DualEncoder(dataclasses.replace(CONFIG, text=text), rngs=nnx.Rngs(0))))
+    with pytest.raises(UserError, match="a text lacks the end mark 30"):
+        zero_shot.embed_texts(clip, lambda texts: (np.zeros((1, 6), np.int32), np.ones((1, 6), bool)), ["cube"])
