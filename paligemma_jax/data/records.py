@@ -38,7 +38,7 @@ class Record:
     Attributes:
       image: bytes of a PNG or JPEG file.
       image_name: name for people and for joins, such as `CLEVR_val_000012.png`.
-      image_index: identity of the image within its source, 0 or more; questions on one image share it.
+      image_index: identity of the image within its source, 0 or more; rows with images of equal bytes share it.
       prefix: the prompt, as the model sees it before the separator.
       suffix: the answer; empty where none is known (CLEVR's test split).
       weight: 1 for a row that counts, 0 for one that only keeps its slot.
@@ -189,9 +189,13 @@ class GuardedSource:
     ):
         self.source = source
         self.prepare = prepare
-        self.fingerprint = source.fingerprint
         self.tally = BadRows(len(source), on_error, max_bad_fraction, policies)
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's."""
+        return self.source.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)

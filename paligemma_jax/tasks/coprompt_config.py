@@ -17,6 +17,7 @@ from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 
 SOURCES = ("scenes", "images")
 CHOICES = {
@@ -77,7 +78,7 @@ def defaults() -> ConfigDict:
             "novel": COMBINATIONS,  # what novel classes have of their own: combinations | colors | pairings
             "words": IN_CAPTIONS,  # classes are named in words of the small SigLIP's captions, or in "others"
             "target_styles": (),  # further ones to test on, of domain_generalization
-            "cache_dir": common.cache_dir(),
+            "cache_dir": cache_dir(),
             "build_workers": 2,
             "per_class": (16, 4, 10),  # pictures to draw shots from, to validate on, to test on
         }

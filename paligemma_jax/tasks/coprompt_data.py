@@ -57,14 +57,14 @@ def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]
 def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
     targets: dict[str, FewShot] = {}
     for folder in config.data.targets:
-        target = open_images(folder)
+        target = open_images(folder, cache=config.data.cache_dir)
         if target.name in targets or target.name in RESERVED:
             raise UserError(
                 f"data.targets: {folder} is named {target.name!r}, as another of them or a number of eval.json is, "
                 f"expected names of their own, none of {', '.join(RESERVED)}: rename the folder or its split file."
             )
         targets[target.name] = target
-    return open_images(config.data.source), targets
+    return open_images(config.data.source, cache=config.data.cache_dir), targets
 
 
 def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:

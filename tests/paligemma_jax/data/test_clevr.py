@@ -168,7 +168,7 @@ def test_scenes_are_joined_by_name_not_by_position(make_clevr_tree, tmp_path):
     [
         (lambda tree: shutil.rmtree(tree / "images/val"), "lacks images/val"),
         (lambda tree: shutil.rmtree(tree / "questions"), "lacks questions/CLEVR_train_questions.json"),
-        (lambda tree: (tree / "images/train/CLEVR_train_000004.png").unlink(), "1 images .* CLEVR_train_000004.png"),
+        (lambda tree: (tree / "images/train/CLEVR_train_000004.png").unlink(), "1 images .* 'CLEVR_train_000004.png'"),
         (lambda tree: (tree / "questions/CLEVR_val_questions.json").write_text('{"questions": [{'), "val_questions"),
         (lambda tree: (tree / "questions/CLEVR_val_questions.json").write_text('{"info": {}}'), "questions"),
         (lambda tree: (tree / "scenes/CLEVR_train_scenes.json").write_text('{"scenes": [{"a": 1}]}'), "image_filename"),
