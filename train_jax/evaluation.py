@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
+from train_jax.complete import of_results
 from train_jax.config import stored_config
 from train_jax.errors import UserError
 from train_jax.memory import reported_peak
@@ -59,6 +60,7 @@ def evaluate(
     companions = {name: found for name, found in companions.items() if found}
     options = {"companions": companions} if companions and split is None else {}
     results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    results |= of_results(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
         results |= {name: before[name] for name in OF_TRAINING if name in before}

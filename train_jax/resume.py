@@ -141,6 +141,21 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
     return notes + _compare_totals(old, new, epoch_examples)
 
 
+def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Compares fingerprints of batches (input.Pipeline), that of a checkpoint and that of the data as they are.
+
+    Raises:
+      UserError: they differ; the message says in what.
+    """
+    now = files.plain(now)
+    if before != now:
+        changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        raise UserError(
+            f"the training data is not that of the checkpoint in {workdir} (was, is: {changed}): restore the data, or "
+            "choose another --workdir."
+        )
+
+
 def _compare_totals(old: ConfigDict, new: ConfigDict, epoch_examples: int | None) -> list[str]:
     totals = [{key: config[key] for key in TOTALS if config.get(key) is not None} for config in (old, new)]
     if totals[0] == totals[1]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from train_jax import command_line, files, loop, sweep_plot, sweep_report
+from train_jax import command_line, complete, files, loop, sweep_plot, sweep_report
 from train_jax.config import from_json, leaves, to_json
 from train_jax.errors import RunStopped, UserError
 from train_jax.patterns import did_you_mean
@@ -171,10 +171,12 @@ def _earlier(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
     """What a complete run measured; None if something is left to do.
 
     Raises:
-      UserError: the folder holds a run with another config.
+      UserError: the folder holds a run with another config, or of other data.
     """
     try:
         earlier = look(workdir / run.name, run.config)
+        if earlier and earlier.results is not None:
+            complete.check(run.config, workdir / run.name)
     except UserError as error:
         raise UserError(f"{workdir / run.name}: {error}") from error
     return earlier.results if earlier else None

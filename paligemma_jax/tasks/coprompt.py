@@ -142,11 +142,19 @@ class CoPrompt:
         return dict(on_error=self.config.data.on_error, max_bad_fraction=self.config.data.max_bad_fraction)
 
     def train_source(self) -> TunedRows:
-        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
-        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         self._base = self._read()
         self.texts = self.encode_texts(self._base)
+        return self.train_records()
+
+    def train_records(self) -> TunedRows:
+        """What `train_source` returns, without the texts that it encodes for the loss."""
+        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
+        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         return TunedRows(self.protocol.tuned, **rows, **views, **self._bad())
+
+    def reported_data(self) -> str:
+        """Fingerprint of what a run is tested on."""
+        return coprompt_data.tested_fingerprint(self.protocol, self.config.data.cache_dir)
 
     def encode_texts(self, base: DualEncoder) -> Texts:
         """The class texts, and where the loss asks for them the frozen embeddings of what is said of the classes."""

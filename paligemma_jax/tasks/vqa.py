@@ -206,6 +206,14 @@ class VQA:
         limit = self.config.cache_features_mb
         return FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
 
+    def train_records(self) -> Source:
+        """The rows that `train_source` prepares, told without the model."""
+        return self.split("train")
+
+    def reported_data(self) -> str:
+        """Fingerprint of the split that a run reports."""
+        return self.split(self.default_split).fingerprint
+
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""
         first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES)}
