@@ -12,7 +12,7 @@ from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.sampling import make_sampler
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut
 
 BATCH = 16  # prompts answered at once
 
@@ -98,6 +98,6 @@ def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
     try:
         return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): correct --image.") from error
+        raise UserError(f"{cut(file)} cannot be read ({error.strerror}): correct --image.") from error
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{cut(file)}: {error}") from error

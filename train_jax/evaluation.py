@@ -13,7 +13,7 @@ from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
 from train_jax.complete import of_results
 from train_jax.config import stored_config
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
 from train_jax.task import Task, make_task
@@ -102,7 +102,9 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[
 def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
     """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
     pattern = "|".join(getattr(task, "model_keys", ())) or r"(?!)"
-    changed = [f"{key}: {a!r} -> {b!r}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)]
+    changed = [
+        f"{key}: {quoted(a)} -> {quoted(b)}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)
+    ]
     if changed:
         raise UserError(
             f"the run was made with another model ({'; '.join(changed)}), expected the same: leave these keys as they "

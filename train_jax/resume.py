@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from train_jax import checkpoint_files, files
 from train_jax.config import UNITS, leaves, steps, stored_config, task_class
 from train_jax.durations import Plan
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 # Patterns over dotted keys; a task adds its own in the class attribute `harmless_keys`.
 HARMLESS = (
@@ -128,7 +128,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
     for key, before, after in difference(old, new):
         if key in TOTALS:
             continue
-        change = f"{key}: {before!r} -> {after!r}"
+        change = f"{key}: {quoted(before)} -> {quoted(after)}"
         if any(re.fullmatch(pattern, key) for pattern in harmless):
             notes.append(f"{change} (does not change the mathematics)")
         else:

@@ -8,7 +8,7 @@ from paligemma_jax.data.coop import is_coop, read_coop
 from paligemma_jax.data.few_shot import Example, FewShot, drawing_order
 from paligemma_jax.data.paths import inside
 from train_jax import digests
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.picture_folders import ENDINGS, pictures_below
 
 SHARES = (0.5, 0.2)  # of a class's images for training and validation, as CoOp divides what comes undivided
@@ -68,7 +68,7 @@ def read_class_folders(
     away = next((path for path in (file.relative_to(root).as_posix() for file in every) if not inside(whole, path)), "")
     if away:
         raise UserError(
-            f"the image path {away!r} leaves {folder} by a link, expected one within: copy the image there."
+            f"the image path {quoted(away)} leaves {folder} by a link, expected one within: copy the image there."
         )
     place = digests.place_of(cache, "folder", str(whole))
     numbers = iter(digests.numbers(digests.keys(digests.of_files(every, place, "images"))).tolist())

@@ -88,7 +88,7 @@ def _examples(file: Path, root: Path) -> tuple[tuple[str, ...], dict[str, tuple[
         for image, label, name in rows:
             if names.setdefault(label, name) != name:
                 raise UserError(
-                    f"{file} calls label {label} {names[label]!r} and {name!r}, expected one name: mend it."
+                    f"{file} calls label {label} {quoted(names[label])} and {quoted(name)}, expected one name: mend it."
                 )
             if not inside(root, image):
                 raise UserError(

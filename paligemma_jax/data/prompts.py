@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 from .tokenizer import Tokenizer
 
@@ -104,14 +104,14 @@ def format_batch(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> str:
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = tokenizer.encode(text)
     if tokenizer.image_id in ids:
-        raise UserError(f"The text {text!r} holds <image>; remove it, image tokens are placed by the model.")
+        raise UserError(f"The text {quoted(text)} holds <image>; remove it, image tokens are placed by the model.")
     return ids
 
 
 def _check(what: str, count: int, limit: int | None, text: str | None) -> None:
     if limit is not None and count > limit:
         raise TruncationError(
-            f"The {what} has {count} tokens but {limit} fit ({text!r}); raise the length or shorten the text."
+            f"The {what} has {count} tokens but {limit} fit ({quoted(text)}); raise the length or shorten the text."
         )
 
 

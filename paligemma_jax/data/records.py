@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from train_jax.bad_rows import BadRow, BadRows
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 __all__ = [
     "BadRow",
@@ -28,6 +28,8 @@ __all__ = [
     "checked_index",
     "fingerprint_of",
     "prompt_checked",
+    "spread",
+    "suffix_of",
 ]
 
 
@@ -88,8 +90,8 @@ def prompt_checked(prompt: str) -> str:
     """A prompt template after checking that it says where the question goes. Raises UserError."""
     if "{question}" not in prompt:
         raise UserError(
-            f"the prompt {prompt!r} has no place for the question, expected text such as 'answer en {{question}}'; "
-            "put {question} into it."
+            f"the prompt {quoted(prompt)} has no place for the question, expected text such as 'answer en "
+            "{question}'; put {question} into it."
         )
     return prompt
 
@@ -151,6 +153,24 @@ class Subset:
     def image_numbers(self) -> np.ndarray:
         """`image_index` of every row, without reading any."""
         return self.source.image_numbers()[self.indices]
+
+    def suffix(self, index: int) -> str:
+        """The suffix of a row, see `suffix_of`."""
+        return suffix_of(self.source, int(self.indices[checked_index(index, len(self))]))
+
+
+def suffix_of(source: Source, index: int) -> str:
+    """The suffix of a row, its image unread where the source has a method `suffix`. Raises as `source[index]`."""
+    own = getattr(source, "suffix", None)
+    return source[index].suffix if own is None else own(index)
+
+
+def spread(source: Source, most: int | None) -> Source:
+    """At most so many rows (None: all), evenly spread over a source, whose order may mean something."""
+    if most is None or most >= len(source):
+        return source
+    step = len(source) / most
+    return Subset(source, indices=[int(row * step) for row in range(most)])
 
 
 def blank_record() -> Record:

@@ -16,7 +16,7 @@ from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
 from train_jax.config import check_choices
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.files import cache_dir
 
 SOURCES = ("scenes", "images")
@@ -97,7 +97,9 @@ def check(config: ConfigDict) -> None:
     for side in config.views.values():
         Augmentation(**side)
     if config.template.count("{}") != 1:
-        raise UserError(f"template is {config.template!r}, expected one {{}} where the class's name stands: change it.")
+        raise UserError(
+            f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
+        )
     if config.shots < 1:
         raise UserError(f"shots is {config.shots}, expected 1 or more: change it.")
     if (few_shot_method(config.method).trainable != TRAINABLE) and config.consistency.weight:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data import protocols
 from paligemma_jax.data.class_folders import open_images
-from paligemma_jax.data.descriptions import Sentences, read_descriptions
+from paligemma_jax.data.descriptions import Sentences, fill, read_descriptions
 from paligemma_jax.data.few_shot import SPLITS, FewShot
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.records import fingerprint_of
@@ -76,7 +76,7 @@ def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:
       UserError: see `read_descriptions`.
     """
     if not config.consistency.perturb:
-        return tuple((config.template.format(name),) for name in classes)
+        return tuple((fill(config.template, name),) for name in classes)
     if config.data.descriptions is not None:
         return read_descriptions(config.data.descriptions, classes)
     described = class_descriptions()

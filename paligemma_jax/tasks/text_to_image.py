@@ -38,7 +38,7 @@ from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.weights.digest import check_digest, write_digest
 from train_jax.config import check_choices
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.files import cache_dir
 
 TOLD = ("attributes", "captions")
@@ -216,8 +216,8 @@ class TextToImage(ImageFlowTask):
             missing = [name for name in descriptions.ATTRIBUTES if name not in named]
             if missing:
                 raise UserError(
-                    f"{text!r} names no {' and no '.join(missing)}, expected all attributes, such as 'small red metal "
-                    "cube': the run was not trained on captions; add them."
+                    f"{quoted(text)} names no {' and no '.join(missing)}, expected all attributes, such as 'small red "
+                    "metal cube': the run was not trained on captions; add them."
                 )
             numbers.append(self.descriptions.numbers[descriptions.text_of(named)])
         return self.descriptions.table[numbers], descriptions.SIZES

@@ -113,11 +113,16 @@ class Evaluation:
             question = question_of(record.prefix, self.config.data.prompt)
             values: dict[str, Any] = {}
             if "generate" in out:
-                values["prediction"] = self.task.tokenizer.decode(out["generate"][i].tolist())
+                ids = out["generate"][i].tolist()
+                values |= {
+                    "prediction": self.task.tokenizer.decode(ids),
+                    "ended": self.task.tokenizer.eos_id in ids,
+                }
             if "likelihood" in out:
                 values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
             if "loss" in out:
                 values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
+            values["image_index"] = record.image_index
             answers.append(Answer(record.image_name, question, question_family(question), record.suffix, **values))
         return answers
 
