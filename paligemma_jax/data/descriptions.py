@@ -27,8 +27,11 @@ def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentence
     """Every class in every template, by class.
 
     Raises:
-      UserError: no class, or a template without {}.
+      UserError: no class, a template without {}, or names or templates that are no whole characters.
     """
+    broken = [text for text in (*classes, *templates) if not is_text(text)]
+    if broken:
+        raise UserError(f"{quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong or not templates or not classes:
         raise UserError(

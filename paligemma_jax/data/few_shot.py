@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paligemma_jax.data.records import fingerprint_of
+from paligemma_jax.data.row_texts import is_text
 from train_jax.errors import UserError, quoted
 
 SPLITS = ("train", "val", "test")
@@ -184,9 +185,11 @@ def drawing_order(seed: int, name: str, count: int) -> np.ndarray:
 
 def _check_classes(name: str, classes: tuple[str, ...]) -> None:
     twice = [word for word, times in Counter(classes).items() if times > 1]
-    if not classes or twice or not all(word.strip() for word in classes):
+    if not classes or twice or not all(word.strip() and is_text(word) for word in classes):
         found = f"{len(classes)} classes" + (f", of which {quoted(twice[0])} stands twice" if twice else "")
-        raise UserError(f"{name} has {found}, expected different names, none of them empty: mend the names.")
+        raise UserError(
+            f"{name} has {found}, expected different names, all of them text and none empty: mend the names."
+        )
 
 
 def _check_examples(name: str, examples: list[Example], num_classes: int) -> None:

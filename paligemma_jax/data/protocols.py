@@ -127,7 +127,7 @@ def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol
         digest = values["digest"]
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is no protocol ({error!r}), expected what a few-shot run wrote: give that.") from None
     if digest != protocol.digest or protocol.kind not in KINDS:
         raise UserError(

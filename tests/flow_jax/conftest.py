@@ -10,6 +10,14 @@ import pytest
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Digests of pictures are kept here instead of in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def golden():
     """The folder of golden cases."""
