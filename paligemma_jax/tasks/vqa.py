@@ -201,11 +201,14 @@ class VQA:
     def train_source(self):
         self.trainable_paths()  # first, for what can be told of the model before images are rendered or encoded
         records = self.split("train")
-        self._tell_cut_references()  # and that there is data to report on, which a run must not find out at its end
-        if not self.config.cache_features:
-            return self.rows.guarded(records, self.rows.image_and_text)
-        limit = self.config.cache_features_mb
-        return FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
+        if self.config.cache_features:
+            limit = self.config.cache_features_mb
+            source = FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        else:
+            source = self.rows.guarded(records, self.rows.image_and_text)
+        self._tell_cut_references()
+        return source
 
     def _tell_cut_references(self) -> None:
         """Warns where references of what is evaluated do not fit into `eval.max_new_tokens`."""

@@ -1,7 +1,7 @@
 """References that do not fit into `eval.max_new_tokens`: told before a run trains, not found in its accuracy."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
 
 from absl import logging
 
@@ -12,7 +12,10 @@ from train_jax.errors import quoted
 
 def warn_of_cut_references(tokenizer: Tokenizer, source: Source, split: str, most: int) -> None:
     """Logs how many references of a source are longer than `most` tokens, and the longest."""
-    counts = Counter(_suffixes(source))
+    counts = Counter()
+    for index in range(len(source)):
+        with contextlib.suppress(BadRow, OSError):  # told where the row is read to be answered
+            counts[suffix_of(source, index)] += 1
     lengths = {text: len(tokenizer.encode(text)) for text in counts}
     longer = [text for text, length in lengths.items() if length > most]
     if longer:
@@ -23,11 +26,3 @@ def warn_of_cut_references(tokenizer: Tokenizer, source: Source, split: str, mos
             sum(counts[text] for text in longer), counts.total(), split, most, lengths[longest], quoted(longest),
             lengths[longest] + 1,
         )  # fmt: skip
-
-
-def _suffixes(source: Source) -> Iterator[str]:
-    for index in range(len(source)):
-        try:
-            yield suffix_of(source, index)
-        except (BadRow, OSError):
-            pass  # told where the row is read to be answered
