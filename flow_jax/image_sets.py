@@ -160,8 +160,9 @@ class TfdsPictures:
         self.classes = [str(number) for number in range(features[label].num_classes)] if label else []
         self._examples: Any = open_split(builder, path, split, image)
         info = builder.info
+        num_bytes = info.splits[split.partition("[")[0]].num_bytes
         self.fingerprint = _digest(
-            repr((info.full_name, split, len(self._examples), image, label, size, channels)).encode()
+            repr((info.full_name, split, len(self._examples), image, label, size, channels, num_bytes)).encode()
         )
 
     def __len__(self) -> int:

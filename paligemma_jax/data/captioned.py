@@ -11,6 +11,7 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
 from paligemma_jax.data.synthetic_clevr.captions import caption
 from paligemma_jax.data.text_tokens import TextTokenizer
+from train_jax.errors import cut
 
 CAPTIONS, SPOILT = zlib.crc32(b"captions"), zlib.crc32(b"spoilt")
 NOISE = ("images", "texts", "pairs")
@@ -138,7 +139,7 @@ class CaptionedRecords(GuardedSource):
             try:
                 image = preprocessing.resize(preprocessing.decode(record.image))
             except BadRow as error:
-                raise BadRow(f"{record.image_name}: {error}") from error
+                raise BadRow(f"{cut(record.image_name)}: {error}") from error
             return {"image": image} | text_row(tokenizer, record.suffix) | {"image_id": np.int32(record.image_index)}
 
         super().__init__(source, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)

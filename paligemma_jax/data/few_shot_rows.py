@@ -13,6 +13,7 @@ from paligemma_jax.data.few_shot import FewShot
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
 from train_jax import digests
+from train_jax.errors import cut
 
 _VIEWS = zlib.crc32(b"views")
 
@@ -41,7 +42,7 @@ class FewShotRecords:
         try:
             image = (self._root / name).read_bytes()
         except OSError as error:
-            raise BadRow(f"cannot read {name} ({error.strerror}), expected an image file: add it.") from error
+            raise BadRow(f"cannot read {cut(name)} ({error.strerror}), expected an image file: add it.") from error
         return Record(image, name, index, "", self._classes[self.labels[index]])
 
     def image_numbers(self) -> np.ndarray:
@@ -138,4 +139,4 @@ def _decoded(record: Record, preprocessing: Preprocessing) -> np.ndarray:
     try:
         return preprocessing.decode(record.image)
     except BadRow as error:
-        raise BadRow(f"{record.image_name}: {error}") from error
+        raise BadRow(f"{cut(record.image_name)}: {error}") from error

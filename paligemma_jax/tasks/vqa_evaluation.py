@@ -32,7 +32,7 @@ from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, f
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_rows import Rows
 from train_jax import sharding
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut
 from train_jax.memory import device_memory_limit, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
@@ -270,7 +270,7 @@ class _Reader:
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
-            raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
+            raise BadRow(f"the image for {cut(record.image_name)} cannot be used; replace the file.")
         return {"record": record} | self._make.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:

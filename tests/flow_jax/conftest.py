@@ -14,7 +14,8 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 def cache(tmp_path_factory):
     """Digests of pictures are kept here instead of in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr("flow_jax.image_data.cache_dir", lambda: folder)
         yield
 
 
