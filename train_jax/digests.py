@@ -4,10 +4,10 @@ Two files of one name may differ and two of different names be the same, so wher
 apart they go by these.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -106,13 +106,15 @@ def _state(file: str | Path) -> str:
 
 def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes under a temporary name and renames; where that cannot be done the next start computes again."""
+    beside = place.with_name(f".{place.name}.{os.getpid()}.npz")  # of several processes each writes its own
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, place)
+        np.savez(beside, **arrays)
+        os.replace(beside, place)
     except OSError as error:
         logging.warning("%s is not kept (%s); it is computed again at the next start.", place, error)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def place_of(cache: str | Path | None, *source: object) -> Path | None:

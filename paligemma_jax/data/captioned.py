@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source, suffix_of
 from paligemma_jax.data.synthetic_clevr.captions import caption
 from paligemma_jax.data.text_tokens import TextTokenizer
 from train_jax.errors import cut
@@ -146,7 +146,7 @@ class CaptionedRecords(GuardedSource):
 
     def text(self, index: int) -> str:
         """The caption of a row."""
-        return self.source[index].suffix
+        return suffix_of(self.source, index)
 
     def image(self, index: int) -> np.ndarray:
         """The picture of a row as the model sees it, uint8 [I, I, 3]."""
