@@ -21,6 +21,7 @@ from flow_jax.integrate import TOLERANCE, Plan
 from train_jax.config import check_choices
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.sharding import Spec
 from train_jax.task import Blueprint
 
 COUPLINGS = ("independent", "exact", "sinkhorn")
@@ -37,6 +38,19 @@ TIMES = {
     "stratified": times_of.Stratified,
     "logit_normal": lambda low, high: times_of.LogitNormal(),
 }
+
+# Kernels are split over "fsdp" along their inputs; before these come the layers of a stack, or a convolution's window.
+# Embeddings of labels are split along their width. What enters and leaves a model is small and stays whole, and nothing
+# is split over "tensor".
+SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    (r"layers/.*/kernel", (None, "fsdp", None)),
+    (r"((down|up)/\d+/block|middle_in|middle_out)/(conv\d|skip)/kernel", (None, None, "fsdp", None)),
+    (r"((down|up)/\d+/block|middle_in|middle_out)/condition/kernel", ("fsdp", None)),
+    (r"((down|up)/\d+/attention|middle_attention)/\w+/kernel", ("fsdp", None)),
+    (r"(condition/time_(in|out)|hidden/\d+|modulation)/kernel", ("fsdp", None)),
+    (r"condition/(vector/kernel|.*embedding)", (None, "fsdp")),
+    (r".*", ()),
+)
 
 
 class FlowTask(abc.ABC):
@@ -105,8 +119,8 @@ class FlowTask(abc.ABC):
     def trainable(self) -> str:
         return r".*"
 
-    def sharding_rules(self) -> Sequence[tuple[str, Any]]:
-        return ((r".*", ()),)
+    def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        return SHARDING_RULES
 
     def normalizer(self, batch) -> jax.Array:
         if "weight" in batch:

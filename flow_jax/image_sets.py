@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from flow_jax import image_files
-from train_jax import digests
 from train_jax.bad_rows import BadRow
+from train_jax.core import digests
+from train_jax.core.picture_folders import ENDINGS, pictures_below
 from train_jax.errors import UserError
-from train_jax.picture_folders import ENDINGS, pictures_below
 from train_jax.tfds_source import open_builder, open_split
 
 
@@ -70,12 +70,12 @@ class FolderPictures:
     """Picture files below a folder, in the order of their names; classes are the folders right below it, by name.
 
     Args:
-      folder: of class folders, or of files without classes, see train_jax.picture_folders.
+      folder: of class folders, or of files without classes, see train_jax.core.picture_folders.
       size, channels: of the pictures as they are read.
       cache: folder that keeps digests of the files; None computes them anew.
 
     Attributes:
-      identity: int32 [N], equal for files of equal bytes, see train_jax.digests.
+      identity: int32 [N], equal for files of equal bytes, see train_jax.core.digests.
       left_out: names of files and folders that are no pictures, by the reason.
 
     Raises:

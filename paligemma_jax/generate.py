@@ -25,6 +25,7 @@ from paligemma_jax.beam import beam_search
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
 from paligemma_jax.prompt_inputs import PAD, check_images, check_prompt
 from paligemma_jax.sampling import Sampler, make_sampler, pick, row_keys
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
 CACHE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -113,6 +114,8 @@ def _generate(
 ) -> tuple[Int[Array, "B N"], dict[str, Array]]:
     if features is None:
         features, _ = model.encode_image(images)
+    # Once, ahead of the loop over tokens, every step of which reads it twice.
+    model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
     logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens, cache_dtype)
     if sampler.name == "beam":
         advance = functools.partial(_advance, model, jnp.repeat(valid, sampler.num_beams, axis=0))

@@ -8,12 +8,18 @@ import math
 import jax
 import jax.numpy as jnp
 
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
 
 def _groups(shape: tuple[int, ...], chunk_size: int) -> int:
     """How many groups of rows share each chunk: the largest divisor of B that leaves each a token or more."""
     return max(g for g in range(1, min(shape[0], chunk_size) + 1) if shape[0] % g == 0)
+
+
+def own_share(chunk_size: int, array: jax.Array) -> int:
+    """How many tokens of each chunk of a batch of such arrays one device takes: those of its rows."""
+    return max(chunk_size // row_sharding.row_parts(len(array)), 1)
 
 
 def split(array: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:

@@ -31,6 +31,7 @@ from paligemma_jax.word_logits import (
     statistics_of,
     streamed_statistics,
 )
+from train_jax.core import row_sharding
 
 
 class TokenScores(NamedTuple):
@@ -129,6 +130,13 @@ def token_scores(
     Memory is that of one chunk. Not meant to be differentiated: autodiff would keep the logits.
     """
     _checked(chunk_size, vocab_chunk, softcap)
+    chunk_size = token_chunks.own_share(chunk_size, hidden)
+    score = functools.partial(_score_rows, chunk_size, vocab_chunk, softcap)
+    return row_sharding.by_rows(score, (True, False, True), TokenScores(True, True))(hidden, embedding, targets)
+
+
+def _score_rows(chunk_size: int, vocab_chunk: int | None, softcap: float | None, hidden, embedding, targets):
+    """As `token_scores`, of rows that lie on one device."""
     shape = targets.shape
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -175,8 +183,15 @@ def _cross_entropy_backward(_settings, residuals, cotangent):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weights):
+def _run(settings: _Settings, wanted: _Wanted, *arrays):
     """Loss, and for hidden, embedding and weights the float32 gradient of the loss or None."""
+    settings = settings._replace(chunk_size=token_chunks.own_share(settings.chunk_size, arrays[0]))
+    run = functools.partial(_run_rows, settings, wanted)
+    return row_sharding.by_rows(run, (True, False, True, True), (False, (True, False, True)))(*arrays)
+
+
+def _run_rows(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weights):
+    """As `_run`, of rows that lie on one device."""
     shape = targets.shape
     # The gradient of a scan (or remat) around this loss moves out what depends on targets and weights alone, were it
     # only a comparison of [B, T, V]; the barrier makes them depend on hidden.

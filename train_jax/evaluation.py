@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
 from train_jax.complete import of_results
 from train_jax.config import stored_config
+from train_jax.core import row_sharding
 from train_jax.errors import UserError, quoted
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
@@ -49,7 +51,8 @@ def evaluate(
     validate(config, training=False)
     workdir = Path(workdir)
     check_single(config, workdir)
-    task, model, step = _trained(config, workdir, checkpoint)
+    mesh = sharding.make_mesh(config.mesh)
+    task, model, step = _trained(config, workdir, checkpoint, mesh)
     if split == getattr(task, "default_split", None):
         split = None
     if split is not None and getattr(task, "single_split", False):
@@ -59,7 +62,8 @@ def evaluate(
     companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}
     companions = {name: found for name, found in companions.items() if found}
     options = {"companions": companions} if companions and split is None else {}
-    results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    with row_sharding.over(mesh):
+        results = {"step": step} | task.evaluate(model, workdir, split, **options)
     results |= of_results(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
@@ -78,12 +82,11 @@ def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = 
     """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
     validate(config, training=False)
     check_single(config, Path(workdir))
-    return _trained(config, Path(workdir), checkpoint)[1]
+    return _trained(config, Path(workdir), checkpoint, sharding.make_mesh(config.mesh))[1]
 
 
-def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[Task, nnx.Module, int]:
+def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mesh) -> tuple[Task, nnx.Module, int]:
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
-    mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
         return task, model_state.build(task, mesh).model(), 0

@@ -59,6 +59,11 @@ def type_bytes(text: str) -> int:
     return -(-bits // 8)
 
 
+def dimensions(text: str) -> tuple[int, ...]:
+    """Sizes of the axes of an array's type."""
+    return tuple(int(size) for size in _SHAPE.search(text)[3].split(",") if size)
+
+
 def collective_bytes(module: Module) -> dict[str, int]:
     """Bytes that each kind of collective leaves on one device in one execution, loops counted; kinds that occur."""
 
@@ -72,7 +77,7 @@ def collective_bytes(module: Module) -> dict[str, int]:
                 if kind in COLLECTIVES:
                     total[kind] += type_bytes(instruction.type)
                 elif not instruction.opcode.endswith(("-done", "-update")):
-                    for called, times in _calls(instruction):
+                    for called, times in calls(instruction):
                         for kind, size in of(called).items():
                             total[kind] += times * size
         return known[name]
@@ -80,7 +85,7 @@ def collective_bytes(module: Module) -> dict[str, int]:
     return {kind: of(module.entry)[kind] for kind in COLLECTIVES if of(module.entry)[kind]}
 
 
-def _calls(instruction: Instruction) -> list[tuple[str, int]]:
+def calls(instruction: Instruction) -> list[tuple[str, int]]:
     """Computations that an instruction runs, and how often."""
     trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
     names = _CALLED.findall(instruction.rest)
@@ -126,5 +131,5 @@ def _executed(module: Module) -> set[str]:
         reached.add(name)
         for instruction in module.computations[name]:
             if instruction.opcode in ("while", "call", "conditional"):
-                todo += [called for called, _ in _calls(instruction)]
+                todo += [called for called, _ in calls(instruction)]
     return reached

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import complete, files, metrics, optimizers, sharding, state, training_step, untrained
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
+from train_jax.core import row_sharding
 from train_jax.durations import Plan
 from train_jax.errors import RunStopped
 from train_jax.evaluation import evaluate, load_model, print_results, resolve, write_results
@@ -63,6 +65,12 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if earlier and earlier.results is not None:
         return earlier.results
     mesh = sharding.make_mesh(config.mesh)
+    with row_sharding.over(mesh):
+        return _fit(config, workdir, mesh, progress, began)
+
+
+def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: float) -> dict[str, Any]:
+    """The run itself, of a config that can run."""
     task = make_task(config, mesh)
     measured = getattr(task, "validation_metrics", None)
     if measured is not None:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from train_jax import command_line, flops, hlo, model_state, optimizers, params, sharding, sweep, training_step
 from train_jax.config import task_class
+from train_jax.core import row_sharding
 from train_jax.durations import Plan
 from train_jax.errors import UserError
 from train_jax.memory import step_memory
@@ -68,7 +69,7 @@ def _evaluations(blueprint: Blueprint, bundle: Bundle, state_bytes: int, mesh: M
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
         held = state_bytes + sharding.device_bytes(arguments)
-        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments), held, mesh))
+        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments, mesh), held, mesh))
     return programs
 
 
@@ -83,11 +84,11 @@ def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[s
     }
 
 
-def _traced(bundle: Bundle, function, arguments: tuple) -> jax.stages.Traced:
+def _traced(bundle: Bundle, function, arguments: tuple, mesh: Mesh) -> jax.stages.Traced:
     def program(arrays, *arguments):
         return function(params.merge(bundle.graph, arrays), *arguments)
 
-    return jax.jit(program).trace(bundle.trainable | bundle.frozen, *arguments)
+    return jax.jit(row_sharding.within(mesh, program)).trace(bundle.trainable | bundle.frozen, *arguments)
 
 
 def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:
@@ -103,7 +104,7 @@ def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Pr
         memory.temp,
         memory.output - memory.alias,
         min(copies, memory.temp),
-        flops.product_flops(traced.jaxpr) / mesh.size,
+        flops.product_flops(module),
         hlo.collective_bytes(module),
     )
 

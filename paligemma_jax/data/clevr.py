@@ -22,7 +22,7 @@ from paligemma_jax.data.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError
 from train_jax.tfds_source import open_builder, open_split
 

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paligemma_jax.data.row_texts import stored
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError, cut, quoted
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # our name (and TFDS's) -> CLEVR's

@@ -16,7 +16,7 @@ from absl import logging
 from paligemma_jax.data.few_shot import SPLITS, Example, FewShot
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.row_texts import is_text
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError, quoted
 
 PREFIX = "split_zhou_"

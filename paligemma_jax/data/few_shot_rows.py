@@ -12,7 +12,7 @@ from paligemma_jax.data.descriptions import draw
 from paligemma_jax.data.few_shot import FewShot
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import cut
 
 _VIEWS = zlib.crc32(b"views")

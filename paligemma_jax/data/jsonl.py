@@ -21,7 +21,7 @@ import numpy as np
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError, cut, quoted
 
 FIELDS = ("image", "prefix", "suffix")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError
 from train_jax.tfds_source import open_builder, open_split
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models import layers
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Embedder(nnx.Module):
         self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)
-        return x * x.shape[-1] ** 0.5
+        x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
+        return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
 
 
 class GemmaAttention(nnx.Module):
@@ -196,7 +197,7 @@ class Gemma(nnx.Module):
         for stack in self.stacks:
             numbers = first + jnp.arange(stack.pre_attention_norm.scale.shape[0])
             first += len(numbers)
-            options = dict(remat=self.config.remat, unroll=self.config.unroll)
+            options = dict(remat=self.config.remat, unroll=self.config.unroll, row_axes=(0, 1))
             carry, _ = layers.scan_stack(stack, call, carry, numbers, **options)
         x, cache = carry
         return self.norm(x), None if cache is None else cache | slots, {"encoded": x}
@@ -204,7 +205,7 @@ class Gemma(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits over the vocabulary, soft-capped if the config says so."""
         dtype = jnp.dtype(self.config.dtype)
-        table = self.embed_tokens.embedding[...].astype(dtype)
+        table = row_sharding.gathered(self.embed_tokens.embedding).astype(dtype)
         logits = jnp.einsum("BTD,VD->BTV", layers.cast(hidden, dtype), table, preferred_element_type=jnp.float32)
         return layers.soft_cap(logits, self.config.final_softcap)
 

@@ -17,6 +17,7 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models import layers
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.vit import ViT, ViTConfig
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B P E"], dropout_keys=None) -> Float[Array, "B P D"]:
-        return self.linear(x, dropout_keys, jnp.float32)
+        return row_sharding.pin_rows(row_sharding.gather(self.linear)(x, dropout_keys, jnp.float32))
 
 
 class PaliGemma(nnx.Module):

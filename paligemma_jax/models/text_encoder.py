@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models import encoder, layers
+from train_jax.core import row_sharding
 
 POOLINGS = ("last", "eos")
 
@@ -53,7 +54,7 @@ class TokenEmbedding(nnx.Module):
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        return row_sharding.pin_rows(row_sharding.gathered(self.embedding)[tokens].astype(jnp.float32))
 
 
 class TextEncoder(nnx.Module):

@@ -16,7 +16,8 @@ from paligemma_jax.data.synthetic_classes import class_descriptions, synthetic_c
 from paligemma_jax.data.synthetic_clevr.classes import CLASSES, IN_OTHERS, in_halves
 from paligemma_jax.tasks.common import progress
 from paligemma_jax.tasks.coprompt_report import RESERVED
-from train_jax import digests, files
+from train_jax import files
+from train_jax.core import digests
 from train_jax.errors import UserError
 
 FILE = "protocol.json"

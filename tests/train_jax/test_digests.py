@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from train_jax import digests
+from train_jax.core import digests
 
 
 def test_a_digest_is_of_the_bytes():

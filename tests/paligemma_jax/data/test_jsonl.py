@@ -9,7 +9,7 @@ import pytest
 from paligemma_jax.data.images import decode
 from paligemma_jax.data.jsonl import JsonlRecords
 from paligemma_jax.data.records import BadRow, GuardedSource
-from train_jax import digests
+from train_jax.core import digests
 from train_jax.errors import UserError
 
 SAMPLE = Path(__file__).parents[3] / "docs" / "sample_data"
