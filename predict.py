@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from train_jax import command_line
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
@@ -113,7 +113,7 @@ def _draw(values: flags.FlagValues, config: ConfigDict) -> None:
 def _classify(values: flags.FlagValues, rest: list[str]) -> None:
     """Prints the likelihood of every class, one line an image."""
     if values.prompt or rest:
-        raise UserError(f"found {(values.prompt + rest)[0]!r} beside --class, which goes without: leave one out.")
+        raise UserError(f"found {quoted((values.prompt + rest)[0])} beside --class, which goes without: leave one out.")
     if (values.workdir is None) == (values.model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
     from paligemma_jax.classify import classify

@@ -123,6 +123,10 @@ class ImageFlowTask(FlowTask):
             max_bad_fraction=data.max_bad_fraction,
         )
 
+    def reported_data(self) -> str:
+        """Fingerprint of the held-out side."""
+        return self.data.held_out.fingerprint
+
     def blank_row(self) -> dict[str, np.ndarray]:
         image = np.zeros((self.size, self.size, self.channels), np.float32)
         row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32)}

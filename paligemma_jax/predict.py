@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.row_texts import is_text
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.sampling import make_sampler
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut, quoted
 
 BATCH = 16  # prompts answered at once
 
@@ -52,7 +53,8 @@ def predict(
       (image, prompt, answer), in the order given.
 
     Raises:
-      UserError: an image that cannot be read, neither or both of workdir and model, numbers that do not pair up.
+      UserError: an image that cannot be read, a prompt that is no text, neither or both of workdir and model, numbers
+        that do not pair up.
     """
     if (workdir is None) == (model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
@@ -63,6 +65,9 @@ def predict(
             f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
             "--image or --prompt."
         )
+    broken = [text for text in texts if not is_text(text)]
+    if broken:
+        raise UserError(f"the prompt {quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
     count = max(len(images), len(texts))
     images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
     make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
@@ -105,6 +110,6 @@ def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
     try:
         return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): correct --image.") from error
+        raise UserError(f"{cut(file)} cannot be read ({error.strerror}): correct --image.") from error
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{cut(file)}: {error}") from error

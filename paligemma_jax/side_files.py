@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train_jax.errors import UserError
-
-QUOTED = 80  # characters of a value that a message repeats
+from train_jax.errors import UserError, quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +59,6 @@ def refusal(file: str | Path, key: str, value: Any, expected: str, remedy: str |
     """The error of a value that cannot be used: file, key and value, what was expected, and what to do."""
     remedy = remedy or "give a model without it, or take the key out if it changes nothing"
     return UserError(f"{file} has {key} = {quoted(value)}, expected {expected}: {remedy}.")
-
-
-def quoted(value: Any) -> str:
-    """A value as a message repeats it: whole, or its start."""
-    text = repr(value)
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 
 def read_json(file: Path) -> dict[str, Any]:

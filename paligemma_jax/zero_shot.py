@@ -1,6 +1,6 @@
 """Zero-shot classification and retrieval with a dual encoder. Axes: N images, C classes, E of an embedding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -72,21 +72,59 @@ def zero_shot(
     return np.asarray(model.encode_image(jnp.asarray(images))[0]) @ texts.T
 
 
-def recall(similarity: Float[np.ndarray, "N C"], right: Int[np.ndarray, " N"], at: Sequence[int]) -> dict[int, float]:
-    """How often the right column is among the `k` most similar ones, for every `k` of `at`; ties count against it."""
-    own = similarity[np.arange(len(similarity)), right]
-    others = (~(similarity < own[:, None])).sum(1) - 1  # at least as similar, or not a number; itself left out
-    return {k: float((others < k).mean()) for k in at}
+def recall(
+    similarity: Float[np.ndarray, "N C"],
+    right: Int[np.ndarray, " N"] | Bool[np.ndarray, "N C"],
+    at: Sequence[int],
+) -> dict[int, float]:
+    """How often a right column is among the `k` most similar ones, for every `k` of `at`; ties count against it.
+
+    Args:
+      similarity: of rows and columns.
+      right: the right column of every row, or where there may be several a mask of these.
+      at: numbers of columns looked at.
+    """
+    if right.ndim == 1:
+        right = right[:, None] == np.arange(similarity.shape[1])
+    best = np.where(right, similarity, -np.inf).max(1)
+    others = (~right & ~(similarity < best[:, None])).sum(1)  # wrong, and at least as similar, or not a number
+    lost = ~right.any(1) | np.isnan(np.where(right, similarity, 0)).any(1)
+    return {k: float(((others < k) & ~lost).mean()) for k in at}
 
 
-def retrieval(images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"]) -> Mapping[str, float]:
-    """R@1, 5 and 10 of N pairs, both ways; and `mean_r1`, the mean of the two R@1."""
-    similarity, pairs = images @ texts.T, np.arange(len(images))
+def retrieval(
+    images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"], captions: Sequence[str] | None = None
+) -> Mapping[str, float]:
+    """R@1, 5 and 10 of N pairs, both ways; and `mean_r1`, the mean of the two R@1.
+
+    An image may have the caption of another: of equal captions any is a hit, and of their images too, as no model could
+    tell them apart.
+
+    Args:
+      images, texts: embeddings, pairs in order.
+      captions: the N texts. None: equal embeddings are taken for equal captions, unless all are equal: a text tower
+        that maps everything to one point retrieves nothing.
+    """
+    similarity = images @ texts.T
+    same = _equal_rows(texts) if captions is None else _equal(list(captions))
+    if captions is None and same.all():
+        same = np.eye(len(texts), dtype=bool)
     found = {}
     for name, matrix in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        found |= {f"{name}_r{k}": value for k, value in recall(matrix, pairs, (1, 5, 10)).items()}
+        found |= {f"{name}_r{k}": value for k, value in recall(matrix, same, (1, 5, 10)).items()}
     found["mean_r1"] = (found["image_to_text_r1"] + found["text_to_image_r1"]) / 2
     return found
+
+
+def _equal(values: Sequence[Hashable]) -> Bool[np.ndarray, "N N"]:
+    """Which are equal to which."""
+    numbers: dict[Hashable, int] = {}
+    places = np.array([numbers.setdefault(value, len(numbers)) for value in values])
+    return places[:, None] == places[None]
+
+
+def _equal_rows(rows: Float[np.ndarray, "N E"]) -> Bool[np.ndarray, "N N"]:
+    return _equal([row.tobytes() for row in np.asarray(rows)])
 
 
 class Calibration(NamedTuple):

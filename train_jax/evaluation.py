@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
+from train_jax.complete import of_results
 from train_jax.config import stored_config
 from train_jax.core import row_sharding
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
 from train_jax.task import Task, make_task
@@ -63,6 +64,7 @@ def evaluate(
     options = {"companions": companions} if companions and split is None else {}
     with row_sharding.over(mesh):
         results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    results |= of_results(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
         results |= {name: before[name] for name in OF_TRAINING if name in before}
@@ -103,7 +105,9 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mes
 def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
     """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
     pattern = "|".join(getattr(task, "model_keys", ())) or r"(?!)"
-    changed = [f"{key}: {a!r} -> {b!r}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)]
+    changed = [
+        f"{key}: {quoted(a)} -> {quoted(b)}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)
+    ]
     if changed:
         raise UserError(
             f"the run was made with another model ({'; '.join(changed)}), expected the same: leave these keys as they "

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, optimizers, sharding, state, training_step, untrained
+from train_jax import complete, files, metrics, optimizers, sharding, state, training_step, untrained
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
 from train_jax.core import row_sharding
@@ -47,8 +47,9 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 
     Raises:
       UserError: a config that cannot run or is a sweep, or a workdir of another run or that cannot be made, before data
-        are prepared or the model is read; patterns that match no parameter, before data are prepared (where the task
-        tells its parameters in time); data or a model that do not fit the config, before anything is compiled.
+        are prepared or the model is read; a complete run of other data; patterns that match no parameter, before data
+        are prepared (where the task tells its parameters in time); data or a model that do not fit the config, before
+        anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
@@ -57,6 +58,8 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     workdir = Path(workdir)
     check_single(config, workdir)
     earlier = look(workdir, config)
+    if earlier and earlier.results is not None:
+        complete.check(config, workdir)
     for note in earlier.notes if earlier else ():
         _say(note)
     if earlier and earlier.results is not None:
@@ -268,7 +271,7 @@ class Run:
             session.earlier_seconds += max(companions[name]["seconds"] - here, 0.0)
         options = {"companions": companions} if companions else {}
         results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
-        results |= self.task.evaluate(model, self.workdir, **options)
+        results |= self.task.evaluate(model, self.workdir, **options) | complete.of_results(self.task)
         if session.step_temp_bytes is not None:
             results["step_temp_bytes"] = session.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}

@@ -45,6 +45,10 @@ class Task(Protocol):
         found before anything is prepared, without it at the first evaluation;
       trainable_paths() -> paths of the parameters that train, told without data; with it a pattern of the optimizer
         that matches none is found before data are prepared, without it after;
+      train_records() -> what `train_source` prepares, of its length and fingerprint, opened without the model: the data
+        of a complete run are compared by it, without it by `train_source`;
+      reported_data() -> str: fingerprint of what `evaluate` measures on by default; eval.json notes it, and a complete
+        run is compared by it too;
       export(model, workdir): called once at the end of training with the chosen model, by every process;
       default_split: the split of `evaluate` when none is asked for;
       single_split: True where `evaluate` has nothing to choose from, and --split is refused;

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.side_files import Keys, account, is_off, quoted, read_json, refusal
-from train_jax.errors import UserError
+from paligemma_jax.side_files import Keys, account, is_off, read_json, refusal
+from train_jax.errors import UserError, quoted
 
 JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")

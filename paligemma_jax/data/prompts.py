@@ -27,13 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 from .tokenizer import Tokenizer
 
 _ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
 _LINE = 120
-_QUOTED = 200  # characters of a text that a message repeats
 SPECIAL_TOKENS = ("refuse", "parse")
 
 
@@ -129,14 +128,14 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: str = "refuse") -> l
     for mark in tokenizer.marks:
         if mark in text and (not parse or mark == tokenizer.piece(tokenizer.image_id)):
             remedy = "leave it out" if parse else "remove it, or read such marks with data.special_tokens='parse'"
-            raise UserError(f"The text {text[:_QUOTED]!r} holds {mark}, which the format adds by itself; {remedy}.")
+            raise UserError(f"The text {quoted(text)} holds {mark}, which the format adds by itself; {remedy}.")
     return tokenizer.encode(text, marks=parse)
 
 
 def _check(what: str, count: int, limit: int | None, text: str | None) -> None:
     if limit is not None and count > limit:
         raise TruncationError(
-            f"The {what} has {count} tokens but {limit} fit ({text!r}); raise the length or shorten the text."
+            f"The {what} has {count} tokens but {limit} fit ({quoted(text)}); raise the length or shorten the text."
         )
 
 

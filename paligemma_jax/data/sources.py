@@ -50,8 +50,8 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
         with _locked(folder):
             return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)
     if data.name == "parquet":
-        return ParquetQuestions(data.source, split, data.prompt)
-    return JsonlRecords(data.source, split)
+        return ParquetQuestions(data.source, split, data.prompt, cache=data.cache_dir)
+    return JsonlRecords(data.source, split, cache=data.cache_dir)
 
 
 def synthetic_folder(data: ConfigDict) -> Path:

@@ -1,11 +1,9 @@
 """What several tasks need: how parameters and rows lie on the mesh, where caches live, a progress bar."""
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -66,11 +64,6 @@ def to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def cache_dir() -> str:
-    """Where prepared data goes: $XDG_CACHE_HOME/paligemma_jax, by default ~/.cache/paligemma_jax."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "paligemma_jax")
 
 
 @contextlib.contextmanager

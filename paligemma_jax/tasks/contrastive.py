@@ -145,6 +145,14 @@ class Contrastive:
         self.pairs.held_out()  # a run must not find out at its end that there is none
         return self._encoded(source) if self.config.cache_features else source
 
+    def train_records(self):
+        """What `train_source` encodes, told without the model."""
+        return self.pairs.train()
+
+    def reported_data(self) -> str | None:
+        """Fingerprint of what is held out; None of scenes, which follow from the config."""
+        return getattr(self.pairs.held_out(), "fingerprint", None)
+
     def _encoded(self, scenes) -> CaptionedFeatures:
         """The scenes with the locked tower's features."""
         if not isinstance(scenes, CaptionedScenes):

@@ -22,7 +22,7 @@ from paligemma_jax.adapt.prompt_methods import attach_method
 from paligemma_jax.adapt.prompts import check_texts
 from paligemma_jax.consistency import coprompt_loss
 from paligemma_jax.data.augment import Augmentation
-from paligemma_jax.data.descriptions import place
+from paligemma_jax.data.descriptions import fill, place
 from paligemma_jax.data.few_shot_rows import TunedRows
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
@@ -142,16 +142,24 @@ class CoPrompt:
         return dict(on_error=self.config.data.on_error, max_bad_fraction=self.config.data.max_bad_fraction)
 
     def train_source(self) -> TunedRows:
-        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
-        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         self._base = self._read()
         self.texts = self.encode_texts(self._base)
+        return self.train_records()
+
+    def train_records(self) -> TunedRows:
+        """What `train_source` returns, without the texts that it encodes for the loss."""
+        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
+        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         return TunedRows(self.protocol.tuned, **rows, **views, **self._bad())
+
+    def reported_data(self) -> str:
+        """Fingerprint of what a run is tested on."""
+        return coprompt_data.tested_fingerprint(self.protocol, self.config.data.cache_dir)
 
     def encode_texts(self, base: DualEncoder) -> Texts:
         """The class texts, and where the loss asks for them the frozen embeddings of what is said of the classes."""
         classes = self.protocol.tuned.classes
-        tokens, mask = self.tokenizer([self.config.template.format(name) for name in classes])
+        tokens, mask = self.tokenizer([fill(self.config.template, name) for name in classes])
         check_texts(self.abstract(), tokens)
         frozen, lengths = None, np.ones(len(classes), np.int32)
         if self.weight and self.config.consistency.on != "image":

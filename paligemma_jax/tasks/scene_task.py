@@ -23,6 +23,7 @@ from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
 
@@ -50,7 +51,7 @@ class SceneTask:
         config.init = ConfigDict({"vision": placeholder(str)})  # a SigLIP whose vision tower to start from
         config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
         config.data = ConfigDict(
-            {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
+            {"cache_dir": cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
         )
         return config
 

@@ -33,13 +33,13 @@ from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks import common
 from paligemma_jax.tasks.judge import Judge
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.weights.digest import check_digest, write_digest
 from train_jax.config import check_choices
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
+from train_jax.files import cache_dir
 
 TOLD = ("attributes", "captions")
 SHOWN = 24  # pictures of the sheet with their texts
@@ -95,7 +95,7 @@ class TextToImage(ImageFlowTask):
         config.siglip = placeholder(str)  # folder, run or name of a SigLIP or CLIP: reads captions, and judges samples
         config.data = ConfigDict(
             {
-                "cache_dir": common.cache_dir(),
+                "cache_dir": cache_dir(),
                 "build_workers": 2,
                 "num_scenes": 8000,
                 "num_held_out": 400,
@@ -216,8 +216,8 @@ class TextToImage(ImageFlowTask):
             missing = [name for name in descriptions.ATTRIBUTES if name not in named]
             if missing:
                 raise UserError(
-                    f"{text!r} names no {' and no '.join(missing)}, expected all attributes, such as 'small red metal "
-                    "cube': the run was not trained on captions; add them."
+                    f"{quoted(text)} names no {' and no '.join(missing)}, expected all attributes, such as 'small red "
+                    "metal cube': the run was not trained on captions; add them."
                 )
             numbers.append(self.descriptions.numbers[descriptions.text_of(named)])
         return self.descriptions.table[numbers], descriptions.SIZES

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.adapt import quantize
 from paligemma_jax.data import prompts, sources
-from paligemma_jax.data.records import Source
+from paligemma_jax.data.records import Source, spread
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
@@ -25,6 +25,7 @@ from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_consistency
 from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_forgetting import of_families
+from paligemma_jax.tasks.vqa_lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights.digest import base_digest, check_digest, model_digest, write_digest
@@ -202,10 +203,29 @@ class VQA:
         self.trainable_paths()  # first, for what can be told of the model before images are rendered or encoded
         records = self.split("train")
         self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
-        if not self.config.cache_features:
-            return self.rows.guarded(records, self.rows.image_and_text)
-        limit = self.config.cache_features_mb
-        return FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        if self.config.cache_features:
+            limit = self.config.cache_features_mb
+            source = FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        else:
+            source = self.rows.guarded(records, self.rows.image_and_text)
+        self._tell_cut_references()
+        return source
+
+    def _tell_cut_references(self) -> None:
+        """Warns where references of what is evaluated do not fit into `eval.max_new_tokens`."""
+        config = self.config.eval
+        reported = spread(self.split(self.default_split), config.max_examples)
+        if jax.process_index() == 0:
+            for name, source in (("tune", self.split("tune")), (self.default_split, reported)):
+                warn_of_cut_references(self.tokenizer, source, name, config.max_new_tokens)
+
+    def train_records(self) -> Source:
+        """The rows that `train_source` prepares, told without the model."""
+        return self.split("train")
+
+    def reported_data(self) -> str:
+        """Fingerprint of the split that a run reports."""
+        return self.split(self.default_split).fingerprint
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""

@@ -9,6 +9,7 @@ from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.tasks import common, vqa_adapter, vqa_consistency
 from train_jax.config import check_choices, leaves
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 
 CHOICES = {
     "model.remat": common.REMAT,
@@ -115,7 +116,7 @@ def _data_defaults() -> ConfigDict:
         {
             "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl, see docs/data.md
             "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
-            "cache_dir": common.cache_dir(),
+            "cache_dir": cache_dir(),
             "build_workers": 2,  # processes that render
             "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
             "blank_images": False,  # the question-only control: same run, black images

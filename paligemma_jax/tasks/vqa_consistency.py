@@ -27,7 +27,7 @@ from paligemma_jax.losses import consistency_loss, token_divergence
 from paligemma_jax.models.layers import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax import params
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
 CHOICES = {"consistency.on": tuple(SIDES), "consistency.kind": KINDS}
@@ -71,7 +71,7 @@ def check(config: ConfigDict) -> None:
     for pair in consistency.prompts:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(
-                f"consistency.prompts holds {pair!r}, expected pairs of a prefix and a continuation, such as "
+                f"consistency.prompts holds {quoted(pair)}, expected pairs of a prefix and a continuation, such as "
                 "(('caption en', 'a small'),): correct it."
             )
     if consistency.weight and name not in family.DETACH:

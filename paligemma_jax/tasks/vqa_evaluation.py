@@ -33,7 +33,7 @@ from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, f
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_rows import Rows
 from train_jax import sharding
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut
 from train_jax.memory import device_memory_limit, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
@@ -114,11 +114,16 @@ class Evaluation:
             question = question_of(record.prefix, self.config.data.prompt)
             values: dict[str, Any] = {}
             if "generate" in out:
-                values["prediction"] = self.task.tokenizer.decode(out["generate"][i].tolist())
+                ids = out["generate"][i].tolist()
+                values |= {
+                    "prediction": self.task.tokenizer.decode(ids),
+                    "ended": self.task.tokenizer.eos_id in ids,
+                }
             if "likelihood" in out:
                 values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
             if "loss" in out:
                 values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
+            values["image_index"] = record.image_index
             answers.append(Answer(record.image_name, question, question_family(question), record.suffix, **values))
         return answers
 
@@ -267,7 +272,7 @@ class _Reader:
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
-            raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
+            raise BadRow(f"the image for {cut(record.image_name)} cannot be used; replace the file.")
         return {"record": record} | self._make.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ from paligemma_jax.data import prompts
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
 from paligemma_jax.data.tokenizer import Tokenizer
+from train_jax.errors import cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Rows:
         try:
             pixels = self.preprocessing.resize(self.preprocessing.decode(record.image))
         except BadRow as error:
-            raise BadRow(f"{record.image_name}: {error}") from error
+            raise BadRow(f"{cut(record.image_name)}: {error}") from error
         return {"image": np.zeros_like(pixels) if self.data.blank_images else pixels}
 
     def image_and_text(self, record: Record) -> dict[str, np.ndarray]:

@@ -245,3 +245,38 @@ def test_made_up_shapes_differ_between_sides_and_rows():
     images = {side[row].pixels.tobytes() for side in (data.train, data.held_out) for row in range(50)}
     assert len(images) == 100
     np.testing.assert_array_equal(data.train[4].pixels, data.train[4].pixels)
+
+
+def test_hidden_folders_are_no_classes_and_nested_files_belong_to_theirs(tmp_path, caplog):
+    root = write_folder(tmp_path, each=2)
+    for name in (".ipynb_checkpoints/1.png", "a/more/2.png", "a/more/still/3.tiff", "b/notes.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(pixels(7)))
+    pictures = FolderPictures(root, 8, 3)
+    assert pictures.classes == ["a", "b", "c"] and len(pictures) == 8
+    assert [pictures.label(row) for row in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert sum(map(len, pictures.left_out.values())) == 2 and "notes.txt" in caplog.text
+
+
+def test_copies_of_a_picture_are_on_one_side(tmp_path):
+    root = write_folder(tmp_path)
+    whole = open_data(settings(name="folder", folder=str(root)))
+    held = {whole.held_out.name(row) for row in range(len(whole.held_out))}
+    for file in sorted(root.glob("*/*.png")):
+        (file.parent / f"{file.stem} copy.png").write_bytes(file.read_bytes())
+    data = open_data(settings(name="folder", folder=str(root)))
+    sides = [{side[row].pixels.tobytes() for row in range(len(side))} for side in (data.train, data.held_out)]
+    assert len(sides[0]) == 24 and len(sides[1]) == 6 and not sides[0] & sides[1]
+    assert len(held) == 6 and len(data.held_out) == 12
+    for file in root.glob("*/*.png"):
+        file.write_bytes(encoded(pixels(0)))
+    with pytest.raises(UserError, match="1 different picture.s. among 60 files"):
+        open_data(settings(name="folder", folder=str(root)))
+
+
+def test_the_fingerprint_is_of_the_bytes(tmp_path):
+    root = write_folder(tmp_path, each=2)
+    before = FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint
+    assert FolderPictures(root, 8, 3).fingerprint == before
+    (root / "a/00.png").write_bytes(encoded(pixels(999)))
+    assert FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint != before

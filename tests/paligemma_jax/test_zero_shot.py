@@ -77,6 +77,34 @@ def test_retrieval_both_ways():
     assert found["image_to_text_r5"] == found["text_to_image_r10"] == 1.0
 
 
+def test_any_equal_caption_is_a_hit():
+    """Two pictures of a cat, two captions "a cat": the second picture is more like the first caption."""
+    images = np.array([[1.0, 0, 0], [0.999, 0.0447, 0], [0, 1, 0], [0, 0, 1]])
+    texts = np.eye(3)[[0, 0, 1, 2]]
+    assert set(zero_shot.retrieval(images, texts).values()) == {1.0}
+    assert set(zero_shot.retrieval(images, texts, ["cat", "cat", "dog", "fish"]).values()) == {1.0}
+    apart = zero_shot.retrieval(images, texts, ["cat", "a cat", "dog", "fish"])
+    assert apart["image_to_text_r1"] == 0.5 and apart["text_to_image_r1"] == 0.75  # ties count against both
+
+
+def test_of_equal_captions_the_best_counts_and_wrong_ones_count_once():
+    similarity = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.6, 0.7, 0.5]])
+    right = np.array([[True, True, False], [True, True, False], [False, False, True]])
+    assert zero_shot.recall(similarity, right, (1, 2, 3)) == {1: 2 / 3, 2: 2 / 3, 3: 1.0}
+
+
+def test_a_text_tower_that_tells_nothing_apart_retrieves_nothing():
+    images = np.random.default_rng(0).standard_normal((20, 4))
+    for captions in (None, [f"caption {number}" for number in range(20)]):
+        found = zero_shot.retrieval(images, np.ones((20, 4)), captions)
+        assert found["image_to_text_r1"] == found["image_to_text_r10"] == 0
+
+
+def test_what_is_not_a_number_is_never_found():
+    similarity = np.full((3, 3), np.nan)
+    assert zero_shot.recall(similarity, np.arange(3), (1, 10)) == {1: 0, 10: 0}
+
+
 def test_rows_are_embedded_as_one_by_one(model):
     rng = np.random.default_rng(1)
     tokens, mask = tokenize(["red", "blue", "green", "gray", "cyan"])

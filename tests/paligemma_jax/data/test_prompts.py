@@ -133,3 +133,9 @@ def test_printed_batch_wraps_and_keeps_columns_together():
     words = [word for line in lines if line.startswith("tokens ") for word in line.split()[1:]]
     bits = [word for line in lines if line.startswith("weights ") for word in line.split()[1:]]
     assert len(words) == len(bits) and words[-3:] == ["two", "<eos>", "<pad>"] and bits[-4:] == ["1", "1", "0", "0"]
+
+
+def test_a_text_that_is_too_long_is_not_repeated_whole():
+    with pytest.raises(TruncationError) as error:
+        make_example(TINY, "word " * 1600, "yes", 64)
+    assert len(str(error.value)) < 250 and "(8,000 characters)" in str(error.value)

@@ -14,11 +14,12 @@ import paligemma_jax as pg
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
 from paligemma_jax.consistency import coprompt_loss
+from paligemma_jax.data.few_shot import Example
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.protocols import read_protocol
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.predict import read_pixels
-from paligemma_jax.tasks import coprompt_report
+from paligemma_jax.tasks import coprompt_data, coprompt_report
 from paligemma_jax.tasks.coprompt import CoPrompt, Texts
 from tests.paligemma_jax.adapt.test_prompts_golden import attached, ours
 from tests.paligemma_jax.mini import ROOT, config_of, png, read_lines, save_small_siglip
@@ -362,6 +363,38 @@ def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
     (tmp_path / "run/protocol.json").write_text('{"tuned": {}}')
     with pytest.raises(UserError, match="protocol.json is no protocol"):
         again.evaluate(again.abstract(), tmp_path / "run")
+
+
+def test_a_renamed_picture_is_still_what_was_tuned_on(run, options, tmp_path):
+    """And other pictures under the names of those tested are other data."""
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    changed = options | {"data.source": str(tmp_path / "toys")}
+    before = task_of(changed)
+    tuned = sorted(image for rows in before.protocol.tuned.splits.values() for image, _ in rows)
+    tested = {name: data.splits["test"] for name, data in before.protocol.tested.items()}
+    coprompt_data.check_unseen(before.protocol, run)
+    moved = tested["base"][0]
+    data = before.protocol.tested["base"]
+    renamed = dataclasses.replace(data, splits={"test": (Example("copy.png", moved.label), *tested["base"])})
+    protocol = dataclasses.replace(before.protocol, tested={**before.protocol.tested, "base": renamed})
+    (tmp_path / "toys/copy.png").write_bytes((tmp_path / "toys" / moved.image).read_bytes())
+    coprompt_data.check_unseen(protocol, run)
+    (tmp_path / "toys/copy.png").write_bytes((tmp_path / "toys" / tuned[0]).read_bytes())
+    with pytest.raises(UserError, match=r"1 image.s. of toys .base. would be tested .* .first: copy.png"):
+        coprompt_data.check_unseen(protocol, run)
+
+
+def test_data_of_a_complete_run_go_by_their_bytes(options, tmp_path):
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    changed = options | {"data.source": str(tmp_path / "toys")}
+    found = [(task_of(each).train_records().fingerprint, task_of(each).reported_data()) for each in (options, changed)]
+    assert found[0] == found[1]
+    for image in (task_of(changed).protocol.tuned.splits["train"][0].image, "tested"):
+        if image == "tested":
+            image = task_of(changed).protocol.tested["base"].splits["test"][0].image
+        (tmp_path / "toys" / image).write_bytes(png(1234))
+        found.append((task_of(changed).train_records().fingerprint, task_of(changed).reported_data()))
+    assert found[2][0] != found[1][0] and found[2][1] == found[1][1] and found[3][1] != found[2][1]
 
 
 def test_the_test_images_are_the_only_split(run, options):

@@ -63,6 +63,13 @@ def test_answers_are_of_their_rows(expected, mini_rows):
     assert all(one.tokens == 2 for one in expected if one.reference in ("2", "red", "yes"))
 
 
+def test_an_answer_tells_its_image_and_whether_it_ended(answer, expected, mini_rows):
+    """An answer that ends has EOS among its tokens; with room for one token, only the empty answer does."""
+    assert [one.image_index for one in expected] == [record.image_index for record in mini_rows.records]
+    short = answer(mini_rows, ("generate", "loss"), eval__max_new_tokens=1)
+    assert all(one.ended is (one.prediction == "") for one in short)
+
+
 @pytest.mark.parametrize("changes", [{"eval__batch_size": 1}, {"eval__batch_size": 5}, {"eval__feature_cache_mb": 0}])
 def test_batch_and_cache_change_nothing(answer, expected, mini_rows, changes):
     assert_same(answer(mini_rows, **changes), expected)

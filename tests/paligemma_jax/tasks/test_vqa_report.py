@@ -1,6 +1,7 @@
 """The report: controls by hand, and what stands in the files."""
 
 import dataclasses
+import io
 from types import SimpleNamespace
 
 import matplotlib.axes
@@ -116,6 +117,23 @@ def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
     ]
     with Image.open(tmp_path / "scenes.png") as sheet:
         assert sheet.width > 300
+
+
+def test_the_sheet_tells_two_pictures_of_one_name_apart(tmp_path, monkeypatch):
+    drawn = []
+    source = Rows([Record(png(i), "0001.png", i, COUNT, "2") for i in range(3)])
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    answers = [dataclasses.replace(answer(COUNT, "2", "2", image="0001.png"), image_index=i) for i in (0, 1, 1, 2)]
+    _, shown = vqa_report._score(answers, lambda answer: None, None)
+    assert [one.image_index for one in shown] == [0, 1, 2]
+    save_sheet(source, shown[::-1], tmp_path / "scenes.png")
+    firsts = [np.asarray(picture)[0, 0].tolist() for picture in drawn]
+    assert firsts == [np.asarray(Image.open(io.BytesIO(png(i))))[0, 0].tolist() for i in (2, 1, 0)]
+
+
+def test_the_share_of_answers_that_were_cut():
+    ended = [dataclasses.replace(answer(COUNT, "2", "2"), ended=value) for value in (True, False, True, True)]
+    assert vqa_report._score(ended, lambda answer: None, None)[0]["answers_without_eos"] == 0.25
 
 
 @pytest.mark.usefixtures("fast_compilation")
