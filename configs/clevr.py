@@ -21,11 +21,10 @@ It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling). Training and 
 `:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.8 GiB (docs/memory.md); the
 tiny model goes with `--config.model.quantize=nf4`. `:3b,full` trains every weight, which takes a large card or several.
 
-`:3b,report` has the settings of the report, row by row: a base in int8, 8-bit AdamW, float16 with loss scaling, and LoRA
-on q_proj and o_proj by suffix, which reaches the tower's q_proj too (1,677,312 parameters); batch 2 with two
+`:3b,report` has the settings of the report, row by row: a base in int8, 8-bit AdamW, float16 with loss scaling, and
+LoRA on q_proj and o_proj by suffix, which reaches the tower's q_proj too (1,677,312 parameters); batch 2 with two
 accumulated, evaluation and saving after the epoch, the best checkpoint by loss. What it left open is as in `:3b`.
-`:report` runs the same settings on the tiny model. Its rate of 2e-5 suits the large model alone: the tiny one hardly
-learns with it (docs/memory.md).
+`:report` runs the same settings on the tiny model, to see them work: a rate of 2e-5 teaches the tiny one little.
 
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
 (its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches
@@ -38,9 +37,9 @@ slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoi
 (docs/sweeps.md).
 
 `:peft=NAME` trains by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning, last_layers,
-decoder, full: docs/peft.md), `:full` being `:peft=full`. The rates were tried on the tiny model; `:3b,peft=NAME` has them
-too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers. `:family` trains the default by each
-method, three seeds, and draws accuracy against the number of trained parameters.
+decoder, full: docs/peft.md), `:full` being `:peft=full`. The rates were tried on the tiny model; `:3b,peft=NAME` has
+them too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers. `:family` trains the default by
+each method, three seeds, and draws accuracy against the number of trained parameters.
 
 `:forgetting` trains the default on questions for colours alone, with and without `config.consistency`, three seeds
 each, and tells what that does to the other families of questions and to captions (docs/consistency.md).
@@ -52,7 +51,6 @@ from ml_collections import ConfigDict
 
 from train_jax.config import base_config, parse_arg
 from train_jax.errors import UserError
-
 
 SWEEPS = ("ranks", "family", "forgetting")
 NAMES = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke", *SWEEPS)
@@ -134,7 +132,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def large(config: ConfigDict, dtype: str) -> None:
-    """PaliGemma-3B on CLEVR: the report's lengths, batch and rate, on a base and with an optimizer that round nothing."""
+    """PaliGemma-3B on CLEVR: the report's data, lengths, batch and rate, nothing quantised."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
     config.data.name = "clevr"

@@ -258,10 +258,15 @@ def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], Du
     key = (scenes.folder.resolve(), scenes.num_pictures, tower)
     if _latest is None or _latest[0] != key:
         model = make()
-        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
         with common.progress(f"encoding {scenes.num_pictures} training images") as told:
-            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(step(model, images)), told)
+            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
     return _latest[1]
+
+
+@jax.jit
+def _tower_features(model: DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
+    """Features [B, P, D] of images uint8 [B, I, I, 3]."""
+    return model.vision(model.config.preprocessing.normalize(images))[0]
 
 
 def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:

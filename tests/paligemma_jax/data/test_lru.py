@@ -73,7 +73,9 @@ def test_who_waits_for_a_load_that_fails_gets_its_error_and_the_next_loads_anew(
             time.sleep(0.001)
         time.sleep(0.05)
         go.set()
-        assert isinstance(first.exception(20), ZeroDivisionError) and isinstance(second.exception(20), ZeroDivisionError)
+        assert isinstance(first.exception(20), ZeroDivisionError) and isinstance(
+            second.exception(20), ZeroDivisionError
+        )
     assert cache.get("a", lambda: (7, 1)) == 7
 
 
