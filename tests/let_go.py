@@ -1,8 +1,8 @@
-"""Memory of finished test modules is let go, so that a whole run of the tests fits a small machine.
+"""Memory of finished tests is let go, so that a whole run fits a laptop of 8 GB.
 
-A plugin (see conftest.py). JAX keeps every program that it compiled, with the constants in it, for as long as a process
-lives, and each module compiles programs of its own. Programs that modules share are compiled anew after a clearing, so
-that is done only once a process has grown.
+A plugin (see conftest.py). JAX keeps every program that it compiled for as long as a process lives, and each module
+compiles programs of its own. Those that modules share are compiled anew after a clearing, so that is done only once a
+process has grown: a little at the end of a module, much between the tests of one.
 """
 
 import ctypes
@@ -12,14 +12,15 @@ from pathlib import Path
 import jax
 import pytest
 
-BOUND = 1 << 30  # bytes: of a process that holds no more, nothing is let go. Imports alone take 0.4 GiB.
+BETWEEN_MODULES = 1 << 30  # bytes that a process may hold; imports alone take 0.4 GiB
+BETWEEN_TESTS = 3 << 29
 
 
-def resident_bytes() -> float:
-    """What this process holds in memory; infinity where the system does not tell (it is Linux that does)."""
+def resident_bytes() -> int | None:
+    """What this process holds in memory; None where the system does not tell (it is Linux that does)."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return float("inf")
+        return None
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
 
@@ -33,9 +34,11 @@ def let_go() -> None:
         trim(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def finished_modules_are_let_go():
-    """After the module's own fixtures, as this one comes before them."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After the fixtures that this test was the last to use."""
     yield
-    if resident_bytes() > BOUND:
+    last = nextitem is None or nextitem.path != item.path
+    held = resident_bytes()
+    if last if held is None else held > (BETWEEN_MODULES if last else BETWEEN_TESTS):
         let_go()

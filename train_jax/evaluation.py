@@ -15,7 +15,7 @@ from train_jax.config import stored_config
 from train_jax.errors import UserError
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
-from train_jax.task import Task, make_task
+from train_jax.task import Task, check_workdir, make_task
 from train_jax.validation import validate
 
 OF_TRAINING = (
@@ -83,6 +83,7 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
     mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
+    check_workdir(task, workdir)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
         return task, model_state.build(task, mesh).model(), 0
     if (workdir / "config.json").is_file():

@@ -214,16 +214,22 @@ class Contrastive:
         of_scenes = contrastive_report.ZERO_SHOT if self.config.data.name == "scenes" else ()
         return (*contrastive_report.RETRIEVAL, *of_scenes)
 
-    def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the weights that the run starts from with those that the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was started from other weights.
+          UserError: the workdir's run was started from others.
         """
+        check_digest(workdir, *self._sources())
+
+    def _sources(self) -> tuple[str | None, ...]:
+        """Paths of the model and of the vision tower that the run starts from; of adapters there are none."""
+        return self.config.model.path, None, self.config.init.vision
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts."""
         workdir.mkdir(parents=True, exist_ok=True)
-        sources = self.config.model.path, None, self.config.init.vision
-        check_digest(workdir, *sources)
-        write_digest(workdir, *sources)
+        write_digest(workdir, *self._sources())
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:

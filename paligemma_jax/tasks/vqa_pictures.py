@@ -10,6 +10,7 @@ from PIL import Image
 from paligemma_jax.data.records import Source
 from paligemma_jax.metrics import exact_match
 from paligemma_jax.tasks.vqa_answer import Answer
+from train_jax.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -62,7 +63,7 @@ def _pictures(source: Source, names: set[str]) -> dict[str, Image.Image]:
             record = source[index]
             if record.image_name in names and record.image_name not in found:
                 found[record.image_name] = Image.open(io.BytesIO(record.image)).convert("RGB")
-        except (ValueError, OSError):
-            pass  # a bad row has no answer to show
+        except (UserError, OSError):  # as GuardedSource says of bad rows, which have no answer to show
+            pass
         index += 1
     return found

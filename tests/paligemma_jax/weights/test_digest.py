@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import paligemma_jax as pg
+from paligemma_jax.tasks.vqa import VQA
 from paligemma_jax.weights import digest
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
 from tests.paligemma_jax.mini import config_of
@@ -81,13 +83,18 @@ def on_another_base(mini_run, mini_folder, mini_options, tmp_path):
 def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monkeypatch):
     run, options = on_another_base
     monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(VQA, "base", lambda task: pytest.fail("the model was read"))
+    monkeypatch.setattr(VQA, "split", lambda task, name: pytest.fail("data were prepared"))
     calls = (
         lambda: pg.load(run),
         lambda: loop.evaluate(config_of(options), run),
         lambda: loop.fit(config_of(options | {"total_steps": 20}), run, "none"),
     )
-    for call in calls:
-        with pytest.raises(UserError, match="was trained on the base that was at .*, found another at"):
-            call()
+    for process in (0, 1):  # every process tells it
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        for call in calls:
+            with pytest.raises(UserError, match="was trained on the base that was at .*, found another at"):
+                call()
+    monkeypatch.undo()
     shutil.copy(mini_folder / "model.safetensors", options["model.path"])
     pg.load(run)
