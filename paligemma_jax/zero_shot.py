@@ -131,7 +131,7 @@ def _at_once(number: int) -> int:
     return min(AT_ONCE, 1 << (number - 1).bit_length())
 
 
-def _batches(rows: Sequence, size: int) -> Iterator[list]:
+def _batches(rows: Sequence | np.ndarray, size: int) -> Iterator[list]:
     """The rows in batches; the last one is filled up with copies of the last row."""
     for start in range(0, len(rows), size):
         yield [rows[min(index, len(rows) - 1)] for index in range(start, start + size)]

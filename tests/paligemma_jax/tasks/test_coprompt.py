@@ -298,7 +298,7 @@ def test_texts_are_arguments_of_the_step_and_do_not_train(options, method):
     assert ("class_texts/frozen" in held) == (method == "coprompt")
     assert not held & set(patterns.select(task.trainable(), arrays))
     step = jax.make_jaxpr(lambda arrays, batch: task.loss(params.merge(graph, arrays), batch, None))(arrays, batch)
-    assert not [value.shape for value in step.consts if np.ndim(value)]
+    assert max(np.size(value) for value in step.consts) <= 3  # mean and deviation of the pixels
 
 
 def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):
