@@ -24,7 +24,8 @@ tiny model goes with `--config.model.quantize=nf4`. `:3b,full` trains every weig
 `:3b,report` has the settings of the report, row by row: a base in int8, 8-bit AdamW, float16 with loss scaling, and
 LoRA on q_proj and o_proj by suffix, which reaches the tower's q_proj too (1,677,312 parameters); batch 2 with two
 accumulated, evaluation and saving after the epoch, the best checkpoint by loss. What it left open is as in `:3b`.
-`:report` runs the same settings on the tiny model, to see them work: a rate of 2e-5 teaches the tiny one little.
+`:report` runs the same settings on the tiny model, to see them work: a rate of 2e-5 teaches the tiny one little
+(docs/memory.md).
 
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
 (its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches

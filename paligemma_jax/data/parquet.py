@@ -2,7 +2,8 @@
 
 Columns `question`, `image` (a struct of `bytes` and `path`) and `answer`; one row per question, each with its own copy
 of the image. Parquet's unit of access is the row group: reading one row decodes its whole group, so the groups used
-last are kept up to a number of bytes, and memory stays bounded by that number plus one group whatever the data's size.
+last are kept up to a number of bytes, and memory stays bounded by that number plus one group
+for each thread that reads, whatever the data's size.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""What a model finds by `detect object` in held-out scenes: answers in its own words, in use's own mask.
+"""What a model finds by `detect object`, generated as in use.
 
-Beside the teacher-forced accuracy of pretraining.py, which calls a text of boxes right where every coordinate is
-exact to 1/1024, and so none.
+Beside the teacher-forced accuracy of pretraining.py, which calls a text of boxes right where every coordinate is exact
+to 1/1024, and so none.
 """
 
 from collections.abc import Sequence
