@@ -13,7 +13,7 @@ import jax
 import pytest
 
 BETWEEN_MODULES = 1 << 30  # bytes that a process may hold; imports alone take 0.4 GiB
-BETWEEN_TESTS = 3 << 29
+BETWEEN_TESTS = 11 << 27
 
 
 def resident_bytes() -> int | None:
