@@ -1,6 +1,6 @@
 """Zero-shot classification and retrieval with a dual encoder. Axes: N images, C classes, E of an embedding."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -31,9 +31,8 @@ def class_embeddings(
       UserError: no class, or a template without {}.
     """
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
-    tokens, mask = check_tokens(model, *tokenize(prompts))
-    embeddings, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
-    return np.asarray(unit(embeddings.reshape(len(classes), len(templates), -1).mean(1)))
+    embeddings = embed_texts(model, tokenize, prompts).reshape(len(classes), len(templates), -1)
+    return np.asarray(unit(jnp.asarray(embeddings.mean(1))))
 
 
 def check_tokens(model: DualEncoder, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +68,13 @@ def zero_shot(
     Other arguments and errors: `class_embeddings`.
     """
     texts = class_embeddings(model, tokenize, classes, templates)
-    return np.asarray(model.encode_image(jnp.asarray(images))[0]) @ texts.T
+    parts = [np.asarray(_embed_prepared(model, np.stack(part))) for part in _batches(images, _at_once(len(images)))]
+    return np.concatenate(parts)[: len(images)] @ texts.T
+
+
+@jax.jit
+def _embed_prepared(model: DualEncoder, images: Float[jax.Array, "B I I 3"]) -> Float[jax.Array, "B E"]:
+    return model.encode_image(images)[0]
 
 
 def recall(
@@ -160,10 +165,9 @@ def embed_images(
     model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = AT_ONCE
 ) -> Float[np.ndarray, "N E"]:
     """Embeddings of pictures of any size, resized as the model's family does it; the last batch is filled up."""
-    prepare, found = model.config.preprocessing, []
-    for start in range(0, len(images), batch_size):
-        part = [images[min(index, len(images) - 1)] for index in range(start, start + batch_size)]
-        found.append(np.asarray(embed_pixels(model, np.stack([prepare.resize(image) for image in part]))))
+    resize, found = model.config.preprocessing.resize, []
+    for part in _batches(images, batch_size):
+        found.append(np.asarray(embed_pixels(model, np.stack([resize(image) for image in part]))))
     return np.concatenate(found)[: len(images)]
 
 
@@ -175,11 +179,20 @@ def embed_pixels(model: DualEncoder, pixels: UInt8[jax.Array, "B I I 3"]) -> Flo
 
 def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
     """Embeddings of any number of texts, a batch at a time; the last batch is filled up."""
-    found = []
-    for start in range(0, len(texts), AT_ONCE):
-        part = [texts[min(index, len(texts) - 1)] for index in range(start, start + AT_ONCE)]
-        found.append(np.asarray(_embed_tokens(model, *check_tokens(model, *tokenize(part)))))
+    batches = _batches(texts, _at_once(len(texts)))
+    found = [np.asarray(_embed_tokens(model, *check_tokens(model, *tokenize(part)))) for part in batches]
     return np.concatenate(found)[: len(texts)]
+
+
+def _at_once(number: int) -> int:
+    """Rows of a batch for so many in all: a power of two, so that a handful of programs do, and few rows stay few."""
+    return min(AT_ONCE, 1 << (number - 1).bit_length())
+
+
+def _batches(rows: Sequence | np.ndarray, size: int) -> Iterator[list]:
+    """The rows in batches; the last one is filled up with copies of the last row."""
+    for start in range(0, len(rows), size):
+        yield [rows[min(index, len(rows) - 1)] for index in range(start, start + size)]
 
 
 @jax.jit

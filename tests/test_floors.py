@@ -57,6 +57,19 @@ def imports_of(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
     return found - {name}
 
 
+UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+"""Modules of Python that Windows has not."""
+
+
+def test_what_windows_lacks_is_imported_with_a_guard():
+    """Below `try`, never at the left margin."""
+    for name, file in modules_of(ROOT).items():
+        top = ast.parse(file.read_text(encoding="utf-8")).body
+        found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+        assert not found & UNIX, name
+
+
 def graph_of(root: Path) -> dict[str, set[str]]:
     modules = modules_of(root)
     return {name: imports_of(name, file, modules) for name, file in modules.items()}

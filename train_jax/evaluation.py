@@ -18,7 +18,7 @@ from train_jax.core import row_sharding
 from train_jax.errors import UserError, quoted
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
-from train_jax.task import Task, make_task
+from train_jax.task import Task, check_workdir, make_task
 from train_jax.validation import validate
 
 OF_TRAINING = (
@@ -88,6 +88,7 @@ def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = 
 def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mesh) -> tuple[Task, nnx.Module, int]:
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
     task = make_task(config, mesh)
+    check_workdir(task, workdir)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
         return task, model_state.build(task, mesh).model(), 0
     if (workdir / "config.json").is_file():

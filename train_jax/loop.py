@@ -29,7 +29,7 @@ from train_jax.reporting import Reporter
 from train_jax.resume import check_single, look
 from train_jax.session import Session, training_batches
 from train_jax.startup import startup_report
-from train_jax.task import make_task
+from train_jax.task import check_workdir, make_task
 from train_jax.validation import validate
 
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
@@ -72,6 +72,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: float) -> dict[str, Any]:
     """The run itself, of a config that can run."""
     task = make_task(config, mesh)
+    check_workdir(task, workdir)
     measured = getattr(task, "validation_metrics", None)
     if measured is not None:
         check_metric(config.best_metric, measured)

@@ -40,6 +40,8 @@ class Task(Protocol):
     checked without computing (files, vocabularies, patterns) and raises UserError.
 
     Beside the methods below a task may have
+      check_workdir(workdir): called by every process before data are prepared or the model is read, in training and in
+        evaluation; refuses a workdir whose run was made of other weights than the config's;
       start(workdir): called once before training, to put files of its own there;
       validation_metrics: names of all that `validate` measures, a tuple of str; with it a misspelt `best_metric` is
         found before anything is prepared, without it at the first evaluation;
@@ -121,3 +123,12 @@ class Task(Protocol):
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     """The task of a config."""
     return task_class(config.task)(config, mesh)
+
+
+def check_workdir(task: Task, workdir: Path) -> None:
+    """Lets the task refuse a workdir of other weights.
+
+    Raises:
+      UserError: the task's own.
+    """
+    getattr(task, "check_workdir", lambda workdir: None)(workdir)

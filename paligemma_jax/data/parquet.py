@@ -3,7 +3,7 @@
 Columns `question`, `image` and `answer`; one row per question, each with its own copy of the image: a struct of `bytes`
 and perhaps `path`, bytes alone, or a list of one of these. Parquet's unit of access is the row group: reading one row
 decodes its whole group, so the groups used last are kept up to a number of bytes, and memory stays bounded by that
-number plus one group whatever the data's size.
+number plus one group for each thread that reads, whatever the data's size.
 """
 
 import hashlib

@@ -222,16 +222,22 @@ class Contrastive:
         of_scenes = contrastive_report.ZERO_SHOT if self.config.data.name == "scenes" else ()
         return (*contrastive_report.RETRIEVAL, *of_scenes)
 
-    def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the weights that the run starts from with those that the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was started from other weights.
+          UserError: the workdir's run was started from others.
         """
+        check_digest(workdir, *self._sources())
+
+    def _sources(self) -> tuple[str | None, ...]:
+        """Paths of the model and of the vision tower that the run starts from; of adapters there are none."""
+        return self.config.model.path, None, self.config.init.vision
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts."""
         workdir.mkdir(parents=True, exist_ok=True)
-        sources = self.config.model.path, None, self.config.init.vision
-        check_digest(workdir, *sources)
-        write_digest(workdir, *sources)
+        write_digest(workdir, *self._sources())
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:
@@ -266,10 +272,15 @@ def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], Du
     key = (scenes.folder.resolve(), scenes.num_pictures, tower)
     if _latest is None or _latest[0] != key:
         model = make()
-        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
         with common.progress(f"encoding {scenes.num_pictures} training images") as told:
-            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(step(model, images)), told)
+            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
     return _latest[1]
+
+
+@jax.jit
+def _tower_features(model: DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
+    """Features [B, P, D] of images uint8 [B, I, I, 3]."""
+    return model.vision(model.config.preprocessing.normalize(images))[0]
 
 
 def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:

@@ -230,16 +230,22 @@ class TextToImage(ImageFlowTask):
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         return "\n".join(self.descriptions.texts[label] for label in batch["label"][0])
 
-    def start(self, workdir: Path) -> None:
-        """Notes which SigLIP reads the captions.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the SigLIP that reads the captions with that which the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was trained on the texts of another.
+          UserError: the workdir's run was trained on the texts of another.
         """
-        siglip = self.config.siglip if self.config.told == "captions" else None
+        check_digest(workdir, None, siglip=self._reader())
+
+    def _reader(self) -> str | None:
+        """Path of the SigLIP whose text tower reads the captions."""
+        return self.config.siglip if self.config.told == "captions" else None
+
+    def start(self, workdir: Path) -> None:
+        """Notes which SigLIP reads the captions."""
         workdir.mkdir(parents=True, exist_ok=True)
-        check_digest(workdir, None, siglip=siglip)
-        write_digest(workdir, None, siglip=siglip)
+        write_digest(workdir, None, siglip=self._reader())
 
     def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
         results = super().evaluate(model, workdir)

@@ -66,6 +66,7 @@ class VQA:
         self._consistency = vqa_consistency.Consistency(self) if config.consistency.weight else None
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
+        self.evaluation_bytes: dict[tuple, int | None] = {}  # what compiled evaluations take, see Evaluation
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
@@ -283,14 +284,17 @@ class VQA:
 
     # Evaluation.
 
-    def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the checkpoints, and the base's digest.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the base, the adapters and the tower that the run is made of with what the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was made on another base.
+          UserError: the workdir's run was made of others.
         """
-        workdir.mkdir(parents=True, exist_ok=True)
         check_digest(workdir, *self._sources())
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the checkpoints, and the base's digest."""
+        workdir.mkdir(parents=True, exist_ok=True)
         write_digest(workdir, *self._sources())
         self.tokenizer.save(workdir)
 
@@ -325,5 +329,4 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
-        check_digest(workdir, *self._sources())
         return report(self, model, workdir, split or self.default_split, companions)

@@ -32,7 +32,7 @@ from paligemma_jax.tasks import common
 from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_rows import Rows
-from train_jax import sharding
+from train_jax import params, sharding
 from train_jax.errors import UserError, cut
 from train_jax.memory import device_memory_limit, smaller_batch, step_memory
 
@@ -164,20 +164,29 @@ class Evaluation:
         while limit is not None and not self._fitted and self._size > self._parts:
             if self._all_activations() <= limit:  # spares the compiler, which takes half a minute on a CPU
                 break
-            batch, images = self._shapes(reader)
-            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
-            memory = step_memory(step)
-            if memory is None or memory.temp + memory.output <= limit:
+            most = need = self._need(*self._shapes(reader), wanted)
+            if need is None or need <= limit:
                 break
-            need = memory.temp + memory.output
             while need > limit and self._size > self._parts:  # about in proportion to the rows; compiled again to know
                 self._size, need = max(self._size // 2 // self._parts, 1) * self._parts, need // 2
             logging.warning(
                 "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
-                self._size, memory.temp + memory.output, limit,
+                self._size, most, limit,
             )  # fmt: skip
         self._fitted = True
         reader.resize(self._size)
+
+    def _need(self, batch, images, wanted: tuple[str, ...]) -> int | None:
+        """Bytes that a batch of these shapes takes beside the model, as the compiler says; None where it does not.
+
+        Evaluations of one run ask again and again, and are told what the first was.
+        """
+        key = wanted, str((batch, images)), str(params.abstract(self.model))
+        if key not in self.task.evaluation_bytes:
+            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
+            memory = step_memory(step)
+            self.task.evaluation_bytes[key] = None if memory is None else memory.temp + memory.output
+        return self.task.evaluation_bytes[key]
 
     def _all_activations(self) -> int:
         """More bytes than a device needs for its rows: as if of no layer anything were freed, and all in float32."""

@@ -10,6 +10,7 @@ from PIL import Image
 from paligemma_jax.data.records import Source
 from paligemma_jax.metrics import exact_match
 from paligemma_jax.tasks.vqa_answer import Answer
+from train_jax.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -62,7 +63,7 @@ def _pictures(source: Source, wanted: set[int | str]) -> dict[int | str, Image.I
             record = source[index]
             for key in {record.image_index, record.image_name} & wanted - found.keys():
                 found[key] = Image.open(io.BytesIO(record.image)).convert("RGB")
-        except (ValueError, OSError):
-            pass  # a bad row has no answer to show
+        except (UserError, OSError):  # as GuardedSource says of bad rows, which have no answer to show
+            pass
         index += 1
     return found

@@ -37,6 +37,7 @@ from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
 from train_jax import loop
+from train_jax.errors import UserError
 from train_jax.files import to_json
 
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
@@ -117,9 +118,11 @@ class Frequent:
         counts: dict[str, Counter] = defaultdict(Counter)
         train = task.split("train")
         for index in range(min(len(train), MOST_TRAINING_ROWS)):
-            with contextlib.suppress(ValueError, OSError):  # bad rows train nothing
+            try:
                 record = train[index]
-                counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
+            except (UserError, OSError):  # as GuardedSource says of bad rows, which train nothing
+                continue
+            counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
         self.guesses = {family: answers.most_common(1)[0][0] for family, answers in counts.items()}
         self.accuracy = Accuracy()
 

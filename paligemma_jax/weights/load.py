@@ -52,7 +52,8 @@ def load(
     shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None = None,
     **decoder,
 ) -> PaliGemma | DualEncoder | ViT | Gemma:
-    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside the model, a host holds no more than one layer of it.
+    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside what is in place already, a host holds the leaf that is
+    being stacked (a kernel of all layers, or the word table) and one layer of it.
 
     Args:
       path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a

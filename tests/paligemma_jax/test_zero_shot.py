@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,27 @@ def test_scores_are_cosines_of_images_and_classes(model):
     embeds = np.asarray(model.encode_image(jnp.asarray(images))[0])
     classes = zero_shot.class_embeddings(model, tokenize, ("cube", "ball"), TEMPLATES)
     np.testing.assert_allclose(scores, embeds @ classes.T, atol=1e-5)
+
+
+def test_texts_and_images_are_embedded_by_programs_that_stay(model, monkeypatch):
+    """Traced at first; after that nothing of the model is run by Python. Any number of rows up to a power of two."""
+    images, traced = np.zeros((5, 12, 12, 3), np.float32), []
+    for name in ("encode_text", "encode_image"):
+        original = getattr(DualEncoder, name)
+        monkeypatch.setattr(DualEncoder, name, lambda *given, f=original, n=name: (traced.append(n), f(*given))[1])
+    jax.clear_caches()
+    first = zero_shot.zero_shot(model, tokenize, images, ("cube", "ball", "cone"), ("a {}",))
+    assert sorted(traced) == ["encode_image", "encode_text"]
+    again = zero_shot.zero_shot(model, tokenize, images[:5], ("cube", "ball", "cone", "cup"), ("a {}",))
+    assert len(traced) == 2
+    np.testing.assert_array_equal(again[:, :3], first)
+
+
+def test_any_number_of_texts_is_embedded(model):
+    texts = [f"text {number}" for number in range(70)]
+    whole = zero_shot.embed_texts(model, tokenize, texts)
+    for number in (1, 2, 3, 64, 65, 70):
+        np.testing.assert_allclose(zero_shot.embed_texts(model, tokenize, texts[:number]), whole[:number], atol=1e-6)
 
 
 @pytest.mark.parametrize(

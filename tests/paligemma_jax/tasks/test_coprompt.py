@@ -247,6 +247,7 @@ def test_the_golden_passes_through_the_code_that_trains(options, golden):
     task.texts = Texts(
         case["tokens"].astype(np.int32), None, np.stack([0 * frozen, frozen], 1), np.full(C, 2, np.int32)
     )
+    model = task.texts.beside(model)
     pixels = {ours: jnp.asarray(case[name].transpose(0, 2, 3, 1)) for ours, name in IMAGES.items()}
     B = len(case["labels"])
     batch = pixels | {"label": jnp.asarray(case["labels"], jnp.int32), "weight": jnp.ones(B), "draw": jnp.full(B, 0.7)}
@@ -284,6 +285,21 @@ def test_the_loss_is_coprompts_in_micro_batches_too(options):
     rows |= {ours: normalize(batch[name][good]) for name, ours in IMAGES.items()}
     expected, _ = coprompt_loss(model, rows, 2.0, "mse")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["coprompt", "full"])
+def test_texts_are_arguments_of_the_step_and_do_not_train(options, method):
+    """As constants of the program, a thousand classes' sentences would be compiled into it."""
+    none = {"prompts.text_adapter": None, "prompts.image_adapter": None} if method == "full" else {}
+    task = task_of(options, method=method, **none)
+    batch, model = batch_of(task), task.init()
+    graph, arrays = params.split(model)
+    held = {path for path in arrays if path.startswith("class_texts/")}
+    assert {"class_texts/tokens", "class_texts/lengths"} <= held
+    assert ("class_texts/frozen" in held) == (method == "coprompt")
+    assert not held & set(patterns.select(task.trainable(), arrays))
+    step = jax.make_jaxpr(lambda arrays, batch: task.loss(params.merge(graph, arrays), batch, None))(arrays, batch)
+    assert max(np.size(value) for value in step.consts) <= 3  # mean and deviation of the pixels
 
 
 def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):

@@ -172,6 +172,9 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
     assert evaluation._size == 4 and len(compiled) == 2
     list(evaluation.answers(mini_rows, ("generate",), shuffled=True))
     assert len(compiled) == 2  # once an evaluation
+    again = Evaluation(task, task.base())
+    assert_same(list(again.answers(mini_rows, ALL)), expected)
+    assert again._size == 4 and len(compiled) == 2  # and a run evaluates many times
 
 
 def planned(evaluation, rows, wanted=ALL):

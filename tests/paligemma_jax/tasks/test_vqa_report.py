@@ -13,7 +13,7 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax.data.records import Record
 from paligemma_jax.metrics import Accuracy, rouge
-from paligemma_jax.tasks import vqa_report
+from paligemma_jax.tasks import vqa_pictures, vqa_report
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_pictures import save_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
@@ -54,6 +54,21 @@ def test_the_most_frequent_training_answer_of_a_family():
     frequent.add(dataclasses.replace(answer(COUNT, ""), family="exist", reference="yes"))  # never trained
     assert frequent.accuracy.overall == 2 / 5
     assert frequent.accuracy.by_family() == {"count": 0.5, "exist": 0.0, "query_color": 0.5}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
+    """Bad rows are told by UserError and OSError; anything else passes through, in the counts and on the sheet."""
+
+    class Broken(Rows):
+        def __getitem__(self, index):
+            raise error("a fault")
+
+    rows = Broken([Record(b"", "x.png", 0, "answer en Why?", "1")])
+    with pytest.raises(error, match="a fault"):
+        vqa_report.Frequent(task_with(rows))
+    with pytest.raises(error, match="a fault"):
+        vqa_pictures._pictures(rows, {"x.png"})
 
 
 def test_the_best_of_the_controls():
