@@ -18,6 +18,7 @@ from tqdm import tqdm
 from flow_jax.frechet import FrechetScore
 from train_jax import clock, command_line, files
 from train_jax.config import leaves
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
 # Flags that are short for --config.eval.<name>.
@@ -51,14 +52,15 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
         raise UserError(f"{workdir} is a run of {config.task}, expected one of flow_jax.image_task:ImageFlow.")
     workdir, options = Path(workdir), config.eval
     number = options.num_samples or NUM_SAMPLES
-    evaluation = make_task(config, make_mesh(config.mesh)).evaluation
+    mesh = make_mesh(config.mesh)
+    evaluation = make_task(config, mesh).evaluation
     evaluation.features  # noqa: B018 (a wrong name is told before the model is read)
     model = load_model(config, workdir, checkpoint)
     side = getattr(evaluation.data, options.reference)
     with _bar("real images", min(len(side), options.reference_examples)) as told:
         real = evaluation.moments(options.reference, told.update)
     score = FrechetScore(evaluation.features, real)
-    with _bar("samples", number) as told:
+    with _bar("samples", number) as told, row_sharding.over(mesh):
         nfe = evaluation.score(model, evaluation.labels(number), [score], told.update)
     chosen = {name: options[name] for name in SHORT if name not in ("num_samples", "reference_examples", "batch_size")}
     results: dict[str, Any] = score.results() | {"nfe": nfe, "samples": number, "real_images": real.count} | chosen

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-BETWEEN_MODULES = 1 << 30  # bytes that a process may hold; imports alone take 0.4 GiB
-BETWEEN_TESTS = 11 << 27
+BETWEEN_MODULES = 1024 << 20  # bytes that a process may hold; imports alone take 0.4 GiB
+BETWEEN_TESTS = 1408 << 20
 
 
 def resident_bytes() -> int | None:

@@ -16,7 +16,6 @@ _OPERANDS = re.compile(r"%([\w.\-]+)")
 _CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
-_GROUPS = re.compile(r"\bbatch_group_count=(\d+)")
 _GEMM = re.compile(r'"dot_dimension_numbers":(\{[^{}]*\})')  # of a library's product: GPUs have them
 
 
@@ -59,8 +58,7 @@ def _of_convolution(instruction: Instruction, types: dict[str, str]) -> int:
     image, kernel, result = (dict(zip(labels, sizes, strict=True)) for labels, sizes in _labelled(instruction, types))
     window = found[1] if (found := _WINDOW.search(rest)) else ""
     window = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", window)}
-    groups = int(found[1]) if (found := _GROUPS.search(rest)) else 1
-    flops = 2 * result["b"] * result["f"] * kernel["i"] // groups
+    flops = 2 * result["b"] * result["f"] * kernel["i"]
     for axis, name in enumerate(sorted(name for name in image if name.isdecimal())):
         low, _ = map(int, window["pad"][axis].split("_")) if "pad" in window else (0, 0)
         stride, spread, gap = (int(window.get(key, "1" * 9)[axis]) for key in ("stride", "rhs_dilate", "lhs_dilate"))

@@ -148,5 +148,5 @@ class DiT(nnx.Module):
             block = nnx.merge(graph, row_sharding.gather(state))
             return row_sharding.pin_rows(block(row_sharding.pin_rows(h), c, keys)), None
 
-        step = jax.checkpoint(step) if self.config.remat else row_sharding.recompute_gathered(step)
+        step = jax.checkpoint(step) if self.config.remat else row_sharding.recompute_gathered(step, state, stacked=True)
         return jax.lax.scan(step, h, (jnp.arange(self.config.depth), state))[0]

@@ -299,7 +299,8 @@ def scan_stack(
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
         "dots" keeps the results of matrix products without batch axes.
-      unroll: compile the layers one after another instead of a loop: faster on CPU, slower to compile.
+      unroll: compile the layers one after another instead of a loop: faster on CPU, slower to compile. A loop it is
+        where weights are gathered from other devices.
       row_axes: where the carry's arrays have their rows, see row_sharding.pin_rows.
 
     Returns:
@@ -317,9 +318,11 @@ def scan_stack(
         return row_sharding.pin_rows(carry, row_axes), y
 
     if remat == "none":
-        body = row_sharding.recompute_gathered(body)
+        body = row_sharding.recompute_gathered(body, params, stacked=True)
     else:
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}.")
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    # Layers one after another would be gathered all at once: nothing holds the compiler back.
+    unroll = unroll and not row_sharding.gathers()
     return lax.scan(body, carry, (params, per_layer), unroll=unroll)

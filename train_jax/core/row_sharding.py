@@ -19,19 +19,21 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROW_AXES = ("data", "fsdp")
 _WEIGHTS = "fsdp"  # the axis that `gather` undoes
-_GATHERED = "gathered weights"  # a name for jax.checkpoint
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 _METADATA = "gathered_spec"  # of a Variable that "fsdp" splits: its spec without it
 
 T = TypeVar("T")
 
 
 def over(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """The context in which programs are traced for a mesh with the axes ROW_AXES. Nothing is moved to its devices."""
+    """The context in which programs are traced for a mesh with the axes ROW_AXES.
+
+    Nothing is moved: arrays that programs are given within it, a model's first of all, must lie on this mesh.
+    """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
@@ -115,13 +117,11 @@ def mark(model: nnx.Module, places: Mapping[str, NamedSharding]) -> nnx.Module:
 def gather(module: T) -> T:
     """A copy of a module, or of a state of one, whose arrays "fsdp" no longer splits; other axes still do.
 
-    Of a stack of layers one layer may be given. Differentiable: gradients are reduced to where the parameters lie.
-    Within `jax.checkpoint` under `policy` gathered weights are not kept for the backward pass but gathered again.
+    Of a stack of layers one layer may be given. What a backward pass keeps is up to `recompute_gathered`.
     """
     if not gathers():
         return module
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.replace(gathered(leaf)), module, is_leaf=is_variable)
+    return jax.tree.map(lambda leaf: leaf.replace(gathered(leaf)), module, is_leaf=_is_variable)
 
 
 def gathered(variable: nnx.Variable) -> jax.Array:
@@ -129,8 +129,7 @@ def gathered(variable: nnx.Variable) -> jax.Array:
     value, spec = variable.get_value(), variable.get_metadata().get(_METADATA)
     if spec is None or not gathers() or not isinstance(value, jax.core.Tracer):
         return value
-    value = lax.with_sharding_constraint(value, PartitionSpec(*spec[len(spec) - value.ndim :]))
-    return checkpoint_name(value, _GATHERED)
+    return lax.with_sharding_constraint(value, PartitionSpec(*spec[len(spec) - value.ndim :]))
 
 
 def gathers() -> bool:
@@ -139,14 +138,25 @@ def gathers() -> bool:
     return mesh is not None and mesh.shape[_WEIGHTS] > 1
 
 
-def recompute_gathered(function: Callable, in_scan: bool = True) -> Callable:
+def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -> Callable:
     """`function`, whose backward pass gathers weights again instead of keeping them; all else is kept.
 
     Args:
-      in_scan: whether it is the body of a scan, whose two passes the compiler cannot merge.
+      function: it gathers the weights that it uses.
+      state: of the module, before it is gathered. What has the size of one of these weights (its cast, say, or what
+        an adapter adds to it) is computed again too, but for results of products.
+      stacked: whether arrays have a leading axis of layers, of which `function` is given one in a scan.
     """
-    policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan) if gathers() else function
+    variables = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _METADATA in leaf.get_metadata()]
+    if not gathers() or not variables:
+        return function
+    weights = {math.prod(leaf.shape[stacked:]) for leaf in variables}
+
+    def may_be_kept(primitive, *operands, **_):
+        return primitive.name in _PRODUCTS or not any(operand.size in weights for operand in operands)
+
+    # The compiler cannot merge the two passes of a scan.
+    return jax.checkpoint(function, policy=may_be_kept, prevent_cse=not stacked)
 
 
 def apply_block(block: nnx.Module, *inputs: Any, remat: bool = False) -> Any:
@@ -162,8 +172,12 @@ def apply_block(block: nnx.Module, *inputs: Any, remat: bool = False) -> Any:
     def run(state, *inputs):
         return pin_rows(nnx.merge(graph, gather(state))(*inputs))
 
-    run = jax.checkpoint(run) if remat else recompute_gathered(run, in_scan=False)
+    run = jax.checkpoint(run) if remat else recompute_gathered(run, state, stacked=False)
     return run(state, *inputs)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _mesh() -> AbstractMesh | None:
