@@ -22,7 +22,10 @@ class MAPHead(nnx.Module):
         self.mlp = encoder.Mlp(config, "image_head", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
-        probe = self.probe[...].astype(jnp.float32)[None, None]
-        query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
-        pooled = self.attention(query, dropout_keys, keys_from=x)
+        probe = self.probe[...].astype(jnp.float32)
+        if self.attention.is_plain:
+            pooled = self.attention.pool(probe, x)
+        else:
+            query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
+            pooled = self.attention(query, dropout_keys, keys_from=x)
         return (pooled + self.mlp(self.layernorm(pooled), dropout_keys))[:, 0]

@@ -32,6 +32,12 @@ def measure(
     return _measure(model, tokenizer, pairs, objects, zero_shot.embed(model, pairs))
 
 
+def mean_r1(model: DualEncoder, pairs: CaptionedScenes) -> float:
+    """The mean of R@1 both ways."""
+    embedded = zero_shot.embed(model, pairs)
+    return zero_shot.retrieval(embedded.images, embedded.texts)["mean_r1"]
+
+
 def _measure(model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded) -> dict[str, float]:
     found = dict(zero_shot.retrieval(embedded.images, embedded.texts))
     if objects is not None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax import convert, losses
+from paligemma_jax import convert, losses, zero_shot
 from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.tasks import contrastive
 from paligemma_jax.tasks.contrastive import Contrastive
@@ -173,6 +174,8 @@ def test_another_models_tower_is_where_it_starts(options, run):
         ({"loss.negatives": 2, "loss.name": "softmax"}, "loss.negatives leaves pairs out of the sigmoid loss"),
         ({"data.name": "jsonl"}, "data.name is 'jsonl' but data.source is not set"),
         ({"data.source": "x"}, "data.source is 'x' of synthetic scenes: set data.name to jsonl or tfds"),
+        ({"loss.full_matrix": True, "loss.negatives": 4}, "expected no loss.negatives and data.name=scenes with it"),
+        ({"data.name": "jsonl", "data.source": "x", "data.num_tuning": 4}, "set data.num_tuning=0"),
         ({"data.noise": "colours"}, "data.noise is 'colours', expected one of '', images, texts, pairs"),
         ({"data.noise_share": 1.5}, "data.noise_share is 1.5, expected a share from 0 to 1"),
         ({"model.variant": "siglip-b16-224"}, "tokenizer is not set, expected the one for texts of siglip-b16-224"),
@@ -332,3 +335,49 @@ def test_devices_exchange_blocks_of_texts_and_never_gather_embeddings(options):
     """The whole step: towers, pooling, ring, gradients."""
     (step, _) = plan(config_of(options | {"mesh.data": 4}, CONFIG)).programs
     assert "collective-permute" in step.collectives and "all-gather" not in step.collectives
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_the_textbook_form_is_the_same_loss_and_holds_a_matrix_of_all_pairs(options, name):
+    task = task_of(options, **{"loss.name": name, "data.views": 2})
+    batch = batch_of(task)
+    batch["text_id"] = batch["text_id"].at[3].set(batch["text_id"][1])  # two rows that are no negatives
+    whole = task_of(options, **{"loss.name": name, "data.views": 2, "loss.full_matrix": True})
+    model = task.init()
+
+    def gradient(task):
+        (value, metrics), found = nnx.value_and_grad(lambda model: task.loss(model, batch, None), has_aux=True)(model)
+        return value, metrics, params.flatten(found)
+
+    ours, theirs = gradient(task), gradient(whole)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours[2], theirs[2])
+    many = {"loss.name": name, "batch_size": 1024}
+    chunks, matrix = (
+        plan(config_of(options | many | {"loss.full_matrix": full}, CONFIG)).programs[0].temp for full in (False, True)
+    )
+    assert matrix - chunks > 4 * 1024 * (1024 - 256)
+
+
+def test_cosines_of_a_batch_are_watched(options):
+    task = task_of(options)
+    batch, model = batch_of(task), task.init()
+    zimg, ztxt = (np.asarray(z) for z in zero_shot.embed_rows(model, batch))
+    metrics = {name: float(total / count) for name, (total, count) in task.loss(model, batch, None)[1].items()}
+    np.testing.assert_allclose(metrics["cosine_own"], np.diag(zimg @ ztxt.T).mean(), atol=1e-6)
+    np.testing.assert_allclose(metrics["cosine_mean"], (zimg @ ztxt.T).mean(), atol=1e-6)
+
+
+def test_scenes_to_tune_by_are_others(options, run, tmp_path):
+    """Their recall is told at the end, and what is held out does not change."""
+    task = task_of(options, **{"data.num_tuning": 6})
+    scenes = [
+        {json.dumps(scene) for scene in rows.scenes}
+        for rows in (task.pairs.train(), task.pairs.held_out(), task.pairs.tuning())
+    ]
+    assert len(set.union(*scenes)) == 8 + 6 + 6
+    model = pg.load(run)
+    found = task.evaluate(model, tmp_path)
+    embedded = zero_shot.embed(model, task.pairs.tuning())
+    assert found.pop("tuning_mean_r1") == zero_shot.retrieval(embedded.images, embedded.texts)["mean_r1"]
+    assert found.items() <= json.loads((run / "eval.json").read_text()).items()
