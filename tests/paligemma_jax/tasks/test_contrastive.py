@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import paligemma_jax as pg
 from paligemma_jax import convert, losses, zero_shot
@@ -126,7 +125,7 @@ def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
     for path, grad in grads.items():
         atol = 1e-5 * np.abs(grad).max() + rounding
         np.testing.assert_allclose(others[path], grad, rtol=0, atol=atol, err_msg=path)
-        assert np.abs(grad).max() > 0 or path == "text/layers/self_attn/k_proj/bias", path
+        assert np.abs(grad).max() > 0 or path.endswith("k_proj/bias"), path  # the softmax does not see it
 
 
 def test_a_caption_that_two_pictures_share_is_no_negative(options):
@@ -343,15 +342,14 @@ def test_the_textbook_form_is_the_same_loss_and_holds_a_matrix_of_all_pairs(opti
     batch = batch_of(task)
     batch["text_id"] = batch["text_id"].at[3].set(batch["text_id"][1])  # two rows that are no negatives
     whole = task_of(options, **{"loss.name": name, "data.views": 2, "loss.full_matrix": True})
-    model = task.init()
+    graph, arrays = params.split(task.init())
 
     def gradient(task):
-        (value, metrics), found = nnx.value_and_grad(lambda model: task.loss(model, batch, None), has_aux=True)(model)
-        return value, metrics, params.flatten(found)
+        return jax.value_and_grad(lambda arrays: task.loss(params.merge(graph, arrays), batch, None)[0])(arrays)
 
-    ours, theirs = gradient(task), gradient(whole)
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours[2], theirs[2])
+    (value, ours), (whole_value, theirs) = gradient(task), gradient(whole)
+    np.testing.assert_allclose(value, whole_value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 + 1e-5 * np.abs(b).max()), ours, theirs)
     many = {"loss.name": name, "batch_size": 1024}
     chunks, matrix = (
         plan(config_of(options | many | {"loss.full_matrix": full}, CONFIG)).programs[0].temp for full in (False, True)
