@@ -134,11 +134,11 @@ def grid(config: ConfigDict) -> None:
 
 
 def memory(config: ConfigDict) -> None:
-    """A step of each loss, in chunks and over the whole matrix of pairs."""
+    """A step of each loss, in chunks and over the whole matrix of pairs, at the paper's 32,768 too."""
     config.sweep_series = "loss.name,loss.full_matrix"
     config.sweep = tuple(
-        (f"{loss}-{size}-{'matrix' if full else 'chunks'}", run(config, loss, size, 0, loss__full_matrix=full))
-        for size in SIZES
+        (f"{loss}-{size}-{'matrix' if full else 'chunks'}", run(config, loss, size, 0, GRID[0], loss__full_matrix=full))
+        for size in (*SIZES, 32_768)
         for loss in SCALES
         for full in (False, True)
     )
