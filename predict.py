@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from train_jax import command_line
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
@@ -47,6 +47,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_beams", None, "sampler beam: how many hypotheses", **options)
     flags.DEFINE_float("length_penalty", None, "sampler beam: exponent of the length", **options)
     flags.DEFINE_integer("seed", 0, "of the draws", **options)
+    flags.DEFINE_string("special_tokens", None, "<bos> and such in prompts: refuse, or parse as tokens", **options)
     flags.DEFINE_string("dtype", None, "a base model's compute dtype (a run has its own); float32 if absent", **options)
     flags.DEFINE_bool("help", False, "print this", **options)
     return values
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
         max_new_tokens=values.max_new_tokens,
         sampler=values.sampler,
         seed=values.seed,
+        special_tokens=values.special_tokens,
         **{name: values[name].value for name in SAMPLER_OPTIONS},
     )
     for image, prompt, answer in answers:
@@ -111,7 +113,7 @@ def _draw(values: flags.FlagValues, config: ConfigDict) -> None:
 def _classify(values: flags.FlagValues, rest: list[str]) -> None:
     """Prints the likelihood of every class, one line an image."""
     if values.prompt or rest:
-        raise UserError(f"found {(values.prompt + rest)[0]!r} beside --class, which goes without: leave one out.")
+        raise UserError(f"found {quoted((values.prompt + rest)[0])} beside --class, which goes without: leave one out.")
     if (values.workdir is None) == (values.model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
     from paligemma_jax.classify import classify

@@ -8,19 +8,24 @@ them (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
 
-`:3b` is the run of the report: PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of
-CLEVR's questions, one epoch. Weights are gated, so you give their path:
+`:3b` is PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of CLEVR's questions, one
+epoch. Weights are gated, so you give their path:
 
     python train.py --config=configs/clevr.py:3b \\
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
-It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling, as the report did). Training and evaluation took 7.0
-GiB of a GPU (docs/memory.md: random weights, short answers). It reports on 2,000 of the 149,991 validation
-questions, evenly spread (`--config.eval.max_examples=None` for all). The run on CLEVR has not been made: its score is
-not measured.
+It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling). Training and evaluation took 7.0 GiB of a GPU
+(docs/memory.md: random weights, short answers). It reports on 2,000 of the 149,991 validation questions, evenly spread
+(`--config.eval.max_examples=None` for all). The run on CLEVR has not been made: its score is not measured.
 
 `:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.8 GiB (docs/memory.md); the
-tiny model goes with `--config.model.quantize=nf4`.
+tiny model goes with `--config.model.quantize=nf4`. `:3b,full` trains every weight, which takes a large card or several.
+
+`:3b,report` has the settings of the report, row by row: a base in int8, 8-bit AdamW, float16 with loss scaling, and
+LoRA on q_proj and o_proj by suffix, which reaches the tower's q_proj too (1,677,312 parameters); batch 2 with two
+accumulated, evaluation and saving after the epoch, the best checkpoint by loss. What it left open is as in `:3b`.
+`:report` runs the same settings on the tiny model, to see them work: a rate of 2e-5 teaches the tiny one little
+(docs/memory.md).
 
 The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
 (its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches
@@ -32,9 +37,10 @@ slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoi
 `:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank
 (docs/sweeps.md).
 
-`:peft=NAME` trains the default by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning,
-last_layers, decoder, full: docs/peft.md); `:family` trains it by each, three seeds, and draws accuracy against the
-number of trained parameters.
+`:peft=NAME` trains by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning, last_layers,
+decoder, full: docs/peft.md), `:full` being `:peft=full`. The rates were tried on the tiny model; `:3b,peft=NAME` has
+them too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers. `:family` trains the default by
+each method, three seeds, and draws accuracy against the number of trained parameters.
 
 `:forgetting` trains the default on questions for colours alone, with and without `config.consistency`, three seeds
 each, and tells what that does to the other families of questions and to captions (docs/consistency.md).
@@ -47,35 +53,43 @@ from ml_collections import ConfigDict
 from train_jax.config import base_config, parse_arg
 from train_jax.errors import UserError
 
+SWEEPS = ("ranks", "family", "forgetting")
+NAMES = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke", *SWEEPS)
+# Arguments that contradict each other, with the reason.
+APART = (
+    (("3b", "smoke"), "smoke is of the tiny model"),
+    (("qlora", "int8"), "NF4 or int8"),
+    (("full", "peft"), "full is peft=full"),
+    (SWEEPS, "one sweep"),
+    (("3b", "family"), "the rates of family are the tiny model's"),
+    *(((one, sweep), "the sweep sets the method") for one in ("full", "peft") for sweep in ("ranks", "family")),
+    *((("report", name), "the report's settings stand as they are") for name in ("qlora", "full", "peft", *SWEEPS)),
+)
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "3b" (with "fp16", and with "qlora" or "int8"), "peft=NAME", or one of the names below.
+    """The config; arg is "peft=NAME" or some of NAMES, joined by commas.
 
     Raises:
-      UserError: another one.
+      UserError: another one, or two that contradict each other.
     """
-    names = ("3b", "fp16", "qlora", "int8", "smoke", "ranks", "family", "forgetting")
-    arg = parse_arg(arg, peft="", **dict.fromkeys(names, False))
+    arg = parse_arg(arg, peft="", **dict.fromkeys(NAMES, False))
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
     config.load_best_at_end = True
     config.optimizer.weight_decay = 0.01
     config.optimizer.grad_clip_norm = 1.0
-    if arg.fp16 and not arg["3b"]:
-        raise UserError("the config argument fp16 stands without 3b, which it belongs to: write :3b,fp16, or for other "
-                        "runs --config.compute_dtype=float16.")  # fmt: skip
-    if arg.qlora and arg.int8:
-        raise UserError("the config arguments qlora and int8 stand together, expected one: NF4 or int8.")
-    if arg["3b"] and arg.smoke:
-        raise UserError("the config arguments 3b and smoke stand together, expected one: smoke is of the tiny model.")
+    check_together(arg)
     if arg["3b"]:
-        report(config, "float16" if arg.fp16 else "bfloat16")
+        large(config, "float16" if arg.fp16 else "bfloat16")
     else:
         tiny(config)
-    if arg.qlora or arg.int8:
+    if arg.report:
+        report(config)
+    elif arg.qlora or arg.int8:
         quantized(config, "nf4" if arg.qlora else "int8")
-    if arg.peft:
-        method(config, arg.peft)
+    if arg.peft or arg.full:
+        method(config, arg.peft or "full", large=arg["3b"])
     if arg.smoke:
         smoke(config)
     if arg.ranks:
@@ -85,6 +99,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.forgetting:
         forgetting(config)
     return config
+
+
+def check_together(arg: ConfigDict) -> None:
+    """Refuses arguments that contradict each other."""
+    if arg.fp16 and not (arg["3b"] or arg.report):
+        raise UserError("the config argument fp16 stands without 3b, which it belongs to: write :3b,fp16, or for other "
+                        "runs --config.compute_dtype=float16.")  # fmt: skip
+    for names, reason in APART:
+        found = [name for name in names if arg[name]]
+        if len(found) > 1:
+            raise UserError(f"the config arguments {' and '.join(found)} stand together, expected one: {reason}.")
 
 
 def tiny(config: ConfigDict) -> None:
@@ -107,11 +132,10 @@ def tiny(config: ConfigDict) -> None:
     config.eval.max_new_tokens = 3
 
 
-def report(config: ConfigDict, dtype: str) -> None:
-    """The report's run (its table of settings); what it left open has PaliGemma's usual value."""
+def large(config: ConfigDict, dtype: str) -> None:
+    """PaliGemma-3B on CLEVR: the report's data, lengths, batch and rate, nothing quantised."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
-    config.adapter.targets = r"decoder/.*/(q_proj|o_proj)"  # peft's suffixes would reach the tower too: r".*/(...)"
     config.data.name = "clevr"
     config.data.fraction = 0.01  # about 6,650 questions
     config.data.prefix_length = 128
@@ -130,6 +154,23 @@ def report(config: ConfigDict, dtype: str) -> None:
     config.log_steps = 10
     config.eval_epochs = 1.0
     config.checkpoint_epochs = 1.0
+
+
+def report(config: ConfigDict) -> None:
+    """The report's table of settings, on either model; lengths, data and schedule are the model's."""
+    config.compute_dtype = "float16"  # with loss scaling
+    quantized(config, "int8")
+    config.adapter.targets = r".*/(q_proj|o_proj)"  # peft matches suffixes, in the tower too, whose output is out_proj
+    config.adapter.rank, config.adapter.alpha, config.adapter.dropout = 8, 32.0, 0.1
+    config.cache_features = False  # the tower trains
+    config.optimizer.name = "adamw_8bit"
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.weight_decay = 0.01
+    config.batch_size, config.micro_batch = 4, 2
+    config.total_epochs = config.eval_epochs = config.checkpoint_epochs = 1.0
+    config.eval_percent = config.checkpoint_percent = None
+    config.best_metric, config.best_mode = "loss", "min"
+    config.patience = 2
 
 
 def quantized(config: ConfigDict, kind: str) -> None:
@@ -158,11 +199,13 @@ METHODS = {
 """What each method changes in the default: its own keys, and the rate that suits it (tried on the tuning questions)."""
 
 
-def method(config: ConfigDict, name: str) -> None:
-    """Another method on the tiny model."""
+def method(config: ConfigDict, name: str, large: bool) -> None:
+    """Another method, at its rate; a large model's own weights train at the rate of most of PaliGemma's transfers."""
     if name not in METHODS:
         raise UserError(f"the config argument peft is {name!r}, expected one of {', '.join(METHODS)}: change it.")
     config.update_from_flattened_dict(METHODS[name])
+    if large and name in ("last_layers", "decoder", "full"):
+        config.optimizer.learning_rate = 1e-5
 
 
 def family(config: ConfigDict) -> None:

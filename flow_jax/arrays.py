@@ -5,14 +5,22 @@ of a mixture or rows of a data set, N and M rows of two point clouds. Times are 
 t = 1 data. What annotations call an array may be a NumPy array: both are taken everywhere.
 """
 
+import math
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
+from train_jax.errors import UserError
+
 AnyArray = Array | np.ndarray
 Rows = Float[AnyArray, "B ..."]
 """A batch of examples of any shape."""
+CheckedRows = Num[AnyArray, "..."]
+"""As `Rows`, of a shape that others have too: where they differ, an error names both. Integers become floats."""
 Number = int | float | np.number
 """A plain number."""
 Scalar = Number | Num[AnyArray, ""]
@@ -21,14 +29,112 @@ RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 """A key of jax.random, typed or raw."""
 Labels = Int[AnyArray, " B"] | Int[AnyArray, "B K"] | Float[AnyArray, "B E"]
 """What a model is told of each row: a class, several attributes, or a vector; see models.features.Condition."""
+CheckedLabels = Int[AnyArray, "..."] | Float[AnyArray, "..."]
+"""As `Labels`; of another number of rows than x, an error says so."""
 Time = Scalar | Float[AnyArray, " B"]
 """One time for all rows, or one a row."""
+CheckedTime = Scalar | Num[AnyArray, "..."]
+"""As `Time`; of another shape, an error says so."""
 
 
-def as_time(t: Time, x: AnyArray) -> Array:
-    """The time in the dtype of x, in float32 where that is no float: a scalar, or [B]."""
+def float_dtype(x: AnyArray):
+    """The dtype of x, float32 where that is no float."""
     dtype = jnp.result_type(x)
-    return jnp.asarray(t, dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
+
+
+def full_dtype(x: AnyArray):
+    """The dtype of x, float32 where that is less: what sums and squares are taken in."""
+    return jnp.promote_types(float_dtype(x), jnp.float32)
+
+
+def as_rows(name: str, x: CheckedRows) -> Float[Array, "B ..."]:
+    """An array of rows of floats.
+
+    Raises:
+      UserError: a single number, or complex ones.
+    """
+    x = jnp.asarray(x)
+    if x.ndim == 0 or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise UserError(f"{name} is {x.dtype}{list(x.shape)}, expected rows of real numbers: give an array [B, ...].")
+    return x.astype(float_dtype(x))
+
+
+def same_rows(**rows: CheckedRows) -> list[Float[Array, "B ..."]]:
+    """Arrays of rows, all of one shape.
+
+    Raises:
+      UserError: shapes that differ, if only by an axis of size 1; they would be broadcast.
+    """
+    arrays = [as_rows(name, x) for name, x in rows.items()]
+    for name, x in zip(rows, arrays, strict=True):
+        check_shapes(next(iter(rows)), arrays[0], name, x)
+    return arrays
+
+
+def check_shapes(one: str, x: AnyArray, other: str, y: AnyArray) -> None:
+    """Raises UserError, naming both shapes, unless they are equal."""
+    if x.shape != y.shape:
+        raise UserError(
+            f"{one} has shape {list(x.shape)} and {other} {list(y.shape)}, expected one shape: reshape one of them."
+        )
+
+
+def check_clouds(a: AnyArray, b: AnyArray) -> None:
+    """Raises UserError for clouds without rows, or whose rows are not of one shape; numbers of rows may differ."""
+    shapes = [np.shape(cloud) for cloud in (a, b)]
+    if not all(shapes) or shapes[0][1:] != shapes[1][1:] or 0 in shapes[0] + shapes[1]:
+        raise UserError(
+            f"clouds of shapes {list(shapes[0])} and {list(shapes[1])} have no distance, expected rows of one shape, "
+            "at least one in each: make them so."
+        )
+
+
+def check_args(args: tuple, x: AnyArray) -> None:
+    """Raises UserError for what goes along with the rows of x, labels say, but does not have as many rows."""
+    for leaf in jax.tree.leaves(args):
+        if jnp.shape(leaf)[:1] != x.shape[:1]:
+            raise UserError(
+                f"args hold an array of shape {list(jnp.shape(leaf))} beside x {list(x.shape)}, expected a row for "
+                "every row of x: repeat it."
+            )
+
+
+def check_null(null: int | float | tuple, labels: AnyArray) -> None:
+    """Raises UserError for a label that stands for none and is not of a row's form."""
+    if np.ndim(null) and np.shape(null) != labels.shape[1:]:
+        raise UserError(f"null is {null} where a row's labels are {list(labels.shape[1:])}, expected one for each.")
+
+
+def velocity_at(velocity: Callable, t: Array, x: Array, *args) -> Array:
+    """What a velocity is at (t, x), once it is sure to be of x's shape.
+
+    Raises:
+      UserError: another shape, if only by an axis of size 1; or complex numbers.
+    """
+    v = velocity(t, x, *args)
+    found = f"{v.dtype}{list(v.shape)}" if hasattr(v, "dtype") else f"a {type(v).__name__}"
+    if getattr(v, "shape", None) != x.shape or jnp.issubdtype(v.dtype, jnp.complexfloating):
+        raise UserError(
+            f"the velocity is {found} where x is {x.dtype}{list(x.shape)}, expected real numbers of x's shape: let it "
+            "return a row for every row."
+        )
+    return v
+
+
+def as_time(t: CheckedTime, x: AnyArray) -> Array:
+    """The time as a scalar or [B], in the dtype of x or in float32 where that is less.
+
+    Raises:
+      UserError: another shape.
+    """
+    t = jnp.asarray(t, full_dtype(x))
+    if t.ndim and t.shape != x.shape[:1]:
+        raise UserError(
+            f"t has shape {list(t.shape)} and x {list(x.shape)}, expected one time for all rows or one a row, "
+            f"{list(x.shape[:1])}: reshape t."
+        )
+    return t
 
 
 def per_row(c: AnyArray, x: AnyArray) -> Array:
@@ -42,11 +148,12 @@ def sum_rows(x: Array) -> Float[Array, " B"]:
     return x.sum(axis=tuple(range(1, x.ndim)))
 
 
-def mean_rows(x: Array) -> Float[Array, " B"]:
-    """Means over the axes of an example."""
-    return x.mean(axis=tuple(range(1, x.ndim)))
+def squared_error(a: Array, b: Array) -> Float[Array, " B"]:
+    """Means over the axes of an example of |a - b|^2, in float32 at least."""
+    gap = a.astype(full_dtype(a)) - b.astype(full_dtype(b))
+    return (gap**2).mean(axis=tuple(range(1, gap.ndim)))
 
 
 def flatten_rows(x: AnyArray) -> AnyArray:
     """[B, ...] as [B, D]; NumPy stays NumPy."""
-    return x.reshape(len(x), -1)
+    return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -8,7 +8,7 @@ solve nearly every path is one edge.
 import numpy as np
 import scipy.optimize
 import scipy.sparse
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from flow_jax.arrays import Number
 from train_jax.errors import UserError
@@ -73,7 +73,7 @@ def _scaled(log_scale, sums, relaxation: float):
 
 
 def transport(
-    cost: Float[np.ndarray, "N M"], a: Float[np.ndarray, " N"] | None = None, b: Float[np.ndarray, " M"] | None = None
+    cost: Float[np.ndarray, "N M"], a: Num[np.ndarray, "..."] | None = None, b: Num[np.ndarray, "..."] | None = None
 ) -> Float[np.ndarray, "N M"]:
     """The plan P of least sum P cost with row sums a and column sums b, uniform when None.
 
@@ -81,8 +81,10 @@ def transport(
     at most.
 
     Raises:
-      UserError: weights that are negative or do not have the same sum.
+      UserError: weights that are negative or do not have the same sum, or that do not fit a cost of finite entries.
     """
+    if cost.ndim != 2 or not cost.size or not np.isfinite(cost).all():
+        raise UserError(f"the cost has shape {list(cost.shape)}, expected a matrix of finite entries.")
     n, m = cost.shape
     if n == m and a is None and b is None:
         plan = np.zeros((n, m))
@@ -90,7 +92,12 @@ def transport(
         return plan
     a = np.full(n, 1 / n) if a is None else np.asarray(a, np.float64)
     b = np.full(m, 1 / m) if b is None else np.asarray(b, np.float64)
-    if min(a.min(), b.min()) < 0 or not np.isclose(a.sum(), b.sum(), rtol=1e-6):
+    if (a.shape, b.shape) != ((n,), (m,)):
+        raise UserError(
+            f"weights have shapes {list(a.shape)} and {list(b.shape)} for a cost of {[n, m]}, expected a number for "
+            "each of its rows and of its columns."
+        )
+    if not min(a.min(), b.min()) >= 0 or not np.isclose(a.sum(), b.sum(), rtol=1e-6):
         raise UserError(f"weights sum to {a.sum():g} and {b.sum():g}, expected equal sums of numbers >= 0.")
     b = b * (a.sum() / b.sum())
     rows = scipy.sparse.kron(scipy.sparse.eye_array(n), np.ones((1, m)))

@@ -11,13 +11,14 @@ as x - a x_1 are taken as (x - x_1) + (1 - a) x_1, exact where a is close to 1.
 """
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import Rows, Time, as_time, per_row
+from flow_jax.arrays import CheckedRows, CheckedTime, as_time, per_row, same_rows, velocity_at
 
 
 class Inverse(NamedTuple):
@@ -41,7 +42,8 @@ class Convertible(abc.ABC):
     """An affine path's conversions; the coefficients are the subclass's.
 
     Every method takes arrays [B, ...] and times, one for all rows or one a row. Where a quantity is not determined
-    (x_1 from the noise at alpha = 0, say) the result is infinite or NaN, not a bounded number that looks right.
+    (x_1 from the noise at alpha = 0, say) the result is infinite or NaN, not a bounded number that looks right. Arrays
+    of two shapes, or times that do not fit, raise UserError.
     """
 
     @abc.abstractmethod
@@ -72,53 +74,62 @@ class Convertible(abc.ABC):
     def inverse(self, t) -> Inverse:
         """The coefficients that solve for x_1, noise and score."""
 
-    def velocity_to_x1(self, v: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def velocity_to_x1(self, v: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The data that (x_t, v) point to: E[x_1 | x_t] of a marginal velocity."""
+        v, x_t = same_rows(v=v, x_t=x_t)
         c = self.inverse(as_time(t, x_t))
         return per_row(c.x1_v, x_t) * v + per_row(c.x1_x, x_t) * x_t
 
-    def velocity_to_epsilon(self, v: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def velocity_to_epsilon(self, v: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The noise in x_t: E[x_0 | x_t] of a marginal velocity."""
+        v, x_t = same_rows(v=v, x_t=x_t)
         c = self.inverse(as_time(t, x_t))
         return per_row(c.noise_v, x_t) * v + per_row(c.noise_x, x_t) * x_t
 
-    def velocity_to_score(self, v: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def velocity_to_score(self, v: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The gradient of log p_t at x_t, given the marginal velocity; x_0 must be standard normal, free of x_1."""
+        v, x_t = same_rows(v=v, x_t=x_t)
         c = self.inverse(as_time(t, x_t))
         return per_row(c.score_v, x_t) * v + per_row(c.score_x, x_t) * x_t
 
-    def x1_to_epsilon(self, x_1: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def x1_to_epsilon(self, x_1: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The noise, given a prediction of the data."""
+        x_1, x_t = same_rows(x_1=x_1, x_t=x_t)
         t = as_time(t, x_t)
         return ((x_t - x_1) + per_row(self.one_minus_alpha(t), x_t) * x_1) / per_row(self.sigma(t), x_t)
 
-    def x1_to_velocity(self, x_1: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def x1_to_velocity(self, x_1: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The velocity, given a prediction of the data (of one x_1 it is the field of Lipman et al., Theorem 3)."""
+        x_1, x_t = same_rows(x_1=x_1, x_t=x_t)
         t = as_time(t, x_t)
         noise = self.x1_to_epsilon(x_1, x_t, t)
         return per_row(self.d_alpha(t), x_t) * x_1 + per_row(self.d_sigma(t), x_t) * noise
 
-    def x1_to_score(self, x_1: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def x1_to_score(self, x_1: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The score, given E[x_1 | x_t]."""
         return self.epsilon_to_score(self.x1_to_epsilon(x_1, x_t, t), x_t, t)
 
-    def epsilon_to_x1(self, epsilon: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def epsilon_to_x1(self, epsilon: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The data, given a prediction of the noise."""
+        epsilon, x_t = same_rows(epsilon=epsilon, x_t=x_t)
         t = as_time(t, x_t)
         return ((x_t - epsilon) + per_row(self.one_minus_sigma(t), x_t) * epsilon) / per_row(self.alpha(t), x_t)
 
-    def epsilon_to_velocity(self, epsilon: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def epsilon_to_velocity(self, epsilon: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The velocity, given a prediction of the noise."""
+        epsilon, x_t = same_rows(epsilon=epsilon, x_t=x_t)
         t = as_time(t, x_t)
         x_1 = self.epsilon_to_x1(epsilon, x_t, t)
         return per_row(self.d_alpha(t), x_t) * x_1 + per_row(self.d_sigma(t), x_t) * epsilon
 
-    def epsilon_to_score(self, epsilon: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def epsilon_to_score(self, epsilon: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The score, given E[x_0 | x_t]."""
+        epsilon, x_t = same_rows(epsilon=epsilon, x_t=x_t)
         return -epsilon / per_row(self.sigma(as_time(t, x_t)), x_t)
 
-    def score_to_velocity(self, score: Rows, x_t: Rows, t: Time) -> Float[Array, "B ..."]:
+    def score_to_velocity(self, score: CheckedRows, x_t: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The velocity a' / a x_t + (a' s^2 / a - s s') score, given the score; finite where s = 0."""
+        score, x_t = same_rows(score=score, x_t=x_t)
         t = as_time(t, x_t)
         a, s = self.alpha(t), self.sigma(t)
         rate = self.d_alpha(t) / a
@@ -139,14 +150,15 @@ def change_schedule(velocity: Callable, old: Convertible, new: Convertible) -> C
       of the nearest time of `new.time_range`.
     """
 
-    def changed(t, x, *args):
-        t = jnp.clip(as_time(t, x), *new.time_range)
-        alpha, sigma = new.alpha(t), new.sigma(t)
-        then = old.time_at(alpha, sigma)
-        scale = per_row((alpha + sigma) / (old.alpha(then) + old.sigma(then)), x)
-        at = x / scale
-        v = velocity(then, at, *args)
-        x_1, noise = old.velocity_to_x1(v, at, then), old.velocity_to_epsilon(v, at, then)
-        return per_row(new.d_alpha(t), x) * x_1 + per_row(new.d_sigma(t), x) * noise
+    return functools.partial(_changed, velocity, old, new)  # which `sample` takes apart: the weights are never old
 
-    return changed
+
+def _changed(velocity, old: Convertible, new: Convertible, t, x, *args):
+    t = jnp.clip(as_time(t, x), *new.time_range)
+    alpha, sigma = new.alpha(t), new.sigma(t)
+    then = old.time_at(alpha, sigma)
+    scale = per_row((alpha + sigma) / (old.alpha(then) + old.sigma(then)), x)
+    at = (x / scale).astype(x.dtype)
+    v = velocity_at(velocity, then, at, *args)
+    x_1, noise = old.velocity_to_x1(v, at, then), old.velocity_to_epsilon(v, at, then)
+    return per_row(new.d_alpha(t), x) * x_1 + per_row(new.d_sigma(t), x) * noise

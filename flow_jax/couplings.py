@@ -17,19 +17,23 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn as entropic
-from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Scalar, flatten_rows
+from flow_jax.arrays import AnyArray, CheckedRows, Number, RandomKey, Scalar, check_clouds, flatten_rows, same_rows
 from flow_jax.assignment import assign
 from train_jax.errors import UserError
 
 HostPairs = tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]
-Conditions = Int[AnyArray, " N"] | Float[AnyArray, "N ..."]
+Conditions = Int[AnyArray, "..."] | Float[AnyArray, "..."]
 
 
-def host_cost(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> Float[np.ndarray, "N M"]:
-    """|x_0 - x_1|^2 over all axes of an example, on the host, in the dtype of the arrays."""
-    x, y = flatten_rows(np.asarray(x_0)), flatten_rows(np.asarray(x_1))
-    if x.shape[1] != y.shape[1]:
-        raise UserError(f"rows of shapes {x_0.shape[1:]} and {x_1.shape[1:]} have no distance: make the shapes equal.")
+def host_cost(x_0: CheckedRows, x_1: CheckedRows) -> Float[np.ndarray, "N M"]:
+    """|x_0 - x_1|^2 over all axes of an example [N, ...], [M, ...], on the host, in float32 at least.
+
+    Raises:
+      UserError: no rows, or rows of two shapes.
+    """
+    check_clouds(x_0, x_1)
+    x, y = (flatten_rows(np.asarray(rows)) for rows in (x_0, x_1))
+    x, y = (rows.astype(np.result_type(rows.dtype, np.float32), copy=False) for rows in (x, y))
     centre = y.mean(axis=0, keepdims=True)  # small numbers cancel less
     x, y = x - centre, y - centre
     cost = (-2 * x) @ y.T
@@ -38,7 +42,19 @@ def host_cost(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> F
     return np.maximum(cost, 0, out=cost)
 
 
-def exact(x_0: Float[AnyArray, "N ..."], x_1: Float[AnyArray, "M ..."]) -> HostPairs:
+def check_pairs(i, j, n: int, m: int) -> None:
+    """Raises UserError unless i and j are indices of n and of m rows, as many of each; JAX would clip them."""
+    for name, index, rows in (("i", i, n), ("j", j, m)):
+        if jnp.ndim(index) != 1 or not jnp.issubdtype(index.dtype, jnp.integer) or index.shape != i.shape:
+            raise UserError(
+                f"a coupling returned {i.dtype}{list(i.shape)} and {j.dtype}{list(j.shape)}, expected two lists of "
+                "indices of one length."
+            )
+        if not isinstance(index, jax.core.Tracer) and index.size and not (index.min() >= 0 and index.max() < rows):
+            raise UserError(f"a coupling's {name} has values from {index.min()} to {index.max()} for {rows} rows.")
+
+
+def exact(x_0: CheckedRows, x_1: CheckedRows) -> HostPairs:
     """The permutation of least total squared distance (OT-CFM's coupling, Tong et al. 2024; Pooladian et al. 2023).
 
     Args:
@@ -59,7 +75,7 @@ def independent(n: int, key: RandomKey) -> tuple[Int[Array, " {n}"], Int[Array, 
 
 
 def within_class(
-    x_0: Rows, x_1: Rows, y_0: Int[AnyArray, " N"], y_1: Int[AnyArray, " M"]
+    x_0: CheckedRows, x_1: CheckedRows, y_0: Int[AnyArray, "..."], y_1: Int[AnyArray, "..."]
 ) -> HostPairs:  # fmt: skip
     """The cheapest permutation that pairs rows of equal labels alone.
 
@@ -71,10 +87,15 @@ def within_class(
       y_0, y_1: labels; noise has none of its own, so give it the data's, in any order.
 
     Raises:
-      UserError: a label has not as many rows on both sides, or there are more labels than rows or fewer.
+      UserError: a label has not as many rows on both sides, there are more labels than rows or fewer, or several a row.
     """
     y_0, y_1 = np.asarray(y_0), np.asarray(y_1)
     x_0, x_1 = np.asarray(x_0), np.asarray(x_1)
+    check_clouds(x_0, x_1)
+    if y_0.ndim != 1 or y_1.ndim != 1:
+        raise UserError(
+            f"labels have shapes {list(y_0.shape)} and {list(y_1.shape)}, expected one a row: else use conditional."
+        )
     if len({len(x_0), len(x_1), len(y_0), len(y_1)}) > 1:
         raise UserError(
             f"{len(x_0)} rows of noise with {len(y_0)} labels and {len(x_1)} of data with {len(y_1)}, expected one "
@@ -92,26 +113,43 @@ def within_class(
     return np.arange(len(x_0)), columns
 
 
-def conditional(x_0: Rows, x_1: Rows, c_0: Conditions, c_1: Conditions, weight: Number = 1.0) -> HostPairs:
+def conditional(
+    x_0: CheckedRows, x_1: CheckedRows, c_0: Conditions, c_1: Conditions, weight: Number = 1.0
+) -> HostPairs:
     """The permutation of least squared distance plus a price for unequal conditions (C2OT, Cheng and Schwing 2025).
 
     Args:
       x_0, x_1: noise and data.
-      c_0, c_1: conditions. Integer labels [B] cost 1 where they differ; float vectors [B, ...] their squared distance.
-        Give the noise those of the data, in any order.
+      c_0, c_1: conditions. Integers [B], or several a row [B, K], cost 1 where any differs; float vectors [B, ...]
+        their squared distance. Give the noise those of the data, in any order.
       weight: of the condition term, in standard deviations of the distance term; 0 is `exact`, a large one
         `within_class` where conditions are labels.
+
+    Raises:
+      UserError: as `exact`; conditions of two kinds or shapes, or of other numbers of rows; a negative weight.
     """
     cost = host_cost(x_0, x_1)
     c_0, c_1 = np.asarray(c_0), np.asarray(c_1)
-    labels = np.issubdtype(c_0.dtype, np.integer)
-    price = (c_0[:, None] != c_1[None]).astype(cost.dtype) if labels else host_cost(c_0, c_1).astype(cost.dtype)
+    check_clouds(c_0, c_1)
+    labels = [not np.issubdtype(c.dtype, np.inexact) for c in (c_0, c_1)]
+    if (len(c_0), len(c_1)) != cost.shape or labels[0] != labels[1]:
+        raise UserError(
+            f"conditions are {c_0.dtype}{list(c_0.shape)} and {c_1.dtype}{list(c_1.shape)} of {cost.shape[0]} and "
+            f"{cost.shape[1]} rows, expected labels or vectors of both, one a row."
+        )
+    if not weight >= 0:
+        raise UserError(f"weight is {weight:g}, expected a number of 0 or more.")
+    if labels[0]:
+        differ = flatten_rows(c_0)[:, None] != flatten_rows(c_1)[None]
+        price = differ.any(axis=2).astype(cost.dtype)
+    else:
+        price = host_cost(c_0, c_1).astype(cost.dtype)
     return np.arange(len(x_0)), assign(cost + weight * cost.std() * price)
 
 
 def sinkhorn(
-    x_0: Rows,
-    x_1: Rows,
+    x_0: CheckedRows,
+    x_1: CheckedRows,
     epsilon: Scalar = 0.05,
     key: RandomKey | None = None,
     *,
@@ -123,7 +161,7 @@ def sinkhorn(
     """Pairs from the entropic plan, on the device.
 
     Args:
-      x_0, x_1: noise and data.
+      x_0, x_1: noise and data, as many rows of each; computed in float32 at least.
       epsilon: in standard deviations of the squared distances; absolute if not `relative`.
       key: for `rounding="draw"`.
       rounding: "draw" takes each row of noise once and draws its partner from the row's distribution, so the noise
@@ -136,8 +174,10 @@ def sinkhorn(
       and the loss of the step tells of the fault.
 
     Raises:
-      UserError: an epsilon that is not above 0, drawing without a key, or another rounding.
+      UserError: an epsilon that is not above 0, drawing without a key, another rounding, or arrays of two shapes.
     """
+    x_0, x_1 = same_rows(x_0=x_0, x_1=x_1)
+    check_clouds(x_0, x_1)
     if rounding not in ("draw", "round"):
         raise UserError(f'rounding={rounding!r} is unknown, expected "draw" or "round".')
     if key is None and rounding == "draw":
@@ -157,9 +197,15 @@ def _sinkhorn(x_0, x_1, epsilon, key, rounding, relative, tolerance, max_iterati
     return rows, jnp.where(jnp.isfinite(log_plan).all(), partners, rows)
 
 
-def greedy_permutation(score: Float[Array, "N N"]) -> Int[Array, " N"]:
-    """A column for each row, none twice: rows in the order of their best score take the best column left."""
+def greedy_permutation(score: Float[Array, "N M"]) -> Int[Array, " N"]:
+    """A column for each row, none twice: rows in the order of their best score take the best column left.
+
+    Raises:
+      UserError: a matrix that is not square.
+    """
     n = len(score)
+    if score.shape != (n, n):
+        raise UserError(f"scores have shape {list(score.shape)}, expected as many columns as rows.")
     score = jnp.maximum(score, jnp.finfo(score.dtype).min)  # any column left is better than one taken
 
     def take(carry, row):
@@ -173,7 +219,7 @@ def greedy_permutation(score: Float[Array, "N N"]) -> Int[Array, " N"]:
 
 
 def over_buffer(
-    x_0: Rows, x_1: Rows, batch_size: int, seed: int, coupling: Callable[[Rows, Rows], tuple] = exact
+    x_0: CheckedRows, x_1: CheckedRows, batch_size: int, seed: int, coupling: Callable = exact
 ) -> Iterator[HostPairs]:
     """Couples a buffer larger than the batch, then deals its pairs in random order.
 
@@ -188,10 +234,18 @@ def over_buffer(
 
     Yields:
       (i, j) into the buffer, `batch_size` pairs each, every pair once.
+
+    Raises:
+      UserError: clouds of two shapes, a batch that does not divide them, or a coupling that does not return a pair for
+        each row.
     """
-    if len(x_0) % batch_size:
+    check_clouds(x_0, x_1)
+    if batch_size < 1 or len(x_0) % batch_size:
         raise UserError(f"a buffer of {len(x_0)} rows does not divide into batches of {batch_size}.")
     i, j = (np.asarray(index) for index in coupling(x_0, x_1))
+    check_pairs(i, j, len(x_0), len(x_1))
+    if len(i) != len(x_0):
+        raise UserError(f"a coupling returned {len(i)} pairs of {len(x_0)} rows, expected one for each row.")
     for rows in np.random.default_rng(seed).permutation(len(i)).reshape(-1, batch_size):
         yield i[rows], j[rows]
 
@@ -205,9 +259,14 @@ class Quality(NamedTuple):
     gain_share: Number
 
 
-def quality(x_0: Rows, x_1: Rows, i: Int[AnyArray, " N"], j: Int[AnyArray, " N"]) -> Quality:
-    """How much of what an exact coupling saves these pairs save; a solver's "converged" does not tell."""
+def quality(x_0: CheckedRows, x_1: CheckedRows, i: Int[AnyArray, "..."], j: Int[AnyArray, "..."]) -> Quality:
+    """How much of what an exact coupling saves these pairs save; a solver's "converged" does not tell.
+
+    Raises:
+      UserError: as `exact`; or i and j that are not indices of the rows, as many of each.
+    """
     cost = host_cost(x_0, x_1)
+    check_pairs(np.asarray(i), np.asarray(j), *cost.shape)
     best = float(cost[np.arange(len(cost)), assign(cost)].mean())
     mean, got = float(cost.mean()), float(cost[np.asarray(i), np.asarray(j)].mean())
     return Quality(got, mean, best, (mean - got) / (mean - best) if mean > best else 1.0)

@@ -27,7 +27,7 @@ class Distance(NamedTuple):
     nfe: float
 
 
-def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: Path) -> dict[str, Any]:
+def evaluate(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict, workdir: Path) -> dict[str, Any]:
     """What `eval.json` holds, and the pictures.
 
     w2              mean W2 of `num_samples` samples to as many held-out points, over `draws` of both
@@ -40,8 +40,8 @@ def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: 
     error_by_nfe    [evaluations, root mean square distance of midpoint's samples to the solver's]
     w2_by_step      [updates, w2] in the course of training
     """
-    found = distance(model, data, options, options.draws)
-    x_0, held_out = _noise(data, options, 0), _held_out(data, options, 0)
+    found = distance(model, path, data, options, options.draws)
+    x_0, held_out = _noise(path, data, options, 0), _held_out(data, options, 0)
     grid = jnp.linspace(0.0, 1.0, FRAMES)
     ways = sampling.sample(model, x_0, "rk4", times=grid, trajectory=True)
     trajectories = np.asarray(ways.trajectory)
@@ -62,9 +62,9 @@ def evaluate(model: nnx.Module, data: ConfigDict, options: ConfigDict, workdir: 
     pictures.draw_trajectories(workdir / "trajectories.png", trajectories)
     pictures.animate(workdir / "flow.gif", trajectories)
     if data.noise == "gaussian":
-        results["nll"] = -float(np.mean(_log_density(model, options)(held_out)))
+        results["nll"] = -float(np.mean(_log_density(model, path, options)(held_out)))
         many = toys.draw(data.name, HISTOGRAM, (options.seed, 2))
-        pictures.draw_density(workdir / "density.png", many, _log_density(model, options))
+        pictures.draw_density(workdir / "density.png", many, _log_density(model, path, options))
     return results | {"w2_ratio": results["w2"] / results["w2_data"]}
 
 
@@ -85,11 +85,11 @@ def _course(workdir: Path) -> Curve:
     return sorted(found.items())
 
 
-def distance(model: nnx.Module, data: ConfigDict, options: ConfigDict, draws: int) -> Distance:
-    """Mean W2 of samples to held-out data over `draws` of both."""
+def distance(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict, draws: int) -> Distance:
+    """Mean W2 of samples to held-out data over `draws` of both; the model was trained along `path`."""
     values, nfe = [], []
     for draw in range(draws):
-        result = sampling.sample(model, _noise(data, options, draw), **solver(options))
+        result = sampling.sample(model, _noise(path, data, options, draw), **solver(options))
         values.append(metrics.wasserstein(np.asarray(result.x), _held_out(data, options, draw), p=2))
         nfe.append(int(result.nfe))
     return Distance(float(np.mean(values)), float(np.mean(nfe)))
@@ -105,9 +105,10 @@ def _held_out(data: ConfigDict, options: ConfigDict, draw: int) -> np.ndarray:
     return toys.draw(data.name, options.num_samples, (options.seed, 0, draw))
 
 
-def _noise(data: ConfigDict, options: ConfigDict, draw: int) -> jax.Array:
-    return jnp.asarray(toys.draw(data.noise, options.num_samples, (options.seed, 1, draw)))
+def _noise(path: Any, data: ConfigDict, options: ConfigDict, draw: int) -> jax.Array:
+    return path.start(toys.draw(data.noise, options.num_samples, (options.seed, 1, draw)))
 
 
-def _log_density(model: nnx.Module, options: ConfigDict):
-    return lambda points: np.asarray(likelihood.log_prob(model, jnp.asarray(points), **solver(options)).log_prob)
+def _log_density(model: nnx.Module, path: Any, options: ConfigDict):
+    prior = likelihood.start_log_prob(path.start)
+    return lambda points: np.asarray(likelihood.log_prob(model, points, prior=prior, **solver(options)).log_prob)

@@ -9,6 +9,7 @@ running from noise to data,
 whose right side is the target, its derivative one `jax.jvp` with tangent (1, v, 0).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,17 +19,29 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Time, mean_rows, per_row
-from flow_jax.integrate import as_field
+from flow_jax.arrays import (
+    CheckedRows,
+    CheckedTime,
+    Number,
+    RandomKey,
+    Rows,
+    Time,
+    as_rows,
+    check_args,
+    per_row,
+    squared_error,
+    velocity_at,
+)
+from flow_jax.callables import run
 from flow_jax.models.features import batch_times, time_features
-from flow_jax.paths.affine import PathSample
+from flow_jax.paths.affine import PathSample, checked, row_times
 from flow_jax.sampling import sample
 from flow_jax.times import Times
 from train_jax.errors import UserError
 
 
 def mean_flow(
-    mean_velocity: Callable, sample: PathSample, end: Float[AnyArray, " B"], *args, power: Number = 0.0
+    mean_velocity: Callable, sample: PathSample, end: CheckedTime, *args, power: Number = 0.0
 ) -> Float[Array, " B"]:
     """MeanFlow's loss at a path's sample.
 
@@ -39,14 +52,20 @@ def mean_flow(
       *args: passed on.
       power: weighs a row by 1 / (its loss + 1e-3)^power, held constant (section 4.3 of the paper; 0: the plain
         squared error).
+
+    Raises:
+      UserError: a mean velocity that is not of x_t's shape, a sample whose arrays do not fit, or an `end` that is not
+        one a row.
     """
+    sample = checked(sample)
+    end = row_times(end, sample.x_t)
 
     def u(t, x):
-        return mean_velocity(t, x, end, *args)
+        return velocity_at(mean_velocity, t, x, end, *args)
 
     value, slope = jax.jvp(u, (sample.t, sample.x_t), (jnp.ones_like(sample.t), sample.dx_t))
     target = lax.stop_gradient(sample.dx_t + per_row(end - sample.t, sample.x_t) * slope)
-    loss = mean_rows((value - target) ** 2)
+    loss = squared_error(value, target)
     return loss / lax.stop_gradient(loss + 1e-3) ** power
 
 
@@ -61,18 +80,26 @@ def draw_intervals(
     return jnp.where(equal, a, t), jnp.where(equal, a, s)
 
 
-def sample_mean_flow(mean_velocity: Callable, x_0: Rows, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
-    """Samples in `num_steps` jumps, x_s = x_t + (s - t) u(t, x_t, s), one evaluation each; t and s are scalars."""
+def sample_mean_flow(mean_velocity: Callable, x_0: CheckedRows, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
+    """Samples in `num_steps` jumps, x_s = x_t + (s - t) u(t, x_t, s), one evaluation each; t and s are scalars.
+
+    Raises:
+      UserError: no step, or a mean velocity that is not of x's shape.
+    """
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}, expected at least 1.")
-    field, arrays = as_field(mean_velocity)
+    x_0 = as_rows("x_0", x_0)
+    check_args(args, x_0)
     times = jnp.linspace(0.0, 1.0, num_steps + 1)
+    return run(_jumps, functools.partial(velocity_at, mean_velocity), (), x_0, args, times)
 
+
+def _jumps(field, arrays, x_0, args, times):
     def jump(x, ends):
         t, s = ends
         return x + (s - t).astype(x.dtype) * field(arrays, t, x, s, *args).astype(x.dtype), None
 
-    return lax.scan(jump, jnp.asarray(x_0), (times[:-1], times[1:]))[0]
+    return lax.scan(jump, x_0, (times[:-1], times[1:]))[0]
 
 
 class MeanVelocity(nnx.Module):
@@ -100,13 +127,13 @@ class Pairs(NamedTuple):
     x_1: Float[Array, "B ..."]
 
 
-def reflow_pairs(velocity: Callable, x_0: Rows, **options) -> Pairs:
+def reflow_pairs(velocity: Callable, x_0: CheckedRows, **options) -> Pairs:
     """Pairs for reflow: a model trained on them, independent coupling set aside, has straighter paths.
 
     Args:
       velocity: the trained one.
       x_0: noise.
-      **options: of `sample`.
+      **options: of `sample`, whose errors it raises.
     """
-    x_0 = jnp.asarray(x_0)
+    x_0 = as_rows("x_0", x_0)
     return Pairs(x_0, sample(velocity, x_0, **options).x)

@@ -13,30 +13,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from flow_jax import couplings, losses, paths
+from flow_jax import couplings, losses, path_choice
 from flow_jax import times as times_of
+from flow_jax.arrays import Rows
 from flow_jax.integrate import TOLERANCE, Plan
+from flow_jax.row_keys import RowKeys, normal_rows, stream
 from train_jax.config import check_choices
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.sharding import Spec
+from train_jax.state import ROW
 from train_jax.task import Blueprint
 
 COUPLINGS = ("independent", "exact", "sinkhorn")
-PATHS = {
-    "cond_ot": lambda config: paths.CondOT(sigma_min=config.sigma_min),
-    "cfm": lambda config: paths.CFM(config.sigma),
-    "vp": lambda config: paths.VP(config.beta_min, config.beta_max),
-    "cosine": lambda config: paths.Cosine(),
-    "schroedinger_bridge": lambda config: paths.SchrodingerBridge(config.sigma),
-}
-STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
 TIMES = {
     "uniform": times_of.Uniform,
     "stratified": times_of.Stratified,
     "logit_normal": lambda low, high: times_of.LogitNormal(),
 }
+LABELS, DROPOUT, TIME, NOISE, PAIRS = range(1, 6)  # what a row's key draws
+
+# Kernels are split over "fsdp" along their inputs; before these come the layers of a stack, or a convolution's window.
+# Embeddings of labels are split along their width. What enters and leaves a model is small and stays whole, and nothing
+# is split over "tensor".
+SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    (r"layers/.*/kernel", (None, "fsdp", None)),
+    (r"((down|up)/\d+/block|middle_in|middle_out)/(conv\d|skip)/kernel", (None, None, "fsdp", None)),
+    (r"((down|up)/\d+/block|middle_in|middle_out)/condition/kernel", ("fsdp", None)),
+    (r"((down|up)/\d+/attention|middle_attention)/\w+/kernel", ("fsdp", None)),
+    (r"(condition/time_(in|out)|hidden/\d+|modulation)/kernel", ("fsdp", None)),
+    (r"condition/(vector/kernel|.*embedding)", (None, "fsdp")),
+    (r".*", ()),
+)
 
 
 class FlowTask(abc.ABC):
@@ -51,26 +63,21 @@ class FlowTask(abc.ABC):
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict()
-        config.path = ConfigDict(
-            {
-                "name": "cond_ot",  # cond_ot | cfm | vp | cosine | schroedinger_bridge
-                "sigma_min": 0.0,  # of cond_ot: standard deviation of what is left around a data point at t = 1
-                "sigma": 0.1,  # of cfm and schroedinger_bridge: noise around the line
-                "beta_min": 0.1,  # of vp
-                "beta_max": 20.0,
-            }
-        )
+        config.path = path_choice.defaults()
         config.coupling = ConfigDict(
             {
                 "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
                 "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances; a bridge has its own
+                # Rows of a batch that are paired with one another, a divisor of batch_size; None = all of them, which
+                # of an exact coupling every process reads whole.
+                "group": placeholder(int),
             }
         )
         config.times = "uniform"  # uniform | stratified | logit_normal
         return config
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        choices = {"path.name": PATHS, "coupling.name": COUPLINGS, "times": TIMES}
+        choices = {"path.name": path_choice.PATHS, "coupling.name": COUPLINGS, "times": TIMES}
         check_choices(config, choices)
         check_solver(config.eval)
         if config.path.name == "schroedinger_bridge" and config.coupling.name != "sinkhorn":
@@ -78,13 +85,9 @@ class FlowTask(abc.ABC):
                 f"coupling.name is {config.coupling.name!r} with path.name='schroedinger_bridge', whose marginals are "
                 "the bridge's under the entropic coupling alone, expected sinkhorn: change one of the two."
             )
-        if config.micro_batch not in (None, config.batch_size) and config.coupling.name == "sinkhorn":
-            raise UserError(
-                f"micro_batch is {config.micro_batch} beside coupling.name='sinkhorn', which pairs the rows of a step: "
-                "set micro_batch=None."
-            )
+        check_group(config)
         self.config, self.mesh = config, mesh
-        self.path = PATHS[config.path.name](config.path)
+        self.path = path_choice.make_path(config.path)
         self.times = TIMES[config.times](*self.path.time_range)
 
     @classmethod
@@ -105,8 +108,8 @@ class FlowTask(abc.ABC):
     def trainable(self) -> str:
         return r".*"
 
-    def sharding_rules(self) -> Sequence[tuple[str, Any]]:
-        return ((r".*", ()),)
+    def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        return SHARDING_RULES
 
     def normalizer(self, batch) -> jax.Array:
         if "weight" in batch:
@@ -117,14 +120,25 @@ class FlowTask(abc.ABC):
     def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
         """The conditional flow-matching loss, summed over rows, each times its weight if rows have one."""
         x_0, x_1 = batch["x_0"], batch["x_1"]
-        pairs, draws, noise = jax.random.split(keys[0], 3)
         if self.config.coupling.name == "sinkhorn":
-            i, j = couplings.sinkhorn(x_0, x_1, key=pairs, **self._entropy())
-            x_0, x_1 = x_0[i], x_1[j]
-        t = self.times.draw(draws, len(x_1))
-        sample = self.path.sample(x_0, x_1, t, key=noise if self.config.path.name in STOCHASTIC else None)
+            x_0, x_1 = self._coupled(x_0, x_1, stream(keys, PAIRS))
+        t = self.times.draw_rows(stream(keys, TIME), batch.get(ROW), self.config.batch_size)
+        stochastic = self.config.path.name in path_choice.STOCHASTIC
+        sample = self.path.sample(x_0, x_1, t, noise=normal_rows(stream(keys, NOISE), x_1) if stochastic else None)
         found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
         return (found * batch["weight"] if "weight" in batch else found).sum(), {}
+
+    def _coupled(self, x_0: Rows, x_1: Rows, keys: RowKeys) -> tuple[Array, Array]:
+        """Rows paired by Sinkhorn's plan, those of each group with one another, by the key of its first row."""
+        size = self.config.coupling.group or len(x_0)
+
+        def one(x_0, x_1, keys):
+            i, j = couplings.sinkhorn(x_0, x_1, key=keys[0], **self._entropy())
+            return x_0[i], x_1[j]
+
+        grouped = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), (x_0, x_1, keys))
+        paired = jax.vmap(one)(*grouped)
+        return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), paired)
 
     def _entropy(self) -> dict[str, Any]:
         """Epsilon of a Sinkhorn coupling; that of a bridge follows from its noise (Tong et al. 2024, section 4.1)."""
@@ -134,11 +148,36 @@ class FlowTask(abc.ABC):
 
     def _condition(self, batch, keys) -> tuple:
         """Labels, of which some are dropped, None where there are none; and keys of the model's dropout."""
-        drops, dropout = (jax.vmap(lambda key, n=n: jax.random.fold_in(key, n))(keys) for n in (1, 2))
         labels = batch.get("label")
         if labels is not None:
-            labels = losses.drop_labels(labels, self.label_dropout, self.num_classes, drops)
-        return labels, dropout
+            labels = losses.drop_labels(labels, self.label_dropout, self.num_classes, stream(keys, LABELS))
+        return labels, stream(keys, DROPOUT)
+
+
+def check_group(config: ConfigDict) -> None:
+    """Raises UserError if rows are to be paired in groups that batch or micro-batch do not consist of."""
+    name, group, batch = config.coupling.name, config.coupling.group, config.batch_size
+    if group is not None and name == "independent":
+        raise UserError(
+            f"coupling.group is {group} beside coupling.name='independent', which pairs no rows with one another, "
+            "expected None: leave one of the two out."
+        )
+    if group is not None and (group < 1 or batch % group):
+        raise UserError(
+            f"coupling.group is {group}, expected a divisor of batch_size={batch}, so that groups fill a batch: "
+            "change it, or set it to None for all rows of a batch."
+        )
+    micro = config.micro_batch or batch
+    if name == "sinkhorn" and group is None and micro != batch:
+        raise UserError(
+            f"micro_batch is {micro} beside coupling.name='sinkhorn', which pairs the rows of a step: set "
+            "micro_batch=None."
+        )
+    if name == "sinkhorn" and micro % (group or micro):
+        raise UserError(
+            f"micro_batch is {micro} beside coupling.name='sinkhorn' and coupling.group={group}, which pairs so many "
+            "rows in the step, expected a multiple of that: change one of the two."
+        )
 
 
 def solver(options: ConfigDict) -> dict[str, Any]:

@@ -7,7 +7,19 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import Labels, Number, Rows, Time, as_time, per_row
+from flow_jax.arrays import (
+    AnyArray,
+    CheckedLabels,
+    CheckedTime,
+    Number,
+    Rows,
+    Scalar,
+    as_time,
+    check_args,
+    check_null,
+    per_row,
+    velocity_at,
+)
 from train_jax.errors import UserError
 
 
@@ -21,7 +33,7 @@ class Guided(nnx.Module):
     def __init__(
         self,
         model: Callable,
-        weight: Number,
+        weight: Scalar | AnyArray,
         null: int | float | tuple[int, ...],
         interval: tuple[Number, Number] = (0.0, 1.0),
     ):
@@ -34,8 +46,10 @@ class Guided(nnx.Module):
           interval: times [low, high] at which guidance acts. (0, 1) is all of them.
 
         Raises:
-          UserError: an interval that is none.
+          UserError: an interval that is none, or a weight that is not one number.
         """
+        if jnp.ndim(weight):
+            raise UserError(f"the weight of guidance has shape {list(jnp.shape(weight))}, expected one number.")
         low, high = interval
         if not 0.0 <= low < high <= 1.0:
             raise UserError(f"the interval of guidance is {low:g} to {high:g}, expected 0 <= low < high <= 1.")
@@ -44,18 +58,20 @@ class Guided(nnx.Module):
         self.null = null
         self.interval = (low, high)
 
-    def __call__(self, t: Time, x: Rows, labels: Labels) -> Float[Array, "B ..."]:
+    def __call__(self, t: CheckedTime, x: Rows, labels: CheckedLabels) -> Float[Array, "B ..."]:
+        check_args((labels,), x)
+        check_null(self.null, labels)
         t, (low, high) = as_time(t, x), self.interval
         inside = (t >= low) & (t <= high)
 
         def guided(t, x, labels):
             both = jnp.concatenate([labels, jnp.broadcast_to(jnp.asarray(self.null, labels.dtype), labels.shape)])
             times = t if t.ndim == 0 else jnp.concatenate([t, t])
-            with_label, without = jnp.split(self.model(times, jnp.concatenate([x, x]), both), 2)
+            with_label, without = jnp.split(velocity_at(self.model, times, jnp.concatenate([x, x]), both), 2)
             return without + self.weight * (with_label - without)
 
         def plain(t, x, labels):
-            return self.model(t, x, labels)
+            return velocity_at(self.model, t, x, labels)
 
         if self.interval == (0.0, 1.0):
             return guided(t, x, labels)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -14,6 +14,7 @@ from flow_jax import digit_scores, digits, shapes
 from flow_jax.image_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
 from train_jax.bad_rows import BadRows
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 
 BYTES = 256  # values of a pixel
 _SPLIT = 0  # seed of the split of a folder
@@ -180,9 +181,9 @@ def _shapes(config: ConfigDict, size: int, channels: int) -> Found:
 
 
 def _folder(config: ConfigDict, size: int, channels: int) -> Found:
-    whole = FolderPictures(_path(config), size, channels)
+    whole = FolderPictures(_path(config), size, channels, cache_dir())
     if config.held_out_folder is not None:
-        held_out = FolderPictures(config.held_out_folder, size, channels)
+        held_out = FolderPictures(config.held_out_folder, size, channels, cache_dir())
         if held_out.classes != whole.classes:
             raise UserError(
                 f"{config.held_out_folder} has other class folders than {config.folder} "
@@ -195,8 +196,22 @@ def _folder(config: ConfigDict, size: int, channels: int) -> Found:
             f"data.held_out_fraction={config.held_out_fraction} of {len(whole)} pictures holds {number} out, expected "
             "at least 2 and not all: change it, or name a data.held_out_folder."
         )
-    order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(whole)), kind="stable")
-    return Found(Subset(whole, np.sort(order[number:])), Subset(whole, np.sort(order[:number])), whole.classes)
+    held = _held_out(whole.identity, number)
+    return Found(Subset(whole, np.flatnonzero(~held)), Subset(whole, np.flatnonzero(held)), whole.classes)
+
+
+def _held_out(identity: Int[np.ndarray, " N"], number: int) -> Bool[np.ndarray, " N"]:
+    """Which pictures to hold out: of different ones in an order of chance, each with its copies, until `number` are."""
+    times = np.bincount(identity)
+    order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(times)), kind="stable")
+    enough = np.searchsorted(np.cumsum(times[order]), number) + 1
+    held = np.isin(identity, order[:enough])
+    if held.all():
+        raise UserError(
+            f"the folder holds {len(times)} different picture(s) among {len(held)} files, expected enough to train on "
+            "some and hold out others: add pictures, or name a data.held_out_folder."
+        )
+    return held
 
 
 def _tfds(config: ConfigDict, size: int, channels: int) -> Found:

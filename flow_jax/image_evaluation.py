@@ -21,9 +21,11 @@ from flow_jax.image_pictures import Gallery
 from flow_jax.image_sampling import Sampler, batches_of, spread
 from flow_jax.image_sets import Pictures
 from flow_jax.moments import Moments, frechet
+from flow_jax.row_keys import row_keys
 from train_jax.bad_rows import BadRow, BadRows
 
 FRAMES = 9  # of the picture of the flow
+FOLLOWED = 1000  # samples whose way is measured
 SIDES = ("held_out", "train")
 
 
@@ -32,12 +34,13 @@ class Evaluation:
 
     Args:
       data: the images.
+      path: which the models are trained along.
       settings, options: the config's `data` and `eval`.
       mesh: whose devices share the samples.
     """
 
-    def __init__(self, data: ImageData, settings: ConfigDict, options: ConfigDict, mesh: Mesh):
-        self.data, self.settings, self.options, self.mesh = data, settings, options, mesh
+    def __init__(self, data: ImageData, path: Any, settings: ConfigDict, options: ConfigDict, mesh: Mesh):
+        self.data, self.path, self.settings, self.options, self.mesh = data, path, settings, options, mesh
         self._moments: dict[str, Moments] = {}
 
     @functools.cached_property
@@ -99,7 +102,7 @@ class Evaluation:
 
     def sampler(self, model: nnx.Module) -> Sampler:
         """Draws samples as the config says."""
-        return Sampler(model, self.data, self.options, self.settings.dequantize, self.mesh)
+        return Sampler(model, self.data, self.path, self.options, self.settings.dequantize, self.mesh)
 
     def labels(self, number: int) -> Int[np.ndarray, " {number}"]:
         """Labels of held-out images spread over all of them, 0 where there are none."""
@@ -141,27 +144,31 @@ class Evaluation:
             labels.append(shown)
         images, labels = np.concatenate(found), np.concatenate(labels)
         bits = []
-        for number, (rows, good) in enumerate(batches_of(len(images), options.batch_size)):
+        for rows, good in batches_of(len(images), options.batch_size):
             args = (jnp.asarray(labels[rows]),) if self.data.num_classes else ()
             images_on, args = spread((jnp.asarray(images[rows]), args), self.mesh)
             batch = likelihood.image_bits_per_dim(
                 model,
                 images_on,
-                jax.random.fold_in(jax.random.key(options.seed + 1), number),
+                row_keys(jax.random.key(options.seed + 1), rows),
                 options.likelihood_samples,
                 levels=self.data.levels,
                 divergence=options.divergence,
                 args=args,
+                prior=likelihood.start_log_prob(self.path.start),
                 **solver(options),
             )
             bits += np.asarray(batch)[:good].tolist()
         return float(np.mean(bits))
 
     def straightness(self, model: nnx.Module, labels: Int[np.ndarray, " N"]) -> float:
-        """Of the flow that is sampled from, over the first batch of samples."""
-        sampler = self.sampler(model)
-        x_0, args = sampler.start(np.arange(min(len(labels), self.options.batch_size)), labels)
-        return metrics.straightness(sampler.velocity, x_0, args=args)
+        """Of the flow that is sampled from, over the first samples."""
+        sampler, number = self.sampler(model), min(len(labels), FOLLOWED)
+        found = 0.0
+        for rows, good in batches_of(number, self.options.batch_size):
+            x_0, args = jax.tree.map(lambda array, good=good: array[:good], sampler.start(rows, labels))
+            found += good * metrics.straightness(sampler.velocity, x_0, args=args)
+        return found / number
 
     def _frames(self, model: nnx.Module) -> np.ndarray:
         """Samples on their way [T, 10, I, I, C] in the model's range: of the first labels one each."""

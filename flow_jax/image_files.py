@@ -9,7 +9,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from train_jax.bad_rows import BadRow
 
 MODES = {1: "L", 3: "RGB"}  # PIL's, by channels
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 def decode(data: bytes, size: int, channels: int) -> UInt8[np.ndarray, "{size} {size} {channels}"]:

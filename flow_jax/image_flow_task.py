@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -93,7 +92,7 @@ class ImageFlowTask(FlowTask):
     @functools.cached_property
     def evaluation(self) -> Evaluation:
         """What measures models."""
-        return Evaluation(self.data, self.config.data, self.config.eval, self.mesh)
+        return Evaluation(self.data, self.path, self.config.data, self.config.eval, self.mesh)
 
     def velocity_model(self, **told: Any) -> UNet | DiT:
         """A new model of the config's sizes; `told` is its num_classes or vector_width."""
@@ -118,11 +117,15 @@ class ImageFlowTask(FlowTask):
             data.dequantize,
             self.config.coupling.name,
             self.config.seed,
-            jax.process_index(),
+            group=self.config.coupling.group,
             flip=data.flip,
             on_error=data.on_error,
             max_bad_fraction=data.max_bad_fraction,
         )
+
+    def reported_data(self) -> str:
+        """Fingerprint of the held-out side."""
+        return self.data.held_out.fingerprint
 
     def blank_row(self) -> dict[str, np.ndarray]:
         image = np.zeros((self.size, self.size, self.channels), np.float32)

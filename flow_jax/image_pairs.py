@@ -1,28 +1,34 @@
 """Pairs of noise and images for a training step: drawn by (seed, step), coupled on the host ahead of the device."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from flow_jax import couplings
 from flow_jax.image_data import ImageData
+from flow_jax.row_draws import draw_rows, in_groups
 from train_jax.bad_rows import BadRows
 from train_jax.errors import UserError
 
-_NOISE, _FLIP = 1, 2  # of the random streams of a run
+_NOISE, _FLIP, _GREY = 1, 2, 3  # of the random streams of a run
+_BLOCK = 16  # rows of noise drawn at a time
 
 
 class ImagePairs:
     """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": [], "weight": []} of images in [-1, 1], with fresh noise.
 
-    Coupled "exact", the rows of a step that this process reads are paired by the permutation of least squared distance
-    within each class, so that every class starts from all of the noise. Rows of data without labels have no label, and
-    are paired across all. A bad image is grey and has weight 0 (train_jax.input.Source).
+    Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
+    paired by the permutation of least squared distance within each class, so that every class starts from all of the
+    noise. Rows of data without labels have no label, and are paired across all. A bad image is grey and has weight 0
+    (train_jax.input.Source).
 
     Args:
       data: whose training side is read.
       dequantize: add uniform noise of one value, fresh in every step, so that a density exists.
       coupling: one of flow_task.COUPLINGS.
-      seed, process: of the noise; each process draws its own.
+      seed: of the noise and the turns.
+      group: rows of the global batch that are coupled with one another; None = all of them.
       flip: turn images left to right, each with probability 1/2 by (seed, step, its number).
       on_error, max_bad_fraction: see BadRows.
     """
@@ -33,14 +39,15 @@ class ImagePairs:
         dequantize: bool,
         coupling: str,
         seed: int,
-        process: int = 0,
         *,
+        group: int | None = None,
         flip: bool = False,
         on_error: str = "skip",
         max_bad_fraction: float = 0.01,
     ):
         self._data, self._dequantize, self._coupling = data, dequantize, coupling
-        self._seed, self._process, self._flip = seed, process, flip
+        self._seed, self._flip = seed, flip
+        self.group = group if coupling == "exact" else 1
         self._tally = BadRows(len(data.train), on_error, max_bad_fraction)
         self.fingerprint = data.train.fingerprint
 
@@ -50,22 +57,35 @@ class ImagePairs:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: rows[0] for name, rows in self.together(np.array([index]), 0).items()}
 
-    def together(self, indices: Int[np.ndarray, " n"], step: int) -> dict[str, np.ndarray]:
-        """The rows of a step, see train_jax.input.Source."""
-        rng = np.random.default_rng((self._seed, _NOISE, step, self._process))
+    def together(
+        self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The examples of a step at some rows of its batch, the first ones if None; see train_jax.input.Source."""
+        rows = np.arange(len(indices)) if rows is None else rows
         images, labels, bad = self._read(indices)
         if self._flip:
             turned = np.array([self._turns(int(index), step) for index in indices], bool)
             images[turned] = images[turned, :, ::-1]
-        x_0 = rng.standard_normal(images.shape, np.float32)
-        x_1 = to_range(images, self._data.levels, rng if self._dequantize else None)
+        grey = self._draw(np.random.Generator.random, _GREY, step, rows) if self._dequantize else None
+        x_0 = self._draw(np.random.Generator.standard_normal, _NOISE, step, rows)
+        x_1 = to_range(images, self._data.levels, grey)
         if self._coupling == "exact":
             classes = labels if self._data.num_classes else np.zeros_like(labels)
             alike = np.where(bad, -1, classes)  # what is not trained on takes no noise from what is
-            i, j = couplings.within_class(x_0, x_1, alike, alike)
-            x_0 = x_0[i][np.argsort(j)]  # rows stay in the order of `indices`
-        rows = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "bad": bad}
-        return rows | {"label": labels} if self._data.num_classes else rows
+            for places in in_groups(rows, self.group):
+                i, j = couplings.within_class(x_0[places], x_1[places], alike[places], alike[places])
+                x_0[places] = x_0[places][i][np.argsort(j)]  # rows stay in the order of `indices`
+        batch = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "bad": bad}
+        return batch | {"label": labels} if self._data.num_classes else batch
+
+    def _draw(self, law: Callable, stream: int, step: int, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n I I C"]:
+        """Numbers of a law, a method of np.random.Generator, for some rows."""
+        shape = (_BLOCK, self._data.size, self._data.size, self._data.channels)
+
+        def draw(block: int) -> np.ndarray:
+            return law(np.random.default_rng((self._seed, stream, step, block)), shape, np.float32)
+
+        return draw_rows(rows, _BLOCK, draw)
 
     def count(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
         """Counts rows that were read, see BadRows."""
@@ -98,12 +118,14 @@ class ImagePairs:
 
 
 def to_range(
-    images: UInt8[np.ndarray, "N I I C"], levels: int, rng: np.random.Generator | None
+    images: UInt8[np.ndarray, "N I I C"], levels: int, noise: Float[np.ndarray, "N I I C"] | np.random.Generator | None
 ) -> Float[np.ndarray, "N I I C"]:
-    """Values 0 to levels - 1 to [-1, 1]; with `rng` each anywhere in its own interval of the range."""
-    if rng is None:
+    """Values 0 to levels - 1 to [-1, 1]; with noise in [0, 1), or who draws it, anywhere in their part of the range."""
+    if noise is None:
         return images.astype(np.float32) / ((levels - 1) / 2) - 1
-    return (images + rng.random(images.shape, np.float32)) / (levels / 2) - 1
+    if isinstance(noise, np.random.Generator):
+        noise = noise.random(images.shape, np.float32)
+    return (images + noise) / (levels / 2) - 1
 
 
 def to_levels(x: Float[np.ndarray, "N I I C"], levels: int, dequantized: bool) -> UInt8[np.ndarray, "N I I C"]:

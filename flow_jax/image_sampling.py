@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,13 @@ class Drawn(NamedTuple):
 
 
 class Sampler:
-    """Draws from a model as `config.eval` says. Sample number n starts from noise of its own, whatever the batch."""
+    """Draws from a model of a path as `config.eval` says. Sample number n starts from noise of its own in any batch."""
 
-    def __init__(self, model: nnx.Module, data: ImageData, options: ConfigDict, dequantized: bool, mesh: Mesh):
-        self._data, self._options, self._dequantized, self._mesh = data, options, dequantized, mesh
+    def __init__(
+        self, model: nnx.Module, data: ImageData, path: Any, options: ConfigDict, dequantized: bool, mesh: Mesh
+    ):
+        self._data, self._path, self._options = data, path, options
+        self._dequantized, self._mesh = dequantized, mesh
         guided = options.guidance != 1.0
         self.velocity = guidance.Guided(model, options.guidance, data.num_classes) if guided else model
 
@@ -44,9 +47,9 @@ class Sampler:
             yield Drawn(images, labels[numbers[:good]], int(found.nfe))
 
     def start(self, numbers: Int[np.ndarray, " n"], labels: Int[np.ndarray, " N"]) -> tuple[Array, tuple]:
-        """Noise of samples by their number, and the arguments of the velocity: their labels, or nothing."""
+        """Where samples start, by their number, and the arguments of the velocity: their labels, or nothing."""
         shape = (self._data.size, self._data.size, self._data.channels)
-        x_0 = noise(self._options.seed, jnp.asarray(numbers), shape)
+        x_0 = self._path.start(noise(self._options.seed, jnp.asarray(numbers), shape))
         args = (jnp.asarray(labels[numbers], jnp.int32),) if self._data.num_classes else ()
         return spread((x_0, args), self._mesh)
 

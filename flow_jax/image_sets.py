@@ -4,7 +4,6 @@ A set may be read by several threads at once and can be pickled. A picture that 
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,6 +13,8 @@ from jaxtyping import Int, UInt8
 
 from flow_jax import image_files
 from train_jax.bad_rows import BadRow
+from train_jax.core import digests
+from train_jax.core.picture_folders import ENDINGS, pictures_below
 from train_jax.errors import UserError
 from train_jax.tfds_source import open_builder, open_split
 
@@ -69,32 +70,43 @@ class FolderPictures:
     """Picture files below a folder, in the order of their names; classes are the folders right below it, by name.
 
     Args:
-      folder: of class folders, or of files without classes.
+      folder: of class folders, or of files without classes, see train_jax.core.picture_folders.
       size, channels: of the pictures as they are read.
+      cache: folder that keeps digests of the files; None computes them anew.
+
+    Attributes:
+      identity: int32 [N], equal for files of equal bytes, see train_jax.core.digests.
+      left_out: names of files and folders that are no pictures, by the reason.
 
     Raises:
       UserError: no such folder, or no pictures in it.
     """
 
-    def __init__(self, folder: str | Path, size: int, channels: int):
+    def __init__(self, folder: str | Path, size: int, channels: int, cache: str | Path | None = None):
         self.folder, self._size, self._channels = Path(folder).expanduser(), size, channels
         if not self.folder.is_dir():
             raise UserError(f"there is no folder {self.folder}: correct data.folder or data.held_out_folder.")
-        self._files = sorted(_files_below(self.folder))
+        found = pictures_below(self.folder)
+        self.left_out = found.left_out
+        self._files = sorted([*found.loose, *(file for group in found.classes.values() for file in group)])
         if not self._files:
             raise UserError(
-                f"{self.folder} holds no pictures, expected files that end in {', '.join(image_files.SUFFIXES)}, or "
-                "folders of them: correct data.folder or data.held_out_folder."
+                f"{self.folder} holds no pictures, expected files that end in {', '.join(ENDINGS)}, or folders of "
+                "them: correct data.folder or data.held_out_folder."
             )
-        flat = [file for file in self._files if os.sep not in file]
-        self.classes = [] if flat else sorted({file.split(os.sep)[0] for file in self._files})
-        if flat and len(flat) < len(self._files):
+        if found.loose and found.classes:
             raise UserError(
-                f"{self.folder} holds {flat[0]} beside folders of pictures, expected files alone or class folders "
-                "alone: move one of them away."
+                f"{self.folder} holds {found.loose[0]} beside folders of pictures, expected files alone or class "
+                "folders alone: move one of them away."
             )
+        self.classes = list(found.classes)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
-        self.fingerprint = _digest("\n".join(self._files).encode(), f"{size}x{channels}".encode())
+        place = digests.place_of(cache, "folder", str(self.folder.resolve()))
+        bytes_of = digests.of_files([self.folder / file for file in self._files], place, "pictures")
+        self.identity = digests.numbers(digests.keys(bytes_of))
+        self.fingerprint = _digest(
+            "\n".join(self._files).encode("utf-8", "surrogateescape"), f"{size}x{channels}".encode(), bytes_of.tobytes()
+        )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -107,7 +119,7 @@ class FolderPictures:
         return Picture(image_files.decode(data, self._size, self._channels), self.label(index))
 
     def label(self, index: int) -> int:
-        return self._numbers.get(self._files[index].split(os.sep)[0], 0)
+        return self._numbers.get(self._files[index].partition("/")[0], 0)
 
     def name(self, index: int) -> str:
         return self._files[index]
@@ -148,8 +160,9 @@ class TfdsPictures:
         self.classes = [str(number) for number in range(features[label].num_classes)] if label else []
         self._examples: Any = open_split(builder, path, split, image)
         info = builder.info
+        num_bytes = info.splits[split.partition("[")[0]].num_bytes
         self.fingerprint = _digest(
-            repr((info.full_name, split, len(self._examples), image, label, size, channels)).encode()
+            repr((info.full_name, split, len(self._examples), image, label, size, channels, num_bytes)).encode()
         )
 
     def __len__(self) -> int:
@@ -193,23 +206,6 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self._pictures.name(int(self._rows[index]))
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Paths of picture files relative to a folder, two levels deep."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                with os.scandir(entry.path) as inner:
-                    found += [os.path.join(entry.name, file.name) for file in inner if _is_picture(file.name)]
-            elif _is_picture(entry.name):
-                found.append(entry.name)
-    return found
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(image_files.SUFFIXES) and not name.startswith(".")
 
 
 def _digest(*parts: bytes) -> str:

@@ -1,11 +1,10 @@
 """Integration of dx/dt = field(t, x): fixed steps by a bare scan, adaptive steps by diffrax.
 
-Everything here is checked before it is compiled (`Plan`), and compiled once for each field (`as_field`), shape and
-solver: weights of a module, times and tolerances are arguments of the program, not part of it.
+Everything here is checked before it is compiled (`Plan`), and compiled once for each field (callables.py), shape and
+solver: weights, times and tolerances are arguments of the program, not part of it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +12,11 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from flow_jax.arrays import Number
+from flow_jax.callables import run
 from train_jax.errors import UserError
 
 
@@ -42,45 +41,6 @@ FIXED = {
 ADAPTIVE = {"dopri5": diffrax.Dopri5, "tsit5": diffrax.Tsit5, "dopri8": diffrax.Dopri8}
 TOLERANCE = 1e-5
 MAX_STEPS = 4096  # of an adaptive solver
-
-
-def as_field(velocity: Callable) -> tuple[Callable, Any]:
-    """A velocity (t, x, *args) as a hashable function (arrays, t, x, *args) and the arrays it holds.
-
-    So new weights do not compile anew. An `nnx.Module` and a `jax.tree_util.Partial` give up their arrays; of any other
-    callable those it closes over become constants of the program, and each new function object compiles again.
-    """
-    if isinstance(velocity, nnx.Module):
-        graph, state = nnx.split(velocity)
-        return _Module(graph), state
-    if isinstance(velocity, jax.tree_util.Partial):
-        arrays, structure = jax.tree.flatten(velocity)
-        return _Partial(structure), arrays
-    return _Plain(velocity), ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Module:
-    graph: Any
-
-    def __call__(self, arrays, t, x, *args):
-        return nnx.merge(self.graph, arrays)(t, x, *args)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Partial:
-    structure: Any
-
-    def __call__(self, arrays, t, x, *args):
-        return jax.tree.unflatten(self.structure, arrays)(t, x, *args)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-    velocity: Callable
-
-    def __call__(self, arrays, t, x, *args):
-        return self.velocity(t, x, *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,28 +143,31 @@ class Integration(NamedTuple):
     success: Bool[Array, "*rows"]
 
 
-def integrate(field: Callable, arrays: Any, state: Any, args: tuple, plan: Plan, trajectory: bool) -> Integration:
+def integrate(function: Callable, state: Any, args: tuple, plan: Plan, trajectory: bool) -> Integration:
     """Integrates a pytree of arrays [B, ...].
 
     Args:
-      field: hashable (arrays, t, state, *args) -> derivative of the state, as the state is; see as_field.
-      arrays: of the field.
+      function: (t, state, *args) -> derivative of the state, as the state is, and of its shapes.
       state: at the first time.
       args: arrays of rows [B, ...] that the velocity takes, labels say.
       plan: solver and times.
       trajectory: keep the state at every time of the plan, on a new leading axis.
 
     Raises:
+      UserError: as the function does; or an adaptive solver without a number to integrate.
       RuntimeError: an adaptive solver came to max_steps, or to numbers that are not finite. Under `jax.jit` the result
         is NaN instead.
     """
     dtype = jnp.promote_types(jax.tree.leaves(state)[0].dtype, jnp.float32)
     times = jnp.asarray(plan.times, dtype)
     if plan.solver in FIXED:
-        return _fixed(field, plan.solver, trajectory, arrays, state, args, times)
-    settings = (field, plan.solver, trajectory, plan.max_steps)
+        return run(_fixed, function, (plan.solver, trajectory), state, args, times)
+    if not all(leaf.size for leaf in jax.tree.leaves(state)):
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(state))
+        raise UserError(f"{plan.solver} has nothing to choose its steps by in {shapes}: leave out empty batches.")
+    settings = (plan.solver, trajectory, plan.max_steps)
     solve = _adaptive_rows if plan.per_sample else _adaptive
-    result = solve(*settings, arrays, state, args, times, plan.rtol, plan.atol)
+    result = run(solve, function, settings, state, args, times, plan.rtol, plan.atol)
     if not isinstance(result.success, jax.core.Tracer) and not result.success.all():
         raise RuntimeError(
             f"{plan.solver} did not reach the end within {plan.max_steps} steps, or met numbers that are not finite: "
@@ -213,7 +176,6 @@ def integrate(field: Callable, arrays: Any, state: Any, args: tuple, plan: Plan,
     return result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _fixed(field, solver: str, keep: bool, arrays, state, args, times) -> Integration:
     tableau = FIXED[solver]
 
@@ -241,13 +203,13 @@ def _fixed(field, solver: str, keep: bool, arrays, state, args, times) -> Integr
     return Integration(end, nfe, path, jnp.array(True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _adaptive(field, solver: str, keep: bool, max_steps: int, arrays, state, args, times, rtol, atol) -> Integration:
     """All rows share one step, chosen by the root mean square of the errors of all entries of the state."""
 
     def function(t, x, _):
         return jax.tree.map(lambda dx, x: dx.astype(x.dtype), field(arrays, t, x, *args), x)
 
+    jax.eval_shape(function, times[0], state, None)  # its errors as they are, not inside of diffrax's
     method = ADAPTIVE[solver]()
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(function),
@@ -269,11 +231,11 @@ def _adaptive(field, solver: str, keep: bool, max_steps: int, arrays, state, arg
     return Integration(end, nfe, jax.tree.map(lambda y: y[:-1], ys) if keep else None, success)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _adaptive_rows(
     field, solver: str, keep: bool, max_steps: int, arrays, state, args, times, rtol, atol
 ) -> Integration:
     """Each row has its own steps and error: a batch of one row in every lane."""
+    jax.eval_shape(field, arrays, times[0], state, *args)  # whose errors name the shapes of the batch
 
     def one(row, args):
         row, args = jax.tree.map(lambda leaf: leaf[None], (row, args))

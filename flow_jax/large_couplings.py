@@ -11,13 +11,25 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn
-from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, Scalar, flatten_rows
+from flow_jax.arrays import (
+    CheckedRows,
+    Number,
+    RandomKey,
+    Scalar,
+    as_rows,
+    check_clouds,
+    check_shapes,
+    flatten_rows,
+    full_dtype,
+    same_rows,
+)
 from train_jax.errors import UserError
 
 MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
@@ -25,13 +37,13 @@ SAMPLE = 1024  # rows that tell the spread of the cost
 BLOCK = 256  # rows of noise matched with the data set at a time
 
 
-def relative_to_absolute(x_0: Rows, x_1: Float[AnyArray, "M ..."], epsilon: Scalar) -> Scalar:
+def relative_to_absolute(x_0: CheckedRows, x_1: CheckedRows, epsilon: Scalar) -> Scalar:
     """epsilon standard deviations of the squared distances, from the first rows."""
     return sinkhorn.relative_epsilon(sinkhorn.squared_distances(x_0[:SAMPLE], x_1[:SAMPLE]), epsilon)
 
 
 def fit_semidiscrete(
-    x_1: Float[AnyArray, "M ..."],
+    x_1: CheckedRows,
     key: RandomKey,
     *,
     num_steps: int = 2_000,
@@ -52,15 +64,25 @@ def fit_semidiscrete(
       [M], for `semidiscrete_pairs`.
 
     Raises:
-      UserError: ott-jax is missing.
+      UserError: ott-jax is missing, there are no data, no steps or no rows a step, or the sampler's noise is not of the
+        shape it is asked for.
     """
+    x_1 = as_rows("x_1", x_1)
+    if not x_1.size or min(num_steps, batch_size) < 1:
+        raise UserError(
+            f"num_steps={num_steps} of batch_size={batch_size} for data {list(x_1.shape)}, expected 1 or more of each."
+        )
     point_cloud = _ott("geometry.semidiscrete_pointcloud").SemidiscretePointCloud
     problem = _ott("problems.linear.semidiscrete_linear_problem").SemidiscreteLinearProblem
     solver_class = _ott("solvers.linear.semidiscrete").SemidiscreteSolver
-    x_1 = flatten_rows(jnp.asarray(x_1))
+    x_1 = flatten_rows(x_1.astype(full_dtype(x_1)))
+    sampler = sampler or jax.random.normal
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
+    check_shapes(
+        "the noise", noise, "what the sampler draws", jax.eval_shape(lambda: sampler(key, noise.shape, noise.dtype))
+    )
     spread = float(relative_to_absolute(noise, x_1, 1.0))
-    geometry = point_cloud(sampler or jax.random.normal, x_1, epsilon=0.0)
+    geometry = point_cloud(sampler, x_1, epsilon=0.0)
     rate = 0.05 * spread if learning_rate is None else learning_rate
     solver = solver_class(
         num_iterations=num_steps,
@@ -69,30 +91,45 @@ def fit_semidiscrete(
         error_eval_every=num_steps,
     )
     with jax.numpy_rank_promotion("allow"):  # ott-jax broadcasts ranks
-        return jax.jit(solver)(key, problem(geometry)).g
+        return jax.jit(lambda *problem: solver(*problem))(key, problem(geometry)).g
 
 
-@jax.jit
 def semidiscrete_pairs(
-    x_0: Rows, x_1: Float[AnyArray, "M ..."], potential: Float[AnyArray, " M"]
+    x_0: CheckedRows, x_1: CheckedRows, potential: CheckedRows
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """The partner of each row of noise: the j of largest potential_j - |x_0 - x_1_j|^2. Needs no ott-jax.
 
+    Args:
+      x_0: noise [B, ...].
+      x_1: the data set [M, ...].
+      potential: [M], of `fit_semidiscrete`.
+
     Returns:
       (i, j) with i = 0, 1, ...; over much noise every example of the data set comes up equally often.
-    """
-    x_1 = jnp.asarray(x_1)
 
+    Raises:
+      UserError: rows of two shapes, or a potential that is not one number for each example.
+    """
+    check_clouds(x_0, x_1)
+    if np.shape(potential) != np.shape(x_1)[:1]:
+        raise UserError(
+            f"the potential has shape {list(np.shape(potential))} and the data {list(np.shape(x_1))}, expected a "
+            "number for each row."
+        )
+    return _semidiscrete_pairs(*(jnp.asarray(rows) for rows in (x_0, x_1, potential)))
+
+
+@jax.jit
+def _semidiscrete_pairs(x_0, x_1, potential):
     def partner(row):
         return jnp.argmax(potential - sinkhorn.squared_distances(row[None], x_1)[0])
 
-    x_0 = jnp.asarray(x_0)
     return jnp.arange(len(x_0)), lax.map(partner, x_0, batch_size=min(BLOCK, len(x_0)))
 
 
 def sharded_sinkhorn(
-    x_0: Rows,
-    x_1: Rows,
+    x_0: CheckedRows,
+    x_1: CheckedRows,
     epsilon: Number = 0.05,
     key: RandomKey | None = None,
     *,
@@ -111,12 +148,15 @@ def sharded_sinkhorn(
       tolerance, max_iterations: of the solver.
 
     Raises:
-      UserError: ott-jax or the key is missing.
+      UserError: ott-jax or the key is missing, epsilon is not above 0, or arrays are of two shapes.
     """
     if key is None:
         raise UserError("sharded_sinkhorn draws partners: pass `key`.")
     point_cloud, solve = _ott("geometry.pointcloud").PointCloud, _ott("solvers.linear").solve
-    x_0, x_1 = flatten_rows(jnp.asarray(x_0)), flatten_rows(jnp.asarray(x_1))
+    if not 0 < epsilon < np.inf:
+        raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")
+    check_clouds(x_0, x_1)
+    x_0, x_1 = (flatten_rows(rows.astype(full_dtype(rows))) for rows in same_rows(x_0=x_0, x_1=x_1))
     scale = relative_to_absolute(x_0, x_1, epsilon)
     if mesh is not None:
         x_0 = jax.device_put(x_0, NamedSharding(mesh, PartitionSpec(axis)))

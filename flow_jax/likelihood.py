@@ -3,17 +3,31 @@
 log p(x_1) = log p_0(x_0) - int_0^1 div v(t, x_t) dt along the path that ends in x_1, solved from t = 1 down to 0.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from flow_jax.arrays import AnyArray, Number, RandomKey, Rows, sum_rows
-from flow_jax.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, as_field, integrate
+from flow_jax.arrays import (
+    AnyArray,
+    CheckedRows,
+    Number,
+    RandomKey,
+    Rows,
+    as_rows,
+    check_args,
+    check_shapes,
+    full_dtype,
+    sum_rows,
+    velocity_at,
+)
+from flow_jax.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, integrate
+from flow_jax.row_keys import RowKeys, row_keys, stream
 from train_jax.errors import UserError
 
 DIVERGENCES = ("exact", "hutchinson")
@@ -39,8 +53,23 @@ class LogProbResult(NamedTuple):
 
 def standard_normal_log_prob(x: Rows) -> Float[Array, " B"]:
     """log N(x; 0, I), summed over the axes of an example."""
-    x = jnp.asarray(x)
+    x = jnp.asarray(x, full_dtype(x))
     return -0.5 * sum_rows(x**2) - 0.5 * math.log(2 * math.pi) * math.prod(x.shape[1:])
+
+
+def start_log_prob(start: Callable) -> Callable:
+    """The prior of a path that starts from start(x_0) of standard normal x_0: a function x -> log-density [B].
+
+    Args:
+      start: of a path; entry by entry x_0 times a number plus another.
+    """
+
+    def prior(x):
+        mean = start(jnp.zeros_like(x))
+        std = start(jnp.ones_like(x)) - mean
+        return standard_normal_log_prob((x - mean) / std) - sum_rows(jnp.log(std))
+
+    return prior
 
 
 def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Array, Float[Array, " B"]]:
@@ -50,8 +79,12 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
       velocity: x -> velocity, rows independent of each other.
       x: [B, ...].
       chunk: products at a time.
+
+    Raises:
+      UserError: a velocity that is not of x's shape.
     """
     value, push = jax.linearize(velocity, x)
+    check_shapes("x", x, "the velocity", value)
     size = math.prod(x.shape[1:])
 
     def diagonal(index):
@@ -62,27 +95,26 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
 
 
 def hutchinson_divergence(
-    velocity: Callable, x: Rows, probes: Float[Array, "P B ..."]
+    velocity: Callable, x: Rows, probes: Float[Array, "P ..."]
 ) -> tuple[Array, Float[Array, " B"]]:
-    """A velocity and the mean of e^T J e over probes e of unit covariance (Hutchinson 1990)."""
+    """A velocity and the mean of e^T J e over probes e of unit covariance (Hutchinson 1990).
+
+    Raises:
+      UserError: a velocity, or a probe, that is not of x's shape.
+    """
     value, push = jax.linearize(velocity, x)
+    check_shapes("x", x, "the velocity", value)
+    check_shapes("x", x, "a probe", probes[0])
     return value, jax.vmap(lambda probe: sum_rows(probe * push(probe)))(probes).mean(axis=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _WithDivergence:
-    """The field of (x, log-density); hashable, so that it compiles once for each velocity."""
+def _with_divergence(velocity: Callable, exact: bool, t, state, probes, *args):
+    """The field of (x, log-density)."""
 
-    field: Callable
-    exact: bool
+    def at(x):
+        return velocity_at(velocity, t, x, *args)
 
-    def __call__(self, arrays, t, state, probes, *args):
-        def velocity(x):
-            return self.field(arrays, t, x, *args)
-
-        if self.exact:
-            return exact_divergence(velocity, state[0])
-        return hutchinson_divergence(velocity, state[0], jnp.moveaxis(probes, 1, 0))
+    return exact_divergence(at, state[0]) if exact else hutchinson_divergence(at, state[0], jnp.moveaxis(probes, 1, 0))
 
 
 def check_divergence(divergence: str) -> None:
@@ -115,9 +147,9 @@ def _check(divergence: str, noise: str, num_probes: int, key, solver: str, times
 
 def log_prob(
     velocity: Callable,
-    x_1: Rows,
+    x_1: CheckedRows,
     divergence: str = "exact",
-    key: RandomKey | None = None,
+    key: RandomKey | RowKeys | None = None,
     solver: str = "tsit5",
     num_steps: int | None = None,
     rtol: Number = TOLERANCE,
@@ -143,32 +175,39 @@ def log_prob(
       divergence: "exact" costs a Jacobian-vector product an entry of an example and evaluation; "hutchinson" one a
         probe, and is unbiased.
       key: draws the probes, once for the whole solve: noise that changes from step to step would leave the solver a
-        field without a solution. Needed for "hutchinson" alone.
+        field without a solution. A row's depend on the key and the row's number alone; or give one key a row [B].
+        Needed for "hutchinson" alone.
       solver, num_steps, rtol, atol, per_sample, args, max_steps: as of `sample`; errors of a shared step are over
         points and log-densities together.
       t0, t1: times of the noise and of the data.
       noise: of the probes: "rademacher", which has the smaller variance, or "gaussian".
       num_probes: averaged.
-      prior: x_0 -> log-density [B] at t0; standard normal when None.
+      prior: x_0 -> log-density [B] at t0; standard normal when None. Of a path that starts elsewhere, such as VE, it is
+        `start_log_prob(path.start)`.
       times: from the data's time down to the noise's; the steps of a fixed solver.
 
     Raises:
-      UserError: arguments that contradict each other or have no effect.
+      UserError: arguments that contradict each other or have no effect; a velocity that is not of x's shape, or a prior
+        that is not one number a row.
       RuntimeError: an adaptive solver failed.
     """
     _check(divergence, noise, num_probes, key, solver, times)
     plan = Plan.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
-    x_1 = jnp.asarray(x_1)
+    x_1 = as_rows("x_1", x_1)
+    check_args(args, x_1)
+    if not x_1.size:
+        raise UserError(f"x_1 has shape {list(x_1.shape)}, expected numbers in it: leave out empty batches.")
     probes = None
     if divergence == "hutchinson":
-        probes = PROBES[noise](key, (len(x_1), num_probes, *x_1.shape[1:]), x_1.dtype)
-    field, arrays = as_field(velocity)
-    state = (x_1, jnp.zeros(len(x_1), x_1.dtype))
-    field = _WithDivergence(field, divergence == "exact")
-    r = integrate(field, arrays, state, (probes, *args), plan, trajectory=False)
+        shape = (num_probes, *x_1.shape[1:])
+        probes = jax.vmap(lambda key: PROBES[noise](key, shape, x_1.dtype))(row_keys(key, np.arange(len(x_1))))
+    state = (x_1, jnp.zeros(len(x_1), full_dtype(x_1)))
+    field = functools.partial(_with_divergence, velocity, divergence == "exact")
+    r = integrate(field, state, (probes, *args), plan, trajectory=False)
     x_0, change = r.state
     # From t1 down to t0 the integral of the divergence comes out with the sign that log p needs.
     start = standard_normal_log_prob(x_0) if prior is None else prior(x_0)
+    check_shapes("the prior's log-density", start, "the batch of data", change)
     return LogProbResult(start + change, x_0, r.nfe)
 
 
@@ -186,7 +225,7 @@ def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) ->
 def image_bits_per_dim(
     velocity: Callable,
     images: Num[AnyArray, "B H W C"],
-    key: RandomKey,
+    key: RandomKey | RowKeys,
     num_samples: int = 1,
     *,
     levels: int = 256,
@@ -202,7 +241,7 @@ def image_bits_per_dim(
     Args:
       velocity: trained on images in [-1, 1].
       images: bytes, or integers below `levels`.
-      key: of the dequantisation, and of the probes of a Hutchinson divergence.
+      key: of the dequantisation, and of the probes of a Hutchinson divergence; one, or one a row, see `log_prob`.
       num_samples: K.
       levels: values that an entry may have; 128 above is half of them.
       **options: of `log_prob`.
@@ -213,15 +252,15 @@ def image_bits_per_dim(
     images = jnp.asarray(images)
     _check_levels(images, levels)
     size = math.prod(images.shape[1:])
-    key, probes = jax.random.split(key)
+    keys = row_keys(key, np.arange(len(images)))
     if options.get("divergence", "exact") == "hutchinson":
-        options["key"] = probes
+        options["key"] = stream(keys, num_samples)
 
-    def one(key):
-        noise = jax.random.uniform(key, images.shape)
+    def one(k):
+        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(stream(keys, k))
         return log_prob(velocity, (images + noise) / (levels / 2) - 1, **options).log_prob
 
-    draws = jnp.stack([one(jax.random.fold_in(key, k)) for k in range(num_samples)])
+    draws = jnp.stack([one(k) for k in range(num_samples)])
     return bits_per_dim(jax.nn.logsumexp(draws, axis=0) - math.log(num_samples), size, bins=levels / 2)
 
 

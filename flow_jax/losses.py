@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
-from flow_jax.arrays import AnyArray, Labels, RandomKey, Rows, Scalar, mean_rows
-from flow_jax.paths.affine import PathSample
+from flow_jax.arrays import (
+    CheckedRows,
+    CheckedTime,
+    Labels,
+    RandomKey,
+    Scalar,
+    as_rows,
+    check_args,
+    check_null,
+    squared_error,
+    velocity_at,
+)
+from flow_jax.couplings import check_pairs
+from flow_jax.paths.affine import PathSample, checked, row_times
+from train_jax.errors import UserError
 
 
-def flow_matching(
-    velocity: Callable, marginal: Callable, t: Float[AnyArray, " B"], x: Rows, *args
-) -> Float[Array, " B"]:
+def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: CheckedRows, *args) -> Float[Array, " B"]:
     """|v(t, x) - u(t, x)|^2 against a marginal field that is known.
 
     Args:
@@ -26,8 +37,13 @@ def flow_matching(
       t: [B].
       x: draws from the marginal path at t.
       *args: passed on to the velocity.
+
+    Raises:
+      UserError: a velocity or a marginal field that is not of x's shape, or times that are not one a row.
     """
-    return mean_rows((velocity(t, x, *args) - marginal(t, x)) ** 2)
+    x = as_rows("x", x)
+    t = row_times(t, x)
+    return squared_error(velocity_at(velocity, t, x, *args), velocity_at(marginal, t, x))
 
 
 def conditional_flow_matching(velocity: Callable, sample: PathSample, *args) -> Float[Array, " B"]:
@@ -37,16 +53,20 @@ def conditional_flow_matching(velocity: Callable, sample: PathSample, *args) -> 
       velocity: (t, x, *args) -> [B, ...].
       sample: of any path and any coupling.
       *args: passed on to the velocity, labels say.
+
+    Raises:
+      UserError: a velocity that is not of x_t's shape, or a sample whose arrays do not fit.
     """
-    return mean_rows((velocity(sample.t, sample.x_t, *args) - sample.dx_t) ** 2)
+    sample = checked(sample)
+    return squared_error(velocity_at(velocity, sample.t, sample.x_t, *args), sample.dx_t)
 
 
 def coupled_flow_matching(
     velocity: Callable,
     path,
-    x_0: Rows,
-    x_1: Rows,
-    t: Float[AnyArray, " B"],
+    x_0: CheckedRows,
+    x_1: CheckedRows,
+    t: CheckedTime,
     coupling: Callable,
     *args,
     key: RandomKey | None = None,
@@ -59,14 +79,20 @@ def coupled_flow_matching(
       coupling: (x_0, x_1) -> (i, j); inside `jax.jit` one that runs on the device, the others before it.
       *args: arrays of rows that belong to x_1, labels say; they go along with it.
       key: of a path with noise of its own.
+
+    Raises:
+      UserError: rows of other shapes or numbers, or a coupling that does not return indices of them, as many of each.
     """
+    x_0, x_1 = as_rows("x_0", x_0), as_rows("x_1", x_1)
+    check_args(args, x_1)
     i, j = coupling(x_0, x_1)
-    sample = path.sample(jnp.asarray(x_0)[i], jnp.asarray(x_1)[j], t, key=key)
+    check_pairs(i, j, len(x_0), len(x_1))
+    sample = path.sample(x_0[i], x_1[j], t, key=key)
     return conditional_flow_matching(velocity, sample, *jax.tree.map(lambda rows: jnp.asarray(rows)[j], args))
 
 
 def drop_labels(
-    labels: Labels, rate: Scalar, null: int | float | tuple[int, ...], keys: Key[Array, " B"] | Key[Array, ""]
+    labels: Labels, rate: Scalar, null: int | float | tuple[int, ...], keys: Key[Array, " K"] | Key[Array, ""]
 ) -> Num[Array, "B ..."]:
     """Labels of which each is replaced by `null` with probability `rate`, row by row (Ho and Salimans 2022).
 
@@ -77,9 +103,15 @@ def drop_labels(
       rate: 0 to 1.
       null: the label, or labels of a row, that stand for none, see models.features.Condition.
       keys: one a row, or one for all.
+
+    Raises:
+      UserError: another number of keys than of rows, or a null that is not a row's.
     """
     labels = jnp.asarray(labels)
     shape = labels.shape[:1]
+    if keys.ndim and keys.shape != shape:
+        raise UserError(f"{keys.shape[0]} keys stand beside {len(labels)} rows of labels, expected one key a row.")
+    check_null(null, labels)
     draws = jax.random.uniform(keys, shape) if keys.ndim == 0 else jax.vmap(jax.random.uniform)(keys)
     dropped = (draws < rate).reshape(*shape, *(1,) * (labels.ndim - 1))
     return jnp.where(dropped, jnp.asarray(null, labels.dtype), labels)

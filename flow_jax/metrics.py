@@ -1,6 +1,7 @@
 """Distances between samples, on the host in float64 but for Sinkhorn's, and properties of a flow's paths.
 
-Point clouds are arrays of rows of any shape. Distances of two finite samples of one law are not zero: compare with the
+Point clouds are arrays of rows of any shape, of one shape in both; without rows, with NaN or with infinite entries they
+are refused, with a UserError that says which. Distances of two finite samples of one law are not zero: compare with the
 distance between two real samples of the same sizes.
 """
 
@@ -15,10 +16,21 @@ from jaxtyping import Array, Float
 from scipy.spatial.distance import cdist
 
 from flow_jax import sinkhorn
-from flow_jax.arrays import AnyArray, Number, Rows, flatten_rows, sum_rows
+from flow_jax.arrays import (
+    AnyArray,
+    CheckedRows,
+    Number,
+    as_rows,
+    check_args,
+    check_clouds,
+    flatten_rows,
+    full_dtype,
+    sum_rows,
+    velocity_at,
+)
 from flow_jax.assignment import transport
+from flow_jax.callables import run
 from flow_jax.couplings import host_cost
-from flow_jax.integrate import as_field
 from flow_jax.moments import Moments, frechet
 from train_jax.errors import UserError
 
@@ -33,13 +45,11 @@ def wasserstein(a: Cloud, b: OtherCloud, p: Number = 2) -> float:
     Equal sizes are an assignment problem, some seconds at 4,096 rows; other sizes a linear program.
 
     Raises:
-      UserError: p < 1, or rows of other shapes.
+      UserError: p < 1.
     """
-    if p < 1:
-        raise UserError(f"p is {p:g}, expected at least 1: below, this is no distance.")
-    x, y = _host(a), _host(b)
-    if x.shape[1] != y.shape[1]:
-        raise UserError(f"rows of {x.shape[1]} and {y.shape[1]} entries have no distance: make the shapes equal.")
+    if not 1 <= p < np.inf:
+        raise UserError(f"p is {p:g}, expected a number from 1: below, this is no distance.")
+    x, y = _host(a, b)
     cost = host_cost(x, y) if p == 2 else cdist(x, y) ** p
     return float((transport(cost) * cost).sum() ** (1 / p))
 
@@ -48,11 +58,15 @@ def sinkhorn_divergence(a: Cloud, b: OtherCloud, epsilon: Number | None = None) 
     """OT(a, b) - (OT(a, a) + OT(b, b)) / 2 of OT = min <P, |x - y|^2> + epsilon KL(P | product) (Genevay et al. 2018).
 
     Args:
-      a, b: computed on the device in their dtype.
+      a, b: computed on the device in their dtype, in float32 where that is less.
       epsilon: absolute, in units of squared distance; 0.05 standard deviations of the squared distances between a and b
         when None.
+
+    Raises:
+      UserError: an epsilon that is not above 0, or squared distances that are not finite in that dtype.
     """
-    a, b = jnp.asarray(a), jnp.asarray(b)
+    _host(a, b)
+    a, b = (jnp.asarray(cloud, full_dtype(cloud)) for cloud in (a, b))
     if epsilon is None:
         epsilon = float(sinkhorn.relative_epsilon(sinkhorn.squared_distances(a, b), 0.05))
     tolerance = 1e-9 if a.dtype == jnp.float64 else 1e-5
@@ -71,10 +85,22 @@ def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: b
       a, b: clouds.
       bandwidth: the median distance between rows of a and rows of b (the first 1,024 of each) when None.
       unbiased: leave each row's kernel with itself out; the result may be negative.
+
+    Raises:
+      UserError: a bandwidth that is not above 0, as the median is where more than half of the pairs are equal (0 is
+        returned where all rows are); or `unbiased` with a single row.
     """
-    x, y = _host(a), _host(b)
+    x, y = _host(a, b)
+    if unbiased and min(len(x), len(y)) < 2:
+        raise UserError(
+            f"clouds of {len(x)} and {len(y)} rows have no unbiased mmd, expected two rows or more of each."
+        )
     if bandwidth is None:
+        if (x == y[:1]).all() and (y == y[:1]).all():
+            return 0.0
         bandwidth = float(np.median(cdist(x[:BLOCK], y[:BLOCK])))
+    if not 0 < bandwidth < np.inf:
+        raise UserError(f"the bandwidth of mmd is {bandwidth:g}, expected a number above 0: pass `bandwidth`.")
 
     def total(x, y):
         return _sum_over_pairs(x, y, lambda squares: np.exp(-squares / (2 * bandwidth**2)), "sqeuclidean")
@@ -88,7 +114,7 @@ def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: b
 
 def energy_distance(a: Cloud, b: OtherCloud) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| over all pairs, a row's with itself included (Szekely and Rizzo 2013)."""
-    x, y = _host(a), _host(b)
+    x, y = _host(a, b)
 
     def mean(x, y):
         return _sum_over_pairs(x, y, lambda distances: distances, "euclidean") / (len(x) * len(y))
@@ -96,11 +122,14 @@ def energy_distance(a: Cloud, b: OtherCloud) -> float:
     return 2 * mean(x, y) - mean(x, x) - mean(y, y)
 
 
-def frechet_distance(features_a: Float[AnyArray, "N F"], features_b: Float[AnyArray, "M F"]) -> float:
+def frechet_distance(features_a: CheckedRows, features_b: CheckedRows) -> float:
     """The Frechet distance of Gaussians with the moments of any features; see moments.py, also for more than fit.
 
     Args:
       features_a, features_b: at least two rows each; covariances are divided by rows - 1.
+
+    Raises:
+      UserError: fewer rows, features that are not vectors of one length, or that are not finite.
     """
     return frechet(Moments.of(features_a), Moments.of(features_b))
 
@@ -109,18 +138,28 @@ def coverage(samples: Cloud, real: OtherCloud, neighbours: int = 5) -> float:
     """The share of real rows with a sample no farther than their `neighbours`-th nearest real one (Naeem et al. 2020).
 
     1 where samples are everywhere that data are; another sample of the data has about 1 - 2^-neighbours.
+
+    Raises:
+      UserError: fewer real rows than that, itself not counted.
     """
-    x, y = _host(samples), _host(real)
+    x, y = _host(samples, real)
+    if not 1 <= neighbours < len(y):
+        raise UserError(
+            f"neighbours={neighbours} of {len(y)} real rows, expected 1 to {len(y) - 1}: give more rows, or lower it."
+        )
     radius = np.sort(cdist(y, y), axis=1)[:, neighbours]  # the first is the row itself
     return float((cdist(y, x).min(axis=1) <= radius).mean())
 
 
-def path_energy(velocity: Callable, x_0: Rows, num_steps: int = 50, args: tuple = ()) -> float:
-    """The mean over time and rows of |v|^2 along Euler's paths; W_2^2 of noise and samples is its least value."""
-    return float(_euler_energies(*as_field(velocity), num_steps, jnp.asarray(x_0), args)[0])
+def path_energy(velocity: Callable, x_0: CheckedRows, num_steps: int = 50, args: tuple = ()) -> float:
+    """The mean over time and rows of |v|^2 along Euler's paths; W_2^2 of noise and samples is its least value.
+
+    Arguments and errors as of `straightness`.
+    """
+    return float(_energies(velocity, x_0, num_steps, args)[0])
 
 
-def straightness(velocity: Callable, x_0: Rows, num_steps: int = 50, args: tuple = ()) -> float:
+def straightness(velocity: Callable, x_0: CheckedRows, num_steps: int = 50, args: tuple = ()) -> float:
     """The mean over time and rows of |v - (x_1 - x_0)|^2 along Euler's paths (Liu et al. 2023).
 
     0: straight at constant speed, and one Euler step would do.
@@ -130,26 +169,44 @@ def straightness(velocity: Callable, x_0: Rows, num_steps: int = 50, args: tuple
       x_0: noise.
       num_steps: equal steps.
       args: arrays of rows passed on to the velocity.
+
+    Raises:
+      UserError: no steps, no rows, or a velocity that is not of x's shape.
     """
-    return float(_euler_energies(*as_field(velocity), num_steps, jnp.asarray(x_0), args)[1])
+    return float(_energies(velocity, x_0, num_steps, args)[1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _euler_energies(field, arrays, num_steps: int, x_0, args) -> tuple[Array, Array]:
+def _energies(velocity: Callable, x_0: CheckedRows, num_steps: int, args: tuple) -> tuple[Array, Array]:
     """Means of |v|^2 and of |v - (x_1 - x_0)|^2."""
+    x_0 = as_rows("x_0", x_0)
+    check_args(args, x_0)
+    if num_steps < 1 or not len(x_0):
+        raise UserError(f"num_steps is {num_steps} for {len(x_0)} rows, expected at least one of each.")
+    return run(_euler_energies, functools.partial(velocity_at, velocity), (num_steps,), x_0, args)
 
+
+def _euler_energies(field, num_steps: int, arrays, x_0, args) -> tuple[Array, Array]:
     def step(x, t):
         v = field(arrays, t, x, *args).astype(x.dtype)
         return x + v / num_steps, v
 
-    times = jnp.arange(num_steps, dtype=jnp.promote_types(x_0.dtype, jnp.float32)) / num_steps
-    x_1, velocities = lax.scan(step, x_0, times)
-    squares = jax.vmap(lambda v: sum_rows(v**2))
+    full = full_dtype(x_0)
+    x_1, velocities = lax.scan(step, x_0, jnp.arange(num_steps, dtype=full) / num_steps)
+    squares = jax.vmap(lambda v: sum_rows(v.astype(full) ** 2))
     return squares(velocities).mean(), squares(velocities - (x_1 - x_0)[None]).mean()
 
 
-def _host(cloud) -> Float[np.ndarray, "N D"]:
-    return flatten_rows(np.asarray(cloud, np.float64))
+def _host(a, b) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "M D"]]:
+    """Two clouds on the host, a vector a row, when there are rows of one shape and finite numbers."""
+    check_clouds(a, b)
+    clouds = [flatten_rows(np.asarray(cloud, np.float64)) for cloud in (a, b)]
+    for cloud in clouds:
+        if not np.isfinite(cloud).all():
+            rows = int((~np.isfinite(cloud)).any(axis=1).sum())
+            raise UserError(
+                f"{rows} of {len(cloud)} rows have NaN or infinity, expected finite numbers: find where they come from."
+            )
+    return clouds[0], clouds[1]
 
 
 def _sum_over_pairs(x, y, function: Callable, metric: str) -> float:

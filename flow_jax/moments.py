@@ -6,7 +6,7 @@ On the host, in float64. Axes: N rows, F features.
 import functools
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from flow_jax.arrays import AnyArray
 from train_jax.errors import UserError
@@ -21,19 +21,21 @@ class Moments:
         self._scatter: np.ndarray = np.zeros((0, 0))  # [F, F], sum over rows of (x - mean) (x - mean)^T
 
     @classmethod
-    def of(cls, rows: Float[AnyArray, "N F"]) -> "Moments":
+    def of(cls, rows: Num[AnyArray, "..."]) -> "Moments":
         """The moments of rows that are all there."""
         moments = cls()
         moments.add(rows)
         return moments
 
-    def add(self, rows: Float[AnyArray, "N F"]) -> None:
+    def add(self, rows: Num[AnyArray, "..."]) -> None:
         """Takes in a batch: sums around the means of the two parts, which do not cancel (Chan et al. 1983).
 
         Raises:
-          UserError: rows of another length than those before.
+          UserError: rows of another length than those before, that are not vectors, or not finite.
         """
         x = np.asarray(rows, np.float64)
+        if x.ndim != 2 or not np.isfinite(x).all():
+            raise UserError(f"features have shape {list(x.shape)}, expected finite numbers, a vector a row [N, F].")
         if not len(x):
             return
         mean = x.mean(axis=0)
@@ -71,7 +73,12 @@ def frechet(a: Moments, b: Moments) -> float:
     The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), a symmetric matrix:
     stable where covariances are singular (fewer rows than features), and never complex. The root of `a` is kept for
     further calls.
+
+    Raises:
+      UserError: features of two lengths, or fewer than two rows of either.
     """
+    if a.covariance.shape != b.covariance.shape:
+        raise UserError(f"features have {len(a.mean)} and {len(b.mean)} entries, expected one number: make them equal.")
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(a.root @ b.covariance @ a.root), 0)).sum()
     gap = a.mean - b.mean
     return float(gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)

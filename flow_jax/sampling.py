@@ -1,13 +1,14 @@
 """Sampling: from noise at t = 0 to data at t = 1 along a velocity field, or back."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flow_jax.arrays import Number, Rows
-from flow_jax.integrate import FIXED, MAX_STEPS, TOLERANCE, Plan, as_field, integrate
+from flow_jax.arrays import CheckedRows, Number, as_rows, check_args, velocity_at
+from flow_jax.integrate import FIXED, MAX_STEPS, TOLERANCE, Plan, integrate
 from train_jax.errors import UserError
 
 
@@ -29,7 +30,7 @@ class SampleResult(NamedTuple):
 
 def sample(
     velocity: Callable,
-    x_0: Rows,
+    x_0: CheckedRows,
     solver: str = "tsit5",
     num_steps: int | None = None,
     rtol: Number = TOLERANCE,
@@ -46,8 +47,9 @@ def sample(
     """Integrates dx/dt = velocity(t, x) from x_0.
 
     Args:
-      velocity: function (t, x, *args) -> velocity, with a scalar t and x [B, ...]. An `nnx.Module` with this call (or
-        a `jax.tree_util.Partial`) compiles once whatever its weights; another function compiles once an object.
+      velocity: function (t, x, *args) -> velocity of x's shape, with a scalar t and x [B, ...]. An `nnx.Module` with
+        this call, a bound method of one, or a partial of these compiles once whatever its weights; a function over a
+        module compiles at every call (callables.py has the rule). Its weights are those it has when this is called.
       x_0: noise [B, ...] at t0; or data, with t0=1 and t1=0, to find the noise it comes from.
       solver: "euler", "midpoint", "heun", "rk4" (Kutta's 3/8 rule) with fixed steps; "dopri5", "tsit5", "dopri8" with
         steps chosen by tolerance.
@@ -64,14 +66,17 @@ def sample(
       max_steps: of an adaptive solver.
 
     Raises:
-      UserError: arguments that contradict each other or have no effect.
+      UserError: arguments that contradict each other or have no effect; a velocity that is not of x's shape, or `args`
+        of other numbers of rows.
       RuntimeError: an adaptive solver failed.
     """
+    x_0 = as_rows("x_0", x_0)
+    check_args(args, x_0)
     plan = Plan.make(solver, num_steps, rtol, atol, t0, t1, per_sample, times, max_steps)
     if solver not in FIXED and trajectory != (times is not None):
         raise UserError(
             f"solver={solver!r} keeps a trajectory at the times it is told: pass trajectory=True and times together."
         )
-    r = integrate(*as_field(velocity), jnp.asarray(x_0), args, plan, trajectory)
+    r = integrate(functools.partial(velocity_at, velocity), x_0, args, plan, trajectory)
     kept = jnp.asarray(plan.times, jnp.promote_types(r.state.dtype, jnp.float32)) if trajectory else None
     return SampleResult(r.state, r.nfe, kept, r.trajectory)

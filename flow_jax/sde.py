@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flow_jax.arrays import Number, RandomKey, Rows
+from flow_jax.arrays import CheckedRows, Number, RandomKey, as_rows, check_args, velocity_at
+from flow_jax.callables import run
 from flow_jax.conversions import Convertible
-from flow_jax.integrate import as_field
 from flow_jax.sampling import SampleResult
 from train_jax.errors import UserError
 
 
 def sample_sde(
     velocity: Callable,
-    x_0: Rows,
+    x_0: CheckedRows,
     path: Any,
     key: RandomKey,
     num_steps: int = 250,
@@ -47,31 +47,35 @@ def sample_sde(
       args: arrays of rows passed on to the velocity.
 
     Raises:
-      UserError: no steps, a negative strength, or a path that is not affine.
+      UserError: no steps, a negative strength, a path that is not affine, or a velocity that is not of x's shape.
     """
     if not isinstance(path, Convertible):
         raise UserError(
             f"the path is {path}, which does not tell the score of a velocity, expected an affine one, such as CondOT: "
             "use `sample`."
         )
-    if num_steps < 1 or strength < 0:
+    if num_steps < 1 or not strength >= 0:
         raise UserError(f"num_steps={num_steps} and strength={strength:g}: expected num_steps >= 1 and strength >= 0.")
-    field, arrays = as_field(velocity)
-    x_0 = jnp.asarray(x_0)
+    x_0 = as_rows("x_0", x_0)
+    check_args(args, x_0)
     times = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=jnp.promote_types(x_0.dtype, jnp.float32))
-    end, kept = _euler_maruyama(field, path, trajectory, arrays, x_0, args, times, strength, key)
+    drift = functools.partial(_drift_and_spread, velocity, path)
+    end, kept = run(_euler_maruyama, drift, (trajectory,), x_0, args, times, jnp.float32(strength), key)
     return SampleResult(end, jnp.int32(num_steps), times if trajectory else None, kept)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _euler_maruyama(field, path, keep: bool, arrays, x_0, args, times, strength, key):
+def _drift_and_spread(velocity: Callable, path: Convertible, strength, t, x, *args):
+    """The drift, and half of g^2."""
+    v = velocity_at(velocity, t, x, *args)
+    return v - strength * path.velocity_to_epsilon(v, x, t), strength * path.sigma(t)
+
+
+def _euler_maruyama(field, keep: bool, arrays, x_0, args, times, strength, key):
     rows = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(x_0)))
 
     def step(x, inputs):
         index, t, after = inputs
-        v = field(arrays, t, x, *args)
-        spread = strength * path.sigma(t)
-        drift = v - strength * path.velocity_to_epsilon(v, x, t)
+        drift, spread = field(arrays, strength, t, x, *args)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(rows)
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
         dt = after - t

@@ -11,17 +11,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from flow_jax.arrays import AnyArray, Scalar, flatten_rows
+from flow_jax.arrays import AnyArray, CheckedRows, Scalar, check_clouds, flatten_rows, full_dtype
+from train_jax.errors import UserError
 
 CHECK_EVERY = 10  # iterations between looks at the marginals
 
 
-def squared_distances(x: Float[AnyArray, "N ..."], y: Float[AnyArray, "M ..."]) -> Float[Array, "N M"]:
-    """|x_i - y_j|^2 over all axes of an example, on the device."""
-    x, y = flatten_rows(jnp.asarray(x)), flatten_rows(jnp.asarray(y))
+def squared_distances(x: CheckedRows, y: CheckedRows) -> Float[Array, "N M"]:
+    """|x_i - y_j|^2 over all axes of an example [N, ...], [M, ...], on the device, in float32 at least.
+
+    Raises:
+      UserError: no rows, or rows of two shapes.
+    """
+    check_clouds(x, y)
+    x, y = (flatten_rows(jnp.asarray(rows, full_dtype(rows))) for rows in (x, y))
     centre = y.mean(axis=0, keepdims=True)  # small numbers cancel less
     x, y = x - centre, y - centre
     products = jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
@@ -30,7 +37,7 @@ def squared_distances(x: Float[AnyArray, "N ..."], y: Float[AnyArray, "M ..."]) 
 
 def relative_epsilon(cost: Float[Array, "N M"], epsilon: Scalar) -> Float[Array, ""]:
     """epsilon times the standard deviation of the cost: absolute, in the cost's units; epsilon if all are equal."""
-    spread = cost.std()
+    spread = cost.astype(full_dtype(cost)).std()
     return epsilon * jnp.where(spread > 0, spread, 1.0)
 
 
@@ -53,6 +60,8 @@ class Solution(NamedTuple):
     converged: Bool[Array, ""]
 
     def log_plan(self, cost: Float[AnyArray, "N M"]) -> Float[Array, "N M"]:
+        """The logarithm of the plan. Raises UserError for a cost of another shape than the one solved."""
+        _check_marginals(cost, self.f, self.g)
         return (self.f[:, None] + self.g[None] - cost) / self.epsilon
 
     def plan(self, cost: Float[AnyArray, "N M"]) -> Float[Array, "N M"]:
@@ -88,12 +97,11 @@ class Solution(NamedTuple):
         return (entropy(plan) - jnp.maximum(rows, columns)) / jnp.minimum(rows, columns)
 
 
-@functools.partial(jax.jit, static_argnames="max_iterations")
 def solve(
-    cost: Float[AnyArray, "N M"],
+    cost: CheckedRows,
     epsilon: Scalar,
-    a: Float[AnyArray, " N"] | None = None,
-    b: Float[AnyArray, " M"] | None = None,
+    a: CheckedRows | None = None,
+    b: CheckedRows | None = None,
     *,
     tolerance: Scalar = 1e-3,
     max_iterations: int = 20_000,
@@ -101,12 +109,54 @@ def solve(
     """Solves the entropic problem.
 
     Args:
-      cost: [N, M]; computed in its dtype.
+      cost: [N, M]; computed in its dtype, in float32 where that is less.
       epsilon: absolute, in the units of the cost (see `relative_epsilon`).
-      a, b: weights, uniform when None.
+      a, b: weights [N] and [M], uniform when None.
       tolerance: of the sum of |row sum - a|; float32 reaches some 1e-5.
       max_iterations: where the iteration stops all the same.
+
+    Raises:
+      UserError: an epsilon that is not above 0, weights of other shapes, or values (where they are known) that no plan
+        has: costs that are not finite, weights that are negative or do not have one sum.
     """
+    _check_problem(cost, epsilon, a, b)
+    return _solve(jnp.asarray(cost, full_dtype(cost)), epsilon, a, b, tolerance, max_iterations)
+
+
+def _check_marginals(cost, a, b) -> None:
+    shapes = [None if weights is None else list(np.shape(weights)) for weights in (a, b)]
+    n, m = cost.shape if np.ndim(cost) == 2 else (0, 0)
+    if not n * m or shapes[0] not in (None, [n]) or shapes[1] not in (None, [m]):
+        raise UserError(
+            f"a cost of shape {list(np.shape(cost))} has weights or potentials of {shapes[0]} and {shapes[1]}, "
+            "expected a matrix, and a number for each of its rows and of its columns."
+        )
+
+
+def _check_problem(cost, epsilon, a, b) -> None:
+    _check_marginals(cost, a, b)
+    if _known(epsilon) and not 0 < epsilon < np.inf:
+        raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")
+    if _known(cost) and not bool(jnp.isfinite(cost).all()):
+        raise UserError(
+            "the cost of a coupling has entries that are not finite: look for NaN and infinity in the data, or give it "
+            "in float32, which holds larger ones than float16."
+        )
+    weights = [None if w is None or not _known(w) else np.asarray(w, np.float64) for w in (a, b)]
+    if any(w is not None and not w.min() >= 0 for w in weights):
+        raise UserError("weights are negative or not numbers, expected 0 or more.")
+    sums = [1.0 if w is None else w.sum() for w in weights]
+    known = [w is None or _known(w) for w in (a, b)]
+    if all(known) and not np.isclose(*sums, rtol=1e-3):
+        raise UserError(f"weights sum to {sums[0]:g} and {sums[1]:g}, expected one sum; those left out sum to 1.")
+
+
+def _known(value) -> bool:
+    return not isinstance(value, jax.core.Tracer)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _solve(cost, epsilon, a, b, tolerance, max_iterations: int) -> Solution:
     n, m = cost.shape
     dtype = cost.dtype
     log_a = jnp.full((n,), -jnp.log(n), dtype) if a is None else jnp.log(jnp.asarray(a, dtype))

@@ -7,7 +7,6 @@ coupled as the config says (Tong et al. 2024). Scores are in evaluation.py.
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -73,7 +72,7 @@ class PlaneFlow(FlowTask):
             config.data.num_examples,
             config.coupling.name,
             config.seed,
-            jax.process_index(),
+            config.coupling.group,
         )
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
@@ -81,8 +80,8 @@ class PlaneFlow(FlowTask):
         return "\n".join(f"{x_0} -> {x_1}" for x_0, x_1 in rows)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
-        config = self.config
-        return {"w2": evaluation.distance(model, config.data, config.eval, config.eval.validation_draws).value}
+        data, options = self.config.data, self.config.eval
+        return {"w2": evaluation.distance(model, self.path, data, options, options.validation_draws).value}
 
     def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return evaluation.evaluate(model, self.config.data, self.config.eval, workdir)
+        return evaluation.evaluate(model, self.path, self.config.data, self.config.eval, workdir)

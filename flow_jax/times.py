@@ -9,14 +9,27 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flow_jax.arrays import AnyArray, Number, RandomKey
+from flow_jax.row_keys import RowKeys
 from train_jax.errors import UserError
 
 
 class Times:
     """A distribution of times in [low, high], by `draw` and `log_density`."""
+
+    def draw_rows(
+        self, keys: RowKeys, rows: Int[AnyArray, " B"] | None = None, n: int | None = None
+    ) -> Float[Array, " B"]:
+        """A time for each of some rows of a batch, by the row's own key, so that a batch may be cut anywhere.
+
+        Args:
+          keys: one a row.
+          rows: their numbers in the batch; the first ones if None.
+          n: rows of the whole batch; as many as there are keys if None.
+        """
+        return jax.vmap(lambda key: self.draw(key, 1)[0])(keys)
 
     def importance_weights(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
         """1 / density: the weights under which the mean loss is that of uniform times on [0, 1]."""
@@ -58,6 +71,14 @@ class Stratified(Uniform):
         offsets, order = jax.random.split(key)
         parts = (jnp.arange(n) + jax.random.uniform(offsets, (n,))) / n
         return self.low + (self.high - self.low) * jax.random.permutation(order, jnp.minimum(parts, 1.0))
+
+    def draw_rows(
+        self, keys: RowKeys, rows: Int[AnyArray, " B"] | None = None, n: int | None = None
+    ) -> Float[Array, " B"]:
+        """As Times.draw_rows: row r has its time in part r. Batches are shuffled already, so parts need not be."""
+        rows = jnp.arange(len(keys)) if rows is None else jnp.asarray(rows)
+        parts = (rows + jax.vmap(jax.random.uniform)(keys)) / (n or len(keys))
+        return self.low + (self.high - self.low) * jnp.minimum(parts, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from paligemma_jax import zero_shot
 from paligemma_jax.adapt.prompts import check_texts
@@ -62,16 +62,20 @@ def classify(
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
     check_texts(encoder, words(prompts)[0])
     texts = jnp.asarray(zero_shot.class_embeddings(encoder, words, classes, templates))
-    step = jax.jit(lambda encoder, pixels, texts: encoder.logits(encoder.encode_image(pixels)[0], texts))
     logits = []
     for start in range(0, len(images), BATCH):
         part = [images[min(index, len(images) - 1)] for index in range(start, start + min(BATCH, len(images)))]
         pixels = np.stack([read_pixels(str(file), encoder.config.preprocessing) for file in part])
-        logits.append(np.asarray(step(encoder, pixels, texts)))
+        logits.append(np.asarray(_logits(encoder, pixels, texts)))
         if told is not None:
             told(min(start + BATCH, len(images)), len(images))
     found = jnp.asarray(np.concatenate(logits)[: len(images)])
     return np.asarray(jax.nn.softmax(found) if encoder.logit_bias is None else jax.nn.sigmoid(found))
+
+
+@jax.jit
+def _logits(encoder: DualEncoder, pixels: Float[Array, "B I I 3"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
+    return encoder.logits(encoder.encode_image(pixels)[0], texts)
 
 
 def _template(model: str | Path) -> str:

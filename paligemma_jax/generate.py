@@ -25,6 +25,7 @@ from paligemma_jax.beam import beam_search
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
 from paligemma_jax.prompt_inputs import PAD, check_images, check_prompt
 from paligemma_jax.sampling import Sampler, make_sampler, pick, row_keys
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
 CACHE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -40,6 +41,7 @@ def generate(
     sampler: str = "greedy",
     seed: int = 0,
     *,
+    first_row: int = 0,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -64,8 +66,9 @@ def generate(
         "top_k", the same among the `top_k` likeliest words (and `temperature`);
         "nucleus", the same among the fewest words of mass `top_p` at that `temperature`;
         "beam", the best of `num_beams` hypotheses under `length_penalty` (beam.py has the rules).
-      seed: of the draws. Row b draws with fold_in(key(seed), b), so it gets the same tokens whatever the other rows
-        hold; the same prompt at another index draws others.
+      seed: of the draws. Row b draws with fold_in(key(seed), first_row + b), so it gets the same tokens whatever the
+        other rows hold; the same prompt at another index draws others.
+      first_row: number of row 0: where many prompts are answered in batches, how many came before.
       image_features: float [B, P, D] from `model.encode_image`, instead of images.
       cache_dtype: "float32", "bfloat16" or "float16"; the decoder's compute dtype when None.
       return_out: also return a dictionary of `steps`, the number of tokens decoded before all rows had ended, and
@@ -90,10 +93,13 @@ def generate(
         raise UserError(f"cache_dtype is {cache_dtype!r}, expected one of {CACHE_DTYPES}: choose one of these.")
     tokens, mask_input = check_prompt(model, tokens, mask_input)
     images, image_features = check_images(model, images, image_features, len(tokens))
+    if first_row < 0:
+        raise UserError(f"first_row is {first_row}, expected 0 or more, how many rows came before: change it.")
     key = jax.random.key(seed)
     new_tokens, out = _generate(
-        model, images, image_features, tokens, mask_input, eos_id, chosen, key, max_new_tokens, cache_dtype, return_out
-    )
+        model, images, image_features, tokens, mask_input, eos_id, chosen, key, first_row, max_new_tokens, cache_dtype,
+        return_out,
+    )  # fmt: skip
     return (new_tokens, out) if return_out else new_tokens
 
 
@@ -107,12 +113,15 @@ def _generate(
     eos_id: Int[Array, ""] | int,
     sampler: Sampler,
     key: Key[Array, ""],
+    first_row: Int[Array, ""] | int,
     num_tokens: int,
     cache_dtype: str | None,
     keep_logits: bool,
 ) -> tuple[Int[Array, "B N"], dict[str, Array]]:
     if features is None:
         features, _ = model.encode_image(images)
+    # Once, ahead of the loop over tokens, every step of which reads it twice.
+    model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
     logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens, cache_dtype)
     if sampler.name == "beam":
         advance = functools.partial(_advance, model, jnp.repeat(valid, sampler.num_beams, axis=0))
@@ -128,7 +137,7 @@ def _generate(
         )
         return new_tokens, {"score": score, "steps": steps}
     advance = functools.partial(_advance, model, valid)
-    choose = functools.partial(pick, sampler, keys=row_keys(key, len(tokens)))
+    choose = functools.partial(pick, sampler, keys=row_keys(key, len(tokens), first_row))
     return _decode(logits, cache, advance, choose, eos_id, num_tokens, keep_logits)
 
 

@@ -11,7 +11,6 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights import adapter_folder, peft, prompt_folder
 from paligemma_jax.weights import load as checkpoint
-from paligemma_jax.weights.digest import check_digest
 from train_jax import config
 from train_jax.errors import UserError
 
@@ -70,9 +69,6 @@ def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") 
     """
     from train_jax import loop  # slow to import, and a checkpoint needs none of it
 
-    adapter, vision = settings.get("adapter", {}).get("path"), settings.get("init", {}).get("vision")
-    siglip = settings.get("siglip") if settings.get("told") == "captions" else None
-    check_digest(Path(path).expanduser(), settings.model.get("path"), adapter, vision, siglip)
     settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)
 

@@ -8,11 +8,12 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.row_texts import is_text
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.sampling import make_sampler
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut, quoted
 
 BATCH = 16  # prompts answered at once
 
@@ -30,6 +31,7 @@ def predict(
     max_new_tokens: int = 64,
     sampler: str = "greedy",
     seed: int = 0,
+    special_tokens: str | None = None,
     **sampler_options: int | float | None,
 ) -> list[tuple[str, str, str]]:
     """Answers every (image, prompt) pair.
@@ -42,13 +44,17 @@ def predict(
       dtype: a base model's compute dtype, float32 if None; a run has its own.
       tokenizer: a tokenizer.model or its folder; None is the one beside the model.
       checkpoint: of the run.
-      max_new_tokens, sampler, seed, sampler_options: see generate.generate.
+      max_new_tokens, sampler, seed, sampler_options: see generate.generate; row numbers go on from batch to batch, so
+        that equal prompts draw answers of their own.
+      special_tokens: what becomes of <bos> and such in prompts, "refuse" or "parse", see data.prompts.encode; None is
+        the run's data.special_tokens, or "refuse".
 
     Returns:
       (image, prompt, answer), in the order given.
 
     Raises:
-      UserError: an image that cannot be read, neither or both of workdir and model, numbers that do not pair up.
+      UserError: an image that cannot be read, a prompt that is no text, neither or both of workdir and model, numbers
+        that do not pair up.
     """
     if (workdir is None) == (model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
@@ -59,22 +65,27 @@ def predict(
             f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
             "--image or --prompt."
         )
+    broken = [text for text in texts if not is_text(text)]
+    if broken:
+        raise UserError(f"the prompt {quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
     count = max(len(images), len(texts))
     images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
     make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
     if workdir is None:
         prompt, loaded = "{question}", load(model, dtype or "float32")
+        special_tokens = special_tokens or "refuse"
     else:
         config = config or run_config(workdir)
         # Rows of a JSONL file bring whole prompts.
         prompt = "{question}" if config.data.name == "jsonl" else config.data.prompt
+        special_tokens = special_tokens or config.data.get("special_tokens", "refuse")
         loaded = load_run(workdir, config, checkpoint)
     words, prepare = load_tokenizer(tokenizer or workdir or model), loaded.config.preprocessing
     words.fits(loaded.config.decoder.vocab_size)
     pixels = {image: read_pixels(image, prepare) for image in dict.fromkeys(images)}
     prefixes = [prompt.replace("{question}", text) for text in texts]
     longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
-    rows = [make_example(words, prefix, None, longest) for prefix in prefixes]
+    rows = [make_example(words, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
     answers = []
     for start in range(0, count, BATCH):
         part = slice(start, start + BATCH)
@@ -87,6 +98,7 @@ def predict(
             words.eos_id,
             sampler,
             seed,
+            first_row=start,
             **sampler_options,
         )
         answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]
@@ -98,6 +110,6 @@ def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
     try:
         return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): correct --image.") from error
+        raise UserError(f"{cut(file)} cannot be read ({error.strerror}): correct --image.") from error
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{cut(file)}: {error}") from error

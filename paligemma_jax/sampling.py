@@ -63,9 +63,9 @@ def make_sampler(name: str, **options: float | int | None) -> Sampler:
     return Sampler(name, **{option: type(OPTIONS[name][option])(value) for option, value in settings.items()})
 
 
-def row_keys(key: Key[Array, ""], rows: int) -> Key[Array, " B"]:
-    """One key a row, fold_in(key, row): what a row draws depends on the key and on its index alone."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+def row_keys(key: Key[Array, ""], rows: int, first: Int[Array, ""] | int = 0) -> Key[Array, " B"]:
+    """One key a row, fold_in(key, first + row): what a row draws depends on the key and on its number alone."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(rows))
 
 
 def pick(

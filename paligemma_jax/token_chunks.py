@@ -1,4 +1,4 @@
-"""Tokens of a batch in chunks that a scan takes one after another, on every device its share of each.
+"""Tokens of a batch in chunks that a scan takes one after another; every device cuts its own rows.
 
 Axes: B rows, T positions; K chunks of N tokens each.
 """
@@ -8,12 +8,26 @@ import math
 import jax
 import jax.numpy as jnp
 
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
+_SMALLEST_SHARE = 64  # of fewer tokens a product takes as long as reading the words does
 
-def _groups(shape: tuple[int, ...], chunk_size: int) -> int:
-    """How many groups of rows share each chunk: the largest divisor of B that leaves each a token or more."""
-    return max(g for g in range(1, min(shape[0], chunk_size) + 1) if shape[0] % g == 0)
+
+def own_share(chunk_size: int, array: jax.Array) -> int:
+    """Tokens of a chunk on each device, if the rows of such arrays are split over devices: theirs of `chunk_size`."""
+    return max(chunk_size // row_sharding.row_parts(len(array)), min(chunk_size, _SMALLEST_SHARE))
+
+
+def _cut(shape: tuple[int, ...], chunk_size: int) -> tuple[int, int, int]:
+    """Groups of rows that share each chunk, chunks, and tokens of a group in a chunk: as even as can be.
+
+    There are as many groups as divide B and leave each a token or more.
+    """
+    groups = max(g for g in range(1, min(shape[0], chunk_size) + 1) if shape[0] % g == 0)
+    tokens = math.prod(shape) // groups
+    count = max(math.ceil(tokens / (chunk_size // groups)), 1)
+    return groups, count, math.ceil(tokens / count)
 
 
 def split(array: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
@@ -22,22 +36,21 @@ def split(array: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Arra
     A chunk takes N / G tokens from each of G groups of neighbouring rows. Plain flattening of B and T would put each
     chunk on one device of a batch sharded over rows; so every device works on its share of every chunk.
     """
-    groups = _groups(shape, chunk_size)
+    groups, count, tokens = _cut(shape, chunk_size)
     tail = array.shape[len(shape) :]
     array = array.reshape(groups, -1, *tail)
-    tokens = min(chunk_size // groups, array.shape[1])
-    array = jnp.pad(array, [(0, 0), (0, -array.shape[1] % tokens), *([(0, 0)] * len(tail))])
-    chunks = jnp.moveaxis(array.reshape(groups, -1, tokens, *tail), 1, 0)
+    array = jnp.pad(array, [(0, 0), (0, count * tokens - array.shape[1]), *([(0, 0)] * len(tail))])
+    chunks = jnp.moveaxis(array.reshape(groups, count, tokens, *tail), 1, 0)
     # The two token axes become one because XLA reuses the logits' buffer for their gradient only without a reshape.
-    return chunks.reshape(-1, groups * tokens, *tail)
+    return chunks.reshape(count, groups * tokens, *tail)
 
 
 def join(chunks: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
     """Inverse of `split`: `[K, N, ...]` -> `[*shape, ...]`."""
-    groups = _groups(shape, chunk_size)
-    count, tokens, *tail = chunks.shape
-    array = jnp.moveaxis(chunks.reshape(count, groups, tokens // groups, *tail), 0, 1)
-    array = array.reshape(groups, -1, *tail)[:, : math.prod(shape) // groups]
+    groups, count, tokens = _cut(shape, chunk_size)
+    tail = chunks.shape[2:]
+    array = jnp.moveaxis(chunks.reshape(count, groups, tokens, *tail), 0, 1)
+    array = array.reshape(groups, count * tokens, *tail)[:, : math.prod(shape) // groups]
     return array.reshape(*shape, *tail)
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from paligemma_jax import token_chunks
 from paligemma_jax.models.layers import cast
 from paligemma_jax.word_logits import fold_blocks, logits_of, project_back
+from train_jax.core import row_sharding
 from train_jax.errors import UserError
 
 _ARRAYS = 4  # as large as a chunk's logits, that are alive together
@@ -87,8 +88,15 @@ def _divergence_backward(_settings, residuals, cotangent):
 _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
-def _run(settings: _Settings, differentiate: bool, hidden, frozen, embedding, weights):
+def _run(settings: _Settings, differentiate: bool, *arrays):
     """The value, and the float32 gradient of `hidden` or None."""
+    settings = settings._replace(chunk_size=token_chunks.own_share(settings.chunk_size, arrays[0]))
+    run = functools.partial(_run_rows, settings, differentiate)
+    return row_sharding.by_rows(run, (True, True, False, True), (False, True))(*arrays)
+
+
+def _run_rows(settings: _Settings, differentiate: bool, hidden, frozen, embedding, weights):
+    """As `_run`, of rows that lie on one device."""
     shape = weights.shape
     hidden, frozen, weights = lax.optimization_barrier((hidden, frozen, weights))  # as in token_losses.py
     chunks = tuple(token_chunks.split(array, shape, settings.chunk_size) for array in (hidden, frozen, weights))

@@ -31,6 +31,7 @@ from paligemma_jax.word_logits import (
     statistics_of,
     streamed_statistics,
 )
+from train_jax.core import row_sharding
 
 
 class TokenScores(NamedTuple):
@@ -57,9 +58,9 @@ class _Wanted(NamedTuple):
 
 
 def loss_weights(
-    mask_loss: Bool[Array, "B T"] | Int[Array, "B T"] | Float[Array, "B T"],
+    mask_loss: Bool[Array, "*batch T"] | Int[Array, "*batch T"] | Float[Array, "*batch T"],
     reduction: Literal["token_mean", "example_mean"] = "token_mean",
-) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
+) -> tuple[Float[Array, "*batch T"], Float[Array, ""]]:
     """Weights and normalizer such that `token_cross_entropy(..., weights) / normalizer` is the wanted mean.
 
     `token_mean`: every supervised token counts 1, the normalizer is their number (transformers' loss).
@@ -70,7 +71,7 @@ def loss_weights(
     mask = mask_loss.astype(jnp.float32)
     if reduction == "token_mean":
         return mask, mask.sum()
-    tokens = mask.sum(axis=1, keepdims=True)
+    tokens = mask.sum(axis=-1, keepdims=True)
     return mask / jnp.maximum(tokens, 1.0), (tokens > 0).sum().astype(jnp.float32)
 
 
@@ -90,7 +91,8 @@ def token_cross_entropy(
         embedding: the output (tied) embedding. Products run in its type and accumulate in float32; it is never cast.
         targets: word ids. An id outside [0, V) is allowed where the weight is 0 (transformers' -100).
         weights: a token of weight 0 adds nothing to value and gradients, whatever its hidden state holds (NaN too).
-        chunk_size: tokens of the global batch per chunk; `chunk_size * V` float32 logits are alive at a time.
+        chunk_size: tokens of the global batch per chunk; `chunk_size * V` float32 logits are alive at a time, divided
+            by the devices that share the rows (but of 64 tokens a device, where `chunk_size` is no less).
         vocab_chunk: words per block of a streamed log-sum-exp; memory then no longer grows with V, for one more
             vocabulary projection. Leave it off where the embedding is sharded over words: there each device holds
             its part of the logits anyway, and slicing would gather the embedding.
@@ -98,8 +100,10 @@ def token_cross_entropy(
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of an embedding that is not
     differentiated (frozen) is never computed; of one that trains, it is accumulated in one float32 `[V, D]` array.
-    Chunks are cut within groups of rows, so a batch sharded over rows stays where it is; chunks in which no token has
-    weight are skipped. Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
+    Where the mesh of the context splits the rows (row_sharding.over), every device cuts chunks of its own rows, and the
+    embedding is gathered once. Chunks in which no token has weight are skipped.
+
+    Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
     """
     return _cross_entropy(_checked(chunk_size, vocab_chunk, softcap), hidden, embedding, targets, weights)
 
@@ -129,6 +133,13 @@ def token_scores(
     Memory is that of one chunk. Not meant to be differentiated: autodiff would keep the logits.
     """
     _checked(chunk_size, vocab_chunk, softcap)
+    chunk_size = token_chunks.own_share(chunk_size, hidden)
+    score = functools.partial(_score_rows, chunk_size, vocab_chunk, softcap)
+    return row_sharding.by_rows(score, (True, False, True), TokenScores(True, True))(hidden, embedding, targets)
+
+
+def _score_rows(chunk_size: int, vocab_chunk: int | None, softcap: float | None, hidden, embedding, targets):
+    """As `token_scores`, of rows that lie on one device."""
     shape = targets.shape
 
     def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -175,8 +186,15 @@ def _cross_entropy_backward(_settings, residuals, cotangent):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weights):
+def _run(settings: _Settings, wanted: _Wanted, *arrays):
     """Loss, and for hidden, embedding and weights the float32 gradient of the loss or None."""
+    settings = settings._replace(chunk_size=token_chunks.own_share(settings.chunk_size, arrays[0]))
+    run = functools.partial(_run_rows, settings, wanted)
+    return row_sharding.by_rows(run, (True, False, True, True), (False, (True, False, True)))(*arrays)
+
+
+def _run_rows(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weights):
+    """As `_run`, of rows that lie on one device."""
     shape = targets.shape
     # The gradient of a scan (or remat) around this loss moves out what depends on targets and weights alone, were it
     # only a comparison of [B, T, V]; the barrier makes them depend on hidden.

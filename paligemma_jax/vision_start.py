@@ -1,19 +1,24 @@
 """A PaliGemma that starts from the vision tower of a SigLIP (Beyer et al. 2024): `init.vision` in configs.
 
-The tower's parameters go in by name, `vision/*`; what pools its features and the text tower stay behind.
+The tower's parameters go in by name, `vision/*`, and its preprocessing with them; what pools its features and the text
+tower stay behind.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from paligemma_jax import loading
+from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions
-from paligemma_jax.weights.load import placed
+from paligemma_jax.weights.checkpoint import Config
+from paligemma_jax.weights.load import new, placed
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -22,7 +27,7 @@ SAME = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "eps", "activati
 
 
 def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma | DualEncoder:
-    """Puts the vision tower of another model in the place of the model's own.
+    """Puts the vision tower of another model in the place of the model's own, with how images are prepared for it.
 
     Args:
       model: with a tower whose kernels are plain; changed, use what is returned. Its parameters keep their dtype and
@@ -39,8 +44,8 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
     if tower is None:
         raise UserError(f"{path} has no vision tower, expected a SigLIP or a PaliGemma: give another init.vision.")
     _check(tower.config, model.config.vision, path)
-    preprocessing = getattr(source.config, "preprocessing", None)
-    big_vision = str(path).endswith(":img") or (preprocessing is not None and preprocessing.source == "big_vision")
+    preprocessing = _preprocessing(source)
+    big_vision = preprocessing is not None and preprocessing.source == "big_vision"
     arrays = _fitted(params.flatten(tower), model.config.vision, "bilinear" if big_vision else "bicubic")
     old = params.flatten(model)
     new = {f"vision/{name}": np.asarray(array) for name, array in arrays.items()}
@@ -49,9 +54,41 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
         raise UserError(
             f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise it after that."
         )
-    return params.assign(
+    model = params.assign(
         model, {name: placed(array.astype(old[name].dtype), old[name].sharding) for name, array in new.items()}
     )
+    model.config = _prepared(model.config, preprocessing)
+    return model
+
+
+def vision_config_of(config: Config, path: str | Path | None) -> Config:
+    """The config that a new model has once it has the tower at `path`: with the tower's preprocessing.
+
+    Args:
+      config: of the model.
+      path: as of `with_vision`; nothing changes where it is None. Of a checkpoint no weights are read.
+
+    Raises:
+      UserError: no model there.
+    """
+    if path is None:
+        return config
+    source = loading.load(path) if loading.is_run(path) else nnx.eval_shape(lambda: new(path))
+    return _prepared(config, _preprocessing(source))
+
+
+def _preprocessing(source: nnx.Module) -> Preprocessing | None:
+    """How images are prepared for a model's tower; a ViT alone is one of big_vision's files."""
+    if isinstance(source, ViT):
+        return Preprocessing.big_vision(source.config.image_size)
+    return getattr(source.config, "preprocessing", None)
+
+
+def _prepared(config: Config, preprocessing: Preprocessing | None) -> Config:
+    """The config with another tower's preprocessing, for its own image size."""
+    if preprocessing is None:
+        return config
+    return dataclasses.replace(config, preprocessing=dataclasses.replace(preprocessing, size=config.vision.image_size))
 
 
 def _check(found: ViTConfig, expected: ViTConfig, path: str | Path) -> None:

@@ -20,6 +20,6 @@ COMPUTING = {f"paligemma_jax.{path.stem}" for path in PACKAGE.iterdir()} - {"pal
 ARRAY_DATA = {f"paligemma_jax.data.{name}" for name in ("images", "resize_tf", "augment")}
 install_import_hook(["train_jax", "flow_jax", *COMPUTING, *ARRAY_DATA], "beartype.beartype")
 
-# Cases that run only when asked for; fixtures for quick compilation; of a small model and its runs, for the tests of
-# tasks and entry points.
-pytest_plugins = ["tests.exhaustive", "tests.fast_compile", "tests.paligemma_jax.mini"]
+# Cases that run only when asked for; fixtures for quick compilation, for memory, and of a small model and its runs, for
+# the tests of tasks and entry points.
+pytest_plugins = ["tests.exhaustive", "tests.fast_compile", "tests.let_go", "tests.paligemma_jax.mini"]

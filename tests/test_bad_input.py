@@ -128,7 +128,13 @@ def own_rows(tmp_path):
 def own_options(mini_options, own_rows):
     kept = {key: value for key, value in mini_options.items() if key.split(".")[0] in ("model", "mesh")}
     sizes = {"total_steps": 4, "batch_size": 10, "log_steps": 1, "eval_steps": 4, "checkpoint_steps": 4}
-    data = {"data.source": str(own_rows), "data.threads": 0, "data.prefix_length": 24, "data.suffix_length": 4}
+    data = {
+        "data.source": str(own_rows),
+        "data.cache_dir": str(own_rows / "cache"),
+        "data.threads": 0,
+        "data.prefix_length": 24,
+        "data.suffix_length": 4,
+    }
     return kept | QUICK | sizes | data | {"eval.max_new_tokens": 2, "data.tune_fraction": 0.05}
 
 
@@ -167,6 +173,20 @@ def test_a_broken_image_is_named_and_counted_and_the_run_goes_on(
     assert {round(line["good_rows"], 6) for line in lines} == {0.9, 1.0} and lines[-1]["bad_rows"] == 1
     results = json.loads((tmp_path / "run/eval.json").read_text())
     assert results["finished"] and results["bad_rows"] == 0 and results["examples"] == 4
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_complete_run_whose_images_changed(own_options, own_rows, tmp_path, capsys, split):
+    """The same names, other bytes: neither is the run called complete, nor is anything written."""
+    train_main(tmp_path / "run", own_options, config=OWN_DATA)
+    train_main(tmp_path / "run", own_options, config=OWN_DATA)
+    assert f"{tmp_path / 'run'} is complete: 4 steps trained" in capsys.readouterr().out
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    name = read_lines(own_rows / f"{split}.jsonl")[0]["image"]
+    (own_rows / name).write_bytes(png(1234))
+    sentence = mistake(capsys, own_options, tmp_path / "run", config=OWN_DATA)
+    assert ("the training data is not that of the checkpoint" if split == "train" else "it was measured on") in sentence
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("cached", [False, True])

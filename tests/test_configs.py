@@ -13,8 +13,9 @@ from paligemma_jax.adapt.prompt_methods import few_shot_method
 from paligemma_jax.adapt.prompts import PromptConfig
 from paligemma_jax.models.dual_variants import variant as variant_of_dual
 from paligemma_jax.models.paligemma import variant
-from paligemma_jax.tasks import coprompt_config
-from train_jax import command_line, sweep
+from paligemma_jax.tasks import contrastive_config, coprompt_config, vqa_config
+from paligemma_jax.tasks.vqa import VQA
+from train_jax import command_line, params, patterns, sweep
 from train_jax.config import leaves, steps
 from train_jax.errors import UserError
 from train_jax.sharding import make_mesh
@@ -23,7 +24,11 @@ from train_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
-    "clevr": ("", "smoke", "3b", "3b,fp16", "3b,qlora", "3b,int8", *(f"peft={name}" for name in METHODS)),
+    "clevr": (
+        *("", "smoke", "full", "report", "report,smoke", "ranks", "family", "forgetting"),
+        *("3b", "3b,fp16", "3b,qlora", "3b,int8", "3b,full", "3b,report", "3b,ranks"),
+        *(f"{model}peft={name}" for model in ("", "3b,", "3b,fp16,") for name in METHODS),
+    ),
     "coprompt": (
         "",
         "turned",
@@ -69,53 +74,66 @@ def one_device(config):
     return config
 
 
+CHECKS = {
+    "paligemma_jax.tasks.vqa:VQA": vqa_config.check,
+    "paligemma_jax.tasks.contrastive:Contrastive": contrastive_config.check,
+    "paligemma_jax.tasks.coprompt:CoPrompt": coprompt_config.check,
+}
+"""What tasks check that need a checkpoint to be made; all others are made."""
+
+
+def check(config):
+    """All checks of a config that need neither data nor a checkpoint."""
+    validate(one_device(config))
+    CHECKS.get(config.task, lambda config: make_task(config, make_mesh(config.mesh)))(config)
+
+
 def test_no_config_is_forgotten():
     assert {file.stem for file in (ROOT / "configs").glob("*.py")} == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_every_config_is_valid_with_every_argument(name, argument):
-    config = one_device(load(name, argument))
-    validate(config)
+    config = load(name, argument)
+    if argument.startswith(("clip_b16", "b16", "full")):  # whose data are a user's
+        config.data.update({key: "." for key in ("source", "descriptions") if key in config.data})
+    check(config)
+    for run in sweep.expand(config) if config.sweep else ():
+        CHECKS.get(run.config.task, validate)(run.config)
     docstring = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
-    assert all(word in docstring for word in [f":{argument}".partition("=")[0], argument.partition("=")[2]])
+    words = argument.replace("=", ",").split(",")
+    assert f":{words[0]}" in docstring and all(word in docstring for word in words)
 
 
-@pytest.mark.parametrize(("argument", "dtype"), [("3b", "bfloat16"), ("3b,fp16", "float16")])
-def test_the_settings_of_the_report(argument, dtype):
+@pytest.mark.parametrize("argument", ["3b,report", "report"])
+def test_the_settings_of_the_report(argument):
     """Its table, row by row."""
     config = load("clevr", argument)
     expected = {
-        "compute_dtype": dtype,
-        "data.name": "clevr",
-        "data.fraction": 0.01,
-        "data.subset_seed": 42,
-        "data.prefix_length": 128,
-        "data.suffix_length": 384,
-        "eval.max_new_tokens": 384,
-        "batch_size": 4,
-        "micro_batch": 2,
-        "eval.batch_size": 4,
-        "optimizer.name": "adamw",
-        "optimizer.learning_rate": 2e-5,
-        "optimizer.weight_decay": 0.01,
-        "optimizer.weight_decay_mask": None,
-        "total_steps": None,
-        "total_epochs": 1.0,
-        "total_examples": None,
-        "patience": 2,
-        "log_steps": 10,
-        "eval_epochs": 1.0,
-        "checkpoint_epochs": 1.0,
+        "compute_dtype": "float16",  # whose loss is scaled: train_jax/state.py
+        "model.quantize": "int8",
+        "model.quantize_double": False,
         "adapter.name": "lora",
-        "adapter.targets": r"decoder/.*/(q_proj|o_proj)",
         "adapter.rank": 8,
         "adapter.alpha": 32.0,
         "adapter.dropout": 0.1,
         "adapter.rslora": False,
+        "adapter.dora": False,
+        "optimizer.name": "adamw_8bit",
+        "optimizer.learning_rate": 2e-5,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.weight_decay_mask": None,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "total_steps": None,
+        "total_epochs": 1.0,
+        "total_examples": None,
+        "eval_epochs": 1.0,
+        "checkpoint_epochs": 1.0,
+        "patience": 2,
         "load_best_at_end": True,
-        "best_metric": "accuracy",
-        "best_mode": "max",
+        "best_metric": "loss",
+        "best_mode": "min",
     }
     found = leaves(config)
     assert {key: found[key] for key in expected} == expected
@@ -123,6 +141,81 @@ def test_the_settings_of_the_report(argument, dtype):
     epoch = {"batch_size": config.batch_size, "epoch_examples": 6650}
     total = steps(config, "total", **epoch)
     assert total == steps(config, "eval", **epoch) == steps(config, "checkpoint", **epoch) == 1662
+
+
+# Of a large model: what the report says beside the settings that any model can have.
+LARGE = {
+    "model.path": "paligemma-3b-pt-224",
+    "data.name": "clevr",
+    "data.fraction": 0.01,
+    "data.subset_seed": 42,
+    "data.prefix_length": 128,
+    "data.suffix_length": 384,
+    "eval.max_new_tokens": 384,
+    "eval.batch_size": 4,
+    "log_steps": 10,
+}
+
+
+@pytest.mark.parametrize(("argument", "dtype"), [("3b", "bfloat16"), ("3b,fp16", "float16"), ("3b,report", "float16")])
+def test_the_large_model_has_the_reports_data_and_lengths(argument, dtype):
+    found = leaves(load("clevr", argument))
+    assert {key: found[key] for key in LARGE} == LARGE and found["compute_dtype"] == dtype
+
+
+def test_3b_differs_from_the_report_in_what_it_rounds_adapts_and_chooses_by():
+    """`:3b,report` is the report's own run; `:3b` the same on a base that is not quantised, with our defaults."""
+    plain, report = (leaves(load("clevr", argument)) for argument in ("3b,fp16", "3b,report"))
+    assert {key: (plain[key], value) for key, value in report.items() if plain[key] != value} == {
+        "model.quantize": ("", "int8"),
+        "model.param_dtype": (None, "float16"),
+        "adapter.targets": (None, r".*/(q_proj|o_proj)"),
+        "optimizer.name": ("adamw", "adamw_8bit"),
+        "best_metric": ("accuracy", "loss"),
+        "best_mode": ("max", "min"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("argument", "number"), [("3b,report", 1_677_312), ("3b", 1_179_648), ("3b,int8", 1_179_648), ("report", 33_792)]
+)
+def test_how_many_parameters_the_report_trains(argument, number):
+    """q_proj and o_proj by suffix: the decoder's and the tower's q_proj, whose output is an out_proj."""
+    config = one_device(load("clevr", argument))
+    blueprint = VQA.blueprint(config, make_mesh(config.mesh))
+    trained = patterns.select(blueprint.task.trainable(), params.abstract(blueprint.model), what="adapters")
+    assert sum(params.abstract(blueprint.model)[path].size for path in trained) == number
+    assert not [path for path in trained if "out_proj" in path]
+
+
+def test_full_fine_tuning_of_the_large_model():
+    plain, full = leaves(load("clevr", "3b")), leaves(load("clevr", "3b,full"))
+    assert {key: value for key, value in full.items() if plain[key] != value} == {
+        "adapter.name": "none",
+        "optimizer.learning_rate": 1e-5,
+    }
+    assert full == leaves(load("clevr", "3b,peft=full"))
+    config, _, _ = command_line.load_from_flags(
+        ["", f"--config={ROOT}/configs/clevr.py:3b", "--config.adapter.name=none"], ""
+    )
+    check(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("3b,report,qlora", "report and qlora stand together, expected one: the report's settings stand as they are"),
+        ("report,peft=dora", "report and peft stand together"),
+        ("3b,full,peft=dora", "full and peft stand together"),
+        ("peft=full,family", "peft and family stand together, expected one: the sweep sets the method"),
+        ("3b,family", "3b and family stand together"),
+        ("ranks,forgetting", "ranks and forgetting stand together, expected one: one sweep"),
+        ("fp16", "fp16 stands without 3b"),
+    ],
+)
+def test_arguments_of_clevr_that_are_refused(argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load("clevr", argument)
 
 
 # CoPrompt's released code at a2a6c12: prompts a layer, layers, lambda and epochs.
@@ -293,4 +386,4 @@ def test_commands_of_the_documentation_parse(page, command, monkeypatch):
     if "config" in names:
         module = importlib.import_module(script.removesuffix(".py"))
         config, _, _ = command_line.load_from_flags([script, *words], "", module._flags)
-        validate(one_device(config))
+        check(config)

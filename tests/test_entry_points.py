@@ -243,6 +243,13 @@ def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
     assert lines == ["a.png  p  ->  two\\nlines\\r", "b.png  q\\nr  ->  one"]
 
 
+def test_predict_draws_anew_after_sixteen_prompts(mini_folder, pictures, capsys):
+    prompts = ["--prompt=caption en"] * 18
+    sampler = ("--sampler=temperature", "--temperature=2.0", "--max_new_tokens=4")
+    lines = ask(capsys, f"--model={mini_folder}", f"--image={pictures[0]}", *prompts, *sampler)
+    assert len(lines) == 18 and lines[16:] != lines[:2]
+
+
 def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path, capsys):
     shutil.copytree(mini_folder, tmp_path / "model")
     (tmp_path / "model/tokenizer.model").rename(tmp_path / "words.model")

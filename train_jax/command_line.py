@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from train_jax.config import DURATIONS, UNITS, from_json, is_optional, leaves, node
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.patterns import did_you_mean
 from train_jax.validation import check_keys, unknown_key
 
@@ -207,7 +207,7 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
         if match is None:
             near = did_you_mean(argument.lstrip("-").partition("=")[0], flag_names)
             hint = near or "; write --flag=value, or --config=FILE for a config"
-            raise UserError(f"unknown argument {argument!r}{hint}")
+            raise UserError(f"unknown argument {quoted(argument)}{hint}")
         negated, key, text = match.groups()
         if key not in leaves(config):
             raise unknown_key(key, config)
@@ -217,7 +217,7 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
         elif text is None:
             text = next(arguments, None)
         if text is None or (negated and parent.get_type(name) is not bool):
-            raise UserError(f"{argument!r} has no value: write --config.{key}=VALUE")
+            raise UserError(f"{quoted(argument)} has no value: write --config.{key}=VALUE")
         found[key] = text
     return found
 
@@ -259,5 +259,5 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     except (flags.Error, ValueError, TypeError) as error:
         parent, name = node(config, key)
         raise UserError(
-            f"config.{key}={text!r}, expected {parent.get_type(name).__name__}: change the value"
+            f"config.{key}={quoted(text)}, expected {parent.get_type(name).__name__}: change the value"
         ) from error

@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import files, model_state, sharding
 from train_jax.checkpoints import Checkpoints
+from train_jax.complete import of_results
 from train_jax.config import stored_config
-from train_jax.errors import UserError
+from train_jax.core import row_sharding
+from train_jax.errors import UserError, quoted
 from train_jax.memory import reported_peak
 from train_jax.resume import check_single, difference
-from train_jax.task import Task, make_task
+from train_jax.task import Task, check_workdir, make_task
 from train_jax.validation import validate
 
 OF_TRAINING = (
@@ -48,7 +51,8 @@ def evaluate(
     validate(config, training=False)
     workdir = Path(workdir)
     check_single(config, workdir)
-    task, model, step = _trained(config, workdir, checkpoint)
+    mesh = sharding.make_mesh(config.mesh)
+    task, model, step = _trained(config, workdir, checkpoint, mesh)
     if split == getattr(task, "default_split", None):
         split = None
     if split is not None and getattr(task, "single_split", False):
@@ -58,7 +62,9 @@ def evaluate(
     companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}
     companions = {name: found for name, found in companions.items() if found}
     options = {"companions": companions} if companions and split is None else {}
-    results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    with row_sharding.over(mesh):
+        results = {"step": step} | task.evaluate(model, workdir, split, **options)
+    results |= of_results(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
         results |= {name: before[name] for name in OF_TRAINING if name in before}
@@ -76,13 +82,13 @@ def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = 
     """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
     validate(config, training=False)
     check_single(config, Path(workdir))
-    return _trained(config, Path(workdir), checkpoint)[1]
+    return _trained(config, Path(workdir), checkpoint, sharding.make_mesh(config.mesh))[1]
 
 
-def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[Task, nnx.Module, int]:
+def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mesh) -> tuple[Task, nnx.Module, int]:
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
-    mesh = sharding.make_mesh(config.mesh)
     task = make_task(config, mesh)
+    check_workdir(task, workdir)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
         return task, model_state.build(task, mesh).model(), 0
     if (workdir / "config.json").is_file():
@@ -100,7 +106,9 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int) -> tuple[
 def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
     """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
     pattern = "|".join(getattr(task, "model_keys", ())) or r"(?!)"
-    changed = [f"{key}: {a!r} -> {b!r}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)]
+    changed = [
+        f"{key}: {quoted(a)} -> {quoted(b)}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)
+    ]
     if changed:
         raise UserError(
             f"the run was made with another model ({'; '.join(changed)}), expected the same: leave these keys as they "

@@ -10,6 +10,11 @@ from typing import Any
 from train_jax.errors import UserError
 
 
+def cache_dir() -> str:
+    """Where prepared data and digests go: $XDG_CACHE_HOME/paligemma_jax, by default ~/.cache/paligemma_jax."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "paligemma_jax")
+
+
 def make_folder(path: str | Path) -> Path:
     """Makes a folder to write to, with its parents.
 

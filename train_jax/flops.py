@@ -1,44 +1,85 @@
-"""Floating-point operations of a traced program: those of its matrix products, two for each multiply and add.
+"""Floating-point operations of a compiled program on one device: those of its products, two for each multiply and add.
 
-Counted before compilation, so that the number does not depend on the backend, and loops over layers count with their
-length (XLA's own cost analysis counts a loop's body once).
+They are counted in the program that the device runs (hlo.py), after it was divided over the devices and the compiler
+has dropped, merged and recomputed what it wanted, and loops count with their length. XLA's own analysis counts a loop's
+body once.
 """
 
+import functools
+import json
 import math
-from collections.abc import Iterator
-from typing import Any
+import re
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from train_jax.hlo import Instruction, Module, calls, dimensions
 
-
-def product_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Of one execution over all devices together. A `while` of unknown length counts once, of branches the largest."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(map(_of_equation, jaxpr.eqns))
-
-
-def _of_equation(equation: Any) -> int:
-    name, options = equation.primitive.name, equation.params
-    if name == "dot_general":
-        ((contracted, _), _) = options["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        outputs = kernel.shape[options["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * kernel.size // outputs
-    inner = [product_flops(sub) for sub in _inner(options)]
-    if name == "scan":
-        return options["length"] * sum(inner)
-    if name == "cond":
-        return max(inner)
-    if name == "shard_map":
-        return options["mesh"].size * sum(inner)
-    return sum(inner)
+_OPERANDS = re.compile(r"%([\w.\-]+)")
+_CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
+_GROUPS = re.compile(r"\bbatch_group_count=(\d+)")
+_GEMM = re.compile(r'"dot_dimension_numbers":(\{[^{}]*\})')  # of a library's product: GPUs have them
 
 
-def _inner(options: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    for value in options.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, Jaxpr | ClosedJaxpr):
-                yield item
+def product_flops(module: Module) -> int:
+    """Of one execution on one device. A `while` of unknown length counts once, of branches the one with most."""
+
+    @functools.cache
+    def of(name: str) -> int:
+        instructions = module.computations.get(name, [])
+        types = {instruction.name: instruction.type for instruction in instructions}
+        total = 0
+        for instruction in instructions:
+            inner = [times * of(called) for called, times in calls(instruction)]
+            branches = instruction.opcode == "conditional"
+            total += _of(instruction, types) + (max(inner, default=0) if branches else sum(inner))
+        return total
+
+    return of(module.entry)
+
+
+def _of(instruction: Instruction, types: dict[str, str]) -> int:
+    """Of one instruction itself; `types` are those of the instructions beside it."""
+    rest = instruction.rest
+    if instruction.opcode == "dot":
+        contracted = _CONTRACTED.search(rest)
+        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+    elif instruction.opcode == "custom-call" and (gemm := _GEMM.search(rest)):
+        axes = [int(axis) for axis in json.loads(gemm[1]).get("lhs_contracting_dimensions", [])]
+    elif instruction.opcode == "convolution":
+        return _of_convolution(instruction, types)
+    else:
+        return 0
+    left = dimensions(types[_OPERANDS.findall(rest)[0]])
+    return 2 * math.prod(dimensions(instruction.type)) * math.prod(left[axis] for axis in axes)
+
+
+def _of_convolution(instruction: Instruction, types: dict[str, str]) -> int:
+    """Pairs of an output and a kernel position that meets the padding, or a gap of a dilated input, count nothing."""
+    rest = instruction.rest
+    image, kernel, result = (dict(zip(labels, sizes, strict=True)) for labels, sizes in _labelled(instruction, types))
+    window = found[1] if (found := _WINDOW.search(rest)) else ""
+    window = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", window)}
+    groups = int(found[1]) if (found := _GROUPS.search(rest)) else 1
+    flops = 2 * result["b"] * result["f"] * kernel["i"] // groups
+    for axis, name in enumerate(sorted(name for name in image if name.isdecimal())):
+        low, _ = map(int, window["pad"][axis].split("_")) if "pad" in window else (0, 0)
+        stride, spread, gap = (int(window.get(key, "1" * 9)[axis]) for key in ("stride", "rhs_dilate", "lhs_dilate"))
+        flops *= _meetings(image[name], kernel[name], result[name], low, stride, spread, gap)
+    return flops
+
+
+def _labelled(instruction: Instruction, types: dict[str, str]):
+    """(labels, sizes) of image, kernel and result."""
+    operands = _OPERANDS.findall(instruction.rest)[:2]
+    return zip(
+        _LABELS.search(instruction.rest).groups(),
+        map(dimensions, [*(types[operand] for operand in operands), instruction.type]),
+        strict=True,
+    )
+
+
+@functools.cache
+def _meetings(image: int, kernel: int, result: int, low: int, stride: int, spread: int, gap: int) -> int:
+    """Pairs of positions in kernel and result, along one axis, that read a number of the image."""
+    places = (out * stride + k * spread - low for out in range(result) for k in range(kernel))
+    return sum(place % gap == 0 and 0 <= place // gap < image for place in places)

@@ -4,6 +4,7 @@ The text is XLA's (`compiled.as_text()`), after partitioning: shapes are those o
 once; how often it runs is in the loop's `known_trip_count`, and a loop of unknown length counts once.
 """
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -59,28 +60,44 @@ def type_bytes(text: str) -> int:
     return -(-bits // 8)
 
 
+def dimensions(text: str) -> tuple[int, ...]:
+    """Sizes of the axes of an array's type."""
+    return shapes(text)[0]
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """Sizes of the axes of every array of a type, which may be a tuple."""
+    return [tuple(int(size) for size in found[2].split(",") if size) for found in _SHAPE.findall(text)]
+
+
+def collectives(module: Module) -> Counter:
+    """How often one execution exchanges what: {(kind of COLLECTIVES, type of the result): times}, loops counted."""
+
+    @functools.cache
+    def of(name: str) -> Counter:
+        total = Counter()
+        for instruction in module.computations.get(name, ()):
+            kind = instruction.opcode.removesuffix("-done")  # the result of one that was started before
+            if kind in COLLECTIVES:
+                total[kind, instruction.type] += 1
+            elif not instruction.opcode.endswith(("-done", "-update")):
+                for called, times in calls(instruction):
+                    for found, count in of(called).items():
+                        total[found] += times * count
+        return total
+
+    return of(module.entry)
+
+
 def collective_bytes(module: Module) -> dict[str, int]:
     """Bytes that each kind of collective leaves on one device in one execution, loops counted; kinds that occur."""
-
-    known: dict[str, Counter] = {}
-
-    def of(name: str) -> Counter:
-        if name not in known:
-            known[name] = total = Counter()
-            for instruction in module.computations.get(name, ()):
-                kind = instruction.opcode.removesuffix("-done")  # the result of one that was started before
-                if kind in COLLECTIVES:
-                    total[kind] += type_bytes(instruction.type)
-                elif not instruction.opcode.endswith(("-done", "-update")):
-                    for called, times in _calls(instruction):
-                        for kind, size in of(called).items():
-                            total[kind] += times * size
-        return known[name]
-
-    return {kind: of(module.entry)[kind] for kind in COLLECTIVES if of(module.entry)[kind]}
+    total = Counter()
+    for (kind, type_), times in collectives(module).items():
+        total[kind] += times * type_bytes(type_)
+    return {kind: total[kind] for kind in COLLECTIVES if total[kind]}
 
 
-def _calls(instruction: Instruction) -> list[tuple[str, int]]:
+def calls(instruction: Instruction) -> list[tuple[str, int]]:
     """Computations that an instruction runs, and how often."""
     trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
     names = _CALLED.findall(instruction.rest)
@@ -126,5 +143,5 @@ def _executed(module: Module) -> set[str]:
         reached.add(name)
         for instruction in module.computations[name]:
             if instruction.opcode in ("while", "call", "conditional"):
-                todo += [called for called, _ in _calls(instruction)]
+                todo += [called for called, _ in calls(instruction)]
     return reached

@@ -1,6 +1,7 @@
 """Input: a random-access source becomes a stream of batches that is a pure function of (seed, step).
 
-The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch:
+The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch, and
+neither does what a source makes of a row (Source.together):
 
     position k of the stream = step * batch_size + row,    example = order(seed, k)
 
@@ -40,9 +41,13 @@ class Source(Protocol):
     `count(indices, bad)`, that is called in this process, whoever read them, for the rows of every batch as it is
     handed out.
 
-    A source may have a method `together(indices, step)` that returns this process's examples of a step at once, stacked
-    in the order of `indices`, and is called in place of `source[index]`: for what is decided over all of them, such as
-    which noise goes with which image.
+    A source may have a method `together(indices, step)` that returns the examples of a step that this process has at
+    once, stacked in the order of `indices`, and is called in place of `source[index]`: for what depends on the step.
+    Where it also depends on the row of the global batch (fresh noise), or on other rows (which noise goes with which
+    image), the source has an attribute `group` too, and the call is `together(indices, step, rows)`: rows, in
+    increasing order, are numbers 0 ... batch_size - 1. Rows [k group, (k + 1) group) then come together (None: the
+    whole batch; 1: each for itself), also to processes that have a part of them alone, which drop the rest. So a batch
+    does not depend on who reads which rows of it.
     """
 
     def __len__(self) -> int: ...
@@ -141,7 +146,7 @@ class Pipeline:
           process_count: how many processes share every batch.
 
         Raises:
-          UserError: an empty source, or a batch that does not divide into micro-batches and processes.
+          UserError: an empty source, or a batch that does not divide into micro-batches, processes and groups.
         """
         if not len(source):
             raise UserError("the training data has no examples, expected at least one: check config.data")
@@ -154,7 +159,9 @@ class Pipeline:
         self.num_steps = num_steps
         self.source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
         self._threads, self._workers = threads, workers
-        self._rows = local_rows(process_index, process_count, self.micro_batch)
+        rows = local_rows(process_index, process_count, self.micro_batch)
+        self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
+        self._read = _whole_groups(self._rows, batch_size, getattr(source, "group", 1))
         self._order = Order(len(source), seed if shuffle else None)
 
     def iterate(self, start_step: int = 0) -> Batches:
@@ -167,15 +174,23 @@ class Pipeline:
 
     def read(self, step: int) -> Batch:
         """Returns the batch of one step as its examples are, marks of bad rows included."""
-        rows = self.rows_at(step)
-        together = getattr(self.source, "together", None)
-        batch = together(rows.ravel(), step) if together else _stack([self.source[int(row)] for row in rows.ravel()])
-        return {name: values.reshape(rows.shape + values.shape[1:]) for name, values in batch.items()}
+        batch, shape = self._examples(step), self._rows.shape
+        if len(self._read) > self._rows.size:  # of groups that other processes have a part of
+            own = np.searchsorted(self._read, self._rows.ravel())
+            batch = {name: values[own] for name, values in batch.items()}
+        return {name: values.reshape(shape + values.shape[1:]) for name, values in batch.items()}
+
+    def _examples(self, step: int) -> Batch:
+        """The examples of a step that are read here, [n, ...]."""
+        indices = self._order.at(step * self._batch_size + self._read)
+        if not hasattr(self.source, "together"):
+            return _stack([self.source[int(index)] for index in indices])
+        rows = (self._read,) if hasattr(self.source, "group") else ()
+        return self.source.together(indices, step, *rows)
 
     def rows_at(self, step: int) -> np.ndarray:
         """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
-        places = np.arange(self._batch_size).reshape(-1, self.micro_batch)[:, self._rows]
-        return self._order.at(step * self._batch_size + places)
+        return self._order.at(step * self._batch_size + self._rows)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -193,6 +208,17 @@ class Pipeline:
             "order": zlib.crc32(head.tobytes()),
             "source": getattr(self.source, "fingerprint", None),
         }
+
+
+def _whole_groups(rows: np.ndarray, batch_size: int, group: int | None) -> np.ndarray:
+    """The rows of a batch that lie in one group with any of `rows`, in increasing order; see Source."""
+    group = group or batch_size
+    if batch_size % group:
+        raise UserError(
+            f"batch_size={batch_size} does not divide into groups of {group} rows, which the training data are read "
+            "in: choose a group that divides it"
+        )
+    return (np.unique(rows // group)[:, None] * group + np.arange(group)[None]).ravel()
 
 
 def _ignore_ctrl_c(worker_index: int, worker_count: int) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax import files, metrics, optimizers, sharding, state, training_step, untrained
+from train_jax import complete, files, metrics, optimizers, sharding, state, training_step, untrained
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import to_json
+from train_jax.core import row_sharding
 from train_jax.durations import Plan
 from train_jax.errors import RunStopped
 from train_jax.evaluation import evaluate, load_model, print_results, resolve, write_results
@@ -27,7 +29,7 @@ from train_jax.reporting import Reporter
 from train_jax.resume import check_single, look
 from train_jax.session import Session, training_batches
 from train_jax.startup import startup_report
-from train_jax.task import make_task
+from train_jax.task import check_workdir, make_task
 from train_jax.validation import validate
 
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
@@ -45,8 +47,9 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 
     Raises:
       UserError: a config that cannot run or is a sweep, or a workdir of another run or that cannot be made, before data
-        are prepared or the model is read; patterns that match no parameter, before data are prepared (where the task
-        tells its parameters in time); data or a model that do not fit the config, before anything is compiled.
+        are prepared or the model is read; a complete run of other data; patterns that match no parameter, before data
+        are prepared (where the task tells its parameters in time); data or a model that do not fit the config, before
+        anything is compiled.
       RunStopped: too many non-finite updates in a row.
       SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
     """
@@ -55,12 +58,21 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     workdir = Path(workdir)
     check_single(config, workdir)
     earlier = look(workdir, config)
+    if earlier and earlier.results is not None:
+        complete.check(config, workdir)
     for note in earlier.notes if earlier else ():
         _say(note)
     if earlier and earlier.results is not None:
         return earlier.results
     mesh = sharding.make_mesh(config.mesh)
+    with row_sharding.over(mesh):
+        return _fit(config, workdir, mesh, progress, began)
+
+
+def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: float) -> dict[str, Any]:
+    """The run itself, of a config that can run."""
     task = make_task(config, mesh)
+    check_workdir(task, workdir)
     measured = getattr(task, "validation_metrics", None)
     if measured is not None:
         check_metric(config.best_metric, measured)
@@ -260,7 +272,7 @@ class Run:
             session.earlier_seconds += max(companions[name]["seconds"] - here, 0.0)
         options = {"companions": companions} if companions else {}
         results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
-        results |= self.task.evaluate(model, self.workdir, **options)
+        results |= self.task.evaluate(model, self.workdir, **options) | complete.of_results(self.task)
         if session.step_temp_bytes is not None:
             results["step_temp_bytes"] = session.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": session.seconds, "finished": True}

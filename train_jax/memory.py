@@ -1,6 +1,5 @@
 """Memory, in bytes: what a run took, what a compiled step takes, and the way on for an evaluation that runs out."""
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,11 @@ import jax
 
 from train_jax.errors import UserError
 from train_jax.host_memory import host_memory_left
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 class PeakMemory(NamedTuple):
@@ -42,10 +46,10 @@ class StepMemory(NamedTuple):
 
 
 def peak_memory_bytes() -> PeakMemory:
-    """Peak resident memory of this process and of its children, and the peak on its fullest accelerator."""
+    """Peak resident memory of this process and of its children (0 on Windows), and that on its fullest accelerator."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
-    return PeakMemory(_peak_process_bytes(), _peak_rusage_bytes(resource.RUSAGE_CHILDREN), max(peaks, default=None))
+    return PeakMemory(_peak_process_bytes(), _peak_rusage_bytes("RUSAGE_CHILDREN"), max(peaks, default=None))
 
 
 def reported_peak() -> int:
@@ -66,12 +70,15 @@ def _peak_process_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return _peak_rusage_bytes(resource.RUSAGE_SELF)
+    return _peak_rusage_bytes("RUSAGE_SELF")
 
 
-def _peak_rusage_bytes(who: int) -> int:
+def _peak_rusage_bytes(who: str) -> int:
+    """Of a constant of `resource`; 0 on Windows, which has no such module."""
+    if resource is None:
+        return 0
     # A child counts from its fork on, when it shares all memory of this process: never more than this one's own peak.
-    peak = resource.getrusage(who).ru_maxrss
+    peak = resource.getrusage(getattr(resource, who)).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from train_jax import params, patterns, sharding, state
+from train_jax.core import row_sharding
 from train_jax.task import Task
 
 
@@ -51,10 +52,11 @@ def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> Bundle:
 
 
 def _bundle(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> Bundle:
-    graph, arrays = params.split(model)
+    arrays = params.flatten(model)
     pattern = task.trainable()
     trains = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
     places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
+    graph, _ = params.split(row_sharding.mark(model, places))
     placed = {path: put(array, places[path]) for path, array in arrays.items()}
     return Bundle(
         graph,

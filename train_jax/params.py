@@ -23,7 +23,7 @@ def merge(graph: nnx.GraphDef, arrays: Mapping[str, Any]) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state([(_parts(path), leaf) for path, leaf in arrays.items()]))
 
 
-def flatten(model: nnx.Module) -> dict[str, jax.Array]:
+def flatten(model: nnx.Module) -> dict[str, Leaf]:
     """Every array of a module by path."""
     return split(model)[1]
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from train_jax import command_line, flops, hlo, model_state, optimizers, params, sharding, sweep, training_step
 from train_jax.config import task_class
+from train_jax.core import row_sharding
 from train_jax.durations import Plan
 from train_jax.errors import UserError
 from train_jax.memory import step_memory
@@ -37,7 +38,7 @@ def plan(config: ConfigDict) -> RunPlan:
     mesh = sharding.make_mesh(config.mesh)
     blueprint = task.blueprint(config, mesh)
     bundle = model_state.abstract(blueprint.task, blueprint.model, mesh)
-    device = jax.devices()[0].device_kind
+    device = mesh.devices.flat[0].device_kind
     if blueprint.task.trainable() is None:
         frozen = sharding.device_bytes(bundle.frozen)
         return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, bundle, frozen, mesh))
@@ -68,7 +69,7 @@ def _evaluations(blueprint: Blueprint, bundle: Bundle, state_bytes: int, mesh: M
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
         held = state_bytes + sharding.device_bytes(arguments)
-        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments), held, mesh))
+        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments, mesh), held, mesh))
     return programs
 
 
@@ -83,27 +84,35 @@ def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[s
     }
 
 
-def _traced(bundle: Bundle, function, arguments: tuple) -> jax.stages.Traced:
+def _traced(bundle: Bundle, function, arguments: tuple, mesh: Mesh) -> jax.stages.Traced:
     def program(arrays, *arguments):
         return function(params.merge(bundle.graph, arrays), *arguments)
 
-    return jax.jit(program).trace(bundle.trainable | bundle.frozen, *arguments)
+    return jax.jit(row_sharding.within(mesh, program)).trace(bundle.trainable | bundle.frozen, *arguments)
 
 
 def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:
-    compiled = traced.lower().compile()
-    memory = step_memory(compiled)
+    return program_of(name, traced.lower().compile(), held, mesh)
+
+
+def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) -> Program:
+    """What a program compiled for a mesh takes on one device, beside `held` bytes of arrays.
+
+    Raises:
+      UserError: the backend does not tell.
+    """
+    memory, platform = step_memory(compiled), mesh.devices.flat[0].platform
     if memory is None:
-        raise UserError(f"this backend ({jax.default_backend()}) tells no memory: plan with --devices, on the CPU")
+        raise UserError(f"this backend ({platform}) tells no memory: plan with --devices, on the CPU")
     module = hlo.parse(compiled.as_text())
-    copies = hlo.float32_copies(module) if jax.default_backend() == "cpu" else 0
+    copies = hlo.float32_copies(module) if platform == "cpu" else 0
     return Program(
         name,
         held,
         memory.temp,
         memory.output - memory.alias,
         min(copies, memory.temp),
-        flops.product_flops(traced.jaxpr) / mesh.size,
+        flops.product_flops(module),
         hlo.collective_bytes(module),
     )
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from train_jax import checkpoint_files, files
 from train_jax.config import UNITS, leaves, steps, stored_config, task_class
 from train_jax.durations import Plan
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 # Patterns over dotted keys; a task adds its own in the class attribute `harmless_keys`.
 HARMLESS = (
@@ -128,7 +128,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
     for key, before, after in difference(old, new):
         if key in TOTALS:
             continue
-        change = f"{key}: {before!r} -> {after!r}"
+        change = f"{key}: {quoted(before)} -> {quoted(after)}"
         if any(re.fullmatch(pattern, key) for pattern in harmless):
             notes.append(f"{change} (does not change the mathematics)")
         else:
@@ -139,6 +139,21 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
             f"or choose another --workdir"
         )
     return notes + _compare_totals(old, new, epoch_examples)
+
+
+def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Compares fingerprints of batches (input.Pipeline), that of a checkpoint and that of the data as they are.
+
+    Raises:
+      UserError: they differ; the message says in what.
+    """
+    now = files.plain(now)
+    if before != now:
+        changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        raise UserError(
+            f"the training data is not that of the checkpoint in {workdir} (was, is: {changed}): restore the data, or "
+            "choose another --workdir."
+        )
 
 
 def _compare_totals(old: ConfigDict, new: ConfigDict, epoch_examples: int | None) -> list[str]:

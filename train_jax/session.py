@@ -12,9 +12,8 @@ from ml_collections import ConfigDict
 from train_jax import files, model_state, optimizers, state
 from train_jax.checkpoints import Checkpoints
 from train_jax.durations import Plan
-from train_jax.errors import UserError
 from train_jax.input import Pipeline, Source
-from train_jax.resume import gave_up
+from train_jax.resume import check_data, gave_up
 from train_jax.task import Task
 
 
@@ -118,16 +117,7 @@ class Session:
         if latest is None:
             return 0
         meta = self.checkpoints.read_meta(latest)
-        fingerprint = files.plain(self.pipeline.fingerprint)
-        if meta["fingerprint"] != fingerprint:
-            before = meta["fingerprint"]
-            changed = {
-                name: (before.get(name), value) for name, value in fingerprint.items() if before.get(name) != value
-            }
-            raise UserError(
-                f"the training data is not that of the checkpoint in {self.workdir} (was, is: {changed}): restore the "
-                "data, or choose another --workdir."
-            )
+        check_data(meta["fingerprint"], self.pipeline.fingerprint, self.workdir)
         found = self.checkpoints.restore(latest, self.state.params, self._rest(self.state))
         rest = found.opt_state
         self.state = state.TrainState(

@@ -17,10 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from train_jax import patterns
+from train_jax.core.row_sharding import ROW_AXES
 from train_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = (*ROW_AXES, "tensor")
 
 # One entry per dimension: the axis (or axes) it is split over, or None; () leaves an array of any rank whole.
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -92,7 +92,7 @@ def batch_sharding(mesh: Mesh, accumulate: bool = True) -> NamedSharding:
       mesh: from `make_mesh`.
       accumulate: True for arrays [A, b, ...] (A micro-batches one after another, rows on axis 1), False for [b, ...].
     """
-    return NamedSharding(mesh, PartitionSpec(*((None,) if accumulate else ()), BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(*((None,) if accumulate else ()), ROW_AXES))
 
 
 def shardings(

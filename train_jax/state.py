@@ -20,6 +20,8 @@ from flax import nnx
 from train_jax import metrics as metrics_lib
 from train_jax.metrics import Metrics
 
+ROW, STEP = "row_number", "step_number"  # entries of a batch, see `numbered`
+
 Params = dict[str, jax.Array]
 Leaf = Any  # an array; or whatever JAX puts in its place in a tree: shapes, shardings, "unspecified"
 
@@ -110,10 +112,20 @@ def debiased(ema: Params, decay: float, updates: int | jax.Array, params: Params
     return {path: average[path].astype(params[path].dtype) for path in params}
 
 
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of a step, for what all of its rows have in common."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
     """One key a row of the global batch."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key(seed, step), jnp.arange(rows))
+
+
+def numbered(batch: dict, step: jax.Array) -> dict:
+    """A batch [A, b, ...] that also tells of each row which of the global batch it is, and of which step."""
+    A, b = jax.tree.leaves(batch)[0].shape[:2]
+    return batch | {ROW: jnp.arange(A * b).reshape(A, b), STEP: jnp.broadcast_to(step, (A, b))}
 
 
 def make_train_step(
@@ -155,6 +167,7 @@ def make_train_step(
         first = jax.tree.leaves(batch)[0]
         keys = row_keys(seed, state.step, first.shape[0] * first.shape[1]).reshape(first.shape[:2])
         scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
+        batch = numbered(batch, state.step)
         loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
 
         def one(batch, keys):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from train_jax import command_line, files, loop, sweep_plot, sweep_report
+from train_jax import command_line, complete, files, loop, sweep_plot, sweep_report
 from train_jax.config import from_json, leaves, to_json
-from train_jax.errors import RunStopped, UserError
+from train_jax.errors import RunStopped, UserError, quoted
 from train_jax.patterns import did_you_mean
 from train_jax.resume import SWEEP_FILE, look
 from train_jax.sweep_report import Outcome
@@ -49,12 +49,12 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     runs: dict[str, SweepRun] = {}
     for entry in config.sweep:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
-            raise UserError(f"config.sweep holds {entry!r}, {FORM}: correct it (one run alone needs its comma)")
+            raise UserError(f"config.sweep holds {quoted(entry)}, {FORM}: correct it (one run alone needs its comma)")
         name, overrides = entry
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(
-                f"config.sweep names a run {name!r}, expected letters, digits and _ . = + - (it becomes a folder): "
-                "rename it"
+                f"config.sweep names a run {quoted(name)}, expected letters, digits and _ . = + - (it becomes a "
+                "folder): rename it"
             )
         if name in runs:
             raise UserError(f"config.sweep has two runs named {name!r}, expected different names: rename one")
@@ -102,7 +102,9 @@ def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
     for run in runs:
         value = leaves(run.config)[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"config.sweep_x={key!r} is {value!r} in run {run.name!r}, expected a number: name another")
+            raise UserError(
+                f"config.sweep_x={key!r} is {quoted(value)} in run {run.name!r}, expected a number: name another"
+            )
 
 
 def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: float | None = None) -> dict[str, Any]:
@@ -171,10 +173,12 @@ def _earlier(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
     """What a complete run measured; None if something is left to do.
 
     Raises:
-      UserError: the folder holds a run with another config.
+      UserError: the folder holds a run with another config, or of other data.
     """
     try:
         earlier = look(workdir / run.name, run.config)
+        if earlier and earlier.results is not None:
+            complete.check(run.config, workdir / run.name)
     except UserError as error:
         raise UserError(f"{workdir / run.name}: {error}") from error
     return earlier.results if earlier else None

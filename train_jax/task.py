@@ -40,11 +40,17 @@ class Task(Protocol):
     checked without computing (files, vocabularies, patterns) and raises UserError.
 
     Beside the methods below a task may have
+      check_workdir(workdir): called by every process before data are prepared or the model is read, in training and in
+        evaluation; refuses a workdir whose run was made of other weights than the config's;
       start(workdir): called once before training, to put files of its own there;
       validation_metrics: names of all that `validate` measures, a tuple of str; with it a misspelt `best_metric` is
         found before anything is prepared, without it at the first evaluation;
       trainable_paths() -> paths of the parameters that train, told without data; with it a pattern of the optimizer
         that matches none is found before data are prepared, without it after;
+      train_records() -> what `train_source` prepares, of its length and fingerprint, opened without the model: the data
+        of a complete run are compared by it, without it by `train_source`;
+      reported_data() -> str: fingerprint of what `evaluate` measures on by default; eval.json notes it, and a complete
+        run is compared by it too;
       export(model, workdir): called once at the end of training with the chosen model, by every process;
       default_split: the split of `evaluate` when none is asked for;
       single_split: True where `evaluate` has nothing to choose from, and --split is refused;
@@ -97,8 +103,11 @@ class Task(Protocol):
 
         Args:
           model: parameters in place.
-          batch: rows on the leading axis.
-          keys: one key an example, a function of (seed, step, row), for dropout and noise.
+          batch: rows on the leading axis; beside what the source gives, state.ROW and state.STEP, int32 [b]: the
+            row's number in the global batch, and the step's.
+          keys: one key an example, a function of (seed, step, row), for dropout and noise. Whatever is random must
+            come from these (or of what rows have in common from state.step_key), so that a batch may be cut into any
+            micro-batches, on any number of processes and devices.
         """
         ...
 
@@ -114,3 +123,12 @@ class Task(Protocol):
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     """The task of a config."""
     return task_class(config.task)(config, mesh)
+
+
+def check_workdir(task: Task, workdir: Path) -> None:
+    """Lets the task refuse a workdir of other weights.
+
+    Raises:
+      UserError: the task's own.
+    """
+    getattr(task, "check_workdir", lambda workdir: None)(workdir)

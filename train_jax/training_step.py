@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import metrics, sharding, state
+from train_jax.core import row_sharding
 from train_jax.model_state import Bundle
 from train_jax.optimizers import Schedule
 from train_jax.task import Task
@@ -45,14 +46,14 @@ def trace(
     )
 
     def measured(start, frozen, batch):
-        first = jax.tree.map(lambda x: x[0], batch)
+        first = jax.tree.map(lambda x: x[0], state.numbered(batch, start.step))
         keys = state.row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
         return task.loss(bundle.merge(start.params | frozen), first, keys)[1]
 
-    names = jax.eval_shape(measured, start, bundle.frozen, batch)
+    names = jax.eval_shape(row_sharding.within(mesh, measured), start, bundle.frozen, batch)
     names = [*names, "loss", "grad_norm", "learning_rate"]
     whole = sharding.replicated(mesh)
     totals = sharding.with_shardings(jax.eval_shape(lambda: metrics.zeros_like(names)), lambda leaf: whole)
     places = jax.tree.map(lambda leaf: leaf.sharding, (start, totals))
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
+    jitted = jax.jit(row_sharding.within(mesh, step), donate_argnums=(0, 1), out_shardings=places)
     return jitted.trace(start, totals, bundle.frozen, batch), totals

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax import files, model_state
+from train_jax.complete import of_results
 from train_jax.config import to_json
 from train_jax.evaluation import print_results, write_results
 from train_jax.memory import reported_peak
@@ -26,7 +27,7 @@ def fit(config: ConfigDict, workdir: Path, task: Task, mesh: Mesh, began: float)
         files.write_atomically(workdir / "config.json", to_json(config))
         getattr(task, "start", lambda workdir: None)(workdir)
     model = model_state.build(task, mesh).model()
-    results = {"step": 0, "trainable_parameters": 0} | task.evaluate(model, workdir)
+    results = {"step": 0, "trainable_parameters": 0} | task.evaluate(model, workdir) | of_results(task)
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began, "finished": True}
     write_results(workdir, results)
     print_results(results)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from train_jax import optimizers
 from train_jax.config import DURATIONS, UNITS, base_config, is_optional, leaves, node, steps
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.patterns import did_you_mean
 from train_jax.sharding import mesh_shape
 
@@ -87,9 +87,11 @@ def _check_type(key: str, value: Any, base: ConfigDict) -> None:
     if wanted is type(None):
         return  # the task declared no type
     if not _is(value, wanted):
-        raise UserError(f"config.{key}={value!r} is {type(value).__name__}, expected {wanted.__name__}: change it")
+        raise UserError(
+            f"config.{key}={quoted(value)} is {type(value).__name__}, expected {wanted.__name__}: change it"
+        )
     if wanted is tuple and default and not _same_structure(value, default):
-        raise UserError(f"config.{key}={value!r}, expected a tuple like {default!r}: change it")
+        raise UserError(f"config.{key}={quoted(value)}, expected a tuple like {default!r}: change it")
 
 
 def _is(value: Any, wanted: type) -> bool:
@@ -116,7 +118,7 @@ def _same_structure(value: Any, default: Any) -> bool:
 def _check_values(values: dict[str, Any]) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise UserError(f"config.{key}={values[key]!r}, expected one of {', '.join(choices)}: change it")
+            raise UserError(f"config.{key}={quoted(values[key])}, expected one of {', '.join(choices)}: change it")
     for key, minimum in MINIMA.items():
         if values[key] is not None and not values[key] >= minimum:
             raise UserError(f"config.{key}={values[key]}, expected {minimum} or more: change it")

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class DiT(nnx.Module):
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Labels | None = None,
+        labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""
@@ -127,12 +128,12 @@ class DiT(nnx.Module):
             )
         g, p = config.grid, config.patch_size
         patches = x.reshape(B, g, p, g, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, g * g, p * p * C)
-        h = self.patch_embedding(patches)
+        h = row_sharding.apply_block(self.patch_embedding, patches)
         h = h + sincos_positions(g, config.width)[None].astype(h.dtype)
-        c = self.condition(batch_times(t, x), labels)
+        c = row_sharding.apply_block(self.condition, batch_times(t, x), labels)
         h = self._blocks(h, c, dropout_keys)
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, axis=1)
-        out = self.outputs(modulate(self.norm(h), shift, scale)).astype(x.dtype)
+        shift, scale = jnp.split(row_sharding.apply_block(self.modulation, jax.nn.silu(c)), 2, axis=1)
+        out = row_sharding.apply_block(self.outputs, modulate(self.norm(h), shift, scale)).astype(x.dtype)
         return out.reshape(B, g, g, p, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
     def _blocks(self, h, c, dropout_keys):
@@ -144,8 +145,8 @@ class DiT(nnx.Module):
             keys = None
             if dropout_keys is not None:
                 keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(dropout_keys)
-            return nnx.merge(graph, state)(h, c, keys), None
+            block = nnx.merge(graph, row_sharding.gather(state))
+            return row_sharding.pin_rows(block(row_sharding.pin_rows(h), c, keys)), None
 
-        if self.config.remat:
-            step = jax.checkpoint(step)
+        step = jax.checkpoint(step) if self.config.remat else row_sharding.recompute_gathered(step)
         return jax.lax.scan(step, h, (jnp.arange(self.config.depth), state))[0]

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels, CheckedTime, as_time, check_args
 
 MAX_PERIOD = 10_000
 TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
-def batch_times(t, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """One time a row, in float32."""
-    return jnp.broadcast_to(jnp.asarray(t, jnp.float32), x.shape[:1])
+def batch_times(t: CheckedTime, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """One time a row, in float32. Raises UserError for times that are neither one nor one a row."""
+    return jnp.broadcast_to(as_time(t, x).astype(jnp.float32), x.shape[:1])
 
 
 def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:
@@ -96,7 +96,8 @@ class Condition(nnx.Module):
         vector = dict(use_bias=False, dtype=dtype, rngs=rngs)
         self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
 
-    def __call__(self, t: Float[Array, " B"], labels: Labels | None) -> Float[Array, "B D"]:
+    def __call__(self, t: Float[Array, " B"], labels: CheckedLabels | None) -> Float[Array, "B D"]:
+        check_args((labels,), t)
         found = _kind_of(labels)
         if found != self.kind:
             raise ValueError(f"the model is told {self.kind} of every row but got {found}.")
@@ -118,7 +119,7 @@ def _kind(num_classes: int | tuple[int, ...], vector_width: int) -> str:
     return "one label" if num_classes else "nothing"
 
 
-def _kind_of(labels: Labels | None) -> str:
+def _kind_of(labels: CheckedLabels | None) -> str:
     if labels is None:
         return "nothing"
     if jnp.issubdtype(labels.dtype, jnp.floating):

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels
 from flow_jax.models.features import Condition, activation, batch_times, drop, linear
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +53,17 @@ class MLP(nnx.Module):
         self,
         t,
         x: Float[Array, "B D"],
-        labels: Labels | None = None,
+        labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See features.py for the arguments."""
         act, t = activation(self.config.activation), batch_times(t, x)
         if self.condition is None:
-            h = self.inputs(jnp.concatenate([x, t[:, None].astype(x.dtype)], axis=1))
+            h = row_sharding.apply_block(self.inputs, jnp.concatenate([x, t[:, None].astype(x.dtype)], axis=1))
         else:
-            h = self.inputs(x) + self.condition(t, labels)
+            h = row_sharding.apply_block(self.inputs, x) + row_sharding.apply_block(self.condition, t, labels)
         h = act(h)
         for index, layer in enumerate(self.hidden):
-            h = act(layer(drop(h, self.config.dropout, dropout_keys, f"hidden/{index}")))
-        return self.outputs(h)
+            h = drop(h, self.config.dropout, dropout_keys, f"hidden/{index}")
+            h = act(row_sharding.apply_block(layer, h))
+        return row_sharding.apply_block(self.outputs, h)

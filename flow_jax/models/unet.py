@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import Labels
+from flow_jax.arrays import CheckedLabels
 from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +133,11 @@ class Stage(nnx.Module):
     """A residual block and, where the resolution attends, attention."""
 
     def __init__(self, name, channels_in: int, channels: int, side: int, config: UNetConfig, resize=None, *, rngs):
-        self.remat = config.remat
         self.block = ResBlock(name, channels_in, channels, config, resize, rngs=rngs)
         attends = resize is None and side in config.attention
         self.attention = Attention(channels, config, rngs=rngs) if attends else None
 
     def __call__(self, x, c, dropout_keys):
-        if not self.remat:
-            return self._apply(x, c, dropout_keys)
-        graph, state = nnx.split(self)
-        return jax.checkpoint(lambda state, *inputs: nnx.merge(graph, state)._apply(*inputs))(state, x, c, dropout_keys)
-
-    def _apply(self, x, c, dropout_keys):
         x = self.block(x, c, dropout_keys)
         return x if self.attention is None else self.attention(x)
 
@@ -188,22 +182,25 @@ class UNet(nnx.Module):
         self,
         t,
         x: Float[Array, "B I I C"],
-        labels: Labels | None = None,
+        labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
         """See features.py for the arguments."""
         size = self.config.image_size
         if x.shape[1:] != (size, size, self.config.channels):
             raise ValueError(f"images are {x.shape[1:]}, expected {(size, size, self.config.channels)}.")
-        c = self.condition(batch_times(t, x), labels)
-        h = self.inputs(x)
+        remat = self.config.remat
+        c = row_sharding.apply_block(self.condition, batch_times(t, x), labels)
+        h = row_sharding.apply_block(self.inputs, x)
         skips = [h]
         for stage in self.down:
-            h = stage(h, c, dropout_keys)
+            h = row_sharding.apply_block(stage, h, c, dropout_keys, remat=remat)
             skips.append(h)
-        h = self.middle_out(self.middle_attention(self.middle_in(h, c, dropout_keys)), c, dropout_keys)
+        h = row_sharding.apply_block(self.middle_in, h, c, dropout_keys)
+        h = row_sharding.apply_block(self.middle_attention, h)
+        h = row_sharding.apply_block(self.middle_out, h, c, dropout_keys)
         for stage in self.up:
             if stage.block.resize is None:
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-            h = stage(h, c, dropout_keys)
-        return self.outputs(jax.nn.silu(self.norm(h))).astype(x.dtype)
+            h = row_sharding.apply_block(stage, h, c, dropout_keys, remat=remat)
+        return row_sharding.apply_block(self.outputs, jax.nn.silu(self.norm(h))).astype(x.dtype)

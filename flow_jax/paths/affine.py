@@ -13,7 +13,16 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
+from flow_jax.arrays import (
+    CheckedRows,
+    CheckedTime,
+    Number,
+    RandomKey,
+    Rows,
+    as_time,
+    per_row,
+    same_rows,
+)
 from flow_jax.conversions import Convertible, Inverse
 from train_jax.errors import UserError
 
@@ -28,9 +37,19 @@ class PathSample(NamedTuple):
     dx_t: Float[Array, "B ..."]
 
 
-def row_times(t: Time, x: Rows) -> Float[Array, " B"]:
-    """One time a row, of x's dtype."""
+def row_times(t: CheckedTime, x: Rows) -> Float[Array, " B"]:
+    """One time a row; as `as_time`."""
     return jnp.broadcast_to(as_time(t, x), x.shape[:1])
+
+
+def checked(sample: PathSample) -> PathSample:
+    """A sample with times a row.
+
+    Raises:
+      UserError: shapes of x_t and dx_t that differ, or of t that does not fit.
+    """
+    x_t, dx_t = same_rows(x_t=sample.x_t, dx_t=sample.dx_t)
+    return sample._replace(x_t=x_t, dx_t=dx_t, t=row_times(sample.t, x_t))
 
 
 class AffinePath(Convertible):
@@ -54,7 +73,12 @@ class AffinePath(Convertible):
         return self.alpha(t) / self.sigma(t)
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+        self,
+        x_0: CheckedRows,
+        x_1: CheckedRows,
+        t: CheckedTime,
+        key: RandomKey | None = None,
+        noise: CheckedRows | None = None,
     ) -> PathSample:
         """The points of the paths from x_0 to x_1 at the times t.
 
@@ -63,14 +87,21 @@ class AffinePath(Convertible):
           x_1: data [B, ...].
           t: one time for all rows, or one a row.
           key, noise: of no use here, where x_0 and x_1 determine x_t; all paths take the same arguments.
+
+        Raises:
+          UserError: x_0 and x_1 are of two shapes, or t of another than theirs.
         """
-        x_0, x_1 = jnp.asarray(x_0), jnp.asarray(x_1)
+        x_0, x_1 = same_rows(x_0=x_0, x_1=x_1)
         t = row_times(t, x_1)
         x_t = per_row(self.alpha(t), x_1) * x_1 + per_row(self.sigma(t), x_1) * x_0
         dx_t = per_row(self.d_alpha(t), x_1) * x_1 + per_row(self.d_sigma(t), x_1) * x_0
-        return PathSample(x_0, x_1, t, x_t, dx_t)
+        return PathSample(x_0, x_1, t, x_t.astype(x_1.dtype), dx_t.astype(x_1.dtype))
 
-    def conditional_velocity(self, x: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: x at t = 0 of noise x_0, the data set aside."""
+        return jnp.asarray(x_0)
+
+    def conditional_velocity(self, x: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """u_t(x | x_1), the field whose flow carries N(0, I) to N(alpha x_1, sigma^2 I) (Lipman et al., Theorem 3)."""
         return self.x1_to_velocity(x_1, x, t)
 
@@ -207,7 +238,8 @@ class LinearVP(AffinePath):
 class VE(AffinePath):
     """The variance-exploding diffusion path: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^(1 - t).
 
-    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself.
+    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself: from
+    `start(x_0)`, whose density `likelihood.start_log_prob(path.start)` is the prior of `log_prob`.
     """
 
     sigma_min: Number = 0.01
@@ -218,6 +250,10 @@ class VE(AffinePath):
             raise UserError(
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): expected 0 < sigma_min < sigma_max."
             )
+
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """See AffinePath.start."""
+        return self.sigma_max * jnp.asarray(x_0)
 
     @property
     def _log_ratio(self) -> float:

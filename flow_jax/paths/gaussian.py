@@ -8,21 +8,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flow_jax.arrays import Number, RandomKey, Rows, Time, as_time, per_row
+from flow_jax.arrays import (
+    CheckedRows,
+    CheckedTime,
+    Number,
+    RandomKey,
+    Rows,
+    as_rows,
+    check_shapes,
+    per_row,
+    same_rows,
+)
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
 from train_jax.errors import UserError
 
 
-def path_noise(name: str, like: Rows, key: RandomKey | None, noise: Rows | None) -> Float[Array, "B ..."]:
+def path_noise(name: str, like: Rows, key: RandomKey | None, noise: CheckedRows | None) -> Float[Array, "B ..."]:
     """The noise given, or drawn.
 
     Raises:
-      UserError: neither a key nor noise, or both.
+      UserError: neither a key nor noise, or both; or noise of another shape.
     """
     if (key is None) == (noise is None):
         found = "got neither" if key is None else "got both"
         raise UserError(f"{name} draws noise around its mean: pass `key` or `noise`, one of them ({found}).")
-    return jax.random.normal(key, like.shape, like.dtype) if noise is None else jnp.asarray(noise, like.dtype)
+    if noise is None:
+        return jax.random.normal(key, like.shape, like.dtype)
+    check_shapes("x_t", like, "its noise", jnp.asarray(noise))
+    return jnp.asarray(noise, like.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +57,13 @@ class CFM:
     def time_range(self) -> tuple[float, float]:
         return self.base.time_range
 
-    def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+    def mean(self, x_0: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The mean of x_t."""
         return self.base.sample(x_0, x_1, t).x_t
+
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts, as of the base."""
+        return self.base.start(x_0)
 
     def std(self, t):
         """The standard deviation of x_t around its mean."""
@@ -57,7 +74,12 @@ class CFM:
         return 2 * self.std(t) / self.sigma**2
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+        self,
+        x_0: CheckedRows,
+        x_1: CheckedRows,
+        t: CheckedTime,
+        key: RandomKey | None = None,
+        noise: CheckedRows | None = None,
     ) -> PathSample:
         """As AffinePath.sample; noise around the mean is drawn by `key` or is given.
 
@@ -68,7 +90,7 @@ class CFM:
         if self.sigma == 0.0:
             return s
         noise = path_noise(f"CFM(sigma={self.sigma})", s.x_t, key, noise)
-        return s._replace(x_t=s.x_t + self.sigma * noise)
+        return s._replace(x_t=(s.x_t + self.sigma * noise).astype(s.x_t.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +109,13 @@ class SchrodingerBridge:
         if not self.sigma > 0:
             raise UserError(f"SchrodingerBridge(sigma={self.sigma}): expected a standard deviation above 0.")
 
-    def mean(self, x_0: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+    def mean(self, x_0: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """The mean of x_t."""
         return CondOT().sample(x_0, x_1, t).x_t
+
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: from x_0 itself."""
+        return jnp.asarray(x_0)
 
     def std(self, t):
         """The standard deviation of x_t around its mean."""
@@ -100,7 +126,12 @@ class SchrodingerBridge:
         return 2 * self.std(t) / self.sigma**2
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+        self,
+        x_0: CheckedRows,
+        x_1: CheckedRows,
+        t: CheckedTime,
+        key: RandomKey | None = None,
+        noise: CheckedRows | None = None,
     ) -> PathSample:
         """As AffinePath.sample; the bridge's noise is drawn by `key` or is given.
 
@@ -111,9 +142,8 @@ class SchrodingerBridge:
         noise = path_noise(f"SchrodingerBridge(sigma={self.sigma})", s.x_t, key, noise)
         # d/dt of sigma sqrt(t (1 - t)) is sigma (1 - 2 t) / (2 sqrt(t (1 - t))).
         drift = self.sigma * (0.5 - s.t) / jnp.sqrt(s.t * (1 - s.t))
-        return s._replace(
-            x_t=s.x_t + per_row(self.std(s.t), s.x_t) * noise, dx_t=s.dx_t + per_row(drift, s.x_t) * noise
-        )
+        x_t, dx_t = s.x_t + per_row(self.std(s.t), s.x_t) * noise, s.dx_t + per_row(drift, s.x_t) * noise
+        return s._replace(x_t=x_t.astype(s.x_t.dtype), dx_t=dx_t.astype(s.x_t.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +161,25 @@ class GaussianPath:
     sigma: Callable
     time_range: tuple[Number, Number] = (0.0, 1.0)
 
-    def moments(self, x_1: Rows, t: Time) -> tuple[Array, Array, Array, Array]:
-        """Mean, deviation, and their derivatives by time, each [B, ...]."""
-        x_1 = jnp.asarray(x_1)
+    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
+        """Where sampling starts: x at t = 0 of noise x_0 and data 0; of other data it should be the same."""
+        mean, std, *_ = self.moments(jnp.zeros_like(x_0), 0.0)
+        return mean + std * x_0
+
+    def moments(self, x_1: Rows, t: CheckedTime) -> tuple[Array, Array, Array, Array]:
+        """Mean, deviation, and their derivatives by time, each [B, ...].
+
+        Raises:
+          UserError: mu is not of an example's shape, or sigma neither of that nor a scalar.
+        """
+        x_1 = as_rows("x_1", x_1)
 
         def both(t, x_1):
-            return self.mu(t, x_1), jnp.broadcast_to(self.sigma(t, x_1), x_1.shape)
+            mean, std = jnp.asarray(self.mu(t, x_1)), jnp.asarray(self.sigma(t, x_1))
+            check_shapes("an example", x_1, "mu of it", mean)
+            if std.ndim:
+                check_shapes("an example", x_1, "sigma of it", std)
+            return mean, jnp.broadcast_to(std, x_1.shape)
 
         def one(t, x_1):
             return jax.jvp(lambda t: both(t, x_1), (t,), (jnp.ones_like(t),))
@@ -145,14 +188,21 @@ class GaussianPath:
         return mean, std, d_mean, d_std
 
     def sample(
-        self, x_0: Rows, x_1: Rows, t: Time, key: RandomKey | None = None, noise: Rows | None = None
+        self,
+        x_0: CheckedRows,
+        x_1: CheckedRows,
+        t: CheckedTime,
+        key: RandomKey | None = None,
+        noise: CheckedRows | None = None,
     ) -> PathSample:
-        """x_t = mu + sigma x_0 and its velocity mu' + sigma' x_0; arguments as of AffinePath.sample."""
-        x_0, x_1 = jnp.asarray(x_0), jnp.asarray(x_1)
+        """x_t = mu + sigma x_0 and its velocity mu' + sigma' x_0; arguments and errors as of AffinePath.sample."""
+        x_0, x_1 = same_rows(x_0=x_0, x_1=x_1)
         mean, std, d_mean, d_std = self.moments(x_1, t)
-        return PathSample(x_0, x_1, row_times(t, x_1), mean + std * x_0, d_mean + d_std * x_0)
+        x_t, dx_t = mean + std * x_0, d_mean + d_std * x_0
+        return PathSample(x_0, x_1, row_times(t, x_1), x_t.astype(x_1.dtype), dx_t.astype(x_1.dtype))
 
-    def conditional_velocity(self, x: Rows, x_1: Rows, t: Time) -> Float[Array, "B ..."]:
+    def conditional_velocity(self, x: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
         """u_t(x | x_1)."""
-        mean, std, d_mean, d_std = self.moments(x_1, as_time(t, x))
+        x, x_1 = same_rows(x=x, x_1=x_1)
+        mean, std, d_mean, d_std = self.moments(x_1, t)
         return d_std / std * (x - mean) + d_mean

@@ -53,7 +53,7 @@ class DiffKernel(nnx.Module):
         return self.base.dtype
 
     def contract(self, x: Array, keys: Key[Array, " B"] | None) -> Array:
-        """x (W + z d) in float32; with keys (training) z is drawn, by the first example's."""
+        """x (W + z d) in float32; with keys (training) z is drawn by the first, one for all parts of a batch."""
         u = None
         if keys is not None:
             key = layers.fold_in_name(keys[:1], self.name)[0]

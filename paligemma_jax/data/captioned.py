@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source, suffix_of
 from paligemma_jax.data.synthetic_clevr.captions import caption
 from paligemma_jax.data.text_tokens import TextTokenizer
+from train_jax.errors import cut
 
 CAPTIONS, SPOILT = zlib.crc32(b"captions"), zlib.crc32(b"spoilt")
 NOISE = ("images", "texts", "pairs")
@@ -138,14 +139,14 @@ class CaptionedRecords(GuardedSource):
             try:
                 image = preprocessing.resize(preprocessing.decode(record.image))
             except BadRow as error:
-                raise BadRow(f"{record.image_name}: {error}") from error
+                raise BadRow(f"{cut(record.image_name)}: {error}") from error
             return {"image": image} | text_row(tokenizer, record.suffix) | {"image_id": np.int32(record.image_index)}
 
         super().__init__(source, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
 
     def text(self, index: int) -> str:
         """The caption of a row."""
-        return self.source[index].suffix
+        return suffix_of(self.source, index)
 
     def image(self, index: int) -> np.ndarray:
         """The picture of a row as the model sees it, uint8 [I, I, 3]."""

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from tqdm import tqdm
 from paligemma_jax.data.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from paligemma_jax.data.row_texts import check_texts
+from train_jax.core import digests
 from train_jax.errors import UserError
 from train_jax.tfds_source import open_builder, open_split
 
@@ -66,8 +67,8 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
     pkg_dir_path = None  # no metadata files beside this module
 
-    def __init__(self, *, tree: ClevrTree, **kwargs: Any):
-        self.tree = tree  # set first: the base class already calls _info
+    def __init__(self, *, tree: ClevrTree, identity: dict[str, Any], **kwargs: Any):
+        self.tree, self.identity = tree, identity  # set first: the base class already calls _info
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -81,7 +82,7 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded
         # Written now, into the temporary folder that becomes the data set in one rename.
-        (self.data_path / SOURCE_FILE).write_text(json.dumps(self.tree.identity(), indent=2))
+        (self.data_path / SOURCE_FILE).write_text(json.dumps(self.identity, indent=2))
         return {split: self._generate_examples(split) for split in self.tree.splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,25 +107,33 @@ def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
     folder = data_dir / "clevr" / VERSION
     if (folder / "dataset_info.json").is_file():
         origin = folder / SOURCE_FILE  # absent if TFDS's own builder wrote the data
-        if origin.is_file() and source.exists() and json.loads(origin.read_text()) != ClevrTree(source).identity():
+        if origin.is_file() and source.exists() and not _is_of(json.loads(origin.read_text()), source, data_dir):
             raise UserError(
                 f"{folder} holds CLEVR prepared from another tree than {source}, expected the same one; "
                 "choose another data_dir or delete that folder."
             )
         logging.info("CLEVR is already prepared in %s", folder)
         return folder
-    builder = Clevr(tree=ClevrTree(source), data_dir=data_dir)
+    tree = ClevrTree(source)
+    builder = Clevr(tree=tree, identity=tree.identity(data_dir), data_dir=data_dir)
     tfds.disable_progress_bar()  # ours knows the number of images
     with contextlib.redirect_stdout(None):  # TFDS would announce a download
         builder.download_and_prepare()
     return folder
 
 
+def _is_of(noted: dict[str, Any], source: Path, data_dir: Path) -> bool:
+    """Whether what was noted at preparation, perhaps by an older version with fewer entries, is true of a tree."""
+    found = ClevrTree(source).identity(data_dir)
+    return noted.keys() == found.keys() and all(noted[split].items() <= found[split].items() for split in found)
+
+
 class ClevrQuestions:
     """The questions of one split, question by question, in the order of the prepared data (TFDS hashes file names).
 
     The row number maps to an image through the running count of questions, built on first use by one pass over the
-    split that decodes no image, and kept beside the data; together with a digest of all names, questions and answers.
+    split that decodes no image, and kept beside the data until these change; together with digests of every image, by
+    which equal ones share an index, and of all names, questions and answers.
 
     Args:
       data_dir: what was given to `prepare_clevr`, or the version folder itself.
@@ -142,7 +151,11 @@ class ClevrQuestions:
         self._folder = _prepared_folder(Path(data_dir).expanduser())
         self._examples = _data_source(self._folder, split)
         self._prompt = prompt_checked(prompt)
-        self._starts, digest = _question_index(self._folder / f"questions-{split}.npz", self._examples)
+        files = sorted(self._folder.glob(f"*-{split}.array_record*"))
+        place = self._folder / f"questions-{split}.npz"
+        index = digests.kept(place, files, lambda: _question_index(self._examples))
+        self._starts, self._images = index["starts"], digests.numbers(digests.keys(index["images"]))
+        digest = hashlib.sha256(index["images"].tobytes() + bytes(index["texts"])).hexdigest()
         self._cache = ByteLRU(cache_bytes)
         self.split = split
         self.fingerprint = fingerprint_of(kind="clevr", version=VERSION, split=split, digest=digest, prompt=prompt)
@@ -152,27 +165,28 @@ class ClevrQuestions:
 
     def __getitem__(self, index: int) -> Record:
         index = checked_index(index, len(self))
-        image_index = int(np.searchsorted(self._starts, index, side="right")) - 1
-        image, name, questions, answers = self._cache.get(image_index, lambda: self._example(image_index))
-        row = index - int(self._starts[image_index])
-        prefix = self._prompt.replace("{question}", questions[row])
-        return Record(image, name, image_index, prefix, answers[row])
+        example = int(np.searchsorted(self._starts, index, side="right")) - 1
+        image, name, questions, answers = self._cache.get(example, lambda: self._example(example))
+        row = index - int(self._starts[example])
+        texts = {"question": questions[row], "answer": answers[row]}
+        question, answer = check_texts(texts, tuple(texts), f"question {row} of {name}", "mend the data they came from")
+        return Record(image, name, int(self._images[example]), self._prompt.replace("{question}", question), answer)
 
     def image_numbers(self) -> np.ndarray:
         """`image_index` of every row, without reading any."""
-        return np.repeat(np.arange(len(self._starts) - 1), np.diff(self._starts))
+        return np.repeat(self._images, np.diff(self._starts))
 
-    def _example(self, image_index: int) -> tuple[tuple[bytes, str, list[str], list[str]], int]:
+    def _example(self, number: int) -> tuple[tuple[bytes, str, list[bytes], list[bytes]], int]:
         try:
-            example = self._examples[image_index]
+            example = self._examples[number]
         except (RuntimeError, ValueError) as error:  # array_record's checksums, or a record that does not parse
             raise BadRow(
-                f"example {image_index} of {self._folder} cannot be read ({error}), expected an intact CLEVR record; "
+                f"example {number} of {self._folder} cannot be read ({error}), expected an intact CLEVR record; "
                 "delete the folder and prepare it again."
             ) from error
         texts = example["question_answer"]
-        questions, answers = ([text.decode() for text in texts[key]] for key in ("question", "answer"))
-        return (example["image"], example["file_name"].decode(), questions, answers), len(example["image"])
+        name = example["file_name"].decode(errors="replace")
+        return (example["image"], name, list(texts["question"]), list(texts["answer"])), len(example["image"])
 
 
 def _prepared_folder(data_dir: Path) -> Path:
@@ -195,31 +209,25 @@ def _data_source(folder: Path, split: str) -> Any:
     return open_split(builder, folder, split)
 
 
-def _question_index(cache: Path, examples: Any) -> tuple[np.ndarray, str]:
-    """First question of each image and, last, the total, int64 [images + 1]; and a digest of the texts."""
-    if cache.is_file():
-        with np.load(cache, allow_pickle=False) as stored:
-            starts, digest = stored["starts"], str(stored["digest"])
-        if len(starts) == len(examples) + 1:
-            return starts, digest
-    counts, digest = np.zeros(len(examples) + 1, np.int64), hashlib.sha256()
+def _question_index(examples: Any) -> dict[str, np.ndarray]:
+    """What one pass over a split tells.
+
+    `starts`: first question of each image and, last, the total, int64 [images + 1]; `images`: the digest of each, uint8
+    [images, 16]; `texts`: a digest of all texts, uint8 [32]. An image that cannot be read has one question, a bad row.
+    """
+    counts, images, texts = np.zeros(len(examples) + 1, np.int64), [], hashlib.sha256()
     rows = tqdm(range(len(examples)), "Indexing CLEVR questions", unit="image", disable=not sys.stderr.isatty())
     for i in rows:
-        example = examples[i]
-        texts = example["question_answer"]
-        counts[i + 1] = len(texts["question"])
-        fields = [example["file_name"], *texts["question"], *texts["answer"]]
-        digest.update(json.dumps([field.decode() for field in fields]).encode())
-    starts = np.cumsum(counts)
-    _save_atomically(cache, starts=starts, digest=np.array(digest.hexdigest()))
-    return starts, digest.hexdigest()
-
-
-def _save_atomically(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an npz under a temporary name and renames it; where that cannot be done the next start pays."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            np.savez(file, **arrays)
-        Path(file.name).replace(path)
-    except OSError as error:
-        logging.warning("The question index is not kept (%s); it is built again at the next start.", error)
+        try:
+            example = examples[i]
+        except (RuntimeError, ValueError):  # as in ClevrQuestions._example
+            counts[i + 1] = 1
+            images.append(digests.digest(None))
+            continue
+        asked = example["question_answer"]
+        counts[i + 1] = len(asked["question"])
+        images.append(digests.digest(example["image"]))
+        fields = [example["file_name"], *asked["question"], *asked["answer"]]
+        texts.update(json.dumps([field.decode("latin-1") for field in fields]).encode())
+    found = np.frombuffer(texts.digest(), np.uint8)
+    return {"starts": np.cumsum(counts), "images": digests.stacked(images), "texts": found}

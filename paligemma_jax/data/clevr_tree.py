@@ -5,7 +5,10 @@
         questions/CLEVR_{train,val,test}_questions.json   {"questions": [{"image_filename", "question", "answer"}, ...]}
         scenes/CLEVR_{train,val}_scenes.json              {"scenes": [{"image_filename", "objects"}, ...]}
 
-The test split has neither scenes nor answers. Nothing is extracted, and no name found in a file is used as a path.
+The test split has neither scenes nor answers. Answers are words: those that the official generator writes as JSON's
+true, false and numbers are read as "yes", "no" and digits, as the published files have them. A question or an answer
+that is no text is kept as bytes that `row_texts.check_texts` refuses, and so becomes a bad row. Nothing is extracted,
+and no name found in a file is used as a path.
 The question files are parsed as a stream: the train split's 713 MB would grow to several GB as Python objects.
 """
 
@@ -14,12 +17,19 @@ import contextlib
 import hashlib
 import io
 import json
+import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train_jax.errors import UserError
+import numpy as np
+from tqdm import tqdm
+
+from paligemma_jax.data.row_texts import stored
+from train_jax.core import digests
+from train_jax.errors import UserError, cut, quoted
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # our name (and TFDS's) -> CLEVR's
 OBJECT_FIELDS = ("color", "material", "shape", "size", "rotation", "3d_coords", "pixel_coords")
@@ -60,13 +70,13 @@ class ClevrTree:
         found = {file.name: file for file in files if file.name.endswith(".png") and not file.name.startswith(".")}
         return dict(sorted(found.items()))
 
-    def questions(self, split: str) -> dict[str, list[dict[str, str]]]:
+    def questions(self, split: str) -> dict[str, list[dict[str, str | bytes]]]:
         """By image name, its questions in file order; the answer is empty where the file has none (test)."""
         grouped = collections.defaultdict(list)
         with self._open("questions", split) as entries:
             for entry in entries:
-                row = {"question": entry["question"], "answer": entry.get("answer", "")}
-                grouped[entry["image_filename"]].append(row)
+                row = {"question": entry.get("question"), "answer": spelled(entry.get("answer", ""))}
+                grouped[entry["image_filename"]].append({key: stored(text) for key, text in row.items()})
         return grouped
 
     def objects(self, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -88,7 +98,7 @@ class ClevrTree:
         if absent:
             raise UserError(
                 f"{self._file('questions', split).name} asks about {len(absent)} images that images/{SPLITS[split]} "
-                f"lacks (first: {absent[0]}), expected all of them; extract CLEVR_v1.0.zip again."
+                f"lacks (first: {quoted(absent[0])}), expected all of them; extract CLEVR_v1.0.zip again."
             )
         for name, file in images.items():
             yield (
@@ -101,14 +111,39 @@ class ClevrTree:
                 },
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What tells one tree from another: per split, the number of images and a digest of its first questions."""
+    def identity(self, cache: Path | None = None) -> dict[str, Any]:
+        """What tells one tree from another: per split, the number of images and digests of images and first questions.
+
+        A zip and the folder made of it are the same: images go by CRC-32 and size, as a zip has them, of which those of
+        a folder's files are kept in `cache` until a file changes.
+        """
         splits = {}
         for split in self.splits:
             with self._file("questions", split).open("rb") as file:
                 digest = hashlib.sha256(file.read(CHUNK)).hexdigest()
-            splits[split] = {"images": len(self.image_files(split)), "questions_sha256_of_first_MiB": digest}
+            images = self.image_files(split)
+            sums = self._checksums(split, list(images.values()), cache)
+            listed = json.dumps([list(images), sums.tolist()]).encode()
+            splits[split] = {
+                "images": len(images),
+                "images_sha256": hashlib.sha256(listed).hexdigest(),
+                "questions_sha256_of_first_MiB": digest,
+            }
         return splits
+
+    def _checksums(self, split: str, files: list[Path | zipfile.Path], cache: Path | None) -> np.ndarray:
+        """CRC-32 and size of image files, int64 [images, 2]."""
+        if isinstance(self.root, zipfile.Path):
+            members = (file.root.getinfo(file.at) for file in files)
+            return np.array([(member.CRC, member.file_size) for member in members], np.int64).reshape(-1, 2)
+
+        def compute() -> dict[str, np.ndarray]:
+            found = tqdm(files, f"Reading CLEVR {split}", unit="image", disable=not sys.stderr.isatty())
+            data = (file.read_bytes() for file in found)
+            return {"sums": np.array([(zlib.crc32(image), len(image)) for image in data], np.int64).reshape(-1, 2)}
+
+        place = digests.place_of(cache, "clevr", str(self.root.resolve()), split)
+        return digests.kept(place, files, compute)["sums"]
 
     @contextlib.contextmanager
     def _open(self, kind: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
@@ -117,11 +152,18 @@ class ClevrTree:
         try:
             with file.open("r", encoding="utf-8") as text:
                 yield stream_array(text, kind)
-        except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{file.name} in {self.source} cannot be read ({type(error).__name__}: {error}), expected CLEVR's "
-                f"JSON with a list {kind!r}; extract or download it again."
+                f"{file.name} in {self.source} cannot be read ({type(error).__name__}: {cut(str(error))}), expected "
+                f"CLEVR's JSON with a list {kind!r}; extract or download it again."
             ) from error
+
+
+def spelled(answer: Any) -> Any:
+    """An answer as CLEVR's published files spell it."""
+    if isinstance(answer, bool):
+        return "yes" if answer else "no"
+    return str(answer) if isinstance(answer, int) else answer
 
 
 def _open_root(source: Path) -> Path | zipfile.Path:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.errors import UserError
+from paligemma_jax.data.row_texts import is_text
+from train_jax.errors import UserError, quoted
 
 _DRAWS = zlib.crc32(b"descriptions")
 _STEPS = 1 << 16  # the draw's values: float32 holds them, and their products with a length stay below it
@@ -26,15 +27,23 @@ def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentence
     """Every class in every template, by class.
 
     Raises:
-      UserError: no class, or a template without {}.
+      UserError: no class, a template without {}, or names or templates that are no whole characters.
     """
+    broken = [text for text in (*classes, *templates) if not is_text(text)]
+    if broken:
+        raise UserError(f"{quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong or not templates or not classes:
         raise UserError(
-            f"zero-shot classification has {len(classes)} classes and the template {(wrong or ['none'])[0]!r}, "
+            f"zero-shot classification has {len(classes)} classes and the template {quoted((wrong or ['none'])[0])}, "
             "expected one class at least, and templates with one {} each: change them."
         )
-    return tuple(tuple(template.format(name) for template in templates) for name in classes)
+    return tuple(tuple(fill(template, name) for template in templates) for name in classes)
+
+
+def fill(template: str, name: str) -> str:
+    """A template with a name for its {}; other braces are text."""
+    return template.replace("{}", name)
 
 
 def read_descriptions(file: str | Path, classes: Sequence[str]) -> Sentences:
@@ -47,7 +56,7 @@ def read_descriptions(file: str | Path, classes: Sequence[str]) -> Sentences:
     """
     try:
         content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}), expected {{class: [sentences]}}: mend it.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object, expected {{class: [sentences]}}: mend it.")
@@ -91,8 +100,8 @@ def _key(name: str) -> str:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+    return ", ".join(map(quoted, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(s, str) and s.strip() for s in value)
+    return isinstance(value, list) and bool(value) and all(is_text(s) and s.strip() for s in value)

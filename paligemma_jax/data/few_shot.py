@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paligemma_jax.data.records import fingerprint_of
-from train_jax.errors import UserError
+from paligemma_jax.data.row_texts import is_text
+from train_jax.errors import UserError, quoted
 
 SPLITS = ("train", "val", "test")
 ALL, BASE, NOVEL = "all", "base", "novel"
@@ -77,7 +78,7 @@ class FewShot:
         if without:
             raise UserError(
                 f"{len(without)} of {len(self.classes)} classes of {self.name} have no training image (first: "
-                f"{self.classes[min(without)]!r}), expected one at least: add images, or leave out the classes."
+                f"{quoted(self.classes[min(without)])}), expected one at least: add images, or leave out the classes."
             )
         drawn = {
             split: self._drawn(split, count, seed)
@@ -127,7 +128,7 @@ class FewShot:
         if without:
             raise UserError(
                 f"{len(without)} of {len(self.classes)} classes of {self.name} have no new name (first: "
-                f"{without[0]!r}), expected one for each: add names."
+                f"{quoted(without[0])}), expected one for each: add names."
             )
         return dataclasses.replace(self, classes=tuple(names[name] for name in self.classes))
 
@@ -184,9 +185,11 @@ def drawing_order(seed: int, name: str, count: int) -> np.ndarray:
 
 def _check_classes(name: str, classes: tuple[str, ...]) -> None:
     twice = [word for word, times in Counter(classes).items() if times > 1]
-    if not classes or twice or not all(word.strip() for word in classes):
-        found = f"{len(classes)} classes" + (f", of which {twice[0]!r} stands twice" if twice else "")
-        raise UserError(f"{name} has {found}, expected different names, none of them empty: mend the names.")
+    if not classes or twice or not all(word.strip() and is_text(word) for word in classes):
+        found = f"{len(classes)} classes" + (f", of which {quoted(twice[0])} stands twice" if twice else "")
+        raise UserError(
+            f"{name} has {found}, expected different names, all of them text and none empty: mend the names."
+        )
 
 
 def _check_examples(name: str, examples: list[Example], num_classes: int) -> None:
@@ -196,7 +199,9 @@ def _check_examples(name: str, examples: list[Example], num_classes: int) -> Non
             raise UserError(f"{name}: {image} has label {label}, expected 0 to {num_classes - 1}: mend the label.")
         path = PurePosixPath(image)
         if path.is_absolute() or ".." in path.parts or "\0" in image:
-            raise UserError(f"{name}: the image path {image!r} leaves its folder, expected one within: move the image.")
+            raise UserError(
+                f"{name}: the image path {quoted(image)} leaves its folder, expected one within: move the image."
+            )
         if times[image] > 1:
             raise UserError(
                 f"{name}: {image} stands {times[image]} times in the splits, expected once, or what is tested on was "

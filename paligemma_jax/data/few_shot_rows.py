@@ -1,6 +1,8 @@
 """Rows of a few-shot data set: to tune on, with two random views of each image, and to test on. I pixels a side."""
 
+import hashlib
 import zlib
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int
@@ -10,6 +12,8 @@ from paligemma_jax.data.descriptions import draw
 from paligemma_jax.data.few_shot import FewShot
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
+from train_jax.core import digests
+from train_jax.errors import cut
 
 _VIEWS = zlib.crc32(b"views")
 
@@ -20,7 +24,14 @@ class FewShotRecords:
     def __init__(self, data: FewShot, split: str):
         self.labels = np.array([label for _, label in data.splits[split]], np.int32)
         self._images, self._classes, self._root = [image for image, _ in data.splits[split]], data.classes, data.root
-        self.fingerprint = fingerprint_of(kind="few_shot", data=data.digest, split=split)
+        self._identity = data.digest, split
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the rows, for which their images are read once."""
+        images = digests.of_files([self._root / name for name in self._images], what="images").tobytes()
+        data, split = self._identity
+        return fingerprint_of(kind="few_shot", data=data, split=split, images=hashlib.sha256(images).hexdigest())
 
     def __len__(self) -> int:
         return len(self._images)
@@ -31,7 +42,7 @@ class FewShotRecords:
         try:
             image = (self._root / name).read_bytes()
         except OSError as error:
-            raise BadRow(f"cannot read {name} ({error.strerror}), expected an image file: add it.") from error
+            raise BadRow(f"cannot read {cut(name)} ({error.strerror}), expected an image file: add it.") from error
         return Record(image, name, index, "", self._classes[self.labels[index]])
 
     def image_numbers(self) -> np.ndarray:
@@ -128,4 +139,4 @@ def _decoded(record: Record, preprocessing: Preprocessing) -> np.ndarray:
     try:
         return preprocessing.decode(record.image)
     except BadRow as error:
-        raise BadRow(f"{record.image_name}: {error}") from error
+        raise BadRow(f"{cut(record.image_name)}: {error}") from error

@@ -20,16 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma_jax.data import resize_tf
+from paligemma_jax.data import image_processor, resize_tf
+from paligemma_jax.data.image_processor import CLIP_MEAN, CLIP_STD, HALF, PIL_KERNELS
 from paligemma_jax.data.records import BadRow
 from train_jax.errors import UserError
-
-HALF = (0.5, 0.5, 0.5)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Numbers as PIL and the `resample` field of Hugging Face's preprocessor_config.json count the kernels.
-PIL_KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
@@ -166,28 +160,19 @@ class Preprocessing:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     @classmethod
-    def from_hugging_face(cls, config: dict[str, Any]) -> "Preprocessing":
-        """Reads a `preprocessor_config.json` of a SigLIP, PaliGemma or CLIP folder.
+    def from_hugging_face(
+        cls,
+        config: dict[str, Any],
+        family: str = image_processor.SIGLIP,
+        file: str = "preprocessor_config.json",
+        section: str = "",
+    ) -> "Preprocessing":
+        """Reads transformers' image processor of a SigLIP, PaliGemma or CLIP; arguments: image_processor.read_fields.
 
         Raises:
           UserError: for steps that these three families do not take (other size kinds, kernels or scales).
         """
-        size, crop = config.get("size", {}), bool(config.get("do_center_crop", False))
-        side = size if isinstance(size, int) else size.get("shortest_edge" if crop else "height")
-        edges = (config.get("crop_size", side),) if crop else (size,)
-        square = all(edge == side or edge == {"height": side, "width": side} for edge in edges)
-        kernels = {number: name for name, number in PIL_KERNELS.items()}
-        kernel = kernels.get(config.get("resample", PIL_KERNELS["bicubic"]))
-        standard = config.get("do_resize", True) and config.get("do_rescale", True) and config.get("do_normalize", True)
-        scale = config.get("rescale_factor", 1 / 255)
-        if not (isinstance(side, int) and square and kernel and standard and abs(scale - 1 / 255) < 1e-9):
-            raise UserError(
-                f"preprocessor_config.json has size {size}, crop_size {config.get('crop_size')}, resample "
-                f"{config.get('resample')} and rescale_factor {scale}, expected the resize, rescale by 1/255 and "
-                "normalise steps of SigLIP or CLIP to one square size; use a folder of those families."
-            )
-        mean, std = (tuple(config.get(key, HALF)) for key in ("image_mean", "image_std"))
-        return cls(side, "transformers", kernel, True, mean, std, crop)
+        return cls(source="transformers", antialias=True, **image_processor.read_fields(config, family, file, section))
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The `preprocessor_config.json` for transformers; `from_hugging_face` is its inverse.
@@ -199,7 +184,7 @@ class Preprocessing:
         if self.crop:
             resize = {"size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": edge}
         return {
-            "image_processor_type": "CLIPImageProcessor" if self.crop else "SiglipImageProcessor",
+            "image_processor_type": image_processor.CLIP if self.crop else image_processor.SIGLIP,
             "do_convert_rgb": True,
             "do_resize": True,
             **resize,

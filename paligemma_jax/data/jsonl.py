@@ -6,8 +6,9 @@
         images/0001.png
 
 Captions need no prefix: `{"image", "caption"}`, where the caption's key may have another name. Image paths are relative
-to the folder of the JSONL file and may not leave it. Further keys of a line are ignored. Only the byte offset and the
-image number of each line are held in memory.
+to the folder of the JSONL file and may not leave it. Further keys of a line are ignored. An image is what its bytes
+are: lines that name copies of one file share an image. Only the byte offset and the image number of each line are held
+in memory.
 """
 
 import array
@@ -19,7 +20,9 @@ import numpy as np
 
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
-from train_jax.errors import UserError
+from paligemma_jax.data.row_texts import check_texts
+from train_jax.core import digests
+from train_jax.errors import UserError, cut, quoted
 
 FIELDS = ("image", "prefix", "suffix")
 
@@ -35,80 +38,102 @@ class JsonlRecords:
       split: name of the file within a folder, such as "train" or "validation".
       caption: key of the caption, for pairs of an image and a text; it is the record's suffix, and the prefix is empty.
         None: lines have a prefix and a suffix.
+      cache: folder that keeps digests of the images; None computes them anew.
 
     Raises:
       UserError: if there is no such file, it has no rows, or an image path leaves its folder (naming file and line).
     """
 
-    def __init__(self, path: str | Path, split: str | None = None, caption: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        split: str | None = None,
+        caption: str | None = None,
+        cache: str | Path | None = None,
+    ):
         self._fields = FIELDS if caption is None else ("image", caption)
         self.file = _jsonl_file(Path(path).expanduser(), split)
         self._offsets, self._lines = array.array("q"), array.array("q")
-        images, numbers, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
+        places, names, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
         with open(self.file, "rb") as file:
             for line_number, line in enumerate(file, start=1):
                 digest.update(line)
                 if line.strip():
                     self._offsets.append(offset)
                     self._lines.append(line_number)
-                    images.append(self._image_number(line, line_number, numbers))
+                    places.append(self._place(line, line_number, names))
                 offset += len(line)
         if not self._offsets:
             raise UserError(f"{self.file} has no rows, expected one JSON object a line; fill it.")
-        self._images = images
+        kept = digests.place_of(cache, "jsonl", str(self.file.resolve()))
+        bytes_of = digests.of_files([self.file.parent / name for name in names], kept, f"images of {self.file.name}")
+        # Lines that name one absent file share its absence; a malformed line shares nothing.
+        keys = [key or name for key, name in zip(digests.keys(bytes_of), names, strict=True)]
+        self._images = digests.numbers(keys[place] if place >= 0 else None for place in places)
         more = {} if caption is None else {"caption": caption}
-        self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest(), **more)
+        images = hashlib.sha256(bytes_of.tobytes()).hexdigest()
+        self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest(), images=images, **more)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Record:
         index = checked_index(index, len(self))
-        with open(self.file, "rb") as file:
-            file.seek(self._offsets[index])
-            row = self._parse(file.readline(), self._lines[index])
+        name, prefix, suffix = self._texts(index)
         try:
-            image = (self.file.parent / row["image"]).read_bytes()
+            image = (self.file.parent / name).read_bytes()
         except OSError as error:
             raise BadRow(
-                f"{self.file} line {self._lines[index]}: cannot read {row['image']} ({error.strerror}), expected an "
-                "image file; add it or remove the line."
+                f"{self.file} line {self._lines[index]}: cannot read {cut(name)} ({error.strerror}), "
+                "expected an image file; add it or remove the line."
             ) from error
-        prefix = row["prefix"] if "prefix" in self._fields else ""
-        return Record(image, row["image"], self._images[index], prefix, row[self._fields[-1]])
+        return Record(image, name, int(self._images[index]), prefix, suffix)
+
+    def suffix(self, index: int) -> str:
+        """The suffix of a row without its image. Raises BadRow."""
+        return self._texts(checked_index(index, len(self)))[2]
 
     def image_numbers(self) -> np.ndarray:
         """`image_index` of every row, without reading any."""
-        return np.asarray(self._images)
+        return self._images
 
-    def _parse(self, line: bytes, line_number: int) -> dict[str, str]:
+    def _texts(self, index: int) -> tuple[str, str, str]:
+        """Image, prefix and suffix of a row."""
+        with open(self.file, "rb") as file:
+            file.seek(self._offsets[index])
+            image, *texts = self._parse(file.readline(), self._lines[index])
+        return image, *(texts if len(texts) == 2 else ("", *texts))
+
+    def _parse(self, line: bytes, line_number: int) -> list[str]:
+        """The texts of a line, in the order of the fields."""
+        where = f"{self.file} line {line_number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise BadRow(f"{self.file} line {line_number} is no JSON ({error}); mend the line.") from error
-        texts = isinstance(row, dict) and all(isinstance(row.get(field), str) for field in self._fields)
-        if not texts or "\0" in row["image"]:
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"{where} is no JSON ({error}); mend the line.") from None
+        texts = check_texts(row, self._fields, where, "mend the line")
+        if "\0" in texts[0] or texts[0].startswith("data:"):
             raise BadRow(
-                f"{self.file} line {line_number} is {line[:80].decode(errors='replace').strip()}, expected an object "
-                f"with the texts {', '.join(self._fields)}; mend the line."
+                f"{where} has the image {quoted(texts[0])}, expected an object with the path of a file; write the "
+                "image to one, or mend the line."
             )
-        return row
+        return texts
 
-    def _image_number(self, line: bytes, line_number: int, numbers: dict[str, int]) -> int:
-        """The image's number by first appearance; a malformed line has one of its own."""
+    def _place(self, line: bytes, line_number: int, names: dict[str, int]) -> int:
+        """The place among all `names` of the one that a line names; of a malformed line -1."""
         try:
-            name = self._parse(line, line_number)["image"]
+            name = self._parse(line, line_number)[0]
         except BadRow:
-            return numbers.setdefault(f"\0{line_number}", len(numbers))  # no name holds a NUL
-        if name not in numbers:
+            return -1
+        if name not in names:
             folder = self.file.parent.resolve()
             if not inside(folder, name):
                 raise UserError(
-                    f"{self.file} line {line_number}: the image path {name!r} leaves the folder of the file, expected "
-                    "a path within it; move the image there."
+                    f"{self.file} line {line_number}: the image path {quoted(name)} leaves the folder of the "
+                    "file, expected a path within it; move the image there."
                 )
-            numbers[name] = len(numbers)
-        return numbers[name]
+            names[name] = len(names)
+        return names[name]
 
 
 def _jsonl_file(path: Path, split: str | None) -> Path:

@@ -1,40 +1,55 @@
 """Question answering in parquet shards as the Hub stores them, for example `HuggingFaceM4/clevr`.
 
-Columns `question`, `image` (a struct of `bytes` and `path`) and `answer`; one row per question, each with its own copy
-of the image. Parquet's unit of access is the row group: reading one row decodes its whole group, so the groups used
-last are kept up to a number of bytes, and memory stays bounded by that number plus one group whatever the data's size.
+Columns `question`, `image` and `answer`; one row per question, each with its own copy of the image: a struct of `bytes`
+and perhaps `path`, bytes alone, or a list of one of these. Parquet's unit of access is the row group: reading one row
+decodes its whole group, so the groups used last are kept up to a number of bytes, and memory stays bounded by that
+number plus one group for each thread that reads, whatever the data's size.
 """
 
+import hashlib
 import importlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
-from train_jax.errors import UserError
+from paligemma_jax.data.row_texts import check_texts
+from train_jax.core import digests
+from train_jax.errors import UserError, cut
 
 COLUMNS = ("question", "image", "answer")
+_AT_ONCE = 64  # images held while all are looked through
 
 
 class ParquetQuestions:
     """The rows of all shards of one split, in the order of file names and rows.
 
-    Rows whose `image.path` is equal share an image index; a row without a path has an image of its own.
+    Rows whose images are equal byte by byte share an image index, whatever their paths; a row without an image has one
+    of its own. For that all shards are read once, when they are opened.
 
     Args:
       folder: searched with all subfolders for `SPLIT-*.parquet`, the Hub's naming.
       split: "train", "validation" or "test", as the shards are named.
       prompt: the prefix, with {question} in place of the question.
       cache_bytes: size of the row groups kept, in bytes of Arrow memory.
+      cache: folder that keeps what reading all shards told, until one of them changes; None reads them anew.
 
     Raises:
       UserError: if pyarrow is not installed, there are no such shards, one is damaged, or lacks a column.
     """
 
     def __init__(
-        self, folder: str | Path, split: str = "train", prompt: str = "{question}", cache_bytes: int = 256 << 20
+        self,
+        folder: str | Path,
+        split: str = "train",
+        prompt: str = "{question}",
+        cache_bytes: int = 256 << 20,
+        cache: str | Path | None = None,
     ):
         folder = Path(folder).expanduser()
         self._files = sorted(folder.rglob(f"{split}-*.parquet"))
@@ -46,20 +61,18 @@ class ParquetQuestions:
         self._prompt = prompt_checked(prompt)
         self._cache = ByteLRU(cache_bytes)
         self._groups: list[tuple[int, int]] = []  # (file, row group within it)
-        sizes, paths = [], []
+        sizes = []
         for number, file in enumerate(self._files):
-            shard = _open(file)
-            metadata = shard.metadata
+            metadata = _open(file).metadata
             self._groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            paths += _image_paths(shard)
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._image_index = _numbered(paths)
+        place = digests.place_of(cache, "parquet", str(folder.resolve()), split)
+        read = digests.kept(place, self._files, lambda: _read_through(self._files))
+        self._image_index = digests.numbers(digests.keys(read["images"]))
+        names = [file.name for file in self._files]
         self.fingerprint = fingerprint_of(
-            kind="parquet",
-            split=split,
-            prompt=prompt,
-            shards=[(file.name, file.stat().st_size) for file in self._files],
+            kind="parquet", split=split, prompt=prompt, shards=names, content=str(read["content"])
         )
 
     def __len__(self) -> int:
@@ -67,25 +80,38 @@ class ParquetQuestions:
 
     def __getitem__(self, index: int) -> Record:
         index = checked_index(index, len(self))
+        row = self._row(index)
+        image, path = _image_of(row["image"])
+        name = Path(path).name if path else f"row {index}"
+        if not image:
+            raise BadRow(f"row {index} ({cut(name)}) lacks image bytes, expected those of a file; mend the shard.")
+        texts = {"question": row["question"], "answer": row["answer"]}
+        question, answer = check_texts(texts, tuple(texts), f"row {index} ({cut(name)})", "mend the shard")
+        return Record(image, name, int(self._image_index[index]), self._prompt.replace("{question}", question), answer)
+
+    def suffix(self, index: int) -> str:
+        """The suffix of a row without its image. Raises BadRow."""
+        index = checked_index(index, len(self))
+        row = self._row(index, ("answer",))
+        return check_texts(row, ("answer",), f"row {index}", "mend the shard")[0]
+
+    def _row(self, index: int, columns: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        table = self._cache.get(group, lambda: self._load(group))
-        row = {name: table[name][index - int(self._starts[group])].as_py() for name in COLUMNS}
-        image = row["image"] or {}
-        name = Path(image.get("path") or f"row {index}").name
-        if not image.get("bytes") or row["question"] is None:
-            raise BadRow(f"row {index} ({name}) lacks image bytes or question, expected both; mend the shard.")
-        prefix = self._prompt.replace("{question}", row["question"])
-        return Record(image["bytes"], name, int(self._image_index[index]), prefix, row["answer"] or "")
+        table = self._cache.get((group, columns), lambda: self._load(group, columns))
+        try:
+            return {name: table[name][index - int(self._starts[group])].as_py() for name in columns}
+        except ValueError as error:  # bytes that are no UTF-8 in a column of texts
+            raise BadRow(f"row {index} cannot be read ({error}), expected texts in UTF-8; mend the shard.") from None
 
     def image_numbers(self) -> np.ndarray:
         """`image_index` of every row, without reading any."""
         return np.asarray(self._image_index)
 
-    def _load(self, group: int) -> tuple[Any, int]:
+    def _load(self, group: int, columns: tuple[str, ...]) -> tuple[Any, int]:
         number, group_in_file = self._groups[group]
         try:
             # Opened anew: a shard's footer is small, and a file object must not be shared between threads.
-            table = _open(self._files[number]).read_row_group(group_in_file, columns=list(COLUMNS))
+            table = _open(self._files[number]).read_row_group(group_in_file, columns=list(columns))
         except (ValueError, OSError) as error:  # pyarrow's errors for damaged data derive from these
             raise BadRow(
                 f"row group {group_in_file} of {self._files[number]} cannot be read ({error}), expected an intact "
@@ -113,16 +139,35 @@ def _open(file: Path) -> Any:
     return shard
 
 
-def _image_paths(shard: Any) -> list[str | None]:
-    """The `path` of every row's image, read without the image bytes; None where there is none."""
-    if "path" not in {field.name for field in shard.schema_arrow.field("image").type}:
-        return [None] * shard.metadata.num_rows
-    batches = shard.iter_batches(columns=["image.path"])
-    return [image["path"] if image else None for batch in batches for image in batch.column(0).to_pylist()]
+def _image_of(value: Any) -> tuple[bytes | None, str | None]:
+    """Bytes and path of an image in one of the forms of the Hub; None for what it lacks."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bytes):
+        return value, None
+    if not isinstance(value, Mapping):
+        return None, None
+    data, path = value.get("bytes"), value.get("path")
+    return data if isinstance(data, bytes) else None, path if isinstance(path, str) else None
 
 
-def _numbered(paths: list[str | None]) -> np.ndarray:
-    """Numbers the distinct paths from 0 in order of appearance, every None as a distinct one; int32 [rows]."""
-    numbers: dict[Any, int] = {}
-    keys = (path if path else row for row, path in enumerate(paths))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
+def _read_through(files: list[Path]) -> dict[str, np.ndarray]:
+    """`images`: the digest of every row's image, zeros where there is none; `content`: one of the files, as text."""
+    content, found = hashlib.sha256(), []
+    for file in tqdm(files, "Reading shards", disable=not sys.stderr.isatty()):
+        with open(file, "rb") as data:
+            content.update(hashlib.file_digest(data, "sha256").digest())
+        found += _digests_of(_open(file))
+    return {"images": digests.stacked(found), "content": np.array(content.hexdigest())}
+
+
+def _digests_of(shard: Any) -> Iterator[bytes]:
+    """The digest of every row's image; of a row group that is damaged, zeros: reading it will tell."""
+    for group in range(shard.metadata.num_row_groups):
+        rows = shard.metadata.row_group(group).num_rows
+        try:
+            batches = shard.iter_batches(_AT_ONCE, row_groups=[group], columns=["image"])
+            found = [digests.digest(_image_of(value.as_py())[0]) for batch in batches for value in batch.column(0)]
+        except (ValueError, OSError):  # pyarrow's errors for damaged data derive from these
+            found = []
+        yield from found + [digests.digest(None)] * (rows - len(found))

@@ -97,9 +97,13 @@ class PretrainingScenes:
     def __len__(self) -> int:
         return len(self._scenes) * self._views
 
+    def scene(self, index: int) -> dict:
+        """The scene graph."""
+        return json.loads(self._scenes[index % len(self._scenes)])
+
     def read(self, index: int) -> tuple[UInt8[np.ndarray, "I I 3"], Int[np.ndarray, "P 4"], list[tuple[str, str]]]:
         """Picture, patch labels, and `num_segments` (prefix, suffix) pairs."""
         row = index % len(self._scenes)
         rng = np.random.Generator(np.random.PCG64((TEXTS, index)))
-        segments = pretraining_segments(json.loads(self._scenes[row]), rng, self._num_segments)
+        segments = pretraining_segments(self.scene(index), rng, self._num_segments)
         return np.array(self._images[row]), self._patches[row].astype(np.int32), segments

@@ -16,6 +16,10 @@ A prompt for generation has the first five columns, then pads. Prefix, separator
 the separator never merges with its neighbours and the prompt of generation is exactly the start of training's
 (big_vision `transfers/common.py`; transformers' processor builds the same `bos + prompt + "\\n"`, then suffix + eos).
 Image tokens are put in front by the model; they are no part of the text.
+
+So `<bos>`, `<eos>`, `<pad>` and `<image>` have no place in a text. big_vision spells them out and transformers reads
+them as tokens: neither is what whoever wrote them expects from both, and a text that holds one is refused, unless
+`special_tokens` asks for them to be read as in transformers.
 """
 
 from collections.abc import Mapping
@@ -23,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 from .tokenizer import Tokenizer
 
 _ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
 _LINE = 120
+SPECIAL_TOKENS = ("refuse", "parse")
 
 
 class TruncationError(UserError):
@@ -43,6 +48,7 @@ def make_example(
     *,
     prefix_length: int | None = None,
     suffix_length: int | None = None,
+    special_tokens: str = "refuse",
 ) -> dict[str, np.ndarray]:
     """Tokens and masks of one example, padded on the right; see the rows at the top of the module.
 
@@ -54,6 +60,7 @@ def make_example(
             token is only ever a target; without, `length`.
         prefix_length: most tokens that BOS + prefix + separator may have (default: no limit of its own).
         suffix_length: most tokens that suffix + EOS may have (likewise).
+        special_tokens: what becomes of the marks in a text, "refuse" or "parse", see `encode`.
 
     Returns:
         `tokens` int32, `mask_ar` int32, `mask_input` bool, `mask_loss` bool.
@@ -61,10 +68,12 @@ def make_example(
     Raises:
         TruncationError: a part is longer than its limit or all of it than the arrays. Nothing is ever cut: a cut prefix
             asks another question, a cut suffix never teaches EOS.
-        UserError: the text holds `<image>`.
+        UserError: a text holds a mark, see `encode`.
     """
-    head = [tokenizer.bos_id, *_encode(tokenizer, prefix), *tokenizer.separator_ids]
-    tail = [] if suffix is None else [*_encode(tokenizer, suffix), tokenizer.eos_id]
+    if special_tokens == "parse":
+        prefix = prefix.removeprefix(tokenizer.piece(tokenizer.image_id))  # where the image stands anyway
+    head = [tokenizer.bos_id, *encode(tokenizer, prefix, special_tokens), *tokenizer.separator_ids]
+    tail = [] if suffix is None else [*encode(tokenizer, suffix, special_tokens), tokenizer.eos_id]
     entries = length if suffix is None else length + 1
     _check("prefix with BOS and separator", len(head), prefix_length, prefix)
     _check("suffix with EOS", len(tail), suffix_length, suffix)
@@ -101,17 +110,32 @@ def format_batch(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> str:
     return "\n\n".join(f"example {index}\n{_format_example(tokenizer, rows)}" for index, rows in enumerate(examples))
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = tokenizer.encode(text)
-    if tokenizer.image_id in ids:
-        raise UserError(f"The text {text!r} holds <image>; remove it, image tokens are placed by the model.")
-    return ids
+def encode(tokenizer: Tokenizer, text: str, special_tokens: str = "refuse") -> list[int]:
+    """Ids of a prefix, a suffix or a candidate, without what the format adds.
+
+    Args:
+        tokenizer: the model's.
+        text: any.
+        special_tokens: "refuse" refuses `<bos>`, `<eos>`, `<pad>` and `<image>` in it; "parse" reads the first three,
+            and `<unk>`, as those tokens, as transformers does, and refuses `<image>`.
+
+    Raises:
+        UserError: the text holds what is refused, or `special_tokens` is something else.
+    """
+    if special_tokens not in SPECIAL_TOKENS:
+        raise UserError(f"special_tokens is {special_tokens!r}, expected one of {', '.join(SPECIAL_TOKENS)}: set one.")
+    parse = special_tokens == "parse"
+    for mark in tokenizer.marks:
+        if mark in text and (not parse or mark == tokenizer.piece(tokenizer.image_id)):
+            remedy = "leave it out" if parse else "remove it, or read such marks with data.special_tokens='parse'"
+            raise UserError(f"The text {quoted(text)} holds {mark}, which the format adds by itself; {remedy}.")
+    return tokenizer.encode(text, marks=parse)
 
 
 def _check(what: str, count: int, limit: int | None, text: str | None) -> None:
     if limit is not None and count > limit:
         raise TruncationError(
-            f"The {what} has {count} tokens but {limit} fit ({text!r}); raise the length or shorten the text."
+            f"The {what} has {count} tokens but {limit} fit ({quoted(text)}); raise the length or shorten the text."
         )
 
 

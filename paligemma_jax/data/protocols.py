@@ -14,7 +14,7 @@ from pathlib import Path
 from paligemma_jax.data.few_shot import BASE, NOVEL, FewShot
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import fingerprint_of
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 KINDS = ("few_shot", "base_to_novel", "cross_dataset", "domain_generalization")
 SHOTS = (1, 2, 4, 8, 16)
@@ -91,8 +91,8 @@ def domain_generalization(source: FewShot, shifted: Mapping[str, FewShot], shots
         others = sorted(set(data.classes) - set(source.classes))
         if others:
             raise UserError(
-                f"{name} has {len(others)} classes that {source.name} has not (first: {others[0]!r}), expected the "
-                "same ones: rename them, or measure across data sets."
+                f"{name} has {len(others)} classes that {source.name} has not (first: {quoted(others[0])}), expected "
+                "the same ones: rename them, or measure across data sets."
             )
     return Protocol("domain_generalization", source.few_shot(shots, seed), _with_source(source, shifted))
 
@@ -127,7 +127,7 @@ def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol
         digest = values["digest"]
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is no protocol ({error!r}), expected what a few-shot run wrote: give that.") from None
     if digest != protocol.digest or protocol.kind not in KINDS:
         raise UserError(
@@ -144,4 +144,4 @@ def _check_inside(data: FewShot) -> None:
     for split in data.splits.values():
         for image, _ in split:
             if not inside(root, image):
-                raise UserError(f"the image path {image!r} of {data.name} leaves {root}: move the image there.")
+                raise UserError(f"the image path {quoted(image)} of {data.name} leaves {root}: move the image there.")

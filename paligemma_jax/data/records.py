@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from train_jax.bad_rows import BadRow, BadRows
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 __all__ = [
     "BadRow",
@@ -28,6 +28,8 @@ __all__ = [
     "checked_index",
     "fingerprint_of",
     "prompt_checked",
+    "spread",
+    "suffix_of",
 ]
 
 
@@ -38,7 +40,7 @@ class Record:
     Attributes:
       image: bytes of a PNG or JPEG file.
       image_name: name for people and for joins, such as `CLEVR_val_000012.png`.
-      image_index: identity of the image within its source, 0 or more; questions on one image share it.
+      image_index: identity of the image within its source, 0 or more; rows with images of equal bytes share it.
       prefix: the prompt, as the model sees it before the separator.
       suffix: the answer; empty where none is known (CLEVR's test split).
       weight: 1 for a row that counts, 0 for one that only keeps its slot.
@@ -88,8 +90,8 @@ def prompt_checked(prompt: str) -> str:
     """A prompt template after checking that it says where the question goes. Raises UserError."""
     if "{question}" not in prompt:
         raise UserError(
-            f"the prompt {prompt!r} has no place for the question, expected text such as 'answer en {{question}}'; "
-            "put {question} into it."
+            f"the prompt {quoted(prompt)} has no place for the question, expected text such as 'answer en "
+            "{question}'; put {question} into it."
         )
     return prompt
 
@@ -152,6 +154,24 @@ class Subset:
         """`image_index` of every row, without reading any."""
         return self.source.image_numbers()[self.indices]
 
+    def suffix(self, index: int) -> str:
+        """The suffix of a row, see `suffix_of`."""
+        return suffix_of(self.source, int(self.indices[checked_index(index, len(self))]))
+
+
+def suffix_of(source: Source, index: int) -> str:
+    """The suffix of a row, its image unread where the source has a method `suffix`. Raises as `source[index]`."""
+    own = getattr(source, "suffix", None)
+    return source[index].suffix if own is None else own(index)
+
+
+def spread(source: Source, most: int | None) -> Source:
+    """At most so many rows (None: all), evenly spread over a source, whose order may mean something."""
+    if most is None or most >= len(source):
+        return source
+    step = len(source) / most
+    return Subset(source, indices=[int(row * step) for row in range(most)])
+
 
 def blank_record() -> Record:
     """A black one-pixel image with empty texts and weight 0: fills the slot of a row that cannot be used."""
@@ -189,9 +209,13 @@ class GuardedSource:
     ):
         self.source = source
         self.prepare = prepare
-        self.fingerprint = source.fingerprint
         self.tally = BadRows(len(source), on_error, max_bad_fraction, policies)
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's."""
+        return self.source.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)

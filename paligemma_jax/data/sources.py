@@ -6,7 +6,6 @@ reported    the validation split
 """
 
 import contextlib
-import fcntl
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,11 @@ from paligemma_jax.data.parquet import ParquetQuestions
 from paligemma_jax.data.records import Source, Subset
 from paligemma_jax.data.synthetic_clevr.build import VERSION, build_tree, is_built
 from train_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 NAMES = ("synthetic_clevr", "clevr", "parquet", "jsonl")
 Progress = Callable[[str], object]  # what is prepared -> context manager that yields told(done, total)
@@ -50,8 +54,8 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
         with _locked(folder):
             return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)
     if data.name == "parquet":
-        return ParquetQuestions(data.source, split, data.prompt)
-    return JsonlRecords(data.source, split)
+        return ParquetQuestions(data.source, split, data.prompt, cache=data.cache_dir)
+    return JsonlRecords(data.source, split, cache=data.cache_dir)
 
 
 def synthetic_folder(data: ConfigDict) -> Path:
@@ -86,10 +90,11 @@ def _synthetic(data: ConfigDict, progress: Progress) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Of several processes that want the data of a folder, one prepares them and the others wait."""
+    """Of several processes that want the data of a folder, one prepares them and the others wait (not on Windows)."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -10,8 +10,6 @@ must have the full length.
 """
 
 import dataclasses
-import importlib
-import json
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +19,15 @@ import numpy as np
 import sentencepiece
 
 from paligemma_jax import hub
+from paligemma_jax.data.added_tokens import CONFIG, JSON, AddedToken, Splitter, named_tokens, read_added_tokens
+from paligemma_jax.data.pieces import open_json
 from paligemma_jax.shipped import local
+from paligemma_jax.side_files import read_json, refusal
 from train_jax.errors import UserError
 
 PIECES = ("spiece.model", "tokenizer.model")  # SentencePiece files, as SigLIP and Gemma call them
-JSON = "tokenizer.json"
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
+LONGEST = 1 << 20  # a model_max_length beyond it stands for none
 LENGTHS = {"siglip": 64, "clip": 77}  # tokens of a text in the released models
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -87,14 +88,17 @@ def load_text_tokenizer(
 
     Args:
       path: a folder with `spiece.model` or `tokenizer.model` (SentencePiece: SigLIP 1 and 2), or with `tokenizer.json`
-        (CLIP, SigLIP 2; needs the extra [clip]); one of these files; hf://owner/name; a .npz that has one beside it; a
+        (CLIP, SigLIP 2); one of these files; hf://owner/name; a .npz that has one beside it; a
         run's workdir; "tiny" or "tiny-siglip".
-      length: tokens of a text, the model's `config.text.length`; None is the released models', 64 or CLIP's 77.
+      length: tokens of a text, the model's `config.text.length`; None is what tokenizer_config.json says, else the
+        released models', 64 or CLIP's 77.
       keep_punctuation: of SigLIP; None keeps it but for SigLIP 1, whose tokenizer in transformers removes it, as do
         big_vision's zero-shot evaluations (its training kept it).
 
+    Tokens that the files beside it add are read along.
+
     Raises:
-      UserError: no such file, or of another kind.
+      UserError: no such file, or of another kind, or files that contradict one another.
     """
     file = _find(path)
     if length is not None and length < 2:
@@ -127,61 +131,101 @@ def _from_pieces(file: Path, length: int | None, keep_punctuation: bool | None) 
     eos = pieces.eos_id()
     if eos < 0:
         raise UserError(f"{file} has no end-of-sentence piece, which SigLIP's texts end in: give another tokenizer.")
-    gemma = pieces.bos_id() >= 0
-    encode = _canonical(pieces.encode, gemma if keep_punctuation is None else keep_punctuation)
-    pad = pieces.pad_id() if gemma else eos
-    return TextTokenizer(encode, pieces.vocab_size(), length or LENGTHS["siglip"], eos, pad, None, file)
+    gemma, size, said = pieces.bos_id() >= 0, pieces.vocab_size(), _Said.of(file)
+    added = said.added if gemma else [token for token in said.added if token.id >= size]
+    if added and not gemma:
+        raise UserError(
+            f"the files beside {file} add {added[0].content!r} = {added[0].id}, expected no more than its {size:,} "
+            "pieces, as SigLIP 1 has no added tokens here: remove it."
+        )
+    said.agrees("eos_token", pieces.piece_to_id, eos)
+    pad = said.marks.get("pad_token")
+    pad = (pieces.pad_id() if gemma else eos) if pad is None else pieces.piece_to_id(pad)
+    lower = gemma or said.values.get("do_lower_case") is not False
+    encode = _canonical(pieces.encode, gemma if keep_punctuation is None else keep_punctuation, lower)
+    length = length or said.length or LENGTHS["siglip"]
+    return TextTokenizer(_around(added, encode), _size(size, added), length, eos, pad, None, file)
 
 
 def _from_json(file: Path, length: int | None, keep_punctuation: bool | None) -> TextTokenizer:
     """CLIP's, or SigLIP 2's as transformers saves it, from a tokenizer.json."""
-    try:
-        library: Any = importlib.import_module("tokenizers")
-    except ImportError:
-        raise UserError(
-            f"{file} needs the tokenizers library, which is not installed: pip install 'paligemma-jax[clip]'."
-        ) from None
-    try:
-        words = library.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{file} cannot be read as a tokenizer ({error}): download it again.") from None
-    words.no_truncation()
-    words.no_padding()
+    words = open_json(file)
+    known, said = words.get_vocab(with_added_tokens=True), _Said.of(file)
 
     def encode(text: str) -> list[int]:
         return words.encode(text, add_special_tokens=False).ids
 
-    def index(name: str) -> int | None:
-        return words.token_to_id(name)
-
-    size = words.get_vocab_size()
-    start, end = index(START), index(END)
+    size = _size(1 + max(known.values(), default=-1), said.added)
+    start, end = words.token_to_id(START), words.token_to_id(END)
     if start is not None and end is not None:
-        pad = index(_special(file, "pad_token") or END)
-        return TextTokenizer(encode, size, length or LENGTHS["clip"], end, end if pad is None else pad, start, file)
-    end, pad = (index(_special(file, f"{name}_token") or f"<{name}>") for name in ("eos", "pad"))
+        said.agrees("bos_token", words.token_to_id, start)
+        said.agrees("eos_token", words.token_to_id, end)
+        pad = words.token_to_id(said.marks.get("pad_token", END))
+        encode = _around([token for token in said.added if known.get(token.content) != token.id], encode)
+        length = length or said.length or LENGTHS["clip"]
+        return TextTokenizer(encode, size, length, end, end if pad is None else pad, start, file)
+    end, pad = (words.token_to_id(said.marks.get(f"{name}_token", f"<{name}>")) for name in ("eos", "pad"))
     if end is None or pad is None:
         raise UserError(f"{file} has no {START} or <eos>, expected the tokenizer of a CLIP or a SigLIP: give another.")
-    encode = _canonical(encode, keep_punctuation is not False)
-    return TextTokenizer(encode, size, length or LENGTHS["siglip"], end, pad, None, file)
+    encode = _around(said.added, _canonical(encode, keep_punctuation is not False))
+    return TextTokenizer(encode, size, length or said.length or LENGTHS["siglip"], end, pad, None, file)
 
 
-def _special(file: Path, key: str) -> str | None:
-    """What the tokenizer_config.json beside a file calls one of its marks, if it says."""
-    config = file.with_name("tokenizer_config.json")
-    try:
-        value = json.loads(config.read_text(encoding="utf-8")).get(key) if config.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is not a JSON object ({error}): download it again.") from None
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What the files beside a tokenizer's own file say: added tokens, what marks are called, tokenizer_config.json."""
+
+    added: list[AddedToken]
+    marks: dict[str, str]
+    values: dict[str, Any]
+    file: Path
+
+    @classmethod
+    def of(cls, file: Path) -> "_Said":
+        """Nothing for a file of another name, which belongs to no folder.
+
+        Raises:
+          UserError: files that are broken, contradict one another, or pad on the left.
+        """
+        config = file.with_name(CONFIG)
+        if file.name not in (*PIECES, JSON):
+            return cls([], {}, {}, config)
+        marks = {key: texts[0] for key, (_, texts) in named_tokens(file.parent).items() if texts}
+        values = read_json(config) if config.is_file() else {}
+        if values.get("padding_side") not in (None, "right"):
+            raise refusal(config, "padding_side", values["padding_side"], "'right', as in training", "set it so")
+        return cls(list(read_added_tokens(file.parent).values()), marks, values, config)
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of a text, where a sensible number is said."""
+        length = self.values.get("model_max_length")
+        return length if type(length) is int and 2 <= length <= LONGEST else None
+
+    def agrees(self, key: str, index: Callable[[str], int | None], expected: int) -> None:
+        """Refuses a mark that is another token than the family's."""
+        if key in self.marks and index(self.marks[key]) != expected:
+            raise refusal(self.file, key, self.marks[key], f"the token {expected}", "use the model's own tokenizer")
 
 
-def _canonical(encode: Callable[[str], list[int]], keep_punctuation: bool) -> Callable[[str], list[int]]:
+def _size(pieces: int, added: Sequence[AddedToken]) -> int:
+    """Rows that a word table must have."""
+    return max([pieces, *(1 + token.id for token in added)])
+
+
+def _around(added: Sequence[AddedToken], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """`encode` of what stands between added tokens."""
+    if not added:
+        return encode
+    split = Splitter(added)
+    return lambda text: [index for part in split(text) for index in ([part] if isinstance(part, int) else encode(part))]
+
+
+def _canonical(encode: Callable[[str], list[int]], keep_punctuation: bool, lower: bool = True):
     """`encode` of texts in lower case; without punctuation and double spaces, as transformers has it in SigLIP 1."""
 
     def canonical(text: str) -> list[int]:
-        text = text.lower()
+        text = text.lower() if lower else text
         return encode(text if keep_punctuation else " ".join(text.translate(_NO_PUNCTUATION).split()))
 
     return canonical

@@ -23,7 +23,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError for a name that is none of ACTIVATIONS."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}.")
 
 
 @runtime_checkable
@@ -98,8 +106,7 @@ class Mlp(nnx.Module):
     """Two layers with the config's activation between them."""
 
     def __init__(self, config: BlockConfig, name: str = "vision", *, rngs: nnx.Rngs):
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {config.activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
+        check_activation(config.activation)
         options = dict(use_bias=True, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
         self.activation = config.activation
         self.fc1 = layers.Projection(f"{name}/fc1", (config.width,), (config.mlp_dim,), **options)

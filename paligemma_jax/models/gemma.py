@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import layers
+from paligemma_jax.models import encoder, layers
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class GemmaConfig:
     head_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10_000.0
+    activation: str = "gelu_tanh"  # of the gate, see encoder.ACTIVATIONS
     query_scale: float | None = None  # factor on the scores; None means head_dim ** -0.5
     attn_softcap: float | None = None
     final_softcap: float | None = None
@@ -49,8 +51,8 @@ class Embedder(nnx.Module):
         self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)
-        return x * x.shape[-1] ** 0.5
+        x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
+        return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
 
 
 class GemmaAttention(nnx.Module):
@@ -96,16 +98,18 @@ def _before(prefix: Float[Array, "M K H"], rows: Float[Array, "B S K H"]) -> Flo
 
 
 class GemmaMlp(nnx.Module):
-    """down(gelu(gate(x)) * up(x)), the gate's product in float32."""
+    """down(gelu(gate(x)) * up(x)), or with the config's other activation; the gate's product in float32."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        encoder.check_activation(config.activation)
+        self.activation = config.activation
         options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
         self.gate_proj = layers.Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
         self.up_proj = layers.Projection("decoder/up_proj", (config.width,), (config.mlp_dim,), **options)
         self.down_proj = layers.Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
-        gate = jax.nn.gelu(self.gate_proj(x, dropout_keys, jnp.float32), approximate=True)
+        gate = encoder.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
         return self.down_proj(gate * self.up_proj(x, dropout_keys, jnp.float32), dropout_keys, jnp.float32)
 
 
@@ -196,7 +200,7 @@ class Gemma(nnx.Module):
         for stack in self.stacks:
             numbers = first + jnp.arange(stack.pre_attention_norm.scale.shape[0])
             first += len(numbers)
-            options = dict(remat=self.config.remat, unroll=self.config.unroll)
+            options = dict(remat=self.config.remat, unroll=self.config.unroll, row_axes=(0, 1))
             carry, _ = layers.scan_stack(stack, call, carry, numbers, **options)
         x, cache = carry
         return self.norm(x), None if cache is None else cache | slots, {"encoded": x}
@@ -204,7 +208,7 @@ class Gemma(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits over the vocabulary, soft-capped if the config says so."""
         dtype = jnp.dtype(self.config.dtype)
-        table = self.embed_tokens.embedding[...].astype(dtype)
+        table = row_sharding.gathered(self.embed_tokens.embedding).astype(dtype)
         logits = jnp.einsum("BTD,VD->BTV", layers.cast(hidden, dtype), table, preferred_element_type=jnp.float32)
         return layers.soft_cap(logits, self.config.final_softcap)
 

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from paligemma_jax.models import low_rank
+from train_jax.core import row_sharding
 
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -58,8 +59,8 @@ class Projection(nnx.Module):
     """A linear map over one or more axes, with an optional low-rank update: y = x W + b + s (drop(x) A) B.
 
     The kernel is shaped [*in_shape, *out_shape]. Inside a stack of layers it has a leading layer axis that the scan
-    takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape]; the model's
-    own code never looks at them, so base parameter names and checkpoints are the same with and without adapters.
+    takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape], None without
+    an adapter; no other module looks at them, so base parameter names and checkpoints are the same with and without.
     Where layers of a stack differ in s, `lora_layer_scale` holds a factor a layer; `lora_magnitude` [*out_shape] is
     DoRA's. `adapt/` may put a module in the kernel's place, with `contract(x, keys)`, `dequantize()`, `shape` and
     `size`: a quantised kernel, or one with a gated difference.
@@ -277,7 +278,16 @@ def make_stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rng
     return build(rngs)
 
 
-def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, remat: str = "none", unroll: bool = False):
+def scan_stack(
+    blocks: nnx.Module,
+    call: Callable,
+    carry,
+    per_layer=None,
+    *,
+    remat: str = "none",
+    unroll: bool = False,
+    row_axes=0,
+):
     """Runs `call(block, carry, x) -> (carry, y)` through the stacked blocks, with rematerialisation a block at a time.
 
     Scanning keeps one layer's weights and activations alive at a time and compiles one block, whatever the depth.
@@ -290,6 +300,7 @@ def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, rem
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
         "dots" keeps the results of matrix products without batch axes.
       unroll: compile the layers one after another instead of a loop: faster on CPU, slower to compile.
+      row_axes: where the carry's arrays have their rows, see row_sharding.pin_rows.
 
     Returns:
       The final carry and the stacked y.
@@ -301,9 +312,13 @@ def scan_stack(blocks: nnx.Module, call: Callable, carry, per_layer=None, *, rem
 
     def body(carry, inputs):
         layer, x = inputs
-        return call(nnx.merge(graph, layer), carry, x)
+        block = nnx.merge(graph, row_sharding.gather(layer))
+        carry, y = call(block, row_sharding.pin_rows(carry, row_axes), x)
+        return row_sharding.pin_rows(carry, row_axes), y
 
-    if remat != "none":
+    if remat == "none":
+        body = row_sharding.recompute_gathered(body)
+    else:
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}.")
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)

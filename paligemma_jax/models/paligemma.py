@@ -17,6 +17,7 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models import layers
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.vit import ViT, ViTConfig
+from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ def variant(name: str) -> PaliGemmaConfig:
 
     Released are "3b", "pg2-3b", "pg2-10b" and "pg2-28b" (PaliGemma 2) at 224, 448 and 896 pixels: "3b-224",
     "pg2-10b-448". PaliGemma 2 was trained without a cap on the final logits (its paper and big_vision); what a
-    checkpoint's own config.json says goes first when one is loaded.
+    checkpoint's own config.json says goes first when one is loaded. Images are prepared as transformers prepares
+    them for these models.
 
     Raises:
       ValueError: another name.
@@ -80,7 +82,11 @@ def variant(name: str) -> PaliGemmaConfig:
         )
     size, _, pixels = name.rpartition("-")
     if size in DECODERS and pixels in ("224", "448", "896"):
-        return PaliGemmaConfig(vision=ViTConfig(image_size=int(pixels)), decoder=DECODERS[size])
+        return PaliGemmaConfig(
+            vision=ViTConfig(image_size=int(pixels)),
+            decoder=DECODERS[size],
+            preprocessing=Preprocessing.siglip(int(pixels)),
+        )
     raise ValueError(
         f"variant {name!r} is unknown, expected 'tiny', or one of {', '.join(DECODERS)} followed by -224, -448 or -896."
     )
@@ -101,7 +107,7 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B P E"], dropout_keys=None) -> Float[Array, "B P D"]:
-        return self.linear(x, dropout_keys, jnp.float32)
+        return row_sharding.pin_rows(row_sharding.gather(self.linear)(x, dropout_keys, jnp.float32))
 
 
 class PaliGemma(nnx.Module):

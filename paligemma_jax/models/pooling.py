@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from paligemma_jax.models import encoder, layers
 from paligemma_jax.models.vit import ViTConfig
+from train_jax.core import row_sharding
 
 POOLINGS = ("map", "gap", "class")
 
@@ -23,9 +24,10 @@ class MAPHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
         probe = self.probe[...].astype(jnp.float32)
-        if self.attention.is_plain:
-            pooled = self.attention.pool(probe, x)
+        head = row_sharding.gather(self)
+        if head.attention.is_plain:
+            pooled = head.attention.pool(probe, x)
         else:
             query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
-            pooled = self.attention(query, dropout_keys, keys_from=x)
-        return (pooled + self.mlp(self.layernorm(pooled), dropout_keys))[:, 0]
+            pooled = head.attention(query, dropout_keys, keys_from=x)
+        return row_sharding.pin_rows(pooled + head.mlp(head.layernorm(pooled), dropout_keys))[:, 0]

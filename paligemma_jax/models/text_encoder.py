@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models import encoder, layers
+from train_jax.core import row_sharding
 
 POOLINGS = ("last", "eos")
 
@@ -58,7 +59,9 @@ class TokenEmbedding(nnx.Module):
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens].astype(jnp.float32)
+        # NaN for an id beyond the table
+        rows = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
+        return row_sharding.pin_rows(rows)
 
 
 class TextEncoder(nnx.Module):
@@ -113,7 +116,7 @@ class TextEncoder(nnx.Module):
         if dropout_keys is None and prompts is None and config.pools_alone:
             # Of the last block the pooled position alone: under jit `encoded` costs nothing where nobody reads it.
             before, last = encoder.split_last(self.layers)
-            x = embedded
+            last, x = row_sharding.gather(last), row_sharding.pin_rows(embedded)
             if config.depth > 1:
                 x = encoder.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
             encoded = self.final_layer_norm(last(x, mask=visible))

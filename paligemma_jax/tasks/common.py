@@ -1,11 +1,9 @@
 """What several tasks need: how parameters and rows lie on the mesh, where caches live, a progress bar."""
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,6 +36,10 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (r".*layers/mlp/(down_proj|fc2)/kernel" + WITH_GATES, (None, "tensor", "fsdp")),
     (r".*layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
     (r".*layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
+    (r".*image_head/attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
+    (r".*image_head/attention/out_proj/kernel", ("tensor", None, "fsdp")),
+    (r".*image_head/mlp/fc1/kernel", ("fsdp", "tensor")),
+    (r".*image_head/mlp/fc2/kernel", ("tensor", "fsdp")),
     (r".*/(embed_tokens|token_embedding)/embedding", ("tensor", "fsdp")),
     (r".*projector/linear/(kernel|lora_b)" + WITH_GATES, (None, "fsdp")),
     (r".*", ()),
@@ -62,11 +64,6 @@ def to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def cache_dir() -> str:
-    """Where prepared data goes: $XDG_CACHE_HOME/paligemma_jax, by default ~/.cache/paligemma_jax."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "paligemma_jax")
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.dual_variants import MINI, TINY, variant
 from paligemma_jax.tasks import common, contrastive_config, contrastive_plan, contrastive_report
 from paligemma_jax.tasks.contrastive_data import Pairs
-from paligemma_jax.vision_start import with_vision
+from paligemma_jax.vision_start import vision_config_of, with_vision
 from paligemma_jax.weights import load
 from paligemma_jax.weights.digest import check_digest, model_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
@@ -47,7 +47,7 @@ class Contrastive:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)
         self.config, self.mesh = config, mesh
-        self.model_config = self._sizes()
+        self.model_config = vision_config_of(self._sizes(), config.init.vision)
         self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
         self.tokenizer.fits(self.model_config.text.vocab_size)
         preprocessing, vision = self.model_config.preprocessing, self.model_config.vision
@@ -145,6 +145,14 @@ class Contrastive:
         self.pairs.held_out()  # a run must not find out at its end that there is none
         return self._encoded(source) if self.config.cache_features else source
 
+    def train_records(self):
+        """What `train_source` encodes, told without the model."""
+        return self.pairs.train()
+
+    def reported_data(self) -> str | None:
+        """Fingerprint of what is held out; None of scenes, which follow from the config."""
+        return getattr(self.pairs.held_out(), "fingerprint", None)
+
     def _encoded(self, scenes) -> CaptionedFeatures:
         """The scenes with the locked tower's features."""
         if not isinstance(scenes, CaptionedScenes):
@@ -215,16 +223,22 @@ class Contrastive:
         of_scenes = contrastive_report.ZERO_SHOT if self.config.data.name == "scenes" else ()
         return (*contrastive_report.RETRIEVAL, *of_scenes)
 
-    def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the weights that the run starts from with those that the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was started from other weights.
+          UserError: the workdir's run was started from others.
         """
+        check_digest(workdir, *self._sources())
+
+    def _sources(self) -> tuple[str | None, ...]:
+        """Paths of the model and of the vision tower that the run starts from; of adapters there are none."""
+        return self.config.model.path, None, self.config.init.vision
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the run, for `pg.load_text_tokenizer(workdir)`, and digests of where it starts."""
         workdir.mkdir(parents=True, exist_ok=True)
-        sources = self.config.model.path, None, self.config.init.vision
-        check_digest(workdir, *sources)
-        write_digest(workdir, *sources)
+        write_digest(workdir, *self._sources())
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:
@@ -269,10 +283,15 @@ def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], Du
     key = (scenes.folder.resolve(), scenes.num_pictures, tower)
     if _latest is None or _latest[0] != key:
         model = make()
-        step = jax.jit(lambda model, images: model.vision(model.config.preprocessing.normalize(images))[0])
         with common.progress(f"encoding {scenes.num_pictures} training images") as told:
-            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(step(model, images)), told)
+            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
     return _latest[1]
+
+
+@jax.jit
+def _tower_features(model: DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
+    """Features [B, P, D] of images uint8 [B, I, I, 3]."""
+    return model.vision(model.config.preprocessing.normalize(images))[0]
 
 
 def chosen_pairs(zimg: jax.Array, ztxt: jax.Array, number: int, by: str, keys: jax.Array | None) -> jax.Array:

@@ -7,6 +7,7 @@ from paligemma_jax.data.captioned import NOISE
 from paligemma_jax.tasks import common
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 
 SOURCES = ("scenes", "jsonl", "tfds")
 CHOICES = {
@@ -65,7 +66,7 @@ def defaults() -> ConfigDict:
             "caption": "caption",  # key of the text; of nested features "captions/text"
             "max_held_out": 5000,  # pairs of the validation split that retrieval looks through
             # Synthetic scenes:
-            "cache_dir": common.cache_dir(),
+            "cache_dir": cache_dir(),
             "num_scenes": 4000,
             "num_objects": (1, 4),  # fewest and most in a scene
             "num_held_out": 400,  # scenes for retrieval, and as many with a single object for zero-shot

@@ -59,8 +59,8 @@ class Pairs:
     def _source(self, split: str) -> Source:
         data = self._data
         if data.name == "jsonl":
-            return JsonlRecords(data.source, split, caption=data.caption)
-        return TfdsCaptions(data.source, split, data.image, data.caption, data.views)
+            return JsonlRecords(data.source, split, data.caption, data.cache_dir)
+        return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
         """The folder of a stream's scenes, rendered on first use."""

@@ -29,17 +29,21 @@ def measure(
     objects: CaptionedScenes | None,
 ) -> dict[str, float]:
     """Recalls of `pairs` both ways and, of scenes, accuracies of what the single `objects` are and of their count."""
-    return _measure(model, tokenizer, pairs, objects, zero_shot.embed(model, pairs))
+    embedded = zero_shot.embed(model, pairs)
+    return _measure(model, tokenizer, pairs, objects, embedded, [pairs.text(row) for row in embedded.rows])
 
 
 def mean_r1(model: DualEncoder, pairs: CaptionedScenes) -> float:
     """The mean of R@1 both ways."""
     embedded = zero_shot.embed(model, pairs)
-    return zero_shot.retrieval(embedded.images, embedded.texts)["mean_r1"]
+    captions = [pairs.text(row) for row in embedded.rows]
+    return zero_shot.retrieval(embedded.images, embedded.texts, captions)["mean_r1"]
 
 
-def _measure(model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded) -> dict[str, float]:
-    found = dict(zero_shot.retrieval(embedded.images, embedded.texts))
+def _measure(
+    model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded, captions: list[str]
+) -> dict[str, float]:
+    found = dict(zero_shot.retrieval(embedded.images, embedded.texts, captions))
     if objects is not None:
         found |= _classified(model, tokenizer, pairs, embedded.images, objects)
     return found
@@ -82,7 +86,7 @@ def report(
     number = min(12, len(rows))
     save_similarity(images[:number] @ texts[:number].T, captions[:number], workdir / "similarity.png")
     save_neighbours(images @ texts.T, captions, lambda index: pairs.image(rows[index]), workdir / "neighbours.png")
-    found = _measure(model, tokenizer, pairs, objects, embedded)
+    found = _measure(model, tokenizer, pairs, objects, embedded, captions)
     if model.logit_bias is not None:
         likely = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
         # A caption may be true of other pictures too; of those with the very same one it is.
@@ -135,7 +139,7 @@ def save_neighbours(
     queries: int = 5,
     shown: int = 5,
 ) -> None:
-    """Captions and the pictures most like them, best first; the caption's own has a green frame."""
+    """Captions and the pictures most like them, best first; those that it is the caption of have a green frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,7 +152,7 @@ def save_neighbours(
         for axis, index in zip(part.subplots(1, shown, squeeze=False)[0], best, strict=True):
             axis.imshow(picture(int(index)))
             axis.set(xticks=[], yticks=[])
-            if index == query:
+            if captions[index] == captions[query]:
                 for side in axis.spines.values():
                     side.set(color="green", linewidth=4)
     figure.savefig(file, dpi=100)

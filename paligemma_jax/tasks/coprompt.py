@@ -22,7 +22,7 @@ from paligemma_jax.adapt.prompt_methods import attach_method
 from paligemma_jax.adapt.prompts import check_texts
 from paligemma_jax.consistency import coprompt_loss
 from paligemma_jax.data.augment import Augmentation
-from paligemma_jax.data.descriptions import place
+from paligemma_jax.data.descriptions import fill, place
 from paligemma_jax.data.few_shot_rows import TunedRows
 from paligemma_jax.data.protocols import Protocol
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
@@ -36,11 +36,16 @@ from train_jax.errors import UserError
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
 
+AnyArray = jax.Array | np.ndarray
 ADAPTER = "adapter"  # folder of the workdir with what was trained beside the base
+TEXTS = "class_texts"  # attribute of a model that trains: its Texts
 
 
 class Texts(NamedTuple):
     """What a run says of the classes that it is tuned on.
+
+    In training they lie beside the parameters as frozen arrays, so that a program is given them; as constants in it,
+    the sentences of a thousand classes would be compiled into every program of the run.
 
     Attributes:
       tokens, mask: of the class texts; no mask where all of it is read.
@@ -48,10 +53,22 @@ class Texts(NamedTuple):
         loss does not ask for them.
     """
 
-    tokens: Int[np.ndarray, "C T"]
-    mask: Bool[np.ndarray, "C T"] | None
-    frozen: Float[np.ndarray, "C S E"] | None
-    lengths: Int[np.ndarray, " C"]
+    tokens: Int[AnyArray, "C T"]
+    mask: Bool[AnyArray, "C T"] | None
+    frozen: Float[AnyArray, "C S E"] | None
+    lengths: Int[AnyArray, " C"]
+
+    def beside(self, model: DualEncoder) -> DualEncoder:
+        """Puts them into a model, in place."""
+        held = {name: array for name, array in self._asdict().items() if array is not None}
+        setattr(model, TEXTS, nnx.Dict({name: nnx.Param(jnp.asarray(array)) for name, array in held.items()}))
+        return model
+
+    @classmethod
+    def of(cls, model: DualEncoder) -> "Texts":
+        """Those that `beside` put into a model."""
+        held = getattr(model, TEXTS)
+        return cls(**{name: held[name][...] if name in held else None for name in cls._fields})
 
     def of_draw(self, draw: Float[Array, ""]) -> Float[Array, "C E"]:
         """The sentence of each class that a draw chooses."""
@@ -82,8 +99,8 @@ class CoPrompt:
         self.method = coprompt_config.method(config, base.config)
         self.tokenizer: TextTokenizer = load_text_tokenizer(self._tokenizer_path(), base.config.text.length)
         self.tokenizer.fits(base.config.text.vocab_size)
-        self.abstract()  # which tells prompts that do not fit
         self.texts: Texts | None = None  # once there are training data
+        self.abstract()  # which tells prompts that do not fit
         self._base: DualEncoder | None = None  # between these and `init`
 
     @classmethod
@@ -115,10 +132,12 @@ class CoPrompt:
     def _attached(self, base: DualEncoder) -> DualEncoder:
         words = self.config.init_words
         ids = None if words is None else self.tokenizer.encode(words)
-        return attach_method(base, self.method, init_words=ids, rngs=nnx.Rngs(self.config.seed))
+        model = attach_method(base, self.method, init_words=ids, rngs=nnx.Rngs(self.config.seed))
+        return model if self.texts is None else self.texts.beside(model)
 
     def trainable(self) -> str | None:
-        return self.method.trainable
+        pattern = self.method.trainable
+        return None if pattern is None else rf"(?!{TEXTS}/)({pattern})"
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train."""
@@ -142,16 +161,24 @@ class CoPrompt:
         return dict(on_error=self.config.data.on_error, max_bad_fraction=self.config.data.max_bad_fraction)
 
     def train_source(self) -> TunedRows:
-        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
-        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         self._base = self._read()
         self.texts = self.encode_texts(self._base)
+        return self.train_records()
+
+    def train_records(self) -> TunedRows:
+        """What `train_source` returns, without the texts that it encodes for the loss."""
+        views = {side: Augmentation(**values) for side, values in self.config.views.items()}
+        rows = dict(preprocessing=self.model_config.preprocessing, seed=self.config.seed)
         return TunedRows(self.protocol.tuned, **rows, **views, **self._bad())
+
+    def reported_data(self) -> str:
+        """Fingerprint of what a run is tested on."""
+        return coprompt_data.tested_fingerprint(self.protocol, self.config.data.cache_dir)
 
     def encode_texts(self, base: DualEncoder) -> Texts:
         """The class texts, and where the loss asks for them the frozen embeddings of what is said of the classes."""
         classes = self.protocol.tuned.classes
-        tokens, mask = self.tokenizer([self.config.template.format(name) for name in classes])
+        tokens, mask = self.tokenizer([fill(self.config.template, name) for name in classes])
         check_texts(self.abstract(), tokens)
         frozen, lengths = None, np.ones(len(classes), np.int32)
         if self.weight and self.config.consistency.on != "image":
@@ -177,13 +204,13 @@ class CoPrompt:
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
         """Times the images that count, by which the runtime divides; the loss of the texts is in every image's."""
-        settings, normalize = self.config.consistency, model.config.preprocessing.normalize
+        settings, normalize, texts = self.config.consistency, model.config.preprocessing.normalize, Texts.of(model)
         rows = {"images": normalize(batch["image"]), "labels": batch["label"], "weights": batch["weight"]}
-        rows |= {"tokens": jnp.asarray(self.texts.tokens)}
-        if self.texts.mask is not None:
-            rows["text_mask"] = jnp.asarray(self.texts.mask)
-        if self.texts.frozen is not None:
-            rows["frozen_text"] = self.texts.of_draw(batch["draw"][0])
+        rows |= {"tokens": texts.tokens}
+        if texts.mask is not None:
+            rows["text_mask"] = texts.mask
+        if texts.frozen is not None:
+            rows["frozen_text"] = texts.of_draw(batch["draw"][0])
         if self.weight and settings.on != "text":
             rows["images_augmented"] = normalize(batch["image_augmented"]) if settings.perturb else rows["images"]
         loss, parts = coprompt_loss(model, rows, self.weight, settings.kind, settings.on)
@@ -194,14 +221,21 @@ class CoPrompt:
 
     # Evaluation.
 
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the base with that which the workdir notes.
+
+        Raises:
+          UserError: the workdir's run was made on another.
+        """
+        check_digest(workdir, self.config.model.path)
+
     def start(self, workdir: Path) -> None:
         """Stores what the run is measured on, its tokenizer, and a digest of its base.
 
         Raises:
-          UserError: the run that goes on in this workdir has other images, or another base.
+          UserError: the run that goes on in this workdir has other images.
         """
         workdir.mkdir(parents=True, exist_ok=True)
-        check_digest(workdir, self.config.model.path)
         coprompt_data.store(self.protocol, workdir)
         write_digest(workdir, self.config.model.path)
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)

@@ -16,7 +16,8 @@ from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
 from train_jax.config import check_choices
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
+from train_jax.files import cache_dir
 
 SOURCES = ("scenes", "images")
 CHOICES = {
@@ -77,7 +78,7 @@ def defaults() -> ConfigDict:
             "novel": COMBINATIONS,  # what novel classes have of their own: combinations | colors | pairings
             "words": IN_CAPTIONS,  # classes are named in words of the small SigLIP's captions, or in "others"
             "target_styles": (),  # further ones to test on, of domain_generalization
-            "cache_dir": common.cache_dir(),
+            "cache_dir": cache_dir(),
             "build_workers": 2,
             "per_class": (16, 4, 10),  # pictures to draw shots from, to validate on, to test on
         }
@@ -96,7 +97,9 @@ def check(config: ConfigDict) -> None:
     for side in config.views.values():
         Augmentation(**side)
     if config.template.count("{}") != 1:
-        raise UserError(f"template is {config.template!r}, expected one {{}} where the class's name stands: change it.")
+        raise UserError(
+            f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
+        )
     if config.shots < 1:
         raise UserError(f"shots is {config.shots}, expected 1 or more: change it.")
     if (few_shot_method(config.method).trainable != TRAINABLE) and config.consistency.weight:

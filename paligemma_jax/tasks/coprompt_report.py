@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from paligemma_jax import zero_shot
 from paligemma_jax.adapt.prompts import check_texts
+from paligemma_jax.data.descriptions import fill
 from paligemma_jax.data.few_shot import BASE, NOVEL, FewShot
 from paligemma_jax.data.few_shot_rows import LabelledRows
 from paligemma_jax.data.protocols import Protocol
@@ -56,7 +57,7 @@ def score(
     Raises:
       UserError: class texts that prompts would spoil, or too many images that cannot be read.
     """
-    check_texts(model, tokenizer([template.format(name) for name in data.classes])[0])
+    check_texts(model, tokenizer([fill(template, name) for name in data.classes])[0])
     texts = zero_shot.class_embeddings(model, tokenizer, data.classes, (template,))
     source = LabelledRows(data, model.config.preprocessing, split, **bad)
     scores, labels, rows = [], [], []

@@ -4,7 +4,6 @@ Writes a folder as transformers saves it (config.json, model.safetensors in floa
 tokenizer beside it, which `pg.load(FOLDER)` reads.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from paligemma_jax.tasks.pretraining import Pretraining
 from paligemma_jax.weights import hugging_face
+from paligemma_jax.weights.processor import write_preprocessing
 from paligemma_jax.weights.tokenizer_files import copy_tokenizer
 from train_jax import command_line, config, sharding
 from train_jax.checkpoints import Checkpoints
@@ -41,8 +41,7 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
         checkpoints.close()
     params = {name.removeprefix(PREFIX): a.astype(np.float16) for name, a in arrays.items() if name.startswith(PREFIX)}
     hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
-    preprocessor = task.model_config.preprocessing.to_hugging_face()
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    write_preprocessing(folder, task.model_config.preprocessing)
     copy_tokenizer(settings.tokenizer, folder)
 
 

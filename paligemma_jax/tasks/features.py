@@ -12,7 +12,7 @@ from paligemma_jax.data.records import BadRow, Record, Source, Subset
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa_rows import Rows
-from train_jax.errors import UserError
+from train_jax.errors import UserError, cut
 
 ENCODED_AT_ONCE = 32  # images, when a run begins; rounded up to the mesh
 FEATURES = "features"  # of a batch: the image as the tower encoded it, instead of its pixels
@@ -136,7 +136,7 @@ class FeatureStore:
     def _prepare(self, record: Record) -> dict[str, np.ndarray]:
         place = self._place.get(record.image_index)
         if place is None and record.weight:
-            raise BadRow(f"the image {record.image_name} cannot be used; replace the file.")
+            raise BadRow(f"the image {cut(record.image_name)} cannot be used; replace the file.")
         return self._rows.text(record) | {"features": self._features[place or 0]}
 
 

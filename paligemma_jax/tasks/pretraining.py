@@ -4,6 +4,9 @@ Two things make this work on a few CPU cores: several texts share one image (pac
 and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
 """
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +16,10 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.pretraining_set import PretrainingScenes
 from paligemma_jax.data.prompts import TruncationError, make_example
+from paligemma_jax.data.synthetic_clevr.pretraining_texts import every_box
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import token_cross_entropy
+from paligemma_jax.tasks.detection import detection_scores
 from paligemma_jax.tasks.scene_task import PretrainingModel, SceneTask, patch_loss
 from train_jax.metrics import Metrics
 
@@ -140,15 +145,19 @@ class Pretraining(SceneTask):
         source = self._source("pretraining-held-out", self.config.data.num_held_out, 1)
 
         total: dict[str, Any] = {}
-        step = jax.jit(self._score)
         size = min(20, len(source))
         for index in range(0, len(source), size):
             rows = [source[i] for i in range(index, min(index + size, len(source)))]
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            for name, (value, count) in jax.device_get(step(model, batch)).items():
+            for name, (value, count) in jax.device_get(self._scored(model, batch)).items():
                 old = total.get(name, (0.0, 0.0))
                 total[name] = (old[0] + float(value), old[1] + float(count))
         return {name: value / max(count, 1e-9) for name, (value, count) in total.items()}
+
+    @functools.cached_property
+    def _scored(self) -> Callable[..., Metrics]:
+        """`_score`, compiled once, however often the run evaluates."""
+        return jax.jit(self._score)
 
     def _score(self, model: PretrainingModel, batch) -> Metrics:
         hidden, tower = self.forward(model, batch)
@@ -164,3 +173,10 @@ class Pretraining(SceneTask):
             counted = present * (kind == number) * (jnp.arange(n) > 0)[None]
             out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
         return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
+
+    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        """`validate`, and what `detect object` finds in the same scenes (detection.py)."""
+        scenes = PretrainingScenes(self.rendered("pretraining-held-out", self.config.data.num_held_out), 1, 0)
+        images = [scenes.read(index)[0] for index in range(len(scenes))]
+        texts = [every_box(scenes.scene(index)) for index in range(len(scenes))]
+        return self.validate(model) | detection_scores(model.model, self.tokenizer, images, texts)

@@ -14,14 +14,16 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.loading import run_config
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
-from paligemma_jax.vision_start import with_vision
+from paligemma_jax.vision_start import vision_config_of, with_vision
 from train_jax import params, patterns
 from train_jax.checkpoints import Checkpoints
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 from train_jax.metrics import Metrics
 from train_jax.task import Blueprint
 
@@ -49,7 +51,7 @@ class SceneTask:
         config.init = ConfigDict({"vision": placeholder(str)})  # a SigLIP whose vision tower to start from
         config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
         config.data = ConfigDict(
-            {"cache_dir": common.cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
+            {"cache_dir": cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
         )
         return config
 
@@ -65,9 +67,10 @@ class SceneTask:
         except ValueError as error:
             raise UserError(f"model.variant: {error}") from None
         self.config, self.mesh = config, mesh
-        self.model_config = sizes.replace(
+        sizes = sizes.replace(
             both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
+        self.model_config = vision_config_of(sizes, config.init.vision)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
@@ -99,6 +102,7 @@ class SceneTask:
             model.model = with_vision(model.model, self.config.init.vision)
         shapes = params.abstract(model)
         for run in self.config.init_from:
+            self._check_prepared(run)
             checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
             arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
             checkpoints.close()
@@ -109,6 +113,17 @@ class SceneTask:
                     )
             model = params.assign(model, arrays)
         return model
+
+    def _check_prepared(self, run: str) -> None:
+        """Refuses the tower of a run whose images are prepared in another way than this model's."""
+        settings = run_config(run)
+        vision = settings.get("init", {}).get("vision")
+        found = vision_config_of(variant(settings.model.variant), vision).preprocessing
+        if found != self.model_config.preprocessing:
+            raise UserError(
+                f"init_from: {run} trained on images by {found}, expected {self.model_config.preprocessing} as here: "
+                f"set init.vision to {vision!r}."
+            )
 
     def trainable_paths(self) -> list[str]:
         """Paths of the parameters that train."""

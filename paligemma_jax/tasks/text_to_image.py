@@ -33,13 +33,13 @@ from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks import common
 from paligemma_jax.tasks.judge import Judge
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.weights.digest import check_digest, write_digest
 from train_jax.config import check_choices
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
+from train_jax.files import cache_dir
 
 TOLD = ("attributes", "captions")
 SHOWN = 24  # pictures of the sheet with their texts
@@ -95,7 +95,7 @@ class TextToImage(ImageFlowTask):
         config.siglip = placeholder(str)  # folder, run or name of a SigLIP or CLIP: reads captions, and judges samples
         config.data = ConfigDict(
             {
-                "cache_dir": common.cache_dir(),
+                "cache_dir": cache_dir(),
                 "build_workers": 2,
                 "num_scenes": 8000,
                 "num_held_out": 400,
@@ -202,7 +202,7 @@ class TextToImage(ImageFlowTask):
         told, none = self._conditions(texts)
         options = self.config.eval
         velocity = model.model if options.guidance == 1.0 else Guided(model.model, options.guidance, none)
-        x_0 = noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels))
+        x_0 = self.path.start(noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels)))
         found = sampling.sample(velocity, x_0, **solver(options), args=(jnp.asarray(told),))
         return to_levels(np.asarray(found.x), BYTES, self.config.data.dequantize)
 
@@ -216,8 +216,8 @@ class TextToImage(ImageFlowTask):
             missing = [name for name in descriptions.ATTRIBUTES if name not in named]
             if missing:
                 raise UserError(
-                    f"{text!r} names no {' and no '.join(missing)}, expected all attributes, such as 'small red metal "
-                    "cube': the run was not trained on captions; add them."
+                    f"{quoted(text)} names no {' and no '.join(missing)}, expected all attributes, such as 'small red "
+                    "metal cube': the run was not trained on captions; add them."
                 )
             numbers.append(self.descriptions.numbers[descriptions.text_of(named)])
         return self.descriptions.table[numbers], descriptions.SIZES
@@ -230,24 +230,30 @@ class TextToImage(ImageFlowTask):
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         return "\n".join(self.descriptions.texts[label] for label in batch["label"][0])
 
-    def start(self, workdir: Path) -> None:
-        """Notes which SigLIP reads the captions.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the SigLIP that reads the captions with that which the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was trained on the texts of another.
+          UserError: the workdir's run was trained on the texts of another.
         """
-        siglip = self.config.siglip if self.config.told == "captions" else None
+        check_digest(workdir, None, siglip=self._reader())
+
+    def _reader(self) -> str | None:
+        """Path of the SigLIP whose text tower reads the captions."""
+        return self.config.siglip if self.config.told == "captions" else None
+
+    def start(self, workdir: Path) -> None:
+        """Notes which SigLIP reads the captions."""
         workdir.mkdir(parents=True, exist_ok=True)
-        check_digest(workdir, None, siglip=siglip)
-        write_digest(workdir, None, siglip=siglip)
+        write_digest(workdir, None, siglip=self._reader())
 
     def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
         results = super().evaluate(model, workdir)
         held_out = self.data.held_out
         rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int).tolist()
         labels = np.array([held_out.label(row) for row in rows], np.int32)
-        samples = next(self.evaluation.sampler(model).batches(labels)).images
+        samples = [image for drawn in self.evaluation.sampler(model).batches(labels) for image in drawn.images]
         pictures = [held_out[row].pixels for row in rows]
         texts = [self.descriptions.texts[label] for label in labels]
-        save_sheet(list(samples), texts, workdir / "captions.png", pictures)
+        save_sheet(samples, texts, workdir / "captions.png", pictures)
         return results

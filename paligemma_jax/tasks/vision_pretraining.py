@@ -4,7 +4,9 @@ A picture costs a fifth of what it costs with its texts (tasks/pretraining.py), 
 tower can tell a cube from a cylinder; so the tower learns that first, on its own.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,10 @@ class VisionPretraining(SceneTask):
     def validate(self, model: PretrainingModel) -> dict[str, float]:
         """Accuracy of the patch heads on held-out scenes, on patches that show an object."""
         source = self._source("pretraining-held-out", self.config.data.num_held_out, views=1)
-        score = jax.jit(lambda model, batch: self.loss(model, batch, None)[1])
         rows = [source[index] for index in range(len(source))]
-        return metrics.means(score(model, {name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+        return metrics.means(self._score(model, {name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+
+    @functools.cached_property
+    def _score(self) -> Callable[..., Metrics]:
+        """The metrics of a batch; compiled once, however often the run evaluates."""
+        return jax.jit(lambda model, batch: self.loss(model, batch, None)[1])

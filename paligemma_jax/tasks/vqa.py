@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.adapt import quantize
 from paligemma_jax.data import prompts, sources
-from paligemma_jax.data.records import Source
+from paligemma_jax.data.records import Source, spread
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
@@ -25,6 +25,7 @@ from paligemma_jax.tasks import common, vqa_adapter, vqa_config, vqa_consistency
 from paligemma_jax.tasks.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.shared_base import shared
 from paligemma_jax.tasks.vqa_forgetting import of_families
+from paligemma_jax.tasks.vqa_lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa_rows import Rows
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights.digest import base_digest, check_digest, model_digest, write_digest
@@ -34,6 +35,7 @@ from train_jax import params, patterns, sharding
 from train_jax.config import leaves
 from train_jax.errors import UserError
 from train_jax.metrics import Metrics
+from train_jax.state import STEP, step_key
 from train_jax.task import Blueprint
 
 
@@ -64,6 +66,7 @@ class VQA:
         self._consistency = vqa_consistency.Consistency(self) if config.consistency.weight else None
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
+        self.evaluation_bytes: dict[tuple, int | None] = {}  # what compiled evaluations take, see Evaluation
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
@@ -201,10 +204,29 @@ class VQA:
         self.trainable_paths()  # first, for what can be told of the model before images are rendered or encoded
         records = self.split("train")
         self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
-        if not self.config.cache_features:
-            return self.rows.guarded(records, self.rows.image_and_text)
-        limit = self.config.cache_features_mb
-        return FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        if self.config.cache_features:
+            limit = self.config.cache_features_mb
+            source = FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+        else:
+            source = self.rows.guarded(records, self.rows.image_and_text)
+        self._tell_cut_references()
+        return source
+
+    def _tell_cut_references(self) -> None:
+        """Warns where references of what is evaluated do not fit into `eval.max_new_tokens`."""
+        config = self.config.eval
+        reported = spread(self.split(self.default_split), config.max_examples)
+        if jax.process_index() == 0:
+            for name, source in (("tune", self.split("tune")), (self.default_split, reported)):
+                warn_of_cut_references(self.tokenizer, source, name, config.max_new_tokens)
+
+    def train_records(self) -> Source:
+        """The rows that `train_source` prepares, told without the model."""
+        return self.split("train")
+
+    def reported_data(self) -> str:
+        """Fingerprint of the split that a run reports."""
+        return self.split(self.default_split).fingerprint
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""
@@ -219,8 +241,7 @@ class VQA:
     def _weights(self, batch) -> tuple[jax.Array, jax.Array]:
         """Token weights and what their sum is divided by; rows of weight 0 count nothing."""
         mask = batch["mask_loss"][..., 1:] * batch["weight"][..., None]
-        flat, normalizer = loss_weights(mask.reshape(-1, mask.shape[-1]), self.config.loss.reduction)
-        return flat.reshape(mask.shape), normalizer
+        return loss_weights(mask, self.config.loss.reduction)
 
     def features(self, model: PaliGemma, batch, keys=None) -> jax.Array:
         """Image features of a batch, from the store or the tower."""
@@ -241,8 +262,10 @@ class VQA:
         return loss, metrics
 
     def _tuned(self, model: PaliGemma, batch, keys=None) -> vqa_consistency.Tuned:
+        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.DRAWN_ONCE:
+            keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), self.features(model, batch, keys)
-        return vqa_consistency.Tuned(features, vqa_consistency.hidden_of(model, features, arrays, keys), arrays)
+        return vqa_consistency.Tuned(features, vqa_consistency.hidden_of(model, features, arrays, keys), arrays, keys)
 
     def words(self, model: PaliGemma) -> dict[str, Any]:
         """How hidden states become probabilities of words, for the functions of losses.py."""
@@ -255,22 +278,25 @@ class VQA:
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
-        _, hidden, arrays = self._tuned(model, batch)
+        _, hidden, arrays, _ = self._tuned(model, batch)
         scores = token_scores(hidden, targets=arrays["targets"], **self.words(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 
     # Evaluation.
 
-    def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the checkpoints, and the base's digest.
+    def check_workdir(self, workdir: Path) -> None:
+        """Compares the base, the adapters and the tower that the run is made of with what the workdir notes.
 
         Raises:
-          UserError: the run that goes on in this workdir was made on another base.
+          UserError: the workdir's run was made of others.
         """
-        workdir.mkdir(parents=True, exist_ok=True)
         check_digest(workdir, *self._sources())
+
+    def start(self, workdir: Path) -> None:
+        """Puts the tokenizer beside the checkpoints, and the base's digest."""
+        workdir.mkdir(parents=True, exist_ok=True)
         write_digest(workdir, *self._sources())
-        (workdir / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+        self.tokenizer.save(workdir)
 
     def _sources(self) -> tuple[str | None, ...]:
         """Paths of the base, of the adapters that the run goes on from, and of the vision tower put in."""
@@ -303,5 +329,4 @@ class VQA:
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa_report import report
 
-        check_digest(workdir, *self._sources())
         return report(self, model, workdir, split or self.default_split, companions)

@@ -30,6 +30,9 @@ DECODER_ATTENTION = r"decoder/.*/(q_proj|o_proj)"
 """What LoRA adapts unless told."""
 
 LORA_ALONE = ("rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
+DRAWN_ONCE = ("diff_pruning",)
+"""Methods whose noise belongs to a step and not to its rows."""
+
 NAMES = ("lora", "none", *METHODS)
 
 
@@ -75,7 +78,7 @@ def _check_method(adapter: ConfigDict) -> None:
     if adapter.size is not None and adapter.size < 1:
         raise UserError(f"adapter.size is {adapter.size} (the {method.size[0]}), expected 1 or more: raise it.")
     if adapter.targets is not None and adapter.name != "lora" and (method is None or method.targets is None):
-        raise UserError(f"adapter.targets is {adapter.targets!r} {found}, which takes none: leave it out.")
+        raise UserError(f"adapter.targets is {adapter.targets!r} {found}, which takes none: set adapter.targets=None.")
     if adapter.penalty < 0 or (adapter.penalty and adapter.name != "diff_pruning"):
         raise UserError(
             f"adapter.penalty is {adapter.penalty} {found}, expected 0, or a positive number beside diff_pruning: "

@@ -15,6 +15,13 @@ class Answer:
     likeliest: str | None = None  # of the candidates
     nll: float | None = None  # of the reference with its EOS, summed over tokens, in nats
     tokens: float | None = None  # how many those are
+    ended: bool | None = None  # whether the prediction ended by itself, with EOS
+    image_index: int | None = None  # see Record
+
+    @property
+    def image(self) -> int | str:
+        """What tells its image from others: the index, or where that is not known the name."""
+        return self.image_name if self.image_index is None else self.image_index
 
 
 def question_of(prefix: str, prompt: str) -> str:

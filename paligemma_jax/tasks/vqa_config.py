@@ -5,9 +5,11 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.families import QUESTION_FAMILIES
+from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.tasks import common, vqa_adapter, vqa_consistency
 from train_jax.config import check_choices, leaves
 from train_jax.errors import UserError
+from train_jax.files import cache_dir
 
 CHOICES = {
     "model.remat": common.REMAT,
@@ -15,6 +17,7 @@ CHOICES = {
     "adapter.name": vqa_adapter.NAMES,
     "loss.reduction": ("token_mean", "example_mean"),
     "data.on_truncation": ("raise", "skip"),
+    "data.special_tokens": SPECIAL_TOKENS,
 } | vqa_consistency.CHOICES
 # The smallest value allowed, where one is set.
 MINIMA = {
@@ -113,7 +116,7 @@ def _data_defaults() -> ConfigDict:
         {
             "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl, see docs/data.md
             "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
-            "cache_dir": common.cache_dir(),
+            "cache_dir": cache_dir(),
             "build_workers": 2,  # processes that render
             "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
             "blank_images": False,  # the question-only control: same run, black images
@@ -126,6 +129,9 @@ def _data_defaults() -> ConfigDict:
             "prefix_length": 64,  # tokens of BOS + prompt + separator
             "suffix_length": 16,  # tokens of the answer with its EOS
             "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
+            # refuse | parse: <bos>, <eos>, <pad> and <image> in a text, which the format adds itself; "parse" reads
+            # them as transformers does
+            "special_tokens": "refuse",
             # Synthetic scenes only:
             "image_size": 96,
             "num_train_scenes": 1000,

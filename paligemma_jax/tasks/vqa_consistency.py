@@ -27,7 +27,7 @@ from paligemma_jax.losses import consistency_loss, token_divergence
 from paligemma_jax.models.layers import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax import params
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
 CHOICES = {"consistency.on": tuple(SIDES), "consistency.kind": KINDS}
@@ -39,6 +39,7 @@ class Tuned(NamedTuple):
     features: jax.Array  # [B, P, D]
     hidden: jax.Array  # [B, T, D]
     arrays: Mapping[str, jax.Array]  # of data.prompts.training_arrays, [B, T] each
+    keys: jax.Array | None = None  # of its dropout, [B]
 
 
 def defaults() -> ConfigDict:
@@ -70,7 +71,7 @@ def check(config: ConfigDict) -> None:
     for pair in consistency.prompts:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(
-                f"consistency.prompts holds {pair!r}, expected pairs of a prefix and a continuation, such as "
+                f"consistency.prompts holds {quoted(pair)}, expected pairs of a prefix and a continuation, such as "
                 "(('caption en', 'a small'),): correct it."
             )
     if consistency.weight and name not in family.DETACH:
@@ -129,7 +130,7 @@ class Consistency:
                 terms[part] = self._answers(model, base, tuned.hidden, features, tuned.arrays, weights)
             else:
                 arrays = _drawn(self._prompts, keys)
-                hidden = hidden_of(model, tuned.features, arrays, keys)
+                hidden = hidden_of(model, tuned.features, arrays, tuned.keys)
                 share = arrays["weights"] / arrays["weights"].sum(axis=1, keepdims=True)
                 terms[part] = self._answers(model, base, hidden, features, arrays, rows[:, None] * share)
         return terms

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.quantize import set_outlier_split
 from paligemma_jax.candidates import score_candidates
 from paligemma_jax.data.families import question_family
+from paligemma_jax.data.prompts import encode
 from paligemma_jax.data.records import BadRow, Record, Source, blank_record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generate import generate
@@ -31,8 +32,8 @@ from paligemma_jax.tasks import common
 from paligemma_jax.tasks.features import FeatureCache, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_rows import Rows
-from train_jax import sharding
-from train_jax.errors import UserError
+from train_jax import params, sharding
+from train_jax.errors import UserError, cut
 from train_jax.memory import device_memory_limit, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
@@ -113,11 +114,16 @@ class Evaluation:
             question = question_of(record.prefix, self.config.data.prompt)
             values: dict[str, Any] = {}
             if "generate" in out:
-                values["prediction"] = self.task.tokenizer.decode(out["generate"][i].tolist())
+                ids = out["generate"][i].tolist()
+                values |= {
+                    "prediction": self.task.tokenizer.decode(ids),
+                    "ended": self.task.tokenizer.eos_id in ids,
+                }
             if "likelihood" in out:
                 values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
             if "loss" in out:
                 values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
+            values["image_index"] = record.image_index
             answers.append(Answer(record.image_name, question, question_family(question), record.suffix, **values))
         return answers
 
@@ -158,20 +164,29 @@ class Evaluation:
         while limit is not None and not self._fitted and self._size > self._parts:
             if self._all_activations() <= limit:  # spares the compiler, which takes half a minute on a CPU
                 break
-            batch, images = self._shapes(reader)
-            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
-            memory = step_memory(step)
-            if memory is None or memory.temp + memory.output <= limit:
+            most = need = self._need(*self._shapes(reader), wanted)
+            if need is None or need <= limit:
                 break
-            need = memory.temp + memory.output
             while need > limit and self._size > self._parts:  # about in proportion to the rows; compiled again to know
                 self._size, need = max(self._size // 2 // self._parts, 1) * self._parts, need // 2
             logging.warning(
                 "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
-                self._size, memory.temp + memory.output, limit,
+                self._size, most, limit,
             )  # fmt: skip
         self._fitted = True
         reader.resize(self._size)
+
+    def _need(self, batch, images, wanted: tuple[str, ...]) -> int | None:
+        """Bytes that a batch of these shapes takes beside the model, as the compiler says; None where it does not.
+
+        Evaluations of one run ask again and again, and are told what the first was.
+        """
+        key = wanted, str((batch, images)), str(params.abstract(self.model))
+        if key not in self.task.evaluation_bytes:
+            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
+            memory = step_memory(step)
+            self.task.evaluation_bytes[key] = None if memory is None else memory.temp + memory.output
+        return self.task.evaluation_bytes[key]
 
     def _all_activations(self) -> int:
         """More bytes than a device needs for its rows: as if of no layer anything were freed, and all in float32."""
@@ -218,7 +233,8 @@ class Evaluation:
         if not answers:
             return None
         tokenizer = self.task.tokenizer
-        rows = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in answers]
+        special = self.config.data.get("special_tokens", "refuse")
+        rows = [[*encode(tokenizer, answer, special), tokenizer.eos_id] for answer in answers]
         ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_id, np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
@@ -265,7 +281,7 @@ class _Reader:
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
-            raise BadRow(f"the image for {record.image_name} cannot be used; replace the file.")
+            raise BadRow(f"the image for {cut(record.image_name)} cannot be used; replace the file.")
         return {"record": record} | self._make.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:

@@ -10,6 +10,7 @@ from PIL import Image
 from paligemma_jax.data.records import Source
 from paligemma_jax.metrics import exact_match
 from paligemma_jax.tasks.vqa_answer import Answer
+from train_jax.errors import UserError
 
 matplotlib.use("Agg")
 
@@ -30,14 +31,14 @@ def save_sheet(
 
     if not answers:
         return
-    pictures = _pictures(source, {answer.image_name for answer in answers})
+    pictures = _pictures(source, {answer.image for answer in answers})
     rows = -(-len(answers) // columns)
     height = 3.4 / (view_ratio or 1.0) + 1.3  # room for the answer above and three lines of question below
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, height * rows), squeeze=False)
     for axis in axes.flat[len(answers) :]:
         axis.axis("off")
     for axis, answer in zip(axes.flat, answers, strict=False):
-        picture = pictures[answer.image_name]
+        picture = pictures[answer.image]
         stretch = 1.0 if view_ratio is None else picture.width / picture.height / view_ratio
         axis.imshow(picture, aspect=stretch, interpolation="bilinear")
         axis.set_xticks([])
@@ -53,16 +54,16 @@ def save_sheet(
     plt.close(figure)
 
 
-def _pictures(source: Source, names: set[str]) -> dict[str, Image.Image]:
-    """The images with these names, found from the start of the source."""
-    found: dict[str, Image.Image] = {}
+def _pictures(source: Source, wanted: set[int | str]) -> dict[int | str, Image.Image]:
+    """The images of these indices or names, found from the start of the source."""
+    found: dict[int | str, Image.Image] = {}
     index = 0
-    while len(found) < len(names) and index < len(source):
+    while len(found) < len(wanted) and index < len(source):
         try:
             record = source[index]
-            if record.image_name in names and record.image_name not in found:
-                found[record.image_name] = Image.open(io.BytesIO(record.image)).convert("RGB")
-        except (ValueError, OSError):
-            pass  # a bad row has no answer to show
+            for key in {record.image_index, record.image_name} & wanted - found.keys():
+                found[key] = Image.open(io.BytesIO(record.image)).convert("RGB")
+        except (UserError, OSError):  # as GuardedSource says of bad rows, which have no answer to show
+            pass
         index += 1
     return found

@@ -3,6 +3,7 @@
 What each number means:
 
     accuracy                 share of questions whose generated answer equals the reference
+    answers_without_eos      share of the generated answers that eval.max_new_tokens cut before they ended
     accuracy_likelihood      the likeliest of the candidate answers equals it: fair to a model new to the format
     accuracy_before          the same likelihood accuracy for the model before training
     accuracy_shuffled        as accuracy, every question shown the image of another scene
@@ -29,13 +30,14 @@ from flax import nnx
 
 from paligemma_jax.adapt.lora import detach_lora
 from paligemma_jax.data.families import question_family
-from paligemma_jax.data.records import Source, Subset
+from paligemma_jax.data.records import Source, spread
 from paligemma_jax.metrics import Accuracy, RougeSums, exact_match
 from paligemma_jax.tasks import vqa_forgetting
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa_pictures import save_sheet
 from train_jax import loop
+from train_jax.errors import UserError
 from train_jax.files import to_json
 
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
@@ -44,10 +46,8 @@ SHEET = 12  # scenes on the contact sheet
 
 def report(task, model, workdir: Path, split: str, companions: dict[str, dict] | None = None) -> dict[str, Any]:
     """Evaluates `model` on a split; writes predictions.jsonl and scenes.png; returns what eval.json holds."""
-    config, source = task.config.eval, task.split(split)
-    if config.max_examples is not None and config.max_examples < len(source):
-        step = len(source) / config.max_examples  # spread over the split, whose order may mean something
-        source = Subset(source, indices=[int(i * step) for i in range(config.max_examples)])
+    config = task.config.eval
+    source = spread(task.split(split), config.max_examples)
     evaluation = Evaluation(task, model)
     reported = split == task.default_split
     suffix = "" if reported else f"-{split}"
@@ -83,7 +83,7 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
 def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tuple[dict[str, Any], list[Answer]]:
     """Sums over all answers in constant memory; the first answer of each of the first scenes is kept for the sheet."""
     generated, likely, rouge = Accuracy(), Accuracy(), RougeSums()
-    nll, tokens, shown = 0.0, 0.0, {}
+    nll, tokens, endless, shown = 0.0, 0.0, 0, {}
     for answer in answers:
         generated.add(exact_match(answer.prediction, answer.reference), answer.family)
         if frequent is not None:
@@ -91,14 +91,15 @@ def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tup
         rouge.add(answer.prediction, answer.reference)
         if answer.likeliest is not None:
             likely.add(exact_match(answer.likeliest, answer.reference), answer.family)
-        nll, tokens = nll + answer.nll, tokens + answer.tokens
+        nll, tokens, endless = nll + answer.nll, tokens + answer.tokens, endless + (answer.ended is False)
         if len(shown) < SHEET:
-            shown.setdefault(answer.image_name, answer)
+            shown.setdefault(answer.image, answer)
         write(answer)
     results = {
         "examples": generated.examples,
         "loss": nll / max(tokens, 1.0),
         "accuracy": generated.overall,
+        "answers_without_eos": endless / max(generated.examples, 1),
         "accuracy_likelihood": likely.overall if likely.examples else None,
         "accuracy_by_family": generated.by_family(),
         "accuracy_likelihood_by_family": likely.by_family(),
@@ -117,9 +118,11 @@ class Frequent:
         counts: dict[str, Counter] = defaultdict(Counter)
         train = task.split("train")
         for index in range(min(len(train), MOST_TRAINING_ROWS)):
-            with contextlib.suppress(ValueError, OSError):  # bad rows train nothing
+            try:
                 record = train[index]
-                counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
+            except (UserError, OSError):  # as GuardedSource says of bad rows, which train nothing
+                continue
+            counts[question_family(question_of(record.prefix, task.config.data.prompt))][record.suffix] += 1
         self.guesses = {family: answers.most_common(1)[0][0] for family, answers in counts.items()}
         self.accuracy = Accuracy()
 

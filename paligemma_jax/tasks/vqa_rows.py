@@ -11,6 +11,7 @@ from paligemma_jax.data import prompts
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
 from paligemma_jax.data.tokenizer import Tokenizer
+from train_jax.errors import cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,19 @@ class Rows:
             prefix_length + suffix_length - 1,
             prefix_length=prefix_length,
             suffix_length=suffix_length,
+            special_tokens=self._special_tokens,
         )
 
     def prompt(self, record: Record) -> dict[str, np.ndarray]:
         """Tokens [prefix_length] and masks of a row to be answered."""
         length = self.data.prefix_length
-        return prompts.make_example(self.tokenizer, record.prefix, None, length, prefix_length=length)
+        return prompts.make_example(
+            self.tokenizer, record.prefix, None, length, prefix_length=length, special_tokens=self._special_tokens
+        )
+
+    @property
+    def _special_tokens(self) -> str:
+        return self.data.get("special_tokens", "refuse")  # older runs' configs lack the key
 
     def prompt_and_text(self, record: Record) -> dict[str, np.ndarray]:
         """A row to be answered whose answer is known: `prompt`, `prompt_mask`, and the training row's text."""
@@ -48,7 +56,7 @@ class Rows:
         try:
             pixels = self.preprocessing.resize(self.preprocessing.decode(record.image))
         except BadRow as error:
-            raise BadRow(f"{record.image_name}: {error}") from error
+            raise BadRow(f"{cut(record.image_name)}: {error}") from error
         return {"image": np.zeros_like(pixels) if self.data.blank_images else pixels}
 
     def image_and_text(self, record: Record) -> dict[str, np.ndarray]:

@@ -88,7 +88,9 @@ def write_digest(
         noted["vision"] = {"path": str(vision), "sha256": model_digest(vision)}
     if siglip is not None:
         noted["siglip"] = {"path": str(siglip), "sha256": model_digest(siglip)}
-    (workdir / FILE).write_text(json.dumps(noted, indent=2) + "\n")
+    beside = workdir / f".{FILE}.tmp"
+    beside.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    beside.replace(workdir / FILE)  # at once: other processes of a run may be reading it
 
 
 def check_digest(

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from paligemma_jax.data.image_processor import CLIP, SIGLIP
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.side_files import read_json
 from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
 from paligemma_jax.weights.dual_hugging_face_config import (
     FAMILIES,
@@ -14,9 +16,10 @@ from paligemma_jax.weights.dual_hugging_face_config import (
     read_config,
     to_hugging_face,
 )
-from paligemma_jax.weights.folder import Folder, preprocessing, read_json
-from paligemma_jax.weights.folder_write import SHARD_SIZE, write_folder, write_json
+from paligemma_jax.weights.folder import Folder
+from paligemma_jax.weights.folder_write import SHARD_SIZE, write_folder
 from paligemma_jax.weights.hugging_face_names import encoder_rows
+from paligemma_jax.weights.processor import read_preprocessing, write_preprocessing
 from paligemma_jax.weights.tables import Row, write_rows
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax import params
@@ -92,7 +95,10 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     values = read_config(folder)  # first: a NaFlex model is told of by its name, whatever else is there
     arrays = Folder(folder)
-    config = model_config(values, arrays, preprocessing(folder))
+    config = model_config(values, arrays)
+    family = CLIP if config.vision.class_token else SIGLIP
+    preprocessing = read_preprocessing(folder, family, config.vision)
+    config = config.replace(preprocessing=preprocessing or config.preprocessing)
     return Checkpoint(arrays, arrays.names() - COUNTERS, rows(config), config, WORDS, whole_model)
 
 
@@ -107,7 +113,7 @@ def save(
     config = to_hugging_face(model.config)
     write_folder(folder, config, write_rows(rows(model.config), params.flatten(model), str(folder)), max_shard_size)
     if model.config.preprocessing is not None:
-        processor = {"processor_class": "CLIPProcessor" if config["model_type"] == "clip" else "SiglipProcessor"}
-        write_json(folder / "preprocessor_config.json", model.config.preprocessing.to_hugging_face() | processor)
+        processor = "CLIPProcessor" if config["model_type"] == "clip" else "SiglipProcessor"
+        write_preprocessing(folder, model.config.preprocessing, processor_class=processor)
     if tokenizer is not None:
         copy_text_tokenizer(tokenizer, folder, model.config.text.length)

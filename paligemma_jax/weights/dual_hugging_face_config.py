@@ -7,39 +7,42 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.folder import Folder, read_json
+from paligemma_jax.side_files import account, read_json
+from paligemma_jax.weights.config_keys import DUAL
+from paligemma_jax.weights.config_values import Values, theirs, tower_fields, vision_config
+from paligemma_jax.weights.folder import Folder
 from train_jax.errors import UserError
 
-FAMILIES = ("siglip", "clip")
+FAMILIES = tuple(DUAL)
 NAFLEX = "siglip2"  # SigLIP 2 of any shape of image; of one resolution it is a "siglip"
 TOWERS = ("vision_config", "text_config")
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "gelu": "gelu"}
 WORDS = "text_model.embeddings.token_embedding.weight"
 VISION, TEXT = "vision_model.", "text_model."
 LEGACY_EOS = 2  # an eos_token_id that stands for "the largest id" in CLIP's first configs
 # What a config leaves out is transformers' default: released SigLIPs name hardly more than what differs from B/16.
 _SIZES = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-DEFAULTS = {
-    "siglip": dict.fromkeys(TOWERS, _SIZES | {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}),
+_SIGLIP = _SIZES | {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+_CLIP = _SIZES | {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "siglip": {"vision_config": _SIGLIP | {"image_size": 224}, "text_config": _SIGLIP},
     "clip": {
-        "vision_config": _SIZES | {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
-        "text_config": _SIZES
-        | {
-            "intermediate_size": 2048,
-            "num_attention_heads": 8,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "quick_gelu",
-            "eos_token_id": 49_407,
-        },
+        "vision_config": _CLIP | {"image_size": 224},
+        "text_config": _CLIP | {"intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49_407},
     },
+}
+# Sizes that arrays tell, which the older spelling of a tower's config sets back to these in transformers.
+_CLIP_SIZES = {
+    "vision_config": {"hidden_size": 768, "patch_size": 32},
+    "text_config": {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49_408},
 }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json with transformers' defaults filled in.
+    """The folder's config.json, every key of it accounted for, with transformers' defaults filled in.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, or a size or activation that there is not.
+      UserError: it is missing or broken, of another architecture, or has a value that changes the model to one that is
+        not supported.
     """
     file = folder / "config.json"
     config = read_json(file)
@@ -48,69 +51,70 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} describes a NaFlex SigLIP 2, expected one of a fixed resolution: give such a one.")
     if family not in FAMILIES:
         raise UserError(f"{file} describes a {family!r} model, expected one of {', '.join(FAMILIES)}: give another.")
+    account(config, DUAL[family][""], file)
     for tower in TOWERS:
         stored = config.get(tower) or {}
-        older = config.get(f"{tower}_dict") or {}  # in CLIP's first configs; it wins
+        older = config.get(f"{tower}_dict") or {}  # in CLIP's first configs; it wins, what it leaves out as well
         if not isinstance(stored, dict) or not isinstance(older, dict):
             raise UserError(f"{file} has no object at {tower}: download it again.")
-        config[tower] = values = DEFAULTS[family][tower] | stored | older
-        wrong = [key for key in _SIZES if not (type(values[key]) is int and values[key] > 0)]
-        if wrong:
-            raise UserError(
-                f"{file} has {tower}.{wrong[0]} = {values[wrong[0]]!r}, expected a positive number: mend it."
-            )
-        if values["hidden_act"] not in ACTIVATIONS:
-            raise UserError(
-                f"{file} has {tower}.hidden_act = {values['hidden_act']!r}, expected one of {', '.join(ACTIVATIONS)}: "
-                "give another model."
-            )
+        if older:
+            stored = stored | DEFAULTS[family][tower] | _CLIP_SIZES[tower] | older
+        account(stored, DUAL[family][tower], file, f"{tower}.")
+        config[tower] = DEFAULTS[family][tower] | stored
     return config
 
 
-def model_config(config: dict[str, Any], arrays: Folder, preprocessing: Preprocessing | None) -> DualEncoderConfig:
+def model_config(config: dict[str, Any], arrays: Folder) -> DualEncoderConfig:
     """Our config from theirs; widths, words and positions are the arrays'.
 
     Raises:
-      UserError: positions that do not fit the image size, or arrays that are missing.
+      UserError: values that make no sense, that are not supported, or that the arrays contradict.
     """
-    clip = config["model_type"] == "clip"
-    vision, text = (config[tower] for tower in TOWERS)
-    _, _, patch, _ = arrays.shape(f"{VISION}embeddings.patch_embedding.weight", 4)
-    positions, vision_width = arrays.shape(f"{VISION}embeddings.position_embedding.weight", 2)
-    grid = round((positions - clip) ** 0.5)
-    image_size = vision.get("image_size", 224)
-    if type(image_size) is not int or image_size // patch != grid:
-        raise UserError(
-            f"{arrays.path} has {positions} positions for an image_size of {image_size!r} in patches of {patch}, "
-            f"expected {grid * patch}: correct config.json."
-        )
+    family, file = config["model_type"], arrays.path / "config.json"
+    clip, defaults = family == "clip", DEFAULTS[family]
+    vision, text = (Values(config[tower], file, f"{tower}.") for tower in TOWERS)
     vocab_size, text_width = arrays.shape(WORDS, 2)
     length, _ = arrays.shape(f"{TEXT}embeddings.position_embedding.weight", 2)
-    eos = text.get("eos_token_id")
     projection = "text_projection.weight" if clip else f"{TEXT}head.weight"
+    embed_dim, _ = arrays.shape(projection, 2)
+    for values, key, found, what in (
+        (text, "vocab_size", vocab_size, WORDS),
+        (text, "hidden_size", text_width, WORDS),
+        (text, "max_position_embeddings", length, "the table of positions"),
+        (
+            Values(config, file) if clip else text,
+            "projection_dim" if clip else "projection_size",
+            embed_dim,
+            projection,
+        ),
+    ):
+        values.agrees(key, found, what)
+    tower = vision_config(vision, arrays, VISION, defaults["vision_config"], class_token=clip)
     default = Preprocessing.clip if clip else Preprocessing.siglip
-    family = dict(causal=True, pool="eos", eos_token=None if eos == LEGACY_EOS else eos) if clip else {}
     return DualEncoderConfig(
-        vision=ViTConfig(image_size, patch, vision_width, **_tower(vision), class_token=clip),
-        text=TextConfig(vocab_size, length, text_width, **_tower(text), **family),
-        embed_dim=arrays.shape(projection, 2)[0],
+        vision=tower,
+        text=TextConfig(
+            vocab_size,
+            length,
+            text_width,
+            **tower_fields(text, defaults["text_config"]),
+            **(dict(causal=True, pool="eos", eos_token=_eos(text, vocab_size)) if clip else {}),
+        ),
+        embed_dim=embed_dim,
         pool="class" if clip else "map",
         image_projection=clip,
         projection_bias=not clip,
         initial_bias=None if clip else -10.0,
-        preprocessing=preprocessing or default(image_size),
+        preprocessing=default(tower.image_size),
     )
 
 
-def _tower(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of either tower that no array tells."""
-    return {
-        "depth": values["num_hidden_layers"],
-        "mlp_dim": values["intermediate_size"],
-        "num_heads": values["num_attention_heads"],
-        "eps": values["layer_norm_eps"],
-        "activation": ACTIVATIONS[values["hidden_act"]],
-    }
+def _eos(text: Values, vocab_size: int) -> int | None:
+    """The token that CLIP pools at; None for the largest id."""
+    eos = text.get("eos_token_id", DEFAULTS["clip"]["text_config"]["eos_token_id"])
+    if type(eos) is not int or not 0 <= eos < vocab_size:
+        raise text.refuse("eos_token_id", f"one id below the {vocab_size} words", "correct config.json")
+    return None if eos == LEGACY_EOS else eos
 
 
 def to_hugging_face(config: DualEncoderConfig) -> dict[str, Any]:
@@ -165,5 +169,5 @@ def _sizes(tower: ViTConfig | TextConfig) -> dict[str, Any]:
         "num_hidden_layers": tower.depth,
         "num_attention_heads": tower.num_heads,
         "layer_norm_eps": tower.eps,
-        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[tower.activation],
+        "hidden_act": theirs(tower.activation),
     }

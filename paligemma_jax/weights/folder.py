@@ -1,6 +1,5 @@
-"""The files of a Hugging Face folder: JSON, and safetensors (one file, or shards with an index)."""
+"""The weights of a Hugging Face folder: safetensors, one file, or shards with an index."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.side_files import Keys, account, read_json
 from train_jax.errors import UserError
 
 # Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
@@ -19,6 +18,9 @@ PREFIXES = (
     ("vision_tower.vision_model.", "vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Every array of every shard is read and accounted for, wherever the map says it lies.
+INDEX_KEYS = Keys(read=frozenset({"weight_map"}), idle=frozenset({"metadata"}))
 # How safetensors names the dtypes that weights are released in.
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
@@ -57,21 +59,19 @@ class Folder:
 
     @classmethod
     def _weight_files(cls, path: Path) -> list[str]:
-        """The files of a model's weights."""
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            return cls._shards(index)
-        if (path / "model.safetensors").exists():
-            return ["model.safetensors"]
-        raise UserError(
-            f"{path} holds no model.safetensors and no model.safetensors.index.json: give a folder as transformers "
-            "saves it."
-        )
+        """The files of a model's weights; a single file goes before shards, whichever is older, as in transformers."""
+        if (path / SINGLE).exists():
+            return [SINGLE]
+        if (path / INDEX).exists():
+            return cls._shards(path / INDEX)
+        raise UserError(f"{path} holds no {SINGLE} and no {INDEX}: give a folder as transformers saves it.")
 
     @staticmethod
     def _shards(index: Path) -> list[str]:
         """The files that an index names, all of them beside it."""
-        weight_map = read_json(index).get("weight_map")
+        values = read_json(index)
+        account(values, INDEX_KEYS, index)
+        weight_map = values.get("weight_map")
         files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not files or not all(isinstance(file, str) for file in files):
             raise UserError(f"{index} has no weight_map from arrays to files: download it again.")
@@ -127,26 +127,3 @@ class Folder:
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
         yield from self[name]
-
-
-def preprocessing(folder: Path) -> Preprocessing | None:
-    """A folder's own preprocessor_config.json, where it has one."""
-    file = folder / "preprocessor_config.json"
-    return Preprocessing.from_hugging_face(read_json(file)) if file.exists() else None
-
-
-def read_json(file: Path) -> dict:
-    """A JSON file that holds one object.
-
-    Raises:
-      UserError: it is missing or broken.
-    """
-    if not file.exists():
-        raise UserError(f"{file.parent} holds no {file.name}: give a folder as transformers saves it.")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): download it again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds a {type(values).__name__}, expected a JSON object: download it again.")
-    return values

@@ -3,20 +3,25 @@
 SigLIP and CLIP: dual_hugging_face.py.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from paligemma_jax.data.image_processor import SIGLIP
+from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.side_files import refusal
 from paligemma_jax.weights import dual_hugging_face
 from paligemma_jax.weights.checkpoint import Checkpoint
-from paligemma_jax.weights.folder import Folder, preprocessing
-from paligemma_jax.weights.folder_write import SHARD_SIZE, write_folder, write_json
-from paligemma_jax.weights.hugging_face_config import model_config, read_config, to_hugging_face
+from paligemma_jax.weights.folder import Folder
+from paligemma_jax.weights.folder_write import SHARD_SIZE, write_folder
+from paligemma_jax.weights.hugging_face_config import model_config, read_config, to_hugging_face, untied
 from paligemma_jax.weights.hugging_face_names import EMBEDDING, rows
+from paligemma_jax.weights.processor import read_preprocessing, write_preprocessing
 from paligemma_jax.weights.tables import write_rows
 from paligemma_jax.weights.tokenizer_files import copy_tokenizer
 from train_jax import params
@@ -34,11 +39,15 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     if dual_hugging_face.is_dual_encoder(folder):
         return dual_hugging_face.open_folder(folder)
-    arrays = Folder(folder)
-    config = model_config(read_config(folder), arrays, preprocessing(folder))
+    arrays, values = Folder(folder), read_config(folder)
+    config = model_config(values, arrays)
+    preprocessing = read_preprocessing(folder, SIGLIP, config.vision) or Preprocessing.siglip(config.vision.image_size)
+    config = dataclasses.replace(config, preprocessing=preprocessing)
     names = arrays.names()
     if LM_HEAD in names and not np.array_equal(arrays[LM_HEAD], arrays[EMBEDDING]):
         raise UserError(f"{folder}: {LM_HEAD} differs from {EMBEDDING}, expected the tied table: train it tied.")
+    if LM_HEAD not in names and untied(values):
+        raise refusal(folder / "config.json", "tie_word_embeddings", False, f"true, as there is no {LM_HEAD}", "tie it")
     return Checkpoint(arrays, names - {LM_HEAD}, rows(config.decoder.post_norms), config, EMBEDDING)
 
 
@@ -69,7 +78,7 @@ def save_hugging_face(
     save(folder, config, params.flatten(model), image_token, max_shard_size)
     if config.preprocessing is not None:
         processor = {"processor_class": "PaliGemmaProcessor", "image_seq_length": config.vision.num_patches}
-        write_json(folder / "preprocessor_config.json", config.preprocessing.to_hugging_face() | processor)
+        write_preprocessing(folder, config.preprocessing, **processor)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
 

@@ -3,23 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.folder import Folder, read_json
+from paligemma_jax.side_files import account, read_json
+from paligemma_jax.weights.config_keys import GEMMA, GEMMA_2, PALIGEMMA, PALIGEMMA_VISION
+from paligemma_jax.weights.config_values import LAYERS, Values, theirs, vision_config
+from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.hugging_face_names import EMBEDDING, TOWER
 from train_jax.errors import UserError
 
-SIZES = ("num_hidden_layers", "intermediate_size", "num_attention_heads")
 SLIDING, FULL = "sliding_attention", "full_attention"
+DECODERS = {"gemma": GEMMA, "gemma2": GEMMA_2}
+PROJECTOR = "multi_modal_projector.linear.weight"
+# What transformers takes where a released model leaves these out.
+VISION_DEFAULTS = {"image_size": 224, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 
 
-def read_config(folder: Path) -> dict:
-    """The folder's config.json.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, every key of it accounted for.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, or lacks a size that the arrays do not tell.
+      UserError: it is missing or broken, of another architecture, lacks a size that the arrays do not tell, or has a
+        value that changes the model to one that is not supported.
     """
     file = folder / "config.json"
     config = read_json(file)
@@ -27,74 +32,141 @@ def read_config(folder: Path) -> dict:
         raise UserError(
             f"{file} describes a {config.get('model_type')!r} model, expected 'paligemma': give another folder."
         )
-    needed = {
-        "text_config": ("model_type", *SIZES, "num_key_value_heads"),
-        "vision_config": SIZES,
-    }
+    account(config, PALIGEMMA, file)
+    needed = {"text_config": ("model_type", *LAYERS, "num_key_value_heads"), "vision_config": LAYERS}
     for section, keys in needed.items():
         values = config.get(section, {})
         missing = [key for key in keys if not isinstance(values, dict) or key not in values]
         if missing:
             raise UserError(f"{file} lacks {section}.{missing[0]}: add it, as newer transformers write it.")
-        wrong = [key for key in keys if key != "model_type" and not (type(values[key]) is int and values[key] > 0)]
-        if wrong:
-            raise UserError(
-                f"{file} has {section}.{wrong[0]} = {values[wrong[0]]!r}, expected a positive number: mend it."
-            )
     text = config["text_config"]
-    if text["model_type"] not in ("gemma", "gemma2"):
+    if text["model_type"] not in DECODERS:
         raise UserError(
             f"{file} has a text model {text['model_type']!r}, expected 'gemma' or 'gemma2': give another folder."
         )
-    layers = text.get("layer_types")
-    if text["model_type"] == "gemma2" and layers and layers not in (_layer_types(len(layers)), [FULL] * len(layers)):
-        raise UserError(
-            f"{file} has layer_types {layers}, expected {SLIDING} and {FULL} in turn as in Gemma 2: give another model."
-        )
+    account(text, DECODERS[text["model_type"]], file, "text_config.")
+    account(config["vision_config"], PALIGEMMA_VISION, file, "vision_config.")
     return config
 
 
-def model_config(config: dict, arrays: Folder, preprocessing: Preprocessing | None = None) -> PaliGemmaConfig:
-    """Our config from theirs; what old config files leave out is read from the arrays or is the released models'."""
-    text, vision = config["text_config"], config["vision_config"]
-    positions, width = arrays.shape(f"{TOWER}embeddings.position_embedding.weight", 2)
-    vocab, hidden = arrays.shape(EMBEDDING, 2)
-    _, _, patch, _ = arrays.shape(f"{TOWER}embeddings.patch_embedding.weight", 4)
-    image_size = round(positions**0.5) * patch
-    gemma2 = text["model_type"] == "gemma2"
-    windowed = gemma2 and set(text.get("layer_types") or ()) != {FULL}
-    head_dim = text.get("head_dim", 256)
-    rope = text.get("rope_parameters") or text
-    query_scale = text.get("query_pre_attn_scalar", head_dim) ** -0.5 if gemma2 else None
+def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
+    """Our config from theirs; what old config files leave out is read from the arrays or is the released models'.
+
+    Raises:
+      UserError: values that make no sense, that are not supported, or that the arrays contradict.
+    """
+    file = arrays.path / "config.json"
+    whole = Values(config, file)
+    width, _ = arrays.shape(PROJECTOR, 2)
+    whole.agrees("projection_dim", width, PROJECTOR)
     return PaliGemmaConfig(
-        vision=ViTConfig(
-            image_size=image_size,
-            patch_size=patch,
-            width=width,
-            depth=vision["num_hidden_layers"],
-            mlp_dim=vision["intermediate_size"],
-            num_heads=vision["num_attention_heads"],
-            eps=vision.get("layer_norm_eps", 1e-6),
-        ),
-        decoder=GemmaConfig(
-            vocab_size=vocab,
-            width=hidden,
-            depth=text["num_hidden_layers"],
-            mlp_dim=text["intermediate_size"],
-            num_heads=text["num_attention_heads"],
-            num_kv_heads=text["num_key_value_heads"],
-            head_dim=head_dim,
-            eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", 10_000.0),
-            query_scale=query_scale,
-            attn_softcap=(text.get("attn_logit_softcapping", 50.0) or None) if gemma2 else None,
-            final_softcap=(text.get("final_logit_softcapping", 30.0) or None) if gemma2 else None,
-            sliding_window=(text.get("sliding_window", 4096) or None) if windowed else None,
-            post_norms=gemma2,
-        ),
-        preprocessing=preprocessing or Preprocessing.siglip(image_size),
-        image_token=config.get("image_token_index", config.get("image_token_id")),
+        vision=vision_config(Values(config["vision_config"], file, "vision_config."), arrays, TOWER, VISION_DEFAULTS),
+        decoder=_decoder(Values(config["text_config"], file, "text_config."), arrays),
+        image_token=whole.get("image_token_index", whole.get("image_token_id")),
     )
+
+
+def untied(config: dict[str, Any]) -> bool:
+    """Whether a config asks for an output table of its own."""
+    return False in (config.get("tie_word_embeddings"), config["text_config"].get("tie_word_embeddings"))
+
+
+def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
+    """The decoder's sizes and constants."""
+    gemma2 = text.get("model_type") == "gemma2"
+    vocab, width = arrays.shape(EMBEDDING, 2)
+    text.agrees("vocab_size", vocab, EMBEDDING)
+    text.agrees("hidden_size", width, EMBEDDING)
+    depth, head_dim = text.size("num_hidden_layers"), text.size("head_dim", 256)
+    windowed, own = _windowed(text, depth), {}
+    if gemma2:
+        own = {
+            "query_scale": text.number("query_pre_attn_scalar", 256) ** -0.5,
+            "attn_softcap": _cap(text, "attn_logit_softcapping", 50.0),
+            "final_softcap": _cap(text, "final_logit_softcapping", 30.0),
+            "sliding_window": text.size("sliding_window", 4096) if windowed else None,
+        }
+    return GemmaConfig(
+        vocab_size=vocab,
+        width=width,
+        depth=depth,
+        mlp_dim=text.size("intermediate_size"),
+        num_heads=text.size("num_attention_heads"),
+        num_kv_heads=text.size("num_key_value_heads"),
+        head_dim=head_dim,
+        eps=text.number("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(text),
+        activation=_activation(text, gemma2),
+        post_norms=gemma2,
+        **own,
+    )
+
+
+def _cap(text: Values, key: str, default: float) -> float | int | None:
+    """A soft cap: a positive number, the default where it is left out, None where it is null or zero."""
+    value = text.get(key, None if text.given(key) else default)
+    return text.number(key, default) if value else None
+
+
+def _windowed(text: Values, depth: int) -> bool:
+    """Whether every other layer looks back a window only.
+
+    Raises:
+      UserError: layers in another order than Gemma 2's, or other layers than Gemma's.
+    """
+    kinds = text.get("layer_types")
+    gemma2 = text.get("model_type") == "gemma2"
+    if not kinds:
+        return gemma2 and (text.get("sliding_window") is not None or not text.given("sliding_window"))
+    if kinds == [FULL] * depth:
+        return False
+    if not gemma2:
+        raise text.refuse("layer_types", f"{FULL} for every layer of a Gemma", "give another model")
+    if kinds != _layer_types(depth):
+        raise text.refuse("layer_types", f"{SLIDING} and {FULL} in turn as in Gemma 2", "give another model")
+    return True
+
+
+def _rope_theta(text: Values) -> float | int:
+    """The base of the rotary positions.
+
+    Raises:
+      UserError: positions that are scaled, or several bases.
+    """
+    bases = {text.number("rope_theta", 10_000.0)} if text.get("rope_theta") is not None else set()
+    for key in ("rope_parameters", "rope_scaling"):
+        values = text.get(key, {})
+        if not isinstance(values, dict):
+            raise text.refuse(key, "an object, or null")
+        rope = Values(values, text.file, f"{text.section}{key}.")
+        for name, value in values.items():
+            if value is None or name == "rope_theta":
+                continue
+            fine = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "factor": 1.0}
+            if name not in fine:
+                raise rope.refuse(name, "positions that are not scaled, as Gemma's", "give another model")
+            if value != fine[name]:
+                raise rope.refuse(name, repr(fine[name]), "give a model whose positions are not scaled")
+        if values.get("rope_theta") is not None:
+            bases.add(rope.number("rope_theta", 10_000.0))
+    if len(bases) > 1:
+        raise text.refuse("rope_theta", f"{sorted(bases)[0]:g} or {sorted(bases)[1]:g} at every place", "name one base")
+    return bases.pop() if bases else 10_000.0
+
+
+def _activation(text: Values, gemma2: bool) -> str:
+    """The activation of the gate: of Gemma at hidden_act, where "gelu" stands for its tanh form, of Gemma 2 at
+    hidden_activation. The key that a release does not read may not say another one.
+    """
+    key, other = ("hidden_activation", "hidden_act") if gemma2 else ("hidden_act", "hidden_activation")
+    found = text.activation(key, "gelu_pytorch_tanh")
+    if not gemma2 and text.get(key) == "gelu":
+        found = "gelu_tanh"
+    if text.get(other) is not None:
+        second = "gelu_tanh" if gemma2 and text.get(other) == "gelu" else text.activation(other, "")
+        if second != found:
+            raise text.refuse(other, f"the {theirs(found)} of {text.section}{key}", "say the same at both")
+    return found
 
 
 def _layer_types(depth: int) -> list[str]:
@@ -132,7 +204,7 @@ def to_hugging_face(config: PaliGemmaConfig, image_token: int) -> dict[str, Any]
             "head_dim": text.head_dim,
             "rms_norm_eps": text.eps,
             "rope_theta": text.rope_theta,
-            **(_gemma_2(text) if text.post_norms else {"hidden_act": "gelu_pytorch_tanh"}),
+            **(_gemma_2(text) if text.post_norms else {"hidden_act": _exact(text.activation)}),
             "num_image_tokens": vision.num_patches,
             "tie_word_embeddings": True,
         },
@@ -145,11 +217,16 @@ def to_hugging_face(config: PaliGemmaConfig, image_token: int) -> dict[str, Any]
             "num_hidden_layers": vision.depth,
             "num_attention_heads": vision.num_heads,
             "layer_norm_eps": vision.eps,
-            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_act": theirs(vision.activation),
             "projection_dim": text.width,
             "vision_use_head": False,
         },
     }
+
+
+def _exact(activation: str) -> str:
+    """The name of an activation in a Gemma's config, where "gelu" stands for the tanh form."""
+    return "gelu_python" if activation == "gelu" else theirs(activation)
 
 
 def _gemma_2(text: GemmaConfig) -> dict[str, Any]:
@@ -157,7 +234,7 @@ def _gemma_2(text: GemmaConfig) -> dict[str, Any]:
     scalar = (text.query_scale or text.head_dim**-0.5) ** -2
     whole = [FULL] * text.depth
     return {
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": theirs(text.activation),
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
         "attn_logit_softcapping": text.attn_softcap,
         "final_logit_softcapping": text.final_softcap,

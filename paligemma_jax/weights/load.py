@@ -14,7 +14,6 @@ from paligemma_jax import hub
 from paligemma_jax.adapt import quantize as quantization
 from paligemma_jax.adapt.lora import projections
 from paligemma_jax.adapt.quantized_kernel import QuantizedKernel
-from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models import dual_variants
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
@@ -27,6 +26,7 @@ from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.random_weights import random_arrays
 from paligemma_jax.weights.tables import Transform, check_names, read_rows
+from paligemma_jax.weights.tokenizer_files import check_added_tokens
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -52,7 +52,8 @@ def load(
     shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None = None,
     **decoder,
 ) -> PaliGemma | DualEncoder | ViT | Gemma:
-    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside the model, a host holds no more than one layer of it.
+    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside what is in place already, a host holds the leaf that is
+    being stacked (a kernel of all layers, or the word table) and one layer of it.
 
     Args:
       path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a
@@ -89,6 +90,7 @@ def load(
     checkpoint = _open(path, decoder)
     stored = checkpoint.config.replace(both=both)
     config = _changed(stored, image_size, vocab_size)
+    _check_words(path, config)
     shapes = params.abstract(nnx.eval_shape(lambda: checkpoint.build(stored)))
     check_names(checkpoint.rows, checkpoint.names, shapes, str(checkpoint.source.path))
     model = nnx.eval_shape(lambda: _quantized(checkpoint.build(config), codec))
@@ -123,6 +125,14 @@ def new(
         return _random(str(path), image_size, None, both, codec, None)
     checkpoint = _open(path, {})
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
+
+
+def _check_words(path: str | Path, config: Config) -> None:
+    """Refuses a folder whose tokenizer has words that the table lacks; rows beyond its words are padding."""
+    place = _place(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
+    if place.is_dir():
+        text = config.text if isinstance(config, DualEncoderConfig) else config.decoder
+        check_added_tokens(place, text.vocab_size)
 
 
 def _check_options(both: dict, vocab_size: int | None) -> None:
@@ -201,8 +211,6 @@ def _random(
         config = dual_variants.variant(name) if name.startswith(("siglip", "clip")) else variant(name)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if config.preprocessing is None:
-        config = dataclasses.replace(config, preprocessing=Preprocessing.siglip(config.vision.image_size))
     config = _changed(config, image_size, vocab_size).replace(both=both)
     finish = functools.partial(_quantized, codec=codec)
     model = nnx.eval_shape(lambda: finish(whole_model(config)))

@@ -19,8 +19,8 @@ from paligemma_jax.adapt.quantize import FROZEN, quantize, quantized_kernels
 from paligemma_jax.adapt.quantized_kernel import KINDS
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.side_files import read_json
 from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
-from paligemma_jax.weights.folder import read_json
 from paligemma_jax.weights.native_config import config_from_dict, config_to_dict
 from paligemma_jax.weights.tables import Row
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer, copy_tokenizer

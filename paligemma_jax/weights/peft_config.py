@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.weights.folder import read_json
+from paligemma_jax.side_files import is_off, read_json
 from paligemma_jax.weights.tables import listed
 from train_jax.errors import UserError
 
@@ -57,7 +57,8 @@ class PeftConfig:
     """An adapter_config.json.
 
     Attributes:
-      text: the file's JSON as one canonical string, so that configs compare and hash.
+      text: the file's JSON as one string, so that configs compare and hash: options by name, but what stands within
+        them in the file's order, as the first pattern that matches counts.
     """
 
     text: str
@@ -65,7 +66,7 @@ class PeftConfig:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "PeftConfig":
         """The config of a JSON object that `check` has passed."""
-        return cls(json.dumps(values, indent=2, sort_keys=True))
+        return cls(json.dumps(dict(sorted(values.items())), indent=2))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _is_off(option: str, value: Any) -> bool:
     """Whether an option has the value that switches it off; so are those that are not known, if they are off."""
     if option == "init_lora_weights":
         return value in INITIALISATIONS
-    return value in (None, False, [], {}) or (option == "bias" and value == "none")
+    return is_off(value) or (option == "bias" and value == "none")
 
 
 def _is_valid(option: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from paligemma_jax.data.added_tokens import ADDED, CONFIG, JSON, SPECIAL, read_added_tokens
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
 from paligemma_jax.shipped import local
@@ -13,12 +14,11 @@ from train_jax.errors import UserError
 
 MODEL = "tokenizer.model"
 SIGLIP_MODEL = "spiece.model"
-JSON = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
+IMAGE = "<image>"
 # What transformers has written beside the weights of PaliGemma, SigLIP and CLIP over its releases.
 FILES = (
     *(MODEL, SIGLIP_MODEL, JSON, CONFIG, "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *(SPECIAL, ADDED, "generation_config.json"),
 )
 
 
@@ -34,6 +34,21 @@ def tokenizer_files(source: str | Path) -> list[Path]:
     return found if {file.name for file in found} & {MODEL, SIGLIP_MODEL, JSON} else []
 
 
+def check_added_tokens(folder: Path, words: int) -> None:
+    """Refuses tokens that a folder's files add beyond a word table of so many rows; `<image>` needs none.
+
+    Raises:
+      UserError: the first of them.
+    """
+    for token in read_added_tokens(folder).values():
+        if token.id >= words and token.content != IMAGE:
+            raise UserError(
+                f"{folder} adds the token {token.content!r} = {token.id} to its tokenizer, expected ids below the "
+                f"{words:,} rows of the word table: give the weights that belong to it, or of a PaliGemma load them "
+                f"with vocab_size={token.id + 1}."
+            )
+
+
 def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """Copies the tokenizer's files into `folder`, and writes a tokenizer_config.json where the source has none.
 
@@ -42,7 +57,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """
     _copy(source, folder)
     if not (folder / CONFIG).exists() and (folder / MODEL).exists():
-        config = tokenizer_config(load_tokenizer(folder))
+        config = tokenizer_config(load_tokenizer(folder))  # from here on transformers takes added tokens from it alone
         if (folder / JSON).exists():  # the tiny model's: read as it is, and not as Gemma's BPE
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         _write_config(folder, config)
@@ -65,9 +80,12 @@ def _copy(source: str | Path, folder: Path) -> None:
         raise UserError(
             f"{source} holds no {MODEL}, {SIGLIP_MODEL} or {JSON}: give the folder of the model's tokenizer."
         )
+    if any(file.parent.resolve() == folder.resolve() for file in files):
+        return
+    for name in FILES:  # of another tokenizer, which would be read along
+        (folder / name).unlink(missing_ok=True)
     for file in files:
-        if file.parent.resolve() != folder.resolve():
-            shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, folder / file.name)
 
 
 def _write_config(folder: Path, values: dict[str, Any]) -> None:
@@ -101,7 +119,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     added = {
         str(index): {"content": tokenizer.piece(index), **flags, "special": index in special}
         for index in sorted({*special, *plain})
-    }
+    } | {str(token.id): token.to_dict() for token in tokenizer.extra}
     return {
         "tokenizer_class": "GemmaTokenizer",
         "processor_class": "PaliGemmaProcessor",

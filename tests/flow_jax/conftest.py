@@ -10,6 +10,15 @@ import pytest
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Digests of pictures are kept here instead of in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr("flow_jax.image_data.cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def golden():
     """The folder of golden cases."""

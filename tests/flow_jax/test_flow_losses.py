@@ -139,6 +139,24 @@ def test_stratified_times_fill_every_part_in_random_order():
     assert np.std(means[1::2]) < 0.1 * np.std(means[::2])
 
 
+@pytest.mark.parametrize("times", TIMES, ids=repr)
+def test_times_of_rows_follow_the_density_and_do_not_depend_on_other_rows(times):
+    keys, rows = jax.random.split(jax.random.key(0), 20_000), np.arange(20_000)
+    t = np.asarray(times.draw_rows(keys, rows, len(rows)))
+    middles = (np.arange(4000) + 0.5) / 4000
+    shares = np.exp(times.log_density(middles)).reshape(20, -1).mean(axis=1) / 20
+    np.testing.assert_allclose(np.histogram(t, 20, (0, 1))[0] / len(t), shares, atol=0.01)
+    part = rows[7:1000:3]
+    np.testing.assert_array_equal(times.draw_rows(keys[part], part, len(rows)), t[part])
+    np.testing.assert_array_equal(times.draw_rows(keys), t)
+
+
+def test_stratified_times_of_rows_fill_every_part_over_all_micro_batches():
+    keys, times = jax.random.split(jax.random.key(0), 64), fj.times.Stratified(0.2, 1.0)
+    parts = [times.draw_rows(keys[rows], rows, 64) for rows in np.arange(64).reshape(4, 16)]
+    np.testing.assert_array_equal(np.floor((np.concatenate(parts) - 0.2) / 0.8 * 64).astype(int), np.arange(64))
+
+
 def test_grids():
     np.testing.assert_allclose(fj.times.uniform_grid(4), [0, 0.25, 0.5, 0.75, 1])
     grid = fj.times.edm_grid(18, from_noise=False)

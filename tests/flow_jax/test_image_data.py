@@ -218,12 +218,25 @@ def test_flips_are_a_function_of_seed_step_and_picture():
     turned = np.array([not np.array_equal(a, b) for a, b in zip(plain, flipped, strict=True)])
     assert 10 < turned.sum() < 30
     np.testing.assert_array_equal(flipped[turned], plain[turned, :, ::-1])
-    order = np.random.default_rng(0).permutation(40)[:25]  # another batch, process or coupling changes nothing
-    other = ImagePairs(data, False, "exact", 5, process=1, flip=True).together(order, 3)["x_1"]
+    order = np.random.default_rng(0).permutation(40)[:25]  # other rows of a batch or a coupling change nothing
+    other = pairs_of(data, "exact", flip=True).together(order, 3, 7 + np.arange(25))["x_1"]
     np.testing.assert_array_equal(other, flipped[order])
     later = pairs_of(data, flip=True).together(rows, 4)["x_1"]
     assert not np.array_equal(later, flipped)
     np.testing.assert_array_equal(data.train.images, np.stack([pixels(row) for row in range(40)]))
+
+
+@pytest.mark.parametrize("classes", [2, 0])
+def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
+    data, rows = memory(40, classes), np.arange(40)
+    pairs = ImagePairs(data, True, "exact", 5, group=8)
+    whole = pairs.together(rows, 3, rows)
+    for part in (rows[8:16], rows[16:40]):
+        found = pairs.together(part, 3, part)
+        for name, values in whole.items():
+            np.testing.assert_array_equal(found[name], values[part], err_msg=name)
+    same = pairs.together(np.zeros(40, int), 3, rows)["x_1"]  # one picture in all rows
+    assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
 
 def test_made_up_shapes_differ_between_sides_and_rows():
@@ -232,3 +245,38 @@ def test_made_up_shapes_differ_between_sides_and_rows():
     images = {side[row].pixels.tobytes() for side in (data.train, data.held_out) for row in range(50)}
     assert len(images) == 100
     np.testing.assert_array_equal(data.train[4].pixels, data.train[4].pixels)
+
+
+def test_hidden_folders_are_no_classes_and_nested_files_belong_to_theirs(tmp_path, caplog):
+    root = write_folder(tmp_path, each=2)
+    for name in (".ipynb_checkpoints/1.png", "a/more/2.png", "a/more/still/3.tiff", "b/notes.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(pixels(7)))
+    pictures = FolderPictures(root, 8, 3)
+    assert pictures.classes == ["a", "b", "c"] and len(pictures) == 8
+    assert [pictures.label(row) for row in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert sum(map(len, pictures.left_out.values())) == 2 and "notes.txt" in caplog.text
+
+
+def test_copies_of_a_picture_are_on_one_side(tmp_path):
+    root = write_folder(tmp_path)
+    whole = open_data(settings(name="folder", folder=str(root)))
+    held = {whole.held_out.name(row) for row in range(len(whole.held_out))}
+    for file in sorted(root.glob("*/*.png")):
+        (file.parent / f"{file.stem} copy.png").write_bytes(file.read_bytes())
+    data = open_data(settings(name="folder", folder=str(root)))
+    sides = [{side[row].pixels.tobytes() for row in range(len(side))} for side in (data.train, data.held_out)]
+    assert len(sides[0]) == 24 and len(sides[1]) == 6 and not sides[0] & sides[1]
+    assert len(held) == 6 and len(data.held_out) == 12
+    for file in root.glob("*/*.png"):
+        file.write_bytes(encoded(pixels(0)))
+    with pytest.raises(UserError, match="1 different picture.s. among 60 files"):
+        open_data(settings(name="folder", folder=str(root)))
+
+
+def test_the_fingerprint_is_of_the_bytes(tmp_path):
+    root = write_folder(tmp_path, each=2)
+    before = FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint
+    assert FolderPictures(root, 8, 3).fingerprint == before
+    (root / "a/00.png").write_bytes(encoded(pixels(999)))
+    assert FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint != before

@@ -99,6 +99,17 @@ def test_a_run_on_tfds_without_labels(tmp_path):
     assert {"frechet", "bpd", "nfe", "straightness"} <= results.keys() and results["finished"]
 
 
+def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
+    config = command_line.from_json((run / "config.json").read_text())
+    config.eval.likelihood_examples, config.eval.num_samples = 5, 7
+    model, found = load_model(config, run), []
+    for size in (7, 3):
+        config.eval.batch_size = size
+        results = ImageFlow(config, sharding.make_mesh(config.mesh)).evaluate(model, tmp_path)
+        found.append([results[name] for name in ("frechet", "bpd", "straightness")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys):
     chosen = ["--features=tests.flow_jax.pictures_on_disk:colours", "--num_samples=11", "--reference=train"]
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
@@ -108,7 +119,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
     labels = task.evaluation.labels(11)
-    sampler = Sampler(load_model(config, run), task.data, config.eval, True, task.mesh)
+    sampler = Sampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
     samples = np.concatenate([drawn.images for drawn in sampler.batches(labels)])
     good = [pixels(100 * label + number) for label in range(3) for number in range(10) if (label, number) != (1, 4)]
     want = fj.metrics.frechet_distance(colours(samples), colours(np.stack(good)))
@@ -149,7 +160,7 @@ def data_of(classes: int = 3) -> ImageData:
 
 def sampler_of(batch_size: int, devices: int = 1, **changes) -> Sampler:
     config = config_of(SMALL | {"mesh.data": devices, "eval.batch_size": batch_size} | changes, f"{CONFIG}:smoke")
-    return Sampler(Field(), data_of(), config.eval, True, sharding.make_mesh(config.mesh))
+    return Sampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (100, 1), (8, 8)])

@@ -211,6 +211,25 @@ def test_more_draws_with_hutchinsons_divergence_stay_on_the_right_side():
     assert bits(divergence="hutchinson") == pytest.approx(bits(), abs=0.1)
 
 
+def test_what_a_row_draws_does_not_depend_on_the_batch():
+    """One key for all rows, or one a row, with which a data set may be measured in batches of any size."""
+    matrix = 0.3 * jax.random.normal(jax.random.key(1), (16, 16))
+    images = jax.random.randint(jax.random.key(2), (6, 4, 4, 1), 0, 256)
+
+    def bits(rows, key):
+        options = dict(divergence="hutchinson", solver="rk4", num_steps=2)
+        return fj.image_bits_per_dim(
+            lambda t, x: (x.reshape(-1, 16) @ matrix).reshape(x.shape), images[rows], key, 2, **options
+        )
+
+    whole = bits(np.arange(6), jax.random.key(0))
+    np.testing.assert_allclose(bits(np.arange(4), jax.random.key(0)), whole[:4], rtol=1e-6)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(6))
+    np.testing.assert_allclose(bits(np.arange(6), keys), whole, rtol=1e-6)
+    np.testing.assert_allclose(bits(np.array([5, 2]), keys[np.array([5, 2])]), whole[np.array([5, 2])], rtol=1e-6)
+    assert float(bits(np.array([0, 0]), keys[:2])[0]) != float(bits(np.array([0, 0]), keys[:2])[1])
+
+
 @pytest.mark.parametrize(
     ("images", "found"),
     [(np.zeros((2, 4, 4, 1), np.float32), "of float32"), (np.full((2, 4, 4, 1), 16), "from 16 to 16")],

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import train
-from flow_jax import evaluation, toys
+from flow_jax import evaluation, path_choice, toys
 from flow_jax.pairs import ToyPairs
 from flow_jax.task import PlaneFlow
 from tests.paligemma_jax.mini import ROOT, arguments, mistake
@@ -16,7 +16,9 @@ from train_jax import command_line, sharding
 from train_jax.config import stored_config
 from train_jax.errors import UserError
 from train_jax.evaluation import evaluate as run_evaluation
+from train_jax.input import Pipeline
 from train_jax.plan import plan
+from train_jax.resume import check_resume
 from train_jax.task import make_task
 
 FLOW = str(ROOT / "configs/flow_2d.py")
@@ -66,13 +68,33 @@ def test_the_plan_is_of_the_rows_that_are_trained_on():
     assert [program.name for program in plan(config).programs] == ["training step"]
 
 
-def test_noise_is_a_function_of_seed_step_and_process():
-    def noise(seed: int, step: int, process: int) -> np.ndarray:
-        return ToyPairs("moons", "gaussian", 50, "independent", seed, process).together(np.arange(5), step)["x_0"]
+def test_noise_is_a_function_of_seed_step_and_row():
+    def noise(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
+        pairs = ToyPairs("moons", "gaussian", 600, "independent", seed)
+        return pairs.together(np.arange(len(rows)), step, rows)["x_0"]
 
-    np.testing.assert_array_equal(noise(0, 1, 0), noise(0, 1, 0))
-    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        assert not np.array_equal(noise(0, 1, 0), noise(*other))
+    whole = noise(0, 1, np.arange(600))
+    assert len(np.unique(whole, axis=0)) == 600  # none is drawn twice
+    for rows in (np.arange(5), np.arange(250, 300), np.array([3, 599])):
+        np.testing.assert_array_equal(noise(0, 1, rows), whole[rows])
+    for seed, step in ((1, 1), (0, 2)):
+        assert not np.isin(noise(seed, step, np.arange(600)), whole).any()
+
+
+def test_exact_pairs_are_the_cheapest_of_each_group_whoever_reads_them():
+    pairs = ToyPairs("moons", "gaussian", 500, "exact", 3, group=4)
+    whole = Pipeline(pairs, 16, num_steps=9).batch_at(8)
+    plain = Pipeline(ToyPairs("moons", "gaussian", 500, "independent", 3), 16, num_steps=9).batch_at(8)
+    for rows in np.arange(16).reshape(-1, 4):
+        x_0, x_1 = (plain[name][0][rows] for name in ("x_0", "x_1"))
+        cost = np.square(x_0[:, None] - x_1[None]).sum(-1)
+        np.testing.assert_array_equal(whole["x_1"][0][rows], x_1[linear_sum_assignment(cost)[1]])
+    for group in (4, None):  # parts of 2 rows, of groups that others have a part of
+        pairs = ToyPairs("moons", "gaussian", 500, "exact", 3, group)
+        whole = Pipeline(pairs, 16, num_steps=9).batch_at(8)["x_1"].reshape(4, 2, 2, 2)
+        parts = [Pipeline(pairs, 16, 4, num_steps=9, process_index=p, process_count=2).batch_at(8) for p in range(2)]
+        for p in range(2):
+            np.testing.assert_array_equal(parts[p]["x_1"], whole[:, p])
 
 
 def task(**changes):
@@ -80,7 +102,7 @@ def task(**changes):
     return make_task(config, sharding.make_mesh(config.mesh))
 
 
-@pytest.mark.parametrize("path", ["cond_ot", "cfm", "vp", "cosine", "schroedinger_bridge"])
+@pytest.mark.parametrize("path", [name for name in path_choice.PATHS if name != "gaussian"])  # needs functions
 @pytest.mark.parametrize("coupling", ["independent", "exact", "sinkhorn"])
 def test_every_path_and_coupling_has_a_finite_loss(path, coupling):
     changes = {"path.name": path, "coupling.name": coupling, "times": "stratified"}
@@ -134,16 +156,53 @@ def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
         run_evaluation(stored_config(tmp_path), tmp_path, "val")
 
 
+def test_a_run_goes_on_in_other_micro_batches_but_not_in_other_groups():
+    options = SHORT | {"coupling.group": 16}
+    old = command_line.load_from_flags(arguments(None, options, config=FLOW))[0]
+    cut, grouped = (
+        command_line.load_from_flags(arguments(None, options | change, config=FLOW))[0]
+        for change in ({"micro_batch": 8}, {"coupling.group": 8})
+    )
+    assert check_resume(old, cut) == ["micro_batch: None -> 8 (does not change the mathematics)"]
+    with pytest.raises(UserError, match="a run with another config .coupling.group: 16 -> 8."):
+        check_resume(old, grouped)
+
+
+def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
+    """With times, noise of the path and an exact coupling, as the log has them."""
+    options = SHORT | {
+        "total_steps": 2,
+        "optimizer.warmup_steps": 1,
+        "log_steps": 1,
+        "path.name": "cfm",
+        "times": "stratified",
+    }
+    logged = []
+    for micro in (None, 16):
+        workdir = tmp_path / str(micro)
+        train.main(arguments(workdir, options | {"micro_batch": micro}, "--progress=none", config=FLOW))
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        logged.append([(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line])
+    np.testing.assert_allclose(logged[1], logged[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"path.name": "ot"}, "path.name is 'ot', expected one of cond_ot, cfm, vp, cosine, schroedinger_bridge: "
-         "change it."),
+        ({"path.name": "ot"}, "path.name is 'ot', expected one of cond_ot, cfm, vp, linear_vp, ve, cosine, "
+         "polynomial, schroedinger_bridge, gaussian: change it."),
         ({"coupling.name": "emd"}, "coupling.name is 'emd', expected one of independent, exact, sinkhorn: change it."),
         ({"data.name": "swiss"}, "data.name is 'swiss', expected one of checkerboard, 8gaussians, moons, spirals, "
          "gaussian: change it."),
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
+        ({"coupling.name": "sinkhorn", "coupling.group": 16, "micro_batch": 8}, "micro_batch is 8 beside "
+         "coupling.name='sinkhorn' and coupling.group=16, which pairs so many rows in the step, expected a multiple of "
+         "that: change one of the two."),
+        ({"coupling.group": 48}, "coupling.group is 48, expected a divisor of batch_size=64, so that groups fill a "
+         "batch: change it, or set it to None for all rows of a batch."),
+        ({"coupling.name": "independent", "coupling.group": 4}, "coupling.group is 4 beside "
+         "coupling.name='independent', which pairs no rows with one another, expected None: leave one of the two out."),
         ({"eval.solver": "foo"}, "solver='foo' is unknown, expected one of euler, midpoint, heun, rk4, dopri5, tsit5, "
          "dopri8."),
         ({"model.activation": "foo"}, "model: the activation is 'foo', expected a function of jax.nn, such as silu, "

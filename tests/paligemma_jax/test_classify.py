@@ -11,6 +11,7 @@ from paligemma_jax import classify as module
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
 from paligemma_jax.data.class_folders import class_folders
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks import classify_folders
 from paligemma_jax.tasks.classify_folders import accuracies
 from tests.paligemma_jax.mini import save_small_siglip
@@ -57,6 +58,14 @@ def test_likelihoods_are_sigmoids_of_the_models_logits(folder, pictures, monkeyp
     logits = np.exp(model.logit_scale[...]) * cosines + model.logit_bias[...]
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-6)
     assert told[-1] == (5, 5) and len(told) == -(-5 // batch)
+
+
+def test_a_second_call_compiles_nothing(folder, pictures, monkeypatch):
+    traced, original = [], DualEncoder.encode_image
+    monkeypatch.setattr(DualEncoder, "encode_image", lambda *given: (traced.append(1), original(*given))[1])
+    for _ in range(2):
+        classify(files_of(pictures)[:3], CLASSES, model=folder)
+    assert len(traced) == 1
 
 
 def test_a_clips_likelihoods_are_a_softmax(folder, pictures, monkeypatch):

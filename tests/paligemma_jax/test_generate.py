@@ -171,7 +171,18 @@ def test_beams_find_likelier_continuations_than_greedy_and_score_them_right(big_
     np.testing.assert_array_equal(padded, found)
 
 
+def test_row_numbers_may_go_on_from_an_earlier_batch(big_vision):
+    model, case, *_ = big_vision
+    arrays = case["image"], case["dec_text"], case["dec_mask_input"]
+    options = dict(max_new_tokens=4, eos_id=-1, sampler="temperature", temperature=2.0)
+    whole = generate(model, *arrays, **options)
+    rest = generate(model, *(array[1:] for array in arrays), first_row=1, **options)
+    np.testing.assert_array_equal(rest, whole[1:])
+    assert not np.array_equal(generate(model, *arrays, first_row=7, **options), whole)
+
+
 BAD = [
+    (dict(first_row=-1), "first_row is -1, expected 0 or more"),
     (dict(sampler="best"), "sampler is 'best', expected one of greedy"),
     (dict(top_k=4), "'greedy' takes no option, not top_k"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"),

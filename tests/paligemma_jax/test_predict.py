@@ -61,6 +61,17 @@ def test_sampling_is_seeded(mini_folder, scenes):
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_draws_go_on_from_batch_to_batch(mini_folder, scenes, monkeypatch):
+    """A prompt that is asked again draws anew, and the size of a batch changes nothing."""
+    image = str(next(scenes.iterdir()))
+    options = {"model": str(mini_folder), "max_new_tokens": 4, "sampler": "temperature", "temperature": 2.0}
+    assert predict_module.BATCH == 16
+    answers = [answer for *_, answer in predict([image], ["caption en"] * 20, **options)]
+    assert len(set(answers)) == 20
+    monkeypatch.setattr(predict_module, "BATCH", 4)
+    assert [answer for *_, answer in predict([image], ["caption en"] * 20, **options)] == answers
+
+
 def test_an_unknown_sampler(mini_folder, scenes):
     with pytest.raises(UserError, match="sampler"):
         predict([str(next(scenes.iterdir()))], ["x"], model=str(mini_folder), sampler="best")

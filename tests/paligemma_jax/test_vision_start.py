@@ -1,5 +1,8 @@
 """The vision tower of a SigLIP within a PaliGemma: `with_vision`, `init.vision`, and runs of dual encoders."""
 
+import json
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import resample_positions
+from paligemma_jax.vision_start import vision_config_of
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
 from paligemma_jax.weights.digest import check_digest, model_digest
+from paligemma_jax.weights.load import new
 from tests.paligemma_jax.mini import MINI, task_of
 from train_jax import config as configs
 from train_jax import params
@@ -112,6 +117,44 @@ def test_a_config_starts_from_it_and_its_workdir_notes_it(dual, folder, mini_opt
         "is no PaliGemma: give it as init.vision",
         task_of(mini_options | {"model.path": str(folder), "tokenizer": "tiny"}).init,
     )
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2}
+
+
+@pytest.fixture
+def other_images(folder, tmp_path):
+    """The SigLIP with images prepared in another way."""
+    place = shutil.copytree(folder, tmp_path / "other_images")
+    file = place / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | IMAGENET))
+    return place
+
+
+def test_preprocessing_travels_with_the_tower(other_images, dual, mini_folder, tmp_path):
+    model = pg.with_vision(pg.load(mini_folder, image_size=36), other_images)
+    prepared = model.config.preprocessing
+    assert (prepared.mean, prepared.std, prepared.method) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+    assert (prepared.source, prepared.size) == ("transformers", 36)
+    save_big_vision(dual, tmp_path / "x.npz")
+    for path in (tmp_path / "x.npz", f"{tmp_path}/x.npz:img"):
+        model = pg.with_vision(pg.load(mini_folder), path)
+        assert model.config.preprocessing == Preprocessing.big_vision(24)
+
+
+def test_tasks_prepare_images_as_the_tower_needs_them(other_images, mini_options):
+    task = task_of(mini_options | {"init.vision": str(other_images)})
+    model = task.base()
+    assert model.config.preprocessing == task.rows.preprocessing
+    assert task.rows.preprocessing.mean == (0.485, 0.456, 0.406)
+
+
+def test_a_new_models_config_has_the_towers_preprocessing(other_images):
+    for name in ("tiny", "random:siglip-tiny"):
+        config = nnx.eval_shape(lambda name=name: new(name)).config
+        found = vision_config_of(config, str(other_images)).preprocessing
+        assert (found.mean, found.size) == ((0.485, 0.456, 0.406), 96)
+        assert vision_config_of(config, None) == config
 
 
 class Contrastive:

@@ -1,5 +1,8 @@
 """Zero-shot classification and retrieval, against what is worked out by hand."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +55,27 @@ def test_scores_are_cosines_of_images_and_classes(model):
     np.testing.assert_allclose(scores, embeds @ classes.T, atol=1e-5)
 
 
+def test_texts_and_images_are_embedded_by_programs_that_stay(model, monkeypatch):
+    """Traced at first; after that nothing of the model is run by Python. Any number of rows up to a power of two."""
+    images, traced = np.zeros((5, 12, 12, 3), np.float32), []
+    for name in ("encode_text", "encode_image"):
+        original = getattr(DualEncoder, name)
+        monkeypatch.setattr(DualEncoder, name, lambda *given, f=original, n=name: (traced.append(n), f(*given))[1])
+    jax.clear_caches()
+    first = zero_shot.zero_shot(model, tokenize, images, ("cube", "ball", "cone"), ("a {}",))
+    assert sorted(traced) == ["encode_image", "encode_text"]
+    again = zero_shot.zero_shot(model, tokenize, images[:5], ("cube", "ball", "cone", "cup"), ("a {}",))
+    assert len(traced) == 2
+    np.testing.assert_array_equal(again[:, :3], first)
+
+
+def test_any_number_of_texts_is_embedded(model):
+    texts = [f"text {number}" for number in range(70)]
+    whole = zero_shot.embed_texts(model, tokenize, texts)
+    for number in (1, 2, 3, 64, 65, 70):
+        np.testing.assert_allclose(zero_shot.embed_texts(model, tokenize, texts[:number]), whole[:number], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("classes", "templates", "found"),
     [((), ("{}",), "0 classes"), (("cube",), ("a cube",), "'a cube'"), (("cube",), (), "'none'")],
@@ -73,6 +97,34 @@ def test_retrieval_both_ways():
     found = zero_shot.retrieval(images, texts)
     assert found["image_to_text_r1"] == found["text_to_image_r1"] == found["mean_r1"] == 0.5
     assert found["image_to_text_r5"] == found["text_to_image_r10"] == 1.0
+
+
+def test_any_equal_caption_is_a_hit():
+    """Two pictures of a cat, two captions "a cat": the second picture is more like the first caption."""
+    images = np.array([[1.0, 0, 0], [0.999, 0.0447, 0], [0, 1, 0], [0, 0, 1]])
+    texts = np.eye(3)[[0, 0, 1, 2]]
+    assert set(zero_shot.retrieval(images, texts).values()) == {1.0}
+    assert set(zero_shot.retrieval(images, texts, ["cat", "cat", "dog", "fish"]).values()) == {1.0}
+    apart = zero_shot.retrieval(images, texts, ["cat", "a cat", "dog", "fish"])
+    assert apart["image_to_text_r1"] == 0.5 and apart["text_to_image_r1"] == 0.75  # ties count against both
+
+
+def test_of_equal_captions_the_best_counts_and_wrong_ones_count_once():
+    similarity = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.6, 0.7, 0.5]])
+    right = np.array([[True, True, False], [True, True, False], [False, False, True]])
+    assert zero_shot.recall(similarity, right, (1, 2, 3)) == {1: 2 / 3, 2: 2 / 3, 3: 1.0}
+
+
+def test_a_text_tower_that_tells_nothing_apart_retrieves_nothing():
+    images = np.random.default_rng(0).standard_normal((20, 4))
+    for captions in (None, [f"caption {number}" for number in range(20)]):
+        found = zero_shot.retrieval(images, np.ones((20, 4)), captions)
+        assert found["image_to_text_r1"] == found["image_to_text_r10"] == 0
+
+
+def test_what_is_not_a_number_is_never_found():
+    similarity = np.full((3, 3), np.nan)
+    assert zero_shot.recall(similarity, np.arange(3), (1, 10)) == {1: 0, 10: 0}
 
 
 def test_rows_are_embedded_as_one_by_one(model):
@@ -112,3 +164,31 @@ def test_calibration_worked_out():
 def test_empty_bins_add_nothing():
     bins = zero_shot.calibration(np.array([0.05, 0.95]), np.array([False, True]), 10)
     assert np.isnan(bins.true[5]) and zero_shot.calibration_error(bins) == pytest.approx(0.05)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    """Clamped ids would give plausible scores; inside jit an embedding beyond the table is not a number."""
+
+    def other(texts):
+        tokens, mask = tokenize(texts)
+        return np.where(tokens == tokens[0, 0], 31, tokens), mask
+
+    images = np.zeros((1, 12, 12, 3), np.float32)
+    rows = [{"image": np.zeros((12, 12, 3), np.uint8), "tokens": other(["cube"])[0][0], "mask": np.ones(6, bool)}]
+    for call in (
+        lambda: zero_shot.class_embeddings(model, other, ("cube",)),
+        lambda: zero_shot.zero_shot(model, other, images, ("cube", "ball")),
+        lambda: zero_shot.embed_texts(model, other, ["cube"]),
+        lambda: zero_shot.embed(model, rows),
+    ):
+        with pytest.raises(UserError, match="texts hold the id 31, expected ids from 0 to 30: use this model's"):
+            call()
+    tokens, mask = map(jnp.asarray, other(["cube"]))
+    assert np.isnan(model.encode_text(tokens, mask)[0]).all()
+
+
+def test_a_clip_needs_its_end_mark(make_random):
+    text = TextConfig(31, 6, **SIZES, causal=True, pool="eos", eos_token=30)
+    clip = make_random(nnx.eval_shape(lambda: DualEncoder(dataclasses.replace(CONFIG, text=text), rngs=nnx.Rngs(0))))
+    with pytest.raises(UserError, match="a text lacks the end mark 30"):
+        zero_shot.embed_texts(clip, lambda texts: (np.zeros((1, 6), np.int32), np.ones((1, 6), bool)), ["cube"])

@@ -246,6 +246,46 @@ def test_ragged_examples_are_named():
         Pipeline(Ragged(), 4, num_steps=1).batch_at(0)
 
 
+class Grouped(Numbers):
+    """Tells of every row the numbers that it was read with."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group, self.read = group, []
+
+    def together(self, indices, step, rows):
+        self.read.append(len(rows))
+        size = self.group or len(rows)
+        first = rows // size * size
+        return {
+            "id": indices,
+            "row": rows,
+            "mates": np.stack([indices[np.isin(rows // size * size, k)] for k in first]),
+        }
+
+
+@pytest.mark.parametrize(("group", "read"), [(1, 2), (2, 4), (4, 8), (None, 8)])
+def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
+    """Two micro-batches of four over four processes: a row of each for every process."""
+    source = Grouped(group)
+    whole = Pipeline(source, 8, num_steps=4, seed=5).batch_at(3)
+    assert source.read == [8] and (whole["row"] == np.arange(8)).all() and (whole["id"][0] == reference()[3]).all()
+    parts = []
+    for process in range(4):
+        pipeline = Pipeline(source, 8, 4, num_steps=4, seed=5, process_index=process, process_count=4)
+        parts.append(pipeline.batch_at(3))
+        assert (pipeline.rows_at(3) == parts[-1]["id"]).all()
+    assert source.read[1:] == [read] * 4
+    for name, values in whole.items():
+        found = np.concatenate([part[name] for part in parts], axis=1).reshape(values.shape)
+        np.testing.assert_array_equal(found, values)
+
+
+def test_groups_that_do_not_fill_a_batch_are_refused():
+    with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, which the training data"):
+        Pipeline(Grouped(3), 8, num_steps=1)
+
+
 def test_impossible_batches_are_refused():
     with pytest.raises(UserError, match="batch_size=8 does not divide into micro-batches of 3"):
         pipeline(micro_batch=3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train_jax.runs import assert_same_run, fails, logged, metrics, steps_kept, stored
-from tests.train_jax.toy_task import Toy, toy_config
+from tests.train_jax.toy_task import Rows, Toy, toy_config
 from train_jax import loop, plots
 from train_jax.config import from_json
 from train_jax.errors import UserError
@@ -112,8 +112,29 @@ def test_a_used_workdir_is_judged_before_anything_is_prepared(run, capsys):
         fit(run, model__width=16)
     with pytest.raises(UserError, match="holds a run of 8 steps .* asks for 6"):
         fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, as the checkpoint knows
-    assert fit(run)["step"] == 8
-    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_complete_run_is_compared_with_the_data_and_no_model_is_made(run, monkeypatch, capsys):
+    """Those that it trained on, and where the task tells them those that it was measured on."""
+    monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a model was made"))
+    assert fit(run)["step"] == 8 and "is complete" in capsys.readouterr().out
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+    with monkeypatch.context() as changed:
+        changed.setattr(Rows, "fingerprint", property(lambda self: "others", lambda self, value: None), raising=False)
+        with pytest.raises(UserError, match="the training data is not that of the checkpoint .*'others'") as error:
+            fit(run)
+    assert error.value.exit_status == 2 and "is complete" not in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_complete_run_is_compared_with_the_data_it_was_measured_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Toy, "reported_data", lambda self: "held out", raising=False)
+    assert fit(tmp_path)["data"] == "held out" and fit(tmp_path)["step"] == 8
+    monkeypatch.setattr(Toy, "reported_data", lambda self: "others")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="are not those that it was measured on .fingerprint held out, now others"):
+        fit(tmp_path)
+    assert "is complete" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("nothing_prepared")

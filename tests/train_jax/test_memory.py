@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def test_peak_rises_with_an_allocation_and_stays_and_is_not_the_parents():
     assert abs(int(during) - int(before) - 2**26) < 2**22
     assert abs(int(after) - int(during)) < 2**22  # the kernel counts by core, some pages at a time
     assert devices == ["None"] * 3  # the CPU does not tell
+
+
+def test_windows_has_no_resource_module(monkeypatch):
+    """The module is read anew as there; what it cannot tell is 0."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("memory_on_windows", memory.__file__)
+    there = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(there)
+    peak = there.peak_memory_bytes()
+    assert peak.children == 0 and peak.device is None
 
 
 PARENT = """

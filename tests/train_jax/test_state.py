@@ -101,6 +101,13 @@ def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
         assert not (keys == other).all(axis=1).any()
 
 
+def test_rows_of_a_batch_tell_their_number_and_step():
+    found = state.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
+    assert found["x"].shape == (2, 3, 5)
+    np.testing.assert_array_equal(found[state.ROW], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(found[state.STEP], np.full((2, 3), 7))
+
+
 def bad_batch():
     x = batch()["x"][0].copy()
     x[3, 0] = np.nan

@@ -12,7 +12,7 @@ import pytest
 import eval as eval_script
 import train
 from tests.train_jax.runs import arguments, assert_same_run, fails, start
-from tests.train_jax.toy_task import Toy, toy_config
+from tests.train_jax.toy_task import Rows, Toy, toy_config
 from train_jax import command_line, loop, sweep
 from train_jax.config import from_json
 from train_jax.errors import RunStopped, UserError
@@ -104,6 +104,14 @@ def test_nothing_of_a_complete_sweep_is_trained_again(folder, monkeypatch, finis
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a run was trained again"))
     assert fit(folder) == finished[1]
     assert modified(folder / "fast") | modified(folder / "slow-0") == before
+
+
+def test_a_complete_run_of_a_sweep_is_compared_with_the_data(folder, monkeypatch):
+    before = modified(folder)
+    monkeypatch.setattr(Rows, "fingerprint", property(lambda self: "others", lambda self, value: None), raising=False)
+    with pytest.raises(UserError, match="slow-0: the training data is not that of the checkpoint"):
+        fit(folder)
+    assert modified(folder) == before
 
 
 def test_a_new_run_is_added_to_a_complete_sweep(folder, monkeypatch):

@@ -42,6 +42,11 @@ def plain_caption(scene: dict) -> Segment:
     return "caption en", writer.total() + writer.listed()
 
 
+def every_box(scene: dict) -> Segment:
+    """`detect object`, and every object with its box, from left to right."""
+    return _Writer(scene, np.random.default_rng(0)).every_box()
+
+
 class _Writer:
     """Writes segments about one scene; what does not depend on chance is computed once."""
 
@@ -54,14 +59,15 @@ class _Writer:
 
     def segment(self) -> Segment:
         """One segment of a random kind."""
-        writers = (self._answer, self._caption, self._detect, self._all, self._point, self._describe)
+        writers = (self._answer, self._caption, self._detect, self.every_box, self._point, self._describe)
         kind = int(np.searchsorted(_CUMULATIVE_SHARES, self._rng.random(), side="right"))
         return writers[kind]()
 
     def _located(self, index: int) -> str:
         return "".join(f"<loc{v:04d}>" for v in self._boxes[index])
 
-    def _all(self) -> Segment:
+    def every_box(self) -> Segment:
+        """All objects, from left to right."""
         return "detect object", " ; ".join(f"{self._located(i)} {self._names[i]}" for i in self._order)
 
     def _detect(self) -> Segment:

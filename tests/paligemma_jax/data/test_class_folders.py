@@ -112,6 +112,7 @@ def test_paths_out_of_the_folder_are_refused(coop, path, split):
     "content, found",
     [
         ("{", "cannot be read as JSON"),
+        ("[" * 10**5 + "]" * 10**5, "cannot be read as JSON"),
         ([], "holds no object with the lists train, val, test"),
         ({"train": 3}, "holds no object with the lists"),
         ({"train": [], "test": []}, "has no rows"),
@@ -141,3 +142,58 @@ def test_missing_files_and_images(tmp_path, coop, folder):
         read_class_folders(folder)
     with pytest.raises(UserError, match="the shares of train and val"):
         read_class_folders(folder, shares=(0.6, 0.4))
+
+
+def test_one_reader_finds_nested_pictures_of_every_ending(folder, caplog):
+    for name in ("cube/more/0.png", "cube/10.tif", "cube/11.GIF", "cube/notes.txt", "loose.png", ".hidden/0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    found = class_folders(folder)
+    assert {name: len(files) for name, files in found.items()} == {"cone": 2, "cube": 13, "small ball": 5}
+    told = " ".join(caplog.messages)
+    assert "notes.txt" in told and "1 in no class folder (first: loose.png)" in told and ".hidden" in told
+
+
+def test_copies_of_a_picture_stay_on_one_side(folder):
+    """Also across classes; without copies nothing changes."""
+    for name, number in COUNTS.items():
+        for k in range(number):
+            (folder / name / f"{k}.png").write_bytes(f"{name} {k}".encode())
+    before = read_class_folders(folder, 1)
+    for k in range(10):
+        (folder / "cube" / f"{k} copy.png").write_bytes((folder / "cube" / f"{k}.png").read_bytes())
+        (folder / "small_ball" / f"{k} copy.png").write_bytes((folder / "cube" / f"{k}.png").read_bytes())
+    data = read_class_folders(folder, 1)
+    splits = {name: {(folder / image).read_bytes() for image, _ in examples} for name, examples in data.splits.items()}
+    assert not any(splits[a] & splits[b] for a, b in (("train", "val"), ("train", "test"), ("val", "test")))
+    cubes = {split: [row for row in rows if row[0].startswith("cube/")] for split, rows in before.splits.items()}
+    for split, rows in cubes.items():
+        assert set(rows) <= set(data.splits[split]), split
+
+
+def test_a_class_of_copies_has_one_image(folder):
+    for k in range(2):
+        (folder / "cone" / f"{k}.png").write_bytes(b"the same")
+    with pytest.raises(UserError, match="the class 'cone' of .* has one image"):
+        read_class_folders(folder)
+
+
+def test_copies_in_two_splits_are_refused_and_in_published_files_told(coop, tmp_path, caplog):
+    """Those of one split are no leak."""
+    folder = coop(ROWS, "Mine")
+    for name, data in (("a/1", b"1"), ("a/2", b"22"), ("b/1", b"1"), ("b/3", b"3"), ("c/1", b"4")):
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        (folder / "images" / f"{name}.jpg").write_bytes(data)
+    assert len(read_coop(folder).splits["train"]) == 2
+    (folder / "images/c/1.jpg").write_bytes(b"1")
+    with pytest.raises(UserError, match=r"1 image\(s\) stand in two splits \(first: b/1.jpg of train, c/1.jpg of test"):
+        read_coop(folder, cache=tmp_path / "cache")
+    (folder / "split_zhou_Mine.json").rename(folder / "split_zhou_OxfordPets.json")
+    assert not caplog.messages and len(read_coop(folder).splits["test"]) == 2
+    assert "the published split is taken as it is" in caplog.text
+
+
+@pytest.mark.parametrize("row", [["a\ud83d.jpg", 0, "cat"], ["a.jpg", 0, "c\ud83d"]])
+def test_half_characters_in_split_files(coop, row):
+    with pytest.raises(UserError, match="has the row"):
+        read_coop(coop(ROWS | {"val": [row]}))

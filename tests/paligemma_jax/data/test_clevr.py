@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from paligemma_jax.data import clevr_tree as clevr_tree_module
 from paligemma_jax.data.clevr import ClevrQuestions, prepare_clevr
 from paligemma_jax.data.images import decode
-from paligemma_jax.data.records import GuardedSource
+from paligemma_jax.data.records import BadRow, GuardedSource
 from train_jax.errors import UserError
 
 QUESTIONS = {"train": 4, "validation": 3, "test": 1}
@@ -168,7 +169,7 @@ def test_scenes_are_joined_by_name_not_by_position(make_clevr_tree, tmp_path):
     [
         (lambda tree: shutil.rmtree(tree / "images/val"), "lacks images/val"),
         (lambda tree: shutil.rmtree(tree / "questions"), "lacks questions/CLEVR_train_questions.json"),
-        (lambda tree: (tree / "images/train/CLEVR_train_000004.png").unlink(), "1 images .* CLEVR_train_000004.png"),
+        (lambda tree: (tree / "images/train/CLEVR_train_000004.png").unlink(), "1 images .* 'CLEVR_train_000004.png'"),
         (lambda tree: (tree / "questions/CLEVR_val_questions.json").write_text('{"questions": [{'), "val_questions"),
         (lambda tree: (tree / "questions/CLEVR_val_questions.json").write_text('{"info": {}}'), "questions"),
         (lambda tree: (tree / "scenes/CLEVR_train_scenes.json").write_text('{"scenes": [{"a": 1}]}'), "image_filename"),
@@ -236,3 +237,98 @@ def test_a_tfrecord_tree_names_the_conversion(prepared_clevr, tmp_path):
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(UserError, match="convert_tfrecord"):
         ClevrQuestions(folder)
+
+
+def asked(tree, answers, split="train"):
+    """A tree whose first image has questions with these answers alone."""
+    name = f"CLEVR_{split}_000000.png"
+    rows = [{"image_filename": name, "question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    (tree / f"questions/CLEVR_{split}_questions.json").write_text(json.dumps({"questions": rows}))
+    return tree
+
+
+def test_answers_of_the_official_generator_are_words(make_clevr_tree, tmp_path):
+    tree = asked(make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 1}), [True, False, 3, 0, 10, "cube", "no"])
+    source = ClevrQuestions(prepare_clevr(tree, tmp_path / "out"))
+    assert [source[i].suffix for i in range(7)] == ["yes", "no", "3", "0", "10", "cube", "no"]
+
+
+def test_texts_that_are_none_are_bad_rows_of_the_tree(make_clevr_tree, tmp_path):
+    """And spare the others; a question too."""
+    tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 1})
+    asked(tree, ["yes", None, 2.5, [], {"a": 1}, "cut \ud83d", "no"])
+    file = tree / "questions/CLEVR_train_questions.json"
+    rows = json.loads(file.read_text())["questions"]
+    name = rows[0]["image_filename"]
+    more = [{"image_filename": name, "answer": "yes"}, {"image_filename": name, "question": 3, "answer": "yes"}]
+    file.write_text(json.dumps({"questions": rows + more}))
+    source = ClevrQuestions(prepare_clevr(tree, tmp_path / "out"))
+    guarded = GuardedSource(source, lambda record: {}, max_bad_fraction=1.0)
+    assert [bool(guarded[i]["bad"]) for i in range(9)] == [False, *[True] * 5, False, True, True]
+    for i, found in ((1, "answer None"), (2, r"answer 2\.5"), (5, r"answer 'cut \\ud83d'"), (7, "question None")):
+        with pytest.raises(BadRow, match=f"question {i} of CLEVR_train_000000.png has the {found}"):
+            source[i]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        '{"questions": [' + "[" * 10**5 + "]" * 10**5 + "]}",
+        '{"questions": [3]}',
+        '{"questions": [{"question": "?", "answer": "yes"}]}',
+        '{"questions": [{"image_filename": [], "question": "?", "answer": "yes"}]}',
+        '{"questions": [{"image_filename": "\\ud83d.png", "question": "?", "answer": "yes"}]}',
+    ],
+    ids=["deep", "number", "no image", "list", "surrogate"],
+)
+def test_a_file_of_questions_never_ends_in_a_traceback(make_clevr_tree, tmp_path, document):
+    tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 1})
+    (tree / "questions/CLEVR_train_questions.json").write_text(document)
+    with pytest.raises(UserError, match=r"CLEVR_train_questions\.json") as error:
+        prepare_clevr(tree, tmp_path / "out")
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+def test_two_files_of_one_picture_are_one_image(make_clevr_tree, tmp_path):
+    tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 6})
+    images = tree / "images/train"
+    shutil.copy(images / "CLEVR_train_000002.png", images / "CLEVR_train_000005.png")
+    source = ClevrQuestions(prepare_clevr(tree, tmp_path / "out"))
+    by_name = {source[i].image_name: source[i].image_index for i in range(len(source))}
+    assert by_name["CLEVR_train_000002.png"] == by_name["CLEVR_train_000005.png"] != by_name["CLEVR_train_000001.png"]
+    assert source.image_numbers().tolist() == [source[i].image_index for i in range(len(source))]
+
+
+def test_other_images_under_the_same_names_are_another_tree(make_clevr_tree, tmp_path):
+    """In a folder and in a zip, which are the same tree otherwise; a touched file is the same too."""
+    tree = make_clevr_tree(tmp_path / "a/CLEVR_v1.0", {"train": 2})
+    archive = shutil.make_archive(str(tmp_path / "b"), "zip", tree.parent, tree.name)
+    assert clevr_tree_module.ClevrTree(tree).identity() == clevr_tree_module.ClevrTree(archive).identity()
+    prepare_clevr(archive, tmp_path / "out")
+    image = tree / "images/train/CLEVR_train_000001.png"
+    os.utime(image, (1, 1))
+    prepare_clevr(tree, tmp_path / "out")
+    shutil.copy(tree / "images/train/CLEVR_train_000000.png", image)
+    with pytest.raises(UserError, match="prepared from another tree"):
+        prepare_clevr(tree, tmp_path / "out")
+
+
+def test_data_prepared_by_an_older_version_are_taken(make_clevr_tree, tmp_path):
+    """Their notes lack what is noted now."""
+    tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 2})
+    folder = prepare_clevr(tree, tmp_path / "out")
+    noted = json.loads((folder / "source.json").read_text())
+    del noted["train"]["images_sha256"]
+    (folder / "source.json").write_text(json.dumps(noted))
+    assert prepare_clevr(tree, tmp_path / "out") == folder
+
+
+def test_the_index_is_made_again_when_the_data_change(make_clevr_tree, tmp_path):
+    folders = [
+        prepare_clevr(make_clevr_tree(tmp_path / f"{seed}/CLEVR_v1.0", {"train": 3}, seed), tmp_path / f"out{seed}")
+        for seed in (0, 1)
+    ]
+    before, other = (ClevrQuestions(folder).fingerprint for folder in folders)
+    (shard,) = folders[1].glob("*.array_record*")
+    shutil.copy(shard, next(folders[0].glob("*.array_record*")))
+    assert ClevrQuestions(folders[0]).fingerprint == other != before

@@ -74,3 +74,20 @@ def test_places_are_the_same_for_classes_of_one_length_and_within_any():
         found = place(np.float32(value), np.array([5, 5, 1, 1000]))
         assert found.tolist() == [int(value * 5)] * 2 + [0, int(value * 1000)] and found.dtype == np.int32
         np.testing.assert_array_equal(place(jnp.float32(value), jnp.array([5, 5, 1, 1000])), found)
+
+
+@pytest.mark.parametrize("template", ["{} {photo}", "{0} of a {}", "a {{{}}}", "{} }", "{!r} {}", "%s {}"])
+def test_other_braces_of_a_template_are_text(template):
+    assert fill_templates(("cat", "{}"), (template,)) == ((template.replace("{}", "cat"),), (template,))
+
+
+@pytest.mark.parametrize("classes, templates", [(("a\ud83d",), ("{}",)), (("a",), ("\udcff {}",))])
+def test_half_characters_are_refused(classes, templates):
+    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+        fill_templates(classes, templates)
+
+
+def test_long_templates_are_cut_in_messages():
+    with pytest.raises(UserError) as error:
+        fill_templates(("cat",), ("a photo " * 1000,))
+    assert len(str(error.value)) < 300 and "(8,000 characters)" in str(error.value)

@@ -8,7 +8,8 @@ import pytest
 
 from paligemma_jax.data.images import decode
 from paligemma_jax.data.jsonl import JsonlRecords
-from paligemma_jax.data.records import BadRow
+from paligemma_jax.data.records import BadRow, GuardedSource
+from train_jax.core import digests
 from train_jax.errors import UserError
 
 SAMPLE = Path(__file__).parents[3] / "docs" / "sample_data"
@@ -145,3 +146,72 @@ def test_captions_need_no_prefix(folder):
     with pytest.raises(BadRow, match=r"train.jsonl line 2 is .*, expected an object with the texts image, text"):
         rows[1]
     assert rows.fingerprint != JsonlRecords(folder, "train", caption="other").fingerprint
+
+
+def test_an_image_is_its_bytes(folder, make_png):
+    """Copies share an index, absent images one for each name, malformed lines none; a change of bytes is noticed."""
+    (folder / "copy.png").write_bytes(make_png(0))
+    names = ["images/0.png", "copy.png", "images/../copy.png", "images/1.png", "lost.png", "lost.png", "gone.png"]
+    source = JsonlRecords(write(folder, *map(row, names), "{"))
+    assert source.image_numbers().tolist() == [0, 0, 0, 1, 2, 2, 3, 4]
+    assert [source[i].image_index for i in range(4)] == [0, 0, 0, 1]
+    (folder / "copy.png").write_bytes(make_png(5))
+    changed = JsonlRecords(folder / "train.jsonl")
+    assert changed.image_numbers().tolist() == [0, 1, 1, 2, 3, 3, 4, 5] and changed.fingerprint != source.fingerprint
+
+
+def test_digests_are_kept_until_an_image_changes(folder, tmp_path, make_png, monkeypatch):
+    file = write(folder, row("images/0.png"), row("images/1.png"))
+    first = JsonlRecords(file, cache=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "digest", lambda data: pytest.fail("an image was read again"))
+        assert JsonlRecords(file, cache=tmp_path / "cache").fingerprint == first.fingerprint
+    (folder / "images/1.png").write_bytes(make_png(0))
+    assert JsonlRecords(file, cache=tmp_path / "cache").image_numbers().tolist() == [0, 0]
+
+
+DEEP = "[" * 10**5 + "]" * 10**5
+
+
+@pytest.mark.parametrize("caption", [None, "suffix"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        row("images/0.png", suffix="x").replace('"x"', r'"cut \ud83d"'),
+        row("x").replace('"x"', r'"\ud83d.png"'),
+        row("x").replace('"x"', r'"images/\udc80.png"'),
+        row("images/0.png").replace("}", ', "deep": ' + DEEP + "}"),
+        DEEP,
+        row("data:image/png;base64," + "iVBORw0KGgo/" * 5000),
+        row("data:,"),
+        row("a" * 5000 + ".png"),
+        row("https://example.com/" + "a" * 9000),
+        row("circle.png"),
+        row("images/0.png", suffix=None),
+        row(None),
+        '{"image": 1' + "0" * 5000 + "}",
+    ],
+    ids=lambda line: line[:24] if isinstance(line, str) else line,
+)
+def test_no_line_ends_in_a_traceback(folder, line, caption):
+    """Under both policies, and no more of it is quoted than a line holds."""
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    source = JsonlRecords(write(folder, row("images/0.png"), line), caption=caption)
+    skipping = GuardedSource(source, lambda record: {}, max_bad_fraction=1.0)
+    assert [skipping[i]["bad"] for i in range(2)] == [False, True]
+    with pytest.raises(BadRow, match=r"train\.jsonl line 2") as error:
+        GuardedSource(source, lambda record: {}, on_error="raise")[1]
+    assert len(str(error.value)) < 700 and str(error.value).isprintable()
+
+
+def test_a_half_character_in_the_prefix_is_a_bad_row(folder):
+    line = row("images/0.png", prefix="x").replace('"x"', r'"cut \ud83d"')
+    with pytest.raises(BadRow, match="line 1 has the prefix"):
+        JsonlRecords(write(folder, line))[0]
+
+
+def test_suffixes_are_read_without_images(folder):
+    source = JsonlRecords(write(folder, row("lost.png", suffix="a goose"), "{"))
+    assert source.suffix(0) == "a goose"
+    with pytest.raises(BadRow):
+        source.suffix(1)

@@ -1,6 +1,7 @@
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,6 +47,36 @@ def test_threads_load_each_value_once():
     threads = [threading.Thread(target=cache.get, args=("key", load)) for _ in range(8)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert len(loads) == 1
+
+
+def test_threads_load_different_values_at_the_same_time():
+    """Each load waits for the other to have begun: one after the other they would wait for ever."""
+    cache, both = ByteLRU(100), threading.Barrier(2, timeout=20)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda key: cache.get(key, lambda: (both.wait(), (key, 1))[1]), "ab")
+        assert list(found) == ["a", "b"] and cache.nbytes == 2
+
+
+def test_who_waits_for_a_load_that_fails_gets_its_error_and_the_next_loads_anew():
+    cache, begun, go = ByteLRU(100), threading.Event(), threading.Event()
+
+    def load():
+        begun.set()
+        go.wait(20)
+        raise ZeroDivisionError
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cache.get, "a", load)
+        begun.wait(20)
+        second = pool.submit(cache.get, "a", lambda: pytest.fail("loaded twice"))
+        while not second.running():
+            time.sleep(0.001)
+        time.sleep(0.05)
+        go.set()
+        assert isinstance(first.exception(20), ZeroDivisionError) and isinstance(
+            second.exception(20), ZeroDivisionError
+        )
+    assert cache.get("a", lambda: (7, 1)) == 7
 
 
 def test_a_pickled_copy_is_empty_and_works():

@@ -81,10 +81,33 @@ def test_what_just_fits_and_what_does_not():
         make_example(TINY, "how many cubes", None, 4)
 
 
-def test_image_placeholders_are_refused():
-    for prefix, suffix in (("<image>answer en", "yes"), ("answer en", "<image>")):
-        with pytest.raises(UserError, match="<image>; remove it"):
-            make_example(TINY, prefix, suffix, 20)
+@pytest.mark.parametrize("mark", ["<image>", "<bos>", "<eos>", "<pad>"])
+def test_what_the_format_adds_is_refused_in_every_text(mark):
+    for prefix, suffix in ((f"{mark}answer en", "yes"), ("answer en", f"a {mark}"), (f"a{mark}b", None)):
+        with pytest.raises(UserError, match=f"holds {mark}, which the format adds by itself; remove it"):
+            make_example(TINY, prefix, suffix, 30)
+
+
+def test_marks_are_read_as_transformers_does_where_that_is_asked_for():
+    """`<image>` in front is where the image stands; `<bos>`, `<eos>`, `<pad>` and `<unk>` are ids 2, 1, 0 and 3."""
+    options = dict(length=20, special_tokens="parse")
+    plain, marked = (make_example(TINY, text, "red", **options)["tokens"] for text in ("how", "<image>how"))
+    np.testing.assert_array_equal(plain, marked)
+    ids = make_example(TINY, "how<bos> many<pad>", "two<eos><unk>", **options)["tokens"]
+    how, many, two = (TINY.encode(text) for text in ("how", " many", "two"))
+    expected = [2, *how, 2, *many, 0, 4, *two, 1, 3, 1]
+    assert ids[: len(expected)].tolist() == expected
+    for prefix, suffix in (("how <image>", None), ("how", "<image>"), ("<image><image>", None)):
+        with pytest.raises(UserError, match="holds <image>.*leave it out"):
+            make_example(TINY, prefix, suffix, **options)
+    with pytest.raises(UserError, match="special_tokens is 'read', expected one of refuse, parse"):
+        make_example(TINY, "how", None, 9, special_tokens="read")
+
+
+def test_a_long_text_is_not_repeated_in_a_message():
+    with pytest.raises(UserError) as info:
+        make_example(TINY, "word " * 2000 + "<eos>", None, 9)
+    assert len(str(info.value)) < 500
 
 
 def test_printed_batch():
@@ -110,3 +133,9 @@ def test_printed_batch_wraps_and_keeps_columns_together():
     words = [word for line in lines if line.startswith("tokens ") for word in line.split()[1:]]
     bits = [word for line in lines if line.startswith("weights ") for word in line.split()[1:]]
     assert len(words) == len(bits) and words[-3:] == ["two", "<eos>", "<pad>"] and bits[-4:] == ["1", "1", "0", "0"]
+
+
+def test_a_text_that_is_too_long_is_not_repeated_whole():
+    with pytest.raises(TruncationError) as error:
+        make_example(TINY, "word " * 1600, "yes", 64)
+    assert len(str(error.value)) < 250 and "(8,000 characters)" in str(error.value)

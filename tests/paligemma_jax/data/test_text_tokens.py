@@ -1,7 +1,7 @@
 """Tokens of texts for SigLIP and CLIP, against transformers' tokenizers."""
 
-import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def test_a_file_beside_an_npz_counts(tmp_path):
     assert load_text_tokenizer(tmp_path / "x.npz").pad_id == 1
 
 
-def test_mistakes_are_told(tmp_path, monkeypatch):
+def test_mistakes_are_told(tmp_path):
     def refused(sentence, *arguments):
         with pytest.raises(UserError, match=sentence):
             load_text_tokenizer(*arguments)
@@ -72,12 +72,46 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
     refused("cannot be read as a tokenizer", tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="the text tower has 60 words but .* needs 67"):
         load_text_tokenizer(GOLDEN / "siglip").fits(60)
-    real = importlib.import_module
 
-    def without(name, *rest):
-        if name == "tokenizers":
-            raise ImportError(name)
-        return real(name, *rest)
 
-    monkeypatch.setattr(importlib, "import_module", without)
-    refused(r"paligemma-jax\[clip\]", GOLDEN / "clip")
+def beside(tmp_path, name, **files):
+    """A copy of a golden folder with further JSON files beside the tokenizer's own."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    for file, values in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def test_added_tokens_are_read_and_need_a_row(tmp_path):
+    """As transformers reads the folder: one id, also within a word, and a table that must reach that far."""
+    folder = beside(tmp_path, "siglip2", added_tokens={"<Answer>": 400})
+    words, plain = (load_text_tokenizer(place) for place in (folder, GOLDEN / "siglip2"))
+    assert words.encode("a<Answer>red") == [*plain.encode("a"), 400, *plain.encode("red")]
+    words.fits(401)
+    with pytest.raises(UserError, match="400 words but .* needs 401"):
+        words.fits(400)
+    folder = beside(tmp_path, "siglip", added_tokens={"<answer>": 67})
+    with pytest.raises(UserError, match=r"add '<answer>' = 67, expected no more than its 67 pieces"):
+        load_text_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "name, values, sentence",
+    [
+        ("siglip", {"eos_token": "<unk>"}, "eos_token = '<unk>', expected the token 1"),
+        ("clip", {"bos_token": "<|endoftext|>"}, r"bos_token = '<\|endoftext\|>', expected the token"),
+        ("siglip2", {"padding_side": "left"}, "padding_side = 'left', expected 'right'"),
+        ("siglip2", {"split_special_tokens": True}, "split_special_tokens = True, expected False"),
+        ("siglip", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs = .* that are known here"),
+    ],
+)
+def test_what_a_config_says_is_read_or_refused(tmp_path, name, values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_text_tokenizer(beside(tmp_path, name, tokenizer_config=values))
+
+
+def test_a_config_says_the_length_and_the_case(tmp_path):
+    words = load_text_tokenizer(beside(tmp_path, "siglip", tokenizer_config={"model_max_length": 9}))
+    assert words.length == 9 and words.encode("A Red") == words.encode("a red")
+    folder = beside(tmp_path / "other", "siglip", tokenizer_config={"do_lower_case": False})
+    assert load_text_tokenizer(folder).encode("A Red") != words.encode("a red")

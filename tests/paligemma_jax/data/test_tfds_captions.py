@@ -9,18 +9,19 @@ from paligemma_jax.data.tfds_captions import TfdsCaptions
 from train_jax.errors import UserError
 
 CAPTIONS = [["a duck"], ["a cat", "a grey cat", "an animal"], []]
+SEEDS = (0, 1, 0)  # of the pictures
 features = tfds.features
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Three pictures with one, three and no captions, and a title each."""
+    """Three pictures, two of them the same, with one, three and no captions, and a title each."""
 
     name = "pictures"
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None
 
-    def __init__(self, *, png: bytes, **kwargs):
-        self.png = png
+    def __init__(self, *, pngs: list[bytes], **kwargs):
+        self.pngs = pngs
         super().__init__(**kwargs)
 
     def _info(self):
@@ -35,7 +36,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self):
         for number, texts in enumerate(CAPTIONS):
             captions = [{"text": text, "id": at} for at, text in enumerate(texts)]
-            yield number, {"image": self.png, "captions": captions, "title": f"picture {number}"}
+            yield number, {"image": self.pngs[number], "captions": captions, "title": f"picture {number}"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def prepared(tmp_path_factory, make_png):
 
     def prepare(file_format="array_record"):
         root = tmp_path_factory.mktemp("tfds")
-        builder = Pictures(png=make_png(0), data_dir=root, file_format=file_format)
+        builder = Pictures(pngs=[make_png(seed) for seed in SEEDS], data_dir=root, file_format=file_format)
         builder.download_and_prepare()
         return root / "pictures/1.0.0"
 
@@ -66,10 +67,12 @@ def test_a_row_is_a_caption_of_an_example(folder, make_png):
         except BadRow as error:
             assert f"train example {index % 3} of {folder} has no caption" in str(error)
             continue
-        assert record.image == make_png(0) and record.image_index == index % 3 and record.prefix == ""
+        assert record.image == make_png(int("cat" in record.suffix or "animal" in record.suffix))
+        assert record.image_index == rows.image_numbers()[index] and record.prefix == ""
         found.setdefault(index % 3, []).append(record.suffix)
     assert sorted(found.values()) == [["a cat", "a grey cat", "an animal", "a cat"], ["a duck"] * 4]
-    np.testing.assert_array_equal(rows.image_numbers(), np.arange(12) % 3)
+    np.testing.assert_array_equal(rows.image_numbers(), np.tile(rows.image_numbers()[:3], 4))
+    assert sorted(np.bincount(rows.image_numbers()).tolist()) == [4, 8]  # two examples have one picture
 
 
 def test_a_single_text_is_a_caption_too(folder):
@@ -102,3 +105,17 @@ def test_what_is_refused(folder, options, sentence):
 def test_a_folder_without_data_is_told(tmp_path):
     with pytest.raises(UserError, match="has no dataset_info.json, expected a version folder of TFDS"):
         TfdsCaptions(tmp_path, "train")
+
+
+@pytest.mark.parametrize("caption", ["captions/id", "image"])
+def test_a_caption_that_is_no_text_is_a_bad_row(folder, caption):
+    rows = TfdsCaptions(folder, "train", caption=caption)
+    for index in range(3):
+        with pytest.raises(BadRow, match=f"train example {index} of .* caption"):
+            rows[index]
+
+
+def test_digests_are_kept(folder, tmp_path, monkeypatch):
+    first = TfdsCaptions(folder, "train", caption="title", cache=tmp_path)
+    monkeypatch.setattr(TfdsCaptions, "_digests", lambda self: pytest.fail("the pictures were read again"))
+    assert TfdsCaptions(folder, "train", caption="title", cache=tmp_path).fingerprint == first.fingerprint

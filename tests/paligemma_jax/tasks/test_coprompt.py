@@ -14,11 +14,12 @@ import paligemma_jax as pg
 from paligemma_jax import zero_shot
 from paligemma_jax.classify import classify
 from paligemma_jax.consistency import coprompt_loss
+from paligemma_jax.data.few_shot import Example
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.protocols import read_protocol
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.predict import read_pixels
-from paligemma_jax.tasks import coprompt_report
+from paligemma_jax.tasks import coprompt_data, coprompt_report
 from paligemma_jax.tasks.coprompt import CoPrompt, Texts
 from tests.paligemma_jax.adapt.test_prompts_golden import attached, ours
 from tests.paligemma_jax.mini import ROOT, config_of, png, read_lines, save_small_siglip
@@ -246,6 +247,7 @@ def test_the_golden_passes_through_the_code_that_trains(options, golden):
     task.texts = Texts(
         case["tokens"].astype(np.int32), None, np.stack([0 * frozen, frozen], 1), np.full(C, 2, np.int32)
     )
+    model = task.texts.beside(model)
     pixels = {ours: jnp.asarray(case[name].transpose(0, 2, 3, 1)) for ours, name in IMAGES.items()}
     B = len(case["labels"])
     batch = pixels | {"label": jnp.asarray(case["labels"], jnp.int32), "weight": jnp.ones(B), "draw": jnp.full(B, 0.7)}
@@ -283,6 +285,21 @@ def test_the_loss_is_coprompts_in_micro_batches_too(options):
     rows |= {ours: normalize(batch[name][good]) for name, ours in IMAGES.items()}
     expected, _ = coprompt_loss(model, rows, 2.0, "mse")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["coprompt", "full"])
+def test_texts_are_arguments_of_the_step_and_do_not_train(options, method):
+    """As constants of the program, a thousand classes' sentences would be compiled into it."""
+    none = {"prompts.text_adapter": None, "prompts.image_adapter": None} if method == "full" else {}
+    task = task_of(options, method=method, **none)
+    batch, model = batch_of(task), task.init()
+    graph, arrays = params.split(model)
+    held = {path for path in arrays if path.startswith("class_texts/")}
+    assert {"class_texts/tokens", "class_texts/lengths"} <= held
+    assert ("class_texts/frozen" in held) == (method == "coprompt")
+    assert not held & set(patterns.select(task.trainable(), arrays))
+    step = jax.make_jaxpr(lambda arrays, batch: task.loss(params.merge(graph, arrays), batch, None))(arrays, batch)
+    assert max(np.size(value) for value in step.consts) <= 3  # mean and deviation of the pixels
 
 
 def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):
@@ -362,6 +379,38 @@ def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
     (tmp_path / "run/protocol.json").write_text('{"tuned": {}}')
     with pytest.raises(UserError, match="protocol.json is no protocol"):
         again.evaluate(again.abstract(), tmp_path / "run")
+
+
+def test_a_renamed_picture_is_still_what_was_tuned_on(run, options, tmp_path):
+    """And other pictures under the names of those tested are other data."""
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    changed = options | {"data.source": str(tmp_path / "toys")}
+    before = task_of(changed)
+    tuned = sorted(image for rows in before.protocol.tuned.splits.values() for image, _ in rows)
+    tested = {name: data.splits["test"] for name, data in before.protocol.tested.items()}
+    coprompt_data.check_unseen(before.protocol, run)
+    moved = tested["base"][0]
+    data = before.protocol.tested["base"]
+    renamed = dataclasses.replace(data, splits={"test": (Example("copy.png", moved.label), *tested["base"])})
+    protocol = dataclasses.replace(before.protocol, tested={**before.protocol.tested, "base": renamed})
+    (tmp_path / "toys/copy.png").write_bytes((tmp_path / "toys" / moved.image).read_bytes())
+    coprompt_data.check_unseen(protocol, run)
+    (tmp_path / "toys/copy.png").write_bytes((tmp_path / "toys" / tuned[0]).read_bytes())
+    with pytest.raises(UserError, match=r"1 image.s. of toys .base. would be tested .* .first: copy.png"):
+        coprompt_data.check_unseen(protocol, run)
+
+
+def test_data_of_a_complete_run_go_by_their_bytes(options, tmp_path):
+    shutil.copytree(options["data.source"], tmp_path / "toys")
+    changed = options | {"data.source": str(tmp_path / "toys")}
+    found = [(task_of(each).train_records().fingerprint, task_of(each).reported_data()) for each in (options, changed)]
+    assert found[0] == found[1]
+    for image in (task_of(changed).protocol.tuned.splits["train"][0].image, "tested"):
+        if image == "tested":
+            image = task_of(changed).protocol.tested["base"].splits["test"][0].image
+        (tmp_path / "toys" / image).write_bytes(png(1234))
+        found.append((task_of(changed).train_records().fingerprint, task_of(changed).reported_data()))
+    assert found[2][0] != found[1][0] and found[2][1] == found[1][1] and found[3][1] != found[2][1]
 
 
 def test_the_test_images_are_the_only_split(run, options):

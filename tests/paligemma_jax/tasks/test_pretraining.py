@@ -5,10 +5,12 @@ import json
 import warnings
 
 import beartype
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from beartype.door import is_bearable
+from flax import nnx
 
 import paligemma_jax as pg
 from paligemma_jax.data import pretraining_set
@@ -17,8 +19,9 @@ from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.models.gemma import Gemma
+from paligemma_jax.models.paligemma import DECODERS, variant
+from paligemma_jax.tasks import detection, pretraining, scene_task
 from paligemma_jax.tasks import export as export_module
-from paligemma_jax.tasks import pretraining, scene_task
 from paligemma_jax.tasks.export import export
 from paligemma_jax.tasks.pretraining import Pretraining, pack, packed_mask
 from paligemma_jax.tasks.vision_pretraining import Patches, VisionPretraining
@@ -136,6 +139,58 @@ def test_scores_count_whole_suffixes(task, module, monkeypatch):
     }
 
 
+def test_an_evaluation_is_compiled_once(task, module, monkeypatch, scenes):
+    """However often a run evaluates."""
+    monkeypatch.setattr(scene_task.SceneTask, "rendered", lambda self, stream, number: scenes)
+    vision = VisionPretraining(task.config, task.mesh)
+    vision.config, vision.model_config = task.config, MINI
+    traced = []
+    for counted, name in ((task, "_score"), (vision, "loss")):
+        original = getattr(counted, name)
+        monkeypatch.setattr(counted, name, lambda *given, f=original, n=name: (traced.append(n), f(*given))[1])
+    for _ in range(2):
+        task.validate(module), vision.validate(module)
+    assert sorted(traced) == ["_score", "loss"]
+
+
+def test_what_detect_finds(module, monkeypatch):
+    """Answers made to be exact; to have one box of two, shifted by a quarter; and to hold no box at all."""
+    texts = [
+        ("detect object", "<loc0000><loc0000><loc0400><loc0400> red cube ; <loc0500><loc0500><loc0900><loc0900> ball")
+    ]
+    images = [np.zeros((24, 24, 3), np.uint8)]
+    found = {
+        texts[0][1]: (1.0, 1.0),
+        "<loc0000><loc0100><loc0400><loc0500> red cube": (0.6 / 2, 0.5),
+        "<loc0000><loc0000><loc0400><loc0400> blue cube": (0.0, 0.0),
+        "a red cube": (0.0, 0.0),
+    }
+    asked = []
+
+    def generate(*given):
+        asked.append(given)
+        ids = [*TOKENIZER.encode(list(found)[len(asked) - 1]), TOKENIZER.eos_id]
+        return np.tile(np.array(ids), (20, 1))
+
+    monkeypatch.setattr(detection, "generate", generate)
+    for iou, recall in found.values():
+        scores = detection.detection_scores(module.model, TOKENIZER, images, texts)
+        assert scores == pytest.approx({"detect_mean_iou": iou, "detect_recall_50": recall})
+    model, pixels, tokens, mask, room, eos = asked[0]
+    assert pixels.shape == (20, 24, 24, 3) and room == len(TOKENIZER.encode(texts[0][1])) + 1
+    assert tokens[0].tolist() == [TOKENIZER.bos_id, *TOKENIZER.encode("detect object"), *TOKENIZER.separator_ids]
+
+
+def test_every_picture_is_compared_with_its_own_boxes(module, monkeypatch):
+    """23 pictures, answered 20 at a time: each is answered with its own box, but for the last."""
+    texts = [("detect object", f"<loc0000><loc0000><loc0500><loc{100 + 10 * n:04d}> cube") for n in range(23)]
+    ids = np.array([TOKENIZER.encode(suffix) for _, suffix in texts])
+    batches = iter([ids[:20], np.concatenate([ids[20:22], ids[:1], ids[:17]])])
+    monkeypatch.setattr(detection, "generate", lambda *given: next(batches))
+    scores = detection.detection_scores(module.model, TOKENIZER, [np.zeros((24, 24, 3), np.uint8)] * 23, texts)
+    assert scores == pytest.approx({"detect_mean_iou": (22 + 100 / 320) / 23, "detect_recall_50": 22 / 23})
+
+
 # Scenes
 
 
@@ -215,6 +270,25 @@ def test_micro_batches_are_refused():
         VisionPretraining(config, None)
 
 
+@pytest.mark.parametrize("argument", ["", ":vision"])
+def test_a_variant_of_a_released_model_is_trained_on_images_prepared_for_it(argument):
+    changes = {"model.variant": "3b-224", "model.unroll": False, "batch_size": 2, "init_from": "()"}
+    config = config_of(changes, config=str(ROOT / f"configs/pretrain.py{argument}"))
+    task = task_class(config.task)(config, None)
+    row = task.blank_row()
+    assert row["image"].shape == (224, 224, 3) and task.model_config.preprocessing.size == 224
+    np.testing.assert_allclose(task.normalize(jnp.array([0, 255, 0], jnp.uint8)), [-1, 1, -1])
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), row)
+    loss, _ = nnx.eval_shape(lambda batch: task.loss(task.new(), batch, None), batch)
+    assert loss.shape == ()
+
+
+def test_every_variant_knows_how_its_images_are_prepared():
+    for name in ("tiny", *(f"{size}-{pixels}" for size in DECODERS for pixels in (224, 448, 896))):
+        sizes = variant(name)
+        assert sizes.preprocessing.size == sizes.vision.image_size
+
+
 def test_an_unknown_remat_is_refused():
     config = config_of({"model.remat": "blocks"}, config=str(ROOT / "configs/pretrain.py:vision"))
     with pytest.raises(UserError) as error:
@@ -259,6 +333,7 @@ def run(tmp_path_factory):
 def test_a_pretraining_run_becomes_a_folder(run, tmp_path):
     results = json.loads((run / "eval.json").read_text())
     assert {f"{name}_accuracy" for name in pretraining.TASKS} <= results.keys()
+    assert 0 <= results["detect_recall_50"] <= 1 and 0 <= results["detect_mean_iou"] <= 1
     export(run, tmp_path / "model")
     model = pg.load(tmp_path / "model")
     trained = params.flatten(loop.load_model(config_of_run(run), run, "latest").model)

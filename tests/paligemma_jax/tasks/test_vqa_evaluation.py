@@ -63,6 +63,13 @@ def test_answers_are_of_their_rows(expected, mini_rows):
     assert all(one.tokens == 2 for one in expected if one.reference in ("2", "red", "yes"))
 
 
+def test_an_answer_tells_its_image_and_whether_it_ended(answer, expected, mini_rows):
+    """An answer that ends has EOS among its tokens; with room for one token, only the empty answer does."""
+    assert [one.image_index for one in expected] == [record.image_index for record in mini_rows.records]
+    short = answer(mini_rows, ("generate", "loss"), eval__max_new_tokens=1)
+    assert all(one.ended is (one.prediction == "") for one in short)
+
+
 @pytest.mark.parametrize("changes", [{"eval__batch_size": 1}, {"eval__batch_size": 5}, {"eval__feature_cache_mb": 0}])
 def test_batch_and_cache_change_nothing(answer, expected, mini_rows, changes):
     assert_same(answer(mini_rows, **changes), expected)
@@ -165,6 +172,9 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
     assert evaluation._size == 4 and len(compiled) == 2
     list(evaluation.answers(mini_rows, ("generate",), shuffled=True))
     assert len(compiled) == 2  # once an evaluation
+    again = Evaluation(task, task.base())
+    assert_same(list(again.answers(mini_rows, ALL)), expected)
+    assert again._size == 4 and len(compiled) == 2  # and a run evaluates many times
 
 
 def planned(evaluation, rows, wanted=ALL):

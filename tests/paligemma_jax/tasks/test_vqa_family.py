@@ -91,7 +91,7 @@ def test_the_penalty_is_of_the_mean_loss(mini_options):
         ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "
          "it."),
         ({"adapter.name": "prefix", "adapter.targets": "decoder/.*"}, "adapter.targets is 'decoder/.*' beside "
-         "adapter.name='prefix', which takes none: leave it out."),
+         "adapter.name='prefix', which takes none: set adapter.targets=None."),
         ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', expected 0, or a positive "
          "number beside diff_pruning: change one of the two."),
         ({"adapter.name": "last_layers", "adapter.size": 2}, "the last 2 layers are to train, expected 1 to 1 of the "

@@ -19,7 +19,7 @@ RUN = {
     "eval.question_only": False,
     "eval.before": False,
     "eval.candidates": "yes|no|2",
-    "adapter.dropout": 0.0,
+    "adapter.dropout": 0.3,
 }
 SECONDS = 1200  # one minute where nothing else runs
 

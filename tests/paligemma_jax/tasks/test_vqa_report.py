@@ -1,6 +1,7 @@
 """The report: controls by hand, and what stands in the files."""
 
 import dataclasses
+import io
 from types import SimpleNamespace
 
 import matplotlib.axes
@@ -12,7 +13,7 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax.data.records import Record
 from paligemma_jax.metrics import Accuracy, rouge
-from paligemma_jax.tasks import vqa_report
+from paligemma_jax.tasks import vqa_pictures, vqa_report
 from paligemma_jax.tasks.vqa_answer import Answer, question_of
 from paligemma_jax.tasks.vqa_pictures import save_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
@@ -53,6 +54,21 @@ def test_the_most_frequent_training_answer_of_a_family():
     frequent.add(dataclasses.replace(answer(COUNT, ""), family="exist", reference="yes"))  # never trained
     assert frequent.accuracy.overall == 2 / 5
     assert frequent.accuracy.by_family() == {"count": 0.5, "exist": 0.0, "query_color": 0.5}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
+    """Bad rows are told by UserError and OSError; anything else passes through, in the counts and on the sheet."""
+
+    class Broken(Rows):
+        def __getitem__(self, index):
+            raise error("a fault")
+
+    rows = Broken([Record(b"", "x.png", 0, "answer en Why?", "1")])
+    with pytest.raises(error, match="a fault"):
+        vqa_report.Frequent(task_with(rows))
+    with pytest.raises(error, match="a fault"):
+        vqa_pictures._pictures(rows, {"x.png"})
 
 
 def test_the_best_of_the_controls():
@@ -116,6 +132,23 @@ def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
     ]
     with Image.open(tmp_path / "scenes.png") as sheet:
         assert sheet.width > 300
+
+
+def test_the_sheet_tells_two_pictures_of_one_name_apart(tmp_path, monkeypatch):
+    drawn = []
+    source = Rows([Record(png(i), "0001.png", i, COUNT, "2") for i in range(3)])
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    answers = [dataclasses.replace(answer(COUNT, "2", "2", image="0001.png"), image_index=i) for i in (0, 1, 1, 2)]
+    _, shown = vqa_report._score(answers, lambda answer: None, None)
+    assert [one.image_index for one in shown] == [0, 1, 2]
+    save_sheet(source, shown[::-1], tmp_path / "scenes.png")
+    firsts = [np.asarray(picture)[0, 0].tolist() for picture in drawn]
+    assert firsts == [np.asarray(Image.open(io.BytesIO(png(i))))[0, 0].tolist() for i in (2, 1, 0)]
+
+
+def test_the_share_of_answers_that_were_cut():
+    ended = [dataclasses.replace(answer(COUNT, "2", "2"), ended=value) for value in (True, False, True, True)]
+    assert vqa_report._score(ended, lambda answer: None, None)[0]["answers_without_eos"] == 0.25
 
 
 @pytest.mark.usefixtures("fast_compilation")

@@ -3,16 +3,23 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 import paligemma_jax as pg
+from paligemma_jax.tasks.contrastive import Contrastive
+from paligemma_jax.tasks.coprompt import CoPrompt
+from paligemma_jax.tasks.text_to_image import TextToImage
+from paligemma_jax.tasks.vqa import VQA
 from paligemma_jax.weights import digest
 from paligemma_jax.weights.digest import base_digest, check_digest, write_digest
 from tests.paligemma_jax.mini import config_of
 from train_jax import loop
 from train_jax.errors import UserError
+from train_jax.task import check_workdir
 
 
 def test_it_is_of_the_weights_alone(mini_folder, tmp_path, golden):
@@ -81,13 +88,51 @@ def on_another_base(mini_run, mini_folder, mini_options, tmp_path):
 def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monkeypatch):
     run, options = on_another_base
     monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(VQA, "base", lambda task: pytest.fail("the model was read"))
+    monkeypatch.setattr(VQA, "split", lambda task, name: pytest.fail("data were prepared"))
     calls = (
         lambda: pg.load(run),
         lambda: loop.evaluate(config_of(options), run),
         lambda: loop.fit(config_of(options | {"total_steps": 20}), run, "none"),
     )
-    for call in calls:
-        with pytest.raises(UserError, match="was trained on the base that was at .*, found another at"):
-            call()
+    for process in (0, 1):  # every process tells it
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        for call in calls:
+            with pytest.raises(UserError, match="was trained on the base that was at .*, found another at"):
+                call()
+    monkeypatch.undo()
     shutil.copy(mini_folder / "model.safetensors", options["model.path"])
     pg.load(run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "noted", "sentence"),
+    [
+        (Contrastive, {"model": {"path": "SECOND"}, "init": {"vision": None}}, {"path": "FIRST"}, "set model.path to"),
+        (
+            Contrastive,
+            {"model": {"path": None}, "init": {"vision": "SECOND"}},
+            {"path": None, "vision": "FIRST"},
+            "init.vision to",
+        ),
+        (CoPrompt, {"model": {"path": "SECOND"}}, {"path": "FIRST"}, "set model.path to"),
+        (
+            TextToImage,
+            {"told": "captions", "siglip": "SECOND"},
+            {"path": None, "siglip": "FIRST"},
+            "on the texts of .* set siglip to",
+        ),
+    ],
+)
+def test_every_task_that_starts_from_weights_looks_at_the_workdir(
+    mini_folder, golden, tmp_path, kind, settings, noted, sentence
+):
+    """Asked by the runtime as soon as the task is made (train_jax/task.py)."""
+    places = {"FIRST": str(mini_folder), "SECOND": str(golden / "hf_paligemma"), None: None}
+    write_digest(tmp_path, **{key: places[value] for key, value in noted.items()})
+    task = object.__new__(kind)
+    task.config = ConfigDict(json.loads(json.dumps(settings).replace("SECOND", places["SECOND"])))
+    with pytest.raises(UserError, match=sentence):
+        check_workdir(task, tmp_path)
+    task.config = ConfigDict(json.loads(json.dumps(settings).replace("SECOND", places["FIRST"])))
+    check_workdir(task, tmp_path)

@@ -210,16 +210,23 @@ def test_random_weights_of_a_variant():
 
 
 @pytest.mark.parametrize("kind, file", [("siglip", "spiece.model"), ("clip", "tokenizer.json")])
-def test_the_command_converts_with_the_tokenizer(golden, tmp_path, capsys, models, kind, file):
-    source = shutil.copytree(golden / f"hf_{kind}", tmp_path / "source")
-    shutil.copytree(golden / f"text_tokenizers/{kind}", source, dirs_exist_ok=True)
+def test_the_command_converts_with_the_tokenizer(golden, tmp_path, capsys, models, make_random, kind, file):
+    files, source = golden / f"text_tokenizers/{kind}", tmp_path / "source"
+    words, config = load_text_tokenizer(files), models[kind].config
+    text = dict(vocab_size=words.vocab_size, eos_token=words.eos_id if kind == "clip" else None)
+    config = config.replace(text=text)
+    model = make_random(nnx.eval_shape(lambda: pg.DualEncoder(config, rngs=nnx.Rngs(0))))
+    save_hugging_face(model, source)
+    shutil.copytree(files, source, dirs_exist_ok=True)
     formats = {"hugging_face": "hf", "orbax": "orbax"} | ({"big_vision": "x.npz"} if kind == "siglip" else {})
     for format, place in formats.items():
         convert.main(["convert", str(source), str(tmp_path / place), f"--format={format}"])
-        assert_same_model(pg.load(tmp_path / place), models[kind])
-        tokens, _ = load_text_tokenizer(tmp_path / place)(["a red cube"])
-        np.testing.assert_array_equal(tokens, load_text_tokenizer(source)(["a red cube"])[0])
+        assert_same_model(pg.load(tmp_path / place), model)
+        tokens, _ = load_text_tokenizer(tmp_path / place, 12)(["a red cube"])
+        np.testing.assert_array_equal(tokens, load_text_tokenizer(source, 12)(["a red cube"])[0])
     values = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    if kind == "siglip":  # what it says is read where nothing else is asked for
+        assert values["model_max_length"] == load_text_tokenizer(tmp_path / "hf").length == config.text.length
     assert values["tokenizer_class"] == ("SiglipTokenizer" if kind == "siglip" else "CLIPTokenizer")
     refused("no adapters for --format=peft", convert.convert, str(source), str(tmp_path / "p"), "peft")
 

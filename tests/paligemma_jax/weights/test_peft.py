@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import paligemma_jax as pg
 from paligemma_jax.adapt.lora import TRAINABLE, attach_lora, detach_lora, merge_lora, projections
 from paligemma_jax.weights import load_peft, save_peft
+from paligemma_jax.weights.peft_config import read_config
 from train_jax import params
 from train_jax.errors import UserError
 
@@ -437,3 +438,17 @@ def test_an_adapter_is_for_a_whole_model_and_a_checkpoint(golden):
     with pytest.raises(UserError, match="is one tower, expected a whole model for an adapter"):
         path = f"{golden / 'bigvision_paligemma/params.npz'}:img"
         pg.load(path, adapter=golden / "hf_peft_lora/adapter_qo")
+
+
+def test_the_first_pattern_of_the_file_counts(tmp_path):
+    """peft 0.21, get_pattern_key: the first key, in the file's order, that matches the end of the name."""
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    wide, narrow = ("q_proj", 64), ("layers.1.self_attn.q_proj", 4)
+    for first, second, expected in ((wide, narrow, 64), (narrow, wide, 4)):
+        pattern = dict([first, second])
+        (tmp_path / CONFIG).write_text(json.dumps(values | {"alpha_pattern": pattern, "rank_pattern": pattern}))
+        config = read_config(tmp_path)
+        assert config.alpha(Q.format(1)) == config.rank(Q.format(1)) == expected
+        assert config.alpha(Q.format(0)) == 64
+        (tmp_path / CONFIG).write_text(config.text)  # as it is saved again
+        assert read_config(tmp_path).alpha(Q.format(1)) == expected

@@ -1,0 +1,33 @@
+"""Draws on the device for rows of a batch, each by a key of its own, whatever other rows there are."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from flow_jax.arrays import AnyArray, RandomKey, Rows
+
+RowKeys = Key[Array, " B"]
+"""A typed key of jax.random for each row."""
+
+
+def row_keys(key: RandomKey | RowKeys, rows: Int[AnyArray, " B"]) -> RowKeys:
+    """A key a row.
+
+    Args:
+      key: one key, of which each row has what `fold_in` makes with its number; or the rows' own keys.
+      rows: numbers.
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim:
+        return key
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
+    return keys if keys.ndim == 1 else jax.random.wrap_key_data(keys)
+
+
+def stream(keys: RowKeys, number: int) -> RowKeys:
+    """The rows' keys for one of several things that they draw."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+
+
+def normal_rows(keys: RowKeys, like: Rows) -> Float[Array, "B ..."]:
+    """Standard normal rows of the shape and dtype of others."""
+    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)

@@ -1,0 +1,233 @@
+"""Tokens that were added to a tokenizer after its pieces were learned, and how they cut a text, as in transformers.
+
+Three files name them, and older and newer releases of transformers write some of the three:
+
+  added_tokens.json        {"<answer>": 257153}
+  tokenizer_config.json    "added_tokens_decoder": {"257153": {"content": "<answer>", "lstrip": false, ...}}
+  tokenizer.json           "added_tokens": [{"id": 257153, "content": "<answer>", "lstrip": false, ...}]
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paligemma_jax.side_files import Keys, account, is_off, read_json, refusal
+from train_jax.errors import UserError, quoted
+
+JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
+_MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
+# Keys that hold tokens by name; their ids are the pieces' or those of the files above.
+_NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
+_LISTS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
+CONFIG_KEYS = Keys(
+    read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length", "tokenizer_class"},
+    only={"split_special_tokens": (False,), "add_prefix_space": (False,)},
+    # Marks are set, texts padded and cut by data/prompts.py and data/text_tokens.py; the rest is of chats, of decoding
+    # by other classes, and of where the files came from.
+    idle=frozenset(
+        {
+            "_commit_hash",
+            "add_bos_token",
+            "add_eos_token",
+            "backend",
+            "chat_template",
+            "clean_up_tokenization_spaces",
+            "device_map",
+            "errors",
+            "fix_mistral_regex",
+            "image_token_id",
+            "is_local",
+            "legacy",
+            "local_files_only",
+            "max_length",
+            "model_input_names",
+            "name_or_path",
+            "pad_to_multiple_of",
+            "pad_token_type_id",
+            "padding_side",
+            "processor_class",
+            "spaces_between_special_tokens",
+            "special_tokens_map_file",
+            "stride",
+            "tokenizer_file",
+            "truncation_side",
+            "truncation_strategy",
+            "use_default_system_prompt",
+            "vocab_file",
+        }
+    ),
+)
+SPECIAL_KEYS = Keys(read=_NAMES | _LISTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token with a text of its own.
+
+    Attributes:
+      id, content: its id and text.
+      lstrip, rstrip: whether white space before and behind it is taken along.
+      single_word: whether it counts only where no letter, digit or underscore stands beside it.
+      normalized: whether tokens that are not cut the text first.
+      special: whether transformers' `skip_special_tokens` drops it.
+    """
+
+    id: int
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+    special: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As tokenizer_config.json has it under the id."""
+        return {"content": self.content} | {flag: getattr(self, flag) for flag in sorted(FLAGS)}
+
+
+def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
+    """The tokens that a folder's files add, by their text.
+
+    Raises:
+      UserError: a file that is broken, or files of which one says another id than the other.
+    """
+    found: dict[str, AddedToken] = {}
+    at: dict[int, str] = {}
+    for file, token in _tokens(folder):
+        same = found.setdefault(token.content, token)
+        other = at.setdefault(token.id, token.content)
+        if same.id != token.id or other != token.content:
+            raise UserError(
+                f"{file} has {quoted(token.content)} = {token.id}, but another file of the tokenizer says "
+                f"{quoted(other)} for that id or {same.id} for that token: give the files of one tokenizer."
+            )
+    return found
+
+
+def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
+    """Every token of every file, the file whose flags count first."""
+    if (file := folder / JSON).is_file():
+        listed = read_json(file).get("added_tokens") or []
+        if not isinstance(listed, list):
+            raise refusal(file, "added_tokens", listed, "a list of tokens", "download it again")
+        for values in listed:
+            yield file, _token(values, values.get("id") if isinstance(values, dict) else None, file)
+    if (file := folder / CONFIG).is_file():
+        values = read_json(file)
+        account(values, CONFIG_KEYS, file)
+        decoder = values.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise refusal(file, "added_tokens_decoder", decoder, "an object of tokens by id", "download it again")
+        for index, values in decoder.items():
+            yield file, _token(values, int(index) if index.isdecimal() else index, file)
+    if (file := folder / ADDED).is_file():
+        for content, index in read_json(file).items():
+            yield file, _token({"content": content}, index, file)
+
+
+def _token(values: Any, index: Any, file: Path) -> AddedToken:
+    """One token of a file."""
+    fine = isinstance(values, dict) and isinstance(values.get("content"), str) and values["content"]
+    if not fine or type(index) is not int or index < 0:
+        raise refusal(file, f"the added token {index!r}", values, "a text with an id", "download it again")
+    account(values, _TOKEN, file, f"the added token {index} ")
+    return AddedToken(index, values["content"], **{flag: bool(values[flag]) for flag in FLAGS if flag in values})
+
+
+def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """What tokenizer_config.json and special_tokens_map.json call marks and further tokens: by key, file and texts.
+
+    Raises:
+      UserError: a file that is broken, or a key that is not known.
+    """
+    found: dict[str, tuple[Path, list[str]]] = {}
+    for name, keys in ((SPECIAL, SPECIAL_KEYS), (CONFIG, CONFIG_KEYS)):
+        if not (file := folder / name).is_file():
+            continue
+        values = read_json(file)
+        account(values, keys, file)
+        for key in sorted(keys.read & (_NAMES | _LISTS)):
+            if not is_off(values.get(key)):
+                found[key] = file, _texts(values[key], key, file)
+    return found
+
+
+def _texts(value: Any, key: str, file: Path) -> list[str]:
+    """The texts of one token or several, each a text or an object with its content."""
+    several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
+    texts = [each.get("content") if isinstance(each, dict) else each for each in _listed(several)]
+    if not all(isinstance(text, str) for text in texts):
+        raise refusal(file, key, value, "texts", "download it again")
+    return texts
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+class Splitter:
+    """Cuts texts at added tokens as the tokenizers library does: the leftmost first, of those the longest."""
+
+    def __init__(self, tokens: Iterable[AddedToken]):
+        self._tokens = {token.content: token for token in tokens}
+        self._passes = [
+            _pattern([content for content, token in self._tokens.items() if token.normalized is normalized])
+            for normalized in (False, True)
+        ]
+
+    def __call__(self, text: str) -> list[str | int]:
+        """Pieces of the text and ids of the tokens between them, none of them empty."""
+        parts: list[str | int] = [text] if text else []
+        for pattern in filter(None, self._passes):
+            parts = [each for part in parts for each in (self._cut(pattern, part) if isinstance(part, str) else [part])]
+        return parts
+
+    def _cut(self, pattern: re.Pattern, text: str) -> list[str | int]:
+        parts: list[str | int] = []
+        done = 0
+        for match in pattern.finditer(text):
+            token, (start, end) = self._tokens[match[0]], match.span()
+            if start < done or (token.single_word and _inside_word(text, start, end)):
+                continue
+            if token.lstrip:
+                start = max(done, len(text[:start].rstrip()))
+            if token.rstrip:
+                end = len(text) - len(text[end:].lstrip())
+            parts += [text[done:start], token.id] if start > done else [token.id]
+            done = end
+        return [*parts, text[done:]] if done < len(text) else parts
+
+
+def _inside_word(text: str, start: int, end: int) -> bool:
+    return any(re.match(r"\w", each) is not None for each in (text[start - 1 : start], text[end : end + 1]))
+
+
+def _pattern(contents: list[str]) -> re.Pattern | None:
+    """A regular expression that matches the longest of the texts; as a tree, for there are more than a thousand."""
+    tree: dict[str, Any] = {}
+    for content in contents:
+        node = tree
+        for character in content:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    return re.compile(_branches(tree)) if tree else None
+
+
+def _branches(node: Mapping[str, Any]) -> str:
+    """What may follow at a node of the tree."""
+    ways = []
+    for character, below in node.items():
+        text = character
+        while len(below) == 1 and "" not in below:
+            ((character, below),) = below.items()
+            text += character
+        if text:
+            ways.append(re.escape(text) + _branches(below))
+    if not ways:
+        return ""
+    joined = ways[0] if len(ways) == 1 and "" not in node else f"(?:{'|'.join(ways)})"
+    return f"{joined}?" if "" in node else joined

@@ -1,0 +1,135 @@
+"""Added tokens and folders with a tokenizer.json alone, against transformers; and what the files may not say."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+import paligemma_jax as pg
+from paligemma_jax.data.added_tokens import AddedToken, Splitter
+from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.shipped import SHIPPED
+from train_jax.errors import UserError
+
+GOLDEN = Path(__file__).parents[2] / "golden/text_tokenizers"
+GEMMA = GOLDEN / "gemma"
+CASES = json.loads((GEMMA / "cases.json").read_text(encoding="utf-8"))["texts"]
+FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+ANSWER = {
+    "added_tokens": {"<answer>": 1792},
+    "tokenizer_config": {"added_tokens_decoder": {"1792": {"content": "<answer>"} | FLAGS}},
+    "tokenizer": [{"id": 1792, "content": "<answer>"} | FLAGS],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes the tiny model's tokenizer with JSON files beside it; `tokenizer` are further added tokens of that."""
+
+    def write(model=True, **files):
+        if model:
+            shutil.copy(SHIPPED["tiny"] / "tokenizer.model", tmp_path)
+        if "tokenizer" in files or not model:
+            values = json.loads((SHIPPED["tiny"] / "tokenizer.json").read_text(encoding="utf-8"))
+            values["added_tokens"] += files.pop("tokenizer", [])
+            files["tokenizer"] = values
+        for name, values in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("case", CASES, ids=[repr(case["text"]) for case in CASES])
+def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(case):
+    """With tokens that take white space along, count as whole words only, or come after normalisation."""
+    words = load_tokenizer(GEMMA)
+    assert words.encode(case["text"], marks=True) == case["ids"]
+
+
+def test_paligemmas_tokens_follow_on_others_as_its_processor_adds_them():
+    words = load_tokenizer(GEMMA)  # transformers: image 336, <loc0000> 337, <seg127> 1488
+    assert (words.image_id, words.loc(0), words.seg(127), words.vocab_size) == (336, 337, 1488, 1489)
+
+
+def test_the_tiny_models_two_files_agree(folder):
+    tiny, words = load_tokenizer("tiny"), load_tokenizer(folder(model=False))
+    assert (words.image_id, words.loc(3), words.vocab_size) == (tiny.image_id, tiny.loc(3), tiny.vocab_size)
+    for text in ("how many red cubes\n<loc0001>", "a<bos>b", "x  y é漢", "\n\n", "<unk>", "<eos", ""):
+        assert words.encode(text) == tiny.encode(text) and words.decode(words.encode(text)) == text
+    copy = pickle.loads(pickle.dumps(words))  # grain sends it to its workers
+    assert copy.encode("red<loc0002>") == tiny.encode("red<loc0002>")
+
+
+@pytest.mark.parametrize("model", [True, False])
+@pytest.mark.parametrize("name", ANSWER)
+def test_each_of_the_three_files_adds_tokens(folder, name, model, tmp_path_factory):
+    words = load_tokenizer(folder(model, **{name: ANSWER[name]}))
+    red = words.encode("red")
+    assert words.encode("red<answer>red") == [*red, 1792, *red]
+    assert words.decode([*red, 1792]) == "red<answer>" and words.piece(1792) == "<answer>"
+    assert words.vocab_size == 1793 and words.image_id == 1718
+    words.fits(1793)
+    with pytest.raises(UserError, match="1,792 entries but the tokenizer needs 1,793"):
+        words.fits(1792)
+    run = tmp_path_factory.mktemp("run")
+    words.save(run)  # as a run puts it in its workdir
+    assert load_tokenizer(run).encode("red<answer>\n") == words.encode("red<answer>\n")
+
+
+def test_ids_that_a_file_gives_locations_count(folder):
+    """As transformers' processor writes them where it had to add them itself: the image first."""
+    words = load_tokenizer(folder(added_tokens={"<image>": 566} | {f"<loc{i:04d}>": 567 + i for i in range(1024)}))
+    assert (words.image_id, words.loc(0)) == (566, 567)
+
+
+@pytest.mark.parametrize(
+    "files, sentence",
+    [
+        ({"added_tokens": {"<a>": 1792, "<b>": 1792}}, "'<b>' = 1792, but .* says '<a>' for that id"),
+        ({"added_tokens": {"<a>": 1792}, "tokenizer": [{"id": 1793, "content": "<a>"}]}, "1793 for that token"),
+        ({"added_tokens": {"<a>": "7"}}, "the added token '7' = .*, expected a text with an id"),
+        ({"added_tokens": {"": 1792}}, "expected a text with an id"),
+        ({"tokenizer_config": {"eos_token": "red"}}, "eos_token = 'red', expected <eos>"),
+        ({"tokenizer_config": {"additional_special_tokens": ["<new>"]}}, "'<new>', expected a token that a piece"),
+        ({"special_tokens_map": {"bos_token": {"content": "<s>"}}}, "special_tokens_map.json has bos_token = '<s>'"),
+        ({"tokenizer_config": {"do_lower_case": True}}, "do_lower_case = True, expected false"),
+        ({"tokenizer_config": {"clean_up_tokenization_spaces": True}}, "clean_up_tokenization_spaces = True"),
+        ({"tokenizer_config": {"novel": 3}}, "tokenizer_config.json has novel = 3, expected no key beyond"),
+    ],
+)
+def test_files_that_contradict_are_refused(folder, files, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_tokenizer(folder(**files))
+
+
+def test_two_tokenizers_in_one_folder_are_refused(folder):
+    place = folder()
+    shutil.copy(GEMMA / "tokenizer.json", place)
+    with pytest.raises(UserError, match="tokenizer.json beside it differ in .* pieces, expected one tokenizer"):
+        load_tokenizer(place)
+
+
+def test_the_leftmost_and_longest_token_cuts():
+    split = Splitter(
+        [AddedToken(1, "ab"), AddedToken(2, "abc"), AddedToken(3, "bcd"), AddedToken(4, "e", normalized=True)]
+    )
+    assert split("abcdeab") == [2, "d", 4, 1]
+    assert split("") == [] and split("x") == ["x"]
+    word = Splitter([AddedToken(1, "cat", single_word=True), AddedToken(2, "<x>", lstrip=True, rstrip=True)])
+    assert word("cat cats a_cat cat") == [1, " cats a_cat ", 1]
+    assert word("a \n<x>\t <x> b") == ["a", 2, 2, "b"]
+
+
+def test_a_model_is_not_loaded_with_words_that_it_lacks(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    pg.weights.save_hugging_face(pg.load("tiny"), place, tokenizer="tiny")  # rows beyond the last word are padding
+    pg.load(place)
+    (place / "added_tokens.json").write_text(json.dumps({"<answer>": 1792}))
+    with pytest.raises(UserError, match=r"adds the token '<answer>' = 1792 .* vocab_size=1793"):
+        pg.load(place)
+    assert pg.load(place, vocab_size=1793).config.decoder.vocab_size == 1793
+    (place / "added_tokens.json").write_text(json.dumps({"<image>": 1718}))
+    pg.load(place)  # of the image no row is read

@@ -1,0 +1,35 @@
+"""The one check of texts that every reader of records makes."""
+
+import pytest
+
+from paligemma_jax.data.records import BadRow
+from paligemma_jax.data.row_texts import check_texts, is_text, stored
+
+
+def test_texts_and_bytes_of_texts_pass_in_order():
+    row = {"b": "zwei 漢字 😀", "a": "ünd".encode(), "c": 3}
+    assert check_texts(row, ("a", "b"), "row 0") == ["ünd", "zwei 漢字 😀"]
+
+
+@pytest.mark.parametrize("value", [None, 0, 3, 2.5, True, False, [], ["two"], {}, {"b": "b"}])
+def test_what_is_no_text_is_a_bad_row(value):
+    for row in ({"a": value}, {}, [value], value):
+        with pytest.raises(BadRow, match="^line 7 is .*, expected an object with the texts a, .*; mend it.$"):
+            check_texts(row, ("a",), "line 7")
+
+
+def test_half_characters_are_a_bad_row():
+    for text in ("cut \ud83d", "\udc80", "\ude00 end"):
+        with pytest.raises(BadRow, match="line 7 has the a .*half a surrogate pair"):
+            check_texts({"a": text}, ("a",), "line 7")
+        assert not is_text(text)
+    with pytest.raises(BadRow, match="expected text in UTF-8"):
+        check_texts({"a": b"\xff\xfe"}, ("a",), "line 7")
+
+
+@pytest.mark.parametrize("value", ["cut \ud83d", None, 2.5, ["two"]])
+def test_what_is_stored_for_no_text_is_refused_when_it_is_read(value):
+    assert stored("two") == "two"
+    with pytest.raises(BadRow, match="row 3 has the answer") as error:
+        check_texts({"answer": stored(value)}, ("answer",), "row 3")
+    assert (repr(value)) in str(error.value)

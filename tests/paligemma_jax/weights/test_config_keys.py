@@ -1,0 +1,173 @@
+"""config.json and index files, key by key: what changes the model is read as transformers does, or refused by name."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from paligemma_jax.weights import save_hugging_face
+from paligemma_jax.weights.load import load
+from train_jax import params
+from train_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+
+@pytest.fixture
+def changed(golden, tmp_path):
+    """A copy of a golden folder whose config.json has other values; a tower's are given as an object."""
+
+    def change(name, **keys):
+        folder = shutil.copytree(golden / name, tmp_path / name, ignore=shutil.ignore_patterns("case.npz"))
+        file = folder / "config.json"
+        values = json.loads(file.read_text())
+        for key, value in keys.items():
+            values[key] = values[key] | value if key in ("text_config", "vision_config") else value
+        file.write_text(json.dumps(values))
+        return folder
+
+    return change
+
+
+def text(**keys):
+    return {"text_config": keys}
+
+
+def vision(**keys):
+    return {"vision_config": keys}
+
+
+# Read.
+
+ACTIVATIONS = {  # our name, and whether the logits are compared
+    "t_silu": ("hf_paligemma", text(hidden_act="silu", hidden_activation="silu"), "silu", True),
+    "t_relu": ("hf_paligemma", text(hidden_act="relu"), "relu", False),
+    "t_gelu": ("hf_paligemma", text(hidden_act="gelu"), "gelu_tanh", False),
+    "t_gelu_python": ("hf_paligemma", text(hidden_act="gelu_python"), "gelu", False),
+    "g2_gelu": ("hf_paligemma2", text(hidden_activation="gelu"), "gelu", True),
+    "v_relu": ("hf_paligemma", vision(hidden_act="relu"), "relu", True),
+    "v_quick_gelu": ("hf_paligemma", vision(hidden_act="quick_gelu"), "quick_gelu", False),
+}
+
+
+def last_logits(model, golden, name):
+    """At the last real position of the golden's first row."""
+    case = np.load(golden / name / "case.npz")
+    real = int(case["attention_mask"][0].sum())
+    kept = slice(model.config.vision.num_patches, real)
+    images = case["pixel_values"][:1].transpose(0, 2, 3, 1)
+    graph, arrays = params.split(model)
+    run = jax.jit(lambda arrays, *inputs: params.merge(graph, arrays)(*inputs)[0])
+    return np.asarray(run(arrays, images, case["input_ids"][:1, kept], case["token_type_ids"][:1, kept]))[0, -1]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_other_activations_are_those_of_transformers(changed, golden, name, tmp_path):
+    source, keys, activation, compared = ACTIVATIONS[name]
+    model = load(changed(source, **keys))
+    assert activation == (model.config.vision if name.startswith("v_") else model.config.decoder).activation
+    save_hugging_face(model, tmp_path / "again")
+    assert load(tmp_path / "again").config == model.config
+    if compared:
+        expected = np.load(golden / "hf_activations/case.npz")[name]
+        np.testing.assert_allclose(last_logits(model, golden, source), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("hf_paligemma", text(use_bidirectional_attention=False)),  # no effect in transformers either
+        ("hf_paligemma", text(rope_scaling={"type": "default"}, rope_theta=10_000.0)),
+        ("hf_paligemma", text(hidden_activation="gelu_pytorch_tanh", max_position_embeddings=77)),
+        ("hf_paligemma2", text(hidden_act="gelu", cache_implementation="hybrid")),
+        ("hf_paligemma", vision(projector_hidden_act="gelu_fast", image_size=[28, 28], num_image_tokens=16)),
+        ("hf_paligemma", dict(hidden_size=2048, vocab_size=7, _vocab_size=7, torch_dtype="bfloat16", eos_token_id=[1])),
+        ("hf_siglip", dict(quantization_config=None, is_encoder_decoder=False, pruned_heads={}, temperature=0.7)),
+        ("hf_clip", text(projection_dim=512, bos_token_id=0)),
+    ],
+)
+def test_keys_without_effect_change_nothing(changed, golden, name, keys):
+    assert load(changed(name, **keys)).config == load(golden / name).config
+
+
+def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
+    """transformers completes text_config_dict with the class's defaults, which go before text_config."""
+    stored = json.loads((golden / "hf_clip/config.json").read_text())["text_config"]
+    older = {key: value for key, value in stored.items() if key not in ("hidden_act", "layer_norm_eps")}
+    model = load(changed("hf_clip", text_config=dict(hidden_act="gelu", layer_norm_eps=0.1), text_config_dict=older))
+    assert (model.config.text.activation, model.config.text.eps) == ("quick_gelu", 1e-5)
+
+
+# Refused, naming the file, the key and the value.
+
+SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "name, keys, sentence",
+    [
+        ("hf_paligemma", text(rope_parameters=SCALED), "text_config.rope_parameters.rope_type = 'linear'"),
+        ("hf_paligemma", text(rope_scaling={"type": "llama3"}), "text_config.rope_scaling.type = 'llama3'"),
+        ("hf_paligemma2", text(rope_scaling={"factor": 2.0}), "text_config.rope_scaling.factor = 2.0"),
+        ("hf_paligemma", text(rope_parameters={"full_attention": SCALED}), "rope_parameters.full_attention = {"),
+        ("hf_paligemma", text(rope_theta=500.0), "text_config.rope_theta = 500.0, expected 500 or 10000 at every"),
+        ("hf_paligemma", text(hidden_act="mish"), "text_config.hidden_act = 'mish', expected one of"),
+        ("hf_paligemma", text(hidden_activation="silu"), "hidden_activation = 'silu', expected the gelu_pytorch_tanh"),
+        ("hf_paligemma2", text(hidden_act="silu"), "text_config.hidden_act = 'silu', expected the gelu_pytorch"),
+        ("hf_paligemma", text(attention_bias=True), "text_config.attention_bias = True, expected False"),
+        ("hf_paligemma", text(attention_dropout=0.1), "text_config.attention_dropout = 0.1"),
+        ("hf_paligemma", text(attn_logit_softcapping=5.0), "attn_logit_softcapping = 5.0, expected no key beyond"),
+        ("hf_paligemma", text(layer_types=["sliding_attention"] * 3), "layer_types = .*for every layer of a Gemma"),
+        ("hf_paligemma", text(vocab_size=161), "text_config.vocab_size = 161, expected 160, as .* has"),
+        ("hf_paligemma", text(rms_norm_eps=-1.0), "text_config.rms_norm_eps = -1.0, expected a positive number"),
+        ("hf_paligemma", vision(hidden_act="mish"), "vision_config.hidden_act = 'mish'"),
+        ("hf_paligemma", vision(image_size=56), "vision_config.image_size = 56, expected 28"),
+        ("hf_paligemma", vision(patch_size=14), "vision_config.patch_size = 14, expected 7"),
+        ("hf_paligemma", vision(num_channels=1), "vision_config.num_channels = 1, expected 3"),
+        ("hf_paligemma", vision(model_type="clip_vision_model"), "vision_config.model_type = 'clip_vision_model'"),
+        ("hf_paligemma", dict(tie_word_embeddings=False), "tie_word_embeddings = False, expected true"),
+        ("hf_paligemma", dict(eos_token_id=[1, 107]), r"eos_token_id = \[1, 107\], expected 1"),
+        ("hf_paligemma", dict(projection_dim=65), "projection_dim = 65, expected 64"),
+        ("hf_paligemma", dict(quantization_config={"bits": 4}), "quantization_config = .'bits': 4., expected no key"),
+        ("hf_siglip", text(hidden_act="mish"), "text_config.hidden_act = 'mish'"),
+        ("hf_siglip", text(max_position_embeddings=64), "max_position_embeddings = 64, expected 12"),
+        ("hf_siglip", vision(vision_use_head=False), "vision_config.vision_use_head = False, expected True"),
+        ("hf_siglip", vision(attention_dropout=0.2), "vision_config.attention_dropout = 0.2"),
+        ("hf_siglip", dict(novel=["x"]), r"novel = \['x'\], expected no key beyond"),
+        ("hf_clip", text(eos_token_id=500), "text_config.eos_token_id = 500, expected one id below the 120"),
+        ("hf_clip", dict(projection_dim=25), "projection_dim = 25, expected 24"),
+        ("hf_clip", vision(hidden_size=64), "vision_config.hidden_size = 64, expected 48"),
+    ],
+)  # fmt: skip
+def test_what_would_be_another_model_is_refused(changed, name, keys, sentence):
+    with pytest.raises(UserError, match=rf"config.json has .*{sentence}") as info:
+        load(changed(name, **keys))
+    assert "\n" not in str(info.value)
+
+
+# Index files: transformers takes a single file where there is one.
+
+
+def test_a_single_file_goes_before_an_index(changed, golden):
+    folder = changed("hf_siglip")
+    arrays = load_file(folder / "model.safetensors")
+    stale = {name: array + 1 for name, array in arrays.items()}
+    save_file(stale, folder / "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(stale, "model-00001-of-00001.safetensors")})
+    )
+    expected = params.flatten(load(golden / "hf_siglip"))
+    for _ in range(2):
+        for path, array in params.flatten(load(folder)).items():
+            np.testing.assert_array_equal(array, expected[path], err_msg=path)
+        (folder / "model-00001-of-00001.safetensors").unlink(missing_ok=True)  # an index whose shards are gone
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00001-of-00001.safetensors cannot be read"):
+        load(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "b"}, "novel": 1}))
+    with pytest.raises(UserError, match="index.json has novel = 1"):
+        load(folder)

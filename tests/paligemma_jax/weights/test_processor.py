@@ -1,0 +1,97 @@
+"""How folders say that images are prepared: both files' names, the defaults of a class, and what is refused."""
+
+import json
+
+import pytest
+
+from paligemma_jax.data.image_processor import CLIP_MEAN, CLIP_STD, HALF
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.weights.processor import read_preprocessing, write_preprocessing
+from train_jax.errors import UserError
+
+SIGLIP, CLIP = "SiglipImageProcessor", "CLIPImageProcessor"
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Writes the files and reads the preprocessing for a tower of 224 pixels."""
+
+    def write_and_read(family=SIGLIP, preprocessor=None, processor=None, size=224):
+        for name, values in (("preprocessor_config", preprocessor), ("processor_config", processor)):
+            if values is not None:
+                (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        return read_preprocessing(tmp_path, family, ViTConfig(image_size=size))
+
+    return write_and_read
+
+
+def test_transformers_5_nests_it(read):
+    """What its processors' save_pretrained writes goes before the older file."""
+    assert read() is None
+    assert read(preprocessor={}) == Preprocessing.siglip(224)
+    nested = {"image_processor": IMAGENET | {"image_processor_type": SIGLIP}, "processor_class": "SiglipProcessor"}
+    found = read(processor=nested)
+    assert (found.mean, found.method, found.crop) == ((0.485, 0.456, 0.406), "bilinear", False)
+    older = {"processor_class": "PaliGemmaProcessor", "image_seq_length": 256}  # of releases before
+    assert read(processor=older) == Preprocessing.siglip(224)
+
+
+@pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_what_a_file_leaves_out_is_its_classes_default(read, key, suffix):
+    for family in (SIGLIP, CLIP):  # what the file names goes before the model's family
+        assert read(family, {key: CLIP + suffix}) == Preprocessing.clip(224)
+        assert read(family, {key: SIGLIP + suffix}) == Preprocessing.siglip(224)
+        assert read(family, {}) == (Preprocessing.siglip(224) if family == SIGLIP else Preprocessing.clip(224))
+    found = read(CLIP, {"image_mean": [0.1, 0.2, 0.3], "image_std": None})
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), CLIP_STD)
+    assert read(SIGLIP, {"image_std": 0.25}).std == (0.25,) * 3 and HALF == read(SIGLIP, {}).mean != CLIP_MEAN
+
+
+def test_sizes_in_all_spellings(read):
+    square = {"height": 336, "width": 336}
+    for size, crop in ((336, 336), ({"shortest_edge": 336}, square), (336, square)):
+        assert read(CLIP, {"size": size, "crop_size": crop}, size=336) == Preprocessing.clip(336)
+    plain = read(CLIP, {"size": square, "crop_size": 336}, size=336)  # nothing is left to crop
+    assert plain == read(CLIP, {"size": square, "do_center_crop": False}, size=336)
+    assert not plain.crop and plain.size == 336
+
+
+@pytest.mark.parametrize(
+    "family, values, sentence",
+    [
+        (SIGLIP, {"size": {"height": 96, "width": 96}}, "size = {'height': 96, .*expected the 224 pixels a side"),
+        (SIGLIP, {"size": 224}, "size = 224, expected one square size"),  # transformers would keep pictures' shape
+        (SIGLIP, {"size": {"height": 224, "width": 112}}, "size = "),
+        (CLIP, {"size": {"shortest_edge": 256}}, "crop_size = .*expected the 256 pixels"),
+        (CLIP, {"do_center_crop": False}, "size = .*expected a height and a width where nothing is cropped"),
+        (SIGLIP, {"do_resize": False}, "do_resize = False, expected True"),
+        (SIGLIP, {"do_normalize": False}, "do_normalize = False, expected True"),
+        (SIGLIP, {"do_pad": True}, "do_pad = True, expected False"),
+        (SIGLIP, {"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078.*expected 1/255"),
+        (SIGLIP, {"resample": 5}, "resample = 5, expected one of 0, 1, 2, 3"),
+        (SIGLIP, {"image_mean": [0.5, 0.5]}, r"image_mean = \[0.5, 0.5\], expected three numbers"),
+        (SIGLIP, {"image_processor_type": "ViTImageProcessor"}, "image_processor_type = 'ViT"),
+        (SIGLIP, {"novel_step": "sharpen"}, "novel_step = 'sharpen', expected no key beyond those"),
+    ],
+)
+def test_other_steps_are_refused_by_file_key_and_value(read, family, values, sentence):
+    with pytest.raises(UserError, match=rf"preprocessor_config.json has {sentence}"):
+        read(family, values)
+    with pytest.raises(UserError, match=rf"processor_config.json has image_processor.{sentence}"):
+        read(family, processor={"image_processor": values})
+
+
+def test_unknown_parts_of_a_processor_are_refused(read):
+    with pytest.raises(UserError, match="processor_config.json has video_processor = "):
+        read(processor={"video_processor": {"fps": 2}})
+    with pytest.raises(UserError, match="has no object at image_processor"):
+        read(processor={"image_processor": [1]})
+
+
+def test_an_earlier_nested_file_does_not_go_before_what_is_saved(read, tmp_path):
+    read(processor={"image_processor": IMAGENET})
+    write_preprocessing(tmp_path, Preprocessing.clip(224), processor_class="CLIPProcessor")
+    assert read(CLIP) == Preprocessing.clip(224)

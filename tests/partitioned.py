@@ -1,0 +1,130 @@
+"""Reading programs as the compiler divides them over 8 devices: no activation is exchanged, nothing is computed twice,
+and memory is divided. That values and gradients are those of one device is tested where the tasks are.
+"""
+
+import collections
+import math
+from typing import NamedTuple
+
+import jax
+
+from tests.paligemma_jax.mini import config_of
+from train_jax import flops, hlo, params, sharding
+from train_jax import plan as planning
+from train_jax.config import task_class
+from train_jax.memory import step_memory
+
+ONE = {"data": 1, "fsdp": 1}
+MESHES = {"data": {"data": 8, "fsdp": 1}, "fsdp": {"data": 1, "fsdp": 8}, "both": {"data": 2, "fsdp": 4}}
+DEVICES = 8
+Sizes = tuple[int, ...]  # of an array's axes, sorted, without those of 1
+
+
+class Case(NamedTuple):
+    """A run.
+
+    Attributes:
+      config: file and argument.
+      options: by dotted key; rows enough for activations to outweigh what does not grow with them.
+      exchanged: what its loss exchanges beside weights, gradients and metrics: embeddings, a coupling's rows.
+      evaluates: whether programs of evaluation are looked at too.
+      passes: of the training step through the model: forwards and backwards, once a micro-batch.
+    """
+
+    config: str
+    options: dict
+    exchanged: tuple[Sizes, ...] = ()
+    evaluates: bool = False
+    passes: int = 2
+
+
+class Divided(NamedTuple):
+    """One program on one device: how often it exchanges what, FLOPs, and temporary bytes."""
+
+    exchanged: dict[tuple[str, Sizes], int]
+    flops: int
+    temp: int
+
+
+def sizes(shape: Sizes) -> Sizes:
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def read(compiled: jax.stages.Compiled) -> Divided:
+    module = hlo.parse(compiled.as_text())
+    exchanged = collections.Counter()
+    for (kind, type_), times in hlo.collectives(module).items():
+        for shape in hlo.shapes(type_):
+            exchanged[kind, sizes(shape)] += times
+    return Divided(exchanged, flops.product_flops(module), step_memory(compiled).temp)
+
+
+def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided]:
+    """The training step and the programs of evaluation, by name."""
+    found, original = {}, planning.program_of
+
+    def program_of(name, compiled, *rest):
+        found[name] = read(compiled)
+        return original(name, compiled, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "program_of", program_of)
+        if not case.evaluates:
+            patch.setattr(planning, "_evaluations", lambda *_: [])
+        planning.plan(_config(case, mesh))
+    return found
+
+
+def parameters(case: Case) -> dict[str, Sizes]:
+    """Shapes by path."""
+    config = _config(case, ONE)
+    blueprint = task_class(config.task).blueprint(config, sharding.make_mesh(config.mesh))
+    return {path: leaf.shape for path, leaf in params.flatten(blueprint.model).items()}
+
+
+def _config(case: Case, mesh: dict[str, int]):
+    return config_of(case.options | {f"mesh.{axis}": size for axis, size in mesh.items()}, case.config)
+
+
+def layers_of(shapes: dict[str, Sizes]) -> dict[str, list[Sizes]]:
+    """What is gathered at a time, by name: the arrays of a layer of each stack, and what is in no stack."""
+    found = collections.defaultdict(list)
+    for path, shape in shapes.items():
+        stack, in_stack, _ = path.partition("layers/")
+        found[stack if in_stack else path].append(shape[1:] if in_stack else shape)
+    return found
+
+
+def check(case: Case, mesh: str, monkeypatch) -> None:
+    """Asserts what the module says of all programs of a run.
+
+    Of temporaries, a device has room for two layers' gathered weights and a fifth more than its share of the rest.
+    """
+    shapes = parameters(case)
+    one, divided = (programs(case, shape, monkeypatch) for shape in (ONE, MESHES[mesh]))
+    layers = layers_of(shapes)
+    allowed = {sizes(shape) for layer in layers.values() for shape in layer} | set(map(sizes, shapes.values()))
+    allowed |= {(), *case.exchanged}
+    largest = sorted(sum(4 * math.prod(shape) for shape in layer) for layer in layers.values())[-2:]
+    room = 0 if mesh == "data" else sum(largest)
+    for name, whole in one.items():
+        part = divided[name]
+        strange = {key: times for key, times in part.exchanged.items() if key[1] not in allowed}
+        assert not strange, f"{name} exchanges {strange}"
+        assert part.flops <= 1.05 / DEVICES * whole.flops, name
+        share = (part.temp - room) / whole.temp * DEVICES
+        assert share <= 1.2, f"{name} takes {share:.2f} of its share of {whole.temp} bytes"
+        passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # of a prompt, a token
+        for key, number in arrays_of(shapes).items():
+            assert part.exchanged["all-gather", key] <= passes * number, f"{name} gathers {key} too often"
+
+
+def arrays_of(shapes: dict[str, Sizes]) -> dict[Sizes, int]:
+    """How many arrays of the same sizes a pass uses, those of every layer counted."""
+    found = collections.Counter()
+    for path, shape in shapes.items():
+        if "layers/" in path:
+            found[sizes(shape[1:])] += shape[0]
+        else:
+            found[sizes(shape)] += 1
+    return found

@@ -1,0 +1,1 @@
+"""What every floor may import: it knows nothing of runs."""
