@@ -15,23 +15,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from paligemma_jax import contrastive_reference
 from paligemma_jax.losses import sigmoid_loss, softmax_loss
 from train_jax.memory import format_bytes, step_memory
 
 
-def full_sigmoid(zimg: jax.Array, ztxt: jax.Array, log_scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """The sigmoid loss as big_vision writes it (trainers/proj/image_text/siglip.py)."""
-    logits = jnp.einsum("ID,TD->IT", zimg, ztxt, preferred_element_type=jnp.float32) * jnp.exp(log_scale) + bias
-    eye = jnp.eye(zimg.shape[0])
-    signs = -jnp.ones_like(logits) + 2 * eye
-    return -jax.nn.log_sigmoid(signs * logits).sum(axis=-1).mean()
-
-
-def full_softmax(zimg: jax.Array, ztxt: jax.Array, log_scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """The mean of both cross entropies; `bias` is not used."""
-    logits = jnp.einsum("ID,TD->IT", zimg, ztxt, preferred_element_type=jnp.float32) * jnp.exp(log_scale)
-    both = jnp.diag(jax.nn.log_softmax(logits, axis=1)) + jnp.diag(jax.nn.log_softmax(logits, axis=0))
-    return -0.5 * both.mean()
+def full_softmax(zimg, ztxt, log_scale, bias) -> jax.Array:
+    """`contrastive_reference.softmax_loss` with the arguments of the others."""
+    return contrastive_reference.softmax_loss(zimg, ztxt, log_scale)
 
 
 def chunked_softmax(zimg, ztxt, log_scale, bias, chunk_size: int) -> jax.Array:
@@ -39,7 +30,7 @@ def chunked_softmax(zimg, ztxt, log_scale, bias, chunk_size: int) -> jax.Array:
     return softmax_loss(zimg, ztxt, log_scale, chunk_size=chunk_size)
 
 
-LOSSES = {"sigmoid": (full_sigmoid, sigmoid_loss), "softmax": (full_softmax, chunked_softmax)}
+LOSSES = {"sigmoid": (contrastive_reference.sigmoid_loss, sigmoid_loss), "softmax": (full_softmax, chunked_softmax)}
 
 
 def make_arguments(batch: int, width: int, dtype: str) -> tuple[jax.Array, ...]:

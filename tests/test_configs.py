@@ -57,7 +57,7 @@ ARGUMENTS = {
     "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
-    "siglip_batch_size": ("", "quick", "full", "bias", "negatives", "noise"),
+    "siglip_batch_size": ("", "quick", "grid", "memory", "full", "bias", "negatives", "noise"),
     "siglip": ("", "clip", "mini", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
@@ -302,6 +302,29 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
 def test_arguments_of_coprompt_that_are_refused(argument, sentence):
     with pytest.raises(UserError, match=sentence):
         load("coprompt", argument)
+
+
+@pytest.mark.parametrize("argument", ["", "quick", "grid", "bias"])
+def test_runs_of_large_batches_have_updates_to_warm_up_in(argument):
+    """The sigmoid loss collapsed at 4,096 with ten: docs/contrastive.md."""
+    for run in sweep.expand(one_device(load("siglip_batch_size", argument))):
+        updates = run.config.total_examples // run.config.batch_size
+        assert run.config.optimizer.warmup_steps >= min(50, updates // 2), run.name
+
+
+def test_rates_of_the_batch_size_ablation_are_of_its_grid():
+    """One grid for every loss and batch size; the first seed's runs are the grid's own."""
+    tried, ablation = (sweep.expand(one_device(load("siglip_batch_size", name))) for name in ("grid", ""))
+    rates = {}
+    for run in tried:
+        key = run.config.loss.name, run.config.batch_size
+        rates.setdefault(key, set()).add(run.config.optimizer.learning_rate)
+    assert len({frozenset(found) for found in rates.values()}) == 1
+    by_name = {run.name: run for run in tried}
+    for run in ablation:
+        assert run.config.optimizer.learning_rate in rates[run.config.loss.name, run.config.batch_size]
+        if run.config.seed == 0:
+            assert run.config == by_name[run.name].config
 
 
 @pytest.mark.parametrize(("argument", "kind"), [("qlora", "nf4"), ("int8", "int8")])

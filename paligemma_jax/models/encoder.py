@@ -75,6 +75,32 @@ class Attention(nnx.Module):
         out = layers.attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
         return self.out_proj(out, dropout_keys, jnp.float32)
 
+    def pool(self, query: Float[Array, " D"], x: Float[Array, "B S D"]) -> Float[Array, "B 1 D"]:
+        """What `self` returns for one `query` that all rows share and `keys_from=x`, for a fraction of the work.
+
+        Keys and values of the S positions need not be computed: q (W_k x + b_k) is (q W_k) x and a constant that the
+        softmax does not see, and the mean of W_v x + b_v is W_v of the mean of x, and b_v. Of projections with plain
+        kernels and no adapter (`is_plain`).
+        """
+        dtype = jnp.dtype(self.q_proj.dtype)
+        x, q = layers.cast(x, dtype), self.q_proj(query[None, None], None, jnp.float32)[0, 0]
+        keys, values = (projection.kernel[...].astype(jnp.float32) for projection in (self.k_proj, self.v_proj))
+        reader = layers.cast(jnp.einsum("NH,DNH->ND", q * q.shape[-1] ** -0.5, keys), dtype)
+        scores = jnp.einsum("ND,BSD->BNS", reader, x, preferred_element_type=jnp.float32)
+        weights = layers.cast(jax.nn.softmax(scores, axis=-1), dtype)
+        mean = jnp.einsum("BNS,BSD->BND", weights, x, preferred_element_type=jnp.float32)
+        out = jnp.einsum("BND,DNH->BNH", mean, values)
+        out = out + layers.broadcast(self.v_proj.bias[...].astype(jnp.float32), out)
+        return self.out_proj(out[:, None], None, jnp.float32)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all is done by kernels and biases alone: nothing quantised, no adapter."""
+        return all(
+            isinstance(projection.kernel, nnx.Variable) and projection.lora_a is None
+            for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        )
+
 
 class Mlp(nnx.Module):
     """Two layers with the config's activation between them."""
@@ -106,6 +132,21 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         x = x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask)
         return x + self.mlp(self.layer_norm2(x), dropout_keys)
+
+    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B T T"] | None = None) -> Float[Array, "B 1 D"]:
+        """What the block makes of the last position, without computing the others."""
+        source = self.layer_norm1(x)
+        mask = None if mask is None else mask[:, -1:]
+        x = x[:, -1:] + self.self_attn(source[:, -1:], mask=mask, keys_from=source)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+def split_last(blocks: nnx.Module) -> tuple[nnx.Module, Block]:
+    """A stack without its last block, and that block."""
+    graph, parameters = nnx.split(blocks)
+    parts = (jax.tree.map(lambda leaf, part=part: leaf[part], parameters) for part in (slice(-1), -1))
+    before, last = (nnx.merge(graph, part) for part in parts)
+    return before, last
 
 
 def run_blocks(

@@ -23,8 +23,11 @@ class MAPHead(nnx.Module):
         self.mlp = encoder.Mlp(config, "image_head", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
-        probe = self.probe[...].astype(jnp.float32)[None, None]
-        query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
+        probe = self.probe[...].astype(jnp.float32)
         head = row_sharding.gather(self)
-        pooled = head.attention(query, dropout_keys, keys_from=x)
+        if head.attention.is_plain:
+            pooled = head.attention.pool(probe, x)
+        else:
+            query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
+            pooled = head.attention(query, dropout_keys, keys_from=x)
         return row_sharding.pin_rows(pooled + head.mlp(head.layernorm(pooled), dropout_keys))[:, 0]

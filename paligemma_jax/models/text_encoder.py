@@ -45,6 +45,11 @@ class TextConfig:
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
+    @property
+    def pools_alone(self) -> bool:
+        """Whether the last block computes the pooled position apart: not in a loop over layers, which has one body."""
+        return self.pool == "last" and self.unroll and self.remat == "none"
+
 
 class TokenEmbedding(nnx.Module):
     """The word table."""
@@ -108,9 +113,18 @@ class TextEncoder(nnx.Module):
             options |= dict(prompts=prompts, start=start)
         embedded = embedded + self.position_embedding[...][None, :T].astype(jnp.float32)
         visible = _visible(mask, tokens, config.causal)
-        x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
-        encoded = self.final_layer_norm(x)
-        pooled = self._pooled(encoded, tokens)
+        if dropout_keys is None and prompts is None and config.pools_alone:
+            # Of the last block the pooled position alone: under jit `encoded` costs nothing where nobody reads it.
+            before, last = encoder.split_last(self.layers)
+            last, x = row_sharding.gather(last), row_sharding.pin_rows(embedded)
+            if config.depth > 1:
+                x = encoder.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
+            encoded = self.final_layer_norm(last(x, mask=visible))
+            pooled = self.final_layer_norm(last.last(x, mask=visible))[:, 0]
+        else:
+            x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
+            encoded = self.final_layer_norm(x)
+            pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
 
     @property

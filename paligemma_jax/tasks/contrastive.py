@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax import losses
+from paligemma_jax import contrastive_reference, losses
 from paligemma_jax.data.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_pictures
 from paligemma_jax.data.text_tokens import load_text_tokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -197,22 +197,23 @@ class Contrastive:
 
     def _of_pairs(self, model: DualEncoder, zimg, ztxt, batch, keys) -> tuple[jax.Array, Metrics]:
         settings = self.config.loss
-        options: dict[str, Any] = {"mesh": self.mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
-        if settings.mask_duplicates:
-            options |= {"text_ids": batch["text_id"], "image_ids": batch["image_id"]}
-        metrics = {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
+        weight = batch.get("weight", jnp.ones(len(zimg)))
+        metrics = _cosines(zimg, ztxt, weight) | {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
+        ids = {"text_ids": batch["text_id"], "image_ids": batch["image_id"]} if settings.mask_duplicates else {}
+        chunked: dict[str, Any] = {"mesh": self.mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
         if "weight" in batch:
-            options["valid"] = batch["weight"] > 0
-            metrics["good_rows"] = batch["weight"].sum(), jnp.float32(len(zimg))
+            chunked["valid"] = weight > 0
+            metrics["good_rows"] = weight.sum(), jnp.float32(len(zimg))
         if settings.negatives is not None:
-            options["mask"] = chosen_pairs(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
-        scale = model.logit_scale[...]
+            chunked["mask"] = chosen_pairs(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
+        module, options = (contrastive_reference, ids) if settings.full_matrix else (losses, ids | chunked)
+        scale, bias = model.logit_scale[...], model.logit_bias
         if settings.name == "softmax":
-            return losses.softmax_loss(zimg, ztxt, scale, **options), metrics
-        if model.logit_bias is None:
-            return losses.sigmoid_loss(zimg, ztxt, scale, jnp.zeros(()), **options), metrics
-        metrics["bias"] = model.logit_bias[...], jnp.float32(1.0)
-        return losses.sigmoid_loss(zimg, ztxt, scale, model.logit_bias[...], **options), metrics
+            return module.softmax_loss(zimg, ztxt, scale, **options), metrics
+        if bias is None:
+            return module.sigmoid_loss(zimg, ztxt, scale, jnp.zeros(()), **options), metrics
+        metrics["bias"] = bias[...], jnp.float32(1.0)
+        return module.sigmoid_loss(zimg, ztxt, scale, bias[...], **options), metrics
 
     # Evaluation.
 
@@ -260,7 +261,17 @@ class Contrastive:
                 f"split is {split!r}, expected {self.default_split!r}, what is held out: leave --split out{change}."
             )
         pairs = self.pairs.held_out()
-        return contrastive_report.report(model, self.tokenizer, pairs, self.pairs.single_objects(), workdir)
+        found = contrastive_report.report(model, self.tokenizer, pairs, self.pairs.single_objects(), workdir)
+        tuning = self.pairs.tuning()
+        return found if tuning is None else found | {"tuning_mean_r1": contrastive_report.mean_r1(model, tuning)}
+
+
+def _cosines(zimg: jax.Array, ztxt: jax.Array, weight: jax.Array) -> Metrics:
+    """Mean cosine of an image with its own text, and with any text: without a difference nothing is told apart."""
+    rows = weight.sum()
+    own = (zimg * ztxt).astype(jnp.float32).sum(axis=1) @ weight
+    every = (weight @ zimg.astype(jnp.float32)) @ (weight @ ztxt.astype(jnp.float32))
+    return {"cosine_own": (own, rows), "cosine_mean": (every / jnp.maximum(rows, 1.0), rows)}
 
 
 _latest: tuple[Hashable, np.ndarray] | None = None  # the runs of a sweep begin with the same features

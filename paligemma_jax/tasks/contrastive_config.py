@@ -46,6 +46,7 @@ def defaults() -> ConfigDict:
         {
             "name": "sigmoid",  # sigmoid (SigLIP) | softmax (CLIP)
             "chunk_size": 256,  # texts met at a time
+            "full_matrix": False,  # the textbook form, which holds all pairs at once: to compare with
             "mask_duplicates": True,  # equal captions, and captions of equal pictures, are no negatives of each other
             "negatives": placeholder(int),  # of each image, that count; None = all. Costs a matrix of all pairs
             "negatives_by": "random",  # random | hard | easy: which ones
@@ -69,6 +70,7 @@ def defaults() -> ConfigDict:
             "num_scenes": 4000,
             "num_objects": (1, 4),  # fewest and most in a scene
             "num_held_out": 400,  # scenes for retrieval, and as many with a single object for zero-shot
+            "num_tuning": 0,  # further scenes, of which `tuning_mean_r1` is: to choose settings by, as of a grid
             "build_workers": 2,
             "noise": "",  # images | texts | pairs: what is spoilt in training, of a share of the rows
             "noise_share": 0.0,
@@ -98,6 +100,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.source is {config.data.source!r} of synthetic scenes: set data.name to jsonl or tfds.")
     if config.data.name != "scenes" and config.data.source is None:
         raise UserError(f"data.name is {config.data.name!r} but data.source is not set: add --config.data.source=PATH.")
+    if config.data.name != "scenes" and config.data.num_tuning:
+        raise UserError("data.num_tuning renders synthetic scenes to choose settings by: set data.num_tuning=0.")
     if config.data.name != "scenes" and config.data.noise:
         raise UserError("data.noise spoils synthetic scenes alone: set data.noise=''.")
     if not 0 <= config.data.noise_share <= 1:
@@ -106,6 +110,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"loss.negatives is {config.loss.negatives}, expected 1 to {config.batch_size - 1}, one fewer than the "
             "batch: change it."
+        )
+    if config.loss.full_matrix and (config.loss.negatives is not None or config.data.name != "scenes"):
+        raise UserError(
+            "loss.full_matrix compares the loss of all pairs of synthetic scenes, expected no loss.negatives and "
+            "data.name=scenes with it: set loss.full_matrix=False."
         )
     if config.loss.name == "softmax" and config.loss.negatives is not None:
         raise UserError(

@@ -39,6 +39,13 @@ class Pairs:
         _, first = np.unique(source.image_numbers(), return_index=True)
         return self._records(Subset(source, indices=np.sort(first)[: data.max_held_out]))
 
+    def tuning(self) -> CaptionedScenes | None:
+        """Neither trained on nor held out: what settings are chosen by. None where none are asked for."""
+        data = self._data
+        if not data.num_tuning:
+            return None
+        return CaptionedScenes(self._scenes("captions-tuning", data.num_tuning, data.num_objects), self._tokenizer)
+
     def single_objects(self) -> CaptionedScenes | None:
         """Scenes of one object each, to be classified; None where the data are no scenes."""
         if self._data.name != "scenes":

@@ -33,6 +33,13 @@ def measure(
     return _measure(model, tokenizer, pairs, objects, embedded, [pairs.text(row) for row in embedded.rows])
 
 
+def mean_r1(model: DualEncoder, pairs: CaptionedScenes) -> float:
+    """The mean of R@1 both ways."""
+    embedded = zero_shot.embed(model, pairs)
+    captions = [pairs.text(row) for row in embedded.rows]
+    return zero_shot.retrieval(embedded.images, embedded.texts, captions)["mean_r1"]
+
+
 def _measure(
     model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded, captions: list[str]
 ) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """SigLIP and CLIP against transformers and big_vision, and what a dual encoder's parts promise."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from paligemma_jax.contrastive_losses import sigmoid_loss, softmax_loss
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
 from paligemma_jax.models.encoder import quick_gelu
-from paligemma_jax.models.text_encoder import TextConfig
+from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.load import load
 from train_jax import params
@@ -255,3 +256,45 @@ def test_bfloat16_computes_near_float32(siglip, golden):
     for ours, theirs in zip(low[:2], (images, texts), strict=True):
         assert ours.dtype == jnp.float32
         close(jnp.sum(ours * theirs, axis=1), np.ones(len(ours)), 2e-3)
+
+
+def flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def test_a_pooling_head_is_attention_to_all_patches_without_their_keys_and_values(small):
+    head = small.image_head
+    x = jax.random.normal(jax.random.key(0), (3, 9, 16))
+
+    def plainly(head, x):
+        query = jnp.broadcast_to(head.probe[...][None, None], (len(x), 1, 16))
+        pooled = head.attention(query, keys_from=x)
+        return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda head, x: jnp.sin(function(head, x)).sum(), argnums=(0, 1)))(head, x)
+
+    close(head(x), plainly(head, x), 1e-5)
+    ours, theirs = (params.flatten(gradients(function)[0]) for function in (lambda head, x: head(x), plainly))
+    for path in theirs:
+        close(ours[path], theirs[path], 1e-4)
+    assert flops(lambda head, x: head(x), head, x) < 0.6 * flops(plainly, head, x)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_last_block_of_a_text_tower_computes_the_pooled_position_alone(make_random, depth):
+    config = dataclasses.replace(TEXT, depth=depth, unroll=True)
+    text = make_random(nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0))))
+    tokens = jnp.arange(24).reshape(4, 6)
+    mask = jnp.arange(6)[None] >= jnp.arange(4)[:, None]
+    pooled, out = jax.jit(lambda text, tokens: text(tokens, mask))(text, tokens)
+    close(pooled, out["encoded"][:, -1], 1e-5)
+    close(out["encoded"], with_text(text, unroll=False)(tokens, mask)[1]["encoded"], 1e-5)
+    whole = flops(lambda text, tokens: text(tokens, mask)[1]["encoded"], text, tokens)
+    assert flops(lambda text, tokens: text(tokens, mask)[0], text, tokens) < (0.45 if depth == 1 else 0.75) * whole
+
+
+def with_text(text, **fields):
+    """The same parameters under another config."""
+    other = nnx.eval_shape(lambda: TextEncoder(dataclasses.replace(text.config, **fields), rngs=nnx.Rngs(0)))
+    return params.assign(other, params.flatten(text))

@@ -1,0 +1,58 @@
+"""The losses of SigLIP and CLIP as papers write them, over the whole matrix of pairs: to check and to measure against.
+
+`losses.sigmoid_loss` and `losses.softmax_loss` compute the same without ever holding it. Axes: B images
+and their B texts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def sigmoid_loss(
+    zimg: Float[Array, "B D"],
+    ztxt: Float[Array, "B D"],
+    log_scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    text_ids: Int[Array, " B"] | None = None,
+    image_ids: Int[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """Algorithm 1 of Zhai et al. 2023, as big_vision writes it (trainers/proj/image_text/siglip.py).
+
+    Equal texts, and texts of equal images, are no negatives where `text_ids` or `image_ids` tell them.
+    """
+    logits = _products(zimg, ztxt) * jnp.exp(log_scale) + bias
+    signs = -jnp.ones_like(logits) + 2 * jnp.eye(len(zimg))
+    losses = -jax.nn.log_sigmoid(signs * logits)
+    counted = _counted(text_ids, image_ids)
+    return (losses if counted is None else jnp.where(counted, losses, 0.0)).sum(axis=-1).mean()
+
+
+def softmax_loss(
+    zimg: Float[Array, "B D"],
+    ztxt: Float[Array, "B D"],
+    log_scale: Float[Array, ""],
+    text_ids: Int[Array, " B"] | None = None,
+    image_ids: Int[Array, " B"] | None = None,
+) -> Float[Array, ""]:
+    """The mean of both cross entropies (Radford et al. 2021, figure 3); ids as of `sigmoid_loss`."""
+    logits = _products(zimg, ztxt) * jnp.exp(log_scale)
+    counted = _counted(text_ids, image_ids)
+    if counted is not None:
+        logits = jnp.where(counted, logits, -jnp.inf)
+    both = jnp.diag(jax.nn.log_softmax(logits, axis=1)) + jnp.diag(jax.nn.log_softmax(logits, axis=0))
+    return -0.5 * both.mean()
+
+
+def _products(zimg: jax.Array, ztxt: jax.Array) -> jax.Array:
+    return jnp.einsum("ID,TD->IT", zimg, ztxt, preferred_element_type=jnp.float32)
+
+
+def _counted(*ids: jax.Array | None) -> Bool[Array, "B B"] | None:
+    """The pairs that count: each image with its own text, and all whose ids differ."""
+    different = [each[:, None] != each[None] for each in ids if each is not None]
+    if not different:
+        return None
+    return functools.reduce(jnp.logical_and, different) | jnp.eye(len(different[0]), dtype=bool)
