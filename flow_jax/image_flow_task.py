@@ -20,6 +20,7 @@ from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.model_state import own_copy
 
 MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
 
@@ -137,7 +138,7 @@ class ImageFlowTask(FlowTask):
         return f"{batch['x_1'][0].shape} images, {labels}"
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
-        return self.evaluation.validate(model)
+        return self.evaluation.validate(own_copy(model))
 
     def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return self.evaluation.evaluate(model, workdir)
+        return self.evaluation.evaluate(own_copy(model), workdir)

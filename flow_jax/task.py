@@ -20,6 +20,7 @@ from flow_jax.pairs import ToyPairs
 from flow_jax.toys import TOYS
 from train_jax.config import check_choices
 from train_jax.errors import UserError
+from train_jax.model_state import own_copy
 
 
 class PlaneFlow(FlowTask):
@@ -81,7 +82,7 @@ class PlaneFlow(FlowTask):
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
         data, options = self.config.data, self.config.eval
-        return {"w2": evaluation.distance(model, self.path, data, options, options.validation_draws).value}
+        return {"w2": evaluation.distance(own_copy(model), self.path, data, options, options.validation_draws).value}
 
     def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
-        return evaluation.evaluate(model, self.path, self.config.data, self.config.eval, workdir)
+        return evaluation.evaluate(own_copy(model), self.path, self.config.data, self.config.eval, workdir)

@@ -16,6 +16,7 @@ from paligemma_jax.sampling import make_sampler
 from train_jax.errors import UserError, cut, quoted
 
 BATCH = 16  # prompts answered at once
+_PATH = 1000  # characters of a file that a message repeats
 
 
 def predict(
@@ -110,6 +111,6 @@ def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
     try:
         return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
     except OSError as error:
-        raise UserError(f"{cut(file)} cannot be read ({error.strerror}): correct --image.") from error
+        raise UserError(f"{cut(file, _PATH)} cannot be read ({error.strerror}): correct --image.") from error
     except UserError as error:
-        raise UserError(f"{cut(file)}: {error}") from error
+        raise UserError(f"{cut(file, _PATH)}: {error}") from error

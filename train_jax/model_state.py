@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -65,6 +66,14 @@ def _bundle(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> Bundle:
         places,
         notes,
     )
+
+
+def own_copy(model: nnx.Module) -> nnx.Module:
+    """A model that this process can run alone: of arrays that several processes share, a copy in its own memory."""
+    if jax.process_count() == 1:
+        return model
+    graph, arrays = params.split(model)
+    return params.merge(graph, {path: jnp.asarray(sharding.to_host(array)) for path, array in arrays.items()})
 
 
 def create_state(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -153,6 +154,13 @@ def _parts(mesh: Mesh, path: str, entry: str | tuple[str, ...] | None) -> int:
                 f"{patterns.did_you_mean(axis, mesh.shape)}"
             )
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def local_rows(process_index: int, process_count: int, batch_size: int) -> slice:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -57,13 +56,6 @@ def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def row_parts(mesh: Mesh) -> int:
     """Into how many parts the mesh splits rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """All rows, on every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 @contextlib.contextmanager

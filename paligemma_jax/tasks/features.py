@@ -12,6 +12,7 @@ from paligemma_jax.data.records import BadRow, Record, Source, Subset
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa_rows import Rows
+from train_jax import sharding
 from train_jax.errors import UserError, cut
 
 ENCODED_AT_ONCE = 32  # images, when a run begins; rounded up to the mesh
@@ -29,7 +30,7 @@ def encoder(model: PaliGemma, mesh: Mesh) -> Encode:
     """`encode_images` from host to host, every device with its share of the images; the model lies on the mesh."""
 
     def encode(images: np.ndarray) -> np.ndarray:
-        return common.to_host(encode_images(model, common.to_mesh({"image": images}, mesh)["image"]))
+        return sharding.to_host(encode_images(model, common.to_mesh({"image": images}, mesh)["image"]))
 
     return encode
 

@@ -40,6 +40,7 @@ from paligemma_jax.weights.digest import check_digest, write_digest
 from train_jax.config import check_choices
 from train_jax.errors import UserError, quoted
 from train_jax.files import cache_dir
+from train_jax.model_state import own_copy
 
 TOLD = ("attributes", "captions")
 SHOWN = 24  # pictures of the sheet with their texts
@@ -248,6 +249,7 @@ class TextToImage(ImageFlowTask):
         write_digest(workdir, None, siglip=self._reader())
 
     def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        model = own_copy(model)
         results = super().evaluate(model, workdir)
         held_out = self.data.held_out
         rows = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int).tolist()

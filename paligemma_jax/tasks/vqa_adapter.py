@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt import diff_pruning, lora
 from paligemma_jax.adapt.family import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common
 from paligemma_jax.weights.adapter_folder import save_adapter
 from paligemma_jax.weights.peft import Adapter, Shardings, load_peft, save_peft
-from train_jax import params, patterns
+from train_jax import params, patterns, sharding
 from train_jax.errors import UserError
 
 FOLDER = "adapter"
@@ -182,7 +181,7 @@ def export(model: PaliGemma, folder: Path, adapter: ConfigDict, base: str) -> No
     """
     graph, arrays = params.split(model)
     trained = patterns.select(trainable(adapter), arrays, what="adapters")
-    gathered = arrays | {path: common.to_host(arrays[path]) for path in trained}
+    gathered = arrays | {path: sharding.to_host(arrays[path]) for path in trained}
     if jax.process_index() != 0:
         return
     if adapter.name == "lora":

@@ -131,7 +131,7 @@ class Evaluation:
         """Device results of one batch, on the host."""
         batch = common.to_mesh(arrays, self.task.mesh)
         out = {name: program(self.model, batch) for name, program in self.programs(wanted).items()}
-        return jax.tree.map(common.to_host, out)
+        return jax.tree.map(sharding.to_host, out)
 
     def programs(self, wanted: tuple[str, ...] = OUTPUTS) -> dict[str, Callable]:
         """What of OUTPUTS is wanted and can be had, each a function of the model and a batch on the mesh."""

@@ -60,10 +60,11 @@ class Folder:
     @classmethod
     def _weight_files(cls, path: Path) -> list[str]:
         """The files of a model's weights; a single file goes before shards, whichever is older, as in transformers."""
+        shards = cls._shards(path / INDEX) if (path / INDEX).exists() else None  # one that leaves its folder is refused
         if (path / SINGLE).exists():
             return [SINGLE]
-        if (path / INDEX).exists():
-            return cls._shards(path / INDEX)
+        if shards is not None:
+            return shards
         raise UserError(f"{path} holds no {SINGLE} and no {INDEX}: give a folder as transformers saves it.")
 
     @staticmethod

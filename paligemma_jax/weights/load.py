@@ -90,7 +90,7 @@ def load(
     checkpoint = _open(path, decoder)
     stored = checkpoint.config.replace(both=both)
     config = _changed(stored, image_size, vocab_size)
-    _check_words(path, config)
+    _check_words(checkpoint.source.path, config)
     shapes = params.abstract(nnx.eval_shape(lambda: checkpoint.build(stored)))
     check_names(checkpoint.rows, checkpoint.names, shapes, str(checkpoint.source.path))
     model = nnx.eval_shape(lambda: _quantized(checkpoint.build(config), codec))
@@ -127,9 +127,8 @@ def new(
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
 
 
-def _check_words(path: str | Path, config: Config) -> None:
-    """Refuses a folder whose tokenizer has words that the table lacks; rows beyond its words are padding."""
-    place = _place(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
+def _check_words(place: Path, config: Config) -> None:
+    """Refuses a folder that adds words to its tokenizer which the table lacks; rows beyond its words are padding."""
     if place.is_dir():
         text = config.text if isinstance(config, DualEncoderConfig) else config.decoder
         check_added_tokens(place, text.vocab_size)

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+import sentencepiece
 
 from paligemma_jax.data.added_tokens import ADDED, CONFIG, JSON, SPECIAL, read_added_tokens
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
 from paligemma_jax.shipped import local
+from paligemma_jax.side_files import read_json
 from train_jax.errors import UserError
 
 MODEL = "tokenizer.model"
 SIGLIP_MODEL = "spiece.model"
-IMAGE = "<image>"
+OF_PALIGEMMA = re.compile(r"<(image|loc\d{4}|seg\d{3})>")  # what its tokenizer has beside a table of any size
 # What transformers has written beside the weights of PaliGemma, SigLIP and CLIP over its releases.
 FILES = (
     *(MODEL, SIGLIP_MODEL, JSON, CONFIG, "vocab.json", "merges.txt"),
@@ -35,18 +39,31 @@ def tokenizer_files(source: str | Path) -> list[Path]:
 
 
 def check_added_tokens(folder: Path, words: int) -> None:
-    """Refuses tokens that a folder's files add beyond a word table of so many rows; `<image>` needs none.
+    """Refuses tokens that a folder's files add beyond a word table of so many rows.
+
+    Pieces of the tokenizer itself, and PaliGemma's marks for images, places and segments, are not looked at: a task
+    does that for the tokenizer that it uses.
 
     Raises:
       UserError: the first of them.
     """
+    first = max(words, _num_pieces(folder))
     for token in read_added_tokens(folder).values():
-        if token.id >= words and token.content != IMAGE:
+        if token.id >= first and not OF_PALIGEMMA.fullmatch(token.content):
             raise UserError(
                 f"{folder} adds the token {token.content!r} = {token.id} to its tokenizer, expected ids below the "
                 f"{words:,} rows of the word table: give the weights that belong to it, or of a PaliGemma load them "
                 f"with vocab_size={token.id + 1}."
             )
+
+
+def _num_pieces(folder: Path) -> int:
+    """Words of a folder's tokenizer without those that are added; 0 if it has none."""
+    if (file := folder / MODEL).is_file():
+        return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
+    if (file := folder / JSON).is_file():
+        return len((read_json(file).get("model") or {}).get("vocab") or ())
+    return 0
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

@@ -117,9 +117,10 @@ WITHOUT = {
     "frechet:FrechetScore.__init__": "calls it, on the host",
     "image_data:ImageData.__init__": "calls it, on the host",
     "integrate:integrate": "is what sample and log_prob call",
-    "large_couplings:fit_semidiscrete": "is tested where ott-jax is, in test_large_couplings.py",
+    "large_couplings:fit_semidiscrete": "compiles what it is given at each call",
     "pictures:draw_density": "calls it, on the host",
     "pictures:draw_field": "calls it, on the host",
+    "row_draws:draw_rows": "calls it, on the host",
 }
 
 

@@ -75,7 +75,7 @@ WRITES_OR_READS_FILES = (
     "weights.save_prompts",
 )
 PURE = ("losses.coprompt_loss",)  # compiled by its caller, whose argument the model is
-TELLS_SIZES = ("lora_table", "format_lora_table")
+TELLS_SIZES = ("lora_table", "format_lora_table", "zero_shot.check_tokens")
 
 
 def takes_callable(annotation) -> bool:
