@@ -6,8 +6,10 @@ decodes its whole group, so the groups used last are kept up to a number of byte
 number plus one group for each thread that reads, whatever the data's size.
 """
 
+import glob
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +35,8 @@ class ParquetQuestions:
     of its own. For that all shards are read once, when they are opened.
 
     Args:
-      folder: searched with all subfolders for `SPLIT-*.parquet`, the Hub's naming.
+      folder: searched with all subfolders for `SPLIT-*.parquet`, the Hub's naming, and `SPLIT.parquet`; those below a
+        hidden name (.cache) or a special one (__MACOSX) are left out, as `datasets` does.
       split: "train", "validation" or "test", as the shards are named.
       prompt: the prefix, with {question} in place of the question.
       cache_bytes: size of the row groups kept, in bytes of Arrow memory.
@@ -52,7 +55,7 @@ class ParquetQuestions:
         cache: str | Path | None = None,
     ):
         folder = Path(folder).expanduser()
-        self._files = sorted(folder.rglob(f"{split}-*.parquet"))
+        self._files = _shards(folder, split)
         if not self._files:
             raise UserError(
                 f"{folder} holds no {split}-*.parquet, expected the shards of a Hub data set; "
@@ -118,6 +121,17 @@ class ParquetQuestions:
                 "shard; download it again."
             ) from error
         return table, table.nbytes
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in the order of their names."""
+    name = re.compile(rf"{re.escape(split)}(-.*)?\.(parquet|PARQUET)", re.DOTALL)
+    within = ((file, file.relative_to(folder).parts) for file in folder.rglob(f"{glob.escape(split)}*"))
+    return sorted(
+        file
+        for file, parts in within
+        if name.fullmatch(file.name) and not any(part.startswith((".", "__")) for part in parts)
+    )
 
 
 def _open(file: Path) -> Any:

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,6 +61,25 @@ def test_only_the_split_asked_for_is_read(tmp_path, rows):
     assert len(ParquetQuestions(tmp_path, "validation")) == 3
     with pytest.raises(UserError, match=r"no test-\*\.parquet"):
         ParquetQuestions(tmp_path, "test")
+
+
+@pytest.mark.parametrize("place", [".cache", "__MACOSX/data", "data/.ipynb_checkpoints"])
+def test_copies_in_hidden_folders_are_left_out(tmp_path, rows, place):
+    folder = tmp_path / ".cache/hub"  # only what is hidden within the folder counts
+    shard = write_shards(folder, rows, shards=1) / "data/train-00000-of-00001.parquet"
+    (folder / place).mkdir(parents=True)
+    shutil.copy(shard, folder / place)
+    shutil.copy(shard, folder / "data/._train-0.parquet")
+    assert len(ParquetQuestions(folder)) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train-0.PARQUET", "a/b/train.PARQUET"])
+def test_names_of_a_single_file_are_read(tmp_path, rows, name):
+    written = write_shards(tmp_path / "written", rows, shards=1) / "data/train-00000-of-00001.parquet"
+    (tmp_path / "read" / name).parent.mkdir(parents=True)
+    for each in (name, "training.parquet", "train.parquet.md5", "train2-0.parquet"):
+        shutil.copy(written, tmp_path / "read" / each)
+    assert len(ParquetQuestions(tmp_path / "read")) == len(rows)
 
 
 @pytest.mark.parametrize("image_type", [IMAGE, pa.struct([("bytes", pa.binary())])])
