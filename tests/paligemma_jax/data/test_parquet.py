@@ -115,14 +115,37 @@ def test_every_form_of_an_image_column_is_read(tmp_path, make_png, image_type, f
     assert source.image_numbers().tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("images", [[], None, ["a", "b"]])
-def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, images):
-    images = images and [make_png(0), make_png(1)]
+@pytest.mark.parametrize("number, found", [(0, "lacks image bytes"), (None, "lacks image bytes"), (2, "holds 2 images")])
+def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, number, found):
+    images = number if number is None else [make_png(i) for i in range(number)]
     rows = [("?", images, "yes"), ("?", [make_png(0)], "yes")]
     source = ParquetQuestions(write_shards(tmp_path, rows, image_type=pa.list_(pa.binary())))
-    with pytest.raises(BadRow, match="row 0 .* lacks image bytes"):
+    with pytest.raises(BadRow, match=f"row 0 .* {found}, expected"):
         source[0]
     assert source[1].suffix == "yes" and source.image_numbers().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("column", ["question", "image", "answer"])
+def test_dates_beyond_pythons_are_a_bad_row(tmp_path, make_png, column):
+    columns = {"question": ["?"] * 2, "image": [make_png(0)] * 2, "answer": ["yes"] * 2}
+    columns[column] = pa.array([2**30, 0], pa.date32())
+    pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
+    source = ParquetQuestions(tmp_path)
+    for index in range(2):  # a date is no text either
+        with pytest.raises(BadRow, match=f"row {index} "):
+            source[index]
+    if column == "answer":
+        with pytest.raises(BadRow, match="row 0 cannot be read"):
+            source.suffix(0)
+
+
+@pytest.mark.parametrize("column", ["question", "image", "answer"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, make_png, column):
+    columns = {"question": pa.array(["?"]), "image": pa.array([make_png(0)]), "answer": pa.array(["yes"])}
+    table = pa.table(columns).append_column(column, columns[column])
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match=rf"more than once \['{column}'\], expected .* once each; rename"):
+        ParquetQuestions(tmp_path)
 
 
 @pytest.mark.parametrize(
