@@ -90,7 +90,7 @@ class ParquetQuestions:
         name = Path(path).name if path else f"row {index}"
         if not image:
             several = isinstance(row["image"], list) and sum(_image_of(each)[0] is not None for each in row["image"])
-            found = f"holds {several} images, expected one" if several else "lacks image bytes, expected those of a file"
+            found = f"holds {several} images, expected one" if several else "lacks image bytes, expected a file's"
             raise BadRow(f"row {index} ({cut(name)}) {found}; mend the shard.")
         texts = {"question": row["question"], "answer": row["answer"]}
         question, answer = check_texts(texts, tuple(texts), f"row {index} ({cut(name)})", "mend the shard")
@@ -153,7 +153,7 @@ def _open(file: Path) -> Any:
         found = [name for name in COLUMNS if min(names.count(name), 2) == wrong]
         if found:
             raise UserError(
-                f"{file} has columns {names} and {said} {found}, expected {list(COLUMNS)} once each; rename the columns."
+                f"{file} has columns {names} and {said} {found}, expected each of {list(COLUMNS)} once; rename them."
             )
     return shard
 
