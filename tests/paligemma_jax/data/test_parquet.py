@@ -115,7 +115,9 @@ def test_every_form_of_an_image_column_is_read(tmp_path, make_png, image_type, f
     assert source.image_numbers().tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("number, found", [(0, "lacks image bytes"), (None, "lacks image"), (2, "holds 2 images")])
+@pytest.mark.parametrize(
+    "number, found", [(0, "lacks image bytes"), (None, "lacks image bytes"), (2, "holds 2 images")]
+)
 def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, number, found):
     images = number if number is None else [make_png(i) for i in range(number)]
     rows = [("?", images, "yes"), ("?", [make_png(0)], "yes")]
