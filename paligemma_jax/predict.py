@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
-from paligemma_jax.data.row_texts import is_text
+from paligemma_jax.data.row_texts import check_prompt, is_text
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load, load_run, run_config
@@ -66,9 +66,8 @@ def predict(
             f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
             "--image or --prompt."
         )
-    broken = [text for text in texts if not is_text(text)]
-    if broken:
-        raise UserError(f"the prompt {quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
+    for text in texts:
+        check_prompt(text, "the prompt")
     count = max(len(images), len(texts))
     images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
     make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
@@ -107,10 +106,14 @@ def predict(
 
 
 def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
-    """An image file as the model takes it, float32 [I, I, 3]."""
+    """An image file as the model takes it, float32 [I, I, 3]. Raises UserError."""
+    name = cut(file, _PATH) if is_text(file) and file.isprintable() else quoted(file)
     try:
-        return prepare.apply(prepare.decode(Path(file).expanduser().read_bytes()))
-    except OSError as error:
-        raise UserError(f"{cut(file, _PATH)} cannot be read ({error.strerror}): correct --image.") from error
+        data = Path(file).expanduser().read_bytes()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # no such file, or no name that a file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name} cannot be read ({reason}): correct --image.") from error
+    try:
+        return prepare.apply(prepare.decode(data))
     except UserError as error:
-        raise UserError(f"{cut(file, _PATH)}: {error}") from error
+        raise UserError(f"{name}: {error}") from error

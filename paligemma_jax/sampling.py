@@ -52,7 +52,8 @@ def make_sampler(name: str, **options: float | int | None) -> Sampler:
         if option not in OPTIONS[name]:
             takes = ", ".join(OPTIONS[name]) or "no option"
             users = " or ".join(repr(other) for other, known in OPTIONS.items() if option in known)
-            raise UserError(f"sampler {name!r} takes {takes}, not {option}: leave it out or choose sampler {users}.")
+            other = f" or choose sampler {users}" if users else ""
+            raise UserError(f"sampler {name!r} takes {takes}, not {option}: leave it out{other}.")
     settings = OPTIONS[name] | given
     for option, smallest in (("temperature", 0), ("top_k", 1), ("num_beams", 1)):
         if settings.get(option, smallest) < smallest:

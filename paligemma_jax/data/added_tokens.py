@@ -9,10 +9,11 @@ Three files name them, and older and newer releases of transformers write some o
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from paligemma_jax.data.row_texts import is_text
 from paligemma_jax.side_files import Keys, account, is_off, read_json, refusal
 from train_jax.errors import UserError, quoted
 
@@ -111,7 +112,8 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
 def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
     """Every token of every file, the file whose flags count first."""
     if (file := folder / JSON).is_file():
-        listed = read_json(file).get("added_tokens") or []
+        listed = read_json(file).get("added_tokens")
+        listed = [] if listed is None else listed
         if not isinstance(listed, list):
             raise refusal(file, "added_tokens", listed, "a list of tokens", "download it again")
         for values in listed:
@@ -119,7 +121,8 @@ def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
     if (file := folder / CONFIG).is_file():
         values = read_json(file)
         account(values, CONFIG_KEYS, file)
-        decoder = values.get("added_tokens_decoder") or {}
+        decoder = values.get("added_tokens_decoder")
+        decoder = {} if decoder is None else decoder
         if not isinstance(decoder, dict):
             raise refusal(file, "added_tokens_decoder", decoder, "an object of tokens by id", "download it again")
         for index, values in decoder.items():
@@ -131,11 +134,38 @@ def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
 
 def _token(values: Any, index: Any, file: Path) -> AddedToken:
     """One token of a file."""
-    fine = isinstance(values, dict) and isinstance(values.get("content"), str) and values["content"]
+    fine = isinstance(values, dict) and is_text(values.get("content")) and values["content"]
     if not fine or type(index) is not int or index < 0:
         raise refusal(file, f"the added token {index!r}", values, "a text with an id", "download it again")
     account(values, _TOKEN, file, f"the added token {index} ")
-    return AddedToken(index, values["content"], **{flag: bool(values[flag]) for flag in FLAGS if flag in values})
+    given = {flag: values[flag] for flag in FLAGS if values.get(flag) is not None}
+    for flag, value in given.items():
+        if type(value) is not bool:
+            raise refusal(file, f"the added token {index} {flag}", value, "true or false", "correct it")
+    return AddedToken(index, values["content"], **given)
+
+
+def check_pieces(
+    added: Iterable[AddedToken], index: Callable[[str], int | None], pieces: int, file: str | Path
+) -> None:
+    """Refuses an added token whose text is a piece of another id already: transformers would take the piece's.
+
+    Args:
+      added: tokens of the files beside `file`.
+      index: id of a text that is a piece, below `pieces`; what it says of others is no matter.
+      pieces: how many there are.
+      file: of the pieces.
+
+    Raises:
+      UserError: the first of them.
+    """
+    for token in added:
+        piece = index(token.content)
+        if piece is not None and piece < pieces and piece != token.id:
+            raise UserError(
+                f"the tokenizer of {file} adds {quoted(token.content)} = {token.id}, but that is a piece already, "
+                f"{piece}: add the token with that id, or another text."
+            )
 
 
 def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
@@ -160,7 +190,7 @@ def _texts(value: Any, key: str, file: Path) -> list[str]:
     """The texts of one token or several, each a text or an object with its content."""
     several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
     texts = [each.get("content") if isinstance(each, dict) else each for each in _listed(several)]
-    if not all(isinstance(text, str) for text in texts):
+    if not all(map(is_text, texts)):
         raise refusal(file, key, value, "texts", "download it again")
     return texts
 

@@ -86,7 +86,7 @@ class ClevrTree:
         with self._open("scenes", split) as scenes:
             return {
                 scene["image_filename"]: [
-                    {field: thing[field] for field in OBJECT_FIELDS} for thing in scene["objects"]
+                    {field: thing[field] for field in OBJECT_FIELDS} for thing in map(_object, scene["objects"])
                 ]
                 for scene in scenes
             }
@@ -151,12 +151,20 @@ class ClevrTree:
         file = self._file(kind, split)
         try:
             with file.open("r", encoding="utf-8") as text:
-                yield stream_array(text, kind)
+                yield map(_object, stream_array(text, kind))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else cut(str(error))
             raise UserError(
-                f"{file.name} in {self.source} cannot be read ({type(error).__name__}: {cut(str(error))}), expected "
-                f"CLEVR's JSON with a list {kind!r}; extract or download it again."
+                f"{file.name} in {self.source} cannot be read ({reason}), expected CLEVR's JSON with a list {kind!r} "
+                "of objects; extract or download it again."
             ) from error
+
+
+def _object(entry: Any) -> dict[str, Any]:
+    """An entry of a list that holds objects. Raises ValueError."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"found {quoted(entry)} where an object was expected")
+    return entry
 
 
 def spelled(answer: Any) -> Any:

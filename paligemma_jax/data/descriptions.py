@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.data.row_texts import is_text
+from paligemma_jax.data.row_texts import check_prompt, is_text
 from train_jax.errors import UserError, quoted
 
 _DRAWS = zlib.crc32(b"descriptions")
@@ -29,9 +29,8 @@ def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentence
     Raises:
       UserError: no class, a template without {}, or names or templates that are no whole characters.
     """
-    broken = [text for text in (*classes, *templates) if not is_text(text)]
-    if broken:
-        raise UserError(f"{quoted(broken[0])} holds bytes that are no UTF-8, expected text: write it anew.")
+    for text in (*classes, *templates):
+        check_prompt(text, "the class or template")
     wrong = [template for template in templates if template.count("{}") != 1]
     if wrong or not templates or not classes:
         raise UserError(

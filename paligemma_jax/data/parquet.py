@@ -6,8 +6,10 @@ decodes its whole group, so the groups used last are kept up to a number of byte
 number plus one group for each thread that reads, whatever the data's size.
 """
 
+import glob
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from train_jax.errors import UserError, cut
 
 COLUMNS = ("question", "image", "answer")
 _AT_ONCE = 64  # images held while all are looked through
+# What pyarrow raises for damaged data, and for values that Python has none for, such as a date beyond the year 9999.
+_UNREADABLE = (ValueError, OSError, OverflowError, NotImplementedError)
 
 
 class ParquetQuestions:
@@ -33,7 +37,8 @@ class ParquetQuestions:
     of its own. For that all shards are read once, when they are opened.
 
     Args:
-      folder: searched with all subfolders for `SPLIT-*.parquet`, the Hub's naming.
+      folder: searched with all subfolders for `SPLIT-*.parquet`, the Hub's naming, and `SPLIT.parquet`; those below a
+        hidden name (.cache) or a special one (__MACOSX) are left out, as `datasets` does.
       split: "train", "validation" or "test", as the shards are named.
       prompt: the prefix, with {question} in place of the question.
       cache_bytes: size of the row groups kept, in bytes of Arrow memory.
@@ -52,7 +57,7 @@ class ParquetQuestions:
         cache: str | Path | None = None,
     ):
         folder = Path(folder).expanduser()
-        self._files = sorted(folder.rglob(f"{split}-*.parquet"))
+        self._files = _shards(folder, split)
         if not self._files:
             raise UserError(
                 f"{folder} holds no {split}-*.parquet, expected the shards of a Hub data set; "
@@ -84,7 +89,9 @@ class ParquetQuestions:
         image, path = _image_of(row["image"])
         name = Path(path).name if path else f"row {index}"
         if not image:
-            raise BadRow(f"row {index} ({cut(name)}) lacks image bytes, expected those of a file; mend the shard.")
+            several = isinstance(row["image"], list) and sum(_image_of(each)[0] is not None for each in row["image"])
+            found = f"holds {several} images, expected one" if several else "lacks image bytes, expected a file's"
+            raise BadRow(f"row {index} ({cut(name)}) {found}; mend the shard.")
         texts = {"question": row["question"], "answer": row["answer"]}
         question, answer = check_texts(texts, tuple(texts), f"row {index} ({cut(name)})", "mend the shard")
         return Record(image, name, int(self._image_index[index]), self._prompt.replace("{question}", question), answer)
@@ -100,7 +107,7 @@ class ParquetQuestions:
         table = self._cache.get((group, columns), lambda: self._load(group, columns))
         try:
             return {name: table[name][index - int(self._starts[group])].as_py() for name in columns}
-        except ValueError as error:  # bytes that are no UTF-8 in a column of texts
+        except _UNREADABLE as error:  # bytes that are no UTF-8 in a column of texts, say
             raise BadRow(f"row {index} cannot be read ({error}), expected texts in UTF-8; mend the shard.") from None
 
     def image_numbers(self) -> np.ndarray:
@@ -112,12 +119,23 @@ class ParquetQuestions:
         try:
             # Opened anew: a shard's footer is small, and a file object must not be shared between threads.
             table = _open(self._files[number]).read_row_group(group_in_file, columns=list(columns))
-        except (ValueError, OSError) as error:  # pyarrow's errors for damaged data derive from these
+        except _UNREADABLE as error:
             raise BadRow(
                 f"row group {group_in_file} of {self._files[number]} cannot be read ({error}), expected an intact "
                 "shard; download it again."
             ) from error
         return table, table.nbytes
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in the order of their names."""
+    name = re.compile(rf"{re.escape(split)}(-.*)?\.(parquet|PARQUET)", re.DOTALL)
+    within = ((file, file.relative_to(folder).parts) for file in folder.rglob(f"{glob.escape(split)}*"))
+    return sorted(
+        file
+        for file, parts in within
+        if name.fullmatch(file.name) and not any(part.startswith((".", "__")) for part in parts)
+    )
 
 
 def _open(file: Path) -> Any:
@@ -128,14 +146,15 @@ def _open(file: Path) -> Any:
         raise UserError("parquet data need pyarrow, which is not installed; run pip install pyarrow.") from error
     try:
         shard = parquet.ParquetFile(file, pre_buffer=False)
-    except (ValueError, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file} is no intact parquet file ({error}); download it again.") from error
-    missing = [name for name in COLUMNS if name not in shard.schema_arrow.names]
-    if missing:
-        raise UserError(
-            f"{file} has columns {shard.schema_arrow.names} and lacks {missing}, expected {list(COLUMNS)}; "
-            "rename the columns."
-        )
+    names = shard.schema_arrow.names
+    for wrong, said in ((0, "lacks"), (2, "has more than once")):
+        found = [name for name in COLUMNS if min(names.count(name), 2) == wrong]
+        if found:
+            raise UserError(
+                f"{file} has columns {names} and {said} {found}, expected each of {list(COLUMNS)} once; rename them."
+            )
     return shard
 
 
@@ -168,6 +187,6 @@ def _digests_of(shard: Any) -> Iterator[bytes]:
         try:
             batches = shard.iter_batches(_AT_ONCE, row_groups=[group], columns=["image"])
             found = [digests.digest(_image_of(value.as_py())[0]) for batch in batches for value in batch.column(0)]
-        except (ValueError, OSError):  # pyarrow's errors for damaged data derive from these
+        except _UNREADABLE:
             found = []
         yield from found + [digests.digest(None)] * (rows - len(found))

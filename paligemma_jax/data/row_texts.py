@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paligemma_jax.data.records import BadRow
-from train_jax.errors import quoted
+from train_jax.errors import UserError, quoted
 
-UNUSABLE = b"\xff"  # begins what `stored` writes in place of a value that is no text; no UTF-8 does
+UNUSABLE = b"\xffno text: "  # begins what `stored` writes in place of a value that is no text; no UTF-8 does
 
 
 def check_texts(row: Any, fields: Sequence[str], where: str, remedy: str = "mend it") -> list[str]:
@@ -49,6 +49,18 @@ def is_text(value: Any) -> bool:
         return False
 
 
+def check_prompt(value: Any, what: str) -> None:
+    """Refuses a value that a caller gives for a text and is none; `what` names it: "the prompt".
+
+    Raises:
+      UserError: another type, or text that UTF-8 cannot write.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{what} {quoted(value)} is of type {type(value).__name__}, expected text: give a string.")
+    if not is_text(value):
+        raise UserError(f"{what} {quoted(value)} holds bytes that are no UTF-8, expected text: write it anew.")
+
+
 def stored(value: Any) -> str | bytes:
     """A value to be written where only text can be: bytes that `check_texts` refuses, if it is no text."""
     return value if is_text(value) else UNUSABLE + quoted(value).encode()
@@ -58,5 +70,6 @@ def _decoded(value: bytes, field: str, where: str, remedy: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        found = value[1:].decode(errors="replace") if value.startswith(UNUSABLE) else quoted(value)
+        marked = value.startswith(UNUSABLE)
+        found = value.removeprefix(UNUSABLE).decode(errors="replace") if marked else quoted(value)
         raise BadRow(f"{where} has the {field} {found}, expected text in UTF-8; {remedy}.") from None

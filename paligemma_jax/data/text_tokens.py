@@ -19,7 +19,15 @@ import numpy as np
 import sentencepiece
 
 from paligemma_jax import hub
-from paligemma_jax.data.added_tokens import CONFIG, JSON, AddedToken, Splitter, named_tokens, read_added_tokens
+from paligemma_jax.data.added_tokens import (
+    CONFIG,
+    JSON,
+    AddedToken,
+    Splitter,
+    check_pieces,
+    named_tokens,
+    read_added_tokens,
+)
 from paligemma_jax.data.pieces import open_json
 from paligemma_jax.shipped import local
 from paligemma_jax.side_files import read_json, refusal
@@ -138,6 +146,7 @@ def _from_pieces(file: Path, length: int | None, keep_punctuation: bool | None) 
             f"the files beside {file} add {added[0].content!r} = {added[0].id}, expected no more than its {size:,} "
             "pieces, as SigLIP 1 has no added tokens here: remove it."
         )
+    check_pieces(added, lambda text: _piece(pieces, text), size, file)
     said.agrees("eos_token", pieces.piece_to_id, eos)
     pad = said.marks.get("pad_token")
     pad = (pieces.pad_id() if gemma else eos) if pad is None else pieces.piece_to_id(pad)
@@ -155,6 +164,8 @@ def _from_json(file: Path, length: int | None, keep_punctuation: bool | None) ->
     def encode(text: str) -> list[int]:
         return words.encode(text, add_special_tokens=False).ids
 
+    own = words.get_vocab(with_added_tokens=False)
+    check_pieces(said.added, own.get, 1 + max(own.values(), default=-1), file)
     size = _size(1 + max(known.values(), default=-1), said.added)
     start, end = words.token_to_id(START), words.token_to_id(END)
     if start is not None and end is not None:
@@ -206,6 +217,12 @@ class _Said:
         """Refuses a mark that is another token than the family's."""
         if key in self.marks and index(self.marks[key]) != expected:
             raise refusal(self.file, key, self.marks[key], f"the token {expected}", "use the model's own tokenizer")
+
+
+def _piece(pieces: sentencepiece.SentencePieceProcessor, text: str) -> int | None:
+    """The id of a piece; None where there is no such, which SentencePiece calls unknown."""
+    index = pieces.piece_to_id(text)
+    return index if pieces.id_to_piece(index) == text else None
 
 
 def _size(pieces: int, added: Sequence[AddedToken]) -> int:

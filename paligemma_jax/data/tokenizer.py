@@ -23,6 +23,7 @@ from paligemma_jax.data.added_tokens import (
     JSON,
     AddedToken,
     Splitter,
+    check_pieces,
     named_tokens,
     read_added_tokens,
 )
@@ -64,6 +65,7 @@ class Tokenizer:
         if found != _SPECIALS:
             raise UserError(f"{name} has special ids {found}, expected {_SPECIALS}; give a Gemma tokenizer.model.")
         self._base = self._pieces.size
+        check_pieces(self.added.values(), self._pieces.index, self._base, name)
         tokens = self._paligemma_tokens() | self.added
         self._tokens = {content: token for content, token in tokens.items() if token.id >= len(_SPECIALS)}
         self._appended = {token.id: content for content, token in self._tokens.items()}
@@ -212,11 +214,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     added = read_added_tokens(file.parent) if beside else {}
     is_json = file.suffix == ".json"
     pieces = JsonPieces(file, _MARKS) if is_json else SentencePieces(file.read_bytes(), str(file))
+    if beside and not is_json and (file.parent / JSON).is_file():
+        _check_pieces(pieces, file, file.parent / JSON)
     words = Tokenizer(pieces, str(file), added)
     if beside:
         _check_names(words, file.parent)
-        if not is_json and (file.parent / JSON).is_file():
-            _check_pieces(pieces, file, file.parent / JSON)
     return words
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from paligemma_jax.side_files import is_off, read_json
 from paligemma_jax.weights.tables import listed
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 FILE = "adapter_config.json"
 # Options with a meaning here and their defaults in peft, which a file may leave out.
@@ -89,10 +89,10 @@ class PeftConfig:
         layers, layouts = self["layers_to_transform"], self["layers_pattern"]
         if layers is None or layers == []:
             return True
-        layouts = [layouts] if isinstance(layouts, str) else layouts
-        found = (re.match(rf".*?\.{layout}\.(\d+)\.", name) for layout in layouts or [r"[^.]*"])
+        layouts = [layouts] if isinstance(layouts, str) and layouts else layouts or [r"[^.]*"]
+        found = (re.match(rf"(?:^|.*?\.){layout}\.(?P<index>\d+)\.", name) for layout in layouts)
         match = next(filter(None, found), None)
-        return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+        return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
 
     def rank(self, name: str) -> int:
         """r of the module of this name."""
@@ -151,6 +151,22 @@ def check(values: Mapping[str, Any], where: str) -> None:
         wrong.append("target_modules=None")
     if wrong:
         raise UserError(f"{where} has values that make no sense, {listed(wrong)}: correct them or save it again.")
+    _check_layers(values, where)
+
+
+def _check_layers(values: Mapping[str, Any], where: str) -> None:
+    """Refuses choices of layers that have no effect, as peft does."""
+    targets, layers, layouts = (values.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
+    for option, value in (("layers_to_transform", layers), ("layers_pattern", layouts)):
+        if isinstance(targets, str) and value is not None:
+            raise UserError(
+                f"{where} has {option}={quoted(value)} beside target_modules={quoted(targets)}, expected a list of "
+                "modules with it, as a regular expression chooses the layers itself: take one of them out."
+            )
+    if layouts and layers is None:
+        raise UserError(
+            f"{where} has layers_pattern={quoted(layouts)} without layers_to_transform, expected both: add the layers."
+        )
 
 
 def _is_off(option: str, value: Any) -> bool:

@@ -7,7 +7,9 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax import predict as predict_module
 from paligemma_jax.data.clevr import ClevrQuestions
-from paligemma_jax.predict import predict
+from paligemma_jax.data.descriptions import fill_templates
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.predict import predict, read_pixels
 from tests.paligemma_jax.mini import prepared_scenes, read_lines
 from train_jax.errors import UserError
 
@@ -70,6 +72,27 @@ def test_draws_go_on_from_batch_to_batch(mini_folder, scenes, monkeypatch):
     assert len(set(answers)) == 20
     monkeypatch.setattr(predict_module, "BATCH", 4)
     assert [answer for *_, answer in predict([image], ["caption en"] * 20, **options)] == answers
+
+
+@pytest.mark.parametrize("name", ["\ud83d.png", "a\0.png", "missing.png", "~nobody-of-this-name/a.png"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(UserError, match=r"png'? cannot be read \(.+\): correct --image\.$") as error:
+        read_pixels(name, Preprocessing.siglip(8))
+    assert str(error.value).isprintable()
+
+
+def test_half_characters_are_no_prompt_and_no_class():
+    with pytest.raises(UserError, match=r"the prompt '\\udcff' holds bytes that are no UTF-8"):
+        predict(["a.png"], ["what?", "\udcff"], model="tiny")
+    with pytest.raises(UserError, match=r"the class or template '\\udcff' holds bytes"):
+        fill_templates(["cat", "\udcff"], ["{}"])
+
+
+def test_an_option_that_no_sampler_has_is_to_be_left_out():
+    with pytest.raises(UserError, match=r"not foo: leave it out\.$"):
+        predict(["a.png"], ["what?"], model="tiny", sampler="temperature", foo=2)
+    with pytest.raises(UserError, match="not top_p: leave it out or choose sampler 'nucleus'"):
+        predict(["a.png"], ["what?"], model="tiny", sampler="temperature", top_p=0.5)
 
 
 def test_an_unknown_sampler(mini_folder, scenes):

@@ -9,6 +9,7 @@ import pytest
 
 import paligemma_jax as pg
 from paligemma_jax.data.added_tokens import AddedToken, Splitter
+from paligemma_jax.data.text_tokens import load_text_tokenizer
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.shipped import SHIPPED
 from train_jax.errors import UserError
@@ -22,6 +23,11 @@ ANSWER = {
     "tokenizer_config": {"added_tokens_decoder": {"1792": {"content": "<answer>"} | FLAGS}},
     "tokenizer": [{"id": 1792, "content": "<answer>"} | FLAGS],
 }
+
+
+def decoded(content, index=1792, **flags):
+    """What tokenizer_config.json says of one added token."""
+    return {"added_tokens_decoder": {str(index): {"content": content} | FLAGS | flags}}
 
 
 @pytest.fixture
@@ -92,6 +98,15 @@ def test_ids_that_a_file_gives_locations_count(folder):
         ({"added_tokens": {"<a>": 1792}, "tokenizer": [{"id": 1793, "content": "<a>"}]}, "1793 for that token"),
         ({"added_tokens": {"<a>": "7"}}, "the added token '7' = .*, expected a text with an id"),
         ({"added_tokens": {"": 1792}}, "expected a text with an id"),
+        ({"added_tokens": {"cut \ud83d": 1792}}, "expected a text with an id"),
+        ({"tokenizer_config": {"eos_token": "\ud83d"}}, r"eos_token = '\\ud83d', expected texts"),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, r"added_tokens_decoder = \[\], expected an object"),
+        ({"tokenizer_config": {"added_tokens_decoder": False}}, "added_tokens_decoder = False, expected an object"),
+        ({"added_tokens": {"answer": 1792}}, "adds 'answer' = 1792, but that is a piece already, 328"),
+        ({"tokenizer_config": decoded("answer", single_word=True)}, "that is a piece already, 328"),
+        ({"tokenizer": [{"id": 1792, "content": "answer"} | FLAGS]}, "that is a piece already, 328"),
+        ({"tokenizer_config": decoded("<a>", lstrip="false")}, "added token 1792 lstrip = 'false', expected true"),
+        ({"tokenizer_config": decoded("<a>", special=1)}, "added token 1792 special = 1, expected true or false"),
         ({"tokenizer_config": {"eos_token": "red"}}, "eos_token = 'red', expected <eos>"),
         ({"tokenizer_config": {"additional_special_tokens": ["<new>"]}}, "'<new>', expected a token that a piece"),
         ({"special_tokens_map": {"bos_token": {"content": "<s>"}}}, "special_tokens_map.json has bos_token = '<s>'"),
@@ -103,6 +118,24 @@ def test_ids_that_a_file_gives_locations_count(folder):
 def test_files_that_contradict_are_refused(folder, files, sentence):
     with pytest.raises(UserError, match=sentence):
         load_tokenizer(folder(**files))
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_a_piece_that_is_added_with_its_own_id_cuts_texts(folder, model):
+    """The ids are those of transformers 5.24."""
+    words = load_tokenizer(folder(model, tokenizer_config=decoded("answer", 328)))
+    assert words.encode("an answer") == [322, 261, 328]
+
+
+@pytest.mark.parametrize("name", ["gemma", "siglip2", "clip"])
+def test_a_dual_encoders_added_tokens_are_no_pieces_of_another_id(tmp_path, name):
+    place = tmp_path / name
+    shutil.copytree(GOLDEN / name, place)
+    vocab = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    piece = next(each for each in vocab if each.isalpha() and len(each) > 1)
+    (place / "added_tokens.json").write_text(json.dumps({piece: 9_999}))
+    with pytest.raises(UserError, match=f"adds '{piece}' = 9999, but that is a piece already, {vocab[piece]}"):
+        load_text_tokenizer(place)
 
 
 def test_two_tokenizers_in_one_folder_are_refused(folder):

@@ -5,6 +5,7 @@ import pytest
 
 from paligemma_jax.data import clevr_tree
 from paligemma_jax.data.clevr_tree import ClevrTree, stream_array
+from train_jax.errors import UserError
 
 DOCUMENT = {
     "info": {"questions": ["not these"], "version": 1.25},
@@ -52,6 +53,22 @@ def test_empty_list_and_missing_key():
 def test_what_is_no_such_document_is_refused(text):
     with pytest.raises(ValueError):
         list(stream_array(io.StringIO(text), "questions"))
+
+
+@pytest.mark.parametrize("kind, read", [("questions", ClevrTree.questions), ("scenes", ClevrTree.objects)])
+@pytest.mark.parametrize(
+    "entries, reason",
+    [
+        ([1, None], "found 1 where an object was expected"),
+        (["a"], "found 'a' where an object was expected"),
+        ([{"question": "?", "objects": []}], "it lacks 'image_filename'"),
+    ],
+)
+def test_entries_that_are_no_objects_are_told(make_clevr_tree, tmp_path, kind, read, entries, reason):
+    tree = ClevrTree(make_clevr_tree(tmp_path))
+    (tree.root / kind / f"CLEVR_train_{kind}.json").write_text(json.dumps({kind: entries}))
+    with pytest.raises(UserError, match=rf"cannot be read \({reason}\), expected CLEVR's JSON with a list '{kind}'"):
+        read(tree, "train")
 
 
 def test_strange_files_among_the_images_are_ignored(make_clevr_tree, tmp_path):

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -62,6 +63,25 @@ def test_only_the_split_asked_for_is_read(tmp_path, rows):
         ParquetQuestions(tmp_path, "test")
 
 
+@pytest.mark.parametrize("place", [".cache", "__MACOSX/data", "data/.ipynb_checkpoints"])
+def test_copies_in_hidden_folders_are_left_out(tmp_path, rows, place):
+    folder = tmp_path / ".cache/hub"  # only what is hidden within the folder counts
+    shard = write_shards(folder, rows, shards=1) / "data/train-00000-of-00001.parquet"
+    (folder / place).mkdir(parents=True)
+    shutil.copy(shard, folder / place)
+    shutil.copy(shard, folder / "data/._train-0.parquet")
+    assert len(ParquetQuestions(folder)) == len(rows)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train-0.PARQUET", "a/b/train.PARQUET"])
+def test_names_of_a_single_file_are_read(tmp_path, rows, name):
+    written = write_shards(tmp_path / "written", rows, shards=1) / "data/train-00000-of-00001.parquet"
+    (tmp_path / "read" / name).parent.mkdir(parents=True)
+    for each in (name, "training.parquet", "train.parquet.md5", "train2-0.parquet"):
+        shutil.copy(written, tmp_path / "read" / each)
+    assert len(ParquetQuestions(tmp_path / "read")) == len(rows)
+
+
 @pytest.mark.parametrize("image_type", [IMAGE, pa.struct([("bytes", pa.binary())])])
 def test_images_without_a_path_go_by_their_bytes(tmp_path, make_png, image_type):
     rows = [(f"{i}?", {"bytes": make_png(i % 2), "path": None}, "yes") for i in range(5)]
@@ -95,14 +115,39 @@ def test_every_form_of_an_image_column_is_read(tmp_path, make_png, image_type, f
     assert source.image_numbers().tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("images", [[], None, ["a", "b"]])
-def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, images):
-    images = images and [make_png(0), make_png(1)]
+@pytest.mark.parametrize(
+    "number, found", [(0, "lacks image bytes"), (None, "lacks image bytes"), (2, "holds 2 images")]
+)
+def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, number, found):
+    images = number if number is None else [make_png(i) for i in range(number)]
     rows = [("?", images, "yes"), ("?", [make_png(0)], "yes")]
     source = ParquetQuestions(write_shards(tmp_path, rows, image_type=pa.list_(pa.binary())))
-    with pytest.raises(BadRow, match="row 0 .* lacks image bytes"):
+    with pytest.raises(BadRow, match=f"row 0 .* {found}, expected"):
         source[0]
     assert source[1].suffix == "yes" and source.image_numbers().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("column", ["question", "image", "answer"])
+def test_dates_beyond_pythons_are_a_bad_row(tmp_path, make_png, column):
+    columns = {"question": ["?"] * 2, "image": [make_png(0)] * 2, "answer": ["yes"] * 2}
+    columns[column] = pa.array([2**30, 0], pa.date32())
+    pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
+    source = ParquetQuestions(tmp_path)
+    for index in range(2):  # a date is no text either
+        with pytest.raises(BadRow, match=f"row {index} "):
+            source[index]
+    if column == "answer":
+        with pytest.raises(BadRow, match="row 0 cannot be read"):
+            source.suffix(0)
+
+
+@pytest.mark.parametrize("column", ["question", "image", "answer"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, make_png, column):
+    columns = {"question": pa.array(["?"]), "image": pa.array([make_png(0)]), "answer": pa.array(["yes"])}
+    table = pa.table(columns).append_column(column, columns[column])
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match=rf"more than once \['{column}'\], expected each of .* once; rename"):
+        ParquetQuestions(tmp_path)
 
 
 @pytest.mark.parametrize(

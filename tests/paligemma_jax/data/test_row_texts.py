@@ -3,7 +3,8 @@
 import pytest
 
 from paligemma_jax.data.records import BadRow
-from paligemma_jax.data.row_texts import check_texts, is_text, stored
+from paligemma_jax.data.row_texts import check_prompt, check_texts, is_text, stored
+from train_jax.errors import UserError
 
 
 def test_texts_and_bytes_of_texts_pass_in_order():
@@ -23,8 +24,10 @@ def test_half_characters_are_a_bad_row():
         with pytest.raises(BadRow, match="line 7 has the a .*half a surrogate pair"):
             check_texts({"a": text}, ("a",), "line 7")
         assert not is_text(text)
-    with pytest.raises(BadRow, match="expected text in UTF-8"):
-        check_texts({"a": b"\xff\xfe"}, ("a",), "line 7")
+    for data in (b"\xff", b"\xff\xfe", b"\xffred"):
+        with pytest.raises(BadRow) as error:
+            check_texts({"a": data}, ("a",), "line 7")
+        assert f"line 7 has the a {data!r}, expected text in UTF-8" in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["cut \ud83d", None, 2.5, ["two"]])
@@ -33,3 +36,18 @@ def test_what_is_stored_for_no_text_is_refused_when_it_is_read(value):
     with pytest.raises(BadRow, match="row 3 has the answer") as error:
         check_texts({"answer": stored(value)}, ("answer",), "row 3")
     assert (repr(value)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value, sentence",
+    [
+        (5, "the prompt 5 is of type int, expected text: give a string."),
+        (None, "the prompt None is of type NoneType, expected text"),
+        (b"x", "the prompt b'x' is of type bytes, expected text"),
+        ("\udcff", r"the prompt '\\udcff' holds bytes that are no UTF-8"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_told_by_its_kind(value, sentence):
+    check_prompt("how many? \N{SNOWMAN}", "the prompt")
+    with pytest.raises(UserError, match=sentence):
+        check_prompt(value, "the prompt")

@@ -212,6 +212,8 @@ def q_pairs(ranks, name=Q):
         ),
         ({1: 2}, {1: 3}, {"layers_to_transform": 1}),
         ({0: 2, 2: 2}, {0: 3, 2: 3}, {"layers_to_transform": [0, 2], "layers_pattern": "layers"}),
+        ({0: 2, 2: 2}, {0: 3, 2: 3}, {"layers_to_transform": [0, 2], "layers_pattern": ""}),
+        ({1: 2}, {1: 3}, {"layers_to_transform": 1, "layers_pattern": ["blocks", "(model.language_model.)layers"]}),
         ({0: 2, 1: 2}, {0: 3, 1: 3}, {"exclude_modules": r".*layers\.2\..*"}),
         ({0: 3}, {0: 3}, {"target_modules": [Q.format(0)], "layers_to_transform": [2], "r": 3}),
         ({0: 2, 2: 2}, {0: 3, 2: 3}, {"target_modules": r".*language_model\.layers\.[02]\.self_attn\.q_proj"}),
@@ -359,6 +361,9 @@ def changed(golden, folder, name="qo", arrays=None, **options):
         ({"target_modules": ["q_proj", "o_proj", "v_proj"]}, "not used nothing; missing .*v_proj.lora_A.weight"),
         ({"layers_to_transform": [0]}, "not used .*layers.1"),
         ({"target_modules": "nothing"}, "not used base_model"),
+        ({"target_modules": ".*[qo]_proj", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] beside target_mod"),
+        ({"target_modules": ".*[qo]_proj", "layers_pattern": "layers"}, "layers_pattern='layers' beside target_mod"),
+        ({"layers_pattern": ["layers"]}, r"layers_pattern=\['layers'\] without layers_to_transform"),
     ],
 )
 def test_configs_that_do_not_fit(golden, hugging_face_model, tmp_path, options, sentence):
