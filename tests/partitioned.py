@@ -111,7 +111,8 @@ def check(case: Case, mesh: str, monkeypatch) -> None:
         part = divided[name]
         strange = {key: times for key, times in part.exchanged.items() if key[1] not in allowed}
         assert not strange, f"{name} exchanges {strange}"
-        assert part.flops <= 1.05 / DEVICES * whole.flops, name
+        work = part.flops / whole.flops * DEVICES
+        assert work <= 1.05, f"{name} computes {work:.3f} of its share"
         share = (part.temp - room) / whole.temp * DEVICES
         assert share <= 1.2, f"{name} takes {share:.2f} of its share of {whole.temp} bytes"
         passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # of a prompt, a token

@@ -23,7 +23,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 ROW_AXES = ("data", "fsdp")
 _WEIGHTS = "fsdp"  # the axis that `gather` undoes
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+# What is done to a weight before it is multiplied, cheap to do again.
+_PREPARES = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")
 _METADATA = "gathered_spec"  # of a Variable that "fsdp" splits: its spec without it
 
 T = TypeVar("T")
@@ -143,8 +144,8 @@ def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -
 
     Args:
       function: it gathers the weights that it uses.
-      state: of the module, before it is gathered. What has the size of one of these weights (its cast, say, or what
-        an adapter adds to it) is computed again too, but for results of products.
+      state: of the module, before it is gathered. Casts and new shapes of what has the size of one of these weights are
+        computed again too.
       stacked: whether arrays have a leading axis of layers, of which `function` is given one in a scan.
     """
     variables = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _METADATA in leaf.get_metadata()]
@@ -153,7 +154,7 @@ def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -
     weights = {math.prod(leaf.shape[stacked:]) for leaf in variables}
 
     def may_be_kept(primitive, *operands, **_):
-        return primitive.name in _PRODUCTS or not any(operand.size in weights for operand in operands)
+        return primitive.name not in _PREPARES or operands[0].size not in weights
 
     # The compiler cannot merge the two passes of a scan.
     return jax.checkpoint(function, policy=may_be_kept, prevent_cse=not stacked)
