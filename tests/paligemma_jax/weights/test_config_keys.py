@@ -175,7 +175,7 @@ def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
         ("hf_siglip", vision(attention_dropout=1), "vision_config.attention_dropout = 1, expected a share"),
         ("hf_paligemma2", text(attn_logit_softcapping=[]), r"attn_logit_softcapping = \[\], expected a positive"),
         ("hf_paligemma2", text(layer_types=[]), r"layer_types = \[\], expected sliding_attention and"),
-        ("hf_paligemma2", text(num_hidden_layers=1 << 70), "num_hidden_layers = 1180591620717411303424, expected a pos"),
+        ("hf_paligemma2", text(num_hidden_layers=1 << 70), "num_hidden_layers = 118.*, expected a positive number"),
         ("hf_paligemma", text(tie_word_embeddings="false"), "tie_word_embeddings = 'false', expected True or"),
         ("hf_paligemma", dict(image_token_index="<image>"), "image_token_index = '<image>', expected one token"),
         ("hf_paligemma", dict(image_token_id=7), "image_token_id = 7, expected one token's id, the same at"),
