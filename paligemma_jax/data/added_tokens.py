@@ -9,7 +9,7 @@ Three files name them, and older and newer releases of transformers write some o
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,45 @@ def check_pieces(
             )
 
 
+def listed_tokens(folder: Path, index: Callable[[str], int | None], known: Container[str]) -> list[AddedToken]:
+    """Pieces that tokenizer_config.json or special_tokens_map.json list, marks apart: texts are cut at them.
+
+    Args:
+      folder: of the files.
+      index: id of a piece, None for what is none.
+      known: texts of tokens that are cut at already.
+
+    Raises:
+      UserError: one that is no piece, whose id no file says.
+    """
+    named, found = _named(folder), {}
+    marks = {text for key, (_, texts) in named_tokens(folder).items() if key in _MARKS for text in texts}
+    for key, (at, tokens) in named.items():
+        for token in tokens:
+            values = token if isinstance(token, dict) else {"content": token}
+            if (content := values["content"]) in marks or content in known:
+                continue
+            if (piece := index(content)) is None:
+                raise refusal(at, key, content, "a token that a piece or an added token has", "add it with its id")
+            found[content] = dataclasses.replace(_token(values, piece, at), special=True)
+    return list(found.values())
+
+
 def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """What tokenizer_config.json and special_tokens_map.json call marks and further tokens: by key, file and texts.
 
     Raises:
       UserError: a file that is broken, or a key that is not known.
     """
-    found: dict[str, tuple[Path, list[str]]] = {}
+    return {
+        key: (file, [value["content"] if isinstance(value, dict) else value for value in values])
+        for key, (file, values) in _named(folder).items()
+    }
+
+
+def _named(folder: Path) -> dict[str, tuple[Path, list[str | dict[str, Any]]]]:
+    """By key, the file and its tokens, each a text or an object with its content."""
+    found: dict[str, tuple[Path, list[str | dict[str, Any]]]] = {}
     for name, keys in ((SPECIAL, SPECIAL_KEYS), (CONFIG, CONFIG_KEYS)):
         if not (file := folder / name).is_file():
             continue
@@ -182,21 +214,17 @@ def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         account(values, keys, file)
         for key in sorted(keys.read & (_NAMES | _LISTS)):
             if not is_off(values.get(key)):
-                found[key] = file, _texts(values[key], key, file)
+                found[key] = file, _checked(values[key], key, file)
     return found
 
 
-def _texts(value: Any, key: str, file: Path) -> list[str]:
-    """The texts of one token or several, each a text or an object with its content."""
+def _checked(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
+    """One token or several, each a text or an object with its content."""
     several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
-    texts = [each.get("content") if isinstance(each, dict) else each for each in _listed(several)]
-    if not all(map(is_text, texts)):
+    several = several if isinstance(several, list) else [several]
+    if not all(is_text(each.get("content") if isinstance(each, dict) else each) for each in several):
         raise refusal(file, key, value, "texts", "download it again")
-    return texts
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+    return several
 
 
 class Splitter:

@@ -101,6 +101,7 @@ def test_added_tokens_are_read_and_need_a_row(tmp_path):
         ("siglip", {"eos_token": "<unk>"}, "eos_token = '<unk>', expected the token 1"),
         ("clip", {"bos_token": "<|endoftext|>"}, r"bos_token = '<\|endoftext\|>', expected the token"),
         ("siglip2", {"padding_side": "left"}, "padding_side = 'left', expected 'right'"),
+        ("clip", {"truncation_side": "left"}, "truncation_side = 'left', expected 'right'"),
         ("siglip2", {"split_special_tokens": True}, "split_special_tokens = True, expected False"),
         ("siglip", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs = .* that are known here"),
     ],
