@@ -21,14 +21,15 @@ JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
 _MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
+OWN_MARKS = frozenset({"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "<|startoftext|>", "<|endoftext|>"})
 # Keys that hold tokens by name; their ids are the pieces' or those of the files above.
 _NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
 _LISTS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
 CONFIG_KEYS = Keys(
-    read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length", "tokenizer_class"},
+    read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length"},
     only={"split_special_tokens": (False,), "add_prefix_space": (False,)},
-    # Marks are set, texts padded and cut by data/prompts.py and data/text_tokens.py; the rest is of chats, of decoding
-    # by other classes, and of where the files came from.
+    # Marks are set, texts padded and cut by data/prompts.py and data/text_tokens.py, which refuses sides other than the
+    # right; the rest is of chats, of decoding by other classes, and of where the files came from.
     idle=frozenset(
         {
             "_commit_hash",
@@ -54,6 +55,7 @@ CONFIG_KEYS = Keys(
             "spaces_between_special_tokens",
             "special_tokens_map_file",
             "stride",
+            "tokenizer_class",  # the file of the pieces says their kind
             "tokenizer_file",
             "truncation_side",
             "truncation_strategy",
@@ -169,7 +171,9 @@ def check_pieces(
 
 
 def listed_tokens(folder: Path, index: Callable[[str], int | None], known: Container[str]) -> list[AddedToken]:
-    """Pieces that tokenizer_config.json or special_tokens_map.json list, marks apart: texts are cut at them.
+    """Pieces that tokenizer_config.json or special_tokens_map.json name, for texts are cut at them too.
+
+    Marks of the families are left out: what they are in a text, their tokenizers say.
 
     Args:
       folder: of the files.
@@ -179,14 +183,15 @@ def listed_tokens(folder: Path, index: Callable[[str], int | None], known: Conta
     Raises:
       UserError: one that is no piece, whose id no file says.
     """
-    named, found = _named(folder), {}
-    marks = {text for key, (_, texts) in named_tokens(folder).items() if key in _MARKS for text in texts}
-    for key, (at, tokens) in named.items():
+    found = {}
+    for key, (at, tokens) in _named(folder).items():
         for token in tokens:
             values = token if isinstance(token, dict) else {"content": token}
-            if (content := values["content"]) in marks or content in known:
+            if (content := values["content"]) in OWN_MARKS or content in known:
                 continue
             if (piece := index(content)) is None:
+                if key == "mask_token":  # transformers appends one that nothing here uses
+                    continue
                 raise refusal(at, key, content, "a token that a piece or an added token has", "add it with its id")
             found[content] = dataclasses.replace(_token(values, piece, at), special=True)
     return list(found.values())

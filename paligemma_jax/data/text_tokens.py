@@ -217,6 +217,8 @@ class _Said:
         for key in ("padding_side", "truncation_side"):
             if values.get(key) not in (None, "right"):
                 raise refusal(config, key, values[key], "'right', as in training", "set it so")
+        if type(values.get("do_lower_case")) not in (bool, type(None)):
+            raise refusal(config, "do_lower_case", values["do_lower_case"], "true or false", "correct it")
         added = read_added_tokens(file.parent)
         listed = listed_tokens(file.parent, index, added)
         return cls(list(added.values()), listed, marks, values, config)
