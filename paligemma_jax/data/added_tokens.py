@@ -21,6 +21,7 @@ JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
 _MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
+# What the families' own marks are called.
 OWN_MARKS = frozenset({"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "<|startoftext|>", "<|endoftext|>"})
 # Keys that hold tokens by name; their ids are the pieces' or those of the files above.
 _NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
@@ -219,11 +220,11 @@ def _named(folder: Path) -> dict[str, tuple[Path, list[str | dict[str, Any]]]]:
         account(values, keys, file)
         for key in sorted(keys.read & (_NAMES | _LISTS)):
             if not is_off(values.get(key)):
-                found[key] = file, _checked(values[key], key, file)
+                found[key] = file, _several(values[key], key, file)
     return found
 
 
-def _checked(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
+def _several(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
     """One token or several, each a text or an object with its content."""
     several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
     several = several if isinstance(several, list) else [several]

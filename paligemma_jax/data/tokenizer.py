@@ -218,7 +218,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if beside and not is_json and (file.parent / JSON).is_file():
         _check_pieces(pieces, file, file.parent / JSON)
     if beside:
-        known = {*added, *_APPENDED, *_MARKS}
+        known = {*added, *_APPENDED}
         added |= {token.content: token for token in listed_tokens(file.parent, pieces.index, known)}
     words = Tokenizer(pieces, str(file), added)
     if beside:
