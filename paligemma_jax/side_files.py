@@ -6,9 +6,12 @@ have no effect. Nothing else passes: a value that would change the result is rea
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from train_jax.errors import UserError, quoted
 
@@ -20,12 +23,14 @@ class Keys:
     Attributes:
       read: the reader looks at them.
       only: the values that mean what models here do; others are refused.
+      dropout: shares that are dropped, in training alone and not in training here: one above 0 is told of in the log.
       idle: they change nothing of what is computed here.
     """
 
     read: frozenset[str] = frozenset()
     only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     idle: frozenset[str] = frozenset()
+    dropout: frozenset[str] = frozenset()
 
 
 def account(values: Mapping[str, Any], keys: Keys, file: str | Path, section: str = "") -> None:
@@ -43,11 +48,21 @@ def account(values: Mapping[str, Any], keys: Keys, file: str | Path, section: st
     for key, value in values.items():
         if value is None or key in keys.read or key in keys.idle:
             continue
-        if key not in keys.only:
+        if key in keys.dropout:
+            _tell_of_dropout(value, file, section + key)
+        elif key not in keys.only:
             if not is_off(value):
                 raise refusal(file, section + key, value, "no key beyond those that are known here")
         elif not any(type(value) is type(each) and value == each for each in keys.only[key]):
             raise refusal(file, section + key, value, " or ".join(map(repr, keys.only[key])))
+
+
+def _tell_of_dropout(value: Any, file: str | Path, key: str) -> None:
+    """Refuses what is no share; tells of one that is lost in training."""
+    if type(value) not in (int, float) or not 0 <= value < 1 or math.isnan(value):
+        raise refusal(file, key, value, "a share from 0 up to below 1", "correct it")
+    if value:
+        logging.warning("%s has %s = %s, of training alone: training here drops nothing there.", file, key, value)
 
 
 def is_off(value: Any) -> bool:

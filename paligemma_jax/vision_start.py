@@ -88,7 +88,7 @@ def _prepared(config: Config, preprocessing: Preprocessing | None) -> Config:
     """The config with another tower's preprocessing, for its own image size."""
     if preprocessing is None:
         return config
-    return dataclasses.replace(config, preprocessing=dataclasses.replace(preprocessing, size=config.vision.image_size))
+    return dataclasses.replace(config, preprocessing=preprocessing.at(config.vision.image_size))
 
 
 def _check(found: ViTConfig, expected: ViTConfig, path: str | Path) -> None:

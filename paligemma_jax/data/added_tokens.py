@@ -9,7 +9,7 @@ Three files name them, and older and newer releases of transformers write some o
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
 _MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
+# What the families' own marks are called.
+OWN_MARKS = frozenset({"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "<|startoftext|>", "<|endoftext|>"})
 # Keys that hold tokens by name; their ids are the pieces' or those of the files above.
 _NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
 _LISTS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
 CONFIG_KEYS = Keys(
-    read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length", "tokenizer_class"},
+    read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length"},
     only={"split_special_tokens": (False,), "add_prefix_space": (False,)},
-    # Marks are set, texts padded and cut by data/prompts.py and data/text_tokens.py; the rest is of chats, of decoding
-    # by other classes, and of where the files came from.
+    # Marks are set, texts padded and cut by data/prompts.py and data/text_tokens.py, which refuses sides other than the
+    # right; the rest is of chats, of decoding by other classes, and of where the files came from.
     idle=frozenset(
         {
             "_commit_hash",
@@ -54,6 +56,7 @@ CONFIG_KEYS = Keys(
             "spaces_between_special_tokens",
             "special_tokens_map_file",
             "stride",
+            "tokenizer_class",  # the file of the pieces says their kind
             "tokenizer_file",
             "truncation_side",
             "truncation_strategy",
@@ -168,13 +171,48 @@ def check_pieces(
             )
 
 
+def listed_tokens(folder: Path, index: Callable[[str], int | None], known: Container[str]) -> list[AddedToken]:
+    """Pieces that tokenizer_config.json or special_tokens_map.json name, for texts are cut at them too.
+
+    Marks of the families are left out: what they are in a text, their tokenizers say.
+
+    Args:
+      folder: of the files.
+      index: id of a piece, None for what is none.
+      known: texts of tokens that are cut at already.
+
+    Raises:
+      UserError: one that is no piece, whose id no file says.
+    """
+    found = {}
+    for key, (at, tokens) in _named(folder).items():
+        for token in tokens:
+            values = token if isinstance(token, dict) else {"content": token}
+            if (content := values["content"]) in OWN_MARKS or content in known:
+                continue
+            if (piece := index(content)) is None:
+                if key == "mask_token":  # transformers appends one that nothing here uses
+                    continue
+                raise refusal(at, key, content, "a token that a piece or an added token has", "add it with its id")
+            found[content] = dataclasses.replace(_token(values, piece, at), special=True)
+    return list(found.values())
+
+
 def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """What tokenizer_config.json and special_tokens_map.json call marks and further tokens: by key, file and texts.
 
     Raises:
       UserError: a file that is broken, or a key that is not known.
     """
-    found: dict[str, tuple[Path, list[str]]] = {}
+    return {
+        key: (file, [value["content"] if isinstance(value, dict) else value for value in values])
+        for key, (file, values) in _named(folder).items()
+    }
+
+
+def _named(folder: Path) -> dict[str, tuple[Path, list[str | dict[str, Any]]]]:
+    """By key, the file and its tokens, each a text or an object with its content."""
+    found: dict[str, tuple[Path, list[str | dict[str, Any]]]] = {}
     for name, keys in ((SPECIAL, SPECIAL_KEYS), (CONFIG, CONFIG_KEYS)):
         if not (file := folder / name).is_file():
             continue
@@ -182,21 +220,17 @@ def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         account(values, keys, file)
         for key in sorted(keys.read & (_NAMES | _LISTS)):
             if not is_off(values.get(key)):
-                found[key] = file, _texts(values[key], key, file)
+                found[key] = file, _several(values[key], key, file)
     return found
 
 
-def _texts(value: Any, key: str, file: Path) -> list[str]:
-    """The texts of one token or several, each a text or an object with its content."""
+def _several(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
+    """One token or several, each a text or an object with its content."""
     several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
-    texts = [each.get("content") if isinstance(each, dict) else each for each in _listed(several)]
-    if not all(map(is_text, texts)):
+    several = several if isinstance(several, list) else [several]
+    if not all(is_text(each.get("content") if isinstance(each, dict) else each) for each in several):
         raise refusal(file, key, value, "texts", "download it again")
-    return texts
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+    return several
 
 
 class Splitter:

@@ -58,7 +58,7 @@ class Augmentation:
             picture = _rotated(picture, rng.uniform(-self.rotation, self.rotation))
         if self.crop < 1:
             picture = picture.crop(_box(*picture.size, self.crop, rng))
-            preprocessing = dataclasses.replace(preprocessing, crop=False)
+            preprocessing = dataclasses.replace(preprocessing, crop=False, resized=None)
         view = preprocessing.resize(np.array(picture))
         if self.flip and rng.random() < 0.5:
             view = np.ascontiguousarray(view[:, ::-1])

@@ -67,6 +67,7 @@ class Preprocessing:
       mean: per channel, subtracted after scaling to [0, 1].
       std: per channel, divided by after that; 0.5 and 0.5 give the value range [-1, 1].
       crop: False squashes the image to the square; True resizes its short side and crops the centre (CLIP).
+      resized: pixels that sides (with `crop` the short one) get before the centre of `size` is cut out; None: `size`.
 
     Raises:
       UserError: for a combination that the named source does not have.
@@ -79,6 +80,7 @@ class Preprocessing:
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
     crop: bool = False
+    resized: int | None = None
 
     def __post_init__(self):
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or not all(self.std):
@@ -87,7 +89,7 @@ class Preprocessing:
                 "three means and three non-zero deviations; change them."
             )
         if self.source == "big_vision":
-            ok = self.method == "bilinear" and not self.crop
+            ok = self.method == "bilinear" and not self.crop and self.resized is None
         else:
             ok = self.source == "transformers" and self.method in PIL_KERNELS and self.antialias
         if not ok:
@@ -95,6 +97,12 @@ class Preprocessing:
                 f"preprocessing source={self.source!r}, method={self.method!r}, antialias={self.antialias}, "
                 f"crop={self.crop} is unknown, expected big_vision with bilinear and no crop or transformers with one "
                 f"of {sorted(PIL_KERNELS)} and antialias; choose one of these."
+            )
+
+        if self.resized is not None and self.resized <= self.size:
+            raise UserError(
+                f"preprocessing cuts {self.size} pixels out of images of {self.resized}, expected larger images: take "
+                "resized out, or change it."
             )
 
     @classmethod
@@ -122,12 +130,11 @@ class Preprocessing:
         if self.source == "big_vision":
             # big_vision casts the float result back to the image's dtype: truncation, not rounding.
             return resize_tf.bilinear(image, (self.size, self.size), self.antialias).astype(np.uint8, order="C")
-        if not self.crop:
-            return self._resize_pil(image, self.size, self.size)
-        height, width = image.shape[:2]
-        short, long = min(height, width), max(height, width)
-        long = int(self.size * long / short)  # transformers truncates here.
-        height, width = (self.size, long) if height < width else (long, self.size)
+        height = width = self.resized or self.size
+        if self.crop:
+            short, long = sorted(image.shape[:2])
+            long = int(height * long / short)  # transformers truncates here.
+            height, width = (height, long) if image.shape[0] < image.shape[1] else (long, width)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         return self._resize_pil(image, height, width)[top : top + self.size, left : left + self.size]
 
@@ -144,9 +151,15 @@ class Preprocessing:
         """Resizes and normalises one RGB image; float32, in [-1, 1] for PaliGemma and SigLIP."""
         return self.normalize(self.resize(image))
 
+    def at(self, size: int) -> "Preprocessing":
+        """The same for another size of the output; what is cut off keeps its share."""
+        resized = self.resized and max(round(size * self.resized / self.size), size + 1)
+        return dataclasses.replace(self, size=size, resized=resized)
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; `from_dict` is the inverse."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        """The fields as JSON values, `resized` where it is not None; `from_dict` is the inverse."""
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
@@ -179,12 +192,14 @@ class Preprocessing:
 
         Transformers cannot express big_vision's resize without antialiasing; its nearest, PIL's bilinear, is named.
         """
-        edge = {"height": self.size, "width": self.size}
-        resize = {"size": edge, "do_center_crop": False}
+        cut, pixels = self.crop or self.resized is not None, self.resized or self.size
+        resize: dict[str, Any] = {"size": {"height": pixels, "width": pixels}, "do_center_crop": cut}
         if self.crop:
-            resize = {"size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": edge}
+            resize["size"] = {"shortest_edge": pixels}
+        if cut:
+            resize["crop_size"] = {"height": self.size, "width": self.size}
         return {
-            "image_processor_type": image_processor.CLIP if self.crop else image_processor.SIGLIP,
+            "image_processor_type": image_processor.CLIP if cut else image_processor.SIGLIP,
             "do_convert_rgb": True,
             "do_resize": True,
             **resize,

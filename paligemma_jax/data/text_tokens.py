@@ -25,6 +25,7 @@ from paligemma_jax.data.added_tokens import (
     AddedToken,
     Splitter,
     check_pieces,
+    listed_tokens,
     named_tokens,
     read_added_tokens,
 )
@@ -139,8 +140,9 @@ def _from_pieces(file: Path, length: int | None, keep_punctuation: bool | None) 
     eos = pieces.eos_id()
     if eos < 0:
         raise UserError(f"{file} has no end-of-sentence piece, which SigLIP's texts end in: give another tokenizer.")
-    gemma, size, said = pieces.bos_id() >= 0, pieces.vocab_size(), _Said.of(file)
-    added = said.added if gemma else [token for token in said.added if token.id >= size]
+    gemma, size = pieces.bos_id() >= 0, pieces.vocab_size()
+    said = _Said.of(file, lambda text: _piece(pieces, text))
+    added = [token for token in said.added if gemma or token.id >= size] + said.listed
     if added and not gemma:
         raise UserError(
             f"the files beside {file} add {added[0].content!r} = {added[0].id}, expected no more than its {size:,} "
@@ -159,7 +161,7 @@ def _from_pieces(file: Path, length: int | None, keep_punctuation: bool | None) 
 def _from_json(file: Path, length: int | None, keep_punctuation: bool | None) -> TextTokenizer:
     """CLIP's, or SigLIP 2's as transformers saves it, from a tokenizer.json."""
     words = open_json(file)
-    known, said = words.get_vocab(with_added_tokens=True), _Said.of(file)
+    known, said = words.get_vocab(with_added_tokens=True), _Said.of(file, words.token_to_id)
 
     def encode(text: str) -> list[int]:
         return words.encode(text, add_special_tokens=False).ids
@@ -172,40 +174,54 @@ def _from_json(file: Path, length: int | None, keep_punctuation: bool | None) ->
         said.agrees("bos_token", words.token_to_id, start)
         said.agrees("eos_token", words.token_to_id, end)
         pad = words.token_to_id(said.marks.get("pad_token", END))
-        encode = _around([token for token in said.added if known.get(token.content) != token.id], encode)
+        added = [token for token in said.added if known.get(token.content) != token.id]
+        encode = _around(added + said.listed, encode)
         length = length or said.length or LENGTHS["clip"]
         return TextTokenizer(encode, size, length, end, end if pad is None else pad, start, file)
     end, pad = (words.token_to_id(said.marks.get(f"{name}_token", f"<{name}>")) for name in ("eos", "pad"))
     if end is None or pad is None:
         raise UserError(f"{file} has no {START} or <eos>, expected the tokenizer of a CLIP or a SigLIP: give another.")
-    encode = _around(said.added, _canonical(encode, keep_punctuation is not False))
+    encode = _around(said.added + said.listed, _canonical(encode, keep_punctuation is not False))
     return TextTokenizer(encode, size, length or said.length or LENGTHS["siglip"], end, pad, None, file)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Said:
-    """What the files beside a tokenizer's own file say: added tokens, what marks are called, tokenizer_config.json."""
+    """What the files beside a tokenizer's own file say.
+
+    Attributes:
+      added: tokens that are added.
+      listed: pieces that texts are cut at too.
+      marks: what they are called, by key.
+      values: of tokenizer_config.json, `file`.
+    """
 
     added: list[AddedToken]
+    listed: list[AddedToken]
     marks: dict[str, str]
     values: dict[str, Any]
     file: Path
 
     @classmethod
-    def of(cls, file: Path) -> "_Said":
-        """Nothing for a file of another name, which belongs to no folder.
+    def of(cls, file: Path, index: Callable[[str], int | None]) -> "_Said":
+        """Nothing for a file of another name, which belongs to no folder; `index` gives the id of a piece.
 
         Raises:
-          UserError: files that are broken, contradict one another, or pad on the left.
+          UserError: files that are broken, contradict one another, or pad or cut on the left.
         """
         config = file.with_name(CONFIG)
         if file.name not in (*PIECES, JSON):
-            return cls([], {}, {}, config)
+            return cls([], [], {}, {}, config)
         marks = {key: texts[0] for key, (_, texts) in named_tokens(file.parent).items() if texts}
         values = read_json(config) if config.is_file() else {}
-        if values.get("padding_side") not in (None, "right"):
-            raise refusal(config, "padding_side", values["padding_side"], "'right', as in training", "set it so")
-        return cls(list(read_added_tokens(file.parent).values()), marks, values, config)
+        for key in ("padding_side", "truncation_side"):
+            if values.get(key) not in (None, "right"):
+                raise refusal(config, key, values[key], "'right', as in training", "set it so")
+        if type(values.get("do_lower_case")) not in (bool, type(None)):
+            raise refusal(config, "do_lower_case", values["do_lower_case"], "true or false", "correct it")
+        added = read_added_tokens(file.parent)
+        listed = listed_tokens(file.parent, index, added)
+        return cls(list(added.values()), listed, marks, values, config)
 
     @property
     def length(self) -> int | None:

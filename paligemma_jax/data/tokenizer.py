@@ -24,6 +24,7 @@ from paligemma_jax.data.added_tokens import (
     AddedToken,
     Splitter,
     check_pieces,
+    listed_tokens,
     named_tokens,
     read_added_tokens,
 )
@@ -216,6 +217,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     pieces = JsonPieces(file, _MARKS) if is_json else SentencePieces(file.read_bytes(), str(file))
     if beside and not is_json and (file.parent / JSON).is_file():
         _check_pieces(pieces, file, file.parent / JSON)
+    if beside:
+        known = {*added, *_APPENDED}
+        added |= {token.content: token for token in listed_tokens(file.parent, pieces.index, known)}
     words = Tokenizer(pieces, str(file), added)
     if beside:
         _check_names(words, file.parent)

@@ -79,7 +79,13 @@ GENERIC = frozenset(
 )
 TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 SIZES = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"})
-NO_DROPOUT = {"attention_dropout": (0.0, 0), "dropout": (0.0, 0)}  # there is none in these models here
+# transformers drops attention in training mode alone, so that a model with it answers as one without. Runs here say all
+# of how they train in their own config, and have dropout in adapters and none in attention.
+DROPOUT = frozenset({"attention_dropout"})
+
+# The tokens that Gemma's tokenizer and data/prompts.py have.
+PALIGEMMA_TOKENS = {"bos_token_id": (2,), "eos_token_id": (1, [1]), "pad_token_id": (0,)}
+TIED = {"tie_word_embeddings": (True, False)}  # which of them is looked at beside the arrays
 
 PALIGEMMA = Keys(
     read=frozenset(
@@ -89,12 +95,10 @@ PALIGEMMA = Keys(
             "model_type",
             "projection_dim",
             "text_config",
-            "tie_word_embeddings",
             "vision_config",
         }
     ),
-    # the tokens that Gemma's tokenizer and data/prompts.py have
-    only={"bos_token_id": (2,), "eos_token_id": (1, [1]), "pad_token_id": (0,)},
+    only=PALIGEMMA_TOKENS | TIED,
     # sizes that the parts' own configs say, and the loss's mark of no label
     idle=GENERIC
     | {"_vocab_size", "hidden_size", "ignore_index", "num_hidden_layers", "num_image_tokens", "vocab_size"},
@@ -112,33 +116,35 @@ GEMMA = Keys(
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
-        "tie_word_embeddings",
         "vocab_size",
     },
-    only={"attention_bias": (False,)} | NO_DROPOUT,
+    only={"attention_bias": (False,), "partial_rotary_factor": (1.0, 1)} | TIED,
     # the third is of decoders without the mask of a prompt and its answer, which says who reads whom here
     idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens", "use_bidirectional_attention"},
+    dropout=DROPOUT,
 )
 GEMMA_2 = Keys(
     read=GEMMA.read | {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"},
     only=GEMMA.only,
     idle=GEMMA.idle,
+    dropout=DROPOUT,
 )
 VISION = Keys(
     read=SIZES | {"hidden_act", "image_size", "layer_norm_eps", "patch_size"},
-    only={"num_channels": (3,)} | NO_DROPOUT,
-    # the last three are of PaliGemma's converter
-    idle=GENERIC | TOKEN_IDS | {"projection_dim", "num_image_tokens", "projector_hidden_act", "vocab_size"},
+    only={"num_channels": (3,)},
+    # dropout is of CLIP's first configs, and no release reads it; the last three are of PaliGemma's converter
+    idle=GENERIC | TOKEN_IDS | {"dropout", "projection_dim", "num_image_tokens", "projector_hidden_act", "vocab_size"},
+    dropout=DROPOUT,
 )
 TEXT = Keys(
     read=SIZES | {"hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size"},
-    only=NO_DROPOUT,
-    idle=GENERIC | {"bos_token_id", "pad_token_id"},
+    idle=GENERIC | {"bos_token_id", "dropout", "pad_token_id"},
+    dropout=DROPOUT,
 )
 
 
 def _with(keys: Keys, read=(), only=(), idle=()) -> Keys:
-    return Keys(keys.read | set(read), keys.only | dict(only), keys.idle | set(idle))
+    return Keys(keys.read | set(read), keys.only | dict(only), keys.idle | set(idle), keys.dropout)
 
 
 _TIED = {"tie_word_embeddings"}  # there is no table of outputs

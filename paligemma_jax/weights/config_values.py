@@ -13,6 +13,7 @@ from paligemma_jax.weights.folder import Folder
 ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
     "gelu": "gelu",
@@ -22,6 +23,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
 }
+LARGEST = 1 << 31  # of sizes and ids, which arrays count in 32 bits
 LAYERS = ("num_hidden_layers", "intermediate_size", "num_attention_heads")
 
 
@@ -53,9 +55,17 @@ class Values:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
         value = self.get(key, default)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 0 < value < LARGEST:
             raise self.refuse(key, "a positive number")
         return value
+
+    def token(self, *keys: str) -> int | None:
+        """An id, at one of several names or at each; None where all are left out."""
+        found = {key: value for key in keys if (value := self.get(key)) is not None}
+        for key, value in found.items():
+            if type(value) is not int or not 0 <= value < LARGEST or value != next(iter(found.values())):
+                raise self.refuse(key, f"one token's id, the same at {' and '.join(keys)}")
+        return next(iter(found.values()), None)
 
     def number(self, key: str, default: float | int) -> float | int:
         """A positive, finite number."""

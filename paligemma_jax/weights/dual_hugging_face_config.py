@@ -7,7 +7,7 @@ from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.side_files import account, read_json
+from paligemma_jax.side_files import account, read_json, refusal
 from paligemma_jax.weights.config_keys import DUAL
 from paligemma_jax.weights.config_values import Values, theirs, tower_fields, vision_config
 from paligemma_jax.weights.folder import Folder
@@ -54,10 +54,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     account(config, DUAL[family][""], file)
     for tower in TOWERS:
         stored = config.get(tower) or {}
-        older = config.get(f"{tower}_dict") or {}  # in CLIP's first configs; it wins, what it leaves out as well
-        if not isinstance(stored, dict) or not isinstance(older, dict):
-            raise UserError(f"{file} has no object at {tower}: download it again.")
-        if older:
+        older = config.get(f"{tower}_dict")  # in CLIP's first configs; it wins, what it leaves out as well
+        for name, value in ((tower, stored), (f"{tower}_dict", older or {})):
+            if not isinstance(value, dict):
+                raise refusal(file, name, value, "an object of keys", "download it again")
+        if isinstance(older, dict):
             stored = stored | DEFAULTS[family][tower] | _CLIP_SIZES[tower] | older
         account(stored, DUAL[family][tower], file, f"{tower}.")
         config[tower] = DEFAULTS[family][tower] | stored

@@ -1,20 +1,39 @@
 """config.json of PaliGemma 1 and 2 as transformers writes it, in both directions."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.side_files import account, read_json
-from paligemma_jax.weights.config_keys import GEMMA, GEMMA_2, PALIGEMMA, PALIGEMMA_VISION
+from paligemma_jax.side_files import Keys, account, read_json
+from paligemma_jax.weights.config_keys import GEMMA, GEMMA_2, PALIGEMMA, PALIGEMMA_TOKENS, PALIGEMMA_VISION
 from paligemma_jax.weights.config_values import LAYERS, Values, theirs, vision_config
 from paligemma_jax.weights.folder import Folder
 from paligemma_jax.weights.hugging_face_names import EMBEDDING, TOWER
 from train_jax.errors import UserError
 
+GENERATION = "generation_config.json"  # of which the tokens are checked; how texts are drawn, arguments say
 SLIDING, FULL = "sliding_attention", "full_attention"
 DECODERS = {"gemma": GEMMA, "gemma2": GEMMA_2}
 PROJECTOR = "multi_modal_projector.linear.weight"
+# Of rotary positions: what says how they are scaled, and what is read of scaled ones alone.
+ROPE_TYPES = ("rope_type", "type")
+OF_SCALED = frozenset(
+    {
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "high_freq_factor",
+        "long_factor",
+        "low_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "short_factor",
+        "truncate",
+    }
+)
 # What transformers takes where a released model leaves these out.
 VISION_DEFAULTS = {"image_size": 224, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 
@@ -46,6 +65,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     account(text, DECODERS[text["model_type"]], file, "text_config.")
     account(config["vision_config"], PALIGEMMA_VISION, file, "vision_config.")
+    if (file := folder / GENERATION).exists():
+        tokens = {key: value for key, value in read_json(file).items() if key in PALIGEMMA_TOKENS}
+        account(tokens, Keys(only=PALIGEMMA_TOKENS), file)
     return config
 
 
@@ -62,7 +84,7 @@ def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
     return PaliGemmaConfig(
         vision=vision_config(Values(config["vision_config"], file, "vision_config."), arrays, TOWER, VISION_DEFAULTS),
         decoder=_decoder(Values(config["text_config"], file, "text_config."), arrays),
-        image_token=whole.get("image_token_index", whole.get("image_token_id")),
+        image_token=whole.token("image_token_index", "image_token_id"),
     )
 
 
@@ -105,7 +127,8 @@ def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
 def _cap(text: Values, key: str, default: float) -> float | int | None:
     """A soft cap: a positive number, the default where it is left out, None where it is null or zero."""
     value = text.get(key, None if text.given(key) else default)
-    return text.number(key, default) if value else None
+    off = value is None or (type(value) in (int, float) and value == 0)
+    return None if off else text.number(key, default)
 
 
 def _windowed(text: Values, depth: int) -> bool:
@@ -116,13 +139,14 @@ def _windowed(text: Values, depth: int) -> bool:
     """
     kinds = text.get("layer_types")
     gemma2 = text.get("model_type") == "gemma2"
-    if not kinds:
+    if kinds is None:
         return gemma2 and (text.get("sliding_window") is not None or not text.given("sliding_window"))
-    if kinds == [FULL] * depth:
+    every = isinstance(kinds, list) and len(kinds) == depth
+    if every and kinds == [FULL] * depth:
         return False
     if not gemma2:
         raise text.refuse("layer_types", f"{FULL} for every layer of a Gemma", "give another model")
-    if kinds != _layer_types(depth):
+    if not every or kinds != _layer_types(depth):
         raise text.refuse("layer_types", f"{SLIDING} and {FULL} in turn as in Gemma 2", "give another model")
     return True
 
@@ -139,19 +163,30 @@ def _rope_theta(text: Values) -> float | int:
         if not isinstance(values, dict):
             raise text.refuse(key, "an object, or null")
         rope = Values(values, text.file, f"{text.section}{key}.")
-        for name, value in values.items():
-            if value is None or name == "rope_theta":
-                continue
-            fine = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "factor": 1.0}
-            if name not in fine:
-                raise rope.refuse(name, "positions that are not scaled, as Gemma's", "give another model")
-            if value != fine[name]:
-                raise rope.refuse(name, repr(fine[name]), "give a model whose positions are not scaled")
+        _check_unscaled(rope, values)
         if values.get("rope_theta") is not None:
             bases.add(rope.number("rope_theta", 10_000.0))
     if len(bases) > 1:
         raise text.refuse("rope_theta", f"{sorted(bases)[0]:g} or {sorted(bases)[1]:g} at every place", "name one base")
     return bases.pop() if bases else 10_000.0
+
+
+def _check_unscaled(rope: Values, values: Mapping[str, Any]) -> None:
+    """Refuses rotary positions that are scaled: linearly by another factor than 1, or in another way."""
+    kinds = [(name, rope.get(name)) for name in ROPE_TYPES if rope.get(name) is not None]
+    unscaled = type(values.get("factor")) in (int, float) and values["factor"] == 1
+    for name, kind in kinds:
+        if kind != "default" and not (kind == "linear" and unscaled):
+            expected = "'default', or 'linear' with a factor of 1"
+            raise rope.refuse(name, expected, "give a model whose positions are not scaled")
+    for name, value in values.items():
+        if value is None or name in (*ROPE_TYPES, *OF_SCALED, "rope_theta"):
+            continue
+        if name not in ("factor", "partial_rotary_factor"):
+            raise rope.refuse(name, "positions that are not scaled, as Gemma's", "give another model")
+        said = name == "factor" and bool(kinds)  # that positions are not scaled, or that the factor is 1
+        if not said and (type(value) not in (int, float) or value != 1):
+            raise rope.refuse(name, "1.0", "give a model whose positions are not scaled")
 
 
 def _activation(text: Values, gemma2: bool) -> str:

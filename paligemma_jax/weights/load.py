@@ -281,5 +281,5 @@ def _resized(config: Config, image_size: int) -> Config:
             f"image_size is {image_size}, expected a multiple of the patch size {patch}: choose "
             f"{max(image_size // patch, 1) * patch}, say."
         )
-    preprocessing = dataclasses.replace(config.preprocessing, size=image_size)
-    return dataclasses.replace(config.replace(vision=dict(image_size=image_size)), preprocessing=preprocessing)
+    vision = dict(image_size=image_size)
+    return dataclasses.replace(config.replace(vision=vision), preprocessing=config.preprocessing.at(image_size))

@@ -48,10 +48,11 @@ def read_preprocessing(folder: Path, family: str, vision: ViTConfig) -> Preproce
         raise UserError(f"{file} has no object at {NESTED}: download it again.")
     preprocessing = Preprocessing.from_hugging_face(values, family, str(file), section)
     if preprocessing.size != vision.image_size:
+        key = "crop_size" if preprocessing.resized else "size"
         raise refusal(
             file,
-            f"{section}size",
-            values.get("size", preprocessing.size),
+            f"{section}{key}",
+            values.get(key, preprocessing.size),
             f"the {vision.image_size} pixels a side that the vision tower takes",
             "correct it",
         )

@@ -127,6 +127,41 @@ def test_a_piece_that_is_added_with_its_own_id_cuts_texts(folder, model):
     assert words.encode("an answer") == [322, 261, 328]
 
 
+LISTED = {  # what is listed, and transformers' ids of "cube red-red reared" and "A reddish red cube a"
+    "tiny": ({"additional_special_tokens": ["red"]}, [370, 261, 492, 50, 492, 261, 119, 106, 316, 492],
+             [70, 261, 492, 105, 420, 109, 261, 492, 371, 317]),
+    "gemma": ({"extra_special_tokens": {"my_token": {"content": "red", "__type": "AddedToken"}}},
+              [333, 292, 279, 49, 279, 292, 260, 297, 279],
+              [69, 292, 279, 301, 298, 296, 300, 292, 279, 292, 333, 264]),
+    "siglip2": ({"extra_special_tokens": ["red"]}, [311, 308, 261, 292, 279, 49, 279, 292, 260, 297, 279],
+                [297, 292, 279, 301, 298, 296, 300, 292, 279, 273, 308, 261, 264]),
+    "clip": ({"pad_token": "a"}, [329, 65, 256, 290, 385, 290, 81, 256, 64, 290],
+             [271, 280, 67, 67, 327, 429, 290, 329, 65, 256, 64]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_texts_are_cut_at_pieces_that_are_listed_as_special(tmp_path, name):
+    """Or as a mark, as "!" pads in some CLIPs. The ids are those of transformers 5.24."""
+    files, *expected = LISTED[name]
+    place = tmp_path / name
+    if name == "tiny":
+        place.mkdir()
+        shutil.copy(SHIPPED["tiny"] / "tokenizer.json", place)
+    else:
+        shutil.copytree(GOLDEN / name, place)
+    config = place / "tokenizer_config.json"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(values | files))
+    load = load_text_tokenizer if name in ("siglip2", "clip") else load_tokenizer
+    assert [load(place).encode(text) for text in ("cube red-red reared", "A reddish red cube a")] == expected
+    config.write_text(json.dumps(values | {"additional_special_tokens": ["<new>"]}))
+    with pytest.raises(
+        UserError, match="additional_special_tokens = '<new>', expected a token that a piece or an added"
+    ):
+        load(place)
+
+
 @pytest.mark.parametrize("name", ["gemma", "siglip2", "clip"])
 def test_a_dual_encoders_added_tokens_are_no_pieces_of_another_id(tmp_path, name):
     place = tmp_path / name

@@ -1,6 +1,7 @@
 """Random views: seeded, switched one by one, each doing its own thing and nothing else."""
 
 import colorsys
+import dataclasses
 
 import numpy as np
 import pytest
@@ -100,3 +101,9 @@ def test_jitter_changes_colours_and_nothing_else():
 def test_numbers_out_of_range(wrong):
     with pytest.raises(UserError, match="an augmentation has crop="):
         Augmentation(**wrong)
+
+
+def test_a_crop_fills_the_square_where_a_preprocessing_cuts_the_centre_out():
+    cut = dataclasses.replace(CLIP, resized=32)
+    views = [view(Augmentation(crop=0.5), image(), preprocessing=each) for each in (SIGLIP, cut)]
+    np.testing.assert_array_equal(*views)

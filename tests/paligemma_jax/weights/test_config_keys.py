@@ -1,14 +1,17 @@
 """config.json and index files, key by key: what changes the model is read as transformers does, or refused by name."""
 
 import json
+import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from paligemma_jax.weights import save_hugging_face
+from paligemma_jax.models import encoder
+from paligemma_jax.weights import config_values, save_hugging_face
 from paligemma_jax.weights.load import load
 from train_jax import params
 from train_jax.errors import UserError
@@ -39,6 +42,9 @@ def text(**keys):
 def vision(**keys):
     return {"vision_config": keys}
 
+
+SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+UNSCALED = {"rope_type": "default", "factor": 8.0, "original_max_position_embeddings": 64}  # no other key is read then
 
 # Read.
 
@@ -81,6 +87,12 @@ def test_other_activations_are_those_of_transformers(changed, golden, name, tmp_
     [
         ("hf_paligemma", text(use_bidirectional_attention=False)),  # no effect in transformers either
         ("hf_paligemma", text(rope_scaling={"type": "default"}, rope_theta=10_000.0)),
+        ("hf_paligemma", text(rope_scaling={"type": "linear", "factor": 1.0}, partial_rotary_factor=1.0)),
+        ("hf_paligemma2", text(rope_parameters=UNSCALED | {"beta_fast": 32.0, "low_freq_factor": 1.0})),
+        ("hf_paligemma", text(attention_dropout=0.1)),
+        ("hf_siglip", vision(attention_dropout=0.2)),
+        ("hf_clip", text(attention_dropout=0.5, dropout=0.1)),
+        ("hf_paligemma", vision(hidden_act="gelu_python_tanh")),
         ("hf_paligemma", text(hidden_activation="gelu_pytorch_tanh", max_position_embeddings=77)),
         ("hf_paligemma2", text(hidden_act="gelu", cache_implementation="hybrid")),
         ("hf_paligemma", vision(projector_hidden_act="gelu_fast", image_size=[28, 28], num_image_tokens=16)),
@@ -93,6 +105,44 @@ def test_keys_without_effect_change_nothing(changed, golden, name, keys):
     assert load(changed(name, **keys)).config == load(golden / name).config
 
 
+def test_dropout_that_training_here_lacks_is_told(changed, caplog):
+    with caplog.at_level("WARNING"):
+        load(changed("hf_paligemma", **text(attention_dropout=0.1), **vision(attention_dropout=0.0)))
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "config.json has text_config.attention_dropout = 0.1, of training alone" in told
+
+
+FORMULAS = {  # of transformers' names in its ACT2FN
+    ("gelu", "gelu_python"): lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    ("gelu_fast",): lambda x: 0.5 * x * (1 + np.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_accurate"): lambda x: (
+        0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
+    ("quick_gelu",): lambda x: x / (1 + np.exp(-1.702 * x)),
+    ("silu", "swish"): lambda x: x / (1 + np.exp(-x)),
+    ("relu",): lambda x: np.maximum(x, 0),
+}
+
+
+def test_names_of_activations_stand_for_their_formulas():
+    x = np.linspace(-8, 8, 1001)
+    assert {name for names in FORMULAS for name in names} == set(config_values.ACTIVATIONS)
+    for names, formula in FORMULAS.items():
+        for name in names:
+            found = encoder.ACTIVATIONS[config_values.ACTIVATIONS[name]](jnp.asarray(x, jnp.float32))
+            np.testing.assert_allclose(found, formula(x), rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_the_marks_of_generation_are_the_tokenizers(changed):
+    folder = changed("hf_paligemma")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [1], "max_length": 20, "do_sample": True}))
+    load(folder)
+    file.write_text(json.dumps({"eos_token_id": [1, 107]}))
+    with pytest.raises(UserError, match=r"generation_config.json has eos_token_id = \[1, 107\], expected 1 or \[1\]"):
+        load(folder)
+
+
 def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
     """transformers completes text_config_dict with the class's defaults, which go before text_config."""
     stored = json.loads((golden / "hf_clip/config.json").read_text())["text_config"]
@@ -103,8 +153,6 @@ def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
 
 # Refused, naming the file, the key and the value.
 
-SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
-
 
 @pytest.mark.parametrize(
     "name, keys, sentence",
@@ -113,12 +161,24 @@ SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
         ("hf_paligemma", text(rope_scaling={"type": "llama3"}), "text_config.rope_scaling.type = 'llama3'"),
         ("hf_paligemma2", text(rope_scaling={"factor": 2.0}), "text_config.rope_scaling.factor = 2.0"),
         ("hf_paligemma", text(rope_parameters={"full_attention": SCALED}), "rope_parameters.full_attention = {"),
+        ("hf_paligemma", text(rope_scaling={"type": "linear"}), "rope_scaling.type = 'linear', expected 'default', or"),
+        ("hf_paligemma", text(rope_scaling=UNSCALED | {"type": "yarn"}), "rope_scaling.type = 'yarn'"),
+        ("hf_paligemma", text(rope_scaling={"type": "linear", "factor": True}), "rope_scaling.type = 'linear'"),
+        ("hf_paligemma2", text(rope_parameters=UNSCALED | {"partial_rotary_factor": 0.5}), "partial_rotary_factor = 0"),
+        ("hf_paligemma", text(partial_rotary_factor=0.5), "text_config.partial_rotary_factor = 0.5, expected 1.0"),
         ("hf_paligemma", text(rope_theta=500.0), "text_config.rope_theta = 500.0, expected 500 or 10000 at every"),
         ("hf_paligemma", text(hidden_act="mish"), "text_config.hidden_act = 'mish', expected one of"),
         ("hf_paligemma", text(hidden_activation="silu"), "hidden_activation = 'silu', expected the gelu_pytorch_tanh"),
         ("hf_paligemma2", text(hidden_act="silu"), "text_config.hidden_act = 'silu', expected the gelu_pytorch"),
         ("hf_paligemma", text(attention_bias=True), "text_config.attention_bias = True, expected False"),
-        ("hf_paligemma", text(attention_dropout=0.1), "text_config.attention_dropout = 0.1"),
+        ("hf_paligemma", text(attention_dropout="0.1"), "text_config.attention_dropout = '0.1', expected a share"),
+        ("hf_siglip", vision(attention_dropout=1), "vision_config.attention_dropout = 1, expected a share"),
+        ("hf_paligemma2", text(attn_logit_softcapping=[]), r"attn_logit_softcapping = \[\], expected a positive"),
+        ("hf_paligemma2", text(layer_types=[]), r"layer_types = \[\], expected sliding_attention and"),
+        ("hf_paligemma2", text(num_hidden_layers=1 << 70), "num_hidden_layers = 118.*, expected a positive number"),
+        ("hf_paligemma", text(tie_word_embeddings="false"), "tie_word_embeddings = 'false', expected True or"),
+        ("hf_paligemma", dict(image_token_index="<image>"), "image_token_index = '<image>', expected one token"),
+        ("hf_paligemma", dict(image_token_id=7), "image_token_id = 7, expected one token's id, the same at"),
         ("hf_paligemma", text(attn_logit_softcapping=5.0), "attn_logit_softcapping = 5.0, expected no key beyond"),
         ("hf_paligemma", text(layer_types=["sliding_attention"] * 3), "layer_types = .*for every layer of a Gemma"),
         ("hf_paligemma", text(vocab_size=161), "text_config.vocab_size = 161, expected 160, as .* has"),
@@ -135,8 +195,10 @@ SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
         ("hf_siglip", text(hidden_act="mish"), "text_config.hidden_act = 'mish'"),
         ("hf_siglip", text(max_position_embeddings=64), "max_position_embeddings = 64, expected 12"),
         ("hf_siglip", vision(vision_use_head=False), "vision_config.vision_use_head = False, expected True"),
-        ("hf_siglip", vision(attention_dropout=0.2), "vision_config.attention_dropout = 0.2"),
         ("hf_siglip", dict(novel=["x"]), r"novel = \['x'\], expected no key beyond"),
+        ("hf_clip", text(hidden_act="gelu_10"), "text_config.hidden_act = 'gelu_10', expected one of"),
+        ("hf_clip", dict(text_config_dict=[1]), r"text_config_dict = \[1\], expected an object"),
+        ("hf_clip", dict(text_config_dict={}), "text_config.vocab_size = 49408, expected 120"),  # the class's defaults
         ("hf_clip", text(eos_token_id=500), "text_config.eos_token_id = 500, expected one id below the 120"),
         ("hf_clip", dict(projection_dim=25), "projection_dim = 25, expected 24"),
         ("hf_clip", vision(hidden_size=64), "vision_config.hidden_size = 64, expected 48"),
