@@ -5,7 +5,7 @@ from typing import Any
 
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.side_files import account, read_json
+from paligemma_jax.side_files import account, read_json, refusal
 from paligemma_jax.weights.config_keys import GEMMA, GEMMA_2, PALIGEMMA, PALIGEMMA_VISION
 from paligemma_jax.weights.config_values import LAYERS, Values, theirs, vision_config
 from paligemma_jax.weights.folder import Folder
@@ -36,16 +36,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed = {"text_config": ("model_type", *LAYERS, "num_key_value_heads"), "vision_config": LAYERS}
     for section, keys in needed.items():
         values = config.get(section, {})
-        missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+        missing = [key for key in keys if not isinstance(values, dict) or values.get(key) is None]
         if missing:
             raise UserError(f"{file} lacks {section}.{missing[0]}: add it, as newer transformers write it.")
     text = config["text_config"]
-    if text["model_type"] not in DECODERS:
+    if not isinstance(text["model_type"], str) or text["model_type"] not in DECODERS:
         raise UserError(
             f"{file} has a text model {text['model_type']!r}, expected 'gemma' or 'gemma2': give another folder."
         )
     account(text, DECODERS[text["model_type"]], file, "text_config.")
     account(config["vision_config"], PALIGEMMA_VISION, file, "vision_config.")
+    for values, section in ((config, ""), (text, "text_config.")):
+        tied = values.get("tie_word_embeddings")
+        if tied is not None and type(tied) is not bool:
+            raise refusal(file, f"{section}tie_word_embeddings", tied, "true or false", "correct it")
     return config
 
 
@@ -62,8 +66,20 @@ def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
     return PaliGemmaConfig(
         vision=vision_config(Values(config["vision_config"], file, "vision_config."), arrays, TOWER, VISION_DEFAULTS),
         decoder=_decoder(Values(config["text_config"], file, "text_config."), arrays),
-        image_token=whole.get("image_token_index", whole.get("image_token_id")),
+        image_token=_image_token(whole),
     )
+
+
+def _image_token(whole: Values) -> int | None:
+    """The id that stands for a patch in transformers' input, under its older or its newer key."""
+    older, newer = "image_token_index", "image_token_id"
+    for key in (older, newer):
+        value = whole.get(key, 0)
+        if type(value) is not int or value < 0:
+            raise whole.refuse(key, "an id, 0 or more")
+    if whole.get(older) != whole.get(newer, whole.get(older)) and whole.get(older) is not None:
+        raise whole.refuse(newer, f"{whole.get(older)}, as {older} says", "say the same at both")
+    return whole.get(older, whole.get(newer))
 
 
 def untied(config: dict[str, Any]) -> bool:
