@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from paligemma_jax.beam import beam_search
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
-from paligemma_jax.prompt_inputs import PAD, check_images, check_prompt
+from paligemma_jax.prompt_inputs import PAD, check_images, check_prompt, check_whole
 from paligemma_jax.sampling import Sampler, make_sampler, pick, row_keys
 from train_jax.core import row_sharding
 from train_jax.errors import UserError
@@ -84,6 +84,7 @@ def generate(
     chosen = make_sampler(
         sampler, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=num_beams, length_penalty=length_penalty
     )
+    check_whole(max_new_tokens=max_new_tokens, eos_id=eos_id, seed=seed, first_row=first_row)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1: raise it.")
     vocab_size = model.config.decoder.vocab_size

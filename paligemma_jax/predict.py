@@ -1,5 +1,6 @@
 """Answers to prompts about image files, by a base model or the model of a run."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.data.row_texts import check_prompt, is_text
-from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
 from paligemma_jax.generate import generate
 from paligemma_jax.loading import load, load_run, run_config
+from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.sampling import make_sampler
 from train_jax.errors import UserError, cut, quoted
 
@@ -54,40 +56,29 @@ def predict(
       (image, prompt, answer), in the order given.
 
     Raises:
-      UserError: an image that cannot be read, a prompt that is no text, neither or both of workdir and model, numbers
-        that do not pair up.
+      UserError: an image that cannot be read, a prompt that is no text, neither or both of workdir and model, one that
+        is no PaliGemma, numbers that do not pair up.
     """
     if (workdir is None) == (model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
     if workdir is not None and dtype is not None:
         raise UserError(f"dtype={dtype} is given with a run, which has its own: change config.compute_dtype instead.")
-    if not images or not texts or (len(images) != len(texts) and 1 not in (len(images), len(texts))):
-        raise UserError(
-            f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
-            "--image or --prompt."
-        )
-    for text in texts:
-        check_prompt(text, "the prompt")
-    count = max(len(images), len(texts))
-    images, texts = (list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
+    images, texts = _pairs(images, texts)
     make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
     if workdir is None:
-        prompt, loaded = "{question}", load(model, dtype or "float32")
-        special_tokens = special_tokens or "refuse"
+        prompt, marks, loaded = "{question}", "refuse", load(model, dtype or "float32")
     else:
         config = config or run_config(workdir)
-        # Rows of a JSONL file bring whole prompts.
-        prompt = "{question}" if config.data.name == "jsonl" else config.data.prompt
-        special_tokens = special_tokens or config.data.get("special_tokens", "refuse")
+        prompt, marks = _wording(config)
         loaded = load_run(workdir, config, checkpoint)
-    words, prepare = load_tokenizer(tokenizer or workdir or model), loaded.config.preprocessing
+    if not isinstance(loaded, PaliGemma):
+        raise UserError(f"{workdir or model} is no PaliGemma, which alone answers prompts: name classes with --class.")
+    words = load_tokenizer(tokenizer or workdir or model)
     words.fits(loaded.config.decoder.vocab_size)
-    pixels = {image: read_pixels(image, prepare) for image in dict.fromkeys(images)}
-    prefixes = [prompt.replace("{question}", text) for text in texts]
-    longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
-    rows = [make_example(words, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
+    pixels = {image: read_pixels(image, loaded.config.preprocessing) for image in dict.fromkeys(images)}
+    rows = _prompt_rows(words, [prompt.replace("{question}", text) for text in texts], special_tokens or marks)
     answers = []
-    for start in range(0, count, BATCH):
+    for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)
         tokens = generate(
             loaded,
@@ -103,6 +94,34 @@ def predict(
         )
         answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))
+
+
+def _pairs(images: Sequence[str], texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """As many images as prompts, one of either repeated. Raises UserError."""
+    for given, what in ((images, "images"), (texts, "texts")):
+        if isinstance(given, str | bytes | os.PathLike):
+            raise UserError(f"{what} are {quoted(given)}, expected several: give a list, of one if need be.")
+    if not images or not texts or (len(images) != len(texts) and 1 not in (len(images), len(texts))):
+        raise UserError(
+            f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
+            "--image or --prompt."
+        )
+    for text in texts:
+        check_prompt(text, "the prompt")
+    count = max(len(images), len(texts))
+    return tuple(list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
+
+
+def _wording(config: ConfigDict) -> tuple[str, str]:
+    """The template of a run's prompts, and what becomes of special tokens in them; rows of JSONL are whole prompts."""
+    template = "{question}" if config.data.get("name") == "jsonl" else config.data.get("prompt", "{question}")
+    return template, config.data.get("special_tokens", "refuse")
+
+
+def _prompt_rows(words: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:
+    """Tokens and masks of prompts, all as long as the longest."""
+    longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
+    return [make_example(words, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
 
 
 def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:

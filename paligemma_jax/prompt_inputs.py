@@ -4,6 +4,9 @@ Values are looked at where they are at hand: not while tracing, nor where other 
 Axes: B rows, T prompt tokens, I image side, P patches, D width.
 """
 
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models.paligemma import PaliGemma
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 PAD = 0
 
@@ -88,6 +91,15 @@ def _floating(given: ArrayLike, name: str, shape: tuple[int, ...], advice: str) 
             f"{shape[0]} rows of tokens: {advice}."
         )
     return array
+
+
+def check_whole(**values: Any) -> None:
+    """Refuses what is no whole number, by its name. Raises UserError."""
+    for name, value in values.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise UserError(f"{name} is {quoted(value)}, expected a whole number: change it.") from None
 
 
 def is_known(array: Array) -> bool:

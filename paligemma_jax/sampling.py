@@ -4,13 +4,15 @@ Axes: B rows, V vocabulary, K kept words.
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 OPTIONS = {
     "greedy": {},
@@ -54,6 +56,11 @@ def make_sampler(name: str, **options: float | int | None) -> Sampler:
             users = " or ".join(repr(other) for other, known in OPTIONS.items() if option in known)
             other = f" or choose sampler {users}" if users else ""
             raise UserError(f"sampler {name!r} takes {takes}, not {option}: leave it out{other}.")
+    for option, value in given.items():
+        default = OPTIONS[name][option]
+        if not _is_number(value, whole=isinstance(default, int)):
+            kind = "whole" if isinstance(default, int) else "finite"
+            raise UserError(f"{option} is {quoted(value)}, expected a {kind} number: set it to, say, {default}.")
     settings = OPTIONS[name] | given
     for option, smallest in (("temperature", 0), ("top_k", 1), ("num_beams", 1)):
         if settings.get(option, smallest) < smallest:
@@ -62,6 +69,15 @@ def make_sampler(name: str, **options: float | int | None) -> Sampler:
         raise UserError(f"top_p is {settings['top_p']}, expected a probability mass in (0, 1]: choose, say, 0.9.")
     # An int for a float would be another type to jit, and so another compile.
     return Sampler(name, **{option: type(OPTIONS[name][option])(value) for option, value in settings.items()})
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    """Whether a value is a finite number, and a whole one if it must be."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        return False
+    return math.isfinite(number) and (number.is_integer() or not whole)
 
 
 def row_keys(key: Key[Array, ""], rows: int, first: Int[Array, ""] | int = 0) -> Key[Array, " B"]:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt8
 
 from paligemma_jax.data.descriptions import fill_templates
@@ -97,19 +98,28 @@ def recall(
     return {k: float(((others < k) & ~lost).mean()) for k in at}
 
 
-def retrieval(
-    images: Float[np.ndarray, "N E"], texts: Float[np.ndarray, "N E"], captions: Sequence[str] | None = None
-) -> Mapping[str, float]:
+def retrieval(images: ArrayLike, texts: ArrayLike, captions: Sequence[str] | None = None) -> Mapping[str, float]:
     """R@1, 5 and 10 of N pairs, both ways; and `mean_r1`, the mean of the two R@1.
 
     An image may have the caption of another: of equal captions any is a hit, and of their images too, as no model could
     tell them apart.
 
     Args:
-      images, texts: embeddings, pairs in order.
+      images, texts: embeddings [N, E], pairs in order.
       captions: the N texts. None: equal embeddings are taken for equal captions, unless all are equal: a text tower
         that maps everything to one point retrieves nothing.
+
+    Raises:
+      UserError: embeddings of other shapes than one another's, none at all, or captions of another number.
     """
+    images, texts = np.asarray(images), np.asarray(texts)
+    if images.ndim != 2 or images.shape != texts.shape or not len(images):
+        raise UserError(
+            f"image embeddings are {list(images.shape)} and text embeddings {list(texts.shape)}, expected one shape, "
+            "[pairs, width]: give a row of each for every pair."
+        )
+    if captions is not None and len(captions) != len(images):
+        raise UserError(f"{len(images)} pairs come with {len(captions)} captions, expected one each: give them all.")
     similarity = images @ texts.T
     same = _equal_rows(texts) if captions is None else _equal(list(captions))
     if captions is None and same.all():

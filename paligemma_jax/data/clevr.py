@@ -8,6 +8,7 @@ the source over questions. Images stay encoded until the pipeline decodes them.
 import contextlib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from paligemma_jax.data.lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
 from train_jax.core import digests
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 from train_jax.tfds_source import open_builder, open_split
 
 VERSION = "3.1.0"
@@ -34,6 +35,8 @@ COLORS = ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]
 MATERIALS = ["rubber", "metal"]
 SHAPES = ["cube", "sphere", "cylinder"]
 SIZES = ["small", "large"]
+WORDS = {"color": COLORS, "material": MATERIALS, "shape": SHAPES, "size": SIZES}
+NUMBERS = {"rotation": 1, "3d_coords": 3, "pixel_coords": 3}  # how many
 
 
 def clevr_features() -> tfds.features.FeaturesDict:
@@ -44,10 +47,7 @@ def clevr_features() -> tfds.features.FeaturesDict:
             "file_name": tfds.features.Text(),
             "objects": tfds.features.Sequence(
                 {
-                    "color": tfds.features.ClassLabel(names=COLORS),
-                    "material": tfds.features.ClassLabel(names=MATERIALS),
-                    "shape": tfds.features.ClassLabel(names=SHAPES),
-                    "size": tfds.features.ClassLabel(names=SIZES),
+                    **{field: tfds.features.ClassLabel(names=names) for field, names in WORDS.items()},
                     "rotation": tfds.features.Tensor(shape=(), dtype=np.float32),
                     "3d_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
                     "pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
@@ -88,7 +88,30 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         total = len(self.tree.image_files(split))
         examples = self.tree.examples(split)
-        yield from tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
+        told = tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
+        for name, example in told:
+            for thing in example["objects"]:
+                _check_object(thing, name)
+            yield name, example
+
+
+def _check_object(thing: dict[str, Any], name: str) -> None:
+    """Refuses an object of the scene of an image that says what CLEVR does not. Raises UserError."""
+    for field, names in WORDS.items():
+        if thing[field] not in names:
+            raise _no_object(name, field, thing[field], f"one of {', '.join(names)}")
+    for field, count in NUMBERS.items():
+        values = thing[field] if count > 1 else [thing[field]]
+        fine = isinstance(values, list) and len(values) == count
+        if not fine or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise _no_object(name, field, thing[field], f"{count} finite numbers" if count > 1 else "a finite number")
+
+
+def _no_object(name: str, field: str, value: Any, expected: str) -> UserError:
+    return UserError(
+        f"an object in the scene of {name} has {field} = {quoted(value)}, expected {expected}: mend the scenes, or "
+        "download CLEVR again."
+    )
 
 
 def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
@@ -101,7 +124,8 @@ def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
       data_dir: root folder for TFDS data sets; a leading ~ is the home folder.
 
     Raises:
-      UserError: if `source` is no CLEVR tree, or `data_dir` already holds CLEVR prepared from another one.
+      UserError: if `source` is no CLEVR tree, or its scenes say what CLEVR does not, or `data_dir` already holds CLEVR
+        prepared from another one.
     """
     source, data_dir = Path(source).expanduser(), Path(data_dir).expanduser()
     folder = data_dir / "clevr" / VERSION

@@ -76,7 +76,7 @@ class ClevrTree:
         with self._open("questions", split) as entries:
             for entry in entries:
                 row = {"question": entry.get("question"), "answer": spelled(entry.get("answer", ""))}
-                grouped[entry["image_filename"]].append({key: stored(text) for key, text in row.items()})
+                grouped[_image_name(entry)].append({key: stored(text) for key, text in row.items()})
         return grouped
 
     def objects(self, split: str) -> dict[str, list[dict[str, Any]]]:
@@ -85,8 +85,8 @@ class ClevrTree:
             return {}
         with self._open("scenes", split) as scenes:
             return {
-                scene["image_filename"]: [
-                    {field: thing[field] for field in OBJECT_FIELDS} for thing in map(_object, scene["objects"])
+                _image_name(scene): [
+                    {field: thing[field] for field in OBJECT_FIELDS} for thing in map(_object, _list(scene, "objects"))
                 ]
                 for scene in scenes
             }
@@ -165,6 +165,21 @@ def _object(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"found {quoted(entry)} where an object was expected")
     return entry
+
+
+def _image_name(entry: dict[str, Any]) -> str:
+    """The image of a question or a scene. Raises KeyError or ValueError."""
+    name = entry["image_filename"]
+    if not isinstance(name, str):
+        raise ValueError(f"found the image_filename {quoted(name)} where a text was expected")
+    return name
+
+
+def _list(entry: dict[str, Any], key: str) -> list[Any]:
+    """A list of an entry. Raises KeyError or ValueError."""
+    if not isinstance(entry[key], list):
+        raise ValueError(f"found {quoted(entry[key])} where the list {key} was expected")
+    return entry[key]
 
 
 def spelled(answer: Any) -> Any:

@@ -27,8 +27,14 @@ def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentence
     """Every class in every template, by class.
 
     Raises:
-      UserError: no class, a template without {}, or names or templates that are no whole characters.
+      UserError: no class, a template without {}, names or templates that are no whole characters, or one text in place
+        of a list.
     """
+    for given in (classes, templates):
+        if isinstance(given, str):
+            raise UserError(
+                f"classes or templates are the one text {quoted(given)}, expected several: give a list of it."
+            )
     for text in (*classes, *templates):
         check_prompt(text, "the class or template")
     wrong = [template for template in templates if template.count("{}") != 1]

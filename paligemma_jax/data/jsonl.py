@@ -22,7 +22,7 @@ from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
 from train_jax.core import digests
-from train_jax.errors import UserError, cut, quoted
+from train_jax.errors import UserError, quoted
 
 FIELDS = ("image", "prefix", "suffix")
 
@@ -84,7 +84,7 @@ class JsonlRecords:
             image = (self.file.parent / name).read_bytes()
         except OSError as error:
             raise BadRow(
-                f"{self.file} line {self._lines[index]}: cannot read {cut(name)} ({error.strerror}), "
+                f"{self.file} line {self._lines[index]}: cannot read {quoted(name)} ({error.strerror}), "
                 "expected an image file; add it or remove the line."
             ) from error
         return Record(image, name, int(self._images[index]), prefix, suffix)

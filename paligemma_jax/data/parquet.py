@@ -26,8 +26,9 @@ from train_jax.errors import UserError, cut
 
 COLUMNS = ("question", "image", "answer")
 _AT_ONCE = 64  # images held while all are looked through
-# What pyarrow raises for damaged data, and for values that Python has none for, such as a date beyond the year 9999.
-_UNREADABLE = (ValueError, OSError, OverflowError, NotImplementedError)
+# What pyarrow raises for damaged data, and for values that Python has none for: a date beyond the year 9999, a time of
+# a zone that is not known.
+_UNREADABLE = (ValueError, OSError, OverflowError, NotImplementedError, KeyError)
 
 
 class ParquetQuestions:
@@ -45,7 +46,7 @@ class ParquetQuestions:
       cache: folder that keeps what reading all shards told, until one of them changes; None reads them anew.
 
     Raises:
-      UserError: if pyarrow is not installed, there are no such shards, one is damaged, or lacks a column.
+      UserError: if pyarrow is not installed, no such shards or rows are there, one is damaged or lacks a column.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class ParquetQuestions:
             self._groups += [(number, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if not len(self):
+            raise UserError(f"{folder} holds no rows in its {split} shards, expected one a question; fill them.")
         place = digests.place_of(cache, "parquet", str(folder.resolve()), split)
         read = digests.kept(place, self._files, lambda: _read_through(self._files))
         self._image_index = digests.numbers(digests.keys(read["images"]))
@@ -88,12 +91,13 @@ class ParquetQuestions:
         row = self._row(index)
         image, path = _image_of(row["image"])
         name = Path(path).name if path else f"row {index}"
+        where = f"row {index} ({cut(name)})" if path else name
         if not image:
             several = isinstance(row["image"], list) and sum(_image_of(each)[0] is not None for each in row["image"])
             found = f"holds {several} images, expected one" if several else "lacks image bytes, expected a file's"
-            raise BadRow(f"row {index} ({cut(name)}) {found}; mend the shard.")
+            raise BadRow(f"{where} {found}; mend the shard.")
         texts = {"question": row["question"], "answer": row["answer"]}
-        question, answer = check_texts(texts, tuple(texts), f"row {index} ({cut(name)})", "mend the shard")
+        question, answer = check_texts(texts, tuple(texts), where, "mend the shard")
         return Record(image, name, int(self._image_index[index]), self._prompt.replace("{question}", question), answer)
 
     def suffix(self, index: int) -> str:

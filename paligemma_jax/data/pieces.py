@@ -1,5 +1,7 @@
 """The pieces that texts are cut into, from a SentencePiece file or from a tokenizer.json of the tokenizers library."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +44,7 @@ class SentencePieces:
         try:
             self._model.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise UserError(f"{name} is no SentencePiece model; give a Gemma tokenizer.model.") from error
+            raise UserError(f"{name} is no SentencePiece model; give the tokenizer's own file.") from error
 
     @property
     def size(self) -> int:
@@ -51,6 +53,11 @@ class SentencePieces:
     @property
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.model": self._model.serialized_model_proto()}
+
+    def mark(self, name: str) -> int | None:
+        """The id that the file has for "bos", "eos" or "pad", None where it has none."""
+        index = getattr(self._model, f"{name}_id")()
+        return None if index < 0 else index
 
     def index(self, piece: str) -> int | None:
         index = self._model.piece_to_id(piece)
@@ -75,7 +82,9 @@ class JsonPieces:
 
     def __init__(self, file: Path, spelled: Sequence[str] = ()):
         self._model, self._content = open_json(file), file.read_bytes()
-        self._spelled = tuple(spelled)
+        # A mark is a piece too, which a unigram model would take for text: cut behind the first character of each.
+        marks = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in spelled)
+        self._cut = re.compile(marks) if marks else None
 
     @property
     def size(self) -> int:
@@ -92,10 +101,12 @@ class JsonPieces:
         return self._model.id_to_token(index) or "<unk>"
 
     def encode(self, text: str) -> list[int]:
-        for mark in self._spelled:
-            if mark in text:  # a mark is a piece too, which a unigram model would take for text
-                before, _, behind = text.partition(mark)
-                return self.encode(before + mark[0]) + self.encode(mark[1:] + behind)
+        if self._cut is None:
+            return self._plain(text)
+        starts = [0, *(match.end() for match in self._cut.finditer(text)), len(text)]
+        return [index for start, end in itertools.pairwise(starts) for index in self._plain(text[start:end])]
+
+    def _plain(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -29,6 +29,7 @@ import numpy as np
 
 from train_jax.errors import UserError, quoted
 
+from .row_texts import check_prompt
 from .tokenizer import Tokenizer
 
 _ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
@@ -68,7 +69,7 @@ def make_example(
     Raises:
         TruncationError: a part is longer than its limit or all of it than the arrays. Nothing is ever cut: a cut prefix
             asks another question, a cut suffix never teaches EOS.
-        UserError: a text holds a mark, see `encode`.
+        UserError: a text is none, or holds a mark, see `encode`.
     """
     if special_tokens == "parse":
         prefix = prefix.removeprefix(tokenizer.piece(tokenizer.image_id))  # where the image stands anyway
@@ -120,14 +121,19 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: str = "refuse") -> l
             and `<unk>`, as those tokens, as transformers does, and refuses `<image>`.
 
     Raises:
-        UserError: the text holds what is refused, or `special_tokens` is something else.
+        UserError: no text, or one that holds what is refused, or `special_tokens` is something else.
     """
+    check_prompt(text, "the text")
     if special_tokens not in SPECIAL_TOKENS:
         raise UserError(f"special_tokens is {special_tokens!r}, expected one of {', '.join(SPECIAL_TOKENS)}: set one.")
     parse = special_tokens == "parse"
     for mark in tokenizer.marks:
         if mark in text and (not parse or mark == tokenizer.piece(tokenizer.image_id)):
-            remedy = "leave it out" if parse else "remove it, or read such marks with data.special_tokens='parse'"
+            remedy = (
+                "leave it out"
+                if parse
+                else "remove it, or read such marks with data.special_tokens='parse' (--special_tokens)"
+            )
             raise UserError(f"The text {quoted(text)} holds {mark}, which the format adds by itself; {remedy}.")
     return tokenizer.encode(text, marks=parse)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from paligemma_jax import hub
 from paligemma_jax.data.added_tokens import (
@@ -29,10 +28,11 @@ from paligemma_jax.data.added_tokens import (
     named_tokens,
     read_added_tokens,
 )
-from paligemma_jax.data.pieces import open_json
+from paligemma_jax.data.pieces import SentencePieces, open_json
+from paligemma_jax.data.row_texts import check_prompt
 from paligemma_jax.shipped import local
 from paligemma_jax.side_files import read_json, refusal
-from train_jax.errors import UserError
+from train_jax.errors import UserError, quoted
 
 PIECES = ("spiece.model", "tokenizer.model")  # SentencePiece files, as SigLIP and Gemma call them
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
@@ -71,7 +71,14 @@ class TextTokenizer:
         Returns:
           tokens: int32 [B, length].
           mask: bool [B, length], True on tokens that the model reads, for its `mask`.
+
+        Raises:
+          UserError: what is no text, or one text in place of several.
         """
+        if isinstance(texts, str | bytes):
+            raise UserError(f"texts are the one text {quoted(texts)}, expected several: give a list of it.")
+        for text in texts:
+            check_prompt(text, "the text")
         front = [] if self.bos_id is None else [self.bos_id]
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
         mask = np.full(tokens.shape, self.bos_id is None)
@@ -132,26 +139,21 @@ def _find(path: str | Path) -> Path:
 
 def _from_pieces(file: Path, length: int | None, keep_punctuation: bool | None) -> TextTokenizer:
     """SigLIP's, from a SentencePiece file; one with a BOS is Gemma's, as of SigLIP 2."""
-    pieces = sentencepiece.SentencePieceProcessor()
-    try:
-        pieces.LoadFromSerializedProto(file.read_bytes())
-    except RuntimeError:
-        raise UserError(f"{file} is no SentencePiece model: give the tokenizer's own file or folder.") from None
-    eos = pieces.eos_id()
-    if eos < 0:
+    pieces = SentencePieces(file.read_bytes(), str(file))
+    eos = pieces.mark("eos")
+    if eos is None:
         raise UserError(f"{file} has no end-of-sentence piece, which SigLIP's texts end in: give another tokenizer.")
-    gemma, size = pieces.bos_id() >= 0, pieces.vocab_size()
-    said = _Said.of(file, lambda text: _piece(pieces, text))
+    gemma, size = pieces.mark("bos") is not None, pieces.size
+    said = _Said.of(file, pieces.index)
     added = [token for token in said.added if gemma or token.id >= size] + said.listed
     if added and not gemma:
         raise UserError(
             f"the files beside {file} add {added[0].content!r} = {added[0].id}, expected no more than its {size:,} "
             "pieces, as SigLIP 1 has no added tokens here: remove it."
         )
-    check_pieces(added, lambda text: _piece(pieces, text), size, file)
-    said.agrees("eos_token", pieces.piece_to_id, eos)
-    pad = said.marks.get("pad_token")
-    pad = (pieces.pad_id() if gemma else eos) if pad is None else pieces.piece_to_id(pad)
+    check_pieces(added, pieces.index, size, file)
+    said.agrees("eos_token", pieces.index, eos)
+    pad = said.token("pad", pieces.index, pieces.mark("pad") if gemma else eos)
     lower = gemma or said.values.get("do_lower_case") is not False
     encode = _canonical(pieces.encode, gemma if keep_punctuation is None else keep_punctuation, lower)
     length = length or said.length or LENGTHS["siglip"]
@@ -173,14 +175,13 @@ def _from_json(file: Path, length: int | None, keep_punctuation: bool | None) ->
     if start is not None and end is not None:
         said.agrees("bos_token", words.token_to_id, start)
         said.agrees("eos_token", words.token_to_id, end)
-        pad = words.token_to_id(said.marks.get("pad_token", END))
+        pad = said.token("pad", words.token_to_id, end)
         added = [token for token in said.added if known.get(token.content) != token.id]
         encode = _around(added + said.listed, encode)
         length = length or said.length or LENGTHS["clip"]
-        return TextTokenizer(encode, size, length, end, end if pad is None else pad, start, file)
-    end, pad = (words.token_to_id(said.marks.get(f"{name}_token", f"<{name}>")) for name in ("eos", "pad"))
-    if end is None or pad is None:
-        raise UserError(f"{file} has no {START} or <eos>, expected the tokenizer of a CLIP or a SigLIP: give another.")
+        return TextTokenizer(encode, size, length, end, pad, start, file)
+    end = said.token("eos", words.token_to_id, words.token_to_id("<eos>"))
+    pad = said.token("pad", words.token_to_id, words.token_to_id("<pad>"))
     encode = _around(said.added + said.listed, _canonical(encode, keep_punctuation is not False))
     return TextTokenizer(encode, size, length or said.length or LENGTHS["siglip"], end, pad, None, file)
 
@@ -192,13 +193,13 @@ class _Said:
     Attributes:
       added: tokens that are added.
       listed: pieces that texts are cut at too.
-      marks: what they are called, by key.
+      marks: what they are called and the file that says so, by key.
       values: of tokenizer_config.json, `file`.
     """
 
     added: list[AddedToken]
     listed: list[AddedToken]
-    marks: dict[str, str]
+    marks: dict[str, tuple[Path, str]]
     values: dict[str, Any]
     file: Path
 
@@ -212,7 +213,7 @@ class _Said:
         config = file.with_name(CONFIG)
         if file.name not in (*PIECES, JSON):
             return cls([], [], {}, {}, config)
-        marks = {key: texts[0] for key, (_, texts) in named_tokens(file.parent).items() if texts}
+        marks = {key: (named, texts[0]) for key, (named, texts) in named_tokens(file.parent).items() if texts}
         values = read_json(config) if config.is_file() else {}
         for key in ("padding_side", "truncation_side"):
             if values.get(key) not in (None, "right"):
@@ -229,16 +230,24 @@ class _Said:
         length = self.values.get("model_max_length")
         return length if type(length) is int and 2 <= length <= LONGEST else None
 
+    def token(self, name: str, index: Callable[[str], int | None], default: int | None) -> int:
+        """The id of "eos" or "pad": of the text that the files call so, else the default. Raises UserError for none."""
+        key = f"{name}_token"
+        if key not in self.marks:
+            if default is None:
+                raise UserError(f"{self.file.parent} has no {key}, expected a CLIP's or a SigLIP's: give another.")
+            return default
+        file, text = self.marks[key]
+        found = {token.content: token.id for token in self.added}.get(text, index(text))
+        if found is None:
+            raise refusal(file, key, text, "a token that the tokenizer has", "use the model's own files")
+        return found
+
     def agrees(self, key: str, index: Callable[[str], int | None], expected: int) -> None:
         """Refuses a mark that is another token than the family's."""
-        if key in self.marks and index(self.marks[key]) != expected:
-            raise refusal(self.file, key, self.marks[key], f"the token {expected}", "use the model's own tokenizer")
-
-
-def _piece(pieces: sentencepiece.SentencePieceProcessor, text: str) -> int | None:
-    """The id of a piece; None where there is no such, which SentencePiece calls unknown."""
-    index = pieces.piece_to_id(text)
-    return index if pieces.id_to_piece(index) == text else None
+        file, text = self.marks.get(key, (self.file, None))
+        if text is not None and index(text) != expected:
+            raise refusal(file, key, text, f"the token {expected}", "use the model's own tokenizer")
 
 
 def _size(pieces: int, added: Sequence[AddedToken]) -> int:

@@ -14,7 +14,7 @@ from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights import dual_big_vision
-from paligemma_jax.weights.big_vision_encoder import BLOCK, vision_config, vision_rows
+from paligemma_jax.weights.big_vision_encoder import BLOCK, check_sayable, vision_config, vision_rows
 from paligemma_jax.weights.checkpoint import Checkpoint
 from paligemma_jax.weights.npz import Npz, write_npz
 from paligemma_jax.weights.tables import Row, count_layers, write_rows
@@ -149,19 +149,22 @@ def save_big_vision(model: PaliGemma | DualEncoder, file: str | Path) -> None:
     """Writes a model's parameters as big_vision reads them, names under `params/`: a PaliGemma's layers stacked, a
     SigLIP's one by one, as they were released.
 
-    What the file cannot hold (soft caps, preprocessing, tokenizer) big_vision's configs say; `pg.load` takes the caps
-    as arguments.
+    What the file cannot hold (soft caps, how images are resized, tokenizer) big_vision's configs say; `pg.load` takes
+    the caps as arguments.
 
     Args:
       model: with plain kernels and without adapters, in any dtype; bfloat16 is written as void16, as numpy does.
       file: ends in .npz; replaced if it exists.
 
     Raises:
-      UserError: the model has adapters or quantised kernels, or is a CLIP, or the file has another ending.
+      UserError: the model has adapters or quantised kernels, is a CLIP, or has an activation, eps or range of pixels
+        that big_vision's models have not and the file cannot say; or the file has another ending.
     """
     file = Path(file).expanduser()
     if file.suffix != ".npz":
         raise UserError(f"{file} does not end in .npz, as big_vision's files do: rename it.")
     if isinstance(model, DualEncoder):
         return dual_big_vision.save(model, file)
-    write_npz(file, write_rows(rows(post_norms=model.config.decoder.post_norms), params.flatten(model), str(file)))
+    config = model.config
+    check_sayable(file, config.preprocessing, vision=config.vision, decoder=config.decoder)
+    write_npz(file, write_rows(rows(post_norms=config.decoder.post_norms), params.flatten(model), str(file)))

@@ -1,8 +1,15 @@
 """The encoders in big_vision's files, SigLIP's and PaliGemma's: names and sizes, layers stacked or one by one."""
 
+from pathlib import Path
+
+from paligemma_jax.data.image_processor import HALF
+from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.npz import Npz
 from paligemma_jax.weights.tables import Row, count_layers
+from train_jax.errors import UserError
 
 BLOCK = "img/Transformer/encoderblock"
 ATTENTION = "MultiHeadDotProductAttention_0"
@@ -74,3 +81,30 @@ def vision_config(arrays: Npz) -> ViTConfig:
     patch, _, _, width = arrays.shape("img/embedding/kernel", 4)
     grid = round(arrays.shape("img/pos_embedding", 2, 3)[-2] ** 0.5)
     return ViTConfig(grid * patch, patch, width, **encoder_sizes(arrays, BLOCK))
+
+
+def check_sayable(file: Path, images: Preprocessing | None, **towers: ViTConfig | GemmaConfig | TextConfig) -> None:
+    """Refuses to write what whoever reads the file would take for something else, as it has no place there.
+
+    Args:
+      file: to be written.
+      images: how the model's are prepared; the resizing is that of the reader's family.
+      towers: the model's, by name.
+
+    Raises:
+      UserError: an activation, eps or range of pixels that big_vision's models have not.
+    """
+    for name, tower in towers.items():
+        for field in ("activation", "eps"):
+            value, theirs = getattr(tower, field), getattr(type(tower), field)
+            if value != theirs:
+                raise _unsayable(file, f"{name}.{field} = {value}", theirs)
+    if images is not None and (images.mean, images.std) != (HALF, HALF):
+        raise _unsayable(file, f"images of mean {images.mean} and deviation {images.std}", "0.5 and 0.5")
+
+
+def _unsayable(file: Path, found: str, theirs: object) -> UserError:
+    return UserError(
+        f"{file} cannot say that the model has {found}, where big_vision's have {theirs}: save it for transformers, or "
+        "with save_orbax."
+    )

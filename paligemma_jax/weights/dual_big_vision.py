@@ -12,6 +12,7 @@ from paligemma_jax.weights.big_vision_encoder import (
     attention_rows,
     block_names,
     block_rows,
+    check_sayable,
     encoder_sizes,
     mlp_rows,
     vision_config,
@@ -100,5 +101,6 @@ def save(model: DualEncoder, file: Path) -> None:
     config = model.config
     if config.vision.class_token or config.text.causal or not config.projection_bias:
         raise UserError(f"{file} cannot hold a CLIP, big_vision's format has SigLIP alone: save it for transformers.")
+    check_sayable(file, config.preprocessing, vision=config.vision, text=config.text)
     table = rows(config, f"{BLOCK}_{{i}}", f"{TEXT_BLOCK}_{{i}}")
     write_npz(file, write_rows(table, params.flatten(model), str(file)))

@@ -55,11 +55,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed = {"text_config": ("model_type", *LAYERS, "num_key_value_heads"), "vision_config": LAYERS}
     for section, keys in needed.items():
         values = config.get(section, {})
-        missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+        missing = [key for key in keys if not isinstance(values, dict) or values.get(key) is None]
         if missing:
             raise UserError(f"{file} lacks {section}.{missing[0]}: add it, as newer transformers write it.")
     text = config["text_config"]
-    if text["model_type"] not in DECODERS:
+    if not isinstance(text["model_type"], str) or text["model_type"] not in DECODERS:
         raise UserError(
             f"{file} has a text model {text['model_type']!r}, expected 'gemma' or 'gemma2': give another folder."
         )

@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
 from paligemma_jax.data.added_tokens import ADDED, CONFIG, JSON, SPECIAL, read_added_tokens
+from paligemma_jax.data.pieces import JsonPieces, SentencePieces
 from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
 from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
 from paligemma_jax.shipped import local
-from paligemma_jax.side_files import read_json
 from train_jax.errors import UserError
 
 MODEL = "tokenizer.model"
@@ -60,10 +58,8 @@ def check_added_tokens(folder: Path, words: int) -> None:
 def _num_pieces(folder: Path) -> int:
     """Words of a folder's tokenizer without those that are added; 0 if it has none."""
     if (file := folder / MODEL).is_file():
-        return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
-    if (file := folder / JSON).is_file():
-        return len((read_json(file).get("model") or {}).get("vocab") or ())
-    return 0
+        return SentencePieces(file.read_bytes(), str(file)).size
+    return JsonPieces(file).size if (file := folder / JSON).is_file() else 0
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.generate import generate
+from paligemma_jax.prompt_inputs import check_whole
 from train_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -207,3 +208,10 @@ def test_user_errors(big_vision, wrong, sentence):
     good = dict(images=case["image"], tokens=case["dec_text"], mask_input=case["dec_mask_input"])
     with pytest.raises(UserError, match=sentence):
         generate(model, **good | wrong)
+
+
+@pytest.mark.parametrize("value", [2.5, "5", None, [3]])
+def test_what_is_no_whole_number_is_told_by_its_name(value):
+    with pytest.raises(UserError, match="max_new_tokens is .*, expected a whole number"):
+        check_whole(max_new_tokens=value)
+    check_whole(max_new_tokens=np.int64(3), seed=jnp.int32(3))

@@ -88,6 +88,17 @@ def test_half_characters_are_no_prompt_and_no_class():
         fill_templates(["cat", "\udcff"], ["{}"])
 
 
+@pytest.mark.parametrize("images, texts", [("a.png", ["what?"]), (["a.png"], "what?")])
+def test_one_text_in_place_of_a_list_is_refused(images, texts):
+    with pytest.raises(UserError, match="expected several: give a list"):
+        predict(images, texts, model="tiny")
+
+
+def test_a_dual_encoder_answers_no_prompts():
+    with pytest.raises(UserError, match="tiny-siglip is no PaliGemma, .* --class"):
+        predict(["a.png"], ["what?"], model="tiny-siglip")
+
+
 def test_an_option_that_no_sampler_has_is_to_be_left_out():
     with pytest.raises(UserError, match=r"not foo: leave it out\.$"):
         predict(["a.png"], ["what?"], model="tiny", sampler="temperature", foo=2)

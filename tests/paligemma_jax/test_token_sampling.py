@@ -86,6 +86,9 @@ def test_steps_and_rows_draw_apart():
         ("beam", dict(num_beams=0), "num_beams is 0"),
         ("nucleus", dict(top_p=0.0), "top_p is 0.0"),
         ("nucleus", dict(top_p=1.5), "top_p is 1.5"),
+        ("temperature", dict(temperature=float("nan")), "temperature is nan, expected a finite number"),
+        ("top_k", dict(top_k=2.5), "top_k is 2.5, expected a whole number"),
+        ("beam", dict(length_penalty=float("inf")), "length_penalty is inf, expected a finite number"),
     ],
 )
 def test_user_errors(name, options, sentence):

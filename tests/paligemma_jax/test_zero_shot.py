@@ -109,6 +109,22 @@ def test_any_equal_caption_is_a_hit():
     assert apart["image_to_text_r1"] == 0.5 and apart["text_to_image_r1"] == 0.75  # ties count against both
 
 
+@pytest.mark.parametrize(
+    "images, texts, captions, found",
+    [
+        (np.eye(3), np.eye(3), ["a cat"], "3 pairs come with 1 captions"),
+        (np.eye(3), np.eye(3)[:2], None, r"are \[3, 3\] and text embeddings \[2, 3\]"),
+        (np.eye(3), np.eye(3, 4), None, r"are \[3, 3\] and text embeddings \[3, 4\]"),
+        (np.ones(3), np.ones(3), None, r"are \[3\] and"),
+        (np.ones((0, 3)), np.ones((0, 3)), None, r"are \[0, 3\] and"),
+    ],
+)
+def test_what_is_no_pairs_is_refused(images, texts, captions, found):
+    """Of one caption for three pairs everything would be a hit."""
+    with pytest.raises(UserError, match=found):
+        zero_shot.retrieval(images, texts, captions)
+
+
 def test_of_equal_captions_the_best_counts_and_wrong_ones_count_once():
     similarity = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.6, 0.7, 0.5]])
     right = np.array([[True, True, False], [True, True, False], [False, False, True]])

@@ -37,3 +37,11 @@ def test_links_in_a_circle_end(write):
     (root / "a/b/back").symlink_to(root / "a")
     found = pictures_below(root)
     assert found.classes == {"a": ["a/1.png", "a/b/2.png"]} and list(found.left_out.values()) == [["a/b/back"]]
+
+
+def test_a_picture_that_is_a_link_to_itself_is_for_its_reader_to_tell(write):
+    root = write("a/1.png")
+    (root / "a/2.png").symlink_to("2.png")
+    (root / "a/x").symlink_to("x")
+    found = pictures_below(root)
+    assert found.classes == {"a": ["a/1.png", "a/2.png"]} and list(found.left_out.values()) == [["a/x"]]

@@ -49,6 +49,14 @@ def pictures_below(root: str | Path) -> Found:
     return Found(dict(sorted(classes.items())), [path for path in found if "/" not in path], left_out)
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; what leads nowhere, or to itself, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _below(root: Path, folder: str, left_out: dict[str, list[str]], above: tuple[str, ...]) -> list[str]:
     """Pictures below root/folder; `above` are the folders that lead there, of which a link may be to one."""
     try:
@@ -61,7 +69,7 @@ def _below(root: Path, folder: str, left_out: dict[str, list[str]], above: tuple
         path = f"{folder}{entry.name}"
         if entry.name.startswith("."):
             left_out.setdefault(_HIDDEN, []).append(path)
-        elif entry.is_dir():
+        elif _is_folder(entry):
             real = os.path.realpath(entry.path)
             if real in above:
                 left_out.setdefault(_LOOP, []).append(path)

@@ -201,3 +201,22 @@ def test_a_model_is_not_loaded_with_words_that_it_lacks(folder, tmp_path_factory
     assert pg.load(place, vocab_size=1793).config.decoder.vocab_size == 1793
     (place / "added_tokens.json").write_text(json.dumps({"<image>": 1718}))
     pg.load(place)  # of the image no row is read
+
+
+def test_a_damaged_tokenizer_is_told_when_a_model_is_loaded(tmp_path):
+    pg.weights.save_hugging_face(pg.load("tiny"), tmp_path, tokenizer="tiny")
+    (tmp_path / "tokenizer.model").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"tokenizer.model is no SentencePiece model"):
+        pg.load(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    values = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    for model in ("unigram", {"vocab": 5}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"model": model}), encoding="utf-8")
+        with pytest.raises(UserError, match="tokenizer.json cannot be read as a tokenizer"):
+            pg.load(tmp_path)
+
+
+def test_any_number_of_marks_is_spelled_out(folder):
+    words, plain = load_tokenizer(folder(model=False)), load_tokenizer("tiny")
+    text = "<unk>" * 3000 + " a <bos>"
+    assert words.encode(text) == plain.encode(text)

@@ -183,6 +183,30 @@ def test_a_broken_tree_is_refused_and_leaves_nothing_behind(make_clevr_tree, tmp
     assert not list((tmp_path / "data").rglob("dataset_info.json"))
 
 
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("color", "pink", "'pink', expected one of gray, blue"),
+        ("shape", None, "None, expected one of cube"),
+        ("size", 1, "1, expected one of small"),
+        ("material", ["metal"], r"\['metal'\], expected one of rubber"),
+        ("rotation", "x", "'x', expected a finite number"),
+        ("rotation", None, "None, expected a finite number"),
+        ("3d_coords", [1, 2], r"\[1, 2\], expected 3 finite numbers"),
+        ("pixel_coords", [1, 2, float("nan")], r"\[1, 2, nan\], expected 3 finite numbers"),
+    ],
+)
+def test_a_scene_that_is_none_of_clevrs_is_refused(make_clevr_tree, tmp_path, field, value, expected):
+    tree = make_clevr_tree(tmp_path / "CLEVR_v1.0")
+    file = tree / "scenes/CLEVR_train_scenes.json"
+    scenes = json.loads(file.read_text())
+    scene = next(scene for scene in scenes["scenes"] if scene["objects"])
+    scene["objects"][0][field] = value
+    file.write_text(json.dumps(scenes))
+    with pytest.raises(UserError, match=rf"the scene of {scene['image_filename']} has {field} = {expected}"):
+        prepare_clevr(tree, tmp_path / "data")
+
+
 def test_a_source_that_is_no_tree_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for source, message in (

@@ -62,13 +62,25 @@ def test_what_is_no_such_document_is_refused(text):
         ([1, None], "found 1 where an object was expected"),
         (["a"], "found 'a' where an object was expected"),
         ([{"question": "?", "objects": []}], "it lacks 'image_filename'"),
+        ([{"question": "?", "objects": [], "image_filename": name} for name in (None, "x")], "the image_filename None"),
+        ([{"question": "?", "objects": [], "image_filename": ["x"]}], r"the image_filename \['x'\]"),
     ],
 )
 def test_entries_that_are_no_objects_are_told(make_clevr_tree, tmp_path, kind, read, entries, reason):
     tree = ClevrTree(make_clevr_tree(tmp_path))
     (tree.root / kind / f"CLEVR_train_{kind}.json").write_text(json.dumps({kind: entries}))
-    with pytest.raises(UserError, match=rf"cannot be read \({reason}\), expected CLEVR's JSON with a list '{kind}'"):
+    with pytest.raises(
+        UserError, match=rf"cannot be read \(.*{reason}.*\), expected CLEVR's JSON with a list '{kind}'"
+    ):
         read(tree, "train")
+
+
+def test_a_scene_without_a_list_of_objects_is_told(make_clevr_tree, tmp_path):
+    tree = ClevrTree(make_clevr_tree(tmp_path))
+    scenes = [{"image_filename": "x.png", "objects": 5}]
+    (tree.root / "scenes" / "CLEVR_train_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    with pytest.raises(UserError, match=r"\(found 5 where the list objects was expected\)"):
+        tree.objects("train")
 
 
 def test_strange_files_among_the_images_are_ignored(make_clevr_tree, tmp_path):

@@ -91,3 +91,9 @@ def test_long_templates_are_cut_in_messages():
     with pytest.raises(UserError) as error:
         fill_templates(("cat",), ("a photo " * 1000,))
     assert len(str(error.value)) < 300 and "(8,000 characters)" in str(error.value)
+
+
+@pytest.mark.parametrize("classes, templates", [("cat", ["{}"]), (["cat"], "a {}")])
+def test_one_text_in_place_of_a_list_is_refused(classes, templates):
+    with pytest.raises(UserError, match="expected several: give a list of it"):
+        fill_templates(classes, templates)

@@ -53,8 +53,9 @@ def test_further_keys_are_ignored(folder):
 @pytest.mark.parametrize(
     "line, message",
     [('{"image": ', "no JSON"), ("[1]", "expected an object"), ('{"image": "images/0.png", "prefix": "x"}', "suffix"),
-     (row("images/0.png", suffix=3), "expected an object"), (row("images/absent.png"), "cannot read images/absent.png"),
-     (row("images"), "cannot read images"), (row("images/\0.png"), "expected an object"),
+     (row("images/0.png", suffix=3), "expected an object"),
+     (row("images/absent.png"), "cannot read 'images/absent.png'"),
+     (row("images"), "cannot read 'images'"), (row("images/\0.png"), "expected an object"),
      ('{"image": "\\ud8', "no JSON")],
 )  # fmt: skip
 def test_a_malformed_line_names_file_and_line_and_spares_the_others(folder, line, message):

@@ -139,3 +139,9 @@ def test_a_text_that_is_too_long_is_not_repeated_whole():
     with pytest.raises(TruncationError) as error:
         make_example(TINY, "word " * 1600, "yes", 64)
     assert len(str(error.value)) < 250 and "(8,000 characters)" in str(error.value)
+
+
+@pytest.mark.parametrize("texts", [("\ud83d", "x"), ("q", "cut \ud83d")])
+def test_half_characters_are_no_text(texts):
+    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+        make_example(TINY, *texts, 16)

@@ -100,6 +100,9 @@ def test_added_tokens_are_read_and_need_a_row(tmp_path):
     [
         ("siglip", {"eos_token": "<unk>"}, "eos_token = '<unk>', expected the token 1"),
         ("clip", {"bos_token": "<|endoftext|>"}, r"bos_token = '<\|endoftext\|>', expected the token"),
+        ("siglip", {"pad_token": "[PAD]"}, r"pad_token = '\[PAD\]', expected a token that a piece or an added token has"),
+        ("siglip2", {"pad_token": "[PAD]"}, r"pad_token = '\[PAD\]', expected a token that a piece or an added token has"),
+        ("clip", {"pad_token": "[PAD]"}, r"pad_token = '\[PAD\]', expected a token that a piece or an added token has"),
         ("siglip2", {"padding_side": "left"}, "padding_side = 'left', expected 'right'"),
         ("clip", {"truncation_side": "left"}, "truncation_side = 'left', expected 'right'"),
         ("clip", {"pad_token": "<new>"}, "pad_token = '<new>', expected a token that a piece or an added token has"),
@@ -120,3 +123,10 @@ def test_a_config_says_the_length_and_the_case(tmp_path):
     assert words.length == 9 and words.encode("A Red") == words.encode("a red")
     folder = beside(tmp_path / "other", "siglip", tokenizer_config={"do_lower_case": False})
     assert load_text_tokenizer(folder).encode("A Red") != words.encode("a red")
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip", "siglip2"])
+@pytest.mark.parametrize("texts", ["a red cube", ["a", None], [b"a"], ["\ud83d"]])
+def test_what_is_no_list_of_texts_is_refused(name, texts):
+    with pytest.raises(UserError, match="expected (several|text)"):
+        load_text_tokenizer(GOLDEN / name)(texts)

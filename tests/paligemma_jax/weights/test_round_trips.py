@@ -1,5 +1,6 @@
 """Every format written and read back, in all directions, and what stands beside the weights."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from paligemma_jax.adapt.lora import attach_lora
 from paligemma_jax.adapt.quantize import quantize, quantized_kernels
+from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.tokenizer import load_tokenizer
 from paligemma_jax.weights import native, save_big_vision, save_hugging_face, save_orbax
 from paligemma_jax.weights.load import load
@@ -184,6 +186,24 @@ def test_adapters_and_quantised_kernels_are_refused_and_nothing_is_left(golden, 
         quantised = quantize(load(golden / "hf_paligemma"), "int8")
         refused("kernel.*dequantize kernels", FORMATS[name], quantised, tmp_path / name)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda config: config.replace(vision={"activation": "relu"}), "vision.activation = relu"),
+        (lambda config: config.replace(decoder={"activation": "silu"}), "decoder.activation = silu"),
+        (lambda config: config.replace(decoder={"eps": 1e-5}), "decoder.eps = 1e-05"),
+        (
+            lambda config: dataclasses.replace(config, preprocessing=Preprocessing.clip(config.vision.image_size)),
+            "images of mean .* where big_vision's have 0.5 and 0.5",
+        ),
+    ],
+)
+def test_what_a_big_vision_file_cannot_say_is_not_lost_in_it(golden, tmp_path, change, found):
+    model = load(golden / "hf_paligemma")
+    model.config = change(model.config)
+    refused(f"x.npz cannot say that the model has {found}", save_big_vision, model, tmp_path / "x.npz")
 
 
 def test_mistakes_of_saving_are_told_in_one_sentence(hugging_face_model, tmp_path):
