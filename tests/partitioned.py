@@ -4,6 +4,7 @@ and memory is divided. That values and gradients are those of one device is test
 
 import collections
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from tests.paligemma_jax.mini import config_of
 from train_jax import flops, hlo, params, sharding
 from train_jax import plan as planning
 from train_jax.config import task_class
+from train_jax.core import row_sharding
 from train_jax.memory import step_memory
 
 ONE = {"data": 1, "fsdp": 1}
@@ -57,6 +59,15 @@ def read(compiled: jax.stages.Compiled) -> Divided:
         for shape in hlo.shapes(type_):
             exchanged[kind, sizes(shape)] += times
     return Divided(exchanged, flops.product_flops(module), step_memory(compiled).temp)
+
+
+def kept(mesh: jax.sharding.Mesh, loss: Callable, arguments: tuple) -> list[jax.ShapeDtypeStruct]:
+    """What the backward pass of a loss in its first two arguments is given, over a mesh."""
+
+    def forward(first, second, *rest):
+        return jax.vjp(lambda first, second: loss(first, second, *rest), first, second)[1]
+
+    return jax.tree.leaves(jax.eval_shape(row_sharding.within(mesh, forward), *arguments))
 
 
 def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided]:
