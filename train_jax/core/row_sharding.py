@@ -75,7 +75,7 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
     """`function` of arrays, called by every device with its own rows: a loss that needs no others.
 
     Args:
-      function: of arrays; it returns arrays of as many rows, and sums over rows.
+      function: of arrays or trees of them; it returns arrays of as many rows, and sums over rows.
       rows: which of its arguments have rows, on axis 0: True or False, a prefix of the arguments; the others come whole
         (they are gathered, once).
       out_rows: the same of its results; what has no rows is summed over devices.
@@ -89,8 +89,8 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
         return jax.tree.map(total, out_rows, function(*arguments))
 
     def mapped(*arguments):
-        lengths = {len(x) for has_rows, x in zip(rows, arguments, strict=True) if has_rows}
-        if 1 in map(row_parts, lengths):
+        lengths = lambda has_rows, part: [len(x) for x in jax.tree.leaves(part)] if has_rows else []  # noqa: E731
+        if 1 in map(row_parts, jax.tree.leaves(jax.tree.map(lengths, rows, arguments))):
             return function(*arguments)
         places = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
         options = dict(axis_names=set(ROW_AXES), check_vma=False)  # nothing is differentiated through it
