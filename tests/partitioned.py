@@ -93,6 +93,17 @@ def parameters(case: Case) -> dict[str, Sizes]:
     return {path: leaf.shape for path, leaf in params.flatten(blueprint.model).items()}
 
 
+def held_share(case: Case, mesh: str) -> float:
+    """Bytes of the parameters that a device holds, in units of its part of them."""
+    config = _config(case, MESHES[mesh])
+    devices = sharding.make_mesh(config.mesh)
+    blueprint = task_class(config.task).blueprint(config, devices)
+    shapes = params.flatten(blueprint.model)
+    places, _ = sharding.shardings(devices, blueprint.task.sharding_rules(), shapes)
+    held = sum(math.prod(places[path].shard_shape(x.shape)) * x.dtype.itemsize for path, x in shapes.items())
+    return held / sum(x.size * x.dtype.itemsize for x in shapes.values()) * DEVICES
+
+
 def _config(case: Case, mesh: dict[str, int]):
     return config_of(case.options | {f"mesh.{axis}": size for axis, size in mesh.items()}, case.config)
 

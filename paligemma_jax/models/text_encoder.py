@@ -119,12 +119,12 @@ class TextEncoder(nnx.Module):
             x = row_sharding.pin_rows(embedded)
             if config.depth > 1:
                 x = encoder.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
-            whole, alone = (
-                row_sharding.apply_block(last, x, visible, call=lambda block, x, mask, run=run: run(block, x, mask=mask))
-                for run in (encoder.Block.__call__, encoder.Block.last)
-            )
-            encoded = self.final_layer_norm(whole)
-            pooled = self.final_layer_norm(alone)[:, 0]
+
+            def through(call):
+                run = lambda block, x, mask: call(block, x, mask=mask)  # noqa: E731
+                return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=run))
+
+            encoded, pooled = through(encoder.Block.__call__), through(encoder.Block.last)[:, 0]
         else:
             x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
             encoded = self.final_layer_norm(x)

@@ -74,6 +74,12 @@ def test_programs_are_divided(cases, name, mesh, monkeypatch):
     partitioned.check(cases[name], mesh, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["clevr.py:3b,qlora", "siglip.py:b16", "flow_clevr.py"])
+def test_a_device_holds_its_share_of_the_parameters(name):
+    """Also where a task wraps its model: a rule that matches no path would leave it whole on every device, unsaid."""
+    assert partitioned.held_share(Case(str(ROOT / "configs" / name), {}), "fsdp") <= 1.1
+
+
 def test_greedy_answers_are_those_of_one_device(mini_options):
     """To the token, with prompts padded on either side, of rows and weights split over 8 devices."""
     rng = np.random.default_rng(0)
@@ -106,7 +112,7 @@ SMALL = PaliGemmaConfig(
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("sampler", ["temperature", "top_k", "nucleus", "beam"])
 def test_samplers_choose_for_their_own_rows(sampler, mesh):
-    """Neither logits, caches nor hypotheses are exchanged; weights come once a pass; answers are those of one device."""
+    """No logits, caches or hypotheses are exchanged; weights come once a pass; answers are those of one device."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32)
     tokens, real = rng.integers(3, 56, (16, 6)).astype(np.int32), np.arange(6)[None] < rng.integers(2, 7, (16, 1))
@@ -204,8 +210,8 @@ def test_nothing_made_of_weights_is_kept_for_the_backward_pass(kind, remat):
     stored = [x for x in jax.tree.leaves(shapes) if x.shape[0] == DEPTH]
     for size in (64 * 64, 64 * 512):  # no activation has it
         assert sum(x.size == DEPTH * size for x in kept) <= sum(x.size == DEPTH * size for x in stored)
-    products = [x for x in kept if x.shape[:3] == (DEPTH, 8, 3) and x.shape[3:] == (512,) and x.dtype == np.float32]
-    assert len(products) >= {"none": 2, "dots": 2 if kind in ("plain", "lora", "diff pruning") else 0, "block": 0}[remat]
+    if remat == "none":  # what gate and up made of rows is
+        assert sum(x.shape == (DEPTH, 8, 3, 512) and x.dtype == np.float32 for x in kept) >= 2
 
 
 class Alone(nnx.Module):
