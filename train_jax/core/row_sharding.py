@@ -72,7 +72,7 @@ def pin_rows(tree: T, axes: Any = 0) -> T:
 
 
 def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
-    """`function` of arrays, called by every device with its own rows: a loss that needs no others.
+    """`function` of arrays, called by every device with its own rows: a loss or a choice that needs no others.
 
     Args:
       function: of arrays or trees of them; it returns arrays of as many rows, and sums over rows.
