@@ -37,16 +37,17 @@ TIMES = {
 }
 LABELS, DROPOUT, TIME, NOISE, PAIRS = range(1, 6)  # what a row's key draws
 
+_MODEL = r"(model/)?"  # a task may wrap the model, as one that is told of captions
 # Kernels are split over "fsdp" along their inputs; before these come the layers of a stack, or a convolution's window.
 # Embeddings of labels are split along their width. What enters and leaves a model is small and stays whole, and nothing
 # is split over "tensor".
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
-    (r"layers/.*/kernel", (None, "fsdp", None)),
-    (r"((down|up)/\d+/block|middle_in|middle_out)/(conv\d|skip)/kernel", (None, None, "fsdp", None)),
-    (r"((down|up)/\d+/block|middle_in|middle_out)/condition/kernel", ("fsdp", None)),
-    (r"((down|up)/\d+/attention|middle_attention)/\w+/kernel", ("fsdp", None)),
-    (r"(condition/time_(in|out)|hidden/\d+|modulation)/kernel", ("fsdp", None)),
-    (r"condition/(vector/kernel|.*embedding)", (None, "fsdp")),
+    (_MODEL + r"layers/.*/kernel", (None, "fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/block|middle_in|middle_out)/(conv\d|skip)/kernel", (None, None, "fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/block|middle_in|middle_out)/condition/kernel", ("fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/attention|middle_attention)/\w+/kernel", ("fsdp", None)),
+    (_MODEL + r"(condition/time_(in|out)|hidden/\d+|modulation)/kernel", ("fsdp", None)),
+    (_MODEL + r"condition/(vector/kernel|.*embedding)", (None, "fsdp")),
     (r".*", ()),
 )
 

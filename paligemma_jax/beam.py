@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from train_jax.core import row_sharding
+
 
 class Hypotheses(NamedTuple):
     """K hypotheses a row, best first; places not taken have -inf."""
@@ -29,7 +31,6 @@ class Hypotheses(NamedTuple):
 
 
 class _State(NamedTuple):
-    step: Int[Array, ""]  # tokens of every open hypothesis
     open: Hypotheses
     closed: Hypotheses
     parents: Int[Array, "B K"]  # the beam each open hypothesis came from in the last step
@@ -68,34 +69,35 @@ def beam_search(
     )
     root = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))
     parents = jnp.zeros((rows, num_beams), jnp.int32)
-    state = _State(jnp.zeros((), jnp.int32), root, nothing, parents, jnp.zeros((rows,), bool))
+    state = _State(root, nothing, parents, jnp.zeros((rows,), bool))
+    extend_rows = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
 
-    def extend(state: _State, logits) -> _State:
-        return _extend(state, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
+    def extend(state: _State, step, logits) -> _State:
+        return extend_rows(state, step, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
 
     def body(carry):
-        state, cache = carry
+        state, step, cache = carry
         cache = _reorder(cache, state.parents, prompt_slots)
-        last = state.step - 1
-        logits, cache = advance(cache, jnp.take(state.open.tokens, last, axis=2).reshape(-1), last)
-        return extend(state, logits.reshape(rows, num_beams, -1)), cache
+        logits, cache = advance(cache, jnp.take(state.open.tokens, step - 1, axis=2).reshape(-1), step - 1)
+        return extend(state, step, logits.reshape(rows, num_beams, -1)), step + 1, cache
 
-    state = extend(state, jnp.repeat(logits[:, None], num_beams, axis=1))
+    state = extend(state, jnp.zeros((), jnp.int32), jnp.repeat(logits[:, None], num_beams, axis=1))
     cache = {name: jnp.repeat(array, num_beams, axis=1) for name, array in cache.items()}
-    state, _ = lax.while_loop(lambda c: (c[0].step < num_tokens) & ~c[0].done.all(), body, (state, cache))
-    return state.closed.tokens[:, 0], state.closed.scores[:, 0], state.step
+    carry = state, jnp.ones((), jnp.int32), cache
+    state, steps, _ = lax.while_loop(lambda c: (c[1] < num_tokens) & ~c[0].done.all(), body, carry)
+    return state.closed.tokens[:, 0], state.closed.scores[:, 0], steps
 
 
-def _extend(state: _State, log_probs: Float[Array, "B K V"], eos_id, length_penalty) -> _State:
-    """One step of every row, from the log-probabilities of the next token after each open hypothesis."""
+def _extend(state: _State, step: Int[Array, ""], log_probs: Float[Array, "B K V"], eos_id, length_penalty) -> _State:
+    """One step of every row, from the log-probabilities of what follows the `step` tokens of each open hypothesis."""
     rows, num_beams, vocab = log_probs.shape
     totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
     scores, index = lax.top_k(totals, 2 * num_beams)
     parents, words = index // vocab, (index % vocab).astype(jnp.int32)
     tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
-    candidates = Hypotheses(tokens.at[:, :, state.step].set(words), scores)  # [B, C]
+    candidates = Hypotheses(tokens.at[:, :, step].set(words), scores)  # [B, C]
 
-    length = state.step + 1
+    length = step + 1
     is_last = length == tokens.shape[-1]
     closes = ((words == eos_id) | is_last) & (jnp.arange(2 * num_beams) < num_beams)[None, :]
     normalizer = length.astype(jnp.float32) ** length_penalty
@@ -107,7 +109,7 @@ def _extend(state: _State, log_probs: Float[Array, "B K V"], eos_id, length_pena
     still_open, chosen = _best(going, num_beams)
     done = state.done | (closed.scores[:, -1] >= still_open.scores[:, 0] / normalizer)
     parents = jnp.take_along_axis(parents, chosen, axis=1).astype(jnp.int32)
-    return _State(length, still_open, closed, parents, done)
+    return _State(still_open, closed, parents, done)
 
 
 def _best(hypotheses: Hypotheses, count: int) -> tuple[Hypotheses, Int[Array, "B K"]]:
@@ -123,8 +125,12 @@ def _like(row_flags: Bool[Array, " B"], array: Array) -> Bool[Array, "B ..."]:
 def _reorder(cache: dict[str, Array], parents: Int[Array, "B K"], start: int) -> dict[str, Array]:
     """Gives every beam its parent's slots from `start` on."""
     rows, num_beams = parents.shape
-    sources = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
-    return {
-        name: lax.dynamic_update_slice_in_dim(array, jnp.take(array[:, :, start:], sources, axis=1), start, axis=2)
-        for name, array in cache.items()
-    }
+
+    def reordered(array):
+        own = array[:, :, start:]
+        beams = own.reshape(len(own), rows, num_beams, -1)
+        # Among the beams of a row, not among all: rows may lie on different devices.
+        taken = jnp.take_along_axis(beams, parents[None, :, :, None], axis=2).reshape(own.shape)
+        return lax.dynamic_update_slice_in_dim(array, taken, start, axis=2)
+
+    return jax.tree.map(reordered, cache)

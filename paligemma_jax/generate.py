@@ -138,7 +138,9 @@ def _generate(
         )
         return new_tokens, {"score": score, "steps": steps}
     advance = functools.partial(_advance, model, valid)
-    choose = functools.partial(pick, sampler, keys=row_keys(key, len(tokens), first_row))
+    pick_rows = row_sharding.by_rows(pick, (False, True, True, False), True)
+    keys = row_keys(key, len(tokens), first_row)
+    choose = lambda logits, step: pick_rows(sampler, logits, keys, step)  # noqa: E731
     return _decode(logits, cache, advance, choose, eos_id, num_tokens, keep_logits)
 
 
@@ -147,7 +149,7 @@ def _decode(logits: Float[Array, "B V"], cache, advance, choose, eos_id, num_tok
     rows, vocab = logits.shape
 
     def store(step, logits, done, out):
-        token = jnp.where(done, PAD, choose(logits, step=step))
+        token = jnp.where(done, PAD, choose(logits, step))
         out = out | {"tokens": out["tokens"].at[:, step].set(token)}
         if keep_logits:
             out["logits"] = out["logits"].at[:, step].set(logits)

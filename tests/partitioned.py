@@ -4,6 +4,7 @@ and memory is divided. That values and gradients are those of one device is test
 
 import collections
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from tests.paligemma_jax.mini import config_of
 from train_jax import flops, hlo, params, sharding
 from train_jax import plan as planning
 from train_jax.config import task_class
+from train_jax.core import row_sharding
 from train_jax.memory import step_memory
 
 ONE = {"data": 1, "fsdp": 1}
@@ -59,6 +61,15 @@ def read(compiled: jax.stages.Compiled) -> Divided:
     return Divided(exchanged, flops.product_flops(module), step_memory(compiled).temp)
 
 
+def kept(mesh: jax.sharding.Mesh, loss: Callable, arguments: tuple) -> list[jax.ShapeDtypeStruct]:
+    """What the backward pass of a loss in its first two arguments is given, over a mesh."""
+
+    def forward(first, second, *rest):
+        return jax.vjp(lambda first, second: loss(first, second, *rest), first, second)[1]
+
+    return jax.tree.leaves(jax.eval_shape(row_sharding.within(mesh, forward), *arguments))
+
+
 def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided]:
     """The training step and the programs of evaluation, by name."""
     found, original = {}, planning.program_of
@@ -80,6 +91,17 @@ def parameters(case: Case) -> dict[str, Sizes]:
     config = _config(case, ONE)
     blueprint = task_class(config.task).blueprint(config, sharding.make_mesh(config.mesh))
     return {path: leaf.shape for path, leaf in params.flatten(blueprint.model).items()}
+
+
+def held_share(case: Case, mesh: str) -> float:
+    """Bytes of the parameters that a device holds, in units of its part of them."""
+    config = _config(case, MESHES[mesh])
+    devices = sharding.make_mesh(config.mesh)
+    blueprint = task_class(config.task).blueprint(config, devices)
+    shapes = params.flatten(blueprint.model)
+    places, _ = sharding.shardings(devices, blueprint.task.sharding_rules(), shapes)
+    held = sum(math.prod(places[path].shard_shape(x.shape)) * x.dtype.itemsize for path, x in shapes.items())
+    return held / sum(x.size * x.dtype.itemsize for x in shapes.values()) * DEVICES
 
 
 def _config(case: Case, mesh: dict[str, int]):

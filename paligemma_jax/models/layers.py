@@ -322,7 +322,8 @@ def scan_stack(
     else:
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}.")
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        policy = row_sharding.without_weights(REMAT_POLICIES[remat], params, stacked=True)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     # Layers one after another would be gathered all at once: nothing holds the compiler back.
     unroll = unroll and not row_sharding.gathers()
     return lax.scan(body, carry, (params, per_layer), unroll=unroll)

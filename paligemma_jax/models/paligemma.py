@@ -107,7 +107,9 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B P E"], dropout_keys=None) -> Float[Array, "B P D"]:
-        return row_sharding.pin_rows(row_sharding.gather(self.linear)(x, dropout_keys, jnp.float32))
+        return row_sharding.apply_block(
+            self.linear, x, dropout_keys, call=lambda linear, x, keys: linear(x, keys, jnp.float32)
+        )
 
 
 class PaliGemma(nnx.Module):

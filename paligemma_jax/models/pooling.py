@@ -23,11 +23,13 @@ class MAPHead(nnx.Module):
         self.mlp = encoder.Mlp(config, "image_head", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
+        return row_sharding.apply_block(self, x, dropout_keys, call=MAPHead._pooled)
+
+    def _pooled(self, x: Float[Array, "B P D"], dropout_keys) -> Float[Array, "B D"]:
         probe = self.probe[...].astype(jnp.float32)
-        head = row_sharding.gather(self)
-        if head.attention.is_plain:
-            pooled = head.attention.pool(probe, x)
+        if self.attention.is_plain:
+            pooled = self.attention.pool(probe, x)
         else:
             query = jnp.broadcast_to(probe, (len(x), 1, x.shape[-1]))
-            pooled = head.attention(query, dropout_keys, keys_from=x)
-        return row_sharding.pin_rows(pooled + head.mlp(head.layernorm(pooled), dropout_keys))[:, 0]
+            pooled = self.attention(query, dropout_keys, keys_from=x)
+        return (pooled + self.mlp(self.layernorm(pooled), dropout_keys))[:, 0]

@@ -116,11 +116,15 @@ class TextEncoder(nnx.Module):
         if dropout_keys is None and prompts is None and config.pools_alone:
             # Of the last block the pooled position alone: under jit `encoded` costs nothing where nobody reads it.
             before, last = encoder.split_last(self.layers)
-            last, x = row_sharding.gather(last), row_sharding.pin_rows(embedded)
+            x = row_sharding.pin_rows(embedded)
             if config.depth > 1:
                 x = encoder.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
-            encoded = self.final_layer_norm(last(x, mask=visible))
-            pooled = self.final_layer_norm(last.last(x, mask=visible))[:, 0]
+
+            def through(call):
+                run = lambda block, x, mask: call(block, x, mask=mask)  # noqa: E731
+                return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=run))
+
+            encoded, pooled = through(encoder.Block.__call__), through(encoder.Block.last)[:, 0]
         else:
             x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
             encoded = self.final_layer_norm(x)

@@ -23,8 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 ROW_AXES = ("data", "fsdp")
 _WEIGHTS = "fsdp"  # the axis that `gather` undoes
-# What is done to a weight before it is multiplied, cheap to do again.
-_PREPARES = ("sharding_constraint", "convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze")
+_PRODUCTS = ("dot_general", "conv_general_dilated", "pallas_call")  # not cheap to compute again
 _METADATA = "gathered_spec"  # of a Variable that "fsdp" splits: its spec without it
 
 T = TypeVar("T")
@@ -73,10 +72,10 @@ def pin_rows(tree: T, axes: Any = 0) -> T:
 
 
 def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
-    """`function` of arrays, called by every device with its own rows: a loss that needs no others.
+    """`function` of arrays, called by every device with its own rows: a loss or a choice that needs no others.
 
     Args:
-      function: of arrays; it returns arrays of as many rows, and sums over rows.
+      function: of arrays or trees of them; it returns arrays of as many rows, and sums over rows.
       rows: which of its arguments have rows, on axis 0: True or False, a prefix of the arguments; the others come whole
         (they are gathered, once).
       out_rows: the same of its results; what has no rows is summed over devices.
@@ -90,8 +89,8 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
         return jax.tree.map(total, out_rows, function(*arguments))
 
     def mapped(*arguments):
-        lengths = {len(x) for has_rows, x in zip(rows, arguments, strict=True) if has_rows}
-        if 1 in map(row_parts, lengths):
+        lengths = lambda has_rows, part: [len(x) for x in jax.tree.leaves(part)] if has_rows else []  # noqa: E731
+        if 1 in map(row_parts, jax.tree.leaves(jax.tree.map(lengths, rows, arguments))):
             return function(*arguments)
         places = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
         options = dict(axis_names=set(ROW_AXES), check_vma=False)  # nothing is differentiated through it
@@ -118,7 +117,8 @@ def mark(model: nnx.Module, places: Mapping[str, NamedSharding]) -> nnx.Module:
 def gather(module: T) -> T:
     """A copy of a module, or of a state of one, whose arrays "fsdp" no longer splits; other axes still do.
 
-    Of a stack of layers one layer may be given. What a backward pass keeps is up to `recompute_gathered`.
+    Of a stack of layers one layer may be given. Differentiated, this belongs within `apply_block` or
+    `recompute_gathered`: else they are kept whole for the backward pass.
     """
     if not gathers():
         return module
@@ -144,34 +144,72 @@ def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -
 
     Args:
       function: it gathers the weights that it uses.
-      state: of the module, before it is gathered. Casts and new shapes of what has the size of one of these weights are
-        computed again too.
-      stacked: whether arrays have a leading axis of layers, of which `function` is given one in a scan.
+      state, stacked: see `without_weights`.
     """
-    variables = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _METADATA in leaf.get_metadata()]
-    if not gathers() or not variables:
+    if not gathers() or not _weight_sizes(state, stacked):
         return function
-    weights = {math.prod(leaf.shape[stacked:]) for leaf in variables}
-
-    def may_be_kept(primitive, *operands, **_):
-        return primitive.name not in _PREPARES or operands[0].size not in weights
-
+    policy = without_weights(jax.checkpoint_policies.everything_saveable, state, stacked=stacked)
     # The compiler cannot merge the two passes of a scan.
-    return jax.checkpoint(function, policy=may_be_kept, prevent_cse=not stacked)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not stacked)
 
 
-def apply_block(block: nnx.Module, *inputs: Any, remat: bool = False) -> Any:
+def without_weights(policy: Callable, state: nnx.State, *, stacked: bool) -> Callable:
+    """A policy of `jax.checkpoint` that keeps what `policy` keeps, but nothing of the size of a gathered weight.
+
+    That is weights, and what adapters and codecs make of them: a sum W + z d, a product A B, a cast. What rows make is
+    kept, but for cheap results that happen to have such a size: policies see sizes, not where arrays come from.
+
+    Args:
+      policy: of `jax.checkpoint`.
+      state: of the module, before it is gathered.
+      stacked: whether arrays have a leading axis of layers, of which the function is given one in a scan.
+    """
+    sizes = _weight_sizes(state, stacked) if gathers() else set()
+
+    def may_be_kept(primitive, *operands, **parameters):
+        if not policy(primitive, *operands, **parameters):
+            return False
+        if primitive.name in _PRODUCTS or "call_jaxpr" in parameters:
+            return not _is_low_rank_update(primitive, operands, parameters, sizes)
+        return sizes.isdisjoint(x.size for x in _results(primitive, operands, parameters))
+
+    return may_be_kept if sizes else policy
+
+
+def _weight_sizes(state: nnx.State, stacked: bool) -> set[int]:
+    """Of one layer's weights that "fsdp" splits; bytes may be two codes each, of as many weights."""
+    variables = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _METADATA in leaf.get_metadata()]
+    whole = {(math.prod(leaf.shape[stacked:]), leaf.dtype == "uint8") for leaf in variables}
+    return {size for size, _ in whole} | {2 * size for size, packed in whole if packed}
+
+
+def _is_low_rank_update(primitive: Any, operands: tuple, parameters: dict[str, Any], sizes: set[int]) -> bool:
+    """Whether this is a product A B of a weight's size with more entries than either factor, which few of rows are."""
+    if primitive.name != "dot_general" or any(parameters["dimension_numbers"][1]):
+        return False
+    (result,) = _results(primitive, operands, parameters)
+    return result.size in sizes and result.size > max(x.size for x in operands)
+
+
+def _results(primitive: Any, operands: tuple, parameters: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
+    """What an operation returns."""
+    return jax.tree.leaves(jax.eval_shape(functools.partial(primitive.bind, **parameters), *operands))
+
+
+def apply_block(block: nnx.Module, *inputs: Any, call: Callable | None = None, remat: bool = False) -> Any:
     """`block(*inputs)` of a block that stands alone, in no stack: weights gathered, its output pinned to rows.
 
     Args:
       block: its parameters are not changed by the call.
       inputs: arrays with rows on axis 0, or None.
+      call: what is computed instead, of the gathered block and the inputs.
       remat: recompute all of it in the backward pass; else weights alone are gathered again.
     """
     graph, state = nnx.split(block)
 
     def run(state, *inputs):
-        return pin_rows(nnx.merge(graph, gather(state))(*inputs))
+        gathered = nnx.merge(graph, gather(state))
+        return pin_rows(gathered(*inputs) if call is None else call(gathered, *inputs))
 
     run = jax.checkpoint(run) if remat else recompute_gathered(run, state, stacked=False)
     return run(state, *inputs)

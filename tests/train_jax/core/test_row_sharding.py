@@ -112,3 +112,13 @@ def test_a_function_by_rows(mesh):
     np.testing.assert_allclose(sums["total"], 3 * x.sum())
     few = jax.jit(row_sharding.within(mesh, by_rows))(*jax.device_put((x[:3], np.float32(3)), place))
     np.testing.assert_allclose(few[1]["total"], 3 * x[:3].sum())
+
+
+def test_a_function_by_rows_of_a_tree(mesh):
+    by_rows = row_sharding.by_rows(lambda tree, scale: {"sorted": jnp.sort(scale * tree["x"])}, (True, False), True)
+    x = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32)
+    place = sharding.batch_sharding(mesh, accumulate=False)
+    run = jax.jit(row_sharding.within(mesh, by_rows))
+    arguments = {"x": jax.device_put(x, place)}, jax.device_put(np.float32(-1), NamedSharding(mesh, P()))
+    np.testing.assert_array_equal(run(*arguments)["sorted"], np.sort(-x))
+    assert not exchanged(run.lower(*arguments).compile())
