@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 AnyArray = Array | np.ndarray
@@ -112,7 +113,7 @@ def velocity_at(velocity: Callable, t: Array, x: Array, *args) -> Array:
     Raises:
       UserError: another shape, if only by an axis of size 1; or complex numbers.
     """
-    v = velocity(t, x, *args)
+    v = call_now(velocity, t, x, *args)
     found = f"{v.dtype}{list(v.shape)}" if hasattr(v, "dtype") else f"a {type(v).__name__}"
     if getattr(v, "shape", None) != x.shape or jnp.issubdtype(v.dtype, jnp.complexfloating):
         raise UserError(

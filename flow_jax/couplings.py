@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from flow_jax import sinkhorn as entropic
 from flow_jax.arrays import AnyArray, CheckedRows, Number, RandomKey, Scalar, check_clouds, flatten_rows, same_rows
 from flow_jax.assignment import assign
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 HostPairs = tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]
@@ -242,7 +243,7 @@ def over_buffer(
     check_clouds(x_0, x_1)
     if batch_size < 1 or len(x_0) % batch_size:
         raise UserError(f"a buffer of {len(x_0)} rows does not divide into batches of {batch_size}.")
-    i, j = (np.asarray(index) for index in coupling(x_0, x_1))
+    i, j = (np.asarray(index) for index in call_now(coupling, x_0, x_1))
     check_pairs(i, j, len(x_0), len(x_1))
     if len(i) != len(x_0):
         raise UserError(f"a coupling returned {len(i)} pairs of {len(x_0)} rows, expected one for each row.")

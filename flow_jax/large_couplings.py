@@ -30,6 +30,7 @@ from flow_jax.arrays import (
     full_dtype,
     same_rows,
 )
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
@@ -76,7 +77,7 @@ def fit_semidiscrete(
     problem = _ott("problems.linear.semidiscrete_linear_problem").SemidiscreteLinearProblem
     solver_class = _ott("solvers.linear.semidiscrete").SemidiscreteSolver
     x_1 = flatten_rows(x_1.astype(full_dtype(x_1)))
-    sampler = sampler or jax.random.normal
+    sampler = functools.partial(call_now, sampler or jax.random.normal)
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
     check_shapes(
         "the noise", noise, "what the sampler draws", jax.eval_shape(lambda: sampler(key, noise.shape, noise.dtype))

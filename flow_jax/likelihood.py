@@ -26,6 +26,7 @@ from flow_jax.arrays import (
     sum_rows,
     velocity_at,
 )
+from flow_jax.callables import call_now
 from flow_jax.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, integrate
 from flow_jax.row_keys import RowKeys, row_keys, stream
 from train_jax.errors import UserError
@@ -65,8 +66,8 @@ def start_log_prob(start: Callable) -> Callable:
     """
 
     def prior(x):
-        mean = start(jnp.zeros_like(x))
-        std = start(jnp.ones_like(x)) - mean
+        mean = call_now(start, jnp.zeros_like(x))
+        std = call_now(start, jnp.ones_like(x)) - mean
         return standard_normal_log_prob((x - mean) / std) - sum_rows(jnp.log(std))
 
     return prior
@@ -83,7 +84,7 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
     Raises:
       UserError: a velocity that is not of x's shape.
     """
-    value, push = jax.linearize(velocity, x)
+    value, push = jax.linearize(functools.partial(call_now, velocity), x)
     check_shapes("x", x, "the velocity", value)
     size = math.prod(x.shape[1:])
 
@@ -102,7 +103,7 @@ def hutchinson_divergence(
     Raises:
       UserError: a velocity, or a probe, that is not of x's shape.
     """
-    value, push = jax.linearize(velocity, x)
+    value, push = jax.linearize(functools.partial(call_now, velocity), x)
     check_shapes("x", x, "the velocity", value)
     check_shapes("x", x, "a probe", probes[0])
     return value, jax.vmap(lambda probe: sum_rows(probe * push(probe)))(probes).mean(axis=0)
@@ -206,7 +207,7 @@ def log_prob(
     r = integrate(field, state, (probes, *args), plan, trajectory=False)
     x_0, change = r.state
     # From t1 down to t0 the integral of the divergence comes out with the sign that log p needs.
-    start = standard_normal_log_prob(x_0) if prior is None else prior(x_0)
+    start = standard_normal_log_prob(x_0) if prior is None else call_now(prior, x_0)
     check_shapes("the prior's log-density", start, "the batch of data", change)
     return LogProbResult(start + change, x_0, r.nfe)
 

@@ -23,6 +23,7 @@ from flow_jax.arrays import (
     squared_error,
     velocity_at,
 )
+from flow_jax.callables import call_now
 from flow_jax.couplings import check_pairs
 from flow_jax.paths.affine import PathSample, checked, row_times
 from train_jax.errors import UserError
@@ -85,7 +86,7 @@ def coupled_flow_matching(
     """
     x_0, x_1 = as_rows("x_0", x_0), as_rows("x_1", x_1)
     check_args(args, x_1)
-    i, j = coupling(x_0, x_1)
+    i, j = call_now(coupling, x_0, x_1)
     check_pairs(i, j, len(x_0), len(x_1))
     sample = path.sample(x_0[i], x_1[j], t, key=key)
     return conditional_flow_matching(velocity, sample, *jax.tree.map(lambda rows: jnp.asarray(rows)[j], args))

@@ -19,6 +19,7 @@ from flow_jax.arrays import (
     per_row,
     same_rows,
 )
+from flow_jax.callables import call_now
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
 from train_jax.errors import UserError
 
@@ -175,7 +176,7 @@ class GaussianPath:
         x_1 = as_rows("x_1", x_1)
 
         def both(t, x_1):
-            mean, std = jnp.asarray(self.mu(t, x_1)), jnp.asarray(self.sigma(t, x_1))
+            mean, std = (jnp.asarray(call_now(function, t, x_1)) for function in (self.mu, self.sigma))
             check_shapes("an example", x_1, "mu of it", mean)
             if std.ndim:
                 check_shapes("an example", x_1, "sigma of it", std)
