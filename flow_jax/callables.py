@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flow_jax.argument_checks import check_function
 from flow_jax.code_reads import frozen_fields, is_of_library, is_transformed, read
 
 _TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit, lax.scan and others traced before is not used
@@ -51,7 +52,12 @@ def run(program: Callable, function: Callable, settings: tuple, *operands):
 
 
 def call_now(function: Callable, *args):
-    """function(*args), as it is now: `jax.jit` and its like keep what they traced, with weights that are old."""
+    """function(*args), as it is now: `jax.jit` and its like keep what they traced, with weights that are old.
+
+    Raises:
+      UserError: it cannot be called.
+    """
+    check_function("what is to be called", function)
     code = read([function])
     if code.known or not code.transformed:
         return function(*args)
