@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -47,10 +48,12 @@ class Guided(nnx.Module):
           interval: times [low, high] at which guidance acts. (0, 1) is all of them.
 
         Raises:
-          UserError: an interval that is none, or a weight that is not one number.
+          UserError: a model that cannot be called, an interval that is none, or a weight or null that is no number.
         """
         check_function("model", model)
         check_numbers("null", null)
+        for label in np.ravel(null).tolist():
+            check_number("null", label)
         check_numbers("the weight of guidance", weight)
         if jnp.ndim(weight):
             raise UserError(f"the weight of guidance has shape {list(jnp.shape(weight))}, expected one number.")

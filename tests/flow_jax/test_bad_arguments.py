@@ -50,10 +50,19 @@ CALLS = {
     "sample": (fj.sample, dict(velocity=still, x_0=X, t0=0.0, t1=1.0, args=(LABELS,), **EULER)),
     "sample, at times": (fj.sample, dict(velocity=still, x_0=X, solver="euler", times=[0.0, 1.0])),
     "sample, adaptive": (fj.sample, dict(velocity=still, x_0=X, solver="dopri5", rtol=0.1, atol=0.1, max_steps=64)),
-    "log_prob": (fj.log_prob, dict(velocity=still, x_1=X, divergence="exact", num_probes=1, t0=0.0, t1=1.0, args=(), prior=None, **EULER)),
-    "log_prob, hutchinson": (fj.log_prob, dict(velocity=still, x_1=X, divergence="hutchinson", key=KEY, noise="gaussian", num_probes=2, **EULER)),
+    "log_prob": (
+        fj.log_prob,
+        dict(velocity=still, x_1=X, divergence="exact", num_probes=1, t0=0.0, t1=1.0, args=(), prior=None, **EULER),
+    ),
+    "log_prob, hutchinson": (
+        fj.log_prob,
+        dict(velocity=still, x_1=X, divergence="hutchinson", key=KEY, noise="gaussian", num_probes=2, **EULER),
+    ),
     "bits_per_dim": (fj.bits_per_dim, dict(log_prob=HALF, size=2, bins=1.0)),
-    "image_bits_per_dim": (fj.image_bits_per_dim, dict(velocity=still, images=np.zeros((3, 1, 1, 1), np.uint8), key=KEY, num_samples=1, levels=256, **EULER)),
+    "image_bits_per_dim": (
+        fj.image_bits_per_dim,
+        dict(velocity=still, images=np.zeros((3, 1, 1, 1), np.uint8), key=KEY, num_samples=1, levels=256, **EULER),
+    ),
     "sample_sde": (fj.sample_sde, dict(velocity=still, x_0=X, path=PATH, key=KEY, num_steps=1, strength=1.0, args=())),
     "exact_divergence": (fj.likelihood.exact_divergence, dict(velocity=lambda x: x, x=X, chunk=2)),
     "mean_flow": (fj.few_step.mean_flow, dict(mean_velocity=still, sample=SAMPLE, end=HALF, power=0.5)),
@@ -65,19 +74,31 @@ CALLS = {
     "change_schedule": (fj.conversions.change_schedule, dict(velocity=still, old=PATH, new=fj.paths.Cosine())),
     "flow_matching": (fj.losses.flow_matching, dict(velocity=still, marginal=still, t=HALF, x=X)),
     "conditional_flow_matching": (fj.losses.conditional_flow_matching, dict(velocity=still, sample=SAMPLE)),
-    "coupled_flow_matching": (fj.losses.coupled_flow_matching, dict(velocity=still, path=PATH, x_0=X, x_1=X, t=HALF, coupling=pairs)),
+    "coupled_flow_matching": (
+        fj.losses.coupled_flow_matching,
+        dict(velocity=still, path=PATH, x_0=X, x_1=X, t=HALF, coupling=pairs),
+    ),
     "drop_labels": (fj.losses.drop_labels, dict(labels=LABELS, rate=0.5, null=3, keys=KEY)),
     "exact": (fj.couplings.exact, dict(x_0=X, x_1=X)),
     "independent": (fj.couplings.independent, dict(n=3, key=KEY)),
     "within_class": (fj.couplings.within_class, dict(x_0=X, x_1=X, y_0=LABELS, y_1=LABELS)),
     "conditional": (fj.couplings.conditional, dict(x_0=X, x_1=X, c_0=LABELS, c_1=LABELS, weight=1.0)),
-    "couplings.sinkhorn": (fj.couplings.sinkhorn, dict(x_0=X, x_1=X, epsilon=0.1, key=KEY, rounding="draw", tolerance=0.1, max_iterations=10)),
+    "couplings.sinkhorn": (
+        fj.couplings.sinkhorn,
+        dict(x_0=X, x_1=X, epsilon=0.1, key=KEY, rounding="draw", tolerance=0.1, max_iterations=10),
+    ),
     "greedy_permutation": (fj.couplings.greedy_permutation, dict(score=COST)),
-    "over_buffer": (lambda **options: list(fj.couplings.over_buffer(**options)), dict(x_0=X, x_1=X, batch_size=1, seed=0, coupling=pairs)),
+    "over_buffer": (
+        lambda **options: list(fj.couplings.over_buffer(**options)),
+        dict(x_0=X, x_1=X, batch_size=1, seed=0, coupling=pairs),
+    ),
     "quality": (fj.couplings.quality, dict(x_0=X, x_1=X, i=np.arange(3), j=np.arange(3))),
     "squared_distances": (fj.sinkhorn.squared_distances, dict(x=X, y=X)),
     "relative_epsilon": (fj.sinkhorn.relative_epsilon, dict(cost=COST, epsilon=0.1)),
-    "solve": (fj.sinkhorn.solve, dict(cost=COST, epsilon=1.0, a=np.full(3, 1 / 3), b=None, tolerance=0.1, max_iterations=10)),
+    "solve": (
+        fj.sinkhorn.solve,
+        dict(cost=COST, epsilon=1.0, a=np.full(3, 1 / 3), b=None, tolerance=0.1, max_iterations=10),
+    ),
     "assign": (fj.assignment.assign, dict(cost=np.asarray(COST))),
     "transport": (fj.assignment.transport, dict(cost=np.asarray(COST), a=None, b=None)),
     "semidiscrete_pairs": (fj.large_couplings.semidiscrete_pairs, dict(x_0=X, x_1=X, potential=HALF)),
@@ -108,4 +129,76 @@ CALLS = {
     "velocity_to_x1": (PATH.velocity_to_x1, dict(v=X, x_t=X, t=HALF)),
     "CFM.sample": (fj.paths.CFM(0.1).sample, dict(x_0=X, x_1=X, t=HALF, key=KEY)),
     "toys.draw": (toys.draw, dict(name="moons", n=3, seed=0)),
-}  # fmt: skip
+}
+BAD = {"None": None, "NaN": math.nan, "text": "a", "a ragged list": [[1.0], [1.0, 2.0]]}
+TAKEN = {("bits_per_dim", "log_prob", "NaN")}  # as any number among the data
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_another_kind_are_told_in_a_sentence(name):
+    call, options = CALLS[name]
+    call(**options)
+    for argument in options:
+        for kind, value in BAD.items():
+            if (name, argument, kind) in TAKEN or (value is None and _may_be_none(call, argument)):
+                continue
+            with pytest.raises(UserError):
+                call(**{**options, argument: value})
+                pytest.fail(f"{name} takes {kind} for {argument}")
+
+
+def _may_be_none(call, argument: str) -> bool:
+    parameter = inspect.signature(call).parameters.get(argument)
+    return parameter is not None and parameter.default is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fj.sample(still, X, "euler", 2.5), "num_steps is 2.5, expected a whole number of at least 1"),
+        (lambda: fj.sample(still, X, "euler", 0), "num_steps is 0, expected a whole number of at least 1"),
+        (lambda: fj.sample(still, X, "euler", True), "num_steps is True"),
+        (lambda: fj.sample(still, X, max_steps=2.5), "max_steps is 2.5"),
+        (lambda: fj.sample(still, X, rtol=math.nan), "rtol is nan, expected a finite number of at least 0"),
+        (lambda: fj.sample(still, X, t1=math.inf, **EULER), "t1 is inf, expected a finite number"),
+        (lambda: fj.sample(3, X, **EULER), "velocity is 3, expected a function or a module"),
+        (lambda: fj.few_step.reflow_pairs(None, X, **EULER), "velocity is None"),
+        (lambda: fj.log_prob(3, X, **EULER), "velocity is 3"),
+        (lambda: fj.log_prob(still, X, prior=3, **EULER), "prior is 3"),
+        (lambda: fj.metrics.path_energy("net", X), "velocity is 'net'"),
+        (lambda: fj.losses.conditional_flow_matching(3, SAMPLE), "is 3, expected a function"),
+        (lambda: fj.sample(still, X, args=jnp.ones(3), **EULER), "expected a tuple of arrays: write args=(labels,)"),
+        (lambda: fj.metrics.straightness(still, X, 1, jnp.ones(3)), "expected a tuple of arrays"),
+        (lambda: list(fj.couplings.over_buffer(X, X, 3.0, 0)), "batch_size is 3.0, expected a whole number"),
+        (lambda: fj.metrics.coverage(X, X, 1.5), "neighbours is 1.5, expected a whole number"),
+        (lambda: fj.metrics.wasserstein(X, X, None), "p is None"),
+        (lambda: fj.losses.drop_labels(LABELS.astype(jnp.uint8), 1.0, -1, KEY), "null, of uint8 labels, is -1"),
+        (lambda: fj.losses.drop_labels(LABELS.astype(jnp.uint8), 1.0, 256, KEY), "from 0 to 255"),
+        (lambda: fj.losses.drop_labels(LABELS, 1.0, 9.5, KEY), "is 9.5, expected a whole number"),
+        (lambda: fj.losses.drop_labels(LABELS, math.nan, 1, KEY), "rate is nan, expected a finite number from 0 to 1"),
+        (lambda: fj.losses.drop_labels(LABELS, 2, 1, KEY), "rate is 2, expected a finite number from 0 to 1"),
+        (lambda: fj.losses.drop_labels(LABELS, 0.5, 1, 0), "keys is 0, expected a key of random numbers"),
+        (lambda: fj.guidance.Guided(model, 1.0, 9.5)(0.5, X, LABELS), "is 9.5, expected a whole number"),
+        (lambda: fj.guidance.Guided(model, math.nan, 3), "the weight of guidance is nan"),
+        (lambda: fj.times.edm_grid(3, 2.0, 1.0), "expected sigma_min < sigma_max"),
+        (lambda: fj.couplings.independent(2.5, KEY), "n is 2.5"),
+    ],
+)
+def test_the_sentence_names_the_argument(call, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        call()
+
+
+def test_numbers_of_other_types_are_taken():
+    steps = np.int64(2)
+    np.testing.assert_array_equal(fj.sample(still, X, "euler", steps).x, X)
+    assert fj.metrics.coverage(X, X, jnp.int32(1)) == 1.0
+    dropped = fj.losses.drop_labels(LABELS, jnp.float32(1.0), 9.0, KEY)
+    np.testing.assert_array_equal(dropped, [9, 9, 9])
+    jax.jit(lambda rate: fj.losses.drop_labels(LABELS, rate, 3, KEY))(0.5)
+
+
+@pytest.mark.parametrize("name", ["wasserstein", "sinkhorn_divergence", "mmd", "energy_distance", "frechet_distance"])
+def test_metrics_take_lists(name):
+    metric, other = getattr(fj.metrics, name), X[::-1] + 1
+    assert metric(X.tolist(), other.tolist()) == pytest.approx(metric(X, other), rel=1e-5)
