@@ -28,6 +28,7 @@ from flow_jax.argument_checks import check_function
 from flow_jax.code_reads import frozen_fields, is_of_library, is_transformed, read
 
 _TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit, lax.scan and others traced before is not used
+_CACHED = type(functools.cache(len))
 
 
 def run(program: Callable, function: Callable, settings: tuple, *operands):
@@ -47,8 +48,8 @@ def run(program: Callable, function: Callable, settings: tuple, *operands):
     if code.known:
         return _kept(program)(_Call(part, code.facts), settings, found.arrays, *operands)
     call = _Call(part, ())
-    once = functools.partial(_traced, program, call, settings)
-    return jax.jit(lambda *arguments: once(*arguments))(found.arrays, *operands)  # what it compiles goes with it
+    once = jax.jit(functools.partial(_traced, program, call, settings))
+    return once(found.arrays, *operands)  # what it compiled goes with it
 
 
 def call_now(function: Callable, *args):
@@ -59,10 +60,17 @@ def call_now(function: Callable, *args):
     """
     check_function("what is to be called", function)
     code = read([function])
-    if code.known or not code.transformed:
+    if code.known or not code.transformed or _is_known(function):
         return function(*args)
     with _TRACED_ANEW(object()):
         return function(*args)
+
+
+def _is_known(function: Callable) -> bool:
+    """Whether all is known but for the arrays of modules, and no trace is kept over these."""
+    found = _Found()
+    _take_apart(function, found)
+    return not found.left_out and read(found.code).known
 
 
 @functools.cache
@@ -77,10 +85,17 @@ def _traced(program: Callable, call: "_Call", settings: tuple, arrays, *operands
 
 @dataclasses.dataclass
 class _Found:
-    """What a callable holds: its arrays, and what its program depends on besides, classes and functions say."""
+    """What a callable holds.
+
+    Attributes:
+      arrays: arguments of its program.
+      code: what its program depends on besides, classes and functions say.
+      left_out: there was a wrapper that keeps what it computed or traced.
+    """
 
     arrays: list = dataclasses.field(default_factory=list)
     code: list = dataclasses.field(default_factory=list)
+    left_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +164,7 @@ def _take_apart(value, found: _Found):
         found.arrays.append(value)
         return _Array(len(found.arrays) - 1)
     if _keeps_results(value):
+        found.left_out = found.left_out or not read([value]).known
         return _take_apart(value.__wrapped__, found)
     if type(value) in (tuple, list):
         return _Made(_sequence, (_Constant(type(value)), *(_take_apart(item, found) for item in value)))
@@ -172,7 +188,7 @@ def _take_apart(value, found: _Found):
 def _keeps_results(value) -> bool:
     """Whether a callable is one of the user's that `jax.jit` or `functools.cache` wraps: with arrays that are old."""
     compiled = is_transformed(value) and hasattr(value, "lower")
-    return (compiled or isinstance(value, functools._lru_cache_wrapper)) and not is_of_library(value)
+    return (compiled or isinstance(value, _CACHED)) and not is_of_library(value)
 
 
 def _sequence(kind, *items):

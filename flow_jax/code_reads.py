@@ -18,24 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LIBRARIES = {
-    *("abc", "builtins", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools", "math"),
-    *("numbers", "operator", "types", "typing", "typing_extensions", "warnings"),
-    *(
-        "beartype",
-        "chex",
-        "diffrax",
-        "einops",
-        "equinox",
-        "flax",
-        "flow_jax",
-        "jax",
-        "jaxlib",
-        "jaxtyping",
-        "ml_dtypes",
-    ),
-    *("numpy", "optax", "scipy", "train_jax"),
-}
+_STANDARD = {"abc", "builtins", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools"}
+_STANDARD |= {"math", "numbers", "operator", "types", "typing", "warnings"}
+_PACKAGES = {"beartype", "chex", "diffrax", "einops", "equinox", "flax", "flow_jax", "jax", "jaxlib", "jaxtyping"}
+_PACKAGES |= {"ml_dtypes", "numpy", "optax", "scipy", "train_jax", "typing_extensions"}
+_LIBRARIES = _STANDARD | _PACKAGES  # they hold no weights
 _LOOKS_AROUND = {"__import__", "eval", "exec", "globals", "vars"}  # names with which code may read anything
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), np.dtype, np.generic)
 _BUILT_IN = (
@@ -81,7 +68,7 @@ def is_library(module: str | None) -> bool:
 
 def is_transformed(value) -> bool:
     """Whether jax or flax made a callable of another: jit, custom_jvp, checkpoint, grad."""
-    home = value.__globals__["__name__"] if isinstance(value, types.FunctionType) else type(value).__module__
+    home = _home(value) if isinstance(value, types.FunctionType) else type(value).__module__
     return home.partition(".")[0] in ("flax", "jax", "jaxlib") and hasattr(value, "__wrapped__")
 
 
@@ -138,7 +125,7 @@ class _Walk:
             self.visit(value)
 
     def _visit_function(self, function: types.FunctionType) -> None:
-        home = function.__globals__["__name__"]  # __module__ is copied by wrappers
+        home = _home(function)
         if home.partition(".")[0] == "jaxtyping":  # checks arguments, then calls it
             self.visit(function.__wrapped__)
             return
@@ -167,6 +154,11 @@ class _Walk:
             elif name not in _NOT_READ and not name.startswith("_pytree__"):  # flax's own
                 self.facts.append(name)
                 self.visit(item)
+
+
+def _home(function: types.FunctionType) -> str:
+    """The module that a function's code is in; wrappers copy __module__."""
+    return function.__globals__.get("__name__") or ""
 
 
 def _plain(value) -> tuple:

@@ -587,3 +587,21 @@ def test_what_jit_and_cache_wrap_is_compiled_once(wrap):
     traced = Net.traces
     np.testing.assert_allclose(fj.sample(wrap(Net(-4.0)), 0 * X, "euler", 4).x, -7.53125, rtol=1e-6)
     assert Net.traces == traced
+
+
+def test_a_loss_does_not_trace_a_module_anew_whose_method_is_compiled():
+    fj.losses.conditional_flow_matching(Table(1.0), SAMPLE)
+    traced = Table.traces
+    for value in (2.0, 3.0):
+        net = Table(value)
+        found = fj.losses.conditional_flow_matching(net, SAMPLE)
+        np.testing.assert_allclose(found, ((net(SAMPLE.t, SAMPLE.x_t) - SAMPLE.dx_t) ** 2).mean(1), rtol=1e-5)
+    assert Table.traces == traced
+
+
+def test_code_that_was_made_without_a_module_is_looked_at_as_well():
+    names = {"net": Net(1.0)}
+    exec("def velocity(t, x):\n    return net(t, x)", names)
+    for value in (1.0, 2.0):
+        names["net"] = Net(value)
+        np.testing.assert_allclose(fj.sample(names["velocity"], X, "euler", 1).x, 2 * X + value, rtol=1e-6)
