@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 _STANDARD = {"abc", "builtins", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools"}
 _STANDARD |= {"math", "numbers", "operator", "types", "typing", "warnings"}
@@ -25,9 +26,10 @@ _PACKAGES |= {"ml_dtypes", "numpy", "optax", "scipy", "train_jax", "typing_exten
 _LIBRARIES = _STANDARD | _PACKAGES  # they hold no weights
 _LOOKS_AROUND = {"__import__", "eval", "exec", "globals", "vars"}  # names with which code may read anything
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), np.dtype, np.generic)
-_BUILT_IN = (
+_BUILT_IN = (  # that do not change
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
     *(types.ClassMethodDescriptorType, types.UnionType, types.GenericAlias, np.ufunc, jnp.ufunc),
+    *(jax.sharding.PartitionSpec, jax.sharding.Mesh, jax.sharding.Sharding),
 )
 _NOT_READ = {  # attributes of every class that its code does not compute with
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__", "_abc_impl"),
@@ -199,7 +201,7 @@ def _parts(value) -> tuple | None:
     kind = type(value)
     if kind in (tuple, list, set, frozenset):
         return tuple(value)
-    if kind in (dict, types.MappingProxyType):
+    if kind in (dict, types.MappingProxyType, FrozenDict):
         return (*value, *value.values())
     if kind in (functools.partial, jax.tree_util.Partial, functools.partialmethod):
         return value.func, value.args, value.keywords
