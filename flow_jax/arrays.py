@@ -14,6 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
+from flow_jax.argument_checks import check_number, check_numbers, check_whole
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 AnyArray = Array | np.ndarray
@@ -39,7 +41,7 @@ CheckedTime = Scalar | Num[AnyArray, "..."]
 
 def float_dtype(x: AnyArray):
     """The dtype of x, float32 where that is no float."""
-    dtype = jnp.result_type(x)
+    dtype = jnp.result_type(x) if hasattr(x, "dtype") else jnp.asarray(x).dtype  # lists are taken, too
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
@@ -54,6 +56,7 @@ def as_rows(name: str, x: CheckedRows) -> Float[Array, "B ..."]:
     Raises:
       UserError: a single number, or complex ones.
     """
+    check_numbers(name, x)
     x = jnp.asarray(x)
     if x.ndim == 0 or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise UserError(f"{name} is {x.dtype}{list(x.shape)}, expected rows of real numbers: give an array [B, ...].")
@@ -74,14 +77,17 @@ def same_rows(**rows: CheckedRows) -> list[Float[Array, "B ..."]]:
 
 def check_shapes(one: str, x: AnyArray, other: str, y: AnyArray) -> None:
     """Raises UserError, naming both shapes, unless they are equal."""
-    if x.shape != y.shape:
+    shapes = np.shape(x), np.shape(y)
+    if shapes[0] != shapes[1]:
         raise UserError(
-            f"{one} has shape {list(x.shape)} and {other} {list(y.shape)}, expected one shape: reshape one of them."
+            f"{one} has shape {list(shapes[0])} and {other} {list(shapes[1])}, expected one shape: reshape one of them."
         )
 
 
 def check_clouds(a: AnyArray, b: AnyArray) -> None:
     """Raises UserError for clouds without rows, or whose rows are not of one shape; numbers of rows may differ."""
+    for cloud in (a, b):
+        check_numbers("a cloud", cloud)
     shapes = [np.shape(cloud) for cloud in (a, b)]
     if not all(shapes) or shapes[0][1:] != shapes[1][1:] or 0 in shapes[0] + shapes[1]:
         raise UserError(
@@ -92,7 +98,11 @@ def check_clouds(a: AnyArray, b: AnyArray) -> None:
 
 def check_args(args: tuple, x: AnyArray) -> None:
     """Raises UserError for what goes along with the rows of x, labels say, but does not have as many rows."""
+    if not isinstance(args, tuple | list):
+        raise UserError(f"args is a {type(args).__name__}, expected a tuple of arrays: write args=(labels,), say.")
     for leaf in jax.tree.leaves(args):
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+            check_numbers("an array of args", leaf)
         if jnp.shape(leaf)[:1] != x.shape[:1]:
             raise UserError(
                 f"args hold an array of shape {list(jnp.shape(leaf))} beside x {list(x.shape)}, expected a row for "
@@ -101,9 +111,18 @@ def check_args(args: tuple, x: AnyArray) -> None:
 
 
 def check_null(null: int | float | tuple, labels: AnyArray) -> None:
-    """Raises UserError for a label that stands for none and is not of a row's form."""
+    """Raises UserError for a label that stands for none and is not of a row's form, or that its dtype does not hold."""
+    check_numbers("null", null)
     if np.ndim(null) and np.shape(null) != labels.shape[1:]:
         raise UserError(f"null is {null} where a row's labels are {list(labels.shape[1:])}, expected one for each.")
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    for number in np.ravel(null).tolist():
+        if integers:
+            limits = jnp.iinfo(labels.dtype)
+            whole = int(number) if isinstance(number, float) and number.is_integer() else number  # 9.0 is 9
+            check_whole(f"null, of {labels.dtype} labels,", whole, int(limits.min), int(limits.max))
+        else:
+            check_number("null", number)
 
 
 def velocity_at(velocity: Callable, t: Array, x: Array, *args) -> Array:
@@ -112,7 +131,7 @@ def velocity_at(velocity: Callable, t: Array, x: Array, *args) -> Array:
     Raises:
       UserError: another shape, if only by an axis of size 1; or complex numbers.
     """
-    v = velocity(t, x, *args)
+    v = call_now(velocity, t, x, *args)
     found = f"{v.dtype}{list(v.shape)}" if hasattr(v, "dtype") else f"a {type(v).__name__}"
     if getattr(v, "shape", None) != x.shape or jnp.issubdtype(v.dtype, jnp.complexfloating):
         raise UserError(
@@ -128,6 +147,9 @@ def as_time(t: CheckedTime, x: AnyArray) -> Array:
     Raises:
       UserError: another shape.
     """
+    check_numbers("t", t)
+    if isinstance(t, float | np.number):
+        check_number("t", t)
     t = jnp.asarray(t, full_dtype(x))
     if t.ndim and t.shape != x.shape[:1]:
         raise UserError(

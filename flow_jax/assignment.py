@@ -10,6 +10,7 @@ import scipy.optimize
 import scipy.sparse
 from jaxtyping import Float, Int, Num
 
+from flow_jax.argument_checks import check_numbers
 from flow_jax.arrays import Number
 from train_jax.errors import UserError
 
@@ -27,6 +28,8 @@ def assign(cost: Float[np.ndarray, "N M"]) -> Int[np.ndarray, " N"]:
     Raises:
       UserError: the matrix is not square, or has entries that are not finite.
     """
+    check_numbers("the cost", cost)
+    cost = np.asarray(cost)
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise UserError(f"an exact coupling pairs two batches of one size, got a cost of shape {cost.shape}.")
     if not np.isfinite(cost).all():
@@ -83,8 +86,13 @@ def transport(
     Raises:
       UserError: weights that are negative or do not have the same sum, or that do not fit a cost of finite entries.
     """
+    check_numbers("the cost", cost)
+    cost = np.asarray(cost)
     if cost.ndim != 2 or not cost.size or not np.isfinite(cost).all():
         raise UserError(f"the cost has shape {list(cost.shape)}, expected a matrix of finite entries.")
+    for weights in (a, b):
+        if weights is not None:
+            check_numbers("weights", weights)
     n, m = cost.shape
     if n == m and a is None and b is None:
         plan = np.zeros((n, m))

@@ -5,27 +5,30 @@ it, and a program that is kept for it keeps these. `run` takes a callable apart 
 arguments of the program, and a hashable rest. Equal rests share a program, whatever the arrays.
 
 What can be taken apart: an `nnx.Module`, all of its state; a bound method of one; a frozen dataclass and its methods;
-`functools.partial` and `jax.tree_util.Partial` of these, of arrays, numbers and containers; in any nesting. So can a
-function that reads nothing but its arguments and libraries. What cannot, a closure or a function over a module that is
-a global, an object of another class, is traced anew each time that it is used: slower, and never out of date.
+`functools.partial` and `jax.tree_util.Partial` of these, of arrays, numbers and containers; in any nesting, and in
+`jax.jit`, `nnx.jit` or `functools.cache`, which are left out. What its code reads besides, functions and numbers say,
+is looked up at each call (code_reads.py), and belongs to the rest.
+
+What cannot, a closure or a function over a module that is a global, an object of another class, is traced anew each
+time that it is used: slower, and never out of date. What jax keeps of an earlier trace by itself, for a function in
+`jax.jit`, `jax.checkpoint`, `lax.scan`, is not used for either.
 """
 
 import dataclasses
-import dis
-import enum
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-_VALUES = (type(None), bool, int, float, complex, str, bytes, enum.Enum, type, np.generic, np.dtype)
-_LIBRARIES = ("builtins", "flax", "flow_jax", "jax", "jaxlib", "math", "numpy", "operator")  # hold no weights
-_LOOKS_AROUND = {"__import__", "eval", "exec", "globals", "vars"}  # names with which a function may read anything
+from flow_jax.argument_checks import check_function
+from flow_jax.code_reads import frozen_fields, is_of_library, is_transformed, read
+
+_TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit, lax.scan and others traced before is not used
+_CACHED = type(functools.cache(len))
 
 
 def run(program: Callable, function: Callable, settings: tuple, *operands):
@@ -40,30 +43,59 @@ def run(program: Callable, function: Callable, settings: tuple, *operands):
       operands: trees of arrays.
     """
     found = _Found()
-    call = _Call(_take_apart(function, found))
-    if found.known:
-        return _kept(program)(call, settings, found.arrays, *operands)
+    part = _take_apart(function, found)
+    code = read(found.code)
+    if code.known:
+        return _kept(program)(_Call(part, code.facts), settings, found.arrays, *operands)
+    call = _Call(part, ())
+    once = jax.jit(functools.partial(_traced, program, call, settings))
+    return once(found.arrays, *operands)  # what it compiled goes with it
 
-    def once(arrays, *operands):
-        return program(call, *settings, arrays, *operands)
 
-    return jax.jit(once)(found.arrays, *operands)  # what it compiles and holds goes with it
+def call_now(function: Callable, *args):
+    """function(*args), as it is now: `jax.jit` and its like keep what they traced, with weights that are old.
+
+    Raises:
+      UserError: it cannot be called.
+    """
+    check_function("what is to be called", function)
+    code = read([function])
+    if code.known or not code.transformed or _is_known(function):
+        return function(*args)
+    with _TRACED_ANEW(object()):
+        return function(*args)
+
+
+def _is_known(function: Callable) -> bool:
+    """Whether all is known but for the arrays of modules, and no trace is kept over these."""
+    found = _Found()
+    _take_apart(function, found)
+    return not found.left_out and read(found.code).known
 
 
 @functools.cache
 def _kept(program: Callable) -> Callable:
-    def at(call, settings, arrays, *operands):
-        return program(call, *settings, arrays, *operands)
+    return jax.jit(functools.partial(_traced, program), static_argnums=(0, 1))
 
-    return jax.jit(at, static_argnums=(0, 1))
+
+def _traced(program: Callable, call: "_Call", settings: tuple, arrays, *operands):
+    with _TRACED_ANEW(object()):
+        return program(call, *settings, arrays, *operands)
 
 
 @dataclasses.dataclass
 class _Found:
-    """What a callable holds: its arrays, and whether all the rest is known."""
+    """What a callable holds.
+
+    Attributes:
+      arrays: arguments of its program.
+      code: what its program depends on besides, classes and functions say.
+      left_out: there was a wrapper that keeps what it computed or traced.
+    """
 
     arrays: list = dataclasses.field(default_factory=list)
-    known: bool = True
+    code: list = dataclasses.field(default_factory=list)
+    left_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +103,7 @@ class _Call:
     """The hashable rest of a callable: call(arrays, *args) is the callable at these arrays."""
 
     part: Any
+    facts: tuple  # of code_reads
 
     def __call__(self, arrays, *args):
         return self.part.build(arrays)(*args)
@@ -81,17 +114,6 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Constant:
-    value: Any
-    kind: type  # 1, 1.0 and True are equal, and programs of them are not
-
-    def build(self, arrays):
-        return self.value
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Unknown:
-    """What cannot be taken apart, as it is; equal to nothing but itself."""
-
     value: Any
 
     def build(self, arrays):
@@ -104,17 +126,6 @@ class _Array:
 
     def build(self, arrays):
         return arrays[self.place]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Function:
-    """A function, and the values of the names that it reads."""
-
-    function: Callable
-    reads: Any
-
-    def build(self, arrays):
-        return self.function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,29 +160,35 @@ def _set_entry(module, path: tuple, value) -> None:
 
 def _take_apart(value, found: _Found):
     """The hashable rest of a value."""
-    if isinstance(value, _VALUES):
-        return _Constant(value, type(value))
     if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufcV"):
         found.arrays.append(value)
         return _Array(len(found.arrays) - 1)
+    if _keeps_results(value):
+        found.left_out = found.left_out or not read([value]).known
+        return _take_apart(value.__wrapped__, found)
     if type(value) in (tuple, list):
-        return _Made(_sequence, (_Constant(type(value), type), *(_take_apart(item, found) for item in value)))
+        return _Made(_sequence, (_Constant(type(value)), *(_take_apart(item, found) for item in value)))
     if type(value) is dict:
         return _Made(_mapping, tuple(_take_apart(side, found) for side in (tuple(value), tuple(value.values()))))
+    part = None
     if isinstance(value, nnx.Pytree | nnx.Variable):
         part = _module(value, found)
-    elif isinstance(value, functools.partial):
+    elif type(value) in (functools.partial, jax.tree_util.Partial):
         part = _partial(value, found)
     elif isinstance(value, types.MethodType):
         part = _method(value, found)
-    elif dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen:
-        part = _dataclass(value, found)
-    else:
-        part = _function(value)
+    elif fields := frozen_fields(value):
+        part = _dataclass(value, fields, found)
     if part is None:
-        found.known = False
-        return _Unknown(value)
+        found.code.append(value)
+        return _Constant(value)
     return part
+
+
+def _keeps_results(value) -> bool:
+    """Whether a callable is one of the user's that `jax.jit` or `functools.cache` wraps: with arrays that are old."""
+    compiled = is_transformed(value) and hasattr(value, "lower")
+    return (compiled or isinstance(value, _CACHED)) and not is_of_library(value)
 
 
 def _sequence(kind, *items):
@@ -192,6 +209,10 @@ def _module(module, found: _Found) -> _Module | None:
     place, attributes = len(found.arrays), []
     found.arrays.append(state)
     for path, value in nnx.iter_graph(module):
+        if isinstance(value, nnx.Pytree | nnx.Variable):
+            found.code.append(type(value))
+        if isinstance(value, nnx.Variable):  # what is done to a value that is read or set
+            found.code += filter(callable, value.get_metadata().values())
         inside = isinstance(value, (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, tuple, list, dict))
         if path and not inside and not str(path[-1]).startswith("_pytree__"):
             part = _take_apart(value, found)
@@ -227,17 +248,14 @@ def _method(value: types.MethodType, found: _Found) -> _Made | None:
     name = getattr(function, "__name__", None)
     if not any(vars(kind).get(name) is function for kind in type(owner).__mro__):
         return None
-    return _Made(types.MethodType, (_Constant(function, type(function)), _take_apart(owner, found)))
+    return _Made(types.MethodType, (_take_apart(function, found), _take_apart(owner, found)))
 
 
-def _dataclass(value, found: _Found) -> _Made | None:
+def _dataclass(value, names: tuple[str, ...], found: _Found) -> _Made:
     """A frozen dataclass by its fields; what it has computed from them and kept is computed again."""
-    kind, names = type(value), tuple(field.name for field in dataclasses.fields(value))
-    others = set(getattr(value, "__dict__", ())) - set(names)
-    if any(not isinstance(getattr(kind, name, None), functools.cached_property) for name in others):
-        return None
+    found.code.append(type(value))
     fields = (_take_apart(getattr(value, name), found) for name in names)
-    return _Made(_with_fields, (_Constant(kind, type), _Constant(names, tuple), *fields))
+    return _Made(_with_fields, (_Constant(type(value)), _Constant(names), *fields))
 
 
 def _with_fields(kind, names, *values):
@@ -246,61 +264,3 @@ def _with_fields(kind, names, *values):
     for name, value in zip(names, values, strict=True):
         object.__setattr__(made, name, value)
     return made
-
-
-def _function(value) -> _Constant | _Function | None:
-    """A function whose every program is the same, as long as what it reads is."""
-    if isinstance(value, np.ufunc) or (isinstance(value, types.ModuleType) and _is_library(value.__name__)):
-        return _Constant(value, type(value))
-    if isinstance(value, jnp.ufunc) and getattr(jnp, value.__name__, None) is value:
-        return _Constant(value, type(value))
-    if isinstance(value, types.FunctionType):
-        reads = _reads(value)
-    elif hasattr(value, "__wrapped__") and _is_library(type(value).__module__):  # of jax.jit, jax.custom_jvp
-        reads = _function(value.__wrapped__)
-    else:
-        return None
-    return None if reads is None else _Function(value, reads)
-
-
-def _is_library(module: str) -> bool:
-    return module.split(".")[0] in _LIBRARIES
-
-
-def _reads(function: types.FunctionType) -> _Made | None:
-    """What a function may read besides its arguments, to tell whether it has changed; None if that may be anything."""
-    home = function.__globals__["__name__"]  # __module__ is copied by wrappers
-    if home.split(".")[0] == "jaxtyping":  # checks arguments, then calls it
-        return _reads(function.__wrapped__)
-    found = _Found()
-    try:
-        held = [function.__defaults__, function.__kwdefaults__]
-        held += [cell.cell_contents for cell in function.__closure__ or ()]
-        held += [] if _is_library(home) else _globals(function)
-        part = _take_apart(held, found)
-    except (LookupError, RecursionError, ValueError):  # it looks around; it calls itself; a cell is empty
-        return None
-    return part if found.known and not found.arrays else None
-
-
-def _globals(function: types.FunctionType) -> list:
-    """The values of the names that a function's code has among its globals, attributes of that name included.
-
-    Raises:
-      LookupError: it may read others.
-    """
-    found = []
-    for code in _codes(function.__code__):
-        imports = any(step.opname.startswith("IMPORT") for step in dis.get_instructions(code))
-        if imports or _LOOKS_AROUND.intersection(code.co_names):
-            raise LookupError
-        found += [function.__globals__[name] for name in code.co_names if name in function.__globals__]
-    return found
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function and of those in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)

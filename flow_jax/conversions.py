@@ -18,7 +18,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flow_jax.argument_checks import check_function
 from flow_jax.arrays import CheckedRows, CheckedTime, as_time, per_row, same_rows, velocity_at
+from train_jax.errors import UserError
 
 
 class Inverse(NamedTuple):
@@ -149,7 +151,10 @@ def change_schedule(velocity: Callable, old: Convertible, new: Convertible) -> C
       0.007 at t = 0): there it is asked at t = 0. Where the velocity of `new` is infinite, as VP's at t = 1, it is that
       of the nearest time of `new.time_range`.
     """
-
+    check_function("velocity", velocity)
+    for path in (old, new):
+        if not isinstance(path, Convertible):
+            raise UserError(f"the path is {path!r}, expected an affine one of flow_jax.paths: pass CondOT(), say.")
     return functools.partial(_changed, velocity, old, new)  # which `sample` takes apart: the weights are never old
 
 

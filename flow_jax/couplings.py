@@ -17,8 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn as entropic
+from flow_jax.argument_checks import check_key, check_number, check_numbers, check_whole
 from flow_jax.arrays import AnyArray, CheckedRows, Number, RandomKey, Scalar, check_clouds, flatten_rows, same_rows
 from flow_jax.assignment import assign
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 HostPairs = tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]
@@ -66,11 +68,14 @@ def exact(x_0: CheckedRows, x_1: CheckedRows) -> HostPairs:
     Raises:
       UserError: sizes or shapes differ, or entries are not finite.
     """
-    return np.arange(len(x_0)), assign(host_cost(x_0, x_1))
+    columns = assign(host_cost(x_0, x_1))
+    return np.arange(len(columns)), columns
 
 
 def independent(n: int, key: RandomKey) -> tuple[Int[Array, " {n}"], Int[Array, " {n}"]]:
     """Pairs at random: each row once."""
+    check_whole("n", n, 0)
+    check_key("key", key)
     return jnp.arange(n), jax.random.permutation(key, n)
 
 
@@ -89,9 +94,11 @@ def within_class(
     Raises:
       UserError: a label has not as many rows on both sides, there are more labels than rows or fewer, or several a row.
     """
+    for labels in (y_0, y_1):
+        check_numbers("labels", labels)
+    check_clouds(x_0, x_1)
     y_0, y_1 = np.asarray(y_0), np.asarray(y_1)
     x_0, x_1 = np.asarray(x_0), np.asarray(x_1)
-    check_clouds(x_0, x_1)
     if y_0.ndim != 1 or y_1.ndim != 1:
         raise UserError(
             f"labels have shapes {list(y_0.shape)} and {list(y_1.shape)}, expected one a row: else use conditional."
@@ -129,14 +136,15 @@ def conditional(
       UserError: as `exact`; conditions of two kinds or shapes, or of other numbers of rows; a negative weight.
     """
     cost = host_cost(x_0, x_1)
-    c_0, c_1 = np.asarray(c_0), np.asarray(c_1)
     check_clouds(c_0, c_1)
+    c_0, c_1 = np.asarray(c_0), np.asarray(c_1)
     labels = [not np.issubdtype(c.dtype, np.inexact) for c in (c_0, c_1)]
     if (len(c_0), len(c_1)) != cost.shape or labels[0] != labels[1]:
         raise UserError(
             f"conditions are {c_0.dtype}{list(c_0.shape)} and {c_1.dtype}{list(c_1.shape)} of {cost.shape[0]} and "
             f"{cost.shape[1]} rows, expected labels or vectors of both, one a row."
         )
+    check_number("weight", weight)
     if not weight >= 0:
         raise UserError(f"weight is {weight:g}, expected a number of 0 or more.")
     if labels[0]:
@@ -178,10 +186,15 @@ def sinkhorn(
     """
     x_0, x_1 = same_rows(x_0=x_0, x_1=x_1)
     check_clouds(x_0, x_1)
-    if rounding not in ("draw", "round"):
+    if not isinstance(rounding, str) or rounding not in ("draw", "round"):
         raise UserError(f'rounding={rounding!r} is unknown, expected "draw" or "round".')
     if key is None and rounding == "draw":
         raise UserError('couplings.sinkhorn draws partners: pass `key`, or rounding="round".')
+    if key is not None:
+        check_key("key", key)
+    check_number("epsilon", epsilon)
+    check_number("tolerance", tolerance, 0.0)
+    check_whole("max_iterations", max_iterations)
     if not isinstance(epsilon, jax.core.Tracer) and not epsilon > 0:
         raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")
     return _sinkhorn(x_0, x_1, epsilon, key, rounding, relative, tolerance, max_iterations)
@@ -203,7 +216,9 @@ def greedy_permutation(score: Float[Array, "N M"]) -> Int[Array, " N"]:
     Raises:
       UserError: a matrix that is not square.
     """
-    n = len(score)
+    check_numbers("scores", score)
+    score = jnp.asarray(score)
+    n = len(score) if score.ndim else 0
     if score.shape != (n, n):
         raise UserError(f"scores have shape {list(score.shape)}, expected as many columns as rows.")
     score = jnp.maximum(score, jnp.finfo(score.dtype).min)  # any column left is better than one taken
@@ -240,9 +255,11 @@ def over_buffer(
         each row.
     """
     check_clouds(x_0, x_1)
+    check_whole("batch_size", batch_size, None)
+    check_whole("seed", seed, 0)
     if batch_size < 1 or len(x_0) % batch_size:
         raise UserError(f"a buffer of {len(x_0)} rows does not divide into batches of {batch_size}.")
-    i, j = (np.asarray(index) for index in coupling(x_0, x_1))
+    i, j = (np.asarray(index) for index in call_now(coupling, x_0, x_1))
     check_pairs(i, j, len(x_0), len(x_1))
     if len(i) != len(x_0):
         raise UserError(f"a coupling returned {len(i)} pairs of {len(x_0)} rows, expected one for each row.")
@@ -266,6 +283,8 @@ def quality(x_0: CheckedRows, x_1: CheckedRows, i: Int[AnyArray, "..."], j: Int[
       UserError: as `exact`; or i and j that are not indices of the rows, as many of each.
     """
     cost = host_cost(x_0, x_1)
+    for index in (i, j):
+        check_numbers("indices", index)
     check_pairs(np.asarray(i), np.asarray(j), *cost.shape)
     best = float(cost[np.arange(len(cost)), assign(cost)].mean())
     mean, got = float(cost.mean()), float(cost[np.asarray(i), np.asarray(j)].mean())

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from flow_jax.argument_checks import check_function, check_key, check_number, check_whole
 from flow_jax.arrays import (
     CheckedRows,
     CheckedTime,
@@ -57,6 +58,7 @@ def mean_flow(
       UserError: a mean velocity that is not of x_t's shape, a sample whose arrays do not fit, or an `end` that is not
         one a row.
     """
+    check_number("power", power)
     sample = checked(sample)
     end = row_times(end, sample.x_t)
 
@@ -73,6 +75,11 @@ def draw_intervals(
     key: RandomKey, n: int, times: Times, same: Number = 0.75
 ) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
     """Pairs t <= s of times; a share `same` of the rows, at random, has s = t (the paper's best: 75 %)."""
+    check_key("key", key)
+    check_whole("n", n, 0)
+    if not isinstance(times, Times):
+        raise UserError(f"times are {times!r}, expected a distribution of flow_jax.times: pass Uniform(), say.")
+    check_number("same", same, 0.0, 1.0)
     first, second, third = jax.random.split(key, 3)
     a, b = times.draw(first, n), times.draw(second, n)
     t, s = jnp.minimum(a, b), jnp.maximum(a, b)
@@ -86,8 +93,8 @@ def sample_mean_flow(mean_velocity: Callable, x_0: CheckedRows, num_steps: int =
     Raises:
       UserError: no step, or a mean velocity that is not of x's shape.
     """
-    if num_steps < 1:
-        raise UserError(f"num_steps is {num_steps}, expected at least 1.")
+    check_function("mean_velocity", mean_velocity)
+    check_whole("num_steps", num_steps)
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
     times = jnp.linspace(0.0, 1.0, num_steps + 1)
@@ -113,6 +120,9 @@ class MeanVelocity(nnx.Module):
     """
 
     def __init__(self, model: nnx.Module, width: int, time_scale: Number = 0.01):
+        check_function("model", model)
+        check_whole("width", width)
+        check_number("time_scale", time_scale)
         self.model, self.width, self.time_scale = model, width, time_scale
 
     def __call__(self, t: Time, x: Rows, s: Time) -> Float[Array, "B ..."]:

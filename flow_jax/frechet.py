@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from flow_jax.callables import call_now
 from flow_jax.moments import Moments, frechet
 from train_jax.config import imported
 from train_jax.errors import UserError
@@ -62,7 +63,7 @@ class FrechetScore:
 
     def add(self, images: UInt8[np.ndarray, "N I I C"], labels: Int[np.ndarray, " N"]) -> None:
         """Takes in samples."""
-        self._moments.add(self._features(images))
+        self._moments.add(call_now(self._features, images))
 
     def results(self) -> dict[str, float]:
         """The distance."""

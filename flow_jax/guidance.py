@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from flow_jax.argument_checks import check_function, check_number, check_numbers
 from flow_jax.arrays import (
     AnyArray,
     CheckedLabels,
@@ -46,11 +48,21 @@ class Guided(nnx.Module):
           interval: times [low, high] at which guidance acts. (0, 1) is all of them.
 
         Raises:
-          UserError: an interval that is none, or a weight that is not one number.
+          UserError: a model that cannot be called, an interval that is none, or a weight or null that is no number.
         """
+        check_function("model", model)
+        check_numbers("null", null)
+        for label in np.ravel(null).tolist():
+            check_number("null", label)
+        check_numbers("the weight of guidance", weight)
         if jnp.ndim(weight):
             raise UserError(f"the weight of guidance has shape {list(jnp.shape(weight))}, expected one number.")
+        check_number("the weight of guidance", weight)
+        if not isinstance(interval, tuple | list) or len(interval) != 2:
+            raise UserError(f"the interval of guidance is {interval!r}, expected two times: write (0.0, 1.0), say.")
         low, high = interval
+        for time in interval:
+            check_number("a time of the interval of guidance", time)
         if not 0.0 <= low < high <= 1.0:
             raise UserError(f"the interval of guidance is {low:g} to {high:g}, expected 0 <= low < high <= 1.")
         self.model = model

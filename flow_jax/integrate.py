@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from flow_jax.argument_checks import check_number, check_numbers, check_whole
 from flow_jax.arrays import Number
 from flow_jax.callables import run
 from train_jax.errors import UserError
@@ -82,6 +83,15 @@ class Plan:
         Raises:
           UserError: an unknown solver, or arguments that contradict each other or have no effect.
         """
+        if num_steps is not None:
+            check_whole("num_steps", num_steps)
+        for name, number in dict(rtol=rtol, atol=atol).items():
+            check_number(name, number, 0.0)
+        for name, number in dict(t0=t0, t1=t1).items():
+            check_number(name, number)
+        check_whole("max_steps", max_steps)
+        if not isinstance(solver, str):
+            raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
         if solver in FIXED:
             if (num_steps is None) == (times is None):
                 found = "neither" if times is None else "both"
@@ -108,14 +118,12 @@ class Plan:
                     f"solver={solver!r} chooses its steps by tolerance: leave out num_steps={num_steps}, or choose one "
                     f"of {', '.join(FIXED)}."
                 )
-            if min(rtol, atol) < 0 or max(rtol, atol) == 0:
+            if max(rtol, atol) == 0:
                 raise UserError(
                     f"rtol={rtol:g} and atol={atol:g} make no tolerance, expected numbers >= 0, not both 0."
                 )
         else:
             raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
-        if num_steps is not None and num_steps < 1:
-            raise UserError(f"num_steps is {num_steps}, expected at least 1.")
         return cls(solver, _grid(num_steps, t0, t1, times, ends), rtol, atol, per_sample, max_steps)
 
 
@@ -127,9 +135,11 @@ def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[floa
         return np.linspace(t0, t1, (num_steps or 1) + 1)
     if (t0, t1) != ends:
         raise UserError(f"times say where to start and end: leave out t0={t0:g} and t1={t1:g}.")
+    check_numbers("times", times)
     times = np.asarray(times, np.float64)
-    steps = np.diff(times)
-    if times.ndim != 1 or len(times) < 2 or not ((steps > 0).all() or (steps < 0).all()):
+    steps = np.diff(np.atleast_1d(times))
+    ordered = (steps > 0).all() or (steps < 0).all()
+    if times.ndim != 1 or len(times) < 2 or not ordered or not np.isfinite(times).all():
         raise UserError("times must be two or more numbers in one row, all increasing or all decreasing.")
     return times
 

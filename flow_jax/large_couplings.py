@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flow_jax import sinkhorn
+from flow_jax.argument_checks import check_key, check_number, check_numbers, check_whole
 from flow_jax.arrays import (
     CheckedRows,
     Number,
@@ -30,6 +31,7 @@ from flow_jax.arrays import (
     full_dtype,
     same_rows,
 )
+from flow_jax.callables import call_now
 from train_jax.errors import UserError
 
 MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
@@ -68,6 +70,11 @@ def fit_semidiscrete(
         shape it is asked for.
     """
     x_1 = as_rows("x_1", x_1)
+    check_key("key", key)
+    check_whole("num_steps", num_steps, None)
+    check_whole("batch_size", batch_size, None)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, 0.0, above=True)
     if not x_1.size or min(num_steps, batch_size) < 1:
         raise UserError(
             f"num_steps={num_steps} of batch_size={batch_size} for data {list(x_1.shape)}, expected 1 or more of each."
@@ -76,7 +83,7 @@ def fit_semidiscrete(
     problem = _ott("problems.linear.semidiscrete_linear_problem").SemidiscreteLinearProblem
     solver_class = _ott("solvers.linear.semidiscrete").SemidiscreteSolver
     x_1 = flatten_rows(x_1.astype(full_dtype(x_1)))
-    sampler = sampler or jax.random.normal
+    sampler = functools.partial(call_now, sampler or jax.random.normal)
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
     check_shapes(
         "the noise", noise, "what the sampler draws", jax.eval_shape(lambda: sampler(key, noise.shape, noise.dtype))
@@ -111,6 +118,7 @@ def semidiscrete_pairs(
       UserError: rows of two shapes, or a potential that is not one number for each example.
     """
     check_clouds(x_0, x_1)
+    check_numbers("the potential", potential)
     if np.shape(potential) != np.shape(x_1)[:1]:
         raise UserError(
             f"the potential has shape {list(np.shape(potential))} and the data {list(np.shape(x_1))}, expected a "
@@ -152,6 +160,10 @@ def sharded_sinkhorn(
     """
     if key is None:
         raise UserError("sharded_sinkhorn draws partners: pass `key`.")
+    check_key("key", key)
+    check_number("epsilon", epsilon)
+    check_number("tolerance", tolerance, 0.0)
+    check_whole("max_iterations", max_iterations)
     point_cloud, solve = _ott("geometry.pointcloud").PointCloud, _ott("solvers.linear").solve
     if not 0 < epsilon < np.inf:
         raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")

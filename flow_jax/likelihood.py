@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from flow_jax.argument_checks import check_function, check_number, check_numbers, check_whole
 from flow_jax.arrays import (
     AnyArray,
     CheckedRows,
@@ -22,10 +23,12 @@ from flow_jax.arrays import (
     as_rows,
     check_args,
     check_shapes,
+    float_dtype,
     full_dtype,
     sum_rows,
     velocity_at,
 )
+from flow_jax.callables import call_now
 from flow_jax.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, integrate
 from flow_jax.row_keys import RowKeys, row_keys, stream
 from train_jax.errors import UserError
@@ -65,8 +68,8 @@ def start_log_prob(start: Callable) -> Callable:
     """
 
     def prior(x):
-        mean = start(jnp.zeros_like(x))
-        std = start(jnp.ones_like(x)) - mean
+        mean = call_now(start, jnp.zeros_like(x))
+        std = call_now(start, jnp.ones_like(x)) - mean
         return standard_normal_log_prob((x - mean) / std) - sum_rows(jnp.log(std))
 
     return prior
@@ -83,7 +86,9 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
     Raises:
       UserError: a velocity that is not of x's shape.
     """
-    value, push = jax.linearize(velocity, x)
+    check_whole("chunk", chunk)
+    x = as_rows("x", x)
+    value, push = jax.linearize(functools.partial(call_now, velocity), x)
     check_shapes("x", x, "the velocity", value)
     size = math.prod(x.shape[1:])
 
@@ -102,7 +107,8 @@ def hutchinson_divergence(
     Raises:
       UserError: a velocity, or a probe, that is not of x's shape.
     """
-    value, push = jax.linearize(velocity, x)
+    x, probes = as_rows("x", x), as_rows("probes", probes)
+    value, push = jax.linearize(functools.partial(call_now, velocity), x)
     check_shapes("x", x, "the velocity", value)
     check_shapes("x", x, "a probe", probes[0])
     return value, jax.vmap(lambda probe: sum_rows(probe * push(probe)))(probes).mean(axis=0)
@@ -119,26 +125,31 @@ def _with_divergence(velocity: Callable, exact: bool, t, state, probes, *args):
 
 def check_divergence(divergence: str) -> None:
     """Raises UserError for an unknown divergence."""
-    if divergence not in DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
         raise UserError(f"divergence={divergence!r} is unknown, expected one of {', '.join(DIVERGENCES)}.")
 
 
 def _check(divergence: str, noise: str, num_probes: int, key, solver: str, times) -> None:
     """Refuses arguments of `log_prob` that contradict each other."""
     check_divergence(divergence)
-    if noise not in PROBES:
+    check_whole("num_probes", num_probes)
+    if not isinstance(noise, str) or noise not in PROBES:
         raise UserError(f"noise={noise!r} is unknown, expected one of {', '.join(PROBES)}.")
     if divergence == "exact" and (key is not None or noise != "rademacher"):
         raise UserError('divergence="exact" draws no probes: leave out key and noise, or choose "hutchinson".')
     if divergence == "hutchinson" and key is None:
         raise UserError('divergence="hutchinson" draws probes: pass `key`.')
-    if num_probes < 1 or (divergence == "exact" and num_probes > 1):
-        raise UserError(f"num_probes={num_probes}: expected at least 1, and more only with hutchinson's divergence.")
-    if times is not None and solver in ADAPTIVE:
+    if divergence == "exact" and num_probes > 1:
+        raise UserError(f"num_probes={num_probes}: expected more than 1 only with hutchinson's divergence.")
+    if times is None:
+        return
+    check_numbers("times", times)
+    if solver in tuple(ADAPTIVE):
         raise UserError(
             f"solver={solver!r} chooses its own steps: leave out times, which a likelihood does not look at."
         )
-    if times is not None and times[0] < times[-1]:
+    times = np.ravel(times)
+    if times.size and times[0] < times[-1]:
         raise UserError(
             f"times rise from {times[0]:g} to {times[-1]:g}, expected them to fall from the data's time to the "
             "noise's: pass times[::-1]."
@@ -191,6 +202,9 @@ def log_prob(
         that is not one number a row.
       RuntimeError: an adaptive solver failed.
     """
+    check_function("velocity", velocity)
+    if prior is not None:
+        check_function("prior", prior)
     _check(divergence, noise, num_probes, key, solver, times)
     plan = Plan.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
     x_1 = as_rows("x_1", x_1)
@@ -206,7 +220,7 @@ def log_prob(
     r = integrate(field, state, (probes, *args), plan, trajectory=False)
     x_0, change = r.state
     # From t1 down to t0 the integral of the divergence comes out with the sign that log p needs.
-    start = standard_normal_log_prob(x_0) if prior is None else prior(x_0)
+    start = standard_normal_log_prob(x_0) if prior is None else call_now(prior, x_0)
     check_shapes("the prior's log-density", start, "the batch of data", change)
     return LogProbResult(start + change, x_0, r.nfe)
 
@@ -219,7 +233,10 @@ def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) ->
       size: dimensions of an example.
       bins: values a unit; 1 leaves densities as they are. Bytes mapped to [-1, 1] have 128: 7 bits more.
     """
-    return -log_prob / (size * math.log(2)) + math.log2(bins)
+    check_numbers("log_prob", log_prob)
+    check_whole("size", size)
+    check_number("bins", bins, 0.0, above=True)
+    return -jnp.asarray(log_prob, float_dtype(log_prob)) / (size * math.log(2)) + math.log2(bins)
 
 
 def image_bits_per_dim(
@@ -249,7 +266,12 @@ def image_bits_per_dim(
     Raises:
       UserError: images that are not integers 0 ... levels - 1; or as `log_prob`.
     """
+    check_function("velocity", velocity)
+    check_whole("num_samples", num_samples)
+    check_whole("levels", levels)
+    check_numbers("images", images)
     images = jnp.asarray(images)
+    check_whole("the number of axes of images", images.ndim)
     _check_levels(images, levels)
     size = math.prod(images.shape[1:])
     keys = row_keys(key, np.arange(len(images)))

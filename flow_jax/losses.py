@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
+from flow_jax.argument_checks import check_key, check_number, check_numbers
 from flow_jax.arrays import (
     CheckedRows,
     CheckedTime,
@@ -23,6 +24,7 @@ from flow_jax.arrays import (
     squared_error,
     velocity_at,
 )
+from flow_jax.callables import call_now
 from flow_jax.couplings import check_pairs
 from flow_jax.paths.affine import PathSample, checked, row_times
 from train_jax.errors import UserError
@@ -85,7 +87,9 @@ def coupled_flow_matching(
     """
     x_0, x_1 = as_rows("x_0", x_0), as_rows("x_1", x_1)
     check_args(args, x_1)
-    i, j = coupling(x_0, x_1)
+    if not hasattr(path, "sample"):
+        raise UserError(f"the path is {path!r}, expected one of flow_jax.paths: pass CondOT(), say.")
+    i, j = call_now(coupling, x_0, x_1)
     check_pairs(i, j, len(x_0), len(x_1))
     sample = path.sample(x_0[i], x_1[j], t, key=key)
     return conditional_flow_matching(velocity, sample, *jax.tree.map(lambda rows: jnp.asarray(rows)[j], args))
@@ -105,9 +109,15 @@ def drop_labels(
       keys: one a row, or one for all.
 
     Raises:
-      UserError: another number of keys than of rows, or a null that is not a row's.
+      UserError: another number of keys than of rows, a null that is not a row's or that their dtype does not
+        hold, or a rate that is not from 0 to 1.
     """
+    check_numbers("labels", labels)
     labels = jnp.asarray(labels)
+    if not labels.ndim:
+        raise UserError(f"labels are the number {labels}, expected one or more a row: give an array [B] or [B, K].")
+    check_number("rate", rate, 0.0, 1.0)
+    check_key("keys", keys)
     shape = labels.shape[:1]
     if keys.ndim and keys.shape != shape:
         raise UserError(f"{keys.shape[0]} keys stand beside {len(labels)} rows of labels, expected one key a row.")

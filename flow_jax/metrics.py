@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from scipy.spatial.distance import cdist
 
 from flow_jax import sinkhorn
+from flow_jax.argument_checks import check_function, check_number, check_whole
 from flow_jax.arrays import (
     AnyArray,
     CheckedRows,
@@ -47,6 +48,7 @@ def wasserstein(a: Cloud, b: OtherCloud, p: Number = 2) -> float:
     Raises:
       UserError: p < 1.
     """
+    check_number("p", p)
     if not 1 <= p < np.inf:
         raise UserError(f"p is {p:g}, expected a number from 1: below, this is no distance.")
     x, y = _host(a, b)
@@ -67,7 +69,9 @@ def sinkhorn_divergence(a: Cloud, b: OtherCloud, epsilon: Number | None = None) 
     """
     _host(a, b)
     a, b = (jnp.asarray(cloud, full_dtype(cloud)) for cloud in (a, b))
-    if epsilon is None:
+    if epsilon is not None:
+        check_number("epsilon", epsilon, 0.0, above=True)
+    else:
         epsilon = float(sinkhorn.relative_epsilon(sinkhorn.squared_distances(a, b), 0.05))
     tolerance = 1e-9 if a.dtype == jnp.float64 else 1e-5
 
@@ -95,7 +99,9 @@ def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: b
         raise UserError(
             f"clouds of {len(x)} and {len(y)} rows have no unbiased mmd, expected two rows or more of each."
         )
-    if bandwidth is None:
+    if bandwidth is not None:
+        check_number("the bandwidth of mmd", bandwidth)
+    else:
         if (x == y[:1]).all() and (y == y[:1]).all():
             return 0.0
         bandwidth = float(np.median(cdist(x[:BLOCK], y[:BLOCK])))
@@ -143,6 +149,7 @@ def coverage(samples: Cloud, real: OtherCloud, neighbours: int = 5) -> float:
       UserError: fewer real rows than that, itself not counted.
     """
     x, y = _host(samples, real)
+    check_whole("neighbours", neighbours, None)
     if not 1 <= neighbours < len(y):
         raise UserError(
             f"neighbours={neighbours} of {len(y)} real rows, expected 1 to {len(y) - 1}: give more rows, or lower it."
@@ -180,6 +187,8 @@ def _energies(velocity: Callable, x_0: CheckedRows, num_steps: int, args: tuple)
     """Means of |v|^2 and of |v - (x_1 - x_0)|^2."""
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
+    check_function("velocity", velocity)
+    check_whole("num_steps", num_steps, None)
     if num_steps < 1 or not len(x_0):
         raise UserError(f"num_steps is {num_steps} for {len(x_0)} rows, expected at least one of each.")
     return run(_euler_energies, functools.partial(velocity_at, velocity), (num_steps,), x_0, args)

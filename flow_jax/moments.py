@@ -8,6 +8,7 @@ import functools
 import numpy as np
 from jaxtyping import Float, Num
 
+from flow_jax.argument_checks import check_numbers
 from flow_jax.arrays import AnyArray
 from train_jax.errors import UserError
 
@@ -33,6 +34,7 @@ class Moments:
         Raises:
           UserError: rows of another length than those before, that are not vectors, or not finite.
         """
+        check_numbers("features", rows)
         x = np.asarray(rows, np.float64)
         if x.ndim != 2 or not np.isfinite(x).all():
             raise UserError(f"features have shape {list(x.shape)}, expected finite numbers, a vector a row [N, F].")

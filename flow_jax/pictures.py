@@ -11,6 +11,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 
+from flow_jax.callables import call_now
+
 Points = Float[np.ndarray, "n 2"]
 Trajectories = Float[np.ndarray, "T n 2"]
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
@@ -71,7 +73,7 @@ def draw_field(path: Path, velocity: Velocity, trajectories: Trajectories, times
     grid = np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
     figure = Figure(figsize=(4 * len(_TIMES), 4.2), layout="constrained")
     for axes, t in zip(figure.subplots(1, len(_TIMES)), _TIMES, strict=True):
-        arrows = np.asarray(velocity(jnp.float32(t), jnp.asarray(grid)))
+        arrows = np.asarray(call_now(velocity, jnp.float32(t), jnp.asarray(grid)))
         points = trajectories[np.abs(times - t).argmin()]
         axes.scatter(*points.T, s=2, alpha=0.3, linewidths=0, color="tab:orange")
         axes.quiver(*grid.T, *arrows.T, angles="xy", width=0.003)

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from flow_jax.argument_checks import check_key, check_numbers
 from flow_jax.arrays import AnyArray, RandomKey, Rows
+from train_jax.errors import UserError
 
 RowKeys = Key[Array, " B"]
 """A typed key of jax.random for each row."""
@@ -17,8 +20,12 @@ def row_keys(key: RandomKey | RowKeys, rows: Int[AnyArray, " B"]) -> RowKeys:
       key: one key, of which each row has what `fold_in` makes with its number; or the rows' own keys.
       rows: numbers.
     """
+    check_key("key", key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim:
         return key
+    check_numbers("rows", rows)
+    if np.ndim(rows) != 1:
+        raise UserError(f"rows have shape {list(np.shape(rows))}, expected a list of numbers of rows: pass arange(n).")
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(rows))
     return keys if keys.ndim == 1 else jax.random.wrap_key_data(keys)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flow_jax.argument_checks import check_function
 from flow_jax.arrays import CheckedRows, Number, as_rows, check_args, velocity_at
 from flow_jax.integrate import FIXED, MAX_STEPS, TOLERANCE, Plan, integrate
 from train_jax.errors import UserError
@@ -70,6 +71,7 @@ def sample(
         of other numbers of rows.
       RuntimeError: an adaptive solver failed.
     """
+    check_function("velocity", velocity)
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
     plan = Plan.make(solver, num_steps, rtol, atol, t0, t1, per_sample, times, max_steps)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flow_jax.argument_checks import check_function, check_key, check_number, check_whole
 from flow_jax.arrays import CheckedRows, Number, RandomKey, as_rows, check_args, velocity_at
 from flow_jax.callables import run
 from flow_jax.conversions import Convertible
@@ -54,6 +55,10 @@ def sample_sde(
             f"the path is {path}, which does not tell the score of a velocity, expected an affine one, such as CondOT: "
             "use `sample`."
         )
+    check_function("velocity", velocity)
+    check_key("key", key)
+    check_whole("num_steps", num_steps, None)
+    check_number("strength", strength)
     if num_steps < 1 or not strength >= 0:
         raise UserError(f"num_steps={num_steps} and strength={strength:g}: expected num_steps >= 1 and strength >= 0.")
     x_0 = as_rows("x_0", x_0)

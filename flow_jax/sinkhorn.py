@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flow_jax.argument_checks import check_number, check_numbers, check_whole
 from flow_jax.arrays import AnyArray, CheckedRows, Scalar, check_clouds, flatten_rows, full_dtype
 from train_jax.errors import UserError
 
@@ -37,6 +38,11 @@ def squared_distances(x: CheckedRows, y: CheckedRows) -> Float[Array, "N M"]:
 
 def relative_epsilon(cost: Float[Array, "N M"], epsilon: Scalar) -> Float[Array, ""]:
     """epsilon times the standard deviation of the cost: absolute, in the cost's units; epsilon if all are equal."""
+    check_number("epsilon", epsilon, 0.0, above=True)
+    check_numbers("the cost", cost)
+    cost = jnp.asarray(cost)
+    if cost.ndim != 2:
+        raise UserError(f"the cost has shape {list(cost.shape)}, expected a matrix: reshape it.")
     spread = cost.astype(full_dtype(cost)).std()
     return epsilon * jnp.where(spread > 0, spread, 1.0)
 
@@ -119,6 +125,10 @@ def solve(
       UserError: an epsilon that is not above 0, weights of other shapes, or values (where they are known) that no plan
         has: costs that are not finite, weights that are negative or do not have one sum.
     """
+    check_numbers("the cost", cost)
+    cost = jnp.asarray(cost)
+    check_number("tolerance", tolerance, 0.0)
+    check_whole("max_iterations", max_iterations)
     _check_problem(cost, epsilon, a, b)
     return _solve(jnp.asarray(cost, full_dtype(cost)), epsilon, a, b, tolerance, max_iterations)
 
@@ -134,7 +144,11 @@ def _check_marginals(cost, a, b) -> None:
 
 
 def _check_problem(cost, epsilon, a, b) -> None:
+    for weights in (a, b):
+        if weights is not None:
+            check_numbers("weights", weights)
     _check_marginals(cost, a, b)
+    check_number("epsilon", epsilon)
     if _known(epsilon) and not 0 < epsilon < np.inf:
         raise UserError(f"epsilon is {float(epsilon):g}, expected a number above 0; couplings.exact has no epsilon.")
     if _known(cost) and not bool(jnp.isfinite(cost).all()):

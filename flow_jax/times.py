@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from flow_jax.argument_checks import check_key, check_number, check_whole
 from flow_jax.arrays import AnyArray, Number, RandomKey
 from flow_jax.row_keys import RowKeys
 from train_jax.errors import UserError
@@ -37,6 +38,8 @@ class Times:
 
 
 def _check_range(low: Number, high: Number) -> None:
+    for name, number in dict(low=low, high=high).items():
+        check_number(name, number)
     if not 0.0 <= low < high <= 1.0:
         raise UserError(f"times lie between {low:g} and {high:g}, expected 0 <= low < high <= 1.")
 
@@ -53,6 +56,8 @@ class Uniform(Times):
 
     def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
+        check_whole("n", n, 0)
+        check_key("key", key)
         return jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
 
     def log_density(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
@@ -68,6 +73,8 @@ class Stratified(Uniform):
 
     def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
+        check_whole("n", n, 0)
+        check_key("key", key)
         offsets, order = jax.random.split(key)
         parts = (jnp.arange(n) + jax.random.uniform(offsets, (n,))) / n
         return self.low + (self.high - self.low) * jax.random.permutation(order, jnp.minimum(parts, 1.0))
@@ -92,11 +99,13 @@ class LogitNormal(Times):
     std: Number = 1.0
 
     def __post_init__(self):
-        if self.std <= 0:
-            raise UserError(f"LogitNormal(std={self.std:g}): expected a number > 0.")
+        check_number("the mean of LogitNormal", self.mean)
+        check_number("the std of LogitNormal", self.std, 0.0, above=True)
 
     def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """n times."""
+        check_whole("n", n, 0)
+        check_key("key", key)
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
 
     def log_density(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
@@ -113,6 +122,7 @@ def edm_skewed(mean: Number = -1.2, std: Number = 1.2) -> LogitNormal:
 
 def uniform_grid(num_steps: int) -> np.ndarray:
     """Equal steps from 0 to 1, [num_steps + 1]."""
+    check_whole("num_steps", num_steps)
     return np.linspace(0.0, 1.0, num_steps + 1)
 
 
@@ -129,8 +139,12 @@ def edm_grid(
     Returns:
       [num_steps + 1], increasing, the last 1.
     """
-    if num_steps < 2:
-        raise UserError(f"edm_grid has {num_steps} steps, expected at least 2.")
+    check_whole("num_steps", num_steps, 2)
+    check_number("sigma_min", sigma_min, 0.0, above=True)
+    check_number("sigma_max", sigma_max, 0.0, above=True)
+    check_number("rho", rho, 0.0, above=True)
+    if sigma_min >= sigma_max:
+        raise UserError(f"sigma_min is {sigma_min:g} and sigma_max {sigma_max:g}, expected sigma_min < sigma_max.")
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
     times = 1 / (1 + np.append(ramp**rho, 0.0))
     if from_noise:

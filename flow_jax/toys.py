@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from flow_jax.argument_checks import check_whole
 from train_jax.errors import UserError
 
 Draws = Float[np.ndarray, "n 2"]
@@ -62,8 +63,11 @@ def draw(name: str, n: int, seed: tuple[int, ...] | int) -> Draws:
     """`n` points of a distribution, a function of the seed alone.
 
     Raises:
-      UserError: an unknown name.
+      UserError: an unknown name, or an n or a seed that are no whole numbers.
     """
-    if name not in TOYS:
+    check_whole("n", n, 0)
+    if not isinstance(name, str) or name not in TOYS:
         raise UserError(f"the distribution is {name!r}, expected one of {', '.join(TOYS)}: change it.")
+    for number in seed if isinstance(seed, tuple) else (seed,):
+        check_whole("seed", number, 0)
     return TOYS[name](np.random.Generator(np.random.PCG64(seed)), n).astype(np.float32)

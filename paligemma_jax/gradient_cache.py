@@ -1,11 +1,14 @@
 """Embeddings of a batch whose activations do not fit: gradient caching (Gao et al., 2021, arXiv:2101.06983)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from train_jax.errors import UserError
+
+_TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit traced before is not used
 
 
 def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
@@ -27,6 +30,7 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     Micro-batch m of M takes the rows m, m + M, ...: of a batch split over devices, each device embeds its own.
     Raises UserError where `micro_batch` does not divide B.
     """
+    embed = functools.partial(_as_it_is_now, embed)
     if micro_batch is None:
         return embed(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -50,3 +54,14 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     # In a loop the recomputation cannot be merged with the first computation, so nothing has to prevent that.
     once_more = jax.checkpoint(lambda index: embed(part(index)), prevent_cse=False)
     return jax.tree.map(join, jax.lax.map(once_more, jnp.arange(number)))
+
+
+def _as_it_is_now(embed: Callable, rows):
+    """`embed(rows)`; what `jax.jit` or `jax.checkpoint` made would keep the parameters that it was traced with."""
+    function = embed
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not hasattr(function, "__wrapped__"):
+        return embed(rows)
+    with _TRACED_ANEW(object()):
+        return embed(rows)

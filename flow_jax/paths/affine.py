@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flow_jax.argument_checks import check_number
 from flow_jax.arrays import (
     CheckedRows,
     CheckedTime,
@@ -46,8 +47,10 @@ def checked(sample: PathSample) -> PathSample:
     """A sample with times a row.
 
     Raises:
-      UserError: shapes of x_t and dx_t that differ, or of t that does not fit.
+      UserError: it is no sample; shapes of x_t and dx_t that differ, or of t that does not fit.
     """
+    if not all(hasattr(sample, name) for name in PathSample._fields):
+        raise UserError(f"the sample is a {type(sample).__name__}, expected a path's: pass path.sample(x_0, x_1, t).")
     x_t, dx_t = same_rows(x_t=sample.x_t, dx_t=sample.dx_t)
     return sample._replace(x_t=x_t, dx_t=dx_t, t=row_times(sample.t, x_t))
 
@@ -113,6 +116,7 @@ class CondOT(AffinePath):
     sigma_min: Number = 0.0
 
     def __post_init__(self):
+        check_number("sigma_min of CondOT", self.sigma_min)
         if not 0 <= self.sigma_min <= 1:
             raise UserError(f"CondOT(sigma_min={self.sigma_min}): expected 0 to 1, what is left of the noise.")
 
@@ -155,6 +159,8 @@ class VP(AffinePath):
     time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
 
     def __post_init__(self):
+        check_number("beta_min of VP", self.beta_min)
+        check_number("beta_max of VP", self.beta_max)
         if not 0 <= self.beta_min <= self.beta_max or not self.beta_max > 0:
             raise UserError(
                 f"VP(beta_min={self.beta_min}, beta_max={self.beta_max}): expected 0 <= beta_min <= beta_max > 0."
@@ -246,6 +252,8 @@ class VE(AffinePath):
     sigma_max: Number = 50.0
 
     def __post_init__(self):
+        check_number("sigma_min of VE", self.sigma_min)
+        check_number("sigma_max of VE", self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max:
             raise UserError(
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): expected 0 < sigma_min < sigma_max."
@@ -314,6 +322,7 @@ class Polynomial(AffinePath):
     n: Number = 2.0
 
     def __post_init__(self):
+        check_number("n of Polynomial", self.n)
         if self.n < 1:
             raise UserError(f"Polynomial(n={self.n}): the velocity is infinite at t = 0, expected n >= 1.")
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flow_jax.argument_checks import check_key, check_number
 from flow_jax.arrays import (
     CheckedRows,
     CheckedTime,
@@ -19,6 +20,7 @@ from flow_jax.arrays import (
     per_row,
     same_rows,
 )
+from flow_jax.callables import call_now
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
 from train_jax.errors import UserError
 
@@ -33,6 +35,7 @@ def path_noise(name: str, like: Rows, key: RandomKey | None, noise: CheckedRows 
         found = "got neither" if key is None else "got both"
         raise UserError(f"{name} draws noise around its mean: pass `key` or `noise`, one of them ({found}).")
     if noise is None:
+        check_key("key", key)
         return jax.random.normal(key, like.shape, like.dtype)
     check_shapes("x_t", like, "its noise", jnp.asarray(noise))
     return jnp.asarray(noise, like.dtype)
@@ -50,6 +53,7 @@ class CFM:
     base: AffinePath = CondOT()
 
     def __post_init__(self):
+        check_number("sigma of CFM", self.sigma)
         if not self.sigma >= 0:
             raise UserError(f"CFM(sigma={self.sigma}): expected a standard deviation of 0 or more.")
 
@@ -106,6 +110,7 @@ class SchrodingerBridge:
     time_range: ClassVar[tuple[float, float]] = (1e-5, 1.0 - 1e-5)
 
     def __post_init__(self):
+        check_number("sigma of SchrodingerBridge", self.sigma)
         if not self.sigma > 0:
             raise UserError(f"SchrodingerBridge(sigma={self.sigma}): expected a standard deviation above 0.")
 
@@ -175,7 +180,7 @@ class GaussianPath:
         x_1 = as_rows("x_1", x_1)
 
         def both(t, x_1):
-            mean, std = jnp.asarray(self.mu(t, x_1)), jnp.asarray(self.sigma(t, x_1))
+            mean, std = (jnp.asarray(call_now(function, t, x_1)) for function in (self.mu, self.sigma))
             check_shapes("an example", x_1, "mu of it", mean)
             if std.ndim:
                 check_shapes("an example", x_1, "sigma of it", std)

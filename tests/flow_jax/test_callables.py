@@ -9,10 +9,11 @@ import functools
 import gc
 import importlib
 import inspect
+import math
 import pkgutil
 import typing
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,7 @@ CASES = {
 }  # fmt: skip
 WITHOUT = {
     "arrays:velocity_at": "calls it",
+    "callables:call_now": "is what those that are not compiled go through",
     "callables:run": "is what all of these go through",
     "frechet:FrechetScore.__init__": "calls it, on the host",
     "image_data:ImageData.__init__": "calls it, on the host",
@@ -386,3 +388,220 @@ def test_what_is_traced_anew_is_not_held():
     net = None
     gc.collect()
     assert held() is None
+
+
+# What code reads, and what keeps what it traced.
+
+
+class Config:
+    scale = 1.0
+
+
+class Meta(type):
+    @property
+    def scale(cls):
+        return NET.w[...]
+
+
+class WithMeta(metaclass=Meta):
+    pass
+
+
+class Base(nnx.Module):
+    def scale(self):
+        return NET.w[...]
+
+
+class Derived(Base):
+    def __call__(self, t, x, *args):
+        return self.scale() * (1 + per_row(t, x)) + x
+
+
+class ByProperty(nnx.Module):
+    @property
+    def scale(self):
+        return SCALE
+
+    def __call__(self, t, x, *args):
+        return self.scale * (1 + per_row(t, x)) + x
+
+
+class ByClass(nnx.Module):
+    scale = 1.0
+
+    def __call__(self, t, x, *args):
+        return type(self).scale * (1 + per_row(t, x)) + x
+
+
+class ByHelper(nnx.Module):
+    @staticmethod
+    def scale():
+        return Config.scale
+
+    @classmethod
+    def velocity(cls, t, x, *args):
+        return cls.scale() * (1 + per_row(t, x)) + x
+
+    def __call__(self, t, x, *args):
+        return self.velocity(t, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenOverNet:
+    factor: float = 1.0
+
+    def __call__(self, t, x, *args):
+        return over_net(t, x)
+
+
+def per_row(t, x):
+    return fj.arrays.per_row(jnp.asarray(t), x)
+
+
+def over_net(t, x, *args):
+    return NET.velocity(t, x)
+
+
+def over_config(t, x, *args):
+    return Config.scale * (1 + per_row(t, x)) + x
+
+
+def over_attribute(t, x, *args):
+    return over_attribute.scale * (1 + per_row(t, x)) + x
+
+
+def over_meta(t, x, *args):
+    return WithMeta.scale * (1 + per_row(t, x)) + x
+
+
+def in_scan(t, x, *args):
+    return jax.lax.scan(scan_body, (jnp.asarray(t), x), None, length=1)[0][1]
+
+
+def scan_body(carry, _):
+    return (carry[0], NET.velocity(*carry)), None
+
+
+def in_cond(t, x, *args):
+    return jax.lax.cond(x.sum() > 0, over_net, over_net, jnp.asarray(t), x)
+
+
+@functools.wraps(over_config)
+def wrapped(*args):
+    return over_net(*args)
+
+
+JITTED = jax.jit(over_net)
+READS = {
+    "a function over a module": over_net,
+    "over a class attribute": over_config,
+    "over its own attribute": over_attribute,
+    "over a metaclass's property": over_meta,
+    "a wrapper": wrapped,
+    "a method of a base class": Derived(),
+    "a property": ByProperty(),
+    "an attribute of its class": ByClass(),
+    "static and class methods": ByHelper(),
+    "a bound class method": ByHelper.velocity,
+    "a frozen dataclass": FrozenOverNet(),
+    "a method of a frozen dataclass": FrozenOverNet().__call__,
+    "a field": Frozen(FrozenOverNet()).velocity,
+    "a module in a module, partial": functools.partial(Inner(Derived())),
+    "jit": JITTED,
+    "jit of a module": jax.jit(lambda t, x, *args: NET(t, x)),
+    "nnx.jit": nnx.jit(over_net),
+    "jit of jit in a partial": functools.partial(jax.jit(jax.jit(over_net))),
+    "jit in a module": Inner(jax.jit(over_net)),
+    "checkpoint": jax.checkpoint(over_net),
+    "nnx.remat": nnx.remat(over_net),
+    "vmap of jit": lambda t, x, *args: jax.vmap(JITTED, (None, 0))(t, x[:, None])[:, 0],
+    "a function over jit": lambda t, x, *args: JITTED(t, x),
+    "cache": functools.cache(over_net),
+    "singledispatch": functools.singledispatch(over_net),
+    "scan": in_scan,
+    "cond": in_cond,
+}
+
+
+def _set_all(value: float, monkeypatch) -> None:
+    """What READS depend on."""
+    monkeypatch.setitem(globals(), "SCALE", value)
+    monkeypatch.setattr(Config, "scale", value)
+    monkeypatch.setattr(ByClass, "scale", value)
+    monkeypatch.setattr(over_attribute, "scale", value, raising=False)
+    NET.w[...] = jnp.float32(value)
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_what_code_reads_is_that_of_the_call(kind, monkeypatch):
+    for value in (1.0, -2.0, 3.0):
+        _set_all(value, monkeypatch)
+        for name in ("sampling:sample", "metrics:path_energy"):
+            np.testing.assert_allclose(CASES[name](READS[kind]), CASES[name](Net(value)), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["jit", "a function over jit"])
+@pytest.mark.parametrize("name", [name for name in CASES if "rows" not in name and "adaptive" not in name])
+def test_nothing_is_of_what_was_traced_before(name, kind, monkeypatch):
+    for value in (1.0, -2.0):
+        _set_all(value, monkeypatch)
+        np.testing.assert_allclose(CASES[name](READS[kind]), CASES[name](Net(value)), rtol=2e-5, atol=1e-6)
+
+
+class Table(nnx.Module):
+    """A module like most: its methods read their arguments, libraries, numbers, and functions that do."""
+
+    offset: ClassVar[tuple] = (0.0, 1.0)
+    traces = 0
+
+    def __init__(self, value: float):
+        self.inner = Net(value)
+
+    @property
+    def factor(self):
+        return SCALE * self.offset[1]
+
+    @jax.jit
+    def __call__(self, t, x, *args):
+        Table.traces += 1
+        return pure(self.inner(t, x), self.factor)
+
+
+def pure(x, factor):
+    return jax.vmap(functools.partial(jnp.multiply, factor))(x) + math.sqrt(4.0) * Config.scale
+
+
+def test_a_module_that_reads_functions_and_numbers_is_compiled_once(monkeypatch):
+    for value in (1.0, 2.0, 3.0):
+        found = fj.sample(Table(value), X, "euler", 1).x
+        np.testing.assert_allclose(found, 2 * X + value + 2.0, rtol=1e-6)
+    assert Table.traces == 1
+    monkeypatch.setattr(Config, "scale", 2.0)
+    np.testing.assert_allclose(fj.sample(Table(1.0), X, "euler", 1).x, 2 * X + 5.0, rtol=1e-6)
+    assert Table.traces == 2
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit, functools.cache])
+def test_what_jit_and_cache_wrap_is_compiled_once(wrap):
+    fj.sample(wrap(Net(1.0)), X, "euler", 4)
+    traced = Net.traces
+    np.testing.assert_allclose(fj.sample(wrap(Net(-4.0)), 0 * X, "euler", 4).x, -7.53125, rtol=1e-6)
+    assert Net.traces == traced
+
+
+def test_a_loss_does_not_trace_a_module_anew_whose_method_is_compiled():
+    fj.losses.conditional_flow_matching(Table(1.0), SAMPLE)
+    traced = Table.traces
+    for value in (2.0, 3.0):
+        net = Table(value)
+        found = fj.losses.conditional_flow_matching(net, SAMPLE)
+        np.testing.assert_allclose(found, ((net(SAMPLE.t, SAMPLE.x_t) - SAMPLE.dx_t) ** 2).mean(1), rtol=1e-5)
+    assert Table.traces == traced
+
+
+def test_code_that_was_made_without_a_module_is_looked_at_as_well():
+    names = {"net": Net(1.0)}
+    exec("def velocity(t, x):\n    return net(t, x)", names)
+    for value in (1.0, 2.0):
+        names["net"] = Net(value)
+        np.testing.assert_allclose(fj.sample(names["velocity"], X, "euler", 1).x, 2 * X + value, rtol=1e-6)

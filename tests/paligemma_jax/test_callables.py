@@ -42,6 +42,16 @@ def in_micro_batches(embed):
     return pg.losses.embed_in_micro_batches(lambda images: embed(images)[0], jnp.asarray(rows), 1)
 
 
+@functools.cache
+def jitted(model):
+    """One compiled function of a model, as a user has it who compiles it once and trains on."""
+    return functools.partial(jax.jit(lambda images: model.encode_image(images)[0]))
+
+
+def in_jitted(model, micro_batch):
+    return pg.losses.embed_in_micro_batches(jitted(model), jnp.asarray(PREPARED.astype(np.float32)), micro_batch)
+
+
 zero = pg.zero_shot
 PALIGEMMA = {
     "generate": lambda model: logits(model)["logits"],
@@ -52,6 +62,8 @@ DUAL = {
     "losses.embed_in_micro_batches": lambda model: in_micro_batches(model.encode_image),
     "losses.embed_in_micro_batches, a partial": lambda model: in_micro_batches(functools.partial(model.encode_image)),
     "losses.embed_in_micro_batches, a closure": lambda model: in_micro_batches(lambda rows: model.encode_image(rows)),
+    "losses.embed_in_micro_batches, jit": lambda model: in_jitted(model, 1),
+    "losses.embed_in_micro_batches, jit at once": lambda model: in_jitted(model, None),
     "zero_shot.class_embeddings": lambda model: zero.class_embeddings(model, tokenize, ["cube"]),
     "zero_shot.zero_shot": lambda model: zero.zero_shot(model, tokenize, PREPARED.astype(np.float32), ["cube"]),
     "zero_shot.embed_rows": lambda model: zero.embed_rows(
