@@ -7,7 +7,9 @@ checkpoint).
 
 from absl import flags
 
-from train_jax import clock, command_line, distributed
+from train_jax.config import command_line
+from train_jax.parallel import distributed
+from train_jax.system import clock
 
 
 def _flags(values: flags.FlagValues) -> None:

@@ -17,8 +17,8 @@ default DIR/drawn.png); --seed=1 draws another, --config.eval.guidance=2 follows
 from absl import flags
 from ml_collections import ConfigDict
 
-from train_jax import command_line
-from train_jax.errors import UserError, quoted
+from train_jax.config import command_line
+from train_jax.core.errors import UserError, quoted
 
 ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
     if values["class"].value:
         _classify(values, rest)
         return
+    from paligemma_jax.inference.answer import predict
     from paligemma_jax.loading import run_config  # slow to import: after mistakes in the flags have been told
-    from paligemma_jax.predict import predict
 
     config = run_config(values.workdir) if values.workdir else None
     overrides = command_line.parse_overrides(rest, config or ConfigDict(), list(values))
@@ -103,7 +103,7 @@ def _draw(values: flags.FlagValues, config: ConfigDict) -> None:
         raise UserError(
             f"--image={values.image[0]} is given to a run that draws, expected prompts alone: leave it out."
         )
-    from paligemma_jax.tasks.draw import draw
+    from paligemma_jax.tasks.text_to_image.draw import draw
 
     file = values.out or f"{values.workdir}/drawn.png"
     draw(values.workdir, values.prompt, file, config=config, checkpoint=values.checkpoint, seed=values.seed)
@@ -116,7 +116,7 @@ def _classify(values: flags.FlagValues, rest: list[str]) -> None:
         raise UserError(f"found {quoted((values.prompt + rest)[0])} beside --class, which goes without: leave one out.")
     if (values.workdir is None) == (values.model is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
-    from paligemma_jax.classify import classify
+    from paligemma_jax.inference.classify import classify
 
     classes = values["class"].value
     scores = classify(

@@ -1,12 +1,14 @@
 """Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
 
 The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well; of a config that is a sweep
-by train_jax.sweep.fit(config, workdir).
+by train_jax.sweep.run.fit(config, workdir).
 """
 
 from absl import flags
 
-from train_jax import clock, command_line, distributed
+from train_jax.config import command_line
+from train_jax.parallel import distributed
+from train_jax.system import clock
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> None:
     if values.print_batch:
         print(loop.describe_batch(config))
     elif config.sweep:
-        from train_jax import sweep
+        from train_jax.sweep import run as sweep
 
         sweep.fit(config, workdir, values.progress, clock.process_began())
     else:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paligemma_jax as pg
-from train_jax import params
+from train_jax.core import param_tree
 
 GOLDEN = Path(__file__).parent.parent / "tests/golden"
 # What is exported, and where its tokenizer is; the goldens' own word tables are smaller than that.
@@ -34,8 +34,10 @@ EMBEDS, LOGITS = 2e-5, 2e-4  # as the golden READMEs ask of float32
 def randomised(model: pg.DualEncoder) -> pg.DualEncoder:
     """Norms and biases random too."""
     rng = np.random.default_rng(0)
-    arrays = {path: jnp.asarray(0.1 * rng.normal(size=a.shape), a.dtype) for path, a in params.flatten(model).items()}
-    return params.assign(model, arrays)
+    arrays = {
+        path: jnp.asarray(0.1 * rng.normal(size=a.shape), a.dtype) for path, a in param_tree.flatten(model).items()
+    }
+    return param_tree.assign(model, arrays)
 
 
 def compare(name: str, source: str | Path, tokenizer: Path | None, folder: Path) -> bool:

@@ -25,13 +25,13 @@ import numpy as np
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora import projections
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_peft
-from train_jax import params
+from train_jax.core import param_tree
 
 GOLDEN = Path(__file__).parent.parent / "tests/golden"
 SOURCES = {
@@ -81,9 +81,9 @@ def random_model(decoder: GemmaConfig) -> PaliGemma:
     image_token = decoder.vocab_size - 1
     config = PaliGemmaConfig(vision=VISION, decoder=decoder, preprocessing=preprocessing, image_token=image_token)
     model, rng = PaliGemma(config, rngs=nnx.Rngs(0)), np.random.default_rng(2)
-    return params.assign(
+    return param_tree.assign(
         model,
-        {path: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) for path, a in params.flatten(model).items()},
+        {path: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype) for path, a in param_tree.flatten(model).items()},
     )
 
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from paligemma_jax import contrastive_reference
+from paligemma_jax.losses import reference as contrastive_reference
 from paligemma_jax.losses import sigmoid_loss, softmax_loss
-from train_jax.memory import format_bytes, step_memory
+from train_jax.system.memory import format_bytes, step_memory
 
 
 def full_softmax(zimg, ztxt, log_scale, bias) -> jax.Array:

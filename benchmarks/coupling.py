@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from flow_jax.assignment import assign
-from flow_jax.couplings import host_cost
+from flow_jax.couplings.assignment import assign
+from flow_jax.couplings.pairings import host_cost
 
 
 def make_cost(n: int, dim: int, seed: int = 0) -> np.ndarray:

@@ -33,11 +33,14 @@ from torchcfm.models import MLP
 from torchdiffeq import odeint
 
 import flow_jax as fj
-from flow_jax import toys
-from flow_jax.task import PlaneFlow
-from train_jax import metrics, model_state, optimizers, params, sharding, training_step
-from train_jax.config import base_config
-from train_jax.session import training_batches
+from flow_jax.data import toys
+from flow_jax.tasks.plane import PlaneFlow
+from train_jax.config.base import base_config
+from train_jax.core import metrics, param_tree
+from train_jax.optim import optimizers
+from train_jax.parallel import sharding
+from train_jax.run_state import training_batches
+from train_jax.step import placement, train_step
 
 NOISE, DATA, POINTS = "8gaussians", "moons", 200_000
 WIDTH, RATE, SIGMA = 256, 1e-3, 0.1
@@ -62,13 +65,13 @@ class Ours:
         self.config = make_config(batch_size, coupling, threads)
         self.mesh = sharding.make_mesh(self.config.mesh)
         task = PlaneFlow(self.config, self.mesh)
-        self.source, self.bundle = task.train_source(), model_state.build(task, self.mesh)
+        self.source, self.bundle = task.train_source(), placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(self.config.optimizer, POINTS, 0)
         optimizer = optimizers.make_optimizer(self.config.optimizer, schedule, self.bundle.trainable)
-        self.state = model_state.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=False)
+        self.state = placement.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=False)
         self.place, self.done = sharding.batch_sharding(self.mesh).spec, 0
         batch = sharding.to_global(self.pipeline(1).batch_at(0), self.mesh, self.place)
-        traced, totals = training_step.trace(
+        traced, totals = train_step.trace(
             self.config, task, self.mesh, self.bundle, optimizer, schedule, self.state, batch
         )
         self.step = traced.lower().compile()
@@ -94,7 +97,7 @@ class Ours:
 
 def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
     """What a user would write into a config file."""
-    config = base_config("flow_jax.task:PlaneFlow")
+    config = base_config("flow_jax.tasks.plane:PlaneFlow")
     config.batch_size, config.data.threads = batch_size, threads
     config.data.noise, config.data.name, config.data.num_examples = NOISE, DATA, POINTS
     config.model.update({"width": WIDTH, "depth": 3, "activation": "selu", "time_width": 0})
@@ -130,7 +133,7 @@ class Theirs:
 
 def step_case(ours: Ours, steps: int) -> Case:
     theirs = Theirs(ours.config.batch_size, ConditionalFlowMatcher(SIGMA))
-    sizes = [sum(leaf.size for leaf in params.flatten(ours.model()).values())]
+    sizes = [sum(leaf.size for leaf in param_tree.flatten(ours.model()).values())]
     sizes.append(sum(leaf.numel() for leaf in theirs.net.parameters()))
     assert sizes[0] == sizes[1], f"the models have {sizes} parameters"
     print(f"MLP of {sizes[0]:,} parameters on both sides")

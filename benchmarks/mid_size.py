@@ -15,12 +15,12 @@ from pathlib import Path
 
 from flax import nnx
 
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.hugging_face import save_hugging_face
-from train_jax import params
+from paligemma_jax.weights.hugging_face.paligemma import save_hugging_face
+from train_jax.core import param_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = PaliGemmaConfig(
@@ -49,7 +49,7 @@ def main() -> None:
     base = folder / "base"
     if not base.is_dir():
         model = PaliGemma(CONFIG, rngs=nnx.Rngs(0))
-        print(f"{sum(leaf.size for leaf in params.flatten(model).values()) / 1e6:.1f} M parameters")
+        print(f"{sum(leaf.size for leaf in param_tree.flatten(model).values()) / 1e6:.1f} M parameters")
         save_hugging_face(model, base, tokenizer="tiny")
     print("| base | arguments | temporary | first loss | last loss | accuracy | steps/s | peak of the process |")
     print("|---|---|---|---|---|---|---|---|")

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train_jax.config import runtime_defaults
-from train_jax.memory import format_bytes, step_memory
-from train_jax.optimizers import make_optimizer, make_schedule
+from train_jax.config.base import runtime_defaults
+from train_jax.optim.optimizers import make_optimizer, make_schedule
+from train_jax.system.memory import format_bytes, step_memory
 
 # Settings of each row; momentum is what makes a fair comparison with Adam's first moment.
 OPTIMIZERS = {

@@ -12,11 +12,11 @@ import argparse
 import jax
 import numpy as np
 
-from paligemma_jax.adapt.lora import projections
-from paligemma_jax.adapt.quantize import TARGETS
-from paligemma_jax.adapt.quantized_kernel import QuantizedKernel, make_codec
-from paligemma_jax.weights.load import load
-from train_jax import patterns
+from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.adapt.quantization.quantize import TARGETS
+from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel, make_codec
+from paligemma_jax.weights.reader import load
+from train_jax.core import patterns
 
 CODECS = {
     "NF4, block 64": ("nf4", 64, False),

@@ -32,11 +32,11 @@ other methods, `--config.method` does not.
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.data import augment
-from paligemma_jax.data.protocols import SHOTS
-from train_jax.config import base_config, leaves, parse_arg
-from train_jax.errors import UserError
-from train_jax.patterns import did_you_mean
+from paligemma_jax.data.few_shot.protocols import SHOTS
+from paligemma_jax.images import augment
+from train_jax.config.base import base_config, leaves, parse_arg
+from train_jax.core.errors import UserError
+from train_jax.core.patterns import did_you_mean
 
 SEEDS = (0, 1, 2)
 FULL_RATE = 0.1  # of the learning rate, where all weights train

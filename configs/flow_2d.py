@@ -10,8 +10,8 @@ workdir.
 
 from ml_collections import ConfigDict
 
-from train_jax.config import base_config
-from train_jax.errors import UserError
+from train_jax.config.base import base_config
+from train_jax.core.errors import UserError
 
 DATA = ("checkerboard", "8gaussians", "moons", "spirals")
 
@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     Raises:
       UserError: another one.
     """
-    config = base_config("flow_jax.task:PlaneFlow")
+    config = base_config("flow_jax.tasks.plane:PlaneFlow")
     config.data.noise, config.data.name = endpoints(arg or DATA[0])
     config.coupling.name = "exact"  # straighter paths, and fewer steps to sample
     config.total_steps = 10_000

@@ -10,13 +10,13 @@ take seconds.
 
 from ml_collections import ConfigDict
 
-from train_jax.config import base_config, parse_arg
+from train_jax.config.base import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; arg "dit", "smoke" or both."""
     arg = parse_arg(arg, dit=False, smoke=False)
-    config = base_config("flow_jax.image_task:ImageFlow")
+    config = base_config("flow_jax.tasks.images:ImageFlow")
     config.coupling.name = "exact"  # within each class
     config.model.unet.multipliers, config.model.unet.attention = (1, 2), (4,)
     config.total_steps = 1200  # after 2,500 samples lie nearer to the training images than held-out digits do

@@ -19,8 +19,8 @@ batch of 256 on one device, 2.6 GiB of them parameters, average and moments.
 
 from ml_collections import ConfigDict
 
-from train_jax.config import base_config, parse_arg
-from train_jax.errors import UserError
+from train_jax.config.base import base_config, parse_arg
+from train_jax.core.errors import UserError
 
 TFDS = "~/tensorflow_datasets/"
 FINAL_RATE = 1e-8  # of the table's polynomial decay, of power 1, which its warm-up starts from too (ours: from 0)
@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise UserError(f"config arguments {' and '.join(chosen)} stand together, expected one of them: leave one out.")
     if arg.coupling != "independent" and not arg.torchcfm:
         raise UserError(f"config argument coupling={arg.coupling} stands without torchcfm: add it, or leave it out.")
-    config = base_config("flow_jax.image_task:ImageFlow")
+    config = base_config("flow_jax.tasks.images:ImageFlow")
     config.data.conditional = False
     if arg.smoke:
         return _smoke(config)

@@ -10,7 +10,7 @@ and `:vision,smoke` run a minute to show that they work.
 
 from ml_collections import ConfigDict
 
-from train_jax.config import base_config, parse_arg
+from train_jax.config.base import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def vision() -> ConfigDict:
     """The tower alone."""
-    config = base_config("paligemma_jax.tasks.vision_pretraining:VisionPretraining")
+    config = base_config("paligemma_jax.tasks.pretraining.vision:VisionPretraining")
     config.total_steps = 2000
     config.batch_size = 64
     config.eval_steps = 500

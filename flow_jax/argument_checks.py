@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def check_function(name: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, Num, UInt32
 
 from flow_jax.argument_checks import check_number, check_numbers, check_whole
 from flow_jax.callables import call_now
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 AnyArray = Array | np.ndarray
 Rows = Float[AnyArray, "B ..."]

@@ -35,10 +35,10 @@ from flow_jax.arrays import (
 )
 from flow_jax.callables import run
 from flow_jax.models.features import batch_times, time_features
+from flow_jax.ode.sampling import sample
 from flow_jax.paths.affine import PathSample, checked, row_times
-from flow_jax.sampling import sample
 from flow_jax.times import Times
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def mean_flow(

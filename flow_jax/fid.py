@@ -15,11 +15,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flow_jax.frechet import FrechetScore
-from train_jax import clock, command_line, files
-from train_jax.config import leaves
-from train_jax.core import row_sharding
-from train_jax.errors import UserError
+from flow_jax.metrics.frechet import FrechetScore
+from train_jax.config import command_line
+from train_jax.config.base import leaves
+from train_jax.core import files, row_sharding
+from train_jax.core.errors import UserError
+from train_jax.system import clock
 
 # Flags that are short for --config.eval.<name>.
 SHORT = {
@@ -43,13 +44,13 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     Raises:
       UserError: as `train_jax.loop.load_model`, data that are not there, features that are none.
     """
-    from train_jax.evaluation import load_model, print_results  # slow to import: after mistakes have been told
-    from train_jax.sharding import make_mesh
+    from train_jax.evaluate import load_model, print_results  # slow to import: after mistakes have been told
+    from train_jax.parallel.sharding import make_mesh
     from train_jax.task import make_task
 
     began = time.perf_counter() if began is None else began
     if "eval.reference_examples" not in leaves(config):
-        raise UserError(f"{workdir} is a run of {config.task}, expected one of flow_jax.image_task:ImageFlow.")
+        raise UserError(f"{workdir} is a run of {config.task}, expected one of flow_jax.tasks.images:ImageFlow.")
     workdir, options = Path(workdir), config.eval
     number = options.num_samples or NUM_SAMPLES
     mesh = make_mesh(config.mesh)

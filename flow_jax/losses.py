@@ -25,9 +25,9 @@ from flow_jax.arrays import (
     velocity_at,
 )
 from flow_jax.callables import call_now
-from flow_jax.couplings import check_pairs
+from flow_jax.couplings.pairings import check_pairs
 from flow_jax.paths.affine import PathSample, checked, row_times
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: CheckedRows, *args) -> Float[Array, " B"]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from flow_jax.argument_checks import check_key, check_numbers
 from flow_jax.arrays import AnyArray, RandomKey, Rows
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 RowKeys = Key[Array, " B"]
 """A typed key of jax.random for each row."""

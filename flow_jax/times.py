@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from flow_jax.argument_checks import check_key, check_number, check_whole
 from flow_jax.arrays import AnyArray, Number, RandomKey
 from flow_jax.row_keys import RowKeys
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 class Times:

@@ -6,16 +6,16 @@ tokens = pg.generate(model, images, prompt_tokens)
 """
 
 from paligemma_jax import losses, metrics, weights, zero_shot
-from paligemma_jax.adapt import nf4
-from paligemma_jax.adapt.lora import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
-from paligemma_jax.adapt.prompt_methods import FEW_SHOT_METHODS, attach_method, few_shot_method
-from paligemma_jax.adapt.prompts import PromptConfig, attach_prompts, detach_prompts
-from paligemma_jax.adapt.quantize import dequantize, quantize
-from paligemma_jax.candidates import score_candidates
+from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, attach_method, few_shot_method
+from paligemma_jax.adapt.few_shot.prompts import PromptConfig, attach_prompts, detach_prompts
+from paligemma_jax.adapt.lora.adapter import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
+from paligemma_jax.adapt.quantization import nf4
+from paligemma_jax.adapt.quantization.quantize import dequantize, quantize
 from paligemma_jax.data.prompts import make_example
-from paligemma_jax.data.text_tokens import load_text_tokenizer
-from paligemma_jax.data.tokenizer import load_tokenizer
-from paligemma_jax.generate import generate
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
+from paligemma_jax.generation.candidate_scoring import score_candidates
+from paligemma_jax.generation.generate import generate
 from paligemma_jax.loading import load
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant

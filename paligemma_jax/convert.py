@@ -19,18 +19,20 @@ from pathlib import Path
 
 from absl import flags
 
-from paligemma_jax import hub, loading
-from paligemma_jax.adapt import family
-from paligemma_jax.adapt.lora import merge_lora, projections
-from paligemma_jax.adapt.merge_quantized import merge_quantized
-from paligemma_jax.adapt.quantize import dequantize, describe, is_quantized
+from paligemma_jax import loading
+from paligemma_jax.adapt.lora.adapter import merge_lora, projections
+from paligemma_jax.adapt.peft import methods as family
+from paligemma_jax.adapt.quantization.merge import merge_quantized
+from paligemma_jax.adapt.quantization.quantize import dequantize, describe, is_quantized
+from paligemma_jax.files import hub
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax, save_peft
-from paligemma_jax.weights.load import stored_dtype
+from paligemma_jax.weights.reader import stored_dtype
 from paligemma_jax.weights.tokenizer_files import MODEL, SIGLIP_MODEL, tokenizer_files
-from train_jax import command_line, params
-from train_jax.errors import UserError
+from train_jax.config import command_line
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 ORBAX = "orbax"
 FORMATS = ("hugging_face", "big_vision", ORBAX)  # of whole models
@@ -100,8 +102,8 @@ def read(
     if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
     if isinstance(model, DualEncoder) and loading.is_run(source):  # which trains in float32, whatever it computes in
-        arrays = params.flatten(model)
-        return params.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
+        arrays = param_tree.flatten(model)
+        return param_tree.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
     return model
 
 

@@ -9,10 +9,10 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
-from paligemma_jax.weights import adapter_folder, peft, prompt_folder
-from paligemma_jax.weights import load as checkpoint
-from train_jax import config
-from train_jax.errors import UserError
+from paligemma_jax.weights import reader as checkpoint
+from paligemma_jax.weights.adapters import method_folder, peft, prompt_folder
+from train_jax.config import base as config
+from train_jax.core.errors import UserError
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
         one it was trained on any more; nothing is half loaded.
     """
     if not is_run(path):
-        ours = adapter is not None and adapter_folder.is_adapter(adapter)
+        ours = adapter is not None and method_folder.is_adapter(adapter)
         opened = None if adapter is None or ours else peft.open_peft(adapter)  # its faults show before the base is read
         model = checkpoint.load(path, dtype, **options)
         if adapter is None:
@@ -49,7 +49,7 @@ def load(
             what = "a dual encoder" if isinstance(model, DualEncoder) else "one tower"
             raise UserError(f"{path} is {what}, expected a whole model for an adapter: give a whole PaliGemma.")
         if ours:
-            return adapter_folder.load_adapter(model, adapter)
+            return method_folder.load_adapter(model, adapter)
         return peft.load_peft(model, opened, shardings=options.get("shardings"))
     given = [*options, *(["adapter"] if adapter is not None else [])]
     if given:

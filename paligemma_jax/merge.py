@@ -17,12 +17,14 @@ from pathlib import Path
 
 from absl import flags
 
-from paligemma_jax import hub, loading
-from paligemma_jax.adapt.lora import largest_logit_gap, projections
-from paligemma_jax.adapt.merge_quantized import probe_inputs
+from paligemma_jax import loading
+from paligemma_jax.adapt.lora.adapter import largest_logit_gap, projections
+from paligemma_jax.adapt.quantization.merge import probe_inputs
 from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
-from train_jax import command_line, params
-from train_jax.errors import UserError
+from paligemma_jax.files import hub
+from train_jax.config import command_line
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 
 def merge(
@@ -48,7 +50,7 @@ def merge(
     model = read(source, dtype, adapter)
     if all(module.lora_a is None for module in projections(model).values()):
         raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
-    unmerged = params.merge(*params.split(model))  # shares all arrays; merging replaces those that change
+    unmerged = param_tree.merge(*param_tree.split(model))  # shares all arrays; merging replaces those that change
     model = plain(model)
     gap = largest_logit_gap(unmerged, model, **probe_inputs(model))
     del unmerged

@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 
 from paligemma_jax import loading
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions
 from paligemma_jax.weights.checkpoint import Config
-from paligemma_jax.weights.load import new, placed
-from train_jax import params
-from train_jax.errors import UserError
+from paligemma_jax.weights.reader import new, placed
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 POSITIONS = "position_embedding"
 SAME = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "eps", "activation", "class_token")
@@ -46,15 +46,15 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
     _check(tower.config, model.config.vision, path)
     preprocessing = _preprocessing(source)
     big_vision = preprocessing is not None and preprocessing.source == "big_vision"
-    arrays = _fitted(params.flatten(tower), model.config.vision, "bilinear" if big_vision else "bicubic")
-    old = params.flatten(model)
+    arrays = _fitted(param_tree.flatten(tower), model.config.vision, "bilinear" if big_vision else "bicubic")
+    old = param_tree.flatten(model)
     new = {f"vision/{name}": np.asarray(array) for name, array in arrays.items()}
     missing = sorted(new.keys() - old.keys())
     if missing:
         raise UserError(
             f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise it after that."
         )
-    model = params.assign(
+    model = param_tree.assign(
         model, {name: placed(array.astype(old[name].dtype), old[name].sharding) for name, array in new.items()}
     )
     model.config = _prepared(model.config, preprocessing)

@@ -9,9 +9,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt8
 
-from paligemma_jax.data.descriptions import fill_templates
+from paligemma_jax.data.few_shot.descriptions import fill_templates
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 AT_ONCE = 64  # rows embedded at a time
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]

@@ -17,8 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # the work.
 PACKAGE = Path(__file__).parent.parent / "paligemma_jax"
 COMPUTING = {f"paligemma_jax.{path.stem}" for path in PACKAGE.iterdir()} - {"paligemma_jax.data"}
-ARRAY_DATA = {f"paligemma_jax.data.{name}" for name in ("images", "resize_tf", "augment")}
-install_import_hook(["train_jax", "flow_jax", *COMPUTING, *ARRAY_DATA], "beartype.beartype")
+install_import_hook(["train_jax", "flow_jax", *COMPUTING], "beartype.beartype")
 
 # Cases that run only when asked for; fixtures for quick compilation, for memory, and of a small model and its runs, for
 # the tests of tasks and entry points.

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 
 from tests.paligemma_jax.mini import config_of
-from train_jax import flops, hlo, params, sharding
-from train_jax import plan as planning
-from train_jax.config import task_class
-from train_jax.core import row_sharding
-from train_jax.memory import step_memory
+from train_jax.config.base import task_class
+from train_jax.core import param_tree, row_sharding
+from train_jax.parallel import sharding
+from train_jax.plan import flops, hlo
+from train_jax.plan import programs as planning
+from train_jax.system.memory import step_memory
 
 ONE = {"data": 1, "fsdp": 1}
 MESHES = {"data": {"data": 8, "fsdp": 1}, "fsdp": {"data": 1, "fsdp": 8}, "both": {"data": 2, "fsdp": 4}}
@@ -90,7 +91,7 @@ def parameters(case: Case) -> dict[str, Sizes]:
     """Shapes by path."""
     config = _config(case, ONE)
     blueprint = task_class(config.task).blueprint(config, sharding.make_mesh(config.mesh))
-    return {path: leaf.shape for path, leaf in params.flatten(blueprint.model).items()}
+    return {path: leaf.shape for path, leaf in param_tree.flatten(blueprint.model).items()}
 
 
 def held_share(case: Case, mesh: str) -> float:
@@ -98,7 +99,7 @@ def held_share(case: Case, mesh: str) -> float:
     config = _config(case, MESHES[mesh])
     devices = sharding.make_mesh(config.mesh)
     blueprint = task_class(config.task).blueprint(config, devices)
-    shapes = params.flatten(blueprint.model)
+    shapes = param_tree.flatten(blueprint.model)
     places, _ = sharding.shardings(devices, blueprint.task.sharding_rules(), shapes)
     held = sum(math.prod(places[path].shard_shape(x.shape)) * x.dtype.itemsize for path, x in shapes.items())
     return held / sum(x.size * x.dtype.itemsize for x in shapes.values()) * DEVICES

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 import flow_jax
 import paligemma_jax
-from paligemma_jax.tasks import contrastive, scene_task
+from paligemma_jax.tasks.contrastive import task as contrastive
+from paligemma_jax.tasks.pretraining import scene_task
 from tests.paligemma_jax.conftest import randomised
 from tests.paligemma_jax.mini import MINI, ROOT, config_of, png, save_small_siglip
-from tests.paligemma_jax.tasks.test_contrastive import SMALL, variant
+from tests.paligemma_jax.tasks.contrastive.test_task import SMALL, variant
 from tests.train_jax.toy_task import PATH, toy_config
 from train_jax.task import Task
 
@@ -110,7 +111,7 @@ FEW = {"data.name": "images", "shots": 2, "prompts.text_adapter": 3, "prompts.im
 
 CASES = {
     PATH: {"dropout": Case({"model.dropout": 0.5})},
-    "flow_jax.task:PlaneFlow": {
+    "flow_jax.tasks.plane:PlaneFlow": {
         "noise on the way": Case(
             FLOW | {"coupling.name": "exact", "times": "stratified", "path.name": "cfm"}, "flow_2d.py"
         ),
@@ -122,7 +123,7 @@ CASES = {
         ),
         "entropic": Case(FLOW | {"coupling.name": "sinkhorn"}, "flow_2d.py", "which pairs the rows of a step"),
     },
-    "flow_jax.image_task:ImageFlow": {
+    "flow_jax.tasks.images:ImageFlow": {
         "by class": Case(IMAGES, "flow_images.py:smoke"),
         "without labels": Case(IMAGES | {"coupling.group": 2, "data.conditional": False}, "flow_images.py:smoke"),
     },
@@ -134,7 +135,7 @@ CASES = {
     "paligemma_jax.tasks.pretraining:Pretraining": {
         "texts": Case(SCENES | TEXTS, "pretrain.py", "the loss of the patch heads is a mean", drawn=False),
     },
-    "paligemma_jax.tasks.vision_pretraining:VisionPretraining": {
+    "paligemma_jax.tasks.pretraining.vision:VisionPretraining": {
         "patches": Case(SCENES, "pretrain.py:vision", "the loss of the patch heads is a mean", drawn=False),
     },
     "paligemma_jax.tasks.contrastive:Contrastive": {

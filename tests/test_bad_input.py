@@ -13,10 +13,11 @@ from safetensors.numpy import load_file, save_file
 import eval as eval_script
 import predict as predict_script
 import train
-from paligemma_jax.tasks import vqa_report
+from paligemma_jax.tasks.vqa import report as vqa_report
 from tests.paligemma_jax.mini import ROOT, arguments, mistake, png, read_lines, train_main, write_rows
-from train_jax import command_line, loop
-from train_jax.input import Pipeline
+from train_jax import loop
+from train_jax.config import command_line
+from train_jax.data.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 OWN_DATA = str(ROOT / "configs/own_data.py")

@@ -9,18 +9,22 @@ import pytest
 from absl import flags
 
 from configs.clevr import METHODS
-from paligemma_jax.adapt.prompt_methods import few_shot_method
-from paligemma_jax.adapt.prompts import PromptConfig
-from paligemma_jax.models.dual_variants import variant as variant_of_dual
+from paligemma_jax.adapt.few_shot.methods import few_shot_method
+from paligemma_jax.adapt.few_shot.prompts import PromptConfig
 from paligemma_jax.models.paligemma import variant
-from paligemma_jax.tasks import contrastive_config, coprompt_config, vqa_config
-from paligemma_jax.tasks.vqa import VQA
-from train_jax import command_line, params, patterns, sweep
-from train_jax.config import leaves, steps
-from train_jax.errors import UserError
-from train_jax.sharding import make_mesh
+from paligemma_jax.models.variants import variant as variant_of_dual
+from paligemma_jax.tasks.contrastive import config as contrastive_config
+from paligemma_jax.tasks.coprompt import config as coprompt_config
+from paligemma_jax.tasks.vqa import config as vqa_config
+from paligemma_jax.tasks.vqa.task import VQA
+from train_jax.config import command_line
+from train_jax.config.base import leaves, steps
+from train_jax.config.validate import validate
+from train_jax.core import param_tree, patterns
+from train_jax.core.errors import UserError
+from train_jax.parallel.sharding import make_mesh
+from train_jax.sweep import run as sweep
 from train_jax.task import make_task
-from train_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
@@ -110,7 +114,7 @@ def test_the_settings_of_the_report(argument):
     """Its table, row by row."""
     config = load("clevr", argument)
     expected = {
-        "compute_dtype": "float16",  # whose loss is scaled: train_jax/state.py
+        "compute_dtype": "float16",  # whose loss is scaled: train_jax/step/train_state.py
         "model.quantize": "int8",
         "model.quantize_double": False,
         "adapter.name": "lora",
@@ -183,8 +187,8 @@ def test_how_many_parameters_the_report_trains(argument, number):
     """q_proj and o_proj by suffix: the decoder's and the tower's q_proj, whose output is an out_proj."""
     config = one_device(load("clevr", argument))
     blueprint = VQA.blueprint(config, make_mesh(config.mesh))
-    trained = patterns.select(blueprint.task.trainable(), params.abstract(blueprint.model), what="adapters")
-    assert sum(params.abstract(blueprint.model)[path].size for path in trained) == number
+    trained = patterns.select(blueprint.task.trainable(), param_tree.abstract(blueprint.model), what="adapters")
+    assert sum(param_tree.abstract(blueprint.model)[path].size for path in trained) == number
     assert not [path for path in trained if "out_proj" in path]
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 import eval as eval_script
 import predict as predict_script
 import train
-from paligemma_jax.data.clevr import ClevrQuestions
+from paligemma_jax.data.sources.clevr import ClevrQuestions
 from paligemma_jax.data.train_tokenizer import build_model
-from paligemma_jax.tasks import vqa
+from paligemma_jax.tasks.vqa import task as vqa
 from tests.paligemma_jax.mini import (
     ROOT,
     SCENES,
@@ -23,10 +23,11 @@ from tests.paligemma_jax.mini import (
     read_lines,
     train_main,
 )
-from train_jax import command_line, loop
-from train_jax.checkpoints import Checkpoints
-from train_jax.errors import UserError
-from train_jax.validation import validate
+from train_jax import loop
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config import command_line
+from train_jax.config.validate import validate
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -238,7 +239,7 @@ def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
 
 def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
     answers = [("a.png", "p", "two\nlines\r"), ("b.png", "q\nr", "one")]
-    monkeypatch.setattr("paligemma_jax.predict.predict", lambda *args, **options: answers)
+    monkeypatch.setattr("paligemma_jax.inference.answer.predict", lambda *args, **options: answers)
     lines = ask(capsys, "--model=tiny", "--image=a.png", "--prompt=p")
     assert lines == ["a.png  p  ->  two\\nlines\\r", "b.png  q\\nr  ->  one"]
 

@@ -9,7 +9,7 @@ import pytest
 
 import eval as eval_script
 from tests.paligemma_jax.mini import CLEVR, ROOT, arguments, png, write_rows
-from train_jax import command_line
+from train_jax.config import command_line
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 QUESTIONS = ("How many things are there?", "What color is the cube?", "Is there a ball?", "What is the size of it?")

@@ -111,21 +111,29 @@ def test_no_circles():
     [
         ("train_jax/loop.py", "import paligemma_jax.losses", "train_jax.loop imports paligemma_jax.losses"),
         ("train_jax/loop.py", "def f():\n    from flow_jax import paths", "train_jax.loop imports flow_jax"),
-        ("flow_jax/task.py", "import paligemma_jax as pg", "flow_jax.task imports paligemma_jax"),
-        ("paligemma_jax/losses.py", "from train_jax import loop", "paligemma_jax.losses imports train_jax.loop"),
-        ("paligemma_jax/losses.py", "from .tasks import vqa", "paligemma_jax.losses imports paligemma_jax.tasks.vqa"),
-        ("paligemma_jax/tasks/vqa.py", "import flow_jax", "paligemma_jax.tasks.vqa imports flow_jax"),
+        ("flow_jax/tasks/plane.py", "import paligemma_jax as pg", "flow_jax.tasks.plane imports paligemma_jax"),
+        (
+            "paligemma_jax/losses/__init__.py",
+            "from train_jax import loop",
+            "paligemma_jax.losses imports train_jax.loop",
+        ),
+        (
+            "paligemma_jax/losses/__init__.py",
+            "from .tasks import vqa",
+            "paligemma_jax.losses imports paligemma_jax.tasks.vqa",
+        ),
+        ("paligemma_jax/tasks/vqa/task.py", "import flow_jax", "paligemma_jax.tasks.vqa imports flow_jax"),
         ("paligemma_jax/data/x.py", "from torch import nn", "paligemma_jax.data.x imports torch"),
-        ("paligemma_jax/losses.py", "from train_jax.errors import UserError", None),
-        ("paligemma_jax/tasks/text_to_image.py", "import flow_jax", None),
-        ("paligemma_jax/tasks/vqa.py", "from train_jax import loop", None),
+        ("paligemma_jax/losses/__init__.py", "from train_jax.core.errors import UserError", None),
+        ("paligemma_jax/tasks/text_to_image/task.py", "import flow_jax", None),
+        ("paligemma_jax/tasks/vqa/task.py", "from train_jax import loop", None),
     ],
 )
 def test_violations_are_found(tmp_path, file, source, expected):
     for name in {
         "train_jax/loop.py",
-        "train_jax/errors.py",
-        "paligemma_jax/tasks/vqa.py",
+        "train_jax/core/errors.py",
+        "paligemma_jax/tasks/vqa/task.py",
         "flow_jax/__init__.py",
         file,
     }:

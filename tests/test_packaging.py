@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from paligemma_jax.shipped import SHIPPED
-from train_jax.command_line import load_config
+from paligemma_jax.files.shipped import SHIPPED
+from train_jax.config.command_line import load_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")

@@ -15,11 +15,13 @@ import optax
 import pytest
 
 from tests.randomness_cases import BATCH, CASES, Case, places, small_models, task_paths
-from train_jax import model_state, optimizers, sharding, training_step
-from train_jax.errors import UserError
-from train_jax.input import Pipeline
+from train_jax.config.validate import validate
+from train_jax.core.errors import UserError
+from train_jax.data.pipeline import Pipeline
+from train_jax.optim import optimizers
+from train_jax.parallel import sharding
+from train_jax.step import placement, train_step
 from train_jax.task import make_task
-from train_jax.validation import validate
 
 STEP = 3
 ONE = {"mesh.data": 1}
@@ -78,12 +80,12 @@ class Step:
 
     def gradients(self, processes: int, *steps: int) -> list[tuple[float, dict[str, np.ndarray]]]:
         """Loss and gradient by path of one batch, with the keys of each of some steps."""
-        bundle = stirred(model_state.build(self.task, self.mesh))
-        start = model_state.create_state(bundle, KEPT, self.mesh, ema=False, float16=False)
+        bundle = stirred(placement.build(self.task, self.mesh))
+        start = placement.create_state(bundle, KEPT, self.mesh, ema=False, float16=False)
         rows = self.batch(self.config.micro_batch, processes)
         batch = sharding.to_global(rows, self.mesh, sharding.batch_sharding(self.mesh).spec)
         schedule = optimizers.make_schedule(self.config.optimizer, 100, 0)
-        traced, totals = training_step.trace(self.config, self.task, self.mesh, bundle, KEPT, schedule, start, batch)
+        traced, totals = train_step.trace(self.config, self.task, self.mesh, bundle, KEPT, schedule, start, batch)
         compiled, found = traced.lower().compile(), []
         for step in steps:
             zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)
@@ -100,7 +102,7 @@ KEPT = optax.GradientTransformation(
 )
 
 
-def stirred(bundle: model_state.Bundle) -> model_state.Bundle:
+def stirred(bundle: placement.Bundle) -> placement.Bundle:
     """Parameters that hide nothing of what is drawn, as those that start at zero would."""
     rng = np.random.default_rng(0)
     noise = {path: 0.1 * rng.standard_normal(bundle.trainable[path].shape) for path in sorted(bundle.trainable)}

@@ -7,7 +7,9 @@ import pytest
 
 import train
 from tests.train_jax.runs import ROOT, arguments, fails
-from train_jax import command_line, loop, model_state
+from train_jax import loop
+from train_jax.config import command_line
+from train_jax.step import placement
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def nothing_runs(monkeypatch):
     def compiled(*args, **options):
         raise AssertionError("the run went on")
 
-    monkeypatch.setattr(model_state, "build", compiled)
+    monkeypatch.setattr(placement, "build", compiled)
     monkeypatch.setattr(loop.Run, "train", compiled)
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train_jax import checkpoint_files, files, sharding
-from train_jax.errors import UserError
-from train_jax.resume import check_data
-from train_jax.session import training_batches
+from train_jax.checkpoints import metadata
+from train_jax.config.resume_check import check_data
+from train_jax.core import files
+from train_jax.core.errors import UserError
+from train_jax.parallel import sharding
+from train_jax.run_state import training_batches
 from train_jax.task import Task, make_task
 
 DATA = "data"  # of eval.json: the fingerprint of what a run was measured on
@@ -20,7 +22,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
       UserError: other data than the run was trained on or measured on; nothing was written.
     """
     task = make_task(config, sharding.make_mesh(config.mesh))
-    latest = checkpoint_files.read_latest(workdir / "checkpoints")
+    latest = metadata.read_latest(workdir / "checkpoints")
     if latest is not None:  # something trained
         source = getattr(task, "train_records", task.train_source)()
         check_data(latest[1]["fingerprint"], training_batches(config, source, num_steps=1).fingerprint, workdir)

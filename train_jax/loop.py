@@ -1,8 +1,8 @@
 """The one training loop: `fit(config, workdir)` trains and evaluates, `evaluate(config, workdir)` evaluates again.
 
-Read `fit` first: it is the order in which things happen. The step itself is in state.py, what a run holds and saves in
-session.py, the model and its data in the task. A workdir holds config.json, metrics.jsonl, eval.json, checkpoints/,
-tensorboard/, and what the task adds.
+Read `fit` first: it is the order in which things happen. The step itself is in step/train_state.py, what a run holds
+and saves in run_state.py, the model and its data in the task. A workdir holds config.json, metrics.jsonl, eval.json,
+checkpoints/, tensorboard/, and what the task adds.
 """
 
 import time
@@ -14,23 +14,26 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax import complete, files, metrics, optimizers, sharding, state, training_step, untrained
-from train_jax.checkpoints import Checkpoints
-from train_jax.config import to_json
-from train_jax.core import row_sharding
-from train_jax.durations import Plan
-from train_jax.errors import RunStopped
-from train_jax.evaluation import evaluate, load_model, print_results, resolve, write_results
-from train_jax.interrupt import Interrupt
-from train_jax.memory import reported_peak, step_memory
-from train_jax.plots import plot_curves
-from train_jax.ranking import check_metric
-from train_jax.reporting import Reporter
-from train_jax.resume import check_single, look
-from train_jax.session import Session, training_batches
-from train_jax.startup import startup_report
+from train_jax import complete, evaluate_only
+from train_jax.checkpoints.best_metric import check_metric
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config.base import to_json
+from train_jax.config.durations import Plan
+from train_jax.config.resume_check import check_single, look
+from train_jax.config.validate import validate
+from train_jax.core import files, metrics, row_sharding
+from train_jax.core.errors import RunStopped
+from train_jax.evaluate import evaluate, load_model, print_results, resolve, write_results
+from train_jax.optim import optimizers
+from train_jax.parallel import sharding
+from train_jax.report.plots import plot_curves
+from train_jax.report.reporter import Reporter
+from train_jax.report.startup import startup_report
+from train_jax.run_state import Session, training_batches
+from train_jax.step import train_state, train_step
+from train_jax.system.interrupt import Interrupt
+from train_jax.system.memory import reported_peak, step_memory
 from train_jax.task import check_workdir, make_task
-from train_jax.validation import validate
 
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
 
@@ -77,7 +80,7 @@ def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: fl
     if measured is not None:
         check_metric(config.best_metric, measured)
     if task.trainable() is None:
-        return untrained.fit(config, workdir, task, mesh, began)
+        return evaluate_only.fit(config, workdir, task, mesh, began)
     trainable_paths = getattr(task, "trainable_paths", None)
     if trainable_paths is not None:
         optimizers.check(config.optimizer, trainable_paths())
@@ -162,7 +165,7 @@ class Run:
         """The compiled step and its zero totals; prints the start-up report."""
         session, bundle, mesh = self.session, self.session.bundle, self.session.mesh
         batch = sharding.to_global(session.pipeline.batch_at(0), mesh, sharding.batch_sharding(mesh).spec)
-        traced, totals = training_step.trace(
+        traced, totals = train_step.trace(
             self.config, self.task, mesh, bundle, session.optimizer, session.schedule, session.state, batch
         )
         zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(mesh))
@@ -204,7 +207,7 @@ class Run:
             self._faults_told = int(guard.total)
         self._check_guard()
 
-    def _check_guard(self) -> state.Guard:
+    def _check_guard(self) -> train_state.Guard:
         """The guard, read from the device; ends the run if it has latched."""
         guard = jax.device_get(self.session.state.guard)
         if guard.stopped:

@@ -9,10 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax.config import task_class
-from train_jax.input import Source
-from train_jax.metrics import Metrics
-from train_jax.sharding import Spec
+from train_jax.config.base import task_class
+from train_jax.core.metrics import Metrics
+from train_jax.data.pipeline import Source
+from train_jax.parallel.sharding import Spec
 
 
 class Blueprint(NamedTuple):
@@ -59,7 +59,7 @@ class Task(Protocol):
       parameter_counts(model) -> {path: number}: how many parameters an array stands for, where that is not its size
         (packed or quantised ones);
       describe_batch(batch) -> str: a training batch as a person reads it (train.py --print_batch);
-      blueprint(config, mesh) -> Blueprint: a static or class method, for the plan command (train_jax/plan.py);
+      blueprint(config, mesh) -> Blueprint: a static or class method, for the plan command (train_jax/plan/programs.py);
       companions() -> {name: config}: runs that are trained in `workdir/name` before the evaluation, which gets
         their results as `companions={name: results}`.
     """
@@ -79,7 +79,7 @@ class Task(Protocol):
     def trainable(self) -> str | None:
         """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state.
 
-        None: nothing trains, as in a baseline that is only measured; the run is its evaluation (untrained.py).
+        None: nothing trains, as in a baseline that is only measured; the run is its evaluation (evaluate_only.py).
         """
         ...
 

@@ -1,8 +1,8 @@
 """Affine paths x_t = alpha(t) x_1 + sigma(t) x_0 from noise x_0 (t = 0) to data x_1 (t = 1).
 
-`CondOT` is the conditional-OT *path* of Lipman et al. 2023; pairing noise with data by minibatch optimal transport is
-a *coupling* (couplings.py), and goes with any path. Derivatives are in closed form, and what cancels in float32 (sigma
-of VP near t = 1, say) is written with expm1, sin^2 and the like.
+`CondOT` is the conditional-OT *path* of Lipman et al. 2023; pairing noise with data by minibatch optimal transport is a
+*coupling* (couplings/pairings.py), and goes with any path. Derivatives are in closed form, and what cancels in float32
+(sigma of VP near t = 1, say) is written with expm1, sin^2 and the like.
 """
 
 import abc
@@ -24,8 +24,8 @@ from flow_jax.arrays import (
     per_row,
     same_rows,
 )
-from flow_jax.conversions import Convertible, Inverse
-from train_jax.errors import UserError
+from flow_jax.paths.conversions import Convertible, Inverse
+from train_jax.core.errors import UserError
 
 
 class PathSample(NamedTuple):

@@ -22,7 +22,7 @@ from flow_jax.arrays import (
 )
 from flow_jax.callables import call_now
 from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def path_noise(name: str, like: Rows, key: RandomKey | None, noise: CheckedRows | None) -> Float[Array, "B ..."]:

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from train_jax.errors import UserError, quoted
-
-from .row_texts import check_prompt
-from .tokenizer import Tokenizer
+from paligemma_jax.data.row_texts import check_prompt
+from paligemma_jax.data.tokenizers.paligemma import Tokenizer
+from train_jax.core.errors import UserError, quoted
 
 _ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
 _LINE = 120

@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from train_jax.bad_rows import BadRow, BadRows
-from train_jax.errors import UserError, quoted
+from train_jax.core.errors import UserError, quoted
+from train_jax.core.row_errors import BadRow, BadRows
 
 __all__ = [
     "BadRow",

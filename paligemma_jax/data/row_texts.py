@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paligemma_jax.data.records import BadRow
-from train_jax.errors import UserError, quoted
+from train_jax.core.errors import UserError, quoted
 
 UNUSABLE = b"\xffno text: "  # begins what `stored` writes in place of a value that is no text; no UTF-8 does
 

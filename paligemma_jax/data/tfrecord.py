@@ -21,7 +21,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def convert_tfrecord(data_dir: str | Path, out_dir: str | Path) -> Path:

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
-from .synthetic_clevr.pretraining_texts import pretraining_segments
-from .synthetic_clevr.questions import generate_questions
-from .synthetic_clevr.scenes import sample_scene
+from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
+from paligemma_jax.data.synthetic_clevr.questions import generate_questions
+from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _WORD = re.compile(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]")

@@ -7,8 +7,8 @@ SigLIP pools with an attention head and has no image projection; CLIP pools its 
 text are is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: layers.py; E of an embedding, C texts
 where they may be more or fewer than the images.
 
-What `adapt/prompts.py` learns has a place of its own, `prompts`, empty in a base model. A call with `prompts=False` is
-that of the base, to the bit: a frozen branch needs no second copy of the weights.
+What `adapt/few_shot/prompts.py` learns has a place of its own, `prompts`, empty in a base model. A call with
+`prompts=False` is that of the base, to the bit: a frozen branch needs no second copy of the weights.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models import layers
 from paligemma_jax.models.pooling import POOLINGS, MAPHead
 from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
@@ -103,7 +103,7 @@ class DualEncoder(nnx.Module):
 
         Args:
           images: float32 as `config.preprocessing` prepares them.
-          tokens: ids as the model's tokenizer pads them (data/text_tokens.py).
+          tokens: ids as the model's tokenizer pads them (data/tokenizers/text_tower.py).
           mask: true on real tokens, for CLIP; None reads everything, as SigLIP does.
           dropout_keys: one key a pair switches adapter dropout on (training); None is deterministic.
           prompts: whether those that are attached, and the adapters of the output, are used.

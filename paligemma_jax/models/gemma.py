@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import encoder, layers
+from paligemma_jax.models import encoder_block, layers
 from train_jax.core import row_sharding
 
 
@@ -101,7 +101,7 @@ class GemmaMlp(nnx.Module):
     """down(gelu(gate(x)) * up(x)), or with the config's other activation; the gate's product in float32."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
-        encoder.check_activation(config.activation)
+        encoder_block.check_activation(config.activation)
         self.activation = config.activation
         options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
         self.gate_proj = layers.Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
@@ -109,7 +109,7 @@ class GemmaMlp(nnx.Module):
         self.down_proj = layers.Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
-        gate = encoder.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
+        gate = encoder_block.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
         return self.down_proj(gate * self.up_proj(x, dropout_keys, jnp.float32), dropout_keys, jnp.float32)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from paligemma_jax.models import low_rank
+from paligemma_jax.adapt.lora import low_rank
 from train_jax.core import row_sharding
 
 REMAT_POLICIES = {
@@ -59,11 +59,11 @@ class Projection(nnx.Module):
     """A linear map over one or more axes, with an optional low-rank update: y = x W + b + s (drop(x) A) B.
 
     The kernel is shaped [*in_shape, *out_shape]. Inside a stack of layers it has a leading layer axis that the scan
-    takes off before the call. `adapt/lora.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape], None without
-    an adapter; no other module looks at them, so base parameter names and checkpoints are the same with and without.
-    Where layers of a stack differ in s, `lora_layer_scale` holds a factor a layer; `lora_magnitude` [*out_shape] is
-    DoRA's. `adapt/` may put a module in the kernel's place, with `contract(x, keys)`, `dequantize()`, `shape` and
-    `size`: a quantised kernel, or one with a gated difference.
+    takes off before the call. `adapt/lora/adapter.py` sets `lora_a` [*in_shape, r] and `lora_b` [r, *out_shape], None
+    without an adapter; no other module looks at them, so base parameter names and checkpoints are the same with and
+    without. Where layers of a stack differ in s, `lora_layer_scale` holds a factor a layer; `lora_magnitude`
+    [*out_shape] is DoRA's. `adapt/` may put a module in the kernel's place, with `contract(x, keys)`, `dequantize()`,
+    `shape` and `size`: a quantised kernel, or one with a gated difference.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models import layers
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.vit import ViT, ViTConfig

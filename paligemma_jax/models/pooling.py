@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import encoder, layers
+from paligemma_jax.models import encoder_block, layers
 from paligemma_jax.models.vit import ViTConfig
 from train_jax.core import row_sharding
 
@@ -18,9 +18,9 @@ class MAPHead(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         probe = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
         self.probe = nnx.Param(probe.astype(config.param_dtype))
-        self.attention = encoder.Attention(config, "image_head", rngs=rngs)
+        self.attention = encoder_block.Attention(config, "image_head", rngs=rngs)
         self.layernorm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
-        self.mlp = encoder.Mlp(config, "image_head", rngs=rngs)
+        self.mlp = encoder_block.Mlp(config, "image_head", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:
         return row_sharding.apply_block(self, x, dropout_keys, call=MAPHead._pooled)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import encoder, layers
+from paligemma_jax.models import encoder_block, layers
 from train_jax.core import row_sharding
 
 POOLINGS = ("last", "eos")
@@ -74,7 +74,7 @@ class TextEncoder(nnx.Module):
         self.token_embedding = TokenEmbedding(config, rngs=rngs)
         positions = jax.random.normal(rngs.params(), (config.length, config.width)) * config.width**-0.5
         self.position_embedding = nnx.Param(positions.astype(config.param_dtype))
-        self.layers = layers.make_stack(lambda rngs: encoder.Block(config, "text", rngs=rngs), config.depth, rngs)
+        self.layers = layers.make_stack(lambda rngs: encoder_block.Block(config, "text", rngs=rngs), config.depth, rngs)
         self.final_layer_norm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
     def __call__(
@@ -90,7 +90,7 @@ class TextEncoder(nnx.Module):
           tokens: ids, at most `config.length` a text. SigLIP's pooled position is the last of the array: pad in full.
           mask: true on tokens that may be read; None means all, padding too, as SigLIP was trained.
           dropout_keys: one key an example switches adapter dropout on.
-          prompts: M learned inputs of each of the first K layers (adapt/prompts.py), in the places that
+          prompts: M learned inputs of each of the first K layers (adapt/few_shot/prompts.py), in the places that
             `prompt_start` tells.
 
         Returns:
@@ -115,18 +115,18 @@ class TextEncoder(nnx.Module):
         visible = _visible(mask, tokens, config.causal)
         if dropout_keys is None and prompts is None and config.pools_alone:
             # Of the last block the pooled position alone: under jit `encoded` costs nothing where nobody reads it.
-            before, last = encoder.split_last(self.layers)
+            before, last = encoder_block.split_last(self.layers)
             x = row_sharding.pin_rows(embedded)
             if config.depth > 1:
-                x = encoder.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
+                x = encoder_block.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
 
             def through(call):
                 run = lambda block, x, mask: call(block, x, mask=mask)  # noqa: E731
                 return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=run))
 
-            encoded, pooled = through(encoder.Block.__call__), through(encoder.Block.last)[:, 0]
+            encoded, pooled = through(encoder_block.Block.__call__), through(encoder_block.Block.last)[:, 0]
         else:
-            x = encoder.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
+            x = encoder_block.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
             encoded = self.final_layer_norm(x)
             pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}

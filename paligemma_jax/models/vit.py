@@ -12,7 +12,7 @@ import scipy.ndimage
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import encoder, layers
+from paligemma_jax.models import encoder_block, layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ViT(nnx.Module):
             noise = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
             self.class_embedding = nnx.Param(noise.astype(dtype))
             self.pre_layernorm = layers.LayerNorm(config.width, **norm)
-        self.layers = layers.make_stack(lambda rngs: encoder.Block(config, rngs=rngs), config.depth, rngs)
+        self.layers = layers.make_stack(lambda rngs: encoder_block.Block(config, rngs=rngs), config.depth, rngs)
         self.post_layernorm = layers.LayerNorm(config.width, **norm)
 
     def __call__(
@@ -87,9 +87,8 @@ class ViT(nnx.Module):
         """Encodes images in the checkpoint's value range (SigLIP: [-1, 1]).
 
         Args:
-          images: float32.
-          dropout_keys: one key an example switches adapter dropout on.
-          prompts: M learned inputs of each of the first K layers (adapt/prompts.py). They stand behind the patches,
+          images: float32. dropout_keys: one key an example switches adapter dropout on. prompts: M learned inputs of
+          each of the first K layers (adapt/few_shot/prompts.py). They stand behind the patches,
             have no position, and are left out of what comes back: the pooling sees what it was trained on.
 
         Returns:
@@ -119,7 +118,7 @@ class ViT(nnx.Module):
             first = self.pre_layernorm(prompts[0]) if config.class_token else prompts[0]
             x = jnp.concatenate([x, jnp.broadcast_to(first[None], (B, *first.shape))], axis=1)
             options |= dict(prompts=prompts, start=config.num_tokens)
-        x = encoder.run_blocks(self.layers, x, dropout_keys, **options)
+        x = encoder_block.run_blocks(self.layers, x, dropout_keys, **options)
         x = out["blocks"] = x if prompts is None else x[:, : config.num_tokens]
         x = out["encoded"] = self.post_layernorm(x)
         return x, out

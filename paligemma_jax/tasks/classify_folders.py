@@ -12,10 +12,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
-from paligemma_jax.classify import classify
-from paligemma_jax.data.class_folders import class_folders
+from paligemma_jax.data.few_shot.class_folders import class_folders
+from paligemma_jax.inference.classify import classify
 from paligemma_jax.tasks.common import progress
-from train_jax import command_line
+from train_jax.config import command_line
 
 
 def accuracies(scores: Float[np.ndarray, "N C"], right: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from paligemma_jax.adapt import quantize
+from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.models.layers import REMAT_POLICIES
-from train_jax import sharding
-from train_jax.sharding import Spec
+from train_jax.parallel import sharding
+from train_jax.parallel.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
 """Values of the key model.remat, see models.layers.scan_stack."""

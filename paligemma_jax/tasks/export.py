@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from paligemma_jax.tasks.pretraining import Pretraining
-from paligemma_jax.weights import hugging_face
-from paligemma_jax.weights.processor import write_preprocessing
+from paligemma_jax.tasks.pretraining.task import Pretraining
+from paligemma_jax.weights.hugging_face import paligemma as hugging_face
+from paligemma_jax.weights.hugging_face.processor import write_preprocessing
 from paligemma_jax.weights.tokenizer_files import copy_tokenizer
-from train_jax import command_line, config, sharding
-from train_jax.checkpoints import Checkpoints
-from train_jax.errors import UserError
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config import base as config
+from train_jax.config import command_line
+from train_jax.core.errors import UserError
+from train_jax.parallel import sharding
 
 PREFIX = "model/"
 

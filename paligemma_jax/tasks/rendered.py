@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.data import pretraining_set
+from paligemma_jax.data.sources import pretraining_scenes
 from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.tasks import common
 
@@ -24,4 +24,4 @@ def rendered(
     low, high = num_objects
     folder = Path(data.cache_dir).expanduser() / f"{stream}-v{VERSION}-{size}-{low}to{high}-{number}"
     with common.progress(f"rendering {number} {stream} scenes") as told:
-        return pretraining_set.build(folder, number, size, grid, stream, data.build_workers, told, num_objects)
+        return pretraining_scenes.build(folder, number, size, grid, stream, data.build_workers, told, num_objects)

@@ -1,10 +1,10 @@
 """Checkpoint formats, read and written by declarative name tables."""
 
-from paligemma_jax.weights.big_vision import save_big_vision
-from paligemma_jax.weights.hugging_face import save_hugging_face
-from paligemma_jax.weights.native import save_orbax
-from paligemma_jax.weights.peft import load_peft, save_peft
-from paligemma_jax.weights.prompt_folder import load_prompts, save_prompts
+from paligemma_jax.weights.adapters.peft import load_peft, save_peft
+from paligemma_jax.weights.adapters.prompt_folder import load_prompts, save_prompts
+from paligemma_jax.weights.big_vision.paligemma import save_big_vision
+from paligemma_jax.weights.hugging_face.paligemma import save_hugging_face
+from paligemma_jax.weights.orbax.checkpoint import save_orbax
 
 __all__ = [
     "load_peft",

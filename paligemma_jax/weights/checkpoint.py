@@ -7,7 +7,7 @@ from flax import nnx
 
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
-from paligemma_jax.weights.tables import Row, Source
+from paligemma_jax.weights.name_table import Row, Source
 
 Config = PaliGemmaConfig | DualEncoderConfig
 

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.data.added_tokens import ADDED, CONFIG, JSON, SPECIAL, read_added_tokens
-from paligemma_jax.data.pieces import JsonPieces, SentencePieces
-from paligemma_jax.data.text_tokens import TextTokenizer, load_text_tokenizer
-from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
-from paligemma_jax.shipped import local
-from train_jax.errors import UserError
+from paligemma_jax.data.tokenizers.added_tokens import ADDED, CONFIG, JSON, SPECIAL, read_added_tokens
+from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
+from paligemma_jax.data.tokenizers.pieces import JsonPieces, SentencePieces
+from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
+from paligemma_jax.files.shipped import local
+from train_jax.core.errors import UserError
 
 MODEL = "tokenizer.model"
 SIGLIP_MODEL = "spiece.model"

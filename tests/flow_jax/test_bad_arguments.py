@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import flow_jax as fj
-from flow_jax import moments, row_keys, toys
-from train_jax.errors import UserError
+from flow_jax import row_keys
+from flow_jax.data import toys
+from flow_jax.metrics import moments
+from train_jax.core.errors import UserError
 
 X = jnp.array([[0.5, -1.0], [2.0, 0.25], [1.0, 1.0]])
 LABELS = jnp.array([0, 1, 2])

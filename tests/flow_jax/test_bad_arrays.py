@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import flow_jax as fj
-from flow_jax.moments import Moments
-from train_jax.errors import UserError
+from flow_jax.metrics.moments import Moments
+from train_jax.core.errors import UserError
 
 X, COLUMN = jnp.arange(12.0).reshape(4, 3), jnp.ones((4, 1))
 KEY = jax.random.key(0)

@@ -22,7 +22,7 @@ import pytest
 from flax import nnx
 
 import flow_jax as fj
-from flow_jax.likelihood import start_log_prob
+from flow_jax.ode.likelihood import start_log_prob
 
 X = jnp.array([[0.5, -1.0], [2.0, 0.25]])
 T = jnp.array([0.25, 0.75])

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import flow_jax as fj
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 RATE = 1.7

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.adapt.lora import projections
+from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.load import load
-from train_jax import params
+from paligemma_jax.weights.reader import load
+from train_jax.core import param_tree
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -110,11 +110,11 @@ def randomised(model, seed=0):
     rng = np.random.default_rng(seed)
     fan_in = {f"{path}/kernel": math.prod(module.in_shape) for path, module in projections(model).items()}
     arrays = {}
-    for path, leaf in params.abstract(model).items():
+    for path, leaf in param_tree.abstract(model).items():
         array = rng.standard_normal(leaf.shape)
         array = array * fan_in[path] ** -0.5 if path in fan_in else 0.2 * array
         arrays[path] = jnp.asarray(array, leaf.dtype)
-    return params.assign(model, arrays)
+    return param_tree.assign(model, arrays)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train_jax.sharding import make_mesh
+from train_jax.parallel.sharding import make_mesh
 
 
 def counted_and_positive(zimg, ztxt, mask=None, text_ids=None, image_ids=None, valid=None):

@@ -12,18 +12,20 @@ from PIL import Image
 
 import train
 from paligemma_jax import weights
-from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import Record
-from paligemma_jax.data.sources import synthetic_folder
-from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax.data.sources.splits import synthetic_folder
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.models.dual_variants import variant
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.variants import variant
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights import hugging_face
+from paligemma_jax.weights.hugging_face import paligemma as hugging_face
 from tests.fast_compile import compiling_fast
-from train_jax import command_line, params, sharding
+from train_jax.config import command_line
+from train_jax.core import param_tree
+from train_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[2]
 CLEVR = str(ROOT / "configs/clevr.py")
@@ -64,7 +66,7 @@ def mini_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini")
     tokenizer = load_tokenizer("tiny")
     rng = np.random.default_rng(0)
-    shapes = params.abstract(nnx.eval_shape(lambda: PaliGemma(MINI, rngs=nnx.Rngs(0))))
+    shapes = param_tree.abstract(nnx.eval_shape(lambda: PaliGemma(MINI, rngs=nnx.Rngs(0))))
     arrays = {path: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     hugging_face.save(folder, MINI, arrays, tokenizer.image_id)
     (folder / "preprocessor_config.json").write_text(json.dumps(MINI.preprocessing.to_hugging_face()))
@@ -106,7 +108,7 @@ def config_of(options: dict, config: str = CLEVR):
 
 def task_of(options: dict, config: str = CLEVR):
     """The task of a command line."""
-    from paligemma_jax.tasks.vqa import VQA  # slow to import
+    from paligemma_jax.tasks.vqa.task import VQA  # slow to import
 
     settings = config_of(options, config)
     return VQA(settings, sharding.make_mesh(settings.mesh))

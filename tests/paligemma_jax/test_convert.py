@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax import convert, hub, loading
-from paligemma_jax.adapt.lora import attach_lora, merge_lora
-from paligemma_jax.adapt.quantize import dequantize
-from paligemma_jax.data.tokenizer import load_tokenizer
+from paligemma_jax import convert, loading
+from paligemma_jax.adapt.lora.adapter import attach_lora, merge_lora
+from paligemma_jax.adapt.quantization.quantize import dequantize
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.files import hub
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
-from paligemma_jax.weights.load import load, stored_dtype
-from train_jax import command_line, params
+from paligemma_jax.weights.reader import load, stored_dtype
+from train_jax.config import command_line
+from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -30,7 +32,7 @@ def sources(hugging_face_model, tmp_path_factory):
 
 
 def assert_same_arrays(model, expected):
-    ours, theirs = params.flatten(model), params.flatten(expected)
+    ours, theirs = param_tree.flatten(model), param_tree.flatten(expected)
     assert set(ours) == set(theirs)
     for path, array in ours.items():
         np.testing.assert_array_equal(array, theirs[path], err_msg=path, strict=True)
@@ -75,9 +77,9 @@ def test_quantised_kernels_are_made_kept_and_dequantised(sources, tmp_path, caps
 
 def test_adapters_of_a_run_are_merged(monkeypatch, tmp_path, golden, make_random):
     adapted = attach_lora(load(golden / "hf_paligemma"), rngs=nnx.Rngs(0))
-    for path, array in params.flatten(adapted).items():
+    for path, array in param_tree.flatten(adapted).items():
         if path.endswith("lora_b"):
-            adapted = params.assign(adapted, {path: array + 0.1})
+            adapted = param_tree.assign(adapted, {path: array + 0.1})
     merged = merge_lora(nnx.clone(adapted))
     monkeypatch.setattr(loading, "is_run", lambda path: True)
     monkeypatch.setattr(loading, "load", lambda path, dtype: adapted)

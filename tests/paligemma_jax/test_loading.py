@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora import projections
+from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.loading import is_run
 from tests.paligemma_jax.mini import config_of, task_of
-from train_jax import loop, params
-from train_jax.checkpoints import Checkpoints
-from train_jax.errors import UserError
+from train_jax import loop
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -25,8 +26,8 @@ def saved(run, step):
 
 @pytest.mark.parametrize("which", ["latest", 6, "6"])
 def test_a_run_is_its_base_and_its_adapters(mini_run, mini_folder, which):
-    arrays = params.flatten(pg.load(mini_run, which=which))
-    adapters, base = saved(mini_run, 12 if which == "latest" else 6), params.flatten(pg.load(mini_folder))
+    arrays = param_tree.flatten(pg.load(mini_run, which=which))
+    adapters, base = saved(mini_run, 12 if which == "latest" else 6), param_tree.flatten(pg.load(mini_folder))
     assert arrays.keys() == adapters.keys() | base.keys()
     for path, array in (base | adapters).items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=path)  # frozen leaves are the base's, bit for bit
@@ -35,8 +36,8 @@ def test_a_run_is_its_base_and_its_adapters(mini_run, mini_folder, which):
 
 def test_it_is_the_model_that_was_evaluated(mini_run, mini_options):
     ours, theirs = pg.load(mini_run), loop.load_model(config_of(mini_options), mini_run)
-    for path, array in params.flatten(theirs).items():
-        np.testing.assert_array_equal(params.flatten(ours)[path], array, err_msg=path)
+    for path, array in param_tree.flatten(theirs).items():
+        np.testing.assert_array_equal(param_tree.flatten(ours)[path], array, err_msg=path)
     for model in (ours, theirs):
         module = projections(model)["decoder/layers/self_attn/q_proj"]
         assert module.lora_scale == 32 / 8 and module.lora_dropout == 0.1
@@ -48,7 +49,7 @@ def test_it_loads_wherever_it_was_trained(mini_run, tmp_path):
     config = json.loads((mini_run / "config.json").read_text())
     config["mesh"]["data"] = config["batch_size"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found, expected = (params.flatten(pg.load(path, which="latest")) for path in (tmp_path, mini_run))
+    found, expected = (param_tree.flatten(pg.load(path, which="latest")) for path in (tmp_path, mini_run))
     np.testing.assert_array_equal(
         found["decoder/layers/self_attn/q_proj/lora_b"], expected["decoder/layers/self_attn/q_proj/lora_b"]
     )
@@ -56,7 +57,7 @@ def test_it_loads_wherever_it_was_trained(mini_run, tmp_path):
 
 def test_dtype(mini_run):
     model = pg.load(mini_run, "bfloat16")
-    arrays = params.flatten(model)
+    arrays = param_tree.flatten(model)
     assert model.config.decoder.dtype == "bfloat16"
     assert arrays["decoder/embed_tokens/embedding"].dtype == "bfloat16"  # frozen
     assert arrays["decoder/layers/self_attn/q_proj/lora_a"].dtype == "float32"  # trained

@@ -7,15 +7,16 @@ from safetensors.numpy import load_file
 
 import paligemma_jax as pg
 from paligemma_jax import convert, merge
-from paligemma_jax.adapt.lora import merge_lora
+from paligemma_jax.adapt.lora.adapter import merge_lora
 from paligemma_jax.weights import load_peft
-from train_jax import command_line, params
+from train_jax.config import command_line
+from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def assert_same_arrays(model, expected):
-    ours, theirs = params.flatten(model), params.flatten(expected)
+    ours, theirs = param_tree.flatten(model), param_tree.flatten(expected)
     assert set(ours) == set(theirs)
     for path, array in ours.items():
         np.testing.assert_array_equal(array, theirs[path], err_msg=path, strict=True)

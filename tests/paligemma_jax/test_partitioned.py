@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.adapt.diff_pruning import attach_diff
-from paligemma_jax.adapt.lora import attach_lora
-from paligemma_jax.adapt.quantize import quantize
-from paligemma_jax.generate import _generate, generate
+from paligemma_jax.adapt.lora.adapter import attach_lora
+from paligemma_jax.adapt.peft.diff_pruning import attach_diff
+from paligemma_jax.adapt.quantization.quantize import quantize
+from paligemma_jax.generation.generate import _generate, generate
+from paligemma_jax.generation.token_sampling import make_sampler
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, Projector
 from paligemma_jax.models.pooling import MAPHead
 from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.sampling import make_sampler
 from paligemma_jax.tasks.common import SHARDING_RULES
 from tests import partitioned
 from tests.paligemma_jax.mini import CLEVR, ROOT, save_small_siglip, task_of
 from tests.partitioned import MESHES, ONE, Case
-from train_jax import model_state, params, sharding
-from train_jax.core import row_sharding
-from train_jax.memory import step_memory
+from train_jax.core import param_tree, row_sharding
+from train_jax.parallel import sharding
+from train_jax.step import placement
+from train_jax.system.memory import step_memory
 
 SIGLIP = str(ROOT / "configs/siglip.py")
 LARGE = ((64,), (16, 64), (16,), (512,), (16, 512), (2, 16), (8, 16))
@@ -90,7 +91,7 @@ def test_greedy_answers_are_those_of_one_device(mini_options):
 
     def answers(sizes):
         task = task_of(mini_options | {f"mesh.{axis}": size for axis, size in sizes.items()})
-        model = model_state.build(task, task.mesh).model()
+        model = placement.build(task, task.mesh).model()
         rows = sharding.batch_sharding(task.mesh, accumulate=False)
         with row_sharding.over(task.mesh):
             return np.asarray(generate(model, *jax.device_put((images, tokens, real), rows), 8, eos_id=-1))
@@ -122,9 +123,9 @@ def test_samplers_choose_for_their_own_rows(sampler, mesh):
     def answered(sizes):
         devices = sharding.make_mesh(sizes | {"tensor": 1})
         model = PaliGemma(SMALL, rngs=nnx.Rngs(0))
-        places, _ = sharding.shardings(devices, SHARDING_RULES, params.abstract(model))
-        graph, arrays = params.split(row_sharding.mark(model, places))
-        model = params.merge(graph, jax.device_put(arrays, places))
+        places, _ = sharding.shardings(devices, SHARDING_RULES, param_tree.abstract(model))
+        graph, arrays = param_tree.split(row_sharding.mark(model, places))
+        model = param_tree.merge(graph, jax.device_put(arrays, places))
         inputs = jax.device_put((images, tokens, real), sharding.batch_sharding(devices, accumulate=False))
 
         def program(model, images, tokens, real):  # no EOS, rows from 0 on, 5 tokens
@@ -172,8 +173,8 @@ def gradient_of(kind: str, remat: str):
     """A loss of a stack over 8 devices in parts: of what trains and of rows, given what does not; shapes of these."""
     mesh = sharding.make_mesh(MESHES["fsdp"] | {"tensor": 1})
     model = nnx.eval_shape(lambda: KINDS[kind](Stack(remat)))
-    places, _ = sharding.shardings(mesh, SHARDING_RULES, params.abstract(model))
-    graph, arrays = params.split(row_sharding.mark(model, places))
+    places, _ = sharding.shardings(mesh, SHARDING_RULES, param_tree.abstract(model))
+    graph, arrays = param_tree.split(row_sharding.mark(model, places))
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in arrays.items()}
     trained = {path: x for path, x in shapes.items() if kind == "plain" or re.search("/(lora_|diff|log_alpha)", path)}
     frozen = {path: x for path, x in shapes.items() if path not in trained}
@@ -181,7 +182,7 @@ def gradient_of(kind: str, remat: str):
     def loss(trained, x, frozen):
         mask, positions = jnp.ones((8, 3, 3), bool), jnp.broadcast_to(jnp.arange(3)[None], (8, 3))
         keys = jax.random.split(jax.random.key(0), 8)
-        decoder = params.merge(graph, trained | frozen).decoder
+        decoder = param_tree.merge(graph, trained | frozen).decoder
         return jnp.square(decoder(x, positions, mask, dropout_keys=keys)[0]).sum()
 
     rows = jax.ShapeDtypeStruct((8, 3, 64), np.float32, sharding=sharding.batch_sharding(mesh, accumulate=False))
@@ -228,12 +229,12 @@ class Alone(nnx.Module):
 def test_modules_in_no_stack_gather_their_weights_again():
     mesh = sharding.make_mesh(MESHES["fsdp"] | {"tensor": 1})
     model = nnx.eval_shape(Alone)
-    places, _ = sharding.shardings(mesh, SHARDING_RULES, params.abstract(model))
-    graph, arrays = params.split(row_sharding.mark(model, places))
+    places, _ = sharding.shardings(mesh, SHARDING_RULES, param_tree.abstract(model))
+    graph, arrays = param_tree.split(row_sharding.mark(model, places))
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in arrays.items()}
 
     def loss(arrays, x, tokens):
-        model = params.merge(graph, arrays)
+        model = param_tree.merge(graph, arrays)
         return model.image_head(x).sum() + jnp.square(model.projector(x)).sum() + model.text(tokens)[0].sum()
 
     rows = sharding.batch_sharding(mesh, accumulate=False)

@@ -9,19 +9,19 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.models.dual_variants import variant
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.text_encoder import TextConfig
+from paligemma_jax.models.variants import variant
 from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.vision_start import vision_config_of
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
-from paligemma_jax.weights.digest import check_digest, model_digest
-from paligemma_jax.weights.load import new
+from paligemma_jax.weights.fingerprint import check_digest, model_digest
+from paligemma_jax.weights.reader import new
 from tests.paligemma_jax.mini import MINI, task_of
-from train_jax import config as configs
-from train_jax import params
-from train_jax.checkpoints import Checkpoints
-from train_jax.errors import UserError
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config import base as configs
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -42,7 +42,7 @@ def folder(dual, tmp_path_factory):
 
 
 def tower_of(model):
-    return {path: array for path, array in params.flatten(model).items() if path.startswith("vision/")}
+    return {path: array for path, array in param_tree.flatten(model).items() if path.startswith("vision/")}
 
 
 def assert_tower(model, expected):
@@ -60,11 +60,11 @@ def refused(sentence, function, *arguments):
 def test_from_every_format_and_nothing_else_changes(dual, folder, mini_folder, tmp_path):
     save_big_vision(dual, tmp_path / "x.npz")
     save_orbax(dual, tmp_path / "orbax")
-    before = params.flatten(pg.load(mini_folder))
+    before = param_tree.flatten(pg.load(mini_folder))
     for path in (folder, tmp_path / "x.npz", f"{tmp_path}/x.npz:img", tmp_path / "orbax"):
         model = pg.with_vision(pg.load(mini_folder), path)
         assert_tower(model, dual)
-        for name, array in params.flatten(model).items():
+        for name, array in param_tree.flatten(model).items():
             assert name.startswith("vision/") or np.array_equal(array, before[name]), name
 
 
@@ -192,14 +192,14 @@ def test_the_workdir_of_a_contrastive_run_is_a_dual_encoder(dual, folder, mini_f
     for duration in ("total", "log", "eval", "checkpoint"):
         config[f"{duration}_steps"] = 1
     (tmp_path / "config.json").write_text(configs.to_json(config))
-    graph, arrays = params.split(dual)
+    graph, arrays = param_tree.split(dual)
     trained = {path: array + 1 for path, array in arrays.items() if path.startswith(("text/", "logit_"))}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, trained, {"count": np.zeros(())}, {})
     checkpoints.close()
     model = pg.load(tmp_path)
     assert isinstance(model, pg.DualEncoder)
-    for path, array in params.flatten(model).items():
+    for path, array in param_tree.flatten(model).items():
         np.testing.assert_array_equal(array, trained.get(path, arrays[path]), err_msg=path)
     assert_tower(pg.with_vision(pg.load(mini_folder), tmp_path), dual)
     assert model_digest(tmp_path) == model_digest(str(tmp_path)) != model_digest(folder)

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from paligemma_jax import zero_shot
-from paligemma_jax.data.images import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -9,11 +9,14 @@ import numpy as np
 from flax import nnx
 
 from paligemma_jax.data.records import Record
-from paligemma_jax.tasks import vqa_consistency
+from paligemma_jax.tasks.vqa import consistency
 from tests.paligemma_jax.mini import Rows, png, task_of
-from train_jax import metrics, model_state, optimizers, params, sharding, state
-from train_jax.memory import StepMemory, step_memory
-from train_jax.session import training_batches
+from train_jax.core import metrics, param_tree
+from train_jax.optim import optimizers
+from train_jax.parallel import sharding
+from train_jax.run_state import training_batches
+from train_jax.step import placement, train_state
+from train_jax.system.memory import StepMemory, step_memory
 
 STEP = ("loss", "grad_norm", "learning_rate")  # what every task's step measures
 # Adam divides by |gradient| + eps: with a small eps the first steps would blow up the rounding of tiny gradients.
@@ -23,7 +26,7 @@ SMOOTH |= {"optimizer.warmup_percent": None}
 
 def measured(task) -> tuple[str, ...]:
     """Names of what a step measures."""
-    parts = vqa_consistency.parts(task.config.consistency)
+    parts = consistency.parts(task.config.consistency)
     return ("good_rows", *(f"consistency_{part}" for part in parts), *STEP)
 
 
@@ -41,7 +44,7 @@ def long_answers(count: int = 64) -> Rows:
 
 
 class Training:
-    """What train_jax.session makes of a config, for rows given here."""
+    """What train_jax.run_state makes of a config, for rows given here."""
 
     def __init__(self, options: dict, rows: Rows):
         self.options, self.task = options, task_of(options)
@@ -50,14 +53,14 @@ class Training:
         task.base()
         source = task.rows.guarded(rows, task.rows.image_and_text, max_bad_fraction=1.0)
         self.batches = training_batches(config, source, num_steps=100)
-        self.bundle = model_state.build(task, self.mesh)
+        self.bundle = placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.bundle.trainable)
-        self._step = state.make_train_step(
+        self._step = train_state.make_train_step(
             self.bundle.merge, task.loss, task.normalizer, optimizer, schedule, seed=config.seed
         )
         float16 = config.compute_dtype == "float16"
-        self.state = model_state.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=float16)
+        self.state = placement.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=float16)
         self._compiled = None
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -92,10 +95,10 @@ def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: in
     frozen = {path: leaf for path, leaf in arrays.items() if path not in trained}
     schedule = optimizers.make_schedule(task.config.optimizer, 100, 0)
     optimizer = optimizers.make_optimizer(task.config.optimizer, schedule, trained)
-    step = state.make_train_step(
-        lambda arrays: params.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
+    step = train_state.make_train_step(
+        lambda arrays: param_tree.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
     )
-    before = jax.eval_shape(lambda p: state.create(p, optimizer, ema=False, float16=False), trained)
+    before = jax.eval_shape(lambda p: train_state.create(p, optimizer, ema=False, float16=False), trained)
     totals = jax.eval_shape(lambda: metrics.zeros_like(measured(task)))
     length = task.config.data.prefix_length + task.config.data.suffix_length
     shape = functools.partial(jax.ShapeDtypeStruct, (micro, rows, length))

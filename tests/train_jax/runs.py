@@ -11,8 +11,8 @@ import pytest
 
 import train
 from tests.train_jax.toy_task import PATH
-from train_jax import command_line
-from train_jax.checkpoints import Checkpoints
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config import command_line
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"""

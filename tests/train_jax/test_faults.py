@@ -8,9 +8,10 @@ import pytest
 import train
 from tests.train_jax.runs import arguments, fails, logged, metrics, steps_kept, stored
 from tests.train_jax.toy_task import toy_config
-from train_jax import command_line, loop
-from train_jax.errors import UserError
-from train_jax.state import LossScale
+from train_jax import loop
+from train_jax.config import command_line
+from train_jax.core.errors import UserError
+from train_jax.step.train_state import LossScale
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
 
@@ -143,13 +144,13 @@ def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch
     """The model that is evaluated after training holds the frozen leaves bit for bit."""
     seen = []
     from tests.train_jax.toy_task import Toy
-    from train_jax import params
+    from train_jax.core import param_tree
 
     monkeypatch.setattr(
-        Toy, "evaluate", lambda self, model, workdir, split=None: seen.append(params.flatten(model)) or {}
+        Toy, "evaluate", lambda self, model, workdir, split=None: seen.append(param_tree.flatten(model)) or {}
     )
     fit(tmp_path, total_steps=4)
-    initial = params.flatten(Toy(toy_config(), None).init())
+    initial = param_tree.flatten(Toy(toy_config(), None).init())
     same = {path for path, leaf in seen[0].items() if (np.asarray(leaf) == np.asarray(initial[path])).all()}
     assert same == {"tower/kernel", "tower/bias"}
     saved = {name.removeprefix("params:") for name in stored(tmp_path, 4) if name.startswith("params:")}

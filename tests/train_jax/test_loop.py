@@ -10,9 +10,10 @@ import pytest
 
 from tests.train_jax.runs import assert_same_run, fails, logged, metrics, steps_kept, stored
 from tests.train_jax.toy_task import Rows, Toy, toy_config
-from train_jax import loop, plots
-from train_jax.config import from_json
-from train_jax.errors import UserError
+from train_jax import loop
+from train_jax.config.base import from_json
+from train_jax.core.errors import UserError
+from train_jax.report import plots
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
 

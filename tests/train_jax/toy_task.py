@@ -17,9 +17,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import BadRow, GuardedSource, Record
-from train_jax.config import base_config
-from train_jax.input import Pipeline
-from train_jax.sharding import replicated
+from train_jax.config.base import base_config
+from train_jax.data.pipeline import Pipeline
+from train_jax.parallel.sharding import replicated
 from train_jax.task import Blueprint
 
 PATH = "tests.train_jax.toy_task:Toy"

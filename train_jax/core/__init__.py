@@ -1,1 +1,1 @@
-"""What every floor may import: it knows nothing of runs."""
+"""What every package may import: errors, patterns, parameter trees, files, metrics. It knows nothing of runs."""

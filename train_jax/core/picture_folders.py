@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from train_jax.errors import quoted
+from train_jax.core.errors import quoted
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 _HIDDEN, _OTHER = "hidden", "without an ending of pictures"

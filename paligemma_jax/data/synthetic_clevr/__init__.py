@@ -1,19 +1,27 @@
 """A procedural CLEVR: scenes, pictures, programs, questions and pretraining texts, from a seed and nothing else."""
 
 # The world
-from .attributes import ANSWERS, ATTRIBUTES, COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
+from paligemma_jax.data.synthetic_clevr.attributes import (
+    ANSWERS,
+    ATTRIBUTES,
+    COLORS,
+    MATERIALS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+)
 
 # Files in the official layout
-from .build import VERSION, build_tree, encode_png, is_built, split_scene
-from .geometry import boxes, visible_pixels
+from paligemma_jax.data.synthetic_clevr.build import VERSION, build_tree, encode_png, is_built, split_scene
+from paligemma_jax.data.synthetic_clevr.geometry import boxes, visible_pixels
 
 # Questions and texts
-from .meanings import FAMILIES
-from .pretraining_texts import pretraining_segments
-from .programs import InvalidProgram, answer, execute, last_function
-from .questions import AnswerBalance, generate_questions
-from .render import render
-from .scenes import relationships, sample_scene
+from paligemma_jax.data.synthetic_clevr.meanings import FAMILIES
+from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
+from paligemma_jax.data.synthetic_clevr.programs import InvalidProgram, answer, execute, last_function
+from paligemma_jax.data.synthetic_clevr.questions import AnswerBalance, generate_questions
+from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.scenes import relationships, sample_scene
 
 __all__ = [
     "ANSWERS",

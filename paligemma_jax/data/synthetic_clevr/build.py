@@ -14,10 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from .geometry import WINDOW
-from .questions import AnswerBalance, generate_questions
-from .render import render
-from .scenes import sample_scene
+from paligemma_jax.data.synthetic_clevr.geometry import WINDOW
+from paligemma_jax.data.synthetic_clevr.questions import AnswerBalance, generate_questions
+from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 
 VERSION = 1
 """Of the generator: raise it with every change that makes other scenes, pictures, questions or texts of a seed.

@@ -12,8 +12,8 @@ from collections import Counter
 
 import numpy as np
 
-from .attributes import ATTRIBUTES
-from .wording import choose
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.wording import choose
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SAID = ("size", "color", "material")  # before the shape, in this order

@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from train_jax.errors import UserError
-
-from .attributes import ATTRIBUTES
-from .build import split_scene
-from .descriptions import text_of
-from .wording import SYNONYMS
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.build import split_scene
+from paligemma_jax.data.synthetic_clevr.descriptions import text_of
+from paligemma_jax.data.synthetic_clevr.wording import SYNONYMS
+from train_jax.core.errors import UserError
 
 OTHER_WORDS = {value: SYNONYMS[value][-1] for value in ("metal", "rubber", "cube", "sphere")}  # shiny matte block ball
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from .attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 
 SIZES = tuple(len(values) for values in ATTRIBUTES.values())
 """How many values each attribute has; also the numbers that stand for none."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int16
 
-from .attributes import SIZES
+from paligemma_jax.data.synthetic_clevr.attributes import SIZES
 
 WINDOW = (480, 320)  # width, height of the official images; `pixel_coords` of a scene refer to it
 _TAN_X = 16.0 / 35.0  # half-width of the window at depth 1: Blender's 35 mm lens before a 32 mm sensor

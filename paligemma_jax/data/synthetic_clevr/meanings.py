@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .attributes import ATTRIBUTES, RELATIONS
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES, RELATIONS
 
 Filters = tuple[tuple[str, str], ...]  # (attribute, word) pairs in the order of ATTRIBUTES
 

@@ -13,11 +13,11 @@ those, so that fine-tuning has something to teach; every word of theirs does occ
 
 import numpy as np
 
-from .attributes import ATTRIBUTES
-from .geometry import boxes
-from .meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Phrase, Sampler, program
-from .programs import answer
-from .wording import choose, noun, referent, spatial, with_article
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.geometry import boxes
+from paligemma_jax.data.synthetic_clevr.meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Phrase, Sampler, program
+from paligemma_jax.data.synthetic_clevr.programs import answer
+from paligemma_jax.data.synthetic_clevr.wording import choose, noun, referent, spatial, with_article
 
 Segment = tuple[str, str]
 

@@ -7,7 +7,7 @@ Values between nodes are sorted tuples of object indices, single indices, intege
 
 from typing import Any
 
-from .attributes import ATTRIBUTES
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 
 Value = tuple[int, ...] | int | bool | str
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Sampler, program
-from .programs import answer
-from .wording import choose, noun, referent, spatial, synonym, with_article
+from paligemma_jax.data.synthetic_clevr.meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Sampler, program
+from paligemma_jax.data.synthetic_clevr.programs import answer
+from paligemma_jax.data.synthetic_clevr.wording import choose, noun, referent, spatial, synonym, with_article
 
 _TRIES_PER_FAMILY = 25
 

@@ -7,8 +7,8 @@ find in CLEVR's own pictures; physical truth is not the aim. Bytes are a functio
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from .attributes import COLORS
-from .geometry import (
+from paligemma_jax.data.synthetic_clevr.attributes import COLORS
+from paligemma_jax.data.synthetic_clevr.geometry import (
     Camera,
     Components,
     Solid,

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from .attributes import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
-from .geometry import WINDOW, Camera, camera_of, half_height, project, visible_pixels
+from paligemma_jax.data.synthetic_clevr.attributes import COLORS, MATERIALS, RELATIONS, SHAPES, SIZES
+from paligemma_jax.data.synthetic_clevr.geometry import WINDOW, Camera, camera_of, half_height, project, visible_pixels
 
 MIN_DISTANCE = 0.25  # between the hulls of two objects on the ground, world units
 MARGIN = 0.4  # between two objects along each of the four directions: no relation is ever close to a tie

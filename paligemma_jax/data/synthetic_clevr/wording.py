@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .attributes import SHAPES
-from .meanings import Filters, Phrase
+from paligemma_jax.data.synthetic_clevr.attributes import SHAPES
+from paligemma_jax.data.synthetic_clevr.meanings import Filters, Phrase
 
 T = TypeVar("T")
 

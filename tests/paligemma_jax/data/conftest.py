@@ -61,7 +61,7 @@ def make_clevr_tree():
 
 @pytest.fixture(scope="session")
 def prepared_clevr(clevr_tree, tmp_path_factory):
-    from paligemma_jax.data.clevr import prepare_clevr
+    from paligemma_jax.data.sources.clevr import prepare_clevr
 
     return prepare_clevr(clevr_tree, tmp_path_factory.mktemp("tfds"))
 

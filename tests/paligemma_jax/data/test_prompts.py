@@ -5,8 +5,8 @@ import pytest
 
 from paligemma_jax.data import prompts
 from paligemma_jax.data.prompts import TruncationError, format_batch, make_example, training_arrays
-from paligemma_jax.data.tokenizer import load_tokenizer
-from train_jax.errors import UserError
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from train_jax.core.errors import UserError
 
 TINY = load_tokenizer("tiny")
 #         <bos> how many cubes \n two red <eos> <pad> <pad> <pad>   as in the module's docstring

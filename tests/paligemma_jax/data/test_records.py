@@ -7,9 +7,9 @@ import grain
 import numpy as np
 import pytest
 
-from paligemma_jax.data.images import Preprocessing
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, Subset, blank_record, fingerprint_of
-from train_jax.errors import UserError
+from paligemma_jax.images.preprocessing import Preprocessing
+from train_jax.core.errors import UserError
 
 
 class Rows:

@@ -4,7 +4,7 @@ import pytest
 
 from paligemma_jax.data.records import BadRow
 from paligemma_jax.data.row_texts import check_prompt, check_texts, is_text, stored
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def test_texts_and_bytes_of_texts_pass_in_order():

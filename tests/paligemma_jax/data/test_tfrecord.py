@@ -7,9 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from paligemma_jax.data.clevr import ClevrQuestions
+from paligemma_jax.data.sources.clevr import ClevrQuestions
 from paligemma_jax.data.tfrecord import convert_tfrecord, crc32c, masked_crc32c, read_tfrecord
-from train_jax.errors import UserError
+from train_jax.core.errors import UserError
 
 
 def crc32c_bit_by_bit(data):

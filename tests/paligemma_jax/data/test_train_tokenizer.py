@@ -12,7 +12,7 @@ from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
 from paligemma_jax.data.synthetic_clevr.questions import generate_questions
 from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
-from paligemma_jax.data.tokenizer import Tokenizer, load_tokenizer
+from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
 
 TINY = load_tokenizer("tiny")
 

@@ -1,6 +1,6 @@
 """A data set of five classes whose images are nowhere."""
 
-from paligemma_jax.data.few_shot import Example, FewShot
+from paligemma_jax.data.few_shot.dataset import Example, FewShot
 
 COUNTS = {"train": (9, 2, 5, 7, 1), "val": (5, 1, 3, 6, 2), "test": (3, 2, 1, 4, 2)}  # by class
 

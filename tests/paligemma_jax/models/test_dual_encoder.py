@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.contrastive_losses import sigmoid_loss, softmax_loss
+from paligemma_jax.losses.contrastive.api import sigmoid_loss, softmax_loss
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
-from paligemma_jax.models.encoder import quick_gelu
+from paligemma_jax.models.encoder_block import quick_gelu
 from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.load import load
-from train_jax import params
+from paligemma_jax.weights.reader import load
+from train_jax.core import param_tree
 
 # Tolerances as the golden READMEs ask.
 EMBEDS, LOGITS, HIRES = 2e-5, 2e-4, 1e-4
@@ -37,7 +37,7 @@ def small(make_random):
 def with_config(model, **fields):
     """The same parameters under another config."""
     other = nnx.eval_shape(lambda: DualEncoder(model.config.replace(**fields), rngs=nnx.Rngs(0)))
-    return params.assign(other, params.flatten(model))
+    return param_tree.assign(other, param_tree.flatten(model))
 
 
 @nnx.jit
@@ -152,20 +152,20 @@ def test_siglip_equals_big_vision(big_vision):
 
 
 def test_stacked_layers_are_the_same_model(golden, big_vision):
-    stacked = params.flatten(load(golden / "bigvision_siglip/params_scan.npz"))
-    for path, array in params.flatten(big_vision[1]).items():
+    stacked = param_tree.flatten(load(golden / "bigvision_siglip/params_scan.npz"))
+    for path, array in param_tree.flatten(big_vision[1]).items():
         np.testing.assert_array_equal(array, stacked[path], err_msg=path)
 
 
 def test_gradients_of_the_sigmoid_loss_equal_big_visions(big_vision):
     case, model, _ = big_vision
     images, tokens = jnp.asarray(case["image"]), jnp.asarray(case["text"], jnp.int32)
-    graph, arrays = params.split(model)
+    graph, arrays = param_tree.split(model)
 
     @jax.jit
     @jax.value_and_grad
     def loss(arrays):
-        model = params.merge(graph, arrays)
+        model = param_tree.merge(graph, arrays)
         return sigmoid_loss(*model(images, tokens)[:2], model.logit_scale[...], model.logit_bias[...])
 
     value, grads = loss(arrays)
@@ -215,8 +215,8 @@ def test_shorter_texts_are_read_and_longer_ones_refused(small):
 def test_mean_pooling_is_the_mean_of_the_patches(small):
     config = small.config.replace(pool="gap")
     model = nnx.eval_shape(lambda: DualEncoder(config, rngs=nnx.Rngs(0)))
-    arrays = {path: array for path, array in params.flatten(small).items() if not path.startswith("image_head")}
-    embeds, out = encode_image(params.assign(model, arrays), images(0, 12))
+    arrays = {path: array for path, array in param_tree.flatten(small).items() if not path.startswith("image_head")}
+    embeds, out = encode_image(param_tree.assign(model, arrays), images(0, 12))
     close(out["image_features"], out["vision/encoded"].mean(1), 1e-6)
     close(jnp.linalg.norm(embeds, axis=1), [1, 1], 1e-6)
 
@@ -275,7 +275,7 @@ def test_a_pooling_head_is_attention_to_all_patches_without_their_keys_and_value
         return jax.jit(jax.grad(lambda head, x: jnp.sin(function(head, x)).sum(), argnums=(0, 1)))(head, x)
 
     close(head(x), plainly(head, x), 1e-5)
-    ours, theirs = (params.flatten(gradients(function)[0]) for function in (lambda head, x: head(x), plainly))
+    ours, theirs = (param_tree.flatten(gradients(function)[0]) for function in (lambda head, x: head(x), plainly))
     for path in theirs:
         close(ours[path], theirs[path], 1e-4)
     assert flops(lambda head, x: head(x), head, x) < 0.6 * flops(plainly, head, x)
@@ -297,4 +297,4 @@ def test_the_last_block_of_a_text_tower_computes_the_pooled_position_alone(make_
 def with_text(text, **fields):
     """The same parameters under another config."""
     other = nnx.eval_shape(lambda: TextEncoder(dataclasses.replace(text.config, **fields), rngs=nnx.Rngs(0)))
-    return params.assign(other, params.flatten(text))
+    return param_tree.assign(other, param_tree.flatten(text))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.candidates import score_candidates
-from paligemma_jax.generate import generate
+from paligemma_jax.generation.candidate_scoring import score_candidates
+from paligemma_jax.generation.generate import generate
 from paligemma_jax.losses import token_cross_entropy
 from paligemma_jax.models.gemma import Gemma, GemmaConfig, sliding_mask
 from paligemma_jax.models.layers import prefix_mask
 from paligemma_jax.models.paligemma import positions_of
-from train_jax import params
+from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -155,8 +155,8 @@ def test_cached_decoding_equals_the_full_forward(decoder):
     valid = jnp.ones((2, 11), bool).at[1, 4:6].set(False)  # row 1 has two pads behind its prompt
     mask_ar = (jnp.arange(11) >= prefix)[None].repeat(2, 0).astype(jnp.int32)
     positions, mask = positions_of(valid), prefix_mask(valid, mask_ar)
-    graph, arrays = params.split(decoder)
-    run = jax.jit(lambda arrays, *inputs: params.merge(graph, arrays)(*inputs)[:2])
+    graph, arrays = param_tree.split(decoder)
+    run = jax.jit(lambda arrays, *inputs: param_tree.merge(graph, arrays)(*inputs)[:2])
     full, _ = run(arrays, x, positions, mask)
 
     cache = decoder.empty_cache(2, 11)
@@ -177,10 +177,10 @@ def test_only_a_window_that_cuts_costs_anything(decoder):
 def test_what_lies_beyond_the_window_reaches_no_further_than_the_layers_carry_it(decoder):
     """Layers 0 and 2 are windowed, layer 1 is not: with layer 1 windowed too, reach would be 3 * 3 = 9 positions."""
     length = 14
-    graph, arrays = params.split(decoder)
+    graph, arrays = param_tree.split(decoder)
     positions = jnp.arange(length)[None]
     mask = prefix_mask(jnp.ones((1, length), bool), jnp.ones((1, length), jnp.int32))
-    run = jax.jit(lambda x: params.merge(graph, arrays)(x, positions, mask)[0])
+    run = jax.jit(lambda x: param_tree.merge(graph, arrays)(x, positions, mask)[0])
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, length, 16)), jnp.float32)
     change = np.abs(run(x.at[0, 0].add(1.0)) - run(x)).max(-1)[0]
     assert (change > 1e-6).all()  # through layer 1, which reads everything
@@ -191,7 +191,7 @@ def test_what_lies_beyond_the_window_reaches_no_further_than_the_layers_carry_it
     )
     single = nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0)))
     kept = {path: one_layer(leaf) if path.startswith("layers/") else leaf for path, leaf in arrays.items()}
-    single = params.assign(single, kept)
+    single = param_tree.assign(single, kept)
     change = np.abs(single(x.at[0, 0].add(1.0), positions, mask)[0] - single(x, positions, mask)[0]).max(-1)[0]
     assert (change[:4] > 1e-6).all() and (change[4:] == 0.0).all()
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from paligemma_jax.models.layers import attention
 from paligemma_jax.models.vit import ViT, ViTConfig
-from train_jax import params
+from train_jax.core import param_tree
 
 TOWER = ViTConfig(image_size=12, patch_size=4, width=32, depth=3, mlp_dim=64, num_heads=4)
 OFFSET = 10_000.0
@@ -19,7 +19,7 @@ OFFSET = 10_000.0
 @pytest.fixture(scope="module")
 def encode(make_random):
     """Features and intermediates of a tower whose residual stream is 1e4 everywhere, and carries signals near 10."""
-    arrays = params.flatten(make_random(nnx.eval_shape(lambda: ViT(TOWER, rngs=nnx.Rngs(0)))))
+    arrays = param_tree.flatten(make_random(nnx.eval_shape(lambda: ViT(TOWER, rngs=nnx.Rngs(0)))))
     for path in arrays:
         if path.endswith(("scale", "norm1/bias", "norm2/bias")):
             arrays[path] = jnp.ones_like(arrays[path]) if path.endswith("scale") else 0 * arrays[path]
@@ -30,7 +30,7 @@ def encode(make_random):
 
     def run(dtype, images):
         model = nnx.eval_shape(lambda: ViT(dataclasses.replace(TOWER, dtype=dtype), rngs=nnx.Rngs(0)))
-        return jax.jit(lambda arrays, images: params.assign(model, arrays)(images))(arrays, images)
+        return jax.jit(lambda arrays, images: param_tree.assign(model, arrays)(images))(arrays, images)
 
     return run
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from paligemma_jax.models import layers
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
-from train_jax import params
+from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -202,7 +202,7 @@ def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(make_rando
     """Residuals near 1e4 and beyond, with one huge feature, as trained Gemma has."""
     sizes = dict(vocab_size=32, width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16)
     exact = make_random(nnx.eval_shape(lambda: Gemma(GemmaConfig(**sizes), rngs=nnx.Rngs(0))))
-    _, arrays = params.split(exact)
+    _, arrays = param_tree.split(exact)
     # Feed-forward branches add about 1e4 to the residual stream.
     arrays["layers/mlp/down_proj/kernel"] = arrays["layers/mlp/down_proj/kernel"] * 2e4
     half = nnx.eval_shape(lambda: Gemma(GemmaConfig(**sizes, dtype=dtype), rngs=nnx.Rngs(0)))
@@ -214,7 +214,7 @@ def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(make_rando
     def run(arrays):
         results = []
         for model in (exact, half):
-            hidden, _, out = params.merge(nnx.graphdef(model), arrays)(x, positions, mask)
+            hidden, _, out = param_tree.merge(nnx.graphdef(model), arrays)(x, positions, mask)
             results.append((hidden, out["encoded"]))
         return results
 

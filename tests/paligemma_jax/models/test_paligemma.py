@@ -8,7 +8,8 @@ from flax import nnx
 
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of, variant
 from paligemma_jax.tasks.common import SHARDING_RULES
-from train_jax import params, sharding
+from train_jax.core import param_tree
+from train_jax.parallel import sharding
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 @pytest.fixture(scope="module")
 def forward(small_model):
     """Logits and intermediates of the small model, jitted."""
-    graph, arrays = params.split(small_model)
-    jitted = jax.jit(lambda arrays, batch: params.merge(graph, arrays)(**batch))
+    graph, arrays = param_tree.split(small_model)
+    jitted = jax.jit(lambda arrays, batch: param_tree.merge(graph, arrays)(**batch))
     return lambda **batch: jitted(arrays, batch)
 
 
@@ -33,7 +34,7 @@ def counts(config):
     """Parameters a tower, without allocating any."""
     model = nnx.eval_shape(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))
     towers = {}
-    for path, leaf in params.abstract(model).items():
+    for path, leaf in param_tree.abstract(model).items():
         towers[path.split("/")[0]] = towers.get(path.split("/")[0], 0) + leaf.size
     return towers
 
@@ -233,11 +234,11 @@ def bytes_per_device(arrays, fsdp, tensor):
 
 @pytest.mark.parametrize("data, fsdp, tensor", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_a_sharded_forward_equals_one_device(small_model, small_batch, data, fsdp, tensor):
-    graph, arrays = params.split(small_model)
+    graph, arrays = param_tree.split(small_model)
     batch = {name: jnp.concatenate([array] * 3)[:8] for name, array in small_batch.items()}
 
     def run(arrays, batch):
-        return params.merge(graph, arrays)(**batch)[0]
+        return param_tree.merge(graph, arrays)(**batch)[0]
 
     expected = jax.jit(run)(arrays, batch)
     mesh = sharding.make_mesh(dict(data=data, fsdp=fsdp, tensor=tensor))

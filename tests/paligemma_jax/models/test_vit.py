@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions, sincos_2d
-from train_jax import params
+from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -84,7 +84,7 @@ def siglip_tower(stored, grid, size):
     config = ViTConfig(image_size=size, patch_size=8, **siglip_sizes(stored))
     model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
     arrays = {}
-    for path, leaf in params.abstract(model).items():
+    for path, leaf in param_tree.abstract(model).items():
         name = "vision_model." + path.replace("/", ".").replace("layers.", "encoder.layers.{i}.")
         name = name.replace("patch_embedding", "embeddings.patch_embedding")
         name = name.replace(".kernel", ".weight").replace(".scale", ".weight")
@@ -98,7 +98,7 @@ def siglip_tower(stored, grid, size):
         elif path.endswith("kernel"):
             found = [weight.T for weight in found]
         arrays[path] = np.stack(found).reshape(leaf.shape)
-    return params.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
+    return param_tree.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
 
 
 def siglip_sizes(stored):
@@ -134,9 +134,9 @@ def test_siglip_on_larger_images_equals_transformers(golden, size, images, embed
     stored = load_file(golden / "hf_siglip/model.safetensors")
     case = np.load(golden / "hf_siglip/case.npz")
     model = siglip_tower(stored, size // 8, size)
-    graph, arrays = params.split(model)
+    graph, arrays = param_tree.split(model)
     pixels = jnp.asarray(case[images].transpose(0, 2, 3, 1))
-    hidden, _ = jax.jit(lambda arrays: params.merge(graph, arrays)(pixels))(arrays)
+    hidden, _ = jax.jit(lambda arrays: param_tree.merge(graph, arrays)(pixels))(arrays)
     np.testing.assert_allclose(pooled(stored, np.asarray(hidden)), case[embeds], rtol=0, atol=atol)
 
 

@@ -10,14 +10,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from paligemma_jax.adapt.lora import attach_lora
-from paligemma_jax.adapt.quantize import quantize, quantized_kernels
-from paligemma_jax.data.images import Preprocessing
-from paligemma_jax.data.tokenizer import load_tokenizer
-from paligemma_jax.weights import native, save_big_vision, save_hugging_face, save_orbax
-from paligemma_jax.weights.load import load
-from train_jax import params
-from train_jax.errors import UserError
+from paligemma_jax.adapt.lora.adapter import attach_lora
+from paligemma_jax.adapt.quantization.quantize import quantize, quantized_kernels
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
+from paligemma_jax.weights.orbax import checkpoint as native
+from paligemma_jax.weights.reader import load
+from train_jax.core import param_tree
+from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -26,7 +27,7 @@ GOLDENS = ("hf_paligemma", "hf_paligemma2", "bigvision_paligemma/params.npz")
 
 
 def assert_same_model(model, expected):
-    ours, theirs = params.flatten(model), params.flatten(expected)
+    ours, theirs = param_tree.flatten(model), param_tree.flatten(expected)
     assert set(ours) == set(theirs)
     for path, array in ours.items():
         np.testing.assert_array_equal(array, theirs[path], err_msg=path, strict=True)
@@ -98,7 +99,7 @@ def test_weights_above_the_limit_are_written_as_shards_with_an_index(golden, tmp
     shards = [load_file(file) for file in files]
     assert index["weight_map"] == {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard}
     sizes = [sum(array.nbytes for array in shard.values()) for shard in shards]
-    assert index["metadata"]["total_size"] == sum(sizes) == 4 * sum(a.size for a in params.flatten(model).values())
+    assert index["metadata"]["total_size"] == sum(sizes) == 4 * sum(a.size for a in param_tree.flatten(model).values())
     assert max(sizes) <= limit
     assert_same_model(load(tmp_path), model)
 
@@ -257,7 +258,7 @@ def test_quantised_kernels_are_kept_to_the_bit(golden, tmp_path, kind, dtype):
 def test_codes_and_constants_do_not_follow_the_dtype_asked_for(golden, tmp_path):
     model = load(golden / "hf_paligemma", quantize="nf4")
     save_orbax(model, tmp_path / "a")
-    again, expected = params.flatten(load(tmp_path / "a", "bfloat16")), params.flatten(model)
+    again, expected = param_tree.flatten(load(tmp_path / "a", "bfloat16")), param_tree.flatten(model)
     for path, array in again.items():
         kept = "/kernel/" in path
         np.testing.assert_array_equal(array, expected[path] if kept else expected[path].astype("bfloat16"), strict=True)
@@ -301,14 +302,14 @@ def test_one_tower_of_a_siglip_file_equals_big_vision(golden):
     encoded, _ = tower(jnp.asarray(case["image"]))
     np.testing.assert_allclose(encoded, case["img_encoded"], rtol=0, atol=3.2e-5)
     stacked = load(f"{golden}/bigvision_siglip/params_scan.npz:img")
-    for path, array in params.flatten(tower).items():
-        np.testing.assert_array_equal(array, params.flatten(stacked)[path], err_msg=path)
+    for path, array in param_tree.flatten(tower).items():
+        np.testing.assert_array_equal(array, param_tree.flatten(stacked)[path], err_msg=path)
 
 
 def test_towers_of_a_paligemma_file_are_its_own(golden, big_vision_model):
-    whole = params.flatten(big_vision_model)
+    whole = param_tree.flatten(big_vision_model)
     for tower, prefix in (("img", "vision/"), ("llm", "decoder/")):
-        part = params.flatten(load(f"{golden}/bigvision_paligemma/params.npz:{tower}"))
+        part = param_tree.flatten(load(f"{golden}/bigvision_paligemma/params.npz:{tower}"))
         expected = {path.removeprefix(prefix): array for path, array in whole.items() if path.startswith(prefix)}
         assert set(part) == set(expected)
         assert all(np.array_equal(part[path], expected[path]) for path in part)
@@ -316,7 +317,7 @@ def test_towers_of_a_paligemma_file_are_its_own(golden, big_vision_model):
 
 def test_a_tower_takes_another_resolution(golden):
     tower = load(f"{golden}/bigvision_siglip/params.npz:img", image_size=48)
-    assert params.flatten(tower)["position_embedding"].shape == (36, 48)
+    assert param_tree.flatten(tower)["position_embedding"].shape == (36, 48)
 
 
 def test_an_unknown_part_of_a_file_is_refused(golden):

@@ -12,10 +12,11 @@ from flax import nnx
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights import big_vision, hugging_face
-from paligemma_jax.weights.npz import write_npz
-from paligemma_jax.weights.tables import stacked, write_rows
-from train_jax import params
+from paligemma_jax.weights.big_vision import paligemma as big_vision
+from paligemma_jax.weights.big_vision.npz import write_npz
+from paligemma_jax.weights.hugging_face import paligemma as hugging_face
+from paligemma_jax.weights.name_table import stacked, write_rows
+from train_jax.core import param_tree
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 # The peak since the process began; reading a small model first pays for imports, the backend and first compilations.
 SCRIPT = """
 import json, sys
-from paligemma_jax.weights.load import load
+from paligemma_jax.weights.reader import load
 def peak():
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM"):
@@ -48,7 +49,7 @@ print(peak() - before)
 
 @pytest.fixture(scope="module")
 def abstract():
-    return params.abstract(
+    return param_tree.abstract(
         nnx.eval_shape(lambda: PaliGemma(CONFIG.replace(both=dict(param_dtype="bfloat16")), rngs=nnx.Rngs(0)))
     )
 

@@ -8,8 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train_jax import hlo, params, sharding
-from train_jax.core import row_sharding
+from train_jax.core import param_tree, row_sharding
+from train_jax.parallel import sharding
+from train_jax.plan import hlo
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 ROWS, WIDTH = 16, 32
@@ -39,14 +40,14 @@ RULES = (("hidden/kernel", ("fsdp", "tensor")), ("outputs/kernel", ("tensor", "f
 def placed(mesh):
     """The model's graph, its arrays on the mesh, and rows on it."""
     model = Net()
-    places, _ = sharding.shardings(mesh, RULES, params.abstract(model))
-    graph, arrays = params.split(row_sharding.mark(model, places))
+    places, _ = sharding.shardings(mesh, RULES, param_tree.abstract(model))
+    graph, arrays = param_tree.split(row_sharding.mark(model, places))
     x = np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32)
     return graph, jax.device_put(arrays, places), jax.device_put(x, sharding.batch_sharding(mesh, accumulate=False))
 
 
 def loss(graph, arrays, x):
-    return jnp.square(params.merge(graph, arrays)(x)).sum()
+    return jnp.square(param_tree.merge(graph, arrays)(x)).sum()
 
 
 def exchanged(compiled) -> set[tuple[str, tuple[int, ...]]]:
@@ -91,7 +92,7 @@ def test_rows_may_lie_on_another_axis(mesh):
 def test_gathered_weights_stay_split_over_other_axes():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     graph, arrays, _ = placed(mesh)
-    gather = lambda arrays: params.flatten(row_sharding.gather(params.merge(graph, arrays)))  # noqa: E731
+    gather = lambda arrays: param_tree.flatten(row_sharding.gather(param_tree.merge(graph, arrays)))  # noqa: E731
     found = jax.jit(row_sharding.within(mesh, gather))(arrays)
     assert found["hidden/kernel"].sharding.spec == P(None, "tensor")
     assert found["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)

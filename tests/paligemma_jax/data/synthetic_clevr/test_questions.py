@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paligemma_jax.data.families import question_family
+from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.synthetic_clevr import (
     ANSWERS,
     ATTRIBUTES,

@@ -1,0 +1,33 @@
+"""Couplings: which row of noise goes with which row of data in a batch."""
+
+from flow_jax.couplings.pairings import (
+    Conditions,
+    HostPairs,
+    Quality,
+    check_pairs,
+    conditional,
+    exact,
+    greedy_permutation,
+    host_cost,
+    independent,
+    over_buffer,
+    quality,
+    sinkhorn,
+    within_class,
+)
+
+__all__ = [
+    "Conditions",
+    "HostPairs",
+    "Quality",
+    "check_pairs",
+    "conditional",
+    "exact",
+    "greedy_permutation",
+    "host_cost",
+    "independent",
+    "over_buffer",
+    "quality",
+    "sinkhorn",
+    "within_class",
+]

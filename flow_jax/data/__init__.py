@@ -1,0 +1,1 @@
+"""What flows are trained on: points in the plane, digits, pictures; and pairs of noise and data."""

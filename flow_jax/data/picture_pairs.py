@@ -1,0 +1,135 @@
+"""Pairs of noise and images for a training step: drawn by (seed, step), coupled on the host ahead of the device."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+from flow_jax.couplings import pairings
+from flow_jax.data.pictures import ImageData
+from flow_jax.data.row_draws import draw_rows, in_groups
+from train_jax.core.errors import UserError
+from train_jax.core.row_errors import BadRows
+
+_NOISE, _FLIP, _GREY = 1, 2, 3  # of the random streams of a run
+_BLOCK = 16  # rows of noise drawn at a time
+
+
+class ImagePairs:
+    """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": [], "weight": []} of images in [-1, 1], with fresh noise.
+
+    Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
+    paired by the permutation of least squared distance within each class, so that every class starts from all of the
+    noise. Rows of data without labels have no label, and are paired across all. A bad image is grey and has weight 0
+    (train_jax.data.pipeline.Source).
+
+    Args:
+      data: whose training side is read.
+      dequantize: add uniform noise of one value, fresh in every step, so that a density exists.
+      coupling: one of flow_task.COUPLINGS.
+      seed: of the noise and the turns.
+      group: rows of the global batch that are coupled with one another; None = all of them.
+      flip: turn images left to right, each with probability 1/2 by (seed, step, its number).
+      on_error, max_bad_fraction: see BadRows.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        dequantize: bool,
+        coupling: str,
+        seed: int,
+        *,
+        group: int | None = None,
+        flip: bool = False,
+        on_error: str = "skip",
+        max_bad_fraction: float = 0.01,
+    ):
+        self._data, self._dequantize, self._coupling = data, dequantize, coupling
+        self._seed, self._flip = seed, flip
+        self.group = group if coupling == "exact" else 1
+        self._tally = BadRows(len(data.train), on_error, max_bad_fraction)
+        self.fingerprint = data.train.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._data.train)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: rows[0] for name, rows in self.together(np.array([index]), 0).items()}
+
+    def together(
+        self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The examples of a step at some rows of its batch, the first ones if None; see pipeline.Source."""
+        rows = np.arange(len(indices)) if rows is None else rows
+        images, labels, bad = self._read(indices)
+        if self._flip:
+            turned = np.array([self._turns(int(index), step) for index in indices], bool)
+            images[turned] = images[turned, :, ::-1]
+        grey = self._draw(np.random.Generator.random, _GREY, step, rows) if self._dequantize else None
+        x_0 = self._draw(np.random.Generator.standard_normal, _NOISE, step, rows)
+        x_1 = to_range(images, self._data.levels, grey)
+        if self._coupling == "exact":
+            classes = labels if self._data.num_classes else np.zeros_like(labels)
+            alike = np.where(bad, -1, classes)  # what is not trained on takes no noise from what is
+            for places in in_groups(rows, self.group):
+                i, j = pairings.within_class(x_0[places], x_1[places], alike[places], alike[places])
+                x_0[places] = x_0[places][i][np.argsort(j)]  # rows stay in the order of `indices`
+        batch = {"x_0": x_0, "x_1": x_1, "weight": (~bad).astype(np.float32), "bad": bad}
+        return batch | {"label": labels} if self._data.num_classes else batch
+
+    def _draw(self, law: Callable, stream: int, step: int, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n I I C"]:
+        """Numbers of a law, a method of np.random.Generator, for some rows."""
+        shape = (_BLOCK, self._data.size, self._data.size, self._data.channels)
+
+        def draw(block: int) -> np.ndarray:
+            return law(np.random.default_rng((self._seed, stream, step, block)), shape, np.float32)
+
+        return draw_rows(rows, _BLOCK, draw)
+
+    def count(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
+        """Counts rows that were read, see BadRows."""
+        self._tally.count(indices, bad, self._data.train.name)
+
+    @property
+    def bad_rows(self) -> dict[int, str]:
+        """Name by row number of the bad rows counted so far."""
+        return self._tally.names
+
+    def check(self) -> None:
+        """Judges the share of bad rows among all counted so far. Raises UserError."""
+        self._tally.check()
+
+    def _read(self, indices: Int[np.ndarray, " n"]):
+        """Images [n, I, I, C], labels [n], and which are bad [n]."""
+        data, n = self._data, len(indices)
+        images = np.full((n, data.size, data.size, data.channels), data.levels // 2, np.uint8)
+        labels, bad = np.zeros(n, np.int32), np.zeros(n, bool)
+        for row, index in enumerate(map(int, indices)):
+            try:
+                images[row], labels[row] = data.train[index]
+            except UserError as error:
+                self._tally.skip(index, data.train.name(index), error)
+                bad[row] = True
+        return images, labels, bad
+
+    def _turns(self, index: int, step: int) -> bool:
+        return np.random.default_rng((self._seed, _FLIP, step, index)).random() < 0.5
+
+
+def to_range(
+    images: UInt8[np.ndarray, "N I I C"], levels: int, noise: Float[np.ndarray, "N I I C"] | np.random.Generator | None
+) -> Float[np.ndarray, "N I I C"]:
+    """Values 0 to levels - 1 to [-1, 1]; with noise in [0, 1), or who draws it, anywhere in their part of the range."""
+    if noise is None:
+        return images.astype(np.float32) / ((levels - 1) / 2) - 1
+    if isinstance(noise, np.random.Generator):
+        noise = noise.random(images.shape, np.float32)
+    return (images + noise) / (levels / 2) - 1
+
+
+def to_levels(x: Float[np.ndarray, "N I I C"], levels: int, dequantized: bool) -> UInt8[np.ndarray, "N I I C"]:
+    """The nearest value of each entry, as `to_range` had it."""
+    x = np.asarray(x, np.float32) + 1
+    values = np.floor(x * (levels / 2)) if dequantized else np.rint(x * ((levels - 1) / 2))
+    return np.clip(values, 0, levels - 1).astype(np.uint8)

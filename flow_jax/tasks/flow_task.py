@@ -1,0 +1,196 @@
+"""What the trainers of flows share: path, coupling and times by config, and the loss (the runtime's Task).
+
+A velocity model learns the conditional velocity dx_t of its path (Lipman et al. 2023, equation 14), pairs being coupled
+as the config says (Tong et al. 2024).
+"""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from flow_jax import losses
+from flow_jax import times as times_of
+from flow_jax.arrays import Rows
+from flow_jax.couplings import pairings
+from flow_jax.ode.integrate import TOLERANCE, Plan
+from flow_jax.row_keys import RowKeys, normal_rows, stream
+from flow_jax.tasks import path_choice
+from train_jax.config.base import check_choices
+from train_jax.core.errors import UserError
+from train_jax.core.metrics import Metrics
+from train_jax.parallel.sharding import Spec
+from train_jax.step.train_state import ROW
+from train_jax.task import Blueprint
+
+COUPLINGS = ("independent", "exact", "sinkhorn")
+TIMES = {
+    "uniform": times_of.Uniform,
+    "stratified": times_of.Stratified,
+    "logit_normal": lambda low, high: times_of.LogitNormal(),
+}
+LABELS, DROPOUT, TIME, NOISE, PAIRS = range(1, 6)  # what a row's key draws
+
+_MODEL = r"(model/)?"  # a task may wrap the model, as one that is told of captions
+# Kernels are split over "fsdp" along their inputs; before these come the layers of a stack, or a convolution's window.
+# Embeddings of labels are split along their width. What enters and leaves a model is small and stays whole, and nothing
+# is split over "tensor".
+SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
+    (_MODEL + r"layers/.*/kernel", (None, "fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/block|middle_in|middle_out)/(conv\d|skip)/kernel", (None, None, "fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/block|middle_in|middle_out)/condition/kernel", ("fsdp", None)),
+    (_MODEL + r"((down|up)/\d+/attention|middle_attention)/\w+/kernel", ("fsdp", None)),
+    (_MODEL + r"(condition/time_(in|out)|hidden/\d+|modulation)/kernel", ("fsdp", None)),
+    (_MODEL + r"condition/(vector/kernel|.*embedding)", (None, "fsdp")),
+    (r".*", ()),
+)
+
+
+class FlowTask(abc.ABC):
+    """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
+
+    harmless_keys = (r"eval\..*",)
+    single_split = True
+    model_keys = (r"model\..*", r"path\..*")
+    num_classes = 0
+    label_dropout = 0.0
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = ConfigDict()
+        config.path = path_choice.defaults()
+        config.coupling = ConfigDict(
+            {
+                "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
+                "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances; a bridge has its own
+                # Rows of a batch that are paired with one another, a divisor of batch_size; None = all of them, which
+                # of an exact coupling every process reads whole.
+                "group": placeholder(int),
+            }
+        )
+        config.times = "uniform"  # uniform | stratified | logit_normal
+        return config
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        choices = {"path.name": path_choice.PATHS, "coupling.name": COUPLINGS, "times": TIMES}
+        check_choices(config, choices)
+        check_solver(config.eval)
+        if config.path.name == "schroedinger_bridge" and config.coupling.name != "sinkhorn":
+            raise UserError(
+                f"coupling.name is {config.coupling.name!r} with path.name='schroedinger_bridge', whose marginals are "
+                "the bridge's under the entropic coupling alone, expected sinkhorn: change one of the two."
+            )
+        check_group(config)
+        self.config, self.mesh = config, mesh
+        self.path = path_choice.make_path(config.path)
+        self.times = TIMES[config.times](*self.path.time_range)
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        task = cls(config, mesh)
+        example = {name: jax.ShapeDtypeStruct(row.shape, row.dtype) for name, row in task.blank_row().items()}
+        return Blueprint(task, nnx.eval_shape(task.init), example, {})
+
+    @abc.abstractmethod
+    def blank_row(self) -> Mapping[str, np.ndarray]:
+        """A row of the training source that holds nothing, for its shapes."""
+
+    @abc.abstractmethod
+    def init(self) -> nnx.Module:
+        """The velocity model at the start of training."""
+
+    def trainable(self) -> str:
+        return r".*"
+
+    def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        return SHARDING_RULES
+
+    def normalizer(self, batch) -> jax.Array:
+        if "weight" in batch:
+            return jnp.maximum(batch["weight"].sum(), 1.0)
+        A, b = batch["x_1"].shape[:2]
+        return jnp.float32(A * b)
+
+    def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
+        """The conditional flow-matching loss, summed over rows, each times its weight if rows have one."""
+        x_0, x_1 = batch["x_0"], batch["x_1"]
+        if self.config.coupling.name == "sinkhorn":
+            x_0, x_1 = self._coupled(x_0, x_1, stream(keys, PAIRS))
+        t = self.times.draw_rows(stream(keys, TIME), batch.get(ROW), self.config.batch_size)
+        stochastic = self.config.path.name in path_choice.STOCHASTIC
+        sample = self.path.sample(x_0, x_1, t, noise=normal_rows(stream(keys, NOISE), x_1) if stochastic else None)
+        found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
+        return (found * batch["weight"] if "weight" in batch else found).sum(), {}
+
+    def _coupled(self, x_0: Rows, x_1: Rows, keys: RowKeys) -> tuple[Array, Array]:
+        """Rows paired by Sinkhorn's plan, those of each group with one another, by the key of its first row."""
+        size = self.config.coupling.group or len(x_0)
+
+        def one(x_0, x_1, keys):
+            i, j = pairings.sinkhorn(x_0, x_1, key=keys[0], **self._entropy())
+            return x_0[i], x_1[j]
+
+        grouped = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), (x_0, x_1, keys))
+        paired = jax.vmap(one)(*grouped)
+        return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), paired)
+
+    def _entropy(self) -> dict[str, Any]:
+        """Epsilon of a Sinkhorn coupling; that of a bridge follows from its noise (Tong et al. 2024, section 4.1)."""
+        if self.config.path.name == "schroedinger_bridge":
+            return {"epsilon": 2 * self.config.path.sigma**2, "relative": False}
+        return {"epsilon": self.config.coupling.epsilon}
+
+    def _condition(self, batch, keys) -> tuple:
+        """Labels, of which some are dropped, None where there are none; and keys of the model's dropout."""
+        labels = batch.get("label")
+        if labels is not None:
+            labels = losses.drop_labels(labels, self.label_dropout, self.num_classes, stream(keys, LABELS))
+        return labels, stream(keys, DROPOUT)
+
+
+def check_group(config: ConfigDict) -> None:
+    """Raises UserError if rows are to be paired in groups that batch or micro-batch do not consist of."""
+    name, group, batch = config.coupling.name, config.coupling.group, config.batch_size
+    if group is not None and name == "independent":
+        raise UserError(
+            f"coupling.group is {group} beside coupling.name='independent', which pairs no rows with one another, "
+            "expected None: leave one of the two out."
+        )
+    if group is not None and (group < 1 or batch % group):
+        raise UserError(
+            f"coupling.group is {group}, expected a divisor of batch_size={batch}, so that groups fill a batch: "
+            "change it, or set it to None for all rows of a batch."
+        )
+    micro = config.micro_batch or batch
+    if name == "sinkhorn" and group is None and micro != batch:
+        raise UserError(
+            f"micro_batch is {micro} beside coupling.name='sinkhorn', which pairs the rows of a step: set "
+            "micro_batch=None."
+        )
+    if name == "sinkhorn" and micro % (group or micro):
+        raise UserError(
+            f"micro_batch is {micro} beside coupling.name='sinkhorn' and coupling.group={group}, which pairs so many "
+            "rows in the step, expected a multiple of that: change one of the two."
+        )
+
+
+def solver(options: ConfigDict) -> dict[str, Any]:
+    """The arguments of `sample` that a config's `eval` has."""
+    if options.num_steps is not None:
+        return {"solver": options.solver, "num_steps": options.num_steps}
+    return {"solver": options.solver, "rtol": options.tolerance, "atol": options.tolerance}
+
+
+def check_solver(options: ConfigDict) -> None:
+    """Raises UserError if a config's `eval` names no solver, or one that contradicts its steps."""
+    chosen = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver(options)
+    Plan.make(**chosen, t0=0.0, t1=1.0, per_sample=False)

@@ -1,0 +1,145 @@
+"""What the trainers of flows from noise to images share: models, evaluation and rows. See flow_task.py."""
+
+import abc
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from flow_jax.data.picture_pairs import ImagePairs
+from flow_jax.data.pictures import ImageData
+from flow_jax.models.dit import DiT, DiTConfig
+from flow_jax.models.unet import UNet, UNetConfig
+from flow_jax.ode import likelihood
+from flow_jax.tasks import image_evaluation
+from flow_jax.tasks.flow_task import FlowTask
+from flow_jax.tasks.image_evaluation import Evaluation
+from train_jax.config.base import check_choices
+from train_jax.core.errors import UserError
+from train_jax.step.placement import own_copy
+
+MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
+
+
+class ImageFlowTask(FlowTask):
+    """See the module. A subclass has the images, opened when they are first needed so that a run is planned without.
+
+    Attributes:
+      size, channels: of the images.
+    """
+
+    validation_metrics = ("frechet",)
+    size: int
+    channels: int
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = FlowTask.defaults()
+        config.model = ConfigDict(
+            {
+                "name": "unet",  # unet | dit
+                "dropout": 0.0,
+                "label_dropout": 0.1,  # share of labels that are replaced by none, for guidance
+                "remat": False,  # recompute blocks in the backward pass: less memory, a third more time
+                # multipliers of the width, one a resolution, () = (1, 2); attention at feature maps of these sides
+                "unet": {"width": 32, "multipliers": (), "num_blocks": 1, "attention": (), "head_width": 32},
+                "dit": {"patch_size": 2, "width": 128, "depth": 6, "num_heads": 4},
+            }
+        )
+        config.eval = ConfigDict(
+            {
+                "num_samples": placeholder(int),  # None: as many as there are held-out images
+                "validation_samples": 200,
+                "batch_size": 1000,  # samples drawn, and likelihoods measured, at once
+                "features": "pixels",  # of the Frechet distance: pixels, or "module:function", see docs/flow.md
+                "reference": "held_out",  # real images that samples are measured against: held_out | train
+                "reference_examples": 50_000,  # of them at most
+                "guidance": 1.0,  # of classifier-free guidance; 1 is the model itself
+                "solver": "dopri5",
+                "tolerance": 1e-4,  # relative and absolute, of the solver
+                "num_steps": placeholder(int),  # of a fixed solver
+                "likelihood_examples": 100,  # held-out images whose bits per dimension are measured
+                "divergence": "hutchinson",  # of the likelihood: unbiased; exact costs a product an entry of an image
+                "likelihood_samples": 1,  # draws of the dequantisation
+                "seed": 1000,
+            }
+        )
+        return config
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        super().__init__(config, mesh)
+        check_choices(config, {"model.name": MODELS, "eval.reference": image_evaluation.SIDES})
+        if config.coupling.name == "sinkhorn":
+            raise UserError(
+                "coupling.name is 'sinkhorn', which pairs across classes, expected independent or exact: change it."
+            )
+        likelihood.check_divergence(config.eval.divergence)
+        if config.eval.guidance != 1.0 and not config.model.label_dropout > 0:
+            raise UserError(
+                f"eval.guidance is {config.eval.guidance} with model.label_dropout={config.model.label_dropout}, "
+                "expected 1, or a share of labels to drop in training: else nothing is learned of images without one."
+            )
+        self.label_dropout = config.model.label_dropout
+
+    @property
+    @abc.abstractmethod
+    def data(self) -> ImageData:
+        """The images."""
+
+    @functools.cached_property
+    def evaluation(self) -> Evaluation:
+        """What measures models."""
+        return Evaluation(self.data, self.path, self.config.data, self.config.eval, self.mesh)
+
+    def velocity_model(self, **told: Any) -> UNet | DiT:
+        """A new model of the config's sizes; `told` is its num_classes or vector_width."""
+        settings = self.config.model
+        make, sizes = MODELS[settings.name]
+        own = dict(settings[settings.name])
+        if settings.name == "unet":
+            own["multipliers"] = own["multipliers"] or (1, 2)
+        low = self.config.compute_dtype != "float32"
+        own |= {"dropout": settings.dropout, "remat": settings.remat, **told}
+        own["dtype"] = self.config.compute_dtype if low else None
+        try:
+            size = sizes(image_size=self.size, channels=self.channels, **own)
+            return make(size, rngs=nnx.Rngs(self.config.seed))
+        except ValueError as error:
+            raise UserError(f"model.{settings.name}: {error}") from None
+
+    def train_source(self) -> ImagePairs:
+        data = self.config.data
+        return ImagePairs(
+            self.data,
+            data.dequantize,
+            self.config.coupling.name,
+            self.config.seed,
+            group=self.config.coupling.group,
+            flip=data.flip,
+            on_error=data.on_error,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+
+    def reported_data(self) -> str:
+        """Fingerprint of the held-out side."""
+        return self.data.held_out.fingerprint
+
+    def blank_row(self) -> dict[str, np.ndarray]:
+        image = np.zeros((self.size, self.size, self.channels), np.float32)
+        row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32)}
+        return row | {"label": np.zeros((), np.int32)} if self.num_classes else row
+
+    def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
+        labels = f"labels: {batch['label'][0].tolist()}" if "label" in batch else "without labels"
+        return f"{batch['x_1'][0].shape} images, {labels}"
+
+    def validate(self, model: nnx.Module) -> dict[str, float]:
+        return self.evaluation.validate(own_copy(model))
+
+    def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        return self.evaluation.evaluate(own_copy(model), workdir)

@@ -1,0 +1,236 @@
+"""LoRA (Hu et al. 2021): a trainable low-rank update beside each frozen kernel, y = x W + (alpha / r) (x A) B.
+
+The update lives inside the projection layer (models/layers.py), so base parameter names survive: a base checkpoint
+loads unchanged, and `attach_lora` and `detach_lora` are inverses. Ranks and scales may differ from layer to layer
+(spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude to every output channel. Axes: layers.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from paligemma_jax.adapt.lora import low_rank
+from paligemma_jax.adapt.lora.spec import LoraSpec, make_specs
+from paligemma_jax.adapt.quantization.quantized_kernel import Frozen, QuantizedKernel
+from paligemma_jax.models.layers import Projection
+from train_jax.core import param_tree, patterns
+from train_jax.core.errors import UserError
+
+TRAINABLE = r".*/lora_(a|b|magnitude)"
+"""Pattern of the parameters that LoRA trains."""
+
+
+def projections(model: nnx.Module) -> dict[str, Projection]:
+    """Every projection of a model by module path, such as "decoder/layers/self_attn/q_proj"."""
+    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if type(module) is Projection}
+    return dict(sorted(found.items()))
+
+
+def depth(module: Projection) -> int | None:
+    """Number of layers of a stacked projection, None of one that is not stacked."""
+    stacked = len(module.kernel.shape) > len(module.in_shape) + len(module.out_shape)
+    return module.kernel.shape[0] if stacked else None
+
+
+def attach_lora(
+    model: nnx.Module,
+    targets: str = r"decoder/.*/(q_proj|o_proj)",
+    rank: int = 8,
+    alpha: int | float = 32.0,
+    dropout: int | float = 0.0,
+    *,
+    rngs: nnx.Rngs,
+    rslora: bool = False,
+    dora: bool = False,
+    layers: Sequence[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, int | float] | None = None,
+    dtype: str = "float32",
+) -> nnx.Module:
+    """Adds adapters that change nothing yet to the projections whose path the pattern matches in full.
+
+    peft matches by name suffix and so reaches the vision tower's `q_proj` too; here a pattern says which tower:
+    `r".*/(q_proj|o_proj)"` is what peft's `["q_proj", "o_proj"]` does.
+
+    Args:
+      model: changed in place.
+      targets: regular expression over module paths.
+      rank: r.
+      alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
+      dropout: probability of dropping an entry of the adapter's input, in training only.
+      rngs: A is drawn Kaiming-uniform over all contracted axes (bound 1 / sqrt(fan in), as peft), B is zero.
+      rslora: see alpha.
+      dora: train the magnitude of every output channel apart from its direction (Liu et al. 2024).
+      layers: numbers of the layers to adapt, of every stack that the targets reach; all when None.
+      rank_pattern, alpha_pattern: ranks and alphas that differ, by regular expressions over paths with the layer's
+        number, such as {r"decoder/layers/(0|1)/.*": 4}; the first that matches wins.
+      dtype: of A and B; magnitudes are float32.
+
+    Returns:
+      The model.
+
+    Raises:
+      UserError: a pattern that matches nothing, layers that are not there, a rank below 1, a dropout outside [0, 1),
+        or adapters are there already.
+    """
+    modules = projections(model)
+    if rank < 1 or not 0.0 <= dropout < 1.0:
+        raise UserError(f"lora has rank {rank} and dropout {dropout}, expected rank >= 1 and 0 <= dropout < 1.")
+    depths = {path: depth(modules[path]) for path in patterns.select(targets, modules, what="lora targets")}
+    options = dict(rslora=rslora, layers=layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+    specs = make_specs(depths, rank, alpha, **options)
+    check_free(modules, specs)
+    for path, spec in specs.items():
+        a, b = _initial_factors(modules[path], spec, rngs)
+        magnitude = _initial_magnitude(modules[path], spec) if dora else None
+        install(modules[path], spec, a.astype(dtype), b.astype(dtype), magnitude, dropout)
+    return model
+
+
+def _initial_factors(module: Projection, spec: LoraSpec, rngs: nnx.Rngs) -> tuple[Array, Array]:
+    """A Kaiming-uniform, zero beyond a layer's own rank, and B zero."""
+    stack = () if depth(module) is None else (len(spec.ranks),)
+    bound = 1.0 / math.sqrt(math.prod(module.in_shape))
+    a = jax.random.uniform(rngs.params(), (*stack, *module.in_shape, spec.rank), jnp.float32, -bound, bound)
+    if min(spec.ranks) < spec.rank:
+        used = jnp.arange(spec.rank)[None] < jnp.array(spec.ranks)[:, None]
+        a = jnp.where(jax.lax.expand_dims(used, range(1, 1 + len(module.in_shape))), a, 0.0)
+    return a, jnp.zeros((*stack, spec.rank, *module.out_shape))
+
+
+def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
+    """The base's own norms, with which DoRA changes nothing; zero in layers without an adapter."""
+
+    def norms_of(kernel: Array) -> Array:
+        return low_rank.column_norms(kernel, len(module.in_shape), len(module.out_shape))
+
+    if depth(module) is None:
+        return norms_of(module.dense_kernel())
+    if isinstance(module.kernel, QuantizedKernel):  # never the whole stack in float32
+        norms = jnp.stack([norms_of(kernel) for kernel in module.kernel.dequantized_layers()])
+    else:
+        norms = norms_of(module.kernel[...])
+    adapted = jnp.array(spec.ranks) > 0
+    return jnp.where(jax.lax.expand_dims(adapted, range(1, norms.ndim)), norms, 0.0)
+
+
+def check_free(modules: Mapping[str, Projection], paths: Iterable[str]) -> None:
+    """Raises UserError if one of these projections has an adapter."""
+    for path in paths:
+        if modules[path].lora_a is not None:
+            raise UserError(f"{path} has a LoRA adapter already: merge or detach it before attaching another.")
+
+
+def install(
+    module: Projection, spec: LoraSpec, a: Array, b: Array, magnitude: Array | None, dropout: int | float
+) -> None:
+    """Gives a projection its adapter.
+
+    Args:
+      module: changed in place; without an adapter.
+      spec: ranks and scales.
+      a, b: [*in_shape, r] and [r, *out_shape], with a leading layer axis if stacked; zero beyond a layer's own rank.
+      magnitude: DoRA's [*out_shape], stacked likewise, or None.
+      dropout: on the adapter's input.
+    """
+    module.lora_spec, module.lora_dropout = spec, dropout
+    module.lora_a, module.lora_b = nnx.Param(a), nnx.Param(b)
+    if magnitude is not None:
+        module.lora_magnitude = nnx.Param(magnitude)
+    if len(set(spec.scales)) == 1:
+        module.lora_scale = spec.scales[0]
+    else:
+        module.lora_layer_scale = Frozen(jnp.array(spec.scales, jnp.float32))
+
+
+def detach_lora(model: nnx.Module) -> nnx.Module:
+    """Removes all adapters in place and returns the base model."""
+    for module in projections(model).values():
+        for name in ("lora_a", "lora_b", "lora_magnitude", "lora_layer_scale"):
+            setattr(module, name, nnx.data(None))
+        module.lora_scale, module.lora_dropout, module.lora_spec = 1.0, 0.0, None
+    return model
+
+
+def merge_lora(model: nnx.Module, *, requantize: bool = False) -> nnx.Module:
+    """Folds every adapter into its kernel (in float32, cast once at the end), in place, and removes the adapters.
+
+    Args:
+      model: with adapters. A quantised kernel that has one is dequantised to the very weights it was used with, and
+        comes out plain, in the dtype it had before it was quantised; `quantize.dequantize` does so with the others.
+      requantize: store such a kernel as it was stored before; this rounds away part of what was trained, and
+        `largest_logit_gap` tells how much that changes.
+
+    Raises:
+      UserError: the model has no adapters.
+    """
+    adapted = {path: module for path, module in projections(model).items() if module.lora_a is not None}
+    if not adapted:
+        raise UserError("the model has no LoRA adapters to merge: load one or attach one first.")
+    for module in adapted.values():
+        kernel = module.kernel
+        if isinstance(kernel, QuantizedKernel):
+            merged = module.merged_kernel()
+            module.kernel = kernel.requantized(merged) if requantize else nnx.Param(merged.astype(kernel.dtype))
+        else:
+            kernel[...] = module.merged_kernel().astype(kernel.dtype)
+    return detach_lora(model)
+
+
+def largest_logit_gap(model: nnx.Module, other: nnx.Module, **inputs: Array) -> float:
+    """Largest absolute difference of two models' logits at real text positions, before and after a merge, say.
+
+    Args:
+      model, other: of the same family; merging works in place, so keep `nnx.clone(model)` to compare with.
+      inputs: of the model's call (images, tokens, mask_ar, mask_input).
+    """
+
+    @jax.jit
+    def gap(first, second, inputs):
+        logits = [
+            param_tree.merge(graph, arrays)(**inputs)[0] for graph, arrays in zip(graphs, (first, second), strict=True)
+        ]
+        mask = jnp.asarray(inputs.get("mask_input", jnp.ones(logits[0].shape[:2])), bool)
+        return jnp.where(mask[..., None], jnp.abs(logits[0] - logits[1]), 0.0).max()
+
+    graphs, arrays = zip(*(param_tree.split(each) for each in (model, other)), strict=True)
+    return float(gap(*arrays, inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRow:
+    """One adapted module (all its layers together): parameters of the base and of the adapter."""
+
+    path: str
+    layers: int  # adapted ones
+    d_in: int
+    d_out: int
+    base: int
+    lora: int  # the sum of r (d_in + d_out) over its adapted layers, and d_out each with DoRA
+
+
+def lora_table(model: nnx.Module) -> list[LoraRow]:
+    """What the pattern matched, module by module; zeros that pad lower ranks are not counted."""
+    rows = []
+    for path, module in projections(model).items():
+        if module.lora_a is not None:
+            d_in, d_out = math.prod(module.in_shape), math.prod(module.out_shape)
+            adapted = [rank for rank in module.lora_spec.ranks if rank]
+            lora = sum(adapted) * (d_in + d_out) + (module.lora_magnitude is not None) * len(adapted) * d_out
+            rows.append(LoraRow(path, len(adapted), d_in, d_out, module.kernel.size, lora))
+    return rows
+
+
+def format_lora_table(rows: list[LoraRow]) -> str:
+    """The table as text, with totals; for W of d_in x d_out the adapter has r (d_in + d_out) parameters."""
+    lines = [f"{'LoRA on':<36} {'layers':>6} {'d_in':>6} {'d_out':>6} {'base':>14} {'LoRA':>11} {'share':>7}"]
+    total = LoraRow("total", 0, 0, 0, sum(r.base for r in rows), sum(r.lora for r in rows))
+    for row in [*rows, total]:
+        sizes = f"{row.layers:>6} {row.d_in:>6} {row.d_out:>6}" if row.layers else f"{'':>20}"
+        lines.append(f"{row.path:<36} {sizes} {row.base:>14,} {row.lora:>11,} {row.lora / row.base:>7.2%}")
+    return "\n".join(lines)

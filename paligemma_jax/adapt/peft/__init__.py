@@ -1,0 +1,1 @@
+"""Other methods of parameter-efficient fine-tuning, by name."""

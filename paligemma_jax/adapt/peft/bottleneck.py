@@ -1,0 +1,67 @@
+"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): two small layers behind each branch.
+
+What attention and what the feed-forward network add to the residual stream goes through b + up(gelu(down(b))), with
+`up` zero at the start. Only the decoder gets them. They are not linear, so they cannot be merged into the kernels.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from paligemma_jax.models import layers
+from paligemma_jax.models.paligemma import PaliGemma
+from train_jax.core.errors import UserError
+
+TRAINABLE = r"decoder/.*/(attention|mlp)_adapter/.*"
+_DEVIATION = 1e-2  # of the first layer at the start, as in the paper
+
+
+class Bottleneck(nnx.Module):
+    """b + up(gelu(down(b))), parameters in float32, products in the compute dtype."""
+
+    def __init__(self, features: int, width: int, dtype: str, *, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.down_kernel = nnx.Param(_DEVIATION * jax.random.normal(rngs.params(), (features, width)))
+        self.down_bias = nnx.Param(jnp.zeros(width))
+        self.up_kernel = nnx.Param(jnp.zeros((width, features)))
+        self.up_bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = self._linear(branch, self.down_kernel, self.down_bias)
+        return branch + self._linear(jax.nn.gelu(hidden, approximate=True), self.up_kernel, self.up_bias)
+
+    def _linear(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
+        dtype = jnp.dtype(self.dtype)
+        y = layers.contract(layers.cast(x, dtype), kernel[...].astype(dtype), 1)
+        return y + layers.broadcast(bias[...], y)
+
+
+def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
+    """Adds adapters that change nothing yet to every block of the decoder, in place.
+
+    Args:
+      model: without bottlenecks.
+      width: m, of the hidden layer; an adapter has 2 m D + m + D parameters.
+      rngs: draws the first layers; the second ones are zero.
+
+    Raises:
+      UserError: a width below 1, or adapters that are there already.
+    """
+    blocks, config = model.decoder.layers, model.config.decoder
+    if width < 1:
+        raise UserError(f"the bottleneck's width is {width}, expected 1 or more: raise it.")
+    if blocks.attention_adapter is not None:
+        raise UserError("the model has bottleneck adapters already: detach them before attaching others.")
+    for name in ("attention_adapter", "mlp_adapter"):
+        stack = layers.make_stack(
+            lambda rngs: Bottleneck(config.width, width, config.dtype, rngs=rngs), config.depth, rngs
+        )
+        setattr(blocks, name, stack)
+    return model
+
+
+def detach_bottlenecks(model: PaliGemma) -> PaliGemma:
+    """Removes the adapters, in place."""
+    model.decoder.layers.attention_adapter = model.decoder.layers.mlp_adapter = nnx.data(None)
+    return model

@@ -1,0 +1,68 @@
+"""Prefix-Tuning and Prompt-Tuning: learned inputs that stand before the text, of every layer or of the first alone.
+
+Prefix-Tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190): M learned keys and values in every attention of the
+decoder, read by every query, image patches too. They have no position: queries turn by RoPE, these keys do not (as in
+peft). They are parameters themselves; the paper's network that makes them during training is left out.
+
+Prompt-Tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): M learned embeddings between image and BOS, part
+of the prefix that reads both ways. They take positions and slots of the cache as M more patches would.
+
+A softmax shares its mass with what is added, so neither can start as nothing at all: keys start small, values at zero,
+and embeddings as those of words drawn at random, as both papers advise.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from paligemma_jax.models.paligemma import PaliGemma
+from train_jax.core.errors import UserError
+
+TRAINABLE_PREFIX = r"decoder/layers/self_attn/prefix_[kv]"
+TRAINABLE_PROMPT = r"decoder/soft_prompt"
+
+
+def attach_prefix(model: PaliGemma, length: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
+    """Adds `length` keys and values to every attention of the decoder, in place: 2 L M K H parameters.
+
+    Raises:
+      UserError: a length below 1, or a prefix that is there already.
+    """
+    config, attention = model.config.decoder, model.decoder.layers.self_attn
+    _check(length, attention.prefix_k, "prefix")
+    shape = (config.depth, length, config.num_kv_heads, config.head_dim)
+    attention.prefix_k = nnx.Param(jax.random.normal(rngs.params(), shape) * config.head_dim**-0.5)
+    attention.prefix_v = nnx.Param(jnp.zeros(shape))
+    return model
+
+
+def attach_prompt(model: PaliGemma, length: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
+    """Adds `length` embeddings between image and text, in place: M D parameters, at first those of random words.
+
+    Raises:
+      UserError: a length below 1, or a prompt that is there already.
+    """
+    config = model.config.decoder
+    _check(length, model.decoder.soft_prompt, "soft prompt")
+    words = jax.random.choice(rngs.params(), config.vocab_size, (1, length), replace=length > config.vocab_size)
+    model.decoder.soft_prompt = nnx.Param(model.decoder.embed_tokens(words)[0])
+    return model
+
+
+def _check(length: int, present: nnx.Param | None, what: str) -> None:
+    if length < 1:
+        raise UserError(f"the {what}'s length is {length}, expected 1 or more: raise it.")
+    if present is not None:
+        raise UserError(f"the model has a {what} already: detach it before attaching another.")
+
+
+def detach_prefix(model: PaliGemma) -> PaliGemma:
+    """Removes the keys and values, in place."""
+    model.decoder.layers.self_attn.prefix_k = model.decoder.layers.self_attn.prefix_v = nnx.data(None)
+    return model
+
+
+def detach_prompt(model: PaliGemma) -> PaliGemma:
+    """Removes the embeddings, in place."""
+    model.decoder.soft_prompt = nnx.data(None)
+    return model

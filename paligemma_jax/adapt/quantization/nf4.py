@@ -1,0 +1,138 @@
+"""4-bit NormalFloat (Dettmers et al. 2023, QLoRA): 16 levels at quantiles of a normal, scaled by each block's absmax.
+
+Codes, constants and their order equal those of bitsandbytes bit by bit; see blocks.py for the layout.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num, UInt8
+
+from paligemma_jax.adapt.quantization import blocks, double_quantization
+from train_jax.core.errors import UserError
+
+BLOCK_SIZES = (64, 128)
+LEVELS = np.asarray(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / np.float32(2)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+
+
+def quantize(
+    array: Num[Array, "*shape"] | Num[np.ndarray, "*shape"], block_size: int = 64
+) -> tuple[UInt8[Array, " bytes"], Float[Array, " blocks"]]:
+    """Quantises an array in C order, by blocks of consecutive elements whatever its axes.
+
+    Args:
+      array: of any shape and float dtype; the last block may be short.
+      block_size: 64 or 128.
+
+    Returns:
+      codes: uint8 [(n + 1) // 2], two codes a byte, the first in the high nibble; after an odd n the last low nibble
+        is 7 (zero).
+      absmax: float32 [ceil(n / block_size)], the largest magnitude of each block.
+
+    Raises:
+      UserError: another block size.
+    """
+    arrays = NF4(block_size).encode(jnp.asarray(array, jnp.float32).reshape(1, -1))
+    return arrays["codes"][0], arrays["absmax"][0]
+
+
+def dequantize(
+    codes: UInt8[Array, " bytes"] | UInt8[np.ndarray, " bytes"],
+    absmax: Float[Array, " blocks"] | Float[np.ndarray, " blocks"],
+    shape: tuple[int, ...],
+) -> Float[Array, "..."]:
+    """The float32 array of `shape` that `quantize` stored; the block size follows from the number of blocks.
+
+    Raises:
+      UserError: codes and absmax do not belong to an array of this shape.
+    """
+    count = int(np.prod(shape))
+    sizes = [size for size in BLOCK_SIZES if -(-count // size) == absmax.size]
+    if codes.size != (count + 1) // 2 or not sizes:
+        raise UserError(
+            f"{codes.size} bytes of NF4 codes and {absmax.size} block constants do not make an array of shape "
+            f"{tuple(shape)} in blocks of {' or '.join(map(str, BLOCK_SIZES))}: give the shape that was quantised."
+        )
+    arrays = {"codes": jnp.asarray(codes)[None], "absmax": jnp.asarray(absmax)[None]}
+    return NF4(sizes[0]).decode(arrays, (1, count)).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NF4:
+    """A matrix [O, I] as `codes` uint8 [R, E/2] and `absmax` float32 [R, M].
+
+    With `double`, `absmax` is the uint8 code of the constant, and `nested_absmax` float32 [R M / 256] and `offset`
+    float32 [] say what it stands for.
+    """
+
+    block_size: int = 64
+    double: bool = False
+
+    def __post_init__(self):
+        check_block_size("nf4", self.block_size)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return ("codes", "absmax", *(("nested_absmax", "offset") if self.double else ()))
+
+    def encode(self, matrix: Float[Array, "O I"]) -> dict[str, Array]:
+        """The arrays of a float32 matrix."""
+        codes, absmax = _encode_blocks(blocks.split(matrix, self.block_size, "constant"))
+        arrays = {"codes": blocks.pack(codes, matrix.size // codes.shape[0]), "absmax": absmax}
+        if self.double:
+            arrays |= zip(self.leaves[1:], double_quantization.compress(absmax), strict=True)
+        return arrays
+
+    def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "O I"]:
+        """The float32 matrix of `shape`."""
+        absmax = arrays["absmax"]
+        if self.double:
+            absmax = double_quantization.expand(absmax, arrays["nested_absmax"], arrays["offset"])
+        count = shape[0] * shape[1] // absmax.shape[0]
+        values = level(blocks.unpack(arrays["codes"], count)) * blocks.spread(absmax, self.block_size, count)
+        return blocks.join(values, shape)
+
+
+@jax.jit
+def _encode_blocks(values: Float[Array, "R M K"]) -> tuple[UInt8[Array, "R M K"], Float[Array, "R M"]]:
+    """Code of each weight and absmax of each block."""
+    absmax = jnp.abs(values).max(axis=-1)
+    # A block of zeros, or of numbers too small to divide by, is all zeros.
+    inverse = jnp.where(absmax < SMALLEST_NORMAL, 0.0, 1.0 / absmax)
+    return nearest_code(jnp.clip(values * inverse[..., None], -1.0, 1.0)), absmax
+
+
+def nearest_code(scaled: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
+    """Index of the nearest level for numbers in [-1, 1], the lower of two equally near; 15 comparisons, no search."""
+    return sum((scaled > midpoint).astype(jnp.uint8) for midpoint in MIDPOINTS)
+
+
+def level(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """The level of each code.
+
+    A look-up, and not a tree of choices among constants: differentiating a scan moves those out of the loop, broadcast
+    to the full size of the kernel sixteen times over.
+    """
+    return jnp.asarray(LEVELS).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def check_block_size(kind: str, block_size: int) -> None:
+    """Raises UserError unless a block size is one that 4-bit kinds have."""
+    if block_size not in BLOCK_SIZES:
+        raise UserError(
+            f"the block size of {kind} is {block_size}, expected {' or '.join(map(str, BLOCK_SIZES))}: choose one of "
+            "these."
+        )

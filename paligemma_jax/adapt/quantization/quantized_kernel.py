@@ -1,0 +1,203 @@
+"""A projection's kernel in 4 or 8 bits: what stands in the place of the plain parameter, and how it is multiplied.
+
+The quantised matrix is torch's weight [out, in] with all outputs and all inputs of a projection flattened, in C order,
+layer by layer; stacked layers have a leading axis as every other leaf. It is frozen: it gets no gradient.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from paligemma_jax.adapt.quantization import int8
+from paligemma_jax.adapt.quantization.int4 import Int4
+from paligemma_jax.adapt.quantization.int8 import Int8PerChannel
+from paligemma_jax.adapt.quantization.nf4 import NF4
+from train_jax.core.errors import UserError
+
+Codec = NF4 | Int4 | Int8PerChannel
+KINDS = ("nf4", "int8", "int4")
+
+
+def make_codec(kind: str, block_size: int = 64, double: bool = False) -> Codec:
+    """How a kind stores a matrix.
+
+    Args:
+      kind: "nf4", "int8" (per output channel; the block size does not matter) or "int4".
+      block_size: 64 or 128.
+      double: of NF4, store the block constants in 8 bits too.
+
+    Raises:
+      UserError: another kind or block size, or double quantisation of a kind that has none.
+    """
+    if kind not in KINDS:
+        raise UserError(f"quantize is {kind!r}, expected one of {', '.join(KINDS)}: choose one of these.")
+    if double and kind != "nf4":
+        raise UserError(f"double quantisation is asked for with {kind}, expected nf4: leave double at False.")
+    if kind == "nf4":
+        return NF4(block_size, double)
+    return Int4(block_size) if kind == "int4" else Int8PerChannel()
+
+
+class Frozen(nnx.Variable):
+    """An array that is part of the model and never trained."""
+
+
+class QuantizedKernel(nnx.Module):
+    """Takes the place of a projection's kernel [*in_shape, *out_shape] (models/layers.py).
+
+    Its arrays (`codes`, `absmax`, ...) lie below the kernel's own path: "decoder/layers/mlp/gate_proj/kernel/codes".
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        dtype: jnp.dtype,
+        arrays: Mapping[str, Array],
+    ):
+        """Holds arrays made by `encode`; `dtype` is the plain kernel's, which a merge goes back to."""
+        self.codec = codec
+        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
+        self.dtype = np.dtype(dtype)
+        self.outlier_threshold = None
+        for name in codec.leaves:
+            setattr(self, name, Frozen(arrays[name]))
+
+    @classmethod
+    def of(
+        cls, kernel: Float[Array, "..."], codec: Codec, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+    ) -> "QuantizedKernel":
+        """Quantises a kernel [*in_shape, *out_shape], or a stack of them, one layer at a time."""
+        if kernel.ndim == len(in_shape) + len(out_shape):
+            arrays = encode(codec, kernel, len(in_shape))
+        else:
+            layers = (_layer(kernel, i) for i in range(kernel.shape[0]))
+            encoded = [encode(codec, layer, len(in_shape)) for layer in layers]
+            arrays = jax.tree.map(lambda *each: jnp.stack(each), *encoded)
+        return cls(codec, in_shape, out_shape, kernel.dtype, arrays)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What is stored, by name."""
+        return {name: getattr(self, name)[...] for name in self.codec.leaves}
+
+    @property
+    def kind(self) -> str:
+        """Of KINDS."""
+        return {NF4: "nf4", Int8PerChannel: "int8", Int4: "int4"}[type(self.codec)]
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays take."""
+        leaves = (getattr(self, name) for name in self.codec.leaves)  # which may be shapes
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return math.prod(self.out_shape), math.prod(self.in_shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the plain kernel, with the layer axis if stacked."""
+        return (*self.codes.shape[:-2], *self.in_shape, *self.out_shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    def dequantize(self) -> Float[Array, "..."]:
+        """The plain kernel in float32, with the layer axis if stacked."""
+        if self.codes.ndim == 2:
+            return _decode_transposed(self.codec, self.matrix_shape, self.arrays).reshape(self.shape)
+        return jnp.stack(list(self.dequantized_layers()))
+
+    def dequantized_layers(self) -> Iterator[Float[Array, "..."]]:
+        """The plain kernels of a stack in float32, one after another, so that they need not be in memory together."""
+        for i in range(self.codes.shape[0]):
+            kernel = _decode_transposed(self.codec, self.matrix_shape, _layer(self.arrays, i))
+            yield kernel.reshape(*self.in_shape, *self.out_shape)
+
+    def requantized(self, kernel: Float[Array, "..."]) -> "QuantizedKernel":
+        """Another kernel of the same shape, stored and multiplied the same way."""
+        new = QuantizedKernel.of(kernel, self.codec, self.in_shape, self.out_shape)
+        new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
+        return new
+
+    def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
+        """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
+
+        The kernel is dequantised to the dtype of x, once for the forward and once for the backward pass: nothing of
+        full size is kept between them. Nothing is drawn: `keys` are for other kernels.
+        """
+        del keys
+        lead = x.shape[: x.ndim - len(self.in_shape)]
+        x = x.reshape(*lead, -1)
+        if self.outlier_threshold is None:
+            y = _frozen_product(self.codec, self.matrix_shape, x.dtype, self.arrays, x)
+        else:
+            y = int8.split_product(self.arrays, x, self.outlier_threshold)
+        return y.reshape(*lead, *self.out_shape)
+
+
+def encode(
+    codec: Codec, kernel: Float[Array, "..."] | Float[np.ndarray, "..."], num_contracted: int
+) -> dict[str, Array]:
+    """The arrays of one layer's kernel [in..., out...], whose first `num_contracted` axes are inputs."""
+    inputs = math.prod(kernel.shape[:num_contracted])
+    # Step by step, not as one program: XLA would fuse the strided reads into one another and take five times as long.
+    return codec.encode(jnp.asarray(kernel.reshape(inputs, -1).T).astype(jnp.float32))
+
+
+def _decode_transposed(codec: Codec, shape: tuple[int, int], arrays: dict[str, Array]) -> Float[Array, "I O"]:
+    """One layer's matrix as our kernels lie, transposed in a step of its own as in `encode`."""
+    return _decode(codec, shape, arrays).T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(codec: Codec, shape: tuple[int, int], arrays: dict[str, Array]) -> Float[Array, "O I"]:
+    return codec.decode(arrays, shape)
+
+
+def _layer(stack: Array | dict[str, Array], index: int) -> Array | dict[str, Array]:
+    """One layer of stacked arrays; iterating over the arrays themselves would slice all of them at once."""
+    return jax.tree.map(lambda array: array[index], stack)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _frozen_product(
+    codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array], x: Float[Array, "*B I"]
+) -> Float[Array, "*B O"]:
+    """x W^T for the matrix W of `shape` that `arrays` hold, in `dtype` with float32 sums.
+
+    Differentiable in x alone. Automatic differentiation would keep the dequantised W of every layer for the backward
+    pass; here that pass dequantises again.
+    """
+    return _times_transposed(codec, shape, dtype, arrays)(x)
+
+
+def _times_transposed(codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array]):
+    matrix = codec.decode(arrays, shape).astype(dtype)
+    return lambda x: lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _forward(codec, shape, dtype, arrays, x):
+    return _frozen_product(codec, shape, dtype, arrays, x), arrays
+
+
+def _backward(codec, shape, dtype, arrays, dy):
+    x = jax.ShapeDtypeStruct((*dy.shape[:-1], shape[1]), dtype)
+    (dx,) = jax.linear_transpose(_times_transposed(codec, shape, dtype, arrays), x)(dy)
+    return None, dx
+
+
+_frozen_product.defvjp(_forward, _backward)

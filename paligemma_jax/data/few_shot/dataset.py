@@ -1,0 +1,209 @@
+"""Images of named classes, and the few of each that a model is tuned on. Axes: C classes.
+
+What is drawn is a function of the seed and of the class's own images, so it depends neither on the other classes nor
+on the order of a file; fewer shots are the beginning of more.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paligemma_jax.data.records import fingerprint_of
+from paligemma_jax.data.row_texts import is_text
+from train_jax.core.errors import UserError, quoted
+
+SPLITS = ("train", "val", "test")
+ALL, BASE, NOVEL = "all", "base", "novel"
+MAX_VAL_SHOTS = 4  # of a class, as in CoOp
+
+
+class Example(NamedTuple):
+    """An image file, relative to the root of its data set and with forward slashes, and the number of its class."""
+
+    image: str
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+    """A data set of images by class; a label is a place in `classes`.
+
+    Attributes:
+      name: of the data set.
+      root: folder that the images' paths are relative to.
+      classes: C names, as prompts say them.
+      splits: examples of "train", "val" and "test"; one that is left out is empty.
+      shots: training images of a class at most; None: all.
+      seed: that they were drawn with; None: nothing was drawn.
+      part: "all" of the data set's classes, the "base" ones or the "novel" ones.
+
+    Raises:
+      UserError: two classes of a name, a label without a class, an image twice, or a path that leaves the root.
+    """
+
+    name: str
+    root: Path
+    classes: tuple[str, ...]
+    splits: Mapping[str, tuple[Example, ...]]
+    shots: int | None = None
+    seed: int | None = None
+    part: str = ALL
+
+    def __post_init__(self):
+        object.__setattr__(self, "splits", {split: tuple(self.splits.get(split, ())) for split in SPLITS})
+        _check_classes(self.name, self.classes)
+        examples = [example for split in SPLITS for example in self.splits[split]]
+        _check_examples(self.name, examples, len(self.classes))
+
+    def few_shot(self, shots: int, seed: int) -> "FewShot":
+        """The same with `shots` training images of each class (all where there are fewer), drawn by seed and class.
+
+        As in CoOp (Zhou et al. 2022) validation keeps min(shots, 4) of a class, and the test split stays whole.
+
+        Raises:
+          UserError: no shots, a set that was drawn before, or a class without a training image.
+        """
+        if shots < 1 or self.shots is not None:
+            raise UserError(
+                f"{shots} shots of {self.name} with {self.shots or 'all'} images a class were asked for, expected at "
+                "least one, of a whole data set: change the shots."
+            )
+        without = set(range(len(self.classes))) - {example.label for example in self.splits["train"]}
+        if without:
+            raise UserError(
+                f"{len(without)} of {len(self.classes)} classes of {self.name} have no training image (first: "
+                f"{quoted(self.classes[min(without)])}), expected one at least: add images, or leave out the classes."
+            )
+        drawn = {
+            split: self._drawn(split, count, seed)
+            for split, count in (("train", shots), ("val", min(shots, MAX_VAL_SHOTS)))
+        }
+        return dataclasses.replace(self, splits={**self.splits, **drawn}, shots=shots, seed=seed)
+
+    def base_to_novel(self) -> tuple["FewShot", "FewShot"]:
+        """The first ceil(C / 2) classes and the others, labels counted from 0 in each (CoOp's SUBSAMPLE_CLASSES).
+
+        Raises:
+          UserError: a single class, or one half of the classes already.
+        """
+        if len(self.classes) < 2 or self.part != ALL:
+            raise UserError(
+                f"{self.name} ({self.part}) has {len(self.classes)} class(es) to divide into base and novel ones, "
+                "expected all of a data set with two at least: give that."
+            )
+        middle = math.ceil(len(self.classes) / 2)
+        return self._part(BASE, 0, middle), self._part(NOVEL, middle, len(self.classes))
+
+    def ordered(self, classes: Sequence[str]) -> "FewShot":
+        """The same with its classes in another order, which decides what `base_to_novel` takes for what.
+
+        Raises:
+          UserError: other names than the classes have.
+        """
+        if sorted(classes) != sorted(self.classes):
+            raise UserError(
+                f"an order of {len(classes)} classes was given for the {len(self.classes)} of {self.name}, expected "
+                "each of them once: mend the names."
+            )
+        places = {name: place for place, name in enumerate(classes)}
+        splits = {
+            split: tuple(Example(image, places[self.classes[label]]) for image, label in examples)
+            for split, examples in self.splits.items()
+        }
+        return dataclasses.replace(self, classes=tuple(classes), splits=splits)
+
+    def renamed(self, names: Mapping[str, str]) -> "FewShot":
+        """The same with other names of its classes, in their order. Shots are drawn by name, so others are drawn.
+
+        Raises:
+          UserError: a class without a new name, or two of one name.
+        """
+        without = [name for name in self.classes if name not in names]
+        if without:
+            raise UserError(
+                f"{len(without)} of {len(self.classes)} classes of {self.name} have no new name (first: "
+                f"{quoted(without[0])}), expected one for each: add names."
+            )
+        return dataclasses.replace(self, classes=tuple(names[name] for name in self.classes))
+
+    def only(self, *splits: str) -> "FewShot":
+        """The same without the other splits."""
+        return dataclasses.replace(self, splits={split: self.splits[split] for split in splits})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the root, as JSON values; `from_dict` is the inverse."""
+        described = {"name": self.name, "part": self.part, "shots": self.shots, "seed": self.seed}
+        splits = {split: [list(example) for example in examples] for split, examples in self.splits.items()}
+        return described | {"classes": list(self.classes), "splits": splits}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], root: str | Path) -> "FewShot":
+        """Reads what `to_dict` wrote; images are below `root`. Raises UserError, as the class does."""
+        splits = {split: tuple(Example(*example) for example in values["splits"][split]) for split in SPLITS}
+        described = {key: values[key] for key in ("name", "part", "shots", "seed")}
+        return cls(root=Path(root), classes=tuple(values["classes"]), splits=splits, **described)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits: equal for the same name, classes, and examples by path, in their order."""
+        return fingerprint_of(**self.to_dict())
+
+    def _drawn(self, split: str, count: int, seed: int) -> tuple[Example, ...]:
+        kept = []
+        for label, images in enumerate(by_class(self.splits[split], len(self.classes))):
+            order = drawing_order(seed, f"{split}/{self.classes[label]}", len(images))
+            kept += [Example(images[place], label) for place in order[:count]]
+        return tuple(kept)
+
+    def _part(self, part: str, first: int, end: int) -> "FewShot":
+        splits = {
+            split: tuple(Example(image, label - first) for image, label in examples if first <= label < end)
+            for split, examples in self.splits.items()
+        }
+        return dataclasses.replace(self, classes=self.classes[first:end], splits=splits, part=part)
+
+
+def by_class(examples: Iterable[Example], num_classes: int) -> list[list[str]]:
+    """The images of each class, sorted by path."""
+    images: list[list[str]] = [[] for _ in range(num_classes)]
+    for image, label in examples:
+        images[label].append(image)
+    return [sorted(group) for group in images]
+
+
+def drawing_order(seed: int, name: str, count: int) -> np.ndarray:
+    """A permutation of `count` things by seed and name: by numpy's raw PCG64 numbers, stable across its releases."""
+    raw = np.random.PCG64((seed, zlib.crc32(name.encode()))).random_raw(count)
+    return np.argsort(raw, kind="stable")
+
+
+def _check_classes(name: str, classes: tuple[str, ...]) -> None:
+    twice = [word for word, times in Counter(classes).items() if times > 1]
+    if not classes or twice or not all(word.strip() and is_text(word) for word in classes):
+        found = f"{len(classes)} classes" + (f", of which {quoted(twice[0])} stands twice" if twice else "")
+        raise UserError(
+            f"{name} has {found}, expected different names, all of them text and none empty: mend the names."
+        )
+
+
+def _check_examples(name: str, examples: list[Example], num_classes: int) -> None:
+    times = Counter(image for image, _ in examples)
+    for image, label in examples:
+        if not 0 <= label < num_classes:
+            raise UserError(f"{name}: {image} has label {label}, expected 0 to {num_classes - 1}: mend the label.")
+        path = PurePosixPath(image)
+        if path.is_absolute() or ".." in path.parts or "\0" in image:
+            raise UserError(
+                f"{name}: the image path {quoted(image)} leaves its folder, expected one within: move the image."
+            )
+        if times[image] > 1:
+            raise UserError(
+                f"{name}: {image} stands {times[image]} times in the splits, expected once, or what is tested on was "
+                "tuned on: remove all but one."
+            )

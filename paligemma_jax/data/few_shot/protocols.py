@@ -1,0 +1,147 @@
+"""What a few-shot result was measured on: the images a model was tuned on and those it was tested on, as one JSON file.
+
+few_shot                tuned on k images of every class, tested on all test images of them
+base_to_novel           tuned on k images of the first half of the classes, tested on both halves, each on its own
+cross_dataset           tuned on one data set, tested on others with other classes
+domain_generalization   tuned on one data set, tested on the same classes (or some of them) in other styles
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from paligemma_jax.data.few_shot.dataset import BASE, NOVEL, FewShot
+from paligemma_jax.data.paths import inside
+from paligemma_jax.data.records import fingerprint_of
+from train_jax.core.errors import UserError, quoted
+
+KINDS = ("few_shot", "base_to_novel", "cross_dataset", "domain_generalization")
+SHOTS = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Images to tune on, and sets of images to test on.
+
+    Attributes:
+      kind: one of KINDS.
+      tuned: drawn shots of train (and val).
+      tested: data sets with their test splits, by the name of their result.
+
+    Raises:
+      UserError: nothing to test on, or an image that is both tuned on and tested on.
+    """
+
+    kind: str
+    tuned: FewShot
+    tested: Mapping[str, FewShot]
+
+    def __post_init__(self):
+        object.__setattr__(self, "tuned", self.tuned.only("train", "val"))
+        object.__setattr__(self, "tested", {name: data.only("test") for name, data in self.tested.items()})
+        tuned = {image for split in self.tuned.splits.values() for image, _ in split}
+        for name, data in self.tested.items():
+            shared = tuned & {image for image, _ in data.splits["test"]} if data.name == self.tuned.name else ()
+            if not data.splits["test"]:
+                raise UserError(f"{data.name} ({name}) has no test images, expected one at least: add images.")
+            if shared:
+                raise UserError(
+                    f"{min(shared)} of {data.name} is tuned on and tested on ({name}), expected other images: mend the "
+                    "splits."
+                )
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits, equal where tuned and tested images and classes are."""
+        return fingerprint_of(**self._content())
+
+    def to_json(self) -> str:
+        """The file's text; `read_protocol` is the inverse."""
+        return json.dumps(self._content() | {"digest": self.digest})
+
+    def _content(self):
+        tested = {name: data.to_dict() for name, data in self.tested.items()}
+        return {"protocol": self.kind, "tuned": self.tuned.to_dict(), "tested": tested}
+
+
+def few_shot(data: FewShot, shots: int, seed: int) -> Protocol:
+    """Tuned on `shots` images of each class, tested on the test split. Raises UserError, as FewShot.few_shot."""
+    return Protocol("few_shot", data.few_shot(shots, seed), {"test": data})
+
+
+def base_to_novel(data: FewShot, shots: int, seed: int) -> Protocol:
+    """Tuned on the base classes, tested on "base" and "novel", labels counted from 0 in each. Raises UserError."""
+    base, novel = data.base_to_novel()
+    return Protocol("base_to_novel", base.few_shot(shots, seed), {BASE: base, NOVEL: novel})
+
+
+def cross_dataset(source: FewShot, targets: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
+    """Tuned on all classes of a source, tested on it (by its name) and on the targets. Raises UserError."""
+    return Protocol("cross_dataset", source.few_shot(shots, seed), _with_source(source, targets))
+
+
+def domain_generalization(source: FewShot, shifted: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
+    """Tuned on a source, tested on it (by its name) and on sets that show its classes, or some, in other styles.
+
+    Raises:
+      UserError: a shifted set has a class that the source has not.
+    """
+    for name, data in shifted.items():
+        others = sorted(set(data.classes) - set(source.classes))
+        if others:
+            raise UserError(
+                f"{name} has {len(others)} classes that {source.name} has not (first: {quoted(others[0])}), expected "
+                "the same ones: rename them, or measure across data sets."
+            )
+    return Protocol("domain_generalization", source.few_shot(shots, seed), _with_source(source, shifted))
+
+
+def _with_source(source: FewShot, others: Mapping[str, FewShot]) -> dict[str, FewShot]:
+    if source.name in others or not others:
+        raise UserError(
+            f"the data to test on are {sorted(others)} beside {source.name}, expected one or more by other names: "
+            "change them."
+        )
+    return {source.name: source, **others}
+
+
+def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol:
+    """Reads what `to_json` wrote.
+
+    Args:
+      roots: where the images of each data set are now, by its name (`FewShot.root`).
+
+    Raises:
+      UserError: no such file, one that was changed (its digest differs), a missing root, or a path that leaves one.
+    """
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        tuned, tested = (values["tuned"], values["tested"])
+        names = {data["name"] for data in (tuned, *tested.values())}
+        missing = sorted(names - set(roots))
+        if missing:
+            raise UserError(f"{file} is about {', '.join(missing)}, whose images have no folder: give it.")
+        tested = {name: FewShot.from_dict(data, roots[data["name"]]) for name, data in tested.items()}
+        protocol = Protocol(values["protocol"], FewShot.from_dict(tuned, roots[tuned["name"]]), tested)
+        digest = values["digest"]
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is no protocol ({error!r}), expected what a few-shot run wrote: give that.") from None
+    if digest != protocol.digest or protocol.kind not in KINDS:
+        raise UserError(
+            f"{file} has the digest {protocol.digest}, expected {digest}: it was changed after it was written; give "
+            "the original."
+        )
+    for data in (protocol.tuned, *protocol.tested.values()):
+        _check_inside(data)
+    return protocol
+
+
+def _check_inside(data: FewShot) -> None:
+    root = data.root.resolve()
+    for split in data.splits.values():
+        for image, _ in split:
+            if not inside(root, image):
+                raise UserError(f"the image path {quoted(image)} of {data.name} leaves {root}: move the image there.")

@@ -1,0 +1,142 @@
+"""Rows of a few-shot data set: to tune on, with two random views of each image, and to test on. I pixels a side."""
+
+import hashlib
+import zlib
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int
+
+from paligemma_jax.data.few_shot.dataset import FewShot
+from paligemma_jax.data.few_shot.descriptions import draw
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
+from paligemma_jax.images.augment import Augmentation
+from paligemma_jax.images.preprocessing import Preprocessing
+from train_jax.core import digests
+from train_jax.core.errors import cut
+
+_VIEWS = zlib.crc32(b"views")
+
+
+class FewShotRecords:
+    """The examples of one split as records: the suffix is the class's name, the image's number the row's."""
+
+    def __init__(self, data: FewShot, split: str):
+        self.labels = np.array([label for _, label in data.splits[split]], np.int32)
+        self._images, self._classes, self._root = [image for image, _ in data.splits[split]], data.classes, data.root
+        self._identity = data.digest, split
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the rows, for which their images are read once."""
+        images = digests.of_files([self._root / name for name in self._images], what="images").tobytes()
+        data, split = self._identity
+        return fingerprint_of(kind="few_shot", data=data, split=split, images=hashlib.sha256(images).hexdigest())
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name = self._images[index]
+        try:
+            image = (self._root / name).read_bytes()
+        except OSError as error:
+            raise BadRow(f"cannot read {cut(name)} ({error.strerror}), expected an image file: add it.") from error
+        return Record(image, name, index, "", self._classes[self.labels[index]])
+
+    def image_numbers(self) -> np.ndarray:
+        """The rows' numbers."""
+        return np.arange(len(self))
+
+
+class LabelledRows(GuardedSource):
+    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split, to test on.
+
+    Images are as the model's preprocessing has them. Bad ones come with weight 0, see `GuardedSource`, of which the
+    keyword arguments and the errors are.
+    """
+
+    def __init__(
+        self,
+        data: FewShot,
+        preprocessing: Preprocessing,
+        split: str = "test",
+        *,
+        on_error: str = "skip",
+        max_bad_fraction: float = 0.01,
+    ):
+        records = FewShotRecords(data, split)
+
+        def prepare(record: Record) -> dict[str, np.ndarray]:
+            image = preprocessing.resize(_decoded(record, preprocessing))
+            return {"image": image, "label": records.labels[record.image_index]}
+
+        super().__init__(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
+
+
+class TunedRows:
+    """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
+
+    `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one; `draw`,
+    the same in all rows of a step, chooses the sentences (`descriptions.place`). All are functions of the seed, the
+    step and the row, whichever process or thread reads them, so that a resumed run sees the same; a row that is in a
+    step twice shows the same views twice.
+
+    Args:
+      data: its training images.
+      preprocessing: of the model.
+      tuned, frozen: how the views are drawn.
+      seed: of views and draws.
+      on_error, max_bad_fraction: see `GuardedSource`, as the errors.
+    """
+
+    def __init__(
+        self,
+        data: FewShot,
+        preprocessing: Preprocessing,
+        tuned: Augmentation,
+        frozen: Augmentation,
+        seed: int,
+        *,
+        on_error: str = "skip",
+        max_bad_fraction: float = 0.01,
+    ):
+        records = FewShotRecords(data, "train")
+
+        def prepare(record: Record) -> dict[str, np.ndarray]:
+            return {"image": _decoded(record, preprocessing), "label": records.labels[record.image_index]}
+
+        self._pictures = GuardedSource(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
+        self._preprocessing, self._seed = preprocessing, seed
+        self._views = {"image": tuned, "image_augmented": frozen}
+        self.count, self.check = self._pictures.count, self._pictures.check
+        drawn = {"tuned": vars(tuned), "frozen": vars(frozen), "preprocessing": preprocessing.to_dict(), "seed": seed}
+        self.fingerprint = fingerprint_of(records=records.fingerprint, **drawn)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: values[0] for name, values in self.together(np.array([index]), 0).items()}
+
+    def together(self, indices: Int[np.ndarray, " n"], step: int) -> dict[str, np.ndarray]:
+        """The rows of a step, see train_jax.data.pipeline.Source."""
+        rows = [self._row(int(index), step) for index in indices]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return batch | {"draw": np.full(len(rows), draw(self._seed, step))}
+
+    def _row(self, index: int, step: int) -> dict[str, np.ndarray]:
+        row = self._pictures[index]
+        views = {}
+        for number, (name, augmentation) in enumerate(self._views.items()):
+            rng = np.random.Generator(np.random.PCG64((self._seed, _VIEWS, number, step, index)))
+            views[name] = augmentation.view(row["image"], self._preprocessing, rng)
+        return row | views
+
+
+def _decoded(record: Record, preprocessing: Preprocessing) -> np.ndarray:
+    try:
+        return preprocessing.decode(record.image)
+    except BadRow as error:
+        raise BadRow(f"{cut(record.image_name)}: {error}") from error

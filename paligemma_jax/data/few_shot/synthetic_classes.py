@@ -1,0 +1,105 @@
+"""The classes of single synthetic objects as a folder of pictures in CoOp's layout, rendered once and cached."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from paligemma_jax.data.few_shot.coop import read_coop, write_split_file
+from paligemma_jax.data.few_shot.dataset import SPLITS, Example, FewShot
+from paligemma_jax.data.synthetic_clevr.build import VERSION, encode_png, ordered_map
+from paligemma_jax.data.synthetic_clevr.classes import CLASSES, class_scenes, describe
+from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES, render_styled
+from train_jax.core.errors import UserError
+
+PER_CLASS = {"train": 16, "val": 4, "test": 10}
+
+
+def synthetic_classes(
+    cache_dir: str | Path,
+    size: int,
+    per_class: Mapping[str, int] = PER_CLASS,
+    style: str = PLAIN,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> FewShot:
+    """The 96 classes of single objects (synthetic_clevr.classes); base classes are the first half.
+
+    Base and novel classes differ in combinations of values; `FewShot.ordered` by the names of
+    `synthetic_clevr.classes.in_halves` makes it colours, or materials of shapes (`data.novel` of the config).
+
+    Args:
+      cache_dir: holds a folder for every set of these arguments.
+      size: pixels a side.
+      per_class: pictures of each class in each split; 0 or nothing: the split is empty.
+      style: of the pictures, a name in `styles.STYLES`; every style shows the same scenes.
+      seed: of the scenes; the splits' scenes are disjoint.
+      workers: processes that render; the pictures do not depend on them.
+      progress: called with pictures done and pictures in all.
+
+    Raises:
+      UserError: an unknown style, or no pictures.
+    """
+    numbers = [per_class.get(split, 0) for split in SPLITS]
+    if style not in STYLES or min(numbers) < 0 or not any(numbers):
+        raise UserError(
+            f"the style is {style!r} and the pictures per class are {dict(per_class)}, expected one of "
+            f"{', '.join(STYLES)} and a picture at least: change them."
+        )
+    name = "-".join(["classes", f"v{VERSION}", str(size), *map(str, numbers), str(seed), style])
+    folder = Path(cache_dir).expanduser() / name
+    if not folder.exists():
+        _build(folder, size, dict(zip(SPLITS, numbers, strict=True)), style, seed, workers, progress)
+    return read_coop(folder)
+
+
+def class_descriptions() -> dict[str, tuple[str, ...]]:
+    """Sentences about every class by either of its names, as a file of descriptions has them."""
+    return {name: describe(values) for values in CLASSES for name in (values.name, values.in_other_words)}
+
+
+def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: int, workers: int, progress) -> None:
+    """Writes the set aside and renames it at the end, so that a folder that is there is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for values in CLASSES:
+            (draft / "images" / _folder(values.name)).mkdir(parents=True)
+        splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+        jobs = [
+            (split, label, scene)
+            for split, number in numbers.items()
+            for label, scene in class_scenes(seed, f"classes-{split}", number)
+        ]
+        pictures = ordered_map(partial(_picture, size, style), [scene for _, _, scene in jobs], workers)
+        for done, ((split, label, scene), png) in enumerate(zip(jobs, pictures, strict=True), start=1):
+            name = f"{_folder(CLASSES[label].name)}/{split}_{scene['image_index']:06d}.png"
+            (draft / "images" / name).write_bytes(png)
+            splits[split].append(Example(name, label))
+            if progress:
+                progress(done, len(jobs))
+        names = tuple(values.name for values in CLASSES)
+        write_split_file(FewShot(folder.name, draft / "images", names, splits), draft)
+        _publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _picture(size: int, style: str, scene: dict) -> bytes:
+    return encode_png(render_styled(scene, size, size, STYLES[style]))
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Renames the draft; where another process was first, its set, which is the same, stays."""
+    try:
+        draft.chmod(0o755)
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise

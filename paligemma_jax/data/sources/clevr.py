@@ -1,0 +1,257 @@
+"""CLEVR (Johnson et al., 2017, https://arxiv.org/abs/1612.06890): prepared once as array_record, read by question.
+
+`prepare_clevr` writes what the public TFDS builder `clevr` 3.1.0 writes, feature by feature, but without TensorFlow and
+from a folder or zip the user already has; `tfds.data_source("clevr", data_dir=...)` reads it too. `ClevrQuestions` is
+the source over questions. Images stay encoded until the pipeline decodes them.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from paligemma_jax.data.byte_lru import ByteLRU
+from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from paligemma_jax.data.row_texts import check_texts
+from paligemma_jax.data.sources.clevr_tree import SPLITS, ClevrTree
+from train_jax.core import digests
+from train_jax.core.errors import UserError, quoted
+from train_jax.core.tfds import open_builder, open_split
+
+VERSION = "3.1.0"
+SOURCE_FILE = "source.json"  # beside dataset_info.json: which tree the data came from
+
+# The order of the names is the meaning of the integer labels: it is the public builder's.
+COLORS = ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]
+MATERIALS = ["rubber", "metal"]
+SHAPES = ["cube", "sphere", "cylinder"]
+SIZES = ["small", "large"]
+WORDS = {"color": COLORS, "material": MATERIALS, "shape": SHAPES, "size": SIZES}
+NUMBERS = {"rotation": 1, "3d_coords": 3, "pixel_coords": 3}  # how many
+
+
+def clevr_features() -> tfds.features.FeaturesDict:
+    """The features of the public builder `clevr` 3.1.0."""
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "file_name": tfds.features.Text(),
+            "objects": tfds.features.Sequence(
+                {
+                    **{field: tfds.features.ClassLabel(names=names) for field, names in WORDS.items()},
+                    "rotation": tfds.features.Tensor(shape=(), dtype=np.float32),
+                    "3d_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+                    "pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+                }
+            ),
+            "question_answer": tfds.features.Sequence(
+                {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+            ),
+        }
+    )
+
+
+class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """TFDS builder that writes a `ClevrTree`; use `prepare_clevr`."""
+
+    name = "clevr"
+    VERSION = tfds.core.Version(VERSION)
+    pkg_dir_path = None  # no metadata files beside this module
+
+    def __init__(self, *, tree: ClevrTree, identity: dict[str, Any], **kwargs: Any):
+        self.tree, self.identity = tree, identity  # set first: the base class already calls _info
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="CLEVR: questions about rendered scenes of simple objects, with scene graphs.",
+            features=clevr_features(),
+            homepage="https://cs.stanford.edu/people/jcjohns/clevr/",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        # Written now, into the temporary folder that becomes the data set in one rename.
+        (self.data_path / SOURCE_FILE).write_text(json.dumps(self.identity, indent=2))
+        return {split: self._generate_examples(split) for split in self.tree.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        total = len(self.tree.image_files(split))
+        examples = self.tree.examples(split)
+        told = tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
+        for name, example in told:
+            for thing in example["objects"]:
+                _check_object(thing, name)
+            yield name, example
+
+
+def _check_object(thing: dict[str, Any], name: str) -> None:
+    """Refuses an object of the scene of an image that says what CLEVR does not. Raises UserError."""
+    for field, names in WORDS.items():
+        if thing[field] not in names:
+            raise _no_object(name, field, thing[field], f"one of {', '.join(names)}")
+    for field, count in NUMBERS.items():
+        values = thing[field] if count > 1 else [thing[field]]
+        fine = isinstance(values, list) and len(values) == count
+        if not fine or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise _no_object(name, field, thing[field], f"{count} finite numbers" if count > 1 else "a finite number")
+
+
+def _no_object(name: str, field: str, value: Any, expected: str) -> UserError:
+    return UserError(
+        f"an object in the scene of {name} has {field} = {quoted(value)}, expected {expected}: mend the scenes, or "
+        "download CLEVR again."
+    )
+
+
+def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
+    """Writes CLEVR as array_record under `data_dir`/clevr/3.1.0, unless it is there already; returns that folder.
+
+    An interrupted run leaves no half-written data set behind. Disk space needed: that of the images.
+
+    Args:
+      source: folder or zip in the layout of `ClevrTree`; may be gone once the data are prepared.
+      data_dir: root folder for TFDS data sets; a leading ~ is the home folder.
+
+    Raises:
+      UserError: if `source` is no CLEVR tree, or its scenes say what CLEVR does not, or `data_dir` already holds CLEVR
+        prepared from another one.
+    """
+    source, data_dir = Path(source).expanduser(), Path(data_dir).expanduser()
+    folder = data_dir / "clevr" / VERSION
+    if (folder / "dataset_info.json").is_file():
+        origin = folder / SOURCE_FILE  # absent if TFDS's own builder wrote the data
+        if origin.is_file() and source.exists() and not _is_of(json.loads(origin.read_text()), source, data_dir):
+            raise UserError(
+                f"{folder} holds CLEVR prepared from another tree than {source}, expected the same one; "
+                "choose another data_dir or delete that folder."
+            )
+        logging.info("CLEVR is already prepared in %s", folder)
+        return folder
+    tree = ClevrTree(source)
+    builder = Clevr(tree=tree, identity=tree.identity(data_dir), data_dir=data_dir)
+    tfds.disable_progress_bar()  # ours knows the number of images
+    with contextlib.redirect_stdout(None):  # TFDS would announce a download
+        builder.download_and_prepare()
+    return folder
+
+
+def _is_of(noted: dict[str, Any], source: Path, data_dir: Path) -> bool:
+    """Whether what was noted at preparation, perhaps by an older version with fewer entries, is true of a tree."""
+    found = ClevrTree(source).identity(data_dir)
+    return noted.keys() == found.keys() and all(noted[split].items() <= found[split].items() for split in found)
+
+
+class ClevrQuestions:
+    """The questions of one split, question by question, in the order of the prepared data (TFDS hashes file names).
+
+    The row number maps to an image through the running count of questions, built on first use by one pass over the
+    split that decodes no image, and kept beside the data until these change; together with digests of every image, by
+    which equal ones share an index, and of all names, questions and answers.
+
+    Args:
+      data_dir: what was given to `prepare_clevr`, or the version folder itself.
+      split: "train", "validation" or "test".
+      prompt: the prefix, with {question} in place of the question: as it stands, or "answer en {question}".
+      cache_bytes: images of examples read last are kept up to this size; sequential reading then parses each once.
+
+    Raises:
+      UserError: if no prepared CLEVR of a readable format is found there, or it has no such split.
+    """
+
+    def __init__(
+        self, data_dir: str | Path, split: str = "train", prompt: str = "{question}", cache_bytes: int = 64 << 20
+    ):
+        self._folder = _prepared_folder(Path(data_dir).expanduser())
+        self._examples = _data_source(self._folder, split)
+        self._prompt = prompt_checked(prompt)
+        files = sorted(self._folder.glob(f"*-{split}.array_record*"))
+        place = self._folder / f"questions-{split}.npz"
+        index = digests.kept(place, files, lambda: _question_index(self._examples))
+        self._starts, self._images = index["starts"], digests.numbers(digests.keys(index["images"]))
+        digest = hashlib.sha256(index["images"].tobytes() + bytes(index["texts"])).hexdigest()
+        self._cache = ByteLRU(cache_bytes)
+        self.split = split
+        self.fingerprint = fingerprint_of(kind="clevr", version=VERSION, split=split, digest=digest, prompt=prompt)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        example = int(np.searchsorted(self._starts, index, side="right")) - 1
+        image, name, questions, answers = self._cache.get(example, lambda: self._example(example))
+        row = index - int(self._starts[example])
+        texts = {"question": questions[row], "answer": answers[row]}
+        question, answer = check_texts(texts, tuple(texts), f"question {row} of {name}", "mend the data they came from")
+        return Record(image, name, int(self._images[example]), self._prompt.replace("{question}", question), answer)
+
+    def image_numbers(self) -> np.ndarray:
+        """`image_index` of every row, without reading any."""
+        return np.repeat(self._images, np.diff(self._starts))
+
+    def _example(self, number: int) -> tuple[tuple[bytes, str, list[bytes], list[bytes]], int]:
+        try:
+            example = self._examples[number]
+        except (RuntimeError, ValueError) as error:  # array_record's checksums, or a record that does not parse
+            raise BadRow(
+                f"example {number} of {self._folder} cannot be read ({error}), expected an intact CLEVR record; "
+                "delete the folder and prepare it again."
+            ) from error
+        texts = example["question_answer"]
+        name = example["file_name"].decode(errors="replace")
+        return (example["image"], name, list(texts["question"]), list(texts["answer"])), len(example["image"])
+
+
+def _prepared_folder(data_dir: Path) -> Path:
+    for folder in (data_dir, data_dir / "clevr" / VERSION):
+        if (folder / "dataset_info.json").is_file():
+            return folder
+    raise UserError(
+        f"no prepared CLEVR in {data_dir}, expected clevr/{VERSION}/dataset_info.json below it; "
+        "prepare it with --config.data.source=FOLDER_OR_ZIP."
+    )
+
+
+def _data_source(folder: Path, split: str) -> Any:
+    builder = open_builder(folder)
+    info = builder.info
+    if info.name != "clevr" or "question_answer" not in info.features:
+        raise UserError(f"{folder} holds {info.full_name}, expected clevr/{VERSION} with questions; prepare that one.")
+    if split in info.splits and split not in SPLITS:
+        raise UserError(f"{folder} has a split {split!r}, expected one of {', '.join(SPLITS)}; choose one of them.")
+    return open_split(builder, folder, split)
+
+
+def _question_index(examples: Any) -> dict[str, np.ndarray]:
+    """What one pass over a split tells.
+
+    `starts`: first question of each image and, last, the total, int64 [images + 1]; `images`: the digest of each, uint8
+    [images, 16]; `texts`: a digest of all texts, uint8 [32]. An image that cannot be read has one question, a bad row.
+    """
+    counts, images, texts = np.zeros(len(examples) + 1, np.int64), [], hashlib.sha256()
+    rows = tqdm(range(len(examples)), "Indexing CLEVR questions", unit="image", disable=not sys.stderr.isatty())
+    for i in rows:
+        try:
+            example = examples[i]
+        except (RuntimeError, ValueError):  # as in ClevrQuestions._example
+            counts[i + 1] = 1
+            images.append(digests.digest(None))
+            continue
+        asked = example["question_answer"]
+        counts[i + 1] = len(asked["question"])
+        images.append(digests.digest(example["image"]))
+        fields = [example["file_name"], *asked["question"], *asked["answer"]]
+        texts.update(json.dumps([field.decode("latin-1") for field in fields]).encode())
+    found = np.frombuffer(texts.digest(), np.uint8)
+    return {"starts": np.cumsum(counts), "images": digests.stacked(images), "texts": found}

@@ -1,0 +1,1 @@
+"""Where a model's files lie, and the JSON files beside its weights."""

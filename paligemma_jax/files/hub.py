@@ -1,0 +1,83 @@
+"""Models on the Hugging Face Hub: "hf://owner/name" as a local folder, and folders pushed. Needs the extra [hub]."""
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+from train_jax.core.errors import UserError
+
+SCHEME = "hf://"
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WANTED = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "spiece.model"]  # no pickles, no code
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a repository on the Hub."""
+    return str(path).startswith(SCHEME)
+
+
+def download(path: str | Path) -> Path:
+    """The local folder of "hf://owner/name" or "hf://owner/name@revision", downloaded where it is not in the cache.
+
+    Where files are cached, which token is used and which server is asked, huggingface_hub's own settings say
+    (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+
+    Raises:
+      UserError: huggingface_hub is not installed, the name is none, or the repository cannot be had.
+    """
+    name, _, revision = str(path).removeprefix(SCHEME).partition("@")
+    _check(name, str(path))
+    hub = _library()
+    try:
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=WANTED))
+    except Exception as error:  # every failure of a network is one of theirs
+        raise UserError(
+            f"{path} cannot be downloaded ({_first_line(error)}): check the name and the connection, and for a gated "
+            "model accept its terms and set HF_TOKEN."
+        ) from error
+
+
+def push(place: str | Path, repository: str) -> str:
+    """Uploads a folder, or a single file, to a repository of the Hub, made private where it does not exist yet.
+
+    Returns:
+      Its address.
+
+    Raises:
+      UserError: as `download`.
+    """
+    name = repository.removeprefix(SCHEME)
+    _check(name, repository)
+    api, place = _library().HfApi(), Path(place)
+    try:
+        address = str(api.create_repo(name, private=True, exist_ok=True))
+        if place.is_dir():
+            api.upload_folder(repo_id=name, folder_path=place)
+        else:
+            api.upload_file(repo_id=name, path_or_fileobj=place, path_in_repo=place.name)
+    except Exception as error:  # as above
+        raise UserError(
+            f"{place} cannot be pushed to {name} ({_first_line(error)}): check the connection, and set HF_TOKEN to a "
+            "token that may write there."
+        ) from error
+    return address
+
+
+def _check(name: str, given: str) -> None:
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UserError(f"{given} is no repository, expected owner/name, as in hf://google/paligemma-3b-pt-224.")
+
+
+def _library() -> ModuleType:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise UserError(
+            "huggingface_hub is not installed: pip install 'paligemma-jax[hub]', or download the files yourself and "
+            "give their folder."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

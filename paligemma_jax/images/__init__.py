@@ -1,0 +1,1 @@
+"""From encoded images to model input, as each checkpoint's family prepares them."""

@@ -1,0 +1,99 @@
+"""Random views of an image: resized crop, flip, colour jitter and rotation, each of which may be off.
+
+Colour jitter is for classes that are not colours. Crops and rotations keep small objects whole only where they are
+mild: `SCENES_LIGHT` and `SCENES_STRONG` are for the synthetic scenes, whose size is part of their class
+too.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance
+
+from paligemma_jax.images.preprocessing import Preprocessing
+from train_jax.core.errors import UserError
+
+_ASPECT = 4 / 3  # of a crop, at most, to either side
+_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Which views are drawn; the default draws none.
+
+    Attributes:
+      crop: smallest share of the image's area that a crop keeps, of any up to all, its sides at most 4 : 3; 1: no crop.
+      flip: left and right swapped in half of the views.
+      color_jitter: s: brightness, contrast and saturation times a factor in 1 +- s, then the hue turned by up to s / 4
+        of the circle; at most 1; 0: colours stay. 0.8 of SimCLR's strength (Chen et al. 2020: 1 +- 0.8 s, hue 0.2 s).
+      rotation: by up to so many degrees, corners filled with the image's mean colour; 0: upright.
+
+    Raises:
+      UserError: a number out of range.
+    """
+
+    crop: float = 1.0
+    flip: bool = False
+    color_jitter: float = 0.0
+    rotation: float = 0.0
+
+    def __post_init__(self):
+        if not (0 < self.crop <= 1 and 0 <= self.color_jitter <= 1 and 0 <= self.rotation <= 180):
+            raise UserError(
+                f"an augmentation has crop={self.crop}, color_jitter={self.color_jitter} and rotation={self.rotation}, "
+                "expected a share above 0 and up to 1, a strength from 0 to 1, and 0 to 180 degrees: change them."
+            )
+
+    def view(
+        self, image: UInt8[np.ndarray, "height width 3"], preprocessing: Preprocessing, rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """One view at the model's size; without any augmentation what `preprocessing.resize` gives.
+
+        A crop fills the square whatever its sides are, by the kernel of the preprocessing.
+        """
+        picture = Image.fromarray(image)
+        if self.rotation:
+            picture = _rotated(picture, rng.uniform(-self.rotation, self.rotation))
+        if self.crop < 1:
+            picture = picture.crop(_box(*picture.size, self.crop, rng))
+            preprocessing = dataclasses.replace(preprocessing, crop=False, resized=None)
+        view = preprocessing.resize(np.array(picture))
+        if self.flip and rng.random() < 0.5:
+            view = np.ascontiguousarray(view[:, ::-1])
+        return _jittered(view, self.color_jitter, rng) if self.color_jitter else view
+
+
+NONE = Augmentation()
+LIGHT = Augmentation(crop=0.08, flip=True)  # CoOp's
+STRONG = Augmentation(crop=0.08, flip=True, color_jitter=0.4, rotation=30.0)
+SCENES_LIGHT = Augmentation(crop=0.8, flip=True)
+SCENES_STRONG = Augmentation(crop=0.7, flip=True, rotation=15.0)
+
+
+def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
+    mean = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
+    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
+
+
+def _box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop; of the whole image where none of a few tries fits."""
+    for _ in range(_TRIES):
+        area = rng.uniform(smallest, 1.0) * width * height
+        aspect = math.exp(rng.uniform(-1.0, 1.0) * math.log(_ASPECT))
+        w, h = (max(1, round(math.sqrt(value))) for value in (area * aspect, area / aspect))
+        if w <= width and h <= height:
+            left, top = (int(rng.integers(room + 1)) for room in (width - w, height - h))
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+def _jittered(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    picture = Image.fromarray(image)
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        picture = change(picture).enhance(rng.uniform(1.0 - strength, 1.0 + strength))
+    hue, saturation, value = picture.convert("HSV").split()
+    turn = round(256 * rng.uniform(-strength / 4, strength / 4))
+    hue = Image.fromarray((np.asarray(hue).astype(np.int32) + turn).astype(np.uint8))  # a circle of 256 steps
+    return np.array(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))

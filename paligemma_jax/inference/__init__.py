@@ -1,0 +1,1 @@
+"""From files to answers: prompts about images, zero-shot classes, attributes."""

@@ -1,0 +1,5 @@
+"""Trains a dual encoder on pairs of pictures and captions with SigLIP"s or CLIP"s loss."""
+
+from paligemma_jax.tasks.contrastive.task import Contrastive
+
+__all__ = ["Contrastive"]

@@ -1,0 +1,67 @@
+"""Where the pairs of a contrastive run come from: synthetic scenes, a JSONL file, or a data set of TFDS."""
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from paligemma_jax.data.records import Source, Subset
+from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
+from paligemma_jax.data.sources.jsonl import JsonlRecords
+from paligemma_jax.data.sources.tfds_captions import TfdsCaptions
+from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
+from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.tasks.rendered import rendered
+
+
+class Pairs:
+    """The pairs that a config's `data` names, as rows for one model."""
+
+    def __init__(self, data: ConfigDict, tokenizer: TextTokenizer, preprocessing: Preprocessing, vision: ViTConfig):
+        self._data, self._tokenizer, self._preprocessing, self._vision = data, tokenizer, preprocessing, vision
+
+    def train(self) -> CaptionedScenes | CaptionedRecords:
+        """To train on; rows are a function of their index."""
+        data = self._data
+        if data.name != "scenes":
+            return self._records(self._source(data.split))
+        folder = self._scenes("captions", data.num_scenes, data.num_objects)
+        return CaptionedScenes(folder, self._tokenizer, data.views, data.noise, data.noise_share)
+
+    def held_out(self) -> CaptionedScenes | CaptionedRecords:
+        """Never trained on; of several captions of a picture the first."""
+        data = self._data
+        if data.name == "scenes":
+            folder = self._scenes("captions-held-out", data.num_held_out, data.num_objects)
+            return CaptionedScenes(folder, self._tokenizer)
+        source = self._source(data.validation_split)
+        _, first = np.unique(source.image_numbers(), return_index=True)
+        return self._records(Subset(source, indices=np.sort(first)[: data.max_held_out]))
+
+    def tuning(self) -> CaptionedScenes | None:
+        """Neither trained on nor held out: what settings are chosen by. None where none are asked for."""
+        data = self._data
+        if not data.num_tuning:
+            return None
+        return CaptionedScenes(self._scenes("captions-tuning", data.num_tuning, data.num_objects), self._tokenizer)
+
+    def single_objects(self) -> CaptionedScenes | None:
+        """Scenes of one object each, to be classified; None where the data are no scenes."""
+        if self._data.name != "scenes":
+            return None
+        return CaptionedScenes(self._scenes("captions-single", self._data.num_held_out, (1, 1)), self._tokenizer)
+
+    def _records(self, source: Source) -> CaptionedRecords:
+        bad = dict(on_error=self._data.on_error, max_bad_fraction=self._data.max_bad_fraction)
+        return CaptionedRecords(source, self._tokenizer, self._preprocessing, **bad)
+
+    def _source(self, split: str) -> Source:
+        data = self._data
+        if data.name == "jsonl":
+            return JsonlRecords(data.source, split, data.caption, data.cache_dir)
+        return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)
+
+    def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
+        """The folder of a stream's scenes, rendered on first use."""
+        return rendered(self._data, stream, number, self._vision.image_size, self._vision.grid, num_objects)

@@ -1,0 +1,47 @@
+"""The shapes of a contrastive run for train_jax.plan: from the config alone, without data or a tokenizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from paligemma_jax.data.sources.captioned import FEATURES
+from paligemma_jax.models.variants import TINY
+from paligemma_jax.zero_shot import AT_ONCE, embed_rows
+from train_jax.parallel import sharding
+from train_jax.task import Blueprint
+
+
+def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Blueprint:
+    """See train_jax.task.Blueprint. `make` is the task's class, tasks.contrastive.Contrastive.
+
+    Raises:
+      UserError: a config that cannot run.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tokenizer = config.tokenizer or (None if config.model.path else TINY)  # not one of its words is read
+        if config.data.name != "scenes":
+            config.data.source = config.data.source or "."
+    task = make(config, mesh)
+    model = task.abstract()
+    vision, length = task.model_config.vision, task.model_config.text.length
+    example = {
+        "image": jax.ShapeDtypeStruct((vision.image_size, vision.image_size, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((length,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((length,), jnp.bool_),
+    }
+    place = sharding.replicated(mesh)
+    rows = {
+        name: jax.ShapeDtypeStruct((AT_ONCE, *leaf.shape), leaf.dtype, sharding=place) for name, leaf in example.items()
+    }
+    if config.cache_features:
+        del example["image"]
+        example[FEATURES] = jax.ShapeDtypeStruct((vision.num_tokens, vision.width), jnp.float32)
+    example |= {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("text_id", "image_id")}
+    if config.data.name != "scenes":
+        example["weight"] = jax.ShapeDtypeStruct((), jnp.float32)
+    return Blueprint(task, model, example, {"embeddings": (embed_rows, (rows,))})

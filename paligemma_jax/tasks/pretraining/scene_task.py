@@ -1,0 +1,160 @@
+"""What the two pretraining tasks share: synthetic scenes, the model with its patch heads, and the heads' loss."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.loading import run_config
+from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.tasks import common
+from paligemma_jax.tasks.rendered import rendered
+from paligemma_jax.vision_start import vision_config_of, with_vision
+from train_jax.checkpoints.manager import Checkpoints
+from train_jax.config.base import check_choices
+from train_jax.core import param_tree, patterns
+from train_jax.core.errors import UserError
+from train_jax.core.files import cache_dir
+from train_jax.core.metrics import Metrics
+from train_jax.task import Blueprint
+
+
+class PretrainingModel(nnx.Module):
+    """The model to keep, and the patch heads that only training uses."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        self.model = PaliGemma(config, rngs=rngs)
+        self.patch_heads = nnx.Dict(
+            {name: nnx.Linear(config.vision.width, len(values) + 1, rngs=rngs) for name, values in ATTRIBUTES.items()}
+        )
+
+
+class SceneTask:
+    """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
+
+    single_split = True
+    harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = ConfigDict()
+        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
+        config.init = ConfigDict({"vision": placeholder(str)})  # a SigLIP whose vision tower to start from
+        config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
+        config.data = ConfigDict(
+            {"cache_dir": cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
+        )
+        return config
+
+    def __init__(self, config: ConfigDict, mesh):
+        if config.micro_batch not in (None, config.batch_size):
+            raise UserError(
+                f"micro_batch is {config.micro_batch}, expected None: the loss of the patch heads is a mean over the "
+                "patches of the whole batch, which micro-batches would change; set a smaller batch_size."
+            )
+        check_choices(config, {"model.remat": common.REMAT})
+        try:
+            sizes = variant(config.model.variant)
+        except ValueError as error:
+            raise UserError(f"model.variant: {error}") from None
+        self.config, self.mesh = config, mesh
+        sizes = sizes.replace(
+            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
+        )
+        self.model_config = vision_config_of(sizes, config.init.vision)
+
+    @classmethod
+    def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
+        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        task = cls(config, mesh)
+        example = {name: jax.ShapeDtypeStruct(np.shape(row), row.dtype) for name, row in task.blank_row().items()}
+        return Blueprint(task, nnx.eval_shape(task.new), example, {})
+
+    def blank_row(self) -> dict[str, np.ndarray]:
+        """A row of the training source that shows nothing, for its shapes."""
+        vision = self.model_config.vision
+        return {
+            "image": np.zeros((vision.image_size, vision.image_size, 3), np.uint8),
+            "patches": np.zeros((vision.num_patches, len(ATTRIBUTES)), np.int32),
+        }
+
+    def new(self) -> PretrainingModel:
+        """A model that has learned nothing."""
+        return PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
+
+    def init(self) -> PretrainingModel:
+        """A new model, with the tower of `init.vision` and whatever the averages of the runs in `init_from` hold of it.
+
+        Raises:
+          UserError: a run without a checkpoint, or of a model of other sizes.
+        """
+        model = self.new()
+        if self.config.init.vision is not None:
+            model.model = with_vision(model.model, self.config.init.vision)
+        shapes = param_tree.abstract(model)
+        for run in self.config.init_from:
+            self._check_prepared(run)
+            checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
+            arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
+            checkpoints.close()
+            for path, array in arrays.items():
+                if path not in shapes or shapes[path].shape != array.shape:
+                    raise UserError(
+                        f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
+                    )
+            model = param_tree.assign(model, arrays)
+        return model
+
+    def _check_prepared(self, run: str) -> None:
+        """Refuses the tower of a run whose images are prepared in another way than this model's."""
+        settings = run_config(run)
+        vision = settings.get("init", {}).get("vision")
+        found = vision_config_of(variant(settings.model.variant), vision).preprocessing
+        if found != self.model_config.preprocessing:
+            raise UserError(
+                f"init_from: {run} trained on images by {found}, expected {self.model_config.preprocessing} as here: "
+                f"set init.vision to {vision!r}."
+            )
+
+    def trainable_paths(self) -> list[str]:
+        """Paths of the parameters that train."""
+        return patterns.select(
+            self.trainable(), param_tree.abstract(nnx.eval_shape(self.new)), what="trainable parameters"
+        )
+
+    def sharding_rules(self):
+        return common.SHARDING_RULES
+
+    def rendered(self, stream: str, num_scenes: int) -> Path:
+        """The folder of a stream's scenes, rendered on first use."""
+        vision = self.model_config.vision
+        return rendered(self.config.data, stream, num_scenes, vision.image_size, vision.grid)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 [0, 255] to float32 in the tower's range."""
+        return self.model_config.preprocessing.normalize(images)
+
+    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        return self.validate(model)
+
+
+def patch_loss(heads: Mapping[str, nnx.Linear], tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
+    loss, metrics = jnp.zeros(()), {}
+    for index, name in enumerate(ATTRIBUTES):
+        logits, label = heads[name](tower), labels[..., index]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+        thing = (label > 0).astype(jnp.float32)
+        on, off = thing.sum() + 1e-6, (1 - thing).sum() + 1e-6
+        loss += 0.5 * ((nll * thing).sum() / on + (nll * (1 - thing)).sum() / off)
+        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * thing).sum(), on
+    return loss / len(ATTRIBUTES), metrics

@@ -1,0 +1,182 @@
+"""Pretrains the small base that ships with this package, on texts about synthetic scenes. Axes: models/layers.py.
+
+Two things make this work on a few CPU cores: several texts share one image (packed in one row; a text sees the image
+and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from paligemma_jax.data.prompts import TruncationError, make_example
+from paligemma_jax.data.sources.pretraining_scenes import PretrainingScenes
+from paligemma_jax.data.synthetic_clevr.pretraining_texts import every_box
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.losses import token_cross_entropy
+from paligemma_jax.tasks.pretraining.detection import detection_scores
+from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneTask, patch_loss
+from train_jax.core.metrics import Metrics
+
+TASKS = ("answer", "caption", "detect", "point", "describe")
+
+
+class PackedTexts:
+    """Rows of one image and as many texts as fit `length` tokens; see `pack`."""
+
+    def __init__(self, scenes: PretrainingScenes, tokenizer, length: int, text_weights: dict[str, float]):
+        self._scenes, self._tokenizer, self._length, self._weights = scenes, tokenizer, length, text_weights
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        image, patches, segments = self._scenes.read(index)
+        return {"image": image, "patches": patches} | pack(self._tokenizer, segments, self._length, self._weights)
+
+
+def pack(tokenizer, segments, length: int, text_weights: dict[str, float]) -> dict[str, np.ndarray]:
+    """Lays texts one after another:
+
+      tokens    <bos> detect ball \\n <loc> <bos> caption \\n a   red   <pad>
+      targets   .     .      .   <loc> <eos> .    .      a red <eos>   .
+      segment   1     1      1    1    1     2    2      2 2    2      0
+      suffix    0     0      0    0    1     0    0      0 1    1      0
+      offset    0     1      2    3    4     0    1      2 3    4      0
+
+    `suffix` marks tokens that read causally; `weight` is the text's weight where a target counts, else 0.
+    """
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segment", "suffix", "offset", "kind")}
+    weight = np.zeros(length, np.float32)
+    at = 0
+    for number, (prefix, suffix) in enumerate(segments, start=1):
+        kind = TASKS.index(prefix.split()[0])
+        try:
+            example = make_example(tokenizer, prefix, suffix, length - at)
+        except TruncationError:
+            continue  # no room left for this one, perhaps for a shorter one
+        n = int(example["mask_input"].sum()) - 1
+        tokens = example["tokens"][: n + 1]
+        part = slice(at, at + n)
+        row["tokens"][part], row["targets"][part] = tokens[:-1], tokens[1:]
+        row["segment"][part], row["offset"][part] = number, np.arange(n)
+        row["suffix"][part], row["kind"][part] = example["mask_ar"][:n], kind
+        weight[part] = example["mask_loss"][1 : n + 1] * text_weights[TASKS[kind]]
+        at += n
+    return row | {"weight": weight}
+
+
+def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.Array:
+    """Who reads whom, bool [B, P+T, P+T]: patches one another; a text the patches and, prefix-LM, itself."""
+    B, T = segment.shape
+    position = jnp.arange(T)
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
+    visible = (position[None, :] <= position[:, None])[None] | (suffix[:, None, :] == 0)
+    text = same & visible
+    seen, unseen = jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)
+    image_rows = jnp.concatenate([seen, unseen], 2)
+    text_rows = jnp.concatenate([jnp.ones((B, T, num_patches), bool), text], 2)
+    return jnp.concatenate([image_rows, text_rows], 1)
+
+
+class Pretraining(SceneTask):
+    """The task; see the module."""
+
+    @staticmethod
+    def defaults() -> ConfigDict:
+        config = SceneTask.defaults()
+        config.tokenizer = "tiny"
+        config.data.views = 100  # times a scene comes with new texts before they repeat
+        config.data.text_length = 192  # tokens of a packed row
+        config.data.num_segments = 16  # texts offered for a row; those that do not fit are left out
+        config.patch_loss = 0.5  # weight of the patch heads' loss
+        config.weights = ConfigDict({"answer": 3.0, "caption": 0.5, "detect": 0.3, "point": 0.5, "describe": 1.0})
+        return config
+
+    def __init__(self, config: ConfigDict, mesh):
+        super().__init__(config, mesh)
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer.fits(self.model_config.decoder.vocab_size)
+
+    def trainable(self) -> str:
+        return r".*"
+
+    def _source(self, stream: str, num_scenes: int, views: int) -> PackedTexts:
+        data = self.config.data
+        scenes = PretrainingScenes(self.rendered(stream, num_scenes), views, data.num_segments)
+        return PackedTexts(scenes, self.tokenizer, data.text_length, dict(self.config.weights))
+
+    def train_source(self):
+        return self._source("pretraining", self.config.data.num_scenes, self.config.data.views)
+
+    def blank_row(self) -> dict[str, np.ndarray]:
+        return super().blank_row() | pack(self.tokenizer, [], self.config.data.text_length, dict(self.config.weights))
+
+    def normalizer(self, batch) -> jax.Array:
+        return batch["weight"].sum()
+
+    def forward(self, module: PretrainingModel, batch):
+        """Hidden states at the text positions [B, T, D] and tower features [B, P, D]."""
+        images = self.normalize(batch["image"])
+        features, out = module.model.encode_image(images)
+        P = features.shape[1]
+        mask = packed_mask(batch["segment"], batch["suffix"], P)
+        image_positions = jnp.broadcast_to(jnp.arange(P), (images.shape[0], P))
+        positions = jnp.concatenate([image_positions, P + batch["offset"]], axis=1)
+        hidden, _ = module.model.decode(features, batch["tokens"], positions, mask)
+        return hidden, out["vision/encoded"]
+
+    def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
+        hidden, tower = self.forward(model, batch)
+        table = model.model.decoder.embed_tokens.embedding[...]
+        text = token_cross_entropy(hidden, table, batch["targets"], batch["weight"], chunk_size=1024)
+        patch, metrics = patch_loss(model.patch_heads, tower, batch["patches"])
+        weight = batch["weight"].sum()
+        metrics = metrics | {"text_loss": (text, weight)}
+        return text + self.config.patch_loss * weight * patch, metrics
+
+    def validate(self, model: PretrainingModel) -> dict[str, float]:
+        """Teacher-forced accuracy of whole suffixes by kind of text, on held-out scenes."""
+        source = self._source("pretraining-held-out", self.config.data.num_held_out, 1)
+
+        total: dict[str, Any] = {}
+        size = min(20, len(source))
+        for index in range(0, len(source), size):
+            rows = [source[i] for i in range(index, min(index + size, len(source)))]
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            for name, (value, count) in jax.device_get(self._scored(model, batch)).items():
+                old = total.get(name, (0.0, 0.0))
+                total[name] = (old[0] + float(value), old[1] + float(count))
+        return {name: value / max(count, 1e-9) for name, (value, count) in total.items()}
+
+    @functools.cached_property
+    def _scored(self) -> Callable[..., Metrics]:
+        """`_score`, compiled once, however often the run evaluates."""
+        return jax.jit(self._score)
+
+    def _score(self, model: PretrainingModel, batch) -> Metrics:
+        hidden, tower = self.forward(model, batch)
+        wrong = (model.model.decoder.logits(hidden).argmax(-1) != batch["targets"]) & (batch["weight"] > 0)
+        n = self.config.data.num_segments + 1
+        B = wrong.shape[0]
+        rows = jnp.arange(B)[:, None]
+        mistakes = jnp.zeros((B, n)).at[rows, batch["segment"]].add(wrong)
+        kind = jnp.zeros((B, n), jnp.int32).at[rows, batch["segment"]].max(batch["kind"])
+        present = jnp.zeros((B, n)).at[rows, batch["segment"]].max(batch["weight"] > 0)
+        out = {}
+        for number, name in enumerate(TASKS):
+            counted = present * (kind == number) * (jnp.arange(n) > 0)[None]
+            out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
+        return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
+
+    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+        """`validate`, and what `detect object` finds in the same scenes (detection.py)."""
+        scenes = PretrainingScenes(self.rendered("pretraining-held-out", self.config.data.num_held_out), 1, 0)
+        images = [scenes.read(index)[0] for index in range(len(scenes))]
+        texts = [every_box(scenes.scene(index)) for index in range(len(scenes))]
+        return self.validate(model) | detection_scores(model.model, self.tokenizer, images, texts)

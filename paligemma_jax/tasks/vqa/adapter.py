@@ -1,0 +1,192 @@
+"""The adapters of a VQA run: their config keys checked, attached new or read from a folder, and written at the end.
+
+The keys are in config.py. LoRA's arithmetic and layout are in adapt/lora/adapter.py, peft's files in
+weights/adapters/peft.py; the other methods are those of adapt/peft/methods.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from paligemma_jax.adapt.lora import adapter as lora
+from paligemma_jax.adapt.peft import diff_pruning
+from paligemma_jax.adapt.peft.methods import METHODS
+from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.weights.adapters.method_folder import save_adapter
+from paligemma_jax.weights.adapters.peft import Adapter, Shardings, load_peft, save_peft
+from train_jax.core import param_tree, patterns
+from train_jax.core.errors import UserError
+from train_jax.parallel import sharding
+
+FOLDER = "adapter"
+"""Where in its workdir a run leaves its adapters, for peft and for the next run's adapter.path."""
+
+FROM_FILES = ("targets", "rank", "alpha", "rslora", "dora", "layers", "rank_pattern", "alpha_pattern")
+"""Keys that the files of adapter.path decide."""
+
+DECODER_ATTENTION = r"decoder/.*/(q_proj|o_proj)"
+"""What LoRA adapts unless told."""
+
+LORA_ALONE = ("rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
+DRAWN_ONCE = ("diff_pruning",)
+"""Methods whose noise belongs to a step and not to its rows."""
+
+NAMES = ("lora", "none", *METHODS)
+
+
+def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
+    """Checks the keys below `adapter` on their own.
+
+    Args:
+      adapter: the keys.
+      defaults: their default values.
+
+    Raises:
+      UserError: the first fault found.
+    """
+    changed = [key for key in (*FROM_FILES, "path") if adapter[key] != defaults[key]]
+    if not 0 <= adapter.dropout < 1:
+        raise UserError(f"adapter.dropout is {adapter.dropout}, expected 0 or more and less than 1: change it.")
+    foreign = [key for key in LORA_ALONE if key in changed]
+    if adapter.name != "lora" and foreign:
+        raise UserError(
+            f"adapter.{foreign[0]} is {adapter[foreign[0]]!r} beside adapter.name={adapter.name!r}, which has none, "
+            "expected lora: set adapter.name=lora or leave it out."
+        )
+    _check_method(adapter)
+    decided = [key for key in FROM_FILES if key in changed]
+    if adapter.path is not None and decided:
+        raise UserError(
+            f"adapter.{decided[0]} is {adapter[decided[0]]!r} beside adapter.path={adapter.path!r}, whose files decide "
+            "it, expected one of the two: leave it out or set adapter.path=None."
+        )
+    _check_layers(adapter.layers)
+    _check_pairs("rank_pattern", adapter.rank_pattern, "whole number of 1 or more", lambda r: type(r) is int and r >= 1)
+    _check_pairs("alpha_pattern", adapter.alpha_pattern, "number but 0", lambda a: type(a) in (int, float) and a != 0)
+
+
+def _check_method(adapter: ConfigDict) -> None:
+    """Refuses what the method has no use for."""
+    method, found = METHODS.get(adapter.name), f"beside adapter.name={adapter.name!r}"
+    if adapter.size is not None and (method is None or method.size is None):
+        sized = ", ".join(name for name, method in METHODS.items() if method.size)
+        raise UserError(
+            f"adapter.size is {adapter.size} {found}, which has none, expected one of {sized}: leave it out."
+        )
+    if adapter.size is not None and adapter.size < 1:
+        raise UserError(f"adapter.size is {adapter.size} (the {method.size[0]}), expected 1 or more: raise it.")
+    if adapter.targets is not None and adapter.name != "lora" and (method is None or method.targets is None):
+        raise UserError(f"adapter.targets is {adapter.targets!r} {found}, which takes none: set adapter.targets=None.")
+    if adapter.penalty < 0 or (adapter.penalty and adapter.name != "diff_pruning"):
+        raise UserError(
+            f"adapter.penalty is {adapter.penalty} {found}, expected 0, or a positive number beside diff_pruning: "
+            "change one of the two."
+        )
+
+
+def _check_layers(layers: tuple) -> None:
+    valid = all(type(layer) is int and layer >= 0 for layer in layers)
+    if not valid or len(set(layers)) != len(layers):
+        raise UserError(
+            f"adapter.layers is {layers!r}, expected different numbers of layers from 0 on, such as (0, 1), or () for "
+            "all: correct it."
+        )
+
+
+def _check_pairs(key: str, pairs: tuple, wanted: str, valid) -> None:
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) and valid(pair[1])):
+            raise UserError(
+                f"adapter.{key} holds {pair!r}, expected pairs of a pattern and a {wanted}, such as "
+                r"((r'decoder/layers/0/.*', 4),): correct it."
+            )
+        patterns.check_regex(pair[0])
+
+
+def attach(
+    model: PaliGemma, adapter: ConfigDict, opened: Adapter | None, seed: int, shardings: Shardings | None = None
+) -> PaliGemma:
+    """Gives a base the adapters that a run starts with, in float32; use what is returned.
+
+    Args:
+      model: without adapters.
+      adapter: the keys.
+      opened: the folder of adapter.path, None for new adapters.
+      seed: draws new ones.
+      shardings: where the arrays of a folder go, as of `load_peft`.
+
+    Raises:
+      UserError: keys or a folder that do not fit the model.
+    """
+    if adapter.name in METHODS:
+        method = METHODS[adapter.name]
+        size = adapter.size or (method.size and method.size[1])
+        return method.attach(model, size, adapter.targets or method.targets, nnx.Rngs(seed))
+    if opened is not None:
+        return load_peft(model, opened, dtype="float32", dropout=adapter.dropout, shardings=shardings)
+    return lora.attach_lora(
+        model,
+        adapter.targets or DECODER_ATTENTION,
+        adapter.rank,
+        adapter.alpha,
+        adapter.dropout,
+        rslora=adapter.rslora,
+        dora=adapter.dora,
+        layers=adapter.layers or None,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def trainable(adapter: ConfigDict) -> str:
+    """Pattern of the parameters that train."""
+    if adapter.name == "lora":
+        return lora.TRAINABLE
+    method = METHODS[adapter.name]
+    return method.trainable or adapter.targets or method.targets
+
+
+def trained_paths(model: PaliGemma, adapter: ConfigDict, attach: Callable[[PaliGemma], PaliGemma]) -> list[str]:
+    """Paths of the parameters that train once the model is given its adapters; it stays as it is."""
+    graph, arrays = param_tree.split(model)
+    attached = nnx.eval_shape(lambda arrays: attach(param_tree.merge(graph, arrays)), arrays)
+    return patterns.select(trainable(adapter), param_tree.abstract(attached), what="adapters")
+
+
+def penalty(model: PaliGemma, adapter: ConfigDict) -> jax.Array | float:
+    """What the loss, a mean, has added: diff pruning's share of entries that change, times its weight."""
+    return adapter.penalty * diff_pruning.expected_share(model) if adapter.penalty else 0.0
+
+
+def describe(model: PaliGemma, adapter: ConfigDict) -> str:
+    """A line on what trains, or LoRA's table."""
+    if adapter.name == "lora":
+        return lora.format_lora_table(lora.lora_table(model))
+    arrays = param_tree.abstract(model)
+    paths = patterns.select(trainable(adapter), arrays, what="adapters")
+    number = sum(arrays[path].size for path in paths)
+    return f"{adapter.name}: {number:,} parameters in {len(paths)} arrays, {paths[0]} the first"
+
+
+def export(model: PaliGemma, folder: Path, adapter: ConfigDict, base: str) -> None:
+    """Writes what was trained as a folder, LoRA's as peft's; every process calls it, the first writes.
+
+    Args:
+      model: with adapters, on a mesh or not.
+      folder: made if missing.
+      adapter: the keys.
+      base: what peft's folder says that its base is.
+    """
+    graph, arrays = param_tree.split(model)
+    trained = patterns.select(trainable(adapter), arrays, what="adapters")
+    gathered = arrays | {path: sharding.to_host(arrays[path]) for path in trained}
+    if jax.process_index() != 0:
+        return
+    if adapter.name == "lora":
+        save_peft(param_tree.merge(graph, gathered), folder, base=base)
+    else:
+        save_adapter(param_tree.merge(graph, gathered), folder, adapter.name, adapter.size, adapter.targets)

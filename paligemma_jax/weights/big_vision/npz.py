@@ -1,0 +1,128 @@
+"""npz archives read and written an array, or a layer of one, at a time; bfloat16 as numpy stores it (void16)."""
+
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from train_jax.core.errors import UserError
+
+PREFIX = "params/"
+VOID16 = np.dtype("V2")
+BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+
+
+class Npz:
+    """Lazy access to an archive's arrays, with or without the `params/` prefix; never unpickles.
+
+    Of a whole train state (parameters and optimizer) only what is under `params/` counts.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except BROKEN as error:
+            raise UserError(f"{path} cannot be read as npz ({error}): download it again.") from None
+        members = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
+        prefixed = {name.removeprefix(PREFIX): info for name, info in members.items() if name.startswith(PREFIX)}
+        self._members = prefixed or members
+
+    def names(self) -> set[str]:
+        return set(self._members)
+
+    def shape(self, name: str, *ranks: int) -> tuple[int, ...]:
+        """Shape of an array of so many axes, without reading it."""
+        with self._stream(name) as stream:
+            shape = self._header(name, stream)[0]
+        if len(shape) not in ranks:
+            raise UserError(
+                f"{self.path}: {name} has shape {shape}, expected {' or '.join(map(str, ranks))} axes: it belongs to "
+                "another model."
+            )
+        return shape
+
+    def dtype(self, name: str) -> np.dtype:
+        with self._stream(name) as stream:
+            return self._header(name, stream)[2]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self._stream(name) as stream:
+            shape, fortran, dtype = self._header(name, stream)
+            array = self._read(name, stream, math.prod(shape), dtype, last=True)
+            return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        with self._stream(name) as stream:
+            shape, fortran, dtype = self._header(name, stream)
+            if fortran and len(shape) > 1:  # layers do not lie one behind another
+                array = self._read(name, stream, math.prod(shape), dtype, last=True)
+                yield from array.reshape(shape[::-1]).T
+                return
+            for i in range(shape[0] if shape else 0):
+                layer = self._read(name, stream, math.prod(shape[1:]), dtype, last=i == shape[0] - 1)
+                yield layer.reshape(shape[1:])
+
+    def _stream(self, name: str) -> zipfile.ZipExtFile:
+        if name not in self._members:
+            raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma or SigLIP of big_vision.")
+        try:
+            return self._zip.open(self._members[name])
+        except BROKEN as error:
+            raise self._broken(name, error) from None
+
+    def _header(self, name: str, stream: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
+        """Shape, whether in Fortran order, and dtype (bfloat16 for void16); the bytes behind it must be as many."""
+        try:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects, which are never unpickled")
+            if self._members[name].file_size - stream.tell() != math.prod(shape) * dtype.itemsize:
+                raise ValueError("its data are cut off")
+        except BROKEN as error:
+            raise self._broken(name, error) from None
+        return shape, fortran, np.dtype(ml_dtypes.bfloat16) if dtype == VOID16 else dtype
+
+    def _read(self, name: str, stream: zipfile.ZipExtFile, count: int, dtype: np.dtype, last: bool) -> np.ndarray:
+        """The next `count` numbers, flat."""
+        array = np.empty(count, dtype)
+        view = memoryview(array.view(np.uint8))
+        try:
+            done = 0
+            while done < len(view):
+                step = stream.readinto(view[done:])
+                if not step:
+                    raise EOFError("its data are cut off")
+                done += step
+            if last:
+                stream.read(1)  # at the end of a member its checksum is compared
+        except BROKEN as error:
+            raise self._broken(name, error) from None
+        return array
+
+    def _broken(self, name: str, error: Exception) -> UserError:
+        return UserError(f"{self.path}: the array {name} cannot be read ({error}): download it again.")
+
+
+def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes arrays one by one, names prefixed with `params/` as released files have them; whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays:
+                array = np.asarray(array, order="C")
+                if array.dtype == ml_dtypes.bfloat16:
+                    array = array.view(VOID16)
+                with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

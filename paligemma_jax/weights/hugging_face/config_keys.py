@@ -1,0 +1,189 @@
+"""The keys of transformers' config.json of PaliGemma 1 and 2, SigLIP and CLIP: what each part's reader makes of them.
+
+Sources: the config classes of transformers 4.41 to 5.24 and of the released models.
+"""
+
+from paligemma_jax.files.side_files import Keys
+
+# Of any config: provenance, what training began from, what a call returns, and how texts are drawn. None of it changes
+# what is computed here; generation takes its options as arguments.
+GENERIC = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_auto_class",
+        "_commit_hash",
+        "_experts_implementation",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_factor",
+        "initializer_range",
+        "label2id",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "tie_last_hidden_states",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+        "use_return_dict",
+        # of generation
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "cache_implementation",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "temperature",
+        "tf_legacy_loss",
+        "top_k",
+        "top_p",
+        "typical_p",
+    }
+)
+TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+SIZES = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"})
+# transformers drops attention in training mode alone, so that a model with it answers as one without. Runs here say all
+# of how they train in their own config, and have dropout in adapters and none in attention.
+DROPOUT = frozenset({"attention_dropout"})
+
+# The tokens that Gemma's tokenizer and data/prompts.py have.
+PALIGEMMA_TOKENS = {"bos_token_id": (2,), "eos_token_id": (1, [1]), "pad_token_id": (0,)}
+TIED = {"tie_word_embeddings": (True, False)}  # which of them is looked at beside the arrays
+
+PALIGEMMA = Keys(
+    read=frozenset(
+        {
+            "image_token_id",
+            "image_token_index",
+            "model_type",
+            "projection_dim",
+            "text_config",
+            "vision_config",
+        }
+    ),
+    only=PALIGEMMA_TOKENS | TIED,
+    # sizes that the parts' own configs say, and the loss's mark of no label
+    idle=GENERIC
+    | {"_vocab_size", "hidden_size", "ignore_index", "num_hidden_layers", "num_image_tokens", "vocab_size"},
+)
+GEMMA = Keys(
+    read=SIZES
+    | {
+        "head_dim",
+        "hidden_act",
+        "hidden_activation",
+        "layer_types",
+        "model_type",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "vocab_size",
+    },
+    only={"attention_bias": (False,), "partial_rotary_factor": (1.0, 1)} | TIED,
+    # the third is of decoders without the mask of a prompt and its answer, which says who reads whom here
+    idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens", "use_bidirectional_attention"},
+    dropout=DROPOUT,
+)
+GEMMA_2 = Keys(
+    read=GEMMA.read | {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"},
+    only=GEMMA.only,
+    idle=GEMMA.idle,
+    dropout=DROPOUT,
+)
+VISION = Keys(
+    read=SIZES | {"hidden_act", "image_size", "layer_norm_eps", "patch_size"},
+    only={"num_channels": (3,)},
+    # dropout is of CLIP's first configs, and no release reads it; the last three are of PaliGemma's converter
+    idle=GENERIC | TOKEN_IDS | {"dropout", "projection_dim", "num_image_tokens", "projector_hidden_act", "vocab_size"},
+    dropout=DROPOUT,
+)
+TEXT = Keys(
+    read=SIZES | {"hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size"},
+    idle=GENERIC | {"bos_token_id", "dropout", "pad_token_id"},
+    dropout=DROPOUT,
+)
+
+
+def _with(keys: Keys, read=(), only=(), idle=()) -> Keys:
+    return Keys(keys.read | set(read), keys.only | dict(only), keys.idle | set(idle), keys.dropout)
+
+
+_TIED = {"tie_word_embeddings"}  # there is no table of outputs
+# A dual encoder's config and the configs of its towers, by model_type.
+DUAL = {
+    "siglip": {
+        "": Keys(frozenset({"model_type", "vision_config", "text_config"}), {}, GENERIC | _TIED | TOKEN_IDS),
+        "vision_config": _with(
+            VISION,
+            only={"model_type": ("siglip_vision_model",), "vision_use_head": (True,)},
+            idle=_TIED,
+        ),
+        "text_config": _with(
+            TEXT,
+            read={"projection_size"},
+            only={"model_type": ("siglip_text_model",)},
+            idle=_TIED | {"eos_token_id"},  # the last position is pooled, whatever stands there
+        ),
+    },
+    "clip": {
+        "": Keys(
+            frozenset(
+                {
+                    "model_type",
+                    "projection_dim",
+                    "text_config",
+                    "text_config_dict",
+                    "vision_config",
+                    "vision_config_dict",
+                }
+            ),
+            {},
+            GENERIC | _TIED | TOKEN_IDS | {"logit_scale_init_value"},
+        ),
+        "vision_config": _with(VISION, only={"model_type": ("clip_vision_model",)}, idle=_TIED),
+        "text_config": _with(
+            TEXT, read={"eos_token_id"}, only={"model_type": ("clip_text_model",)}, idle=_TIED | {"projection_dim"}
+        ),
+    },
+}
+# The tower of a PaliGemma, which has no pooling head whatever its config says.
+PALIGEMMA_VISION = _with(VISION, only={"model_type": ("siglip_vision_model",)}, idle=_TIED | {"vision_use_head"})

@@ -1,0 +1,1 @@
+"""Our own format: an Orbax folder and a config.json."""

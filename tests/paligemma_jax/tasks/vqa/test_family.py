@@ -1,0 +1,133 @@
+"""Runs by other methods than LoRA: their keys, what they save, and that they are read again as they were."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import paligemma_jax as pg
+from configs.clevr import METHODS as CONFIGS
+from paligemma_jax.adapt.peft.diff_pruning import BETA, GAMMA, ZETA
+from paligemma_jax.convert import convert
+from paligemma_jax.tasks.common import SHARDING_RULES
+from tests.paligemma_jax.mini import mistake, task_of, train_main
+from tests.paligemma_jax.training import SMOOTH, Training, long_answers
+from train_jax.core import param_tree
+from train_jax.parallel.sharding import make_mesh, shardings
+from train_jax.step import placement
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+STEP = {"data.suffix_length": 8, "adapter.dropout": 0.0, "adapter.size": "None"}
+SHORT = {"eval.controls": False, "total_steps": 2, "eval_steps": 2, "checkpoint_steps": 2, "log_steps": 1}
+SIZES = {"last_layers": {"adapter.size": 1}}
+
+
+def options(name: str) -> dict:
+    """Of the config of a method, for the mini model."""
+    return {key: value for key, value in (CONFIGS[name] | SIZES.get(name, {})).items() if key != "cache_features"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_trains_is_known_before_it_is_attached_and_nothing_else_moves(mini_options, name):
+    training = Training(mini_options | SMOOTH | STEP | options(name) | {"cache_features": False}, long_answers())
+    told = training.task.trainable_paths()
+    frozen = {path: np.array(leaf) for path, leaf in training.bundle.frozen.items()}
+    before = training.trained()
+    assert sorted(before) == sorted(told) and not set(told) & set(frozen)
+    training.run(2)
+    assert any((array != before[path]).any() for path, array in training.trained().items())
+    for path, leaf in training.bundle.frozen.items():
+        np.testing.assert_array_equal(leaf, frozen[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["prompt", "last_layers", "diff_pruning"])
+def test_a_run_is_saved_and_read_again(mini_options, tmp_path, name):
+    workdir = tmp_path / "run"
+    given = mini_options | SHORT | options(name) | {"cache_features": name == "prompt"}
+    train_main(workdir, given)
+    results = json.loads((workdir / "eval.json").read_text())
+    assert math.isfinite(results["loss"]) and results["accuracy_before"] is not None
+    model = pg.load(workdir)
+    again = pg.load(given["model.path"], adapter=workdir / "adapter")
+    images = jax.random.uniform(jax.random.key(0), (1, 24, 24, 3), minval=-1.0)
+    tokens = jnp.arange(3, 9)[None]
+    logits = [each(images, tokens, jnp.zeros_like(tokens))[0] for each in (model, again)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+    task = task_of(given)
+    trained = set(placement.build(task, task.mesh).trainable)
+    held = {path for path in param_tree.flatten(model) if path in trained}
+    assert held == trained and results["trainable_parameters"] == sum(
+        param_tree.flatten(model)[path].size for path in held
+    )
+
+
+def test_before_is_the_base_and_not_the_method_at_its_start(mini_options, tmp_path):
+    """A new prefix changes answers; what it is compared with has none."""
+    scores = []
+    for name in ("prefix", "bottleneck"):  # a new bottleneck changes nothing
+        train_main(tmp_path / name, mini_options | SHORT | {"adapter.name": name, "eval_steps": 2})
+        scores.append(json.loads((tmp_path / name / "eval.json").read_text())["accuracy_before_by_family"])
+    assert scores[0] == scores[1]
+
+
+def test_the_penalty_is_of_the_mean_loss(mini_options):
+    losses = []
+    for penalty in (0.0, 0.5):
+        given = mini_options | SMOOTH | STEP | options("diff_pruning") | {"adapter.penalty": penalty}
+        training = Training(given | {"cache_features": False}, long_answers())
+        losses.append(training.run(1)[0]["loss"])
+    share = 1 / (1 + math.exp(-2.0 + BETA * math.log(-GAMMA / ZETA)))  # of new gates, whose differences are zero
+    assert losses[1] - losses[0] == pytest.approx(0.5 * share, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"adapter.name": "prefx"}, "adapter.name is 'prefx', expected one of lora, none, bottleneck, prefix, prompt, "
+         "bitfit, diff_pruning, last_layers: change it."),
+        ({"adapter.name": "bitfit", "adapter.size": 4}, "adapter.size is 4 beside adapter.name='bitfit', which has "
+         "none, expected one of bottleneck, prefix, prompt, last_layers: leave it out."),
+        ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "
+         "it."),
+        ({"adapter.name": "prefix", "adapter.targets": "decoder/.*"}, "adapter.targets is 'decoder/.*' beside "
+         "adapter.name='prefix', which takes none: set adapter.targets=None."),
+        ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', expected 0, or a positive "
+         "number beside diff_pruning: change one of the two."),
+        ({"adapter.name": "last_layers", "adapter.size": 2}, "the last 2 layers are to train, expected 1 to 1 of the "
+         "2: change the number."),
+        ({"adapter.name": "last_layers", "model.quantize": "nf4"}, "the last layers are to train but the base is "
+         "quantised, and quantised kernels have no gradient: load it without quantisation, or train adapters."),
+        ({"adapter.name": "bitfit", "cache_features": True}, "cache_features is on but projector/linear/bias trains, "
+         "which changes the image features with every step: set cache_features=False."),
+    ],
+)  # fmt: skip
+def test_mistakes(mini_options, tmp_path, capsys, changes, sentence):
+    assert mistake(capsys, mini_options | changes, tmp_path / "run") == sentence
+
+
+@pytest.mark.parametrize("format", ["hugging_face", "orbax"])
+def test_a_run_by_another_method_becomes_a_plain_model(mini_options, tmp_path, format):
+    train_main(tmp_path / "run", mini_options | SHORT | options("last_layers") | {"eval.before": False})
+    place = convert(str(tmp_path / "run"), str(tmp_path / "plain"), format)
+    images = jax.random.uniform(jax.random.key(0), (1, 24, 24, 3), minval=-1.0)
+    tokens = jnp.arange(3, 9)[None]
+    logits = [pg.load(each)(images, tokens, jnp.zeros_like(tokens))[0] for each in (tmp_path / "run", place)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+
+
+def test_what_takes_the_place_of_kernels_is_split_as_they_are(mini_options):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    kernels = {
+        path: leaf for path, leaf in param_tree.flatten(task_of(mini_options).base()).items() if "kernel" in path
+    }
+    wanted = shardings(mesh, SHARDING_RULES, kernels)[0]
+    gated = shardings(mesh, SHARDING_RULES, {f"{path}/difference": leaf for path, leaf in kernels.items()})[0]
+    assert {path.removesuffix("/difference"): place for path, place in gated.items()} == wanted
+    last = {path.replace("decoder/layers", "decoder/last_layers"): path for path in kernels if "decoder/layers" in path}
+    moved = shardings(mesh, SHARDING_RULES, {new: kernels[path] for new, path in last.items()})[0]
+    assert {last[path]: place for path, place in moved.items()} == {path: wanted[path] for path in last.values()}
+    assert any(place.spec != PartitionSpec() for place in wanted.values())

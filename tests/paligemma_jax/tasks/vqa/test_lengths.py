@@ -1,0 +1,56 @@
+"""References that an answer cannot hold are told before a run trains."""
+
+import pytest
+
+from paligemma_jax.data.records import BadRow, Record
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
+from paligemma_jax.tasks.vqa.task import VQA
+from tests.paligemma_jax.mini import Rows, task_of
+
+TINY = load_tokenizer("tiny")
+
+
+def rows(*texts):
+    return Rows([Record(b"", "x.png", 0, "answer en What?", text) for text in texts])
+
+
+def test_the_longest_and_how_many_are_told(caplog):
+    texts = ["red", "two red cubes", "two red cubes", "two red cubes and a ball " * 20]
+    lengths = [len(TINY.encode(text)) for text in texts]
+    warn_of_cut_references(TINY, rows(*texts), "validation", lengths[1] - 1)
+    (line,) = caplog.messages
+    assert "3 of 4 references of 'validation'" in line and f"The longest has {lengths[3]} tokens" in line
+    assert f"eval.max_new_tokens={lengths[3] + 1} or more" in line and len(line) < 400
+
+
+def test_references_that_fit_and_bad_rows_are_nothing_to_tell(caplog):
+    class Faulty(Rows):
+        def __getitem__(self, index):
+            if index == 1:
+                raise BadRow("broken")
+            return super().__getitem__(index)
+
+    source = Faulty(rows("red", "two red cubes", "blue").records)
+    warn_of_cut_references(TINY, source, "validation", max(len(TINY.encode(text)) for text in ("red", "blue")))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("most, told", [(1, ["tune", "validation"]), (4, [])])
+def test_a_run_tells_before_it_trains(mini_options, monkeypatch, caplog, most, told):
+    source = rows("red", "two red cubes")
+    monkeypatch.setattr(VQA, "split", lambda task, name: source)
+    task_of(mini_options | {"eval.max_new_tokens": most}).train_source()
+    assert [name for name in ("train", "tune", "validation") if f"references of '{name}'" in caplog.text] == told
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_the_rows_are_told_without_the_model(mini_options, monkeypatch, mini_rows, features):
+    """Of the length and the fingerprint of what trains, by which a complete run is compared."""
+    monkeypatch.setattr(VQA, "split", lambda task, name: mini_rows)
+    trained = task_of(mini_options | {"cache_features": features}).train_source()
+    task = task_of(mini_options)
+    monkeypatch.setattr(VQA, "base", lambda task: pytest.fail("the model was read"))
+    told = task.train_records()
+    assert (len(told), told.fingerprint) == (len(trained), trained.fingerprint)
+    assert task.reported_data() == mini_rows.fingerprint

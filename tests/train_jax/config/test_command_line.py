@@ -1,0 +1,236 @@
+import errno
+import re
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from train_jax.config.base import base_config, to_json
+from train_jax.config.command_line import default_workdir, load_from_flags, run
+from train_jax.core.errors import UserError
+
+TASK = f"{__name__}:Dummy"
+
+
+class Dummy:
+    @staticmethod
+    def defaults() -> ConfigDict:
+        model = {"width": 8, "betas": (0.9, 0.95), "causal": False, "name": "x"}
+        return ConfigDict({"model": model, "total_epochs": 1.0, "log_steps": 10})
+
+
+CONFIG = f"""
+from train_jax.config import base_config, parse_arg
+
+def get_config(arg=None):
+    arg = parse_arg(arg, big=False, lr=1e-3)
+    config = base_config({TASK!r})
+    config.optimizer.learning_rate = arg.lr
+    if arg.big:
+        config.model.width = 64
+    return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "clevr.py").write_text(CONFIG)
+    return "configs/clevr.py"
+
+
+def load(*arguments, define=None):
+    return load_from_flags(["train.py", *arguments], define=define)
+
+
+def test_file_argument_and_default_workdir(file):
+    config, workdir, _ = load(f"--config={file}:big,lr=0.5")
+    assert (config.model.width, config.optimizer.learning_rate) == (64, 0.5)
+    assert workdir == "runs/clevr-big-lr=0.5"
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        ("configs/clevr.py", "runs/clevr"),
+        ("configs/clevr.py:3b,qlora", "runs/clevr-3b-qlora"),
+        ("/a/b/clevr.py:base=/data/x y.npz", "runs/clevr-base=_data_x_y.npz"),
+        ("clevr.py:../../x", "runs/clevr-.._.._x"),
+    ],
+)
+def test_default_workdir(flag, expected):
+    assert default_workdir(flag) == expected
+
+
+def test_overrides_of_every_type(file):
+    config, workdir, _ = load(
+        f"--config={file}",
+        "--workdir=there",
+        "--config.batch_size=7",
+        "--config.optimizer.learning_rate=1",
+        "--config.model.betas=(0.8, 0.9)",
+        "--config.model.causal",
+        "--config.model.name=5",
+        "--config.best_metric",
+        "accuracy",
+        "--config.optimizer.rates=(('vision/.*', 0.1),)",
+        "--config.optimizer.grad_clip_norm=1.0",
+    )
+    assert (config.batch_size, config.model.betas, config.model.causal) == (7, (0.8, 0.9), True)
+    assert (config.model.name, config.best_metric) == ("5", "accuracy")
+    assert config.optimizer.rates == (("vision/.*", 0.1),)
+    assert (config.optimizer.learning_rate, config.optimizer.grad_clip_norm) == (1.0, 1.0)
+    assert workdir == "there"
+
+
+def test_last_override_wins_and_bools_can_be_negated(file):
+    config, _, _ = load(
+        f"--config={file}", "--config.seed=1", "--config.seed=2", "--config.model.causal", "--noconfig.model.causal"
+    )
+    assert config.seed == 2 and config.model.causal is False
+
+
+def test_placeholders_can_be_emptied(file):
+    config, _, _ = load(f"--config={file}", "--config.total_epochs=None", "--config.best_metric=None")
+    assert config.total_epochs is None and config.best_metric is None
+
+
+def test_calls_do_not_see_each_other(file):
+    first, _, _ = load(f"--config={file}", "--config.seed=1")
+    second, _, _ = load(f"--config={file}")
+    assert (first.seed, second.seed) == (1, 0)
+
+
+def test_duration_on_the_command_line_replaces_the_file_s_unit(file):
+    config, _, _ = load(f"--config={file}", "--config.total_steps=20", "--config.log_epochs=0.5")
+    assert (config.total_steps, config.total_epochs) == (20, None)
+    assert (config.log_epochs, config.log_steps) == (0.5, None)
+    nested, _, _ = load(f"--config={file}", "--config.optimizer.warmup_percent=0.1")
+    assert nested.optimizer.warmup_percent == 0.1 and nested.total_epochs == 1.0
+
+
+def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
+    config, _, _ = load(f"--config={file}", "--config.total_steps=20", "--config.total_epochs=None")
+    assert (config.total_steps, config.total_epochs) == (20, None)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--config.batchsize=3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
+        (["--config.learning_rate=3"], "there is no key config.learning_rate; did you mean 'optimizer.learning_rate'?"),
+        (["--config.optimizer=3"], "there is no key config.optimizer"),
+        (["--config.batch_size=1.5"], "config.batch_size='1.5', expected int: change the value"),
+        (["--config.batch_size=None"], "config.batch_size='None', expected int: change the value"),
+        (["--config.total_steps=many"], "config.total_steps='many', expected int: change the value"),
+        (["--config.model.causal=perhaps"], "config.model.causal='perhaps', expected bool: change the value"),
+        (["--config.optimizer.rates=(1,"], "config.optimizer.rates='(1,', expected tuple: change the value"),
+        (["--config.batch_size"], "'--config.batch_size' has no value: write --config.batch_size=VALUE"),
+        (["--noconfig.batch_size=3"], "'--noconfig.batch_size=3' has no value: write --config.batch_size=VALUE"),
+        (["--config.total_steps=2", "--config.total_examples=9"],
+         "--config.total_steps and --config.total_examples are both given, expected one: leave one out"),
+        (["--workdr=x"], "unknown argument '--workdr=x'; did you mean 'workdir'?"),
+        (["stray"], "unknown argument 'stray'; write --flag=value, or --config=FILE for a config"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_one_sentence(file, arguments, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
+        load(f"--config={file}", *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body, sentence",
+    [
+        ("config.batchsize = 3", "line 5: there is no key 'batchsize'; did you mean 'batch_size'?"),
+        ("config.seed = 'x'", "line 5: TypeError: "),
+        ("print(config.model.nothing_like_it)", "line 5: AttributeError: "),
+        ("return 1 / 0", "line 5: ZeroDivisionError: division by zero"),
+        ("return (", "line 5: SyntaxError: '(' was never closed"),
+        ("return type(config)()", "config.task=None, expected 'package.module:Class'"),
+        ("del config.unlock().optimizer; return config", "config.optimizer.b1 is missing: start the config from"),
+        ("return None", "get_config returned NoneType, expected a ConfigDict"),
+    ],
+)
+def test_errors_in_a_config_file_are_one_sentence(tmp_path, body, sentence):
+    path = tmp_path / "broken.py"
+    path.write_text(
+        f"from train_jax.config import base_config\n\n"
+        f"def get_config():\n    config = base_config({TASK!r})\n    {body}\n"
+    )
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
+        load(f"--config={path}")
+    assert "\n" not in str(caught.value) and ("line" not in sentence or str(path) in str(caught.value))
+
+
+def test_config_argument_that_is_unknown_keeps_its_own_sentence(file):
+    with pytest.raises(UserError, match="config argument 'bigg': expected one of big, lr; did you mean 'big'"):
+        load(f"--config={file}:bigg")
+
+
+def test_missing_file_names_the_nearest(file):
+    with pytest.raises(UserError, match="there is no file configs/clever.py; did you mean 'configs/clevr.py'"):
+        load("--config=configs/clever.py")
+
+
+def test_no_config_at_all():
+    with pytest.raises(UserError, match="neither --config nor --workdir is given"):
+        load()
+
+
+def test_workdir_s_own_config(file, tmp_path):
+    stored = base_config(TASK)
+    stored.seed = 9
+    stored.optimizer.rates = (("a", 0.5),)
+    (tmp_path / "config.json").write_text(to_json(stored))
+    config, workdir, _ = load(f"--workdir={tmp_path}", "--config.model.width=3")
+    assert (config.seed, config.model.width, config.optimizer.rates) == (9, 3, (("a", 0.5),))
+    assert workdir == str(tmp_path)
+    with pytest.raises(UserError, match="nowhere/config.json does not exist, expected a workdir of a run"):
+        load("--workdir=nowhere")
+
+
+def test_entry_points_add_flags(file):
+    def define(values):
+        flags.DEFINE_bool("print_batch", False, "prints a batch", flag_values=values)
+        flags.DEFINE_multi_string("image", [], "an image", flag_values=values)
+        flags.DEFINE_enum("split", "train", ["train", "validation"], "which", flag_values=values)
+
+    _, _, values = load(f"--config={file}", "--image=a", "--print_batch", "--image", "b", define=define)
+    assert values.print_batch and values.image == ["a", "b"] and values.split == "train"
+    with pytest.raises(UserError, match="split=tain.*should be one of"):
+        load(f"--config={file}", "--split=tain", define=define)
+
+
+def test_help_prints_usage_and_flags(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_from_flags(["train.py", "--help"], usage="Trains a model.")
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.startswith("Trains a model.") and "--workdir" in out
+
+
+def test_user_errors_end_with_status_2_and_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no file there that could be meant
+    with pytest.raises(SystemExit) as caught:
+        run(load_from_flags, ["bin/train.py", "--config=nowhere.py"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: --config=nowhere.py: there is no file nowhere.py\n"
+
+
+def test_a_path_that_cannot_be_opened_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda argv: tmp_path.read_text(), ["bin/eval.py"])
+    assert caught.value.code == 2
+    sentence = f"{tmp_path} cannot be used (Is a directory): correct the path or its permissions."
+    assert capsys.readouterr().err == f"eval.py: error: {sentence}\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "input/output error"), OSError("no number")])
+def test_other_errors_keep_their_traceback(error):
+    def fails(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        run(fails, ["train.py"])

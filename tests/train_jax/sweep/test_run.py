@@ -1,0 +1,247 @@
+"""Sweeps of the toy: what runs, what is skipped, resumed and refused, and what the folder holds afterwards."""
+
+import gc
+import json
+import re
+import shutil
+import signal
+
+import jax
+import pytest
+
+import eval as eval_script
+import train
+from tests.train_jax.runs import arguments, assert_same_run, fails, start
+from tests.train_jax.toy_task import Rows, Toy, toy_config
+from train_jax import loop
+from train_jax.config import command_line
+from train_jax.config.base import from_json
+from train_jax.core.errors import RunStopped, UserError
+from train_jax.sweep import run as sweep
+
+pytestmark = pytest.mark.usefixtures("fast_runs")
+
+RATES = (
+    ("slow-0", {"optimizer.learning_rate": 0.001, "seed": 0}),
+    ("slow-1", {"optimizer.learning_rate": 0.001, "seed": 1}),
+    ("fast", {"optimizer.learning_rate": 0.01}),
+)
+
+
+def config(runs=RATES, **changes):
+    return toy_config(**{"mesh__data": 1, "sweep": runs, "sweep_x": "optimizer.learning_rate", **changes})
+
+
+def fit(workdir, runs=RATES, **changes):
+    return sweep.fit(config(runs, **changes), workdir, "none")
+
+
+@pytest.fixture(scope="module")
+def finished(fast_runs, tmp_path_factory):
+    """A sweep of three runs, and what `fit` returned."""
+    workdir = tmp_path_factory.mktemp("finished") / "sweep"
+    return workdir, fit(workdir)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished sweep."""
+    shutil.copytree(finished[0], tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+def modified(folder):
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def trained(monkeypatch) -> list[str]:
+    """Names of the runs that are given to the loop from now on."""
+    names, original = [], loop.fit
+    monkeypatch.setattr(
+        loop, "fit", lambda config, workdir, *more: names.append(workdir.name) or original(config, workdir, *more)
+    )
+    return names
+
+
+# What a sweep leaves.
+
+
+def test_each_run_is_the_run_of_its_config(finished, tmp_path):
+    workdir, _ = finished
+    loop.fit(toy_config(mesh__data=1, optimizer__learning_rate=0.001, seed=1), tmp_path / "alone", "none")
+    assert_same_run(workdir / "slow-1", tmp_path / "alone", step=8)
+    stored = from_json((workdir / "slow-1" / "config.json").read_text())
+    assert (stored.seed, stored.optimizer.learning_rate, stored.sweep, stored.sweep_x) == (1, 0.001, (), None)
+
+
+def test_the_summary_holds_what_the_runs_measured(finished):
+    workdir, summary = finished
+    assert json.loads((workdir / "sweep.json").read_text()) == summary
+    results = [json.loads((workdir / name / "eval.json").read_text()) for name, _ in RATES]
+    assert summary["metric"] == "loss" and [run["value"] for run in summary["runs"]] == [r["loss"] for r in results]
+    assert [run["x"] for run in summary["runs"]] == [0.001, 0.001, 0.01]
+    assert all(run["complete"] and run["step"] == 8 for run in summary["runs"])
+    assert {run["trainable_parameters"] for run in summary["runs"]} == {2 * 8 * 8 + 2 * 8 + 8 + 1}
+    slow, fast = summary["groups"]
+    assert slow["runs"] == ["slow-0", "slow-1"] and fast["runs"] == ["fast"]
+    assert slow["mean"] == pytest.approx((results[0]["loss"] + results[1]["loss"]) / 2)
+    assert slow["std"] == pytest.approx(abs(results[0]["loss"] - results[1]["loss"]) / 2**0.5)
+    assert fast["std"] is None
+
+
+def test_the_folder_holds_table_plot_and_config(finished):
+    workdir, _ = finished
+    assert {file.name for file in workdir.iterdir() if file.is_file()} == {
+        "config.json", "sweep.json", "sweep.md", "sweep.png", "eval.json"
+    }  # fmt: skip
+    assert (workdir / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert from_json((workdir / "config.json").read_text()) == config()
+
+
+# The same command again.
+
+
+def test_nothing_of_a_complete_sweep_is_trained_again(folder, monkeypatch, finished):
+    before = modified(folder / "fast") | modified(folder / "slow-0")
+    monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a run was trained again"))
+    assert fit(folder) == finished[1]
+    assert modified(folder / "fast") | modified(folder / "slow-0") == before
+
+
+def test_a_complete_run_of_a_sweep_is_compared_with_the_data(folder, monkeypatch):
+    before = modified(folder)
+    monkeypatch.setattr(Rows, "fingerprint", property(lambda self: "others", lambda self, value: None), raising=False)
+    with pytest.raises(UserError, match="slow-0: the training data is not that of the checkpoint"):
+        fit(folder)
+    assert modified(folder) == before
+
+
+def test_a_new_run_is_added_to_a_complete_sweep(folder, monkeypatch):
+    names = trained(monkeypatch)
+    summary = fit(folder, (*RATES, ("faster", {"optimizer.learning_rate": 0.02})))
+    assert names == ["faster"] and [run["name"] for run in summary["runs"]] == ["slow-0", "slow-1", "fast", "faster"]
+
+
+def test_a_changed_override_is_refused_before_anything_is_trained(folder, monkeypatch):
+    names, before = trained(monkeypatch), modified(folder)
+    changed = (("new", {}), *RATES[:2], ("fast", {"optimizer.learning_rate": 0.02}))
+    with pytest.raises(UserError) as error:
+        fit(folder, changed)
+    assert f"{folder / 'fast'}: the workdir holds a run with another config" in str(error.value)
+    assert "optimizer.learning_rate: 0.01 -> 0.02" in str(error.value)
+    assert names == [] and modified(folder) == before
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path, finished):
+    """kill -9 in the second run, after its checkpoint of step 4."""
+    workdir = tmp_path / "sweep"
+    kill = {"data.signal_step": 6, "data.signal_number": int(signal.SIGKILL)}
+    runs = tuple((name, overrides | (kill if name == "slow-1" else {})) for name, overrides in RATES)
+    settings = {"mesh.data": 1, "sweep": repr(runs), "sweep_x": "optimizer.learning_rate"}
+    process = start(workdir, settings, "--progress=none")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    states = [(run["name"], run["complete"]) for run in json.loads((workdir / "sweep.json").read_text())["runs"]]
+    assert states == [("slow-0", True), ("slow-1", False), ("fast", False)]
+    first = modified(workdir / "slow-0")
+    summary = fit(workdir)
+    assert modified(workdir / "slow-0") == first
+    assert [run["value"] for run in summary["runs"]] == [run["value"] for run in finished[1]["runs"]]
+    for name, _ in RATES:
+        assert_same_run(workdir / name, finished[0] / name, step=8)
+
+
+def test_memory_of_one_run_is_free_before_the_next(tmp_path, monkeypatch):
+    held, original = [], loop.fit
+
+    def measured(*arguments):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "fit", measured)
+    gc.collect()
+    fit(tmp_path, tuple((f"run-{width}", {"model.width": width}) for width in (64, 128, 8)), sweep_x=None)
+    assert held[1:] == held[:1] * 2
+
+
+def test_a_run_that_stops_does_not_keep_the_others(tmp_path):
+    runs = (("bad", {"data.nan_steps": (5,)}), ("good", {"seed": 3}))
+    with pytest.raises(RunStopped, match=r"1 of 2 runs stopped at non-finite updates \(bad\)"):
+        fit(tmp_path, runs, sweep_x=None)
+    bad, good = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert not bad["complete"] and "non-finite" in bad["stopped"] and good["complete"]
+    assert re.search(r"\| bad +\|.*\| stopped +\|", (tmp_path / "sweep.md").read_text())
+
+
+# Overrides.
+
+
+def test_overrides_follow_the_rules_of_the_command_line():
+    runs = (("a", {"total_epochs": 0.1, "ema_decay": None, "data.nan_steps": (1, 2), "model.trainable": "head/.*"}),)
+    (run,) = sweep.expand(config(runs, ema_decay=0.9, sweep_x=None))
+    assert (run.config.total_epochs, run.config.total_steps) == (0.1, None)
+    assert run.config.ema_decay is None and run.config.data.nan_steps == (1, 2)
+    assert run.config.model.trainable == "head/.*"
+
+
+@pytest.mark.parametrize(
+    "runs, changes, sentence",
+    [
+        ((("a", {"seed": 1}), ("a", {"seed": 2})), {}, "config.sweep has two runs named 'a', expected different names"),
+        ((("a", {"sed": 1}),), {}, "run 'a' of config.sweep: there is no key config.sed; did you mean 'seed'?"),
+        ((("a", {"seed": 1.5}),), {}, "run 'a' of config.sweep: config.seed='1.5', expected int"),
+        ((("a", {"seed": -1}),), {}, "run 'a' of config.sweep: config.seed=-1, expected 0 or more"),
+        ((("a", {"sweep": ()}),), {}, "run 'a' of config.sweep: config.sweep cannot be overridden in a run"),
+        (("a", {"seed": 1}), {}, "config.sweep holds 'a', expected a tuple of pairs ('name', {'dotted.key': value})"),
+        ((("a", 1),), {}, "config.sweep holds ('a', 1), expected a tuple of pairs"),
+        ((("../a", {}),), {}, "config.sweep names a run '../a', expected letters"),
+        ((("", {}),), {}, "config.sweep names a run '', expected letters"),
+        ((), {}, "config.sweep is empty"),
+        (RATES, {"sweep_x": "optimizer.name"}, "config.sweep_x='optimizer.name' is 'adamw' in run 'slow-0', expected"),
+        (RATES, {"sweep_x": "sed"}, "config.sweep_x='sed' is no config key"),
+        (RATES, {"sweep_series": "sed"}, "config.sweep_series='sed' is no config key, expected one: change it; did"),
+    ],
+)
+def test_each_mistake_is_one_sentence(tmp_path, runs, changes, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        fit(tmp_path / "sweep", runs, **changes)
+    assert "\n" not in str(error.value) and not (tmp_path / "sweep").exists()
+
+
+def test_an_unmeasured_metric_is_told_after_the_first_run(tmp_path, monkeypatch):
+    names = trained(monkeypatch)
+    with pytest.raises(UserError, match=r"compares runs by 'los', .*did you mean 'loss'\?"):
+        fit(tmp_path, sweep_metric="los")
+    assert names == ["slow-0"]
+
+
+# Sweeps and single runs.
+
+
+def test_train_py_runs_a_sweep(tmp_path, capsys):
+    runs = (("a", {"seed": 1}), ("b", {"seed": 2}))
+    settings = {"mesh.data": 1, "total_steps": 2, "eval_steps": 2, "sweep": repr(runs)}
+    command_line.run(train.main, arguments(tmp_path / "sweep", settings, "--progress=none"))
+    assert "[2/2] b: seed=2" in capsys.readouterr().out
+    assert [run["step"] for run in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]] == [2, 2]
+    command_line.run(train.main, ["train.py", f"--workdir={tmp_path / 'sweep'}", "--progress=none"])  # its config.json
+    assert "[2/2] b is complete" in capsys.readouterr().out
+
+
+def test_eval_py_names_the_folders_of_a_sweep(folder, capsys):
+    with pytest.raises(SystemExit):
+        command_line.run(eval_script.main, ["eval.py", f"--workdir={folder}"])
+    found = ", ".join(str(folder / name) for name, _ in RATES)
+    assert f"eval.py: error: {folder} holds a sweep, expected one run: give --workdir one of its folders ({found})" in (
+        capsys.readouterr().err
+    )
+    eval_script.main(["eval.py", f"--workdir={folder / 'fast'}"])
+    assert json.loads((folder / "fast" / "eval.json").read_text())["trainable_parameters"] == 153
+
+
+def test_a_single_run_and_a_sweep_keep_apart(folder, tmp_path, capsys):
+    assert "holds a sweep, expected one run" in fails(capsys, folder, {"mesh.data": 1})[1]
+    with pytest.raises(UserError, match="holds a single run, expected a new folder or a sweep's"):
+        fit(folder / "fast")
+    with pytest.raises(UserError, match="the config is a sweep of slow-0, slow-1, fast, expected one run"):
+        loop.fit(config(), tmp_path / "other")

@@ -1,0 +1,1 @@
+"""Config keys: defaults, the command line, validation, durations, and what a resumed run may change."""

@@ -1,0 +1,263 @@
+"""The command line of the entry points: `--config=FILE:arg --config.key=value --workdir=DIR`.
+
+The config is a file's `get_config(arg)`, or the `config.json` of a workdir. Overrides are read by ml_collections, one
+at a time, so that each failure becomes one sentence about one key. Flags live in their own `FlagValues`: `main` can be
+called any number of times in one process.
+"""
+
+import errno
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from train_jax.config.base import DURATIONS, UNITS, from_json, is_optional, leaves, node
+from train_jax.config.validate import check_keys, unknown_key
+from train_jax.core.errors import UserError, quoted
+from train_jax.core.patterns import did_you_mean
+
+PATH_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+OF_ABSL = ("flagfile", "undefok")  # flags that absl adds of its own
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+
+
+def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
+    """Calls `main(argv)`; a `UserError` is printed as one line and ends the process with its status (2).
+
+    So is a path that cannot be opened or written, which some library found; other errors keep their traceback.
+    """
+    argv = sys.argv if argv is None else argv
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print(f"{Path(argv[0]).name}: interrupted; the same command goes on from the last save.", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in PATH_FAULTS or error.filename is None:
+            raise
+        found = f"{error.filename} cannot be used ({error.strerror})"
+        print(f"{Path(argv[0]).name}: error: {found}: correct the path or its permissions.", file=sys.stderr)
+        sys.exit(UserError.exit_status)
+
+
+def load_from_flags(
+    argv: Sequence[str], usage: str = "", define: Callable[[flags.FlagValues], None] | None = None
+) -> tuple[ConfigDict, str, flags.FlagValues]:
+    """Returns the config with all overrides, the workdir, and the values of the entry point's own flags.
+
+    Args:
+      argv: as `sys.argv`, the program's name first.
+      usage: printed before the flags by --help.
+      define: adds the entry point's own flags: `lambda f: flags.DEFINE_bool("x", False, "...", flag_values=f)`.
+
+    Returns:
+      (config, workdir, values): the config is locked; the entry point's flag is `values.x`.
+
+    Raises:
+      UserError: any mistake on the command line or in the config file.
+      SystemExit: after --help, with status 0.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string(
+        "config", None, "FILE.py or FILE.py:argument; without it, the workdir's own", flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir", None, "where the run lives (default: runs/<config and argument>)", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    if define:
+        define(values)
+    try:
+        rest = values(list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from error
+    if values.help:
+        print(f"{usage.strip()}\n\nFlags (--config.KEY=VALUE overrides a key):\n{flags_help(values)}")
+        raise SystemExit(0)
+    config, workdir = _load(values.config, values.workdir)
+    override(config, parse_overrides(rest, config, list(values)))
+    return config, workdir, values
+
+
+def parse(
+    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], expected: str
+) -> tuple[list[str], flags.FlagValues]:
+    """For a command of two places and flags of its own: the places, and the flags' values.
+
+    Args:
+      argv: as `sys.argv`, the program's name first; flags may stand anywhere.
+      usage: printed before the flags by --help.
+      define: adds the flags, as for `load_from_flags`.
+      expected: the arguments as an error names them: "SRC DST".
+
+    Raises:
+      UserError: a wrong flag, or another number of places than two.
+      SystemExit: after --help, with status 0.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    define(values)
+    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    try:
+        places = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{error}: correct the flag") from error
+    if values.help:
+        print(f"{usage.strip()}\n\nFlags:\n{flags_help(values)}")
+        raise SystemExit(0)
+    if len(places) != 2:
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
+    return places, values
+
+
+def flags_help(values: flags.FlagValues) -> str:
+    """A line for each flag, without those that absl adds of its own."""
+    texts = {name: values[name].help for name in sorted(values) if name not in OF_ABSL}
+    width = max(map(len, texts))
+    return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())
+
+
+def default_workdir(config_flag: str) -> str:
+    """Returns the workdir of a --config value: configs/clevr.py:3b,qlora -> runs/clevr-3b-qlora."""
+    path, _, arg = config_flag.partition(":")
+    words = [Path(path).stem, *filter(None, arg.split(","))]
+    return "runs/" + "-".join(re.sub(r"[^\w.=+-]", "_", word) for word in words)
+
+
+def _load(config_flag: str | None, workdir: str | None) -> tuple[ConfigDict, str]:
+    if config_flag is not None:
+        return load_config(config_flag), workdir or default_workdir(config_flag)
+    if workdir is None:
+        raise UserError("neither --config nor --workdir is given, expected one: add --config=configs/<name>.py")
+    stored = Path(workdir) / "config.json"
+    if not stored.is_file():
+        raise UserError(f"{stored} does not exist, expected a workdir of a run: correct --workdir, or give --config")
+    return from_json(stored.read_text(encoding="utf-8")), workdir
+
+
+def load_config(config_flag: str) -> ConfigDict:
+    """Returns what `get_config` of a config file returns, locked.
+
+    Args:
+      config_flag: "configs/clevr.py", or "configs/clevr.py:3b,lr=1e-4" where the text after the colon is its argument.
+
+    Raises:
+      UserError: no such file, no `get_config`, an error inside it, or keys other than those of its task.
+    """
+    name, colon, arg = config_flag.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        beside = [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"--config={config_flag}: there is no file {name}{did_you_mean(name, beside)}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={config_flag}: {name} is not a Python file, expected a name that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*([arg] if colon else []))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's program raises becomes one line that says where
+        raise UserError(f"--config={config_flag}: {_where(error, path)}{_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={config_flag}: get_config returned {type(config).__name__}, expected a ConfigDict")
+    check_keys(config)
+    return config.lock()
+
+
+def _where(error: Exception, path: Path) -> str:
+    """Returns "line 12: " for the innermost line of the config file that the error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    if isinstance(error, SyntaxError):
+        lines = [error.lineno]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _one_line(error: Exception) -> str:
+    """Returns the error as one line; of ml_collections' long list of fields only its guess is kept."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
+    if guess:
+        return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"
+    return f"{type(error).__name__}: {text}"
+
+
+def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> dict[str, str]:
+    """Returns {dotted key: text} of the --config.key arguments; the last of equals wins.
+
+    Raises:
+      UserError: an argument that is none, a key that the config lacks, a key without a value.
+    """
+    found: dict[str, str] = {}
+    arguments = iter(rest)
+    for argument in arguments:
+        match = OVERRIDE.fullmatch(argument)
+        if match is None:
+            near = did_you_mean(argument.lstrip("-").partition("=")[0], flag_names)
+            hint = near or "; write --flag=value, or --config=FILE for a config"
+            raise UserError(f"unknown argument {quoted(argument)}{hint}")
+        negated, key, text = match.groups()
+        if key not in leaves(config):
+            raise unknown_key(key, config)
+        parent, name = node(config, key)
+        if text is None and parent.get_type(name) is bool:
+            text = "false" if negated else "true"
+        elif text is None:
+            text = next(arguments, None)
+        if text is None or (negated and parent.get_type(name) is not bool):
+            raise UserError(f"{quoted(argument)} has no value: write --config.{key}=VALUE")
+        found[key] = text
+    return found
+
+
+def override(config: ConfigDict, overrides: dict[str, str]) -> None:
+    """Sets keys of `config` from text as the command line gives it; "None" empties a placeholder.
+
+    A duration replaces the config's own in whatever unit: `total_steps` on the command line clears the file's
+    `total_epochs`.
+
+    Raises:
+      UserError: an unknown key, a text that is no value of the key's type, or one duration in two units.
+    """
+    for duration in DURATIONS:
+        keys = [f"{duration}_{unit}" for unit in UNITS]
+        given = [key for key in keys if overrides.get(key, "None") != "None"]
+        if len(given) > 1:
+            raise UserError(f"--config.{given[0]} and --config.{given[1]} are both given, expected one: leave one out")
+        parent, _ = node(config, duration)
+        for name in (key.rpartition(".")[2] for key in keys):
+            if given and name in parent:
+                parent[name] = None
+    for key, text in overrides.items():
+        if key not in leaves(config):
+            raise unknown_key(key, config)
+        if text == "None" and is_optional(config, key):
+            parent, name = node(config, key)
+            parent[name] = None
+        else:
+            _set(config, key, text)
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    argument = f"--config.{key}={text}"
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", argument])
+        values(["", argument])
+    except (flags.Error, ValueError, TypeError) as error:
+        parent, name = node(config, key)
+        raise UserError(
+            f"config.{key}={quoted(text)}, expected {parent.get_type(name).__name__}: change the value"
+        ) from error

@@ -1,0 +1,174 @@
+"""What a workdir holds of an earlier run, and whether that may continue under a changed config.
+
+What changes the mathematics is refused. What does not (where and how fast it runs, what it logs and saves, when it
+gives up) is free, and the run may be made longer. All of this is read from small files, before data or model are.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from train_jax.checkpoints import metadata
+from train_jax.config.base import UNITS, leaves, steps, stored_config, task_class
+from train_jax.config.durations import Plan
+from train_jax.core import files
+from train_jax.core.errors import UserError, quoted
+
+# Patterns over dotted keys; a task adds its own in the class attribute `harmless_keys`.
+HARMLESS = (
+    r"mesh\..*",
+    r"micro_batch",
+    r"data\.(workers|threads|on_error|max_bad_fraction)",
+    r"(log|eval|checkpoint)_(steps|epochs|examples|percent)",
+    r"patience|max_bad_steps|load_best_at_end",
+)
+TOTALS = tuple(f"total_{unit}" for unit in UNITS)
+ABSENT = "(absent)"
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep, whose runs lie in folders below
+
+
+class Earlier(NamedTuple):
+    """An earlier run in a workdir: sentences to tell a person of it, and its results if nothing is left to do."""
+
+    notes: list[str]
+    results: dict[str, Any] | None
+
+
+def look(workdir: Path, config: ConfigDict) -> Earlier | None:
+    """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint and no results.
+
+    A run that gave up for want of patience stays over, however long a run is asked for; more patience lets it go on.
+
+    Raises:
+      UserError: as `check_resume`, or the run's config is missing.
+    """
+    latest = metadata.read_latest(workdir / "checkpoints")
+    if latest is None:
+        return _untrained(workdir, config)
+    step, meta = latest
+    examples = meta["fingerprint"]["examples"]  # the session compares it with the data once they are there
+    notes = check_resume(stored_config(workdir), config, examples)
+    early = gave_up(meta, config.patience)
+    over = early or step >= Plan.of(config, examples).total
+    results = _final_results(workdir) if over else None
+    found, remedy = f"{step} steps trained and evaluated", ""
+    if early:
+        found = (
+            f"the run stopped early at step {step}, when {meta['without_improvement']} evaluations in a row had "
+            f"brought no better {config.best_metric} (patience={config.patience})"
+        )
+        remedy = "; to train on, raise config.patience or set it to None"
+    if results is not None:
+        notes = [f"{workdir} is complete: {found}, see {workdir / 'eval.json'}{remedy}."]
+    elif early:
+        notes = [f"{found}, and only its evaluation is left{remedy}."]
+    return Earlier(notes, results)
+
+
+def _untrained(workdir: Path, config: ConfigDict) -> Earlier | None:
+    """An earlier run in which nothing trained: it has no checkpoint, and is complete once it was evaluated."""
+    results = _final_results(workdir)
+    if results is None or results["step"] > 0:  # of a run whose checkpoints were removed
+        return None
+    notes = check_resume(stored_config(workdir), config, epoch_examples=1)
+    return Earlier([*notes, f"{workdir} is complete: nothing trains, see {workdir / 'eval.json'}."], results)
+
+
+def check_single(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a sweep, of which there is no one model to train on or to evaluate.
+
+    Raises:
+      UserError: `config` is a sweep's or the workdir holds one; the sentence names the folders of its runs.
+    """
+    summary = files.read_json(workdir / SWEEP_FILE)
+    if summary:
+        folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
+        found = ", ".join(str(workdir / name) for name in folders) or "none has begun"
+        raise UserError(f"{workdir} holds a sweep, expected one run: give --workdir one of its folders ({found})")
+    if config.sweep:
+        names = ", ".join(name for name, _ in config.sweep)
+        raise UserError(f"the config is a sweep of {names}, expected one run: train it with train.py, or set sweep=()")
+
+
+def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+    """Whether the run of a checkpoint stopped early, and would again under this patience."""
+    return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
+
+
+def _final_results(workdir: Path) -> dict[str, Any] | None:
+    """What eval.json holds if the run itself wrote it at its end; eval.py may have evaluated one that was cut off."""
+    results = files.read_json(workdir / "eval.json")
+    return results if results.get("finished") else None
+
+
+def difference(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """Returns (key, old value, new value) for every dotted key that differs; a missing one has the value `ABSENT`."""
+    before, after = leaves(old), leaves(new)
+    pairs = [(key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after]
+    return [(key, a, b) for key, a, b in pairs if a != b]
+
+
+def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = None) -> list[str]:
+    """Checks that a run made with `old` may go on with `new`.
+
+    Args:
+      old: the workdir's own config.
+      new: the config asked for.
+      epoch_examples: size of the training data, to compare lengths in different units.
+
+    Returns:
+      One sentence per change that is allowed.
+
+    Raises:
+      UserError: a key that changes the mathematics, or a shorter run; the message lists every such key.
+    """
+    harmless = HARMLESS + tuple(getattr(task_class(new.task), "harmless_keys", ()))
+    refused, notes = [], []
+    for key, before, after in difference(old, new):
+        if key in TOTALS:
+            continue
+        change = f"{key}: {quoted(before)} -> {quoted(after)}"
+        if any(re.fullmatch(pattern, key) for pattern in harmless):
+            notes.append(f"{change} (does not change the mathematics)")
+        else:
+            refused.append(change)
+    if refused:
+        raise UserError(
+            f"the workdir holds a run with another config ({'; '.join(refused)}), expected the same: undo the change, "
+            f"or choose another --workdir"
+        )
+    return notes + _compare_totals(old, new, epoch_examples)
+
+
+def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Compares fingerprints of batches (input.Pipeline), that of a checkpoint and that of the data as they are.
+
+    Raises:
+      UserError: they differ; the message says in what.
+    """
+    now = files.plain(now)
+    if before != now:
+        changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        raise UserError(
+            f"the training data is not that of the checkpoint in {workdir} (was, is: {changed}): restore the data, or "
+            "choose another --workdir."
+        )
+
+
+def _compare_totals(old: ConfigDict, new: ConfigDict, epoch_examples: int | None) -> list[str]:
+    totals = [{key: config[key] for key in TOTALS if config.get(key) is not None} for config in (old, new)]
+    if totals[0] == totals[1]:
+        return []
+    before, after = (" ".join(f"{key}={value}" for key, value in total.items()) for total in totals)
+    old_steps, new_steps = (steps(config, "total", config.batch_size, epoch_examples) for config in (old, new))
+    if new_steps < old_steps:
+        raise UserError(
+            f"the workdir holds a run of {old_steps} steps ({before}) and {after} asks for {new_steps}, expected as "
+            f"many or more: lengthen the run, or choose another --workdir"
+        )
+    optimizer = new.optimizer
+    stretches = optimizer.schedule in ("linear", "cosine") or optimizer.warmup_percent is not None
+    note = "; the learning-rate schedule stretches with it" if stretches else ""
+    return [f"the run is extended from {old_steps} to {new_steps} steps ({before} -> {after}){note}"]

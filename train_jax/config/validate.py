@@ -1,0 +1,167 @@
+"""Checks of a finished config before anything is compiled: each failure is one sentence and names the key."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from train_jax.config.base import DURATIONS, UNITS, base_config, is_optional, leaves, node, steps
+from train_jax.core.errors import UserError, quoted
+from train_jax.core.patterns import did_you_mean
+from train_jax.optim import optimizers
+from train_jax.parallel.sharding import mesh_shape
+
+CHOICES = {
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "best_mode": ("max", "min"),
+    "data.on_error": ("skip", "raise"),
+}
+# The smallest value allowed, where one is set.
+MINIMA = {
+    "seed": 0,
+    "batch_size": 1,
+    "micro_batch": 1,
+    "patience": 1,
+    "max_bad_steps": 1,
+    "data.workers": 0,
+    "data.threads": 0,
+    "optimizer.min_8bit_size": 1,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+}
+DECAYS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
+FRACTIONS = (*DECAYS, "data.max_bad_fraction", "optimizer.end_factor")
+
+
+def validate(config: ConfigDict, training: bool = True) -> None:
+    """Checks keys, types, ranges, durations and the batch against `base_config(config.task)` and the devices.
+
+    Initialises JAX's backend, so several processes call `jax.distributed.initialize` first.
+
+    Args:
+      config: the finished config.
+      training: also check that the training batch fits the devices; a run may be evaluated on others.
+
+    Raises:
+      UserError: the first fault found.
+    """
+    base = check_keys(config)
+    for key, value in leaves(config).items():
+        _check_type(key, value, base)
+    _check_values(leaves(config))
+    optimizers.check(config.optimizer)
+    _check_durations(config)
+    if training:
+        _check_batch(config, jax.device_count(), jax.process_count())
+
+
+def unknown_key(key: str, config: ConfigDict) -> UserError:
+    """Returns the error for a dotted key that `config` does not have; it names the nearest."""
+    return UserError(f"there is no key config.{key}{did_you_mean(key, leaves(config))}")
+
+
+def check_keys(config: ConfigDict) -> ConfigDict:
+    """Checks that `config` has the keys of its task's base config, which is returned, and no others.
+
+    Raises:
+      UserError: the first key too many (with the nearest right one) or too few.
+    """
+    base = base_config(config.get("task"))
+    found, expected = leaves(config), leaves(base)
+    for key in found:
+        if key not in expected:
+            raise unknown_key(key, base)
+    for key in expected:
+        if key not in found:
+            raise UserError(f"config.{key} is missing: start the config from base_config({config.task!r})")
+    return base
+
+
+def _check_type(key: str, value: Any, base: ConfigDict) -> None:
+    parent, name = node(base, key)
+    default, wanted = parent[name], parent.get_type(name)
+    if value is None:
+        if not (default is None or is_optional(base, key)):
+            raise UserError(f"config.{key}=None, expected {wanted.__name__}: set a value")
+        return
+    if wanted is type(None):
+        return  # the task declared no type
+    if not _is(value, wanted):
+        raise UserError(
+            f"config.{key}={quoted(value)} is {type(value).__name__}, expected {wanted.__name__}: change it"
+        )
+    if wanted is tuple and default and not _same_structure(value, default):
+        raise UserError(f"config.{key}={quoted(value)}, expected a tuple like {default!r}: change it")
+
+
+def _is(value: Any, wanted: type) -> bool:
+    """True if `value` may stand where `wanted` is expected: whole numbers serve as floats, bools never as numbers."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def _same_structure(value: Any, default: Any) -> bool:
+    """True if `value` is of the default's kind: a pair of numbers stays a pair, longer lists keep their elements' kind.
+
+    (ml_collections reads `--config.betas=0.5` as `(0.5,)` without a word.)
+    """
+    if not isinstance(default, tuple):
+        return _is(value, type(default))
+    if not isinstance(value, tuple):
+        return False
+    if len(default) == 2 and not any(isinstance(item, tuple) for item in default):
+        return len(value) == 2 and all(map(_same_structure, value, default))
+    return not default or all(any(_same_structure(item, kind) for kind in default) for item in value)
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"config.{key}={quoted(values[key])}, expected one of {', '.join(choices)}: change it")
+    for key, minimum in MINIMA.items():
+        if values[key] is not None and not values[key] >= minimum:
+            raise UserError(f"config.{key}={values[key]}, expected {minimum} or more: change it")
+    for key in FRACTIONS:
+        if values[key] is not None and not 0 <= values[key] <= 1:
+            raise UserError(f"config.{key}={values[key]}, expected a number from 0 to 1: change it")
+    for key in DECAYS:
+        if values[key] == 1:
+            raise UserError(f"config.{key}=1.0 would never forget the past, expected less than 1: change it")
+    if values["best_metric"] is None and (values["patience"] is not None or values["load_best_at_end"]):
+        asking = "load_best_at_end" if values["load_best_at_end"] else "patience"
+        raise UserError(f"config.{asking} is set but config.best_metric is None: name the metric that decides")
+
+
+def _check_durations(config: ConfigDict) -> None:
+    """Every duration has one unit, and the repeating ones are above 0. (The size of the data is not known here: 1.)"""
+    for duration in DURATIONS:
+        parent, prefix = node(config, duration)
+        optional = 0 if prefix == "warmup" else None
+        length = steps(parent, prefix, config.batch_size, epoch_examples=1, total_steps=1, default=optional)
+        if length == 0 and prefix not in ("total", "warmup"):
+            name = next(f"{prefix}_{unit}" for unit in UNITS if parent[f"{prefix}_{unit}"] is not None)
+            raise UserError(f"config.{name}=0, expected a number above 0: change it")
+    if config.total_epochs is None and config.optimizer.warmup_epochs is None:
+        total = steps(config, "total", config.batch_size)
+        warmup = steps(config.optimizer, "warmup", config.batch_size, total_steps=total, default=0)
+        optimizers.check_warmup(warmup, total)
+
+
+def _check_batch(config: ConfigDict, device_count: int, process_count: int) -> None:
+    batch = config.batch_size
+    chunk = config.micro_batch or batch
+    if batch % chunk:
+        divisors = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        raise UserError(
+            f"config.batch_size={batch} does not divide into micro-batches of {chunk}: set config.micro_batch to one "
+            f"of {divisors}"
+        )
+    shape = mesh_shape(config.mesh, device_count, process_count)
+    parts = shape["data"] * shape["fsdp"]
+    if chunk % parts:
+        name = "batch_size" if config.micro_batch is None else "micro_batch"
+        raise UserError(
+            f"config.{name}={chunk} does not divide over the mesh's data={shape['data']} x fsdp={shape['fsdp']} "
+            f"devices: use a multiple of {parts}, or fewer devices with config.mesh.data"
+        )

@@ -1,0 +1,41 @@
+"""Random access to a data set that TFDS has prepared."""
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from train_jax.core.errors import UserError
+
+
+def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
+    """The builder of a version folder, the one with dataset_info.json.
+
+    Raises:
+      UserError: no such folder, or a format without random access.
+    """
+    if not (folder / "dataset_info.json").is_file():
+        raise UserError(
+            f"{folder} has no dataset_info.json, expected a version folder of TFDS, such as "
+            "~/tensorflow_datasets/coco_captions/2014/1.1.0: correct the path."
+        )
+    builder = tfds.builder_from_directory(folder)
+    if builder.info.file_format.value != "array_record":
+        raise UserError(
+            f"{folder} is stored as {builder.info.file_format.value}, which has no random access, expected "
+            "array_record; convert it once with paligemma_jax.data.tfrecord.convert_tfrecord."
+        )
+    return builder
+
+
+def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, encoded: str = "image") -> Any:
+    """The examples of a split, or of a part of one ("train[:90%]"), the feature `encoded` as the bytes of its file.
+
+    Raises:
+      UserError: no such split.
+    """
+    if split.partition("[")[0] not in builder.info.splits:
+        raise UserError(
+            f"{folder} has no split {split!r}, expected one of {sorted(builder.info.splits)}; choose one of them."
+        )
+    return builder.as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})

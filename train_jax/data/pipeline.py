@@ -1,0 +1,251 @@
+"""Input: a random-access source becomes a stream of batches that is a pure function of (seed, step).
+
+The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch, and
+neither does what a source makes of a row (Source.together):
+
+    position k of the stream = step * batch_size + row,    example = order(seed, k)
+
+where `order` is grain's global shuffle, another permutation in every epoch, computed for a step at a time (shuffle.py).
+So seeking to any step costs nothing, and a run resumes from the step number alone (grain's own iterator state breaks
+when the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
+"""
+
+import os
+import signal
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import cloudpickle
+import grain
+import numpy as np
+from absl import flags
+
+from train_jax.core.errors import UserError
+from train_jax.data.shuffle import Order
+from train_jax.parallel.sharding import local_rows
+
+BAD = "bad"  # key of an example, see Source
+
+Batch = dict[str, np.ndarray]
+Example = dict[str, np.ndarray | np.generic]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to examples; `__getitem__` runs in several threads (or worker processes) at once.
+
+    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0. It may be
+    marked by the key "bad" (bool scalar, False in good ones), which batches do not hold: where the source has a method
+    `count(indices, bad)`, that is called in this process, whoever read them, for the rows of every batch as it is
+    handed out.
+
+    A source may have a method `together(indices, step)` that returns the examples of a step that this process has at
+    once, stacked in the order of `indices`, and is called in place of `source[index]`: for what depends on the step.
+    Where it also depends on the row of the global batch (fresh noise), or on other rows (which noise goes with which
+    image), the source has an attribute `group` too, and the call is `together(indices, step, rows)`: rows, in
+    increasing order, are numbers 0 ... batch_size - 1. Rows [k group, (k + 1) group) then come together (None: the
+    whole batch; 1: each for itself), also to processes that have a part of them alone, which drop the rest. So a batch
+    does not depend on who reads which rows of it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches that are read ahead in the background.
+
+    Attributes:
+      wait_seconds: how long the latest `next()` waited for its batch; near 0 when input keeps up.
+    """
+
+    def __init__(self, batches: "_Steps", threads: int, workers: int):
+        # As many batches ahead as there are threads, and one: memory is bounded whatever the size of the source.
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
+        dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+        if workers:
+            # grain's workers read absl's global flags, which nobody has parsed in a notebook or in pytest.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            _check_picklable(batches)
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _ignore_ctrl_c)
+        self._iterator, self._batches, self._next = iter(dataset), batches, 0
+        self.wait_seconds = 0.0
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._iterator)
+        self.wait_seconds = time.perf_counter() - start
+        self._next += 1
+        return self._batches.counted(self._next - 1, batch)
+
+    def close(self) -> None:
+        """Stops reading ahead and ends the threads and workers."""
+        self._iterator.close()
+
+
+class _Steps:
+    """Random access to the batches of steps `start`, `start + 1`, ... of one process."""
+
+    def __init__(self, pipeline: "Pipeline", start: int):
+        self._pipeline = pipeline
+        self._start = start
+
+    def __len__(self) -> int:
+        return self._pipeline.num_steps - self._start
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._pipeline.read(self._start + index)
+
+    def counted(self, index: int, batch: Batch) -> Batch:
+        """The batch without its marks of bad rows, which the source has counted. Raises what that raises."""
+        bad, count = batch.pop(BAD, None), getattr(self._pipeline.source, "count", None)
+        if bad is not None and count is not None:
+            count(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
+        return batch
+
+
+class Pipeline:
+    """The training batches of one process: {name: [A, b_local, ...]}, shuffled and repeated without end of epoch.
+
+    Attributes:
+      source: the examples.
+      num_steps: the number of updates, at which iteration ends.
+      micro_batch: b, rows of a micro-batch over all processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        micro_batch: int | None = None,
+        *,
+        num_steps: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        threads: int = 2,
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Prepares the stream; nothing is read yet.
+
+        Args:
+          source: the examples.
+          batch_size: examples of one update, over all micro-batches and processes.
+          micro_batch: examples computed at once over all processes, a divisor of `batch_size`; None = all.
+          num_steps: the number of updates.
+          seed: of the shuffle.
+          shuffle: False reads the source in order, again and again.
+          threads: of this process (or of each worker) that read batches ahead; 0 reads when asked.
+          workers: processes that read; 0 reads in this process, which is faster unless decoding holds the GIL.
+          process_index: which process this is.
+          process_count: how many processes share every batch.
+
+        Raises:
+          UserError: an empty source, or a batch that does not divide into micro-batches, processes and groups.
+        """
+        if not len(source):
+            raise UserError("the training data has no examples, expected at least one: check config.data")
+        self.micro_batch = micro_batch or batch_size
+        if batch_size % self.micro_batch:
+            raise UserError(
+                f"batch_size={batch_size} does not divide into micro-batches of {micro_batch}: "
+                f"choose a micro_batch that divides it"
+            )
+        self.num_steps = num_steps
+        self.source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
+        self._threads, self._workers = threads, workers
+        rows = local_rows(process_index, process_count, self.micro_batch)
+        self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
+        self._read = _whole_groups(self._rows, batch_size, getattr(source, "group", 1))
+        self._order = Order(len(source), seed if shuffle else None)
+
+    def iterate(self, start_step: int = 0) -> Batches:
+        """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1; seeking costs nothing."""
+        return Batches(_Steps(self, start_step), self._threads, self._workers)
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of one step, read now and not counted: {name: [A, b_local, ...]}."""
+        return {name: values for name, values in self.read(step).items() if name != BAD}
+
+    def read(self, step: int) -> Batch:
+        """Returns the batch of one step as its examples are, marks of bad rows included."""
+        batch, shape = self._examples(step), self._rows.shape
+        if len(self._read) > self._rows.size:  # of groups that other processes have a part of
+            own = np.searchsorted(self._read, self._rows.ravel())
+            batch = {name: values[own] for name, values in batch.items()}
+        return {name: values.reshape(shape + values.shape[1:]) for name, values in batch.items()}
+
+    def _examples(self, step: int) -> Batch:
+        """The examples of a step that are read here, [n, ...]."""
+        indices = self._order.at(step * self._batch_size + self._read)
+        if not hasattr(self.source, "together"):
+            return _stack([self.source[int(index)] for index in indices])
+        rows = (self._read,) if hasattr(self.source, "group") else ()
+        return self.source.together(indices, step, *rows)
+
+    def rows_at(self, step: int) -> np.ndarray:
+        """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
+        return self._order.at(step * self._batch_size + self._rows)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stream depends on, as JSON: a run may only resume on an equal one.
+
+        Holds the beginning of the order itself, so that a change of how it shuffles is noticed, and the source's own
+        `fingerprint` where it has one.
+        """
+        head = self._order.at(np.arange(min(len(self.source), 256)))
+        return {
+            "examples": len(self.source),
+            "batch_size": self._batch_size,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "order": zlib.crc32(head.tobytes()),
+            "source": getattr(self.source, "fingerprint", None),
+        }
+
+
+def _whole_groups(rows: np.ndarray, batch_size: int, group: int | None) -> np.ndarray:
+    """The rows of a batch that lie in one group with any of `rows`, in increasing order; see Source."""
+    group = group or batch_size
+    if batch_size % group:
+        raise UserError(
+            f"batch_size={batch_size} does not divide into groups of {group} rows, which the training data are read "
+            "in: choose a group that divides it"
+        )
+    return (np.unique(rows // group)[:, None] * group + np.arange(group)[None]).ravel()
+
+
+def _ignore_ctrl_c(worker_index: int, worker_count: int) -> None:
+    """For a worker process: a terminal sends Ctrl-C to it too, and the run needs its rows to finish the step."""
+    del worker_index, worker_count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _check_picklable(batches: _Steps) -> None:
+    """Raises UserError if worker processes cannot be given a source; pickles as grain does, and keeps nothing."""
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            cloudpickle.dump(batches, nowhere)
+    except Exception as error:  # each class refuses in its own way
+        raise UserError(
+            f"data.workers is above 0, and the training data cannot be sent to worker processes "
+            f"({type(error).__name__}: {error}): set data.workers=0 to read with threads, or make the source picklable"
+        ) from error
+
+
+def _stack(examples: list[Example]) -> Batch:
+    """Stacks examples on a new first axis; examples that differ in keys or shapes are a fault of the source."""
+    batch = {}
+    for name in examples[0]:
+        values = [np.asarray(example[name]) for example in examples]
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise ValueError(f"examples of one batch have shapes {shapes} for {name!r}, expected one shape")
+        batch[name] = np.stack(values)
+    return batch

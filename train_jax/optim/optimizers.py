@@ -1,0 +1,273 @@
+"""Learning-rate schedules and optax chains from a config, for flat parameters `{"decoder/layers/.../kernel": array}`.
+
+The order of a chain is fixed: gradients to float32, one global-norm clip over all of them, the optimizer's own
+statistics, decoupled weight decay, and last the rate (with a sign), which may differ by path:
+
+    update = -rate(path, step) * (direction + weight_decay * parameter)
+
+so the decay is multiplied by the rate, as in torch's and optax's AdamW (decoupled from the gradient statistics as in
+Loshchilov and Hutter, 2019, arXiv 1711.05101). big_vision adds it after the rate instead, and its default mask matches
+no kernel of Gemma; the default here matches them all.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from train_jax.core.errors import UserError
+from train_jax.core.patterns import check_regex, cover, did_you_mean, select
+from train_jax.optim.adamw_8bit import scale_by_adam_8bit
+
+# Matrices of the model and of adapters; biases, norm scales, logit scales and position embeddings are left alone.
+DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(\w*kernel|embedding|lora_a|lora_b|difference)"
+
+Step = int | Array  # number of updates made so far
+Rate = tuple[float, int | None]  # factor and own warm-up (None: the schedule's)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """An optax schedule: linear warm-up from 0, or one at a constant rate, then decay from `peak`.
+
+    Attributes:
+      peak: learning rate at the end of the warm-up.
+      decay: factor of the peak as a function of the updates made since the warm-up ended (0 or more).
+      warmup_steps: length of the warm-up in updates; 0 starts at the peak.
+      constant: learning rate all through the warm-up; None: a ramp.
+    """
+
+    peak: float
+    decay: Callable[[Float[Array, ""]], Float[Array, ""]]
+    warmup_steps: int
+    constant: float | None = None
+
+    def __call__(self, step: Step, warmup_steps: int | None = None) -> Float[Array, ""]:
+        """Rate of the update after `step` updates; `warmup_steps` replaces the warm-up (the decay keeps its place)."""
+        step = jnp.asarray(step, jnp.float32)
+        warmup_steps = self.warmup_steps if warmup_steps is None else warmup_steps
+        ramp = jnp.minimum(step / max(warmup_steps, 1), 1.0) if warmup_steps and self.constant is None else 1.0
+        rate = self.peak * ramp * self.decay(jnp.maximum(step - self.warmup_steps, 0.0))
+        return rate if self.constant is None else jnp.where(step < warmup_steps, self.constant, rate)
+
+
+# The decays by name: factor of the peak at t, the updates made since the warm-up ended (float32).
+SCHEDULES: dict[str, Callable] = {
+    "constant": lambda t, span, end, timescale: jnp.ones_like(t),
+    "linear": lambda t, span, end, timescale: 1.0 + (end - 1.0) * jnp.minimum(t / span, 1.0),
+    "cosine": lambda t, span, end, timescale: (
+        end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(t / span, 1.0)))
+    ),
+    "rsqrt": lambda t, span, end, timescale: jax.lax.rsqrt(1.0 + t / timescale),
+}
+
+
+def check(config: ConfigDict, paths: Iterable[str] | None = None) -> None:
+    """Refuses what `make_schedule` and `make_optimizer` would, before there are data, steps or parameters.
+
+    Args:
+      config: of the optimizer, see these two.
+      paths: of the trainable parameters, where they are known: a pattern that matches none is refused too.
+
+    Raises:
+      UserError: the first fault found.
+    """
+    _check_schedule(config)
+    _check_optimizer(config)
+    if paths is not None:
+        _match(config, sorted(paths))
+
+
+def check_warmup(warmup_steps: int, total_steps: int) -> None:
+    """Raises UserError if the warm-up is longer than the run."""
+    if not 0 <= warmup_steps <= total_steps:
+        raise UserError(
+            f"the warm-up takes {warmup_steps} steps, expected 0 to the run's {total_steps}; shorten it or train longer"
+        )
+
+
+def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Schedule:
+    """Builds the schedule that `config.schedule` names.
+
+    After the warm-up the rate is `learning_rate` times
+      constant: 1
+      linear:   1 to `end_factor` in a straight line, reached at `total_steps`
+      cosine:   1 to `end_factor` along half a cosine, reached at `total_steps` (Loshchilov and Hutter, 2017)
+      rsqrt:    1 / sqrt(1 + t / `rsqrt_timescale`), t updates after the warm-up (Zhai et al., 2022), knows no end
+
+    Args:
+      config: `learning_rate`, `schedule`, `warmup_constant`, `end_factor`, `rsqrt_timescale` are read.
+      total_steps: updates of the whole run.
+      warmup_steps: updates of the warm-up (linear, or constant at `warmup_constant`), contained in `total_steps`.
+
+    Raises:
+      UserError: unknown schedule, negative rate, a warm-up longer than the run, or an end factor that has no meaning.
+    """
+    _check_schedule(config)
+    check_warmup(warmup_steps, total_steps)
+    span, end, timescale = max(total_steps - warmup_steps, 1), config.end_factor, config.rsqrt_timescale
+    decay = functools.partial(SCHEDULES[config.schedule], span=span, end=end, timescale=timescale)
+    return Schedule(float(config.learning_rate), decay, warmup_steps, config.warmup_constant)
+
+
+def _check_schedule(config: ConfigDict) -> None:
+    """Refuses what no schedule can be made of."""
+    _check_choice("schedule", config.schedule, SCHEDULES)
+    if not config.learning_rate >= 0:
+        raise UserError(f"learning_rate is {config.learning_rate}, expected 0 or more; change optimizer.learning_rate")
+    if config.warmup_constant is not None and not config.warmup_constant >= 0:
+        raise UserError(
+            f"warmup_constant is {config.warmup_constant}, expected a rate of 0 or more, or None for a ramp"
+        )
+    if config.schedule in ("constant", "rsqrt") and config.end_factor:
+        raise UserError(
+            f"end_factor={config.end_factor} has no meaning for schedule='{config.schedule}', which does not end; "
+            "set it to 0 or use schedule='linear' or 'cosine'"
+        )
+    if config.schedule == "rsqrt" and not config.rsqrt_timescale > 0:
+        raise UserError(f"rsqrt_timescale is {config.rsqrt_timescale}, expected a number of steps above 0; change it")
+
+
+def make_optimizer(config: ConfigDict, schedule: Schedule, paths: Iterable[str]) -> optax.GradientTransformation:
+    """Builds the optax chain of a run; its state is float32 whatever the parameters' dtype (8 bits: adamw_8bit's).
+
+    Args:
+      config: `name` (adamw, adam, sgd, adafactor, lion, adamw_8bit); `b1`, `b2`, `eps` (Adam's kinds; lion has no
+        `eps`, and its authors' `b2` is 0.99); `min_8bit_size` (adamw_8bit: smaller leaves keep float32 moments);
+        `momentum` (0 for none: sgd's sums gradients, adafactor's averages its updates); `weight_decay` and the pattern
+        `weight_decay_mask` of the paths it reaches (None for matrices and embeddings); `grad_clip_norm` (None for no
+        clipping); `rates`, entries `(pattern, factor)` or `(pattern, factor, warmup_steps)`: the first pattern that
+        matches a whole path multiplies its rate and may replace its warm-up, e.g. `(("vision/.*", 0.3, 1000),)`; paths
+        without a match keep the schedule.
+      schedule: from `make_schedule`.
+      paths: of the trainable parameters, or the flat parameters themselves.
+
+    Raises:
+      UserError: unknown optimizer, a pattern that matches no path, a factor of 0, decay where it has no meaning.
+    """
+    _check_optimizer(config)
+    decayed, rates = _match(config, sorted(paths))
+    stages = [] if config.grad_clip_norm is None else [optax.clip_by_global_norm(config.grad_clip_norm)]
+    stages.append(OPTIMIZERS[config.name](config))
+    if config.weight_decay:
+        stages.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    stages.append(_scale_by_rates(schedule, rates))
+    return _in_float32(optax.chain(*stages))
+
+
+def _adam(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _sgd(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
+
+
+def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
+    """Shazeer and Stern (2018), arXiv 1804.04235, with the parts that optax.adafactor has by default."""
+    average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
+    return optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
+    )
+
+
+# The optimizers by name: from gradients to a direction of ascent, before decay and rate.
+OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "adam": _adam,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "lion": lambda config: optax.scale_by_lion(config.b1, config.b2),
+    "adamw_8bit": lambda config: scale_by_adam_8bit(config.b1, config.b2, config.eps, config.min_8bit_size),
+}
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """Refuses what no chain can be made of, whatever the parameters are called."""
+    _check_choice("name", config.name, OPTIMIZERS)
+    if config.grad_clip_norm is not None and not config.grad_clip_norm > 0:
+        raise UserError(f"grad_clip_norm is {config.grad_clip_norm}, expected a norm above 0, or None for no clip")
+    if config.weight_decay and config.name == "adam":
+        raise UserError(
+            f"weight_decay={config.weight_decay} has no meaning for optimizer 'adam'; set it to 0 or use 'adamw'"
+        )
+    if config.weight_decay_mask is not None:
+        check_regex(config.weight_decay_mask)
+    for entry in config.rates or ():
+        if not _is_rate(entry):
+            raise UserError(f"rates has {entry!r}, expected (pattern, factor) or (pattern, factor, warmup_steps)")
+        pattern, factor = entry[:2]
+        check_regex(pattern)
+        if not factor > 0:
+            raise UserError(
+                f"rates: the factor of '{pattern}' is {factor}, expected a number above 0; to stop these parameters "
+                "from training, freeze them by pattern, which also saves their gradients and optimizer state"
+            )
+
+
+def _is_rate(entry: Any) -> bool:
+    """Whether an entry of `rates` has the form of one."""
+    if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+        return False
+    pattern, factor, warmup = (*entry, None)[:3]
+    count = warmup is None or (isinstance(warmup, int) and warmup >= 0)
+    return isinstance(pattern, str) and isinstance(factor, int | float) and count
+
+
+def _match(config: ConfigDict, paths: list[str]) -> tuple[dict[str, bool], dict[str, Rate]]:
+    """Whether each path decays, and its rate; refuses a pattern that reaches nothing."""
+    decayed = dict.fromkeys(paths, False)
+    if config.weight_decay:
+        if config.weight_decay_mask is None:  # may match none: norms and biases alone do not decay
+            reached = [path for path in paths if re.fullmatch(DEFAULT_WEIGHT_DECAY_MASK, path)]
+        else:
+            what = f"weight_decay_mask of weight_decay={config.weight_decay}"
+            reached = select(config.weight_decay_mask, paths, what=what)
+        decayed |= dict.fromkeys(reached, True)
+    rules = [(pattern, (*rate, None)[:2]) for pattern, *rate in config.rates or ()]
+    return decayed, cover([*rules, (".*", (1.0, None))], paths)
+
+
+def _scale_by_rates(schedule: Schedule, rates: dict[str, Rate]) -> optax.GradientTransformation:
+    """Multiplies by minus the rate of each path; counts the updates made."""
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        rate = {rule: rule[0] * schedule(state.count, rule[1]) for rule in set(rates.values())}
+        updates = {path: -rate[rates[path]] * value for path, value in updates.items()}
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on float32 copies of gradients and parameters: bfloat16 moments would stop moving (b2 = 0.999)."""
+
+    def to_float32(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params):
+        return inner.init(to_float32(params))
+
+    def update(updates, state, params=None):
+        return inner.update(to_float32(updates), state, None if params is None else to_float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_choice(field: str, name: str, choices: Iterable[str]) -> None:
+    """Refuses a name that does not exist, with those that do and the nearest of them."""
+    if name not in choices:
+        advice = did_you_mean(name, choices) or "; correct it"
+        raise UserError(f"optimizer.{field} is '{name}', expected one of {', '.join(choices)}{advice}")

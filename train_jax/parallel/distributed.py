@@ -1,0 +1,63 @@
+"""Several processes as one run: how they find each other.
+
+Every process runs the same command. On a TPU pod, under Slurm, Open MPI or Kubernetes `--distributed` is enough;
+elsewhere each is told its place:
+
+    python train.py --config=... --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0    # and 1 on the other
+"""
+
+from typing import Any
+
+import jax
+from absl import flags
+
+from train_jax.core.errors import UserError
+
+PLACE = ("coordinator", "num_processes", "process_id")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags that `start_from_flags` reads."""
+    flags.DEFINE_bool("distributed", False, "one of several processes of a cluster that JAX knows", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, on other clusters", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", flag_values=values)
+
+
+def start_from_flags(values: Any) -> None:
+    """Joins the other processes if the flags ask for it; does nothing otherwise. Raises as `start`."""
+    place = {name: values[name].value for name in PLACE}
+    if values.distributed or any(value is not None for value in place.values()):
+        start(**place)
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes; to be called once, before anything is computed.
+
+    Args:
+      coordinator: "host:port" of process 0, a free port that all can reach.
+      num_processes: how many there are.
+      process_id: which this is, 0 to `num_processes` - 1.
+
+    All three None: JAX finds them in the environment of the cluster.
+
+    Raises:
+      UserError: some of the three are missing, out of range, or no cluster is found.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(PLACE):
+        raise UserError(f"{' and '.join(missing)} not given, expected --coordinator, --num_processes and --process_id "
+                        "together: add what is missing, or use --distributed alone on a cluster")  # fmt: skip
+    if missing:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # what JAX raises where it recognises no cluster
+            raise UserError("--distributed finds no cluster that JAX knows, expected a TPU pod, Slurm, Open MPI or "
+                            "Kubernetes: give --coordinator, --num_processes and --process_id") from error  # fmt: skip
+        return
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id={process_id}, expected 0 to {num_processes - 1}: correct it or --num_processes")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"--coordinator={coordinator}, expected host:port such as 10.0.0.1:1234: add the port")
+    jax.distributed.initialize(coordinator, num_processes, process_id)

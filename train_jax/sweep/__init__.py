@@ -1,0 +1,1 @@
+"""Several runs of one config under named overrides, and their table and figure."""
