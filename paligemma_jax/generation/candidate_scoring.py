@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paligemma_jax.generation.generate import take_last
 from paligemma_jax.generation.inputs import check_images, check_prompt, is_known, keep_words
 from paligemma_jax.losses import token_log_probs
-from paligemma_jax.models.layers import cast
+from paligemma_jax.models.numerics import cast
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
 from train_jax.core.errors import UserError
 

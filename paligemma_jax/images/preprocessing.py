@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma_jax.data.records import BadRow
 from paligemma_jax.images import image_processor, tf_resize
 from paligemma_jax.images.image_processor import CLIP_MEAN, CLIP_STD, HALF, PIL_KERNELS
 from train_jax.core.errors import UserError
+from train_jax.core.row_errors import BadRow
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:

@@ -30,7 +30,7 @@ from paligemma_jax.losses.vocab_projection import (
     statistics_of,
     streamed_statistics,
 )
-from paligemma_jax.models.layers import cast
+from paligemma_jax.models.numerics import cast
 from train_jax.core import row_sharding
 
 

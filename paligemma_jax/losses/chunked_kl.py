@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from paligemma_jax.losses import token_chunks
 from paligemma_jax.losses.vocab_projection import fold_blocks, logits_of, project_back
-from paligemma_jax.models.layers import cast
+from paligemma_jax.models.numerics import cast
 from train_jax.core import row_sharding
 from train_jax.core.errors import UserError
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.models.layers import soft_cap
+from paligemma_jax.models.numerics import soft_cap
 
 # float16 has no number between 0 and 6e-8, while a softmax over 257,152 words is full of them: the gradient of the
 # logits (at most 1 in size) is scaled up before it is cast to float16, and the product is scaled down in float32.

@@ -4,8 +4,8 @@
   tokens -> text -> one position -> text_projection -> unit length
 
 SigLIP pools with an attention head and has no image projection; CLIP pools its class token. How alike an image and a
-text are is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: layers.py; E of an embedding, C texts
-where they may be more or fewer than the images.
+text are is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: see models; E of an embedding,
+C texts where they may be more or fewer than the images.
 
 What `adapt/few_shot/prompts.py` learns has a place of its own, `prompts`, empty in a base model. A call with
 `prompts=False` is that of the base, to the bit: a frozen branch needs no second copy of the weights.
@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models import layers
 from paligemma_jax.models.pooling import POOLINGS, MAPHead
+from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
 from paligemma_jax.models.vit import ViT, ViTConfig
 
@@ -167,7 +167,7 @@ def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
 
 
 def _projection(name: str, tower: ViTConfig | TextConfig, config: DualEncoderConfig, rngs: nnx.Rngs):
-    return layers.Projection(
+    return Projection(
         name,
         (tower.width,),
         (config.embed_dim,),

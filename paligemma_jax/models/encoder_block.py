@@ -1,4 +1,4 @@
-"""The block of image and text encoders: pre-norm, attention with biases, two-layer MLP. Axes: layers.py.
+"""The block of image and text encoders: pre-norm, attention with biases, two-layer MLP. Axes: see models.
 
 One block serves SigLIP's and CLIP's towers, images and texts alike: they differ in sizes, mask, epsilon and activation.
 """
@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from paligemma_jax.models import layers
+from paligemma_jax.models.attention import attention
+from paligemma_jax.models.dropout import fold_in_name
+from paligemma_jax.models.norms import LayerNorm
+from paligemma_jax.models.numerics import broadcast, cast
+from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.stack import scan_stack
 
 
 def quick_gelu(x: Array) -> Array:
@@ -56,10 +61,10 @@ class Attention(nnx.Module):
     def __init__(self, config: BlockConfig, name: str = "vision", *, rngs: nnx.Rngs):
         heads = (config.num_heads, config.head_dim)
         options = dict(use_bias=True, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.q_proj = layers.Projection(f"{name}/q_proj", (config.width,), heads, **options)
-        self.k_proj = layers.Projection(f"{name}/k_proj", (config.width,), heads, **options)
-        self.v_proj = layers.Projection(f"{name}/v_proj", (config.width,), heads, **options)
-        self.out_proj = layers.Projection(f"{name}/out_proj", heads, (config.width,), **options)
+        self.q_proj = Projection(f"{name}/q_proj", (config.width,), heads, **options)
+        self.k_proj = Projection(f"{name}/k_proj", (config.width,), heads, **options)
+        self.v_proj = Projection(f"{name}/v_proj", (config.width,), heads, **options)
+        self.out_proj = Projection(f"{name}/out_proj", heads, (config.width,), **options)
 
     def __call__(
         self,
@@ -72,7 +77,7 @@ class Attention(nnx.Module):
         """Self-attention, or attention to `keys_from`; `mask` is True where query t may read key s, None everywhere."""
         source = x if keys_from is None else keys_from
         q, k, v = self.q_proj(x, dropout_keys), self.k_proj(source, dropout_keys), self.v_proj(source, dropout_keys)
-        out = layers.attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
+        out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
         return self.out_proj(out, dropout_keys, jnp.float32)
 
     def pool(self, query: Float[Array, " D"], x: Float[Array, "B S D"]) -> Float[Array, "B 1 D"]:
@@ -83,14 +88,14 @@ class Attention(nnx.Module):
         kernels and no adapter (`is_plain`).
         """
         dtype = jnp.dtype(self.q_proj.dtype)
-        x, q = layers.cast(x, dtype), self.q_proj(query[None, None], None, jnp.float32)[0, 0]
+        x, q = cast(x, dtype), self.q_proj(query[None, None], None, jnp.float32)[0, 0]
         keys, values = (projection.kernel[...].astype(jnp.float32) for projection in (self.k_proj, self.v_proj))
-        reader = layers.cast(jnp.einsum("NH,DNH->ND", q * q.shape[-1] ** -0.5, keys), dtype)
+        reader = cast(jnp.einsum("NH,DNH->ND", q * q.shape[-1] ** -0.5, keys), dtype)
         scores = jnp.einsum("ND,BSD->BNS", reader, x, preferred_element_type=jnp.float32)
-        weights = layers.cast(jax.nn.softmax(scores, axis=-1), dtype)
+        weights = cast(jax.nn.softmax(scores, axis=-1), dtype)
         mean = jnp.einsum("BNS,BSD->BND", weights, x, preferred_element_type=jnp.float32)
         out = jnp.einsum("BND,DNH->BNH", mean, values)
-        out = out + layers.broadcast(self.v_proj.bias[...].astype(jnp.float32), out)
+        out = out + broadcast(self.v_proj.bias[...].astype(jnp.float32), out)
         return self.out_proj(out[:, None], None, jnp.float32)
 
     @property
@@ -109,8 +114,8 @@ class Mlp(nnx.Module):
         check_activation(config.activation)
         options = dict(use_bias=True, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
         self.activation = config.activation
-        self.fc1 = layers.Projection(f"{name}/fc1", (config.width,), (config.mlp_dim,), **options)
-        self.fc2 = layers.Projection(f"{name}/fc2", (config.mlp_dim,), (config.width,), **options)
+        self.fc1 = Projection(f"{name}/fc1", (config.width,), (config.mlp_dim,), **options)
+        self.fc2 = Projection(f"{name}/fc2", (config.mlp_dim,), (config.width,), **options)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         hidden = ACTIVATIONS[self.activation](self.fc1(x, dropout_keys, jnp.float32))
@@ -122,9 +127,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: BlockConfig, name: str = "vision", *, rngs: nnx.Rngs):
         norm = dict(eps=config.eps, param_dtype=config.param_dtype)
-        self.layer_norm1 = layers.LayerNorm(config.width, **norm)
+        self.layer_norm1 = LayerNorm(config.width, **norm)
         self.self_attn = Attention(config, name, rngs=rngs)
-        self.layer_norm2 = layers.LayerNorm(config.width, **norm)
+        self.layer_norm2 = LayerNorm(config.width, **norm)
         self.mlp = Mlp(config, name, rngs=rngs)
 
     def __call__(
@@ -177,10 +182,10 @@ def run_blocks(
         layer, deep = inputs
         if deep is not None:
             x = _replace(x, *deep, start)
-        keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
+        keys = None if dropout_keys is None else fold_in_name(dropout_keys, layer)
         return block(x, keys, mask=mask), None
 
-    return layers.scan_stack(blocks, call, x, (jnp.arange(depth), deep), remat=remat, unroll=unroll)[0]
+    return scan_stack(blocks, call, x, (jnp.arange(depth), deep), remat=remat, unroll=unroll)[0]
 
 
 def _deep_prompts(prompts: Float[Array, "K M D"], depth: int) -> tuple[Float[Array, "L M D"], Bool[Array, " L"]]:

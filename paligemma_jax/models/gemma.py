@@ -1,4 +1,4 @@
-"""The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: layers.py.
+"""The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: see models.
 
 Gemma 2 (Riviere et al. 2024) adds norms after each branch, soft caps, and a window in every other layer.
 
@@ -14,7 +14,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import encoder_block, layers
+from paligemma_jax.models import encoder_block
+from paligemma_jax.models.attention import attention, rotary
+from paligemma_jax.models.dropout import fold_in_name
+from paligemma_jax.models.norms import RMSNorm
+from paligemma_jax.models.numerics import cast, soft_cap
+from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.stack import make_stack, scan_stack
 from train_jax.core import row_sharding
 
 
@@ -37,8 +43,8 @@ class GemmaConfig:
     final_softcap: float | None = None
     sliding_window: int | None = None  # positions that layers 0, 2, 4, ... read back, the own one included
     post_norms: bool = False
-    remat: str = "none"  # see layers.scan_stack
-    unroll: bool = False  # see layers.scan_stack
+    remat: str = "none"  # see stack.scan_stack
+    unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
 
@@ -62,17 +68,17 @@ class GemmaAttention(nnx.Module):
         self.config = config
         queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.q_proj = layers.Projection("decoder/q_proj", (config.width,), queries, **options)
-        self.k_proj = layers.Projection("decoder/k_proj", (config.width,), keys, **options)
-        self.v_proj = layers.Projection("decoder/v_proj", (config.width,), keys, **options)
-        self.o_proj = layers.Projection("decoder/o_proj", queries, (config.width,), **options)
+        self.q_proj = Projection("decoder/q_proj", (config.width,), queries, **options)
+        self.k_proj = Projection("decoder/k_proj", (config.width,), keys, **options)
+        self.v_proj = Projection("decoder/v_proj", (config.width,), keys, **options)
+        self.o_proj = Projection("decoder/o_proj", queries, (config.width,), **options)
         self.prefix_k = self.prefix_v = nnx.data(None)  # [M, K, H]: keys without a position that every query reads
 
     def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
         """Returns the attended values [B, T, D] in float32 and the cache, written at (layer, slot) = `slot`."""
         config = self.config
-        q = layers.rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
-        k = layers.rotary(self.k_proj(x, dropout_keys), positions, config.rope_theta)
+        q = rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
+        k = rotary(self.k_proj(x, dropout_keys), positions, config.rope_theta)
         v = self.v_proj(x, dropout_keys)
         if cache is not None:
             layer, start = slot
@@ -87,7 +93,7 @@ class GemmaAttention(nnx.Module):
             k, v = (_before(prefix[...], rows) for prefix, rows in ((self.prefix_k, k), (self.prefix_v, v)))
             mask = jnp.pad(mask, ((0, 0), (0, 0), (self.prefix_k.shape[0], 0)), constant_values=True)
         scale = config.query_scale or config.head_dim**-0.5
-        out = layers.attention(q, k, v, mask, scale=scale, cap=config.attn_softcap)
+        out = attention(q, k, v, mask, scale=scale, cap=config.attn_softcap)
         return self.o_proj(out, dropout_keys, jnp.float32), cache
 
 
@@ -104,9 +110,9 @@ class GemmaMlp(nnx.Module):
         encoder_block.check_activation(config.activation)
         self.activation = config.activation
         options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.gate_proj = layers.Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
-        self.up_proj = layers.Projection("decoder/up_proj", (config.width,), (config.mlp_dim,), **options)
-        self.down_proj = layers.Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
+        self.gate_proj = Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
+        self.up_proj = Projection("decoder/up_proj", (config.width,), (config.mlp_dim,), **options)
+        self.down_proj = Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         gate = encoder_block.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
@@ -118,12 +124,12 @@ class GemmaBlock(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         norm = dict(eps=config.eps, param_dtype=config.param_dtype)
-        self.pre_attention_norm = layers.RMSNorm(config.width, **norm)
+        self.pre_attention_norm = RMSNorm(config.width, **norm)
         self.self_attn = GemmaAttention(config, rngs=rngs)
-        self.pre_ffw_norm = layers.RMSNorm(config.width, **norm)
+        self.pre_ffw_norm = RMSNorm(config.width, **norm)
         self.mlp = GemmaMlp(config, rngs=rngs)
-        self.post_attention_norm = layers.RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
-        self.post_ffw_norm = layers.RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
+        self.post_attention_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
+        self.post_ffw_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
         self.attention_adapter = self.mlp_adapter = nnx.data(None)  # called on what a branch adds to the residual
 
     def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
@@ -146,8 +152,8 @@ class Gemma(nnx.Module):
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedder(config, rngs=rngs)
-        self.layers = layers.make_stack(lambda rngs: GemmaBlock(config, rngs=rngs), config.depth, rngs)
-        self.norm = layers.RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.layers = make_stack(lambda rngs: GemmaBlock(config, rngs=rngs), config.depth, rngs)
+        self.norm = RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
         self.soft_prompt = nnx.data(None)  # [M, D]: inputs between image and text, see PaliGemma.context
         self.last_layers = nnx.data(None)  # a second stack, that follows on `layers`
 
@@ -192,7 +198,7 @@ class Gemma(nnx.Module):
 
         def call(block, carry, layer):
             x, cache = carry
-            keys = None if dropout_keys is None else layers.fold_in_name(dropout_keys, layer)
+            keys = None if dropout_keys is None else fold_in_name(dropout_keys, layer)
             visible = mask if windowed is None else jnp.where(layer % 2 == 0, windowed, mask)
             return block(x, positions, visible, cache, (layer, start), keys), None
 
@@ -201,7 +207,7 @@ class Gemma(nnx.Module):
             numbers = first + jnp.arange(stack.pre_attention_norm.scale.shape[0])
             first += len(numbers)
             options = dict(remat=self.config.remat, unroll=self.config.unroll, row_axes=(0, 1))
-            carry, _ = layers.scan_stack(stack, call, carry, numbers, **options)
+            carry, _ = scan_stack(stack, call, carry, numbers, **options)
         x, cache = carry
         return self.norm(x), None if cache is None else cache | slots, {"encoded": x}
 
@@ -209,8 +215,8 @@ class Gemma(nnx.Module):
         """Float32 logits over the vocabulary, soft-capped if the config says so."""
         dtype = jnp.dtype(self.config.dtype)
         table = row_sharding.gathered(self.embed_tokens.embedding).astype(dtype)
-        logits = jnp.einsum("BTD,VD->BTV", layers.cast(hidden, dtype), table, preferred_element_type=jnp.float32)
-        return layers.soft_cap(logits, self.config.final_softcap)
+        logits = jnp.einsum("BTD,VD->BTV", cast(hidden, dtype), table, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.final_softcap)
 
     def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, Array]:
         """Zeros for `length` slots: {"k", "v"} of [L, B, S, K, H], in the compute dtype unless told otherwise.

@@ -1,4 +1,4 @@
-"""PaliGemma (Beyer et al. 2024): SigLIP patches, a linear projector, and Gemma with a prefix-LM mask. Axes: layers.py.
+"""PaliGemma (Beyer et al. 2024): SigLIP patches, a linear projector, and Gemma with a prefix-LM mask. Axes: see models.
 
 The sequence is [image patches][text], and a row of text is [BOS prefix]["\\n"][suffix EOS][padding]:
 
@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models import layers
+from paligemma_jax.models.attention import prefix_mask
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
+from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.vit import ViT, ViTConfig
 from train_jax.core import row_sharding
 
@@ -96,7 +97,7 @@ class Projector(nnx.Module):
     """One linear layer from the tower's width to the decoder's."""
 
     def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
-        self.linear = layers.Projection(
+        self.linear = Projection(
             "projector/linear",
             (config.vision.width,),
             (config.decoder.width,),
@@ -173,7 +174,7 @@ class PaliGemma(nnx.Module):
             mask_input = jnp.ones(tokens.shape, bool)
         features = self.context(features)
         valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
-        mask = layers.prefix_mask(valid, causal)
+        mask = prefix_mask(valid, causal)
         return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
 
     def decode(

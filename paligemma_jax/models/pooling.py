@@ -1,11 +1,12 @@
-"""How a vision tower's features become one vector an image. Axes: layers.py."""
+"""How a vision tower's features become one vector an image. Axes: see models."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import encoder_block, layers
+from paligemma_jax.models import encoder_block
+from paligemma_jax.models.norms import LayerNorm
 from paligemma_jax.models.vit import ViTConfig
 from train_jax.core import row_sharding
 
@@ -19,7 +20,7 @@ class MAPHead(nnx.Module):
         probe = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
         self.probe = nnx.Param(probe.astype(config.param_dtype))
         self.attention = encoder_block.Attention(config, "image_head", rngs=rngs)
-        self.layernorm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.layernorm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
         self.mlp = encoder_block.Mlp(config, "image_head", rngs=rngs)
 
     def __call__(self, x: Float[Array, "B P D"], dropout_keys=None) -> Float[Array, "B D"]:

@@ -1,4 +1,4 @@
-"""The text tower of a dual encoder: SigLIP's reads both ways, CLIP's from left to right. Axes: layers.py."""
+"""The text tower of a dual encoder: SigLIP's reads both ways, CLIP's from left to right. Axes: see models."""
 
 import dataclasses
 
@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import encoder_block, layers
+from paligemma_jax.models import encoder_block
+from paligemma_jax.models.norms import LayerNorm
+from paligemma_jax.models.stack import make_stack
 from train_jax.core import row_sharding
 
 POOLINGS = ("last", "eos")
@@ -36,8 +38,8 @@ class TextConfig:
     causal: bool = False
     pool: str = "last"
     eos_token: int | None = None
-    remat: str = "none"  # see layers.scan_stack
-    unroll: bool = False  # see layers.scan_stack
+    remat: str = "none"  # see stack.scan_stack
+    unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
 
@@ -74,8 +76,8 @@ class TextEncoder(nnx.Module):
         self.token_embedding = TokenEmbedding(config, rngs=rngs)
         positions = jax.random.normal(rngs.params(), (config.length, config.width)) * config.width**-0.5
         self.position_embedding = nnx.Param(positions.astype(config.param_dtype))
-        self.layers = layers.make_stack(lambda rngs: encoder_block.Block(config, "text", rngs=rngs), config.depth, rngs)
-        self.final_layer_norm = layers.LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.layers = make_stack(lambda rngs: encoder_block.Block(config, "text", rngs=rngs), config.depth, rngs)
+        self.final_layer_norm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
     def __call__(
         self,

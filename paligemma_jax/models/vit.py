@@ -1,4 +1,4 @@
-"""The vision tower: SigLIP's ViT and CLIP's, with learned positions. Axes: layers.py.
+"""The vision tower: SigLIP's ViT and CLIP's, with learned positions. Axes: see models.
 
 Zhai et al. 2023; Radford et al. 2021; Dosovitskiy et al. 2021.
 """
@@ -12,7 +12,10 @@ import scipy.ndimage
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import encoder_block, layers
+from paligemma_jax.models import encoder_block
+from paligemma_jax.models.norms import LayerNorm
+from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.stack import make_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class ViTConfig:
     activation: str = "gelu_tanh"  # see encoder.ACTIVATIONS
     class_token: bool = False
     posemb: str = "learn"  # initial value of the learned positions: "learn" = normal noise, "sincos2d" = sines
-    remat: str = "none"  # see layers.scan_stack
-    unroll: bool = False  # see layers.scan_stack
+    remat: str = "none"  # see stack.scan_stack
+    unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
 
@@ -63,7 +66,7 @@ class ViT(nnx.Module):
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
         p, dtype = config.patch_size, jnp.dtype(config.param_dtype)
-        self.patch_embedding = layers.Projection(
+        self.patch_embedding = Projection(
             "vision/patch_embedding",
             (p, p, 3),
             (config.width,),
@@ -77,9 +80,9 @@ class ViT(nnx.Module):
         if config.class_token:
             noise = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
             self.class_embedding = nnx.Param(noise.astype(dtype))
-            self.pre_layernorm = layers.LayerNorm(config.width, **norm)
-        self.layers = layers.make_stack(lambda rngs: encoder_block.Block(config, rngs=rngs), config.depth, rngs)
-        self.post_layernorm = layers.LayerNorm(config.width, **norm)
+            self.pre_layernorm = LayerNorm(config.width, **norm)
+        self.layers = make_stack(lambda rngs: encoder_block.Block(config, rngs=rngs), config.depth, rngs)
+        self.post_layernorm = LayerNorm(config.width, **norm)
 
     def __call__(
         self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: Float[Array, "K M D"] | None = None

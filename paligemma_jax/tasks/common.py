@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
-from paligemma_jax.models.layers import REMAT_POLICIES
+from paligemma_jax.models.stack import REMAT_POLICIES
 from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
 

@@ -18,8 +18,8 @@ from paligemma_jax.files.shipped import SHIPPED, local
 from paligemma_jax.models import variants
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
-from paligemma_jax.models.layers import REMAT_POLICIES
 from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.stack import REMAT_POLICIES
 from paligemma_jax.models.vit import ViT, resample_positions
 from paligemma_jax.weights.big_vision import paligemma as big_vision
 from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model

@@ -8,7 +8,8 @@ CoPrompt (Roy and Etemad 2024, https://arxiv.org/abs/2306.01195): MaPLe with ada
 m relu(relu(z D) U) + (1 - m) z, before these are scaled to length 1.
 
 All of it is one module, `model.prompts`. Nothing else changes: without it, or called with `prompts=False`, the model is
-the base to the bit. Axes: layers.py; M prompts a layer, K layers that have prompts, E of an embedding, h hidden.
+the base to the bit. Axes: see models; M prompts a layer, K layers that have prompts, E of an embedding, h
+hidden.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from paligemma_jax.models import layers
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.numerics import cast
+from paligemma_jax.models.projection import contract
 from train_jax.core.errors import UserError
 
 TRAINABLE = r"prompts/.*"
@@ -251,7 +253,7 @@ def _embedded(model: DualEncoder, words: Sequence[int], count: int) -> Float[Arr
 
 def _linear(x: Array, kernel: Array, dtype: str) -> Array:
     """x W in float32, multiplied in the compute dtype."""
-    return layers.contract(layers.cast(x, jnp.dtype(dtype)), kernel.astype(jnp.dtype(dtype)), 1)
+    return contract(cast(x, jnp.dtype(dtype)), kernel.astype(jnp.dtype(dtype)), 1)
 
 
 def _uniform(rngs: nnx.Rngs, fan_in: int, shape: tuple[int, ...]) -> Array:

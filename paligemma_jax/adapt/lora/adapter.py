@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021): a trainable low-rank update beside each frozen kernel, y = x W + (alpha / r) (x A) B.
 
-The update lives inside the projection layer (models/layers.py), so base parameter names survive: a base checkpoint
+The update lives inside the projection layer (models/projection.py), so base parameter names survive: a base checkpoint
 loads unchanged, and `attach_lora` and `detach_lora` are inverses. Ranks and scales may differ from layer to layer
-(spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude to every output channel. Axes: layers.py.
+(spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude to every output channel. Axes: see models.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array
 from paligemma_jax.adapt.lora import low_rank
 from paligemma_jax.adapt.lora.spec import LoraSpec, make_specs
 from paligemma_jax.adapt.quantization.quantized_kernel import Frozen, QuantizedKernel
-from paligemma_jax.models.layers import Projection
+from paligemma_jax.models.projection import Projection
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 

@@ -1,7 +1,7 @@
 """The arithmetic of low-rank updates: W' = W + s A B (LoRA, Hu et al. 2021) and its rescaling (DoRA, Liu et al. 2024).
 
 Kernels are [*in_shape, *out_shape], A is [*in_shape, r] and B [r, *out_shape], of one layer or, with a leading layer
-axis on each, of a stack. Everything here is float32. Axes: layers.py.
+axis on each, of a stack. Everything here is float32. Axes: see models.
 """
 
 import math

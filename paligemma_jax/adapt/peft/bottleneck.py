@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.models import layers
+from paligemma_jax.models.numerics import broadcast, cast
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.projection import contract
+from paligemma_jax.models.stack import make_stack
 from train_jax.core.errors import UserError
 
 TRAINABLE = r"decoder/.*/(attention|mlp)_adapter/.*"
@@ -33,8 +35,8 @@ class Bottleneck(nnx.Module):
 
     def _linear(self, x: Array, kernel: nnx.Param, bias: nnx.Param) -> Array:
         dtype = jnp.dtype(self.dtype)
-        y = layers.contract(layers.cast(x, dtype), kernel[...].astype(dtype), 1)
-        return y + layers.broadcast(bias[...], y)
+        y = contract(cast(x, dtype), kernel[...].astype(dtype), 1)
+        return y + broadcast(bias[...], y)
 
 
 def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
@@ -54,9 +56,7 @@ def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> 
     if blocks.attention_adapter is not None:
         raise UserError("the model has bottleneck adapters already: detach them before attaching others.")
     for name in ("attention_adapter", "mlp_adapter"):
-        stack = layers.make_stack(
-            lambda rngs: Bottleneck(config.width, width, config.dtype, rngs=rngs), config.depth, rngs
-        )
+        stack = make_stack(lambda rngs: Bottleneck(config.width, width, config.dtype, rngs=rngs), config.depth, rngs)
         setattr(blocks, name, stack)
     return model
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from paligemma_jax.adapt.lora.adapter import projections
-from paligemma_jax.models import layers
-from paligemma_jax.models.layers import Projection
+from paligemma_jax.models.dropout import fold_in_name
+from paligemma_jax.models.projection import Projection, contract
 from train_jax.core import patterns
 from train_jax.core.errors import UserError
 
@@ -56,10 +56,10 @@ class DiffKernel(nnx.Module):
         """x (W + z d) in float32; with keys (training) z is drawn by the first, one for all parts of a batch."""
         u = None
         if keys is not None:
-            key = layers.fold_in_name(keys[:1], self.name)[0]
+            key = fold_in_name(keys[:1], self.name)[0]
             u = jax.random.uniform(key, self.shape, jnp.float32, 1e-6, 1.0 - 1e-6)
         kernel = self.base[...].astype(jnp.float32) + self._gated(u)
-        return layers.contract(x, kernel.astype(x.dtype), self.num_in)
+        return contract(x, kernel.astype(x.dtype), self.num_in)
 
     def dequantize(self) -> Array:
         """W + z d in float32, without noise."""

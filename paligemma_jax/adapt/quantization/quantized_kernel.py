@@ -50,7 +50,7 @@ class Frozen(nnx.Variable):
 
 
 class QuantizedKernel(nnx.Module):
-    """Takes the place of a projection's kernel [*in_shape, *out_shape] (models/layers.py).
+    """Takes the place of a projection's kernel [*in_shape, *out_shape] (models/projection.py).
 
     Its arrays (`codes`, `absmax`, ...) lie below the kernel's own path: "decoder/layers/mlp/gate_proj/kernel/codes".
     """

@@ -1,7 +1,7 @@
 """Trains a dual encoder on pairs of pictures and captions, with SigLIP's or CLIP's loss: the runtime's Task.
 
 The loss is of all pairs of a batch: texts travel around the ring of devices (losses/contrastive/api.py), and batches
-whose activations do not fit are embedded in micro-batches (`embed_micro_batch`). Axes: models/layers.py.
+whose activations do not fit are embedded in micro-batches (`embed_micro_batch`). Axes: see models.
 """
 
 from collections.abc import Callable, Hashable

@@ -1,4 +1,4 @@
-"""Pretrains the small base that ships with this package, on texts about synthetic scenes. Axes: models/layers.py.
+"""Pretrains the small base that ships with this package, on texts about synthetic scenes. Axes: see models.
 
 Two things make this work on a few CPU cores: several texts share one image (packed in one row; a text sees the image
 and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.

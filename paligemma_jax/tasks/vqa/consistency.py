@@ -6,7 +6,7 @@
 
 The frozen branch is the model itself without its adapters: no second copy of the weights, and no activations of it are
 kept. With `prompts`, C_answers is of these texts behind the row's image in place of the row's own question; a row draws
-one in each step. In the mean a row weighs what its answer weighs in L_answers. Axes: models/layers.py.
+one in each step. In the mean a row weighs what its answer weighs in L_answers. Axes: see models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from paligemma_jax.data.prompts import make_example, training_arrays
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.losses import consistency_loss, token_divergence
 from paligemma_jax.losses.coprompt import KINDS
-from paligemma_jax.models.layers import fold_in_name
+from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError, quoted

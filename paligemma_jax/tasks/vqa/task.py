@@ -1,7 +1,7 @@
 """Visual question answering: fine-tunes a PaliGemma on (image, prefix, suffix) rows, CLEVR's or a user's own.
 
 The config's keys are in config.py. Rows are prepared in rows.py, for training and evaluation alike. Evaluation
-and its controls are in evaluation.py and report.py. Axes: models/layers.py.
+and its controls are in evaluation.py and report.py. Axes: see models.
 """
 
 from collections.abc import Callable

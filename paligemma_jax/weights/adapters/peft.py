@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 from paligemma_jax.adapt.lora.adapter import check_free, depth, install, projections
 from paligemma_jax.adapt.lora.spec import LoraSpec
 from paligemma_jax.files import hub
-from paligemma_jax.models.layers import Projection
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.projection import Projection
 from paligemma_jax.weights.adapters import peft_config
 from paligemma_jax.weights.adapters.peft_config import PeftConfig, read_config
 from paligemma_jax.weights.adapters.peft_describe import Origin, describe

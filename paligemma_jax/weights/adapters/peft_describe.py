@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.models.layers import Projection
+from paligemma_jax.models.projection import Projection
 from paligemma_jax.weights.adapters.peft_config import PeftConfig
 from paligemma_jax.weights.adapters.peft_names import RELEASES, Slot, in_memory
 from train_jax.core.errors import UserError

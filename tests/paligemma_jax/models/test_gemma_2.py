@@ -11,8 +11,8 @@ from flax import nnx
 from paligemma_jax.generation.candidate_scoring import score_candidates
 from paligemma_jax.generation.generate import generate
 from paligemma_jax.losses import token_cross_entropy
+from paligemma_jax.models.attention import prefix_mask
 from paligemma_jax.models.gemma import Gemma, GemmaConfig, sliding_mask
-from paligemma_jax.models.layers import prefix_mask
 from paligemma_jax.models.paligemma import positions_of
 from train_jax.core import param_tree
 

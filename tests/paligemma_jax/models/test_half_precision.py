@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.models.layers import attention
+from paligemma_jax.models.attention import attention
 from paligemma_jax.models.vit import ViT, ViTConfig
 from train_jax.core import param_tree
 

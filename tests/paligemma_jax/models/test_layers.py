@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.models import layers
+from paligemma_jax.models.attention import attention, prefix_mask, rotary
+from paligemma_jax.models.dropout import example_dropout, fold_in_name
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
+from paligemma_jax.models.norms import LayerNorm, RMSNorm
+from paligemma_jax.models.numerics import cast, soft_cap
+from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.stack import make_stack, scan_stack
 from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -46,13 +51,13 @@ def test_attention_equals_one_head_at_a_time(kv_heads, cap, masked):
     mask = None
     if masked:
         mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 5, 7)).at[..., 0].set(True)
-    out = layers.attention(q, k, v, mask, scale=0.7, cap=cap)
+    out = attention(q, k, v, mask, scale=0.7, cap=cap)
     np.testing.assert_allclose(out, plain_attention(q, k, v, mask, 0.7, cap), rtol=0, atol=2e-6)
 
 
 def test_a_query_that_may_read_nothing_gets_the_mean_of_v():
     q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
-    out = layers.attention(q, k, v, jnp.zeros((1, 2, 3), bool), scale=0.5)
+    out = attention(q, k, v, jnp.zeros((1, 2, 3), bool), scale=0.5)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), out.shape), atol=1e-6)
 
 
@@ -64,7 +69,7 @@ def test_softmax_is_in_float32_whatever_the_dtype(dtype):
     # Two summands, each exact in the dtype, whose sum is not.
     k = jnp.concatenate([jnp.full_like(k, 8192.0), k - 10_000.0], axis=-1)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    out = layers.attention(q, k, v, None, scale=1.0)
+    out = attention(q, k, v, None, scale=1.0)
     expected = np.exp([0.0, 1.0, 2.0]) @ [0.0, 1.0, 2.0] / np.exp([0.0, 1.0, 2.0]).sum()
     assert out.dtype == dtype
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=1e-2)
@@ -72,8 +77,8 @@ def test_softmax_is_in_float32_whatever_the_dtype(dtype):
 
 def test_soft_cap():
     x = jnp.asarray([-1e4, -1.0, 0.0, 1.0, 1e4])
-    np.testing.assert_allclose(layers.soft_cap(x, 30.0), 30.0 * np.tanh(np.asarray(x) / 30.0), rtol=1e-6)
-    np.testing.assert_array_equal(layers.soft_cap(x, None), x)
+    np.testing.assert_allclose(soft_cap(x, 30.0), 30.0 * np.tanh(np.asarray(x) / 30.0), rtol=1e-6)
+    np.testing.assert_array_equal(soft_cap(x, None), x)
 
 
 # Rotary positions.
@@ -81,7 +86,7 @@ def test_soft_cap():
 
 def test_rotary_rotates_pairs_of_the_two_halves():
     x, positions = normal(0, 1, 3, 1, 6), jnp.asarray([[0, 1, 5]])
-    out = np.asarray(layers.rotary(x, positions, theta=100.0))[0, :, 0]
+    out = np.asarray(rotary(x, positions, theta=100.0))[0, :, 0]
     pairs = np.asarray(x)[0, :, 0]
     pairs = pairs[:, :3] + 1j * pairs[:, 3:]
     angle = np.asarray([[0], [1], [5]]) * 100.0 ** -(np.arange(3) / 3)
@@ -96,42 +101,42 @@ def test_rotary_scores_depend_on_distance_alone():
     def scores(shift):
         return jnp.einsum(
             "BTNH,BSNH->BNTS",
-            layers.rotary(q, positions + shift, 10_000.0),
-            layers.rotary(k, positions + shift, 10_000.0),
+            rotary(q, positions + shift, 10_000.0),
+            rotary(k, positions + shift, 10_000.0),
         )
 
     np.testing.assert_allclose(scores(1), scores(0), rtol=0, atol=1e-5)
     np.testing.assert_allclose(scores(500), scores(0), rtol=0, atol=1e-3)
-    moved = jnp.einsum("BTNH,BSNH->BNTS", layers.rotary(q, positions + 1, 1e4), layers.rotary(k, positions, 1e4))
+    moved = jnp.einsum("BTNH,BSNH->BNTS", rotary(q, positions + 1, 1e4), rotary(k, positions, 1e4))
     assert float(jnp.abs(moved - scores(0)).max()) > 0.1
 
 
 def test_rotary_angles_are_float32_in_half_precision():
     """Position 4097 is no bfloat16 number: an angle computed there would be off by a whole radian."""
     x, positions = jnp.ones((1, 1, 1, 4)), jnp.asarray([[4097]])
-    half = layers.rotary(x.astype(jnp.bfloat16), positions, 10_000.0)
+    half = rotary(x.astype(jnp.bfloat16), positions, 10_000.0)
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), layers.rotary(x, positions, 10_000.0), atol=1e-2)
+    np.testing.assert_allclose(half.astype(jnp.float32), rotary(x, positions, 10_000.0), atol=1e-2)
 
 
 # Norms.
 
 
 def test_layer_norm_closed_form():
-    norm = layers.LayerNorm(4, eps=1e-3)
+    norm = LayerNorm(4, eps=1e-3)
     norm.scale[...], norm.bias[...] = jnp.asarray([1.0, 2.0, 3.0, 4.0]), jnp.asarray([0.5, 0.0, 0.0, -1.0])
     out = norm(jnp.asarray([[1.0, 3.0, 1.0, 3.0]]))  # mean 2, variance 1
     np.testing.assert_allclose(out, [np.asarray([-1.0, 2.0, -3.0, 4.0]) / np.sqrt(1.001) + [0.5, 0, 0, -1]], rtol=1e-6)
 
 
 def test_rms_norm_closed_form():
-    norm = layers.RMSNorm(2, eps=0.5)
+    norm = RMSNorm(2, eps=0.5)
     np.testing.assert_allclose(norm(jnp.asarray([[3.0, 4.0]])), np.asarray([[3.0, 4.0]]) / np.sqrt(13.0), rtol=1e-6)
     norm.scale[...] = jnp.asarray([-1.0, 1.0])  # 1 + w is 0 and 2
     np.testing.assert_allclose(norm(jnp.asarray([[3.0, 4.0]])), np.asarray([[0.0, 8.0]]) / np.sqrt(13.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [layers.LayerNorm, layers.RMSNorm])
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
 def test_norms_square_in_float32(kind):
     """1e4 squared overflows float16, and in bfloat16 the mean of 4096 squares would lose most of them."""
     x = normal(0, 1, 4096, scale=1e4)
@@ -146,11 +151,11 @@ def test_norms_square_in_float32(kind):
 
 def test_casting_to_float16_saturates():
     x = jnp.asarray([1e6, -1e6, 65504.0, 1.0])
-    np.testing.assert_array_equal(layers.cast(x, jnp.float16), np.asarray([65504, -65504, 65504, 1], np.float16))
+    np.testing.assert_array_equal(cast(x, jnp.float16), np.asarray([65504, -65504, 65504, 1], np.float16))
     faults = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan])
-    np.testing.assert_array_equal(layers.cast(faults, jnp.float16), np.asarray(faults, np.float16))
-    assert layers.cast(x, jnp.float32) is x
-    assert layers.cast(x, jnp.bfloat16).dtype == jnp.bfloat16 and bool(jnp.isinf(x.astype(jnp.float16))[0])
+    np.testing.assert_array_equal(cast(faults, jnp.float16), np.asarray(faults, np.float16))
+    assert cast(x, jnp.float32) is x
+    assert cast(x, jnp.bfloat16).dtype == jnp.bfloat16 and bool(jnp.isinf(x.astype(jnp.float16))[0])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_casting_to_float16_saturates():
     [((6,), (5,), "BTi,io->BTo"), ((6,), (2, 3), "BTi,inh->BTnh"), ((2, 3), (6,), "BTnh,nho->BTo")],
 )
 def test_projection_contracts_its_input_axes(in_shape, out_shape, equation):
-    module = layers.Projection("x", in_shape, out_shape, use_bias=True, rngs=nnx.Rngs(0))
+    module = Projection("x", in_shape, out_shape, use_bias=True, rngs=nnx.Rngs(0))
     module.bias[...] = normal(1, *out_shape)
     x = normal(2, 2, 4, *in_shape)
     assert module.kernel.shape == in_shape + out_shape
@@ -167,7 +172,7 @@ def test_projection_contracts_its_input_axes(in_shape, out_shape, equation):
 
 
 def test_projection_adds_its_scaled_low_rank_update():
-    module = layers.Projection("x", (2, 3), (4,), rngs=nnx.Rngs(0))
+    module = Projection("x", (2, 3), (4,), rngs=nnx.Rngs(0))
     module.lora_a, module.lora_b = nnx.Param(normal(1, 2, 3, 5)), nnx.Param(normal(2, 5, 4))
     module.lora_scale = 0.5
     x, kernel = normal(3, 2, 1, 2, 3), module.kernel[...]
@@ -176,14 +181,14 @@ def test_projection_adds_its_scaled_low_rank_update():
 
 
 def test_projection_initialises_to_unit_gain():
-    module = layers.Projection("x", (8, 64), (256,), rngs=nnx.Rngs(0))
+    module = Projection("x", (8, 64), (256,), rngs=nnx.Rngs(0))
     kernel = module.kernel[...]
     np.testing.assert_allclose([kernel.mean() * 512**0.5, kernel.var() * 512], [0.0, 1.0], atol=0.02)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_projection_computes_in_its_dtype_and_accumulates_in_float32(dtype, tolerance):
-    module = layers.Projection("x", (4096,), (3,), use_bias=True, dtype=dtype, rngs=nnx.Rngs(0))
+    module = Projection("x", (4096,), (3,), use_bias=True, dtype=dtype, rngs=nnx.Rngs(0))
     x = normal(0, 1, 1, 4096, scale=100.0)
     exact = np.asarray(x, np.float64) @ np.asarray(module.kernel[...], np.float64)
     out, wide = module(x), module(x, out_dtype=jnp.float32)
@@ -230,31 +235,29 @@ def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(make_rando
 
 def test_a_rows_mask_depends_on_its_key_alone():
     x, keys = normal(0, 4, 5, 6), jax.random.split(jax.random.key(1), 4)
-    together = layers.example_dropout(x, 0.4, keys)
+    together = example_dropout(x, 0.4, keys)
     for row in range(4):
-        np.testing.assert_array_equal(
-            layers.example_dropout(x[row : row + 1], 0.4, keys[row : row + 1])[0], together[row]
-        )
+        np.testing.assert_array_equal(example_dropout(x[row : row + 1], 0.4, keys[row : row + 1])[0], together[row])
     order = jnp.asarray([2, 0, 3, 1])
-    np.testing.assert_array_equal(layers.example_dropout(x[order], 0.4, keys[order]), together[order])
+    np.testing.assert_array_equal(example_dropout(x[order], 0.4, keys[order]), together[order])
 
 
 def test_dropout_keeps_the_expectation():
     x = jnp.ones((1000, 100))
-    out = np.asarray(layers.example_dropout(x, 0.3, jax.random.split(jax.random.key(0), 1000)))
+    out = np.asarray(example_dropout(x, 0.3, jax.random.split(jax.random.key(0), 1000)))
     np.testing.assert_allclose(np.unique(out), [0.0, 1 / 0.7], rtol=1e-6)
     assert abs((out == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / out.size) ** 0.5
     assert len(np.unique(out, axis=0)) == 1000  # no two rows share a mask
 
 
 def test_dropout_in_float16_saturates():
-    out = layers.example_dropout(jnp.full((1, 64), 65504, jnp.float16), 0.5, jax.random.split(jax.random.key(0), 1))
+    out = example_dropout(jnp.full((1, 64), 65504, jnp.float16), 0.5, jax.random.split(jax.random.key(0), 1))
     np.testing.assert_array_equal(np.unique(np.asarray(out)), np.asarray([0, 65504], np.float16))
 
 
 def test_names_and_numbers_fold_into_different_keys():
     keys = jax.random.split(jax.random.key(0), 3)
-    folded = [layers.fold_in_name(keys, name) for name in ("decoder/q_proj", "decoder/o_proj", 0, 1)]
+    folded = [fold_in_name(keys, name) for name in ("decoder/q_proj", "decoder/o_proj", 0, 1)]
     bits = np.concatenate([jax.random.key_data(key) for key in [keys, *folded]])
     assert len(np.unique(bits, axis=0)) == 15
 
@@ -273,19 +276,19 @@ def test_names_and_numbers_fold_into_different_keys():
     ids=["causal", "full", "prefix", "blocks"],
 )
 def test_prefix_mask_rows(mask_ar, rows):
-    out = layers.prefix_mask(jnp.ones((1, 4), bool), jnp.asarray([mask_ar]))[0]
+    out = prefix_mask(jnp.ones((1, 4), bool), jnp.asarray([mask_ar]))[0]
     np.testing.assert_array_equal(out, [[digit == "1" for digit in row] for row in rows])
 
 
 def test_padding_neither_reads_nor_is_read():
-    out = layers.prefix_mask(jnp.asarray([[True, False, True, True]]), jnp.asarray([[0, 0, 0, 1]]))[0]
+    out = prefix_mask(jnp.asarray([[True, False, True, True]]), jnp.asarray([[0, 0, 0, 1]]))[0]
     expected = ["1010", "0000", "1010", "1011"]
     np.testing.assert_array_equal(out, [[digit == "1" for digit in row] for row in expected])
 
 
 def test_prefix_mask_equals_big_visions_cases(big_vision_case):
     mask_input, mask_ar = (jnp.asarray(big_vision_case[f"mask_case_{name}"]) for name in ("input", "ar"))
-    np.testing.assert_array_equal(layers.prefix_mask(mask_input, mask_ar), big_vision_case["mask_case_attn"])
+    np.testing.assert_array_equal(prefix_mask(mask_input, mask_ar), big_vision_case["mask_case_attn"])
 
 
 # Stacks.
@@ -296,14 +299,12 @@ def run_stack(stack, graph, remat="none", unroll=False, *, x):
         y = jnp.tanh(block(carry)) * scale
         return y, y.sum()
 
-    return layers.scan_stack(nnx.merge(graph, stack), call, x, jnp.asarray([1.0, 0.5, 2.0]), remat=remat, unroll=unroll)
+    return scan_stack(nnx.merge(graph, stack), call, x, jnp.asarray([1.0, 0.5, 2.0]), remat=remat, unroll=unroll)
 
 
 @pytest.fixture(scope="module")
 def stack():
-    module = layers.make_stack(
-        lambda rngs: layers.Projection("x", (4,), (4,), use_bias=True, rngs=rngs), 3, nnx.Rngs(0)
-    )
+    module = make_stack(lambda rngs: Projection("x", (4,), (4,), use_bias=True, rngs=rngs), 3, nnx.Rngs(0))
     return nnx.split(module)
 
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, lora_table, merge_lora, projections
 from paligemma_jax.adapt.quantization.quantize import quantize
-from paligemma_jax.models.layers import Projection, example_dropout, fold_in_name
+from paligemma_jax.models.dropout import example_dropout, fold_in_name
+from paligemma_jax.models.projection import Projection
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 

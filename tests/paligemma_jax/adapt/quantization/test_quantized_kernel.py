@@ -9,7 +9,7 @@ from flax import nnx
 from paligemma_jax.adapt.quantization import nf4
 from paligemma_jax.adapt.quantization.quantize import quantize_array, quantized_shapes
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel, make_codec
-from paligemma_jax.models.layers import Projection
+from paligemma_jax.models.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

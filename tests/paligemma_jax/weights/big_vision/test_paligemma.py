@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.losses import loss_weights, token_cross_entropy
-from paligemma_jax.models.layers import prefix_mask
+from paligemma_jax.models.attention import prefix_mask
 from paligemma_jax.models.paligemma import join_masks
 from paligemma_jax.weights.big_vision import paligemma as big_vision
 from paligemma_jax.weights.reader import load

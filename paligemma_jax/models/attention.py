@@ -1,0 +1,67 @@
+"""Rotary positions, masked grouped-query attention and the prefix-LM mask. Axes: see models."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from paligemma_jax.models.numerics import soft_cap
+
+
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Rotary positions on the two halves of the head width (Su et al. 2021; pairs are (i, i + H/2), as in Gemma)."""
+    half = x.shape[-1] // 2
+    timescale = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) / timescale[None, None, None]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"] | None,
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention with float32 scores and softmax.
+
+    Args:
+      q, k, v: in the compute dtype; N is a multiple of K, query head n reads key/value head n // (N / K).
+      mask: True where query t may read key s; None reads everything. A row that may read nothing gets the mean of v.
+      scale: factor on the scores, usually H ** -0.5.
+      cap: soft cap on the scaled scores (Gemma 2), applied before the mask.
+    """
+    B, T, N, H = q.shape
+    K, S = k.shape[2], k.shape[1]
+    G = N // K
+    # Heads that share keys become rows of one matrix: few large products, which matters on CPU and costs nothing else.
+    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * scale, cap).reshape(B, K, G, T, S)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -2.3819763e38)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+    return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def prefix_mask(mask_input: Bool[Array, "B S"], mask_ar: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Who may read whom, from big_vision's two rows: query i reads key j iff block(j) <= block(i) and both are real.
+
+    `mask_ar` is 1 where a token opens a new block (is causal) and 0 where it shares the previous token's:
+
+      mask_ar  1 1 1 1 1 1   causal
+      mask_ar  0 0 0 1 1 1   prefix of three tokens that read one another, then causal
+      mask_ar  1 0 1 0 1 0   blocks of two, causal among blocks
+
+    Args:
+      mask_input: True on real tokens, False on padding (either side).
+      mask_ar: 0 or 1 as above.
+    """
+    block = jnp.cumsum(mask_ar.astype(jnp.int32), axis=1)
+    visible = block[:, None, :] <= block[:, :, None]
+    return visible & mask_input[:, None, :] & mask_input[:, :, None]
