@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.adapt.lora.adapter import lora_projections
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -189,7 +189,7 @@ def compare_adapter(base: Path, name: str, folder: Path) -> bool:
     from peft import PeftModel
 
     ours, rng = pg.attach_lora(pg.load(base), **ADAPTERS[name], rngs=nnx.Rngs(0)), np.random.default_rng(4)
-    for module in filter(lambda module: module.lora_a is not None, projections(ours).values()):
+    for module in lora_projections(ours).values():
         used = np.asarray(module.lora_a[...]) != 0  # zero where a layer has a lower rank, or none
         used = used.reshape(*used.shape[: used.ndim - len(module.in_shape) - 1], -1, used.shape[-1]).any(axis=-2)
         b = module.lora_b[...]

@@ -12,9 +12,9 @@ import argparse
 import jax
 import numpy as np
 
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.adapt.quantization.quantize import TARGETS
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel, make_codec
+from paligemma_jax.models.projection import projections
 from paligemma_jax.weights.reader import load
 from train_jax.core import patterns
 

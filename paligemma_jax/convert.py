@@ -20,9 +20,9 @@ from pathlib import Path
 from absl import flags
 
 from paligemma_jax import loading
-from paligemma_jax.adapt.lora.adapter import merge_lora, projections
+from paligemma_jax.adapt.lora.adapter import lora_projections, merge_lora
+from paligemma_jax.adapt.lora.merge_quantized import merge_quantized
 from paligemma_jax.adapt.peft import methods as family
-from paligemma_jax.adapt.quantization.merge import merge_quantized
 from paligemma_jax.adapt.quantization.quantize import dequantize, describe, is_quantized
 from paligemma_jax.files import hub
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -141,7 +141,7 @@ def _joined(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
 
 
 def _is_adapted(model: PaliGemma | DualEncoder) -> bool:
-    return any(module.lora_a is not None for module in projections(model).values())
+    return bool(lora_projections(model))
 
 
 def _flags(values: flags.FlagValues) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from absl import flags
 
 from paligemma_jax import loading
-from paligemma_jax.adapt.lora.adapter import largest_logit_gap, projections
-from paligemma_jax.adapt.quantization.merge import probe_inputs
+from paligemma_jax.adapt.lora.adapter import largest_logit_gap, lora_projections
+from paligemma_jax.adapt.lora.merge_quantized import probe_inputs
 from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
 from paligemma_jax.files import hub
 from train_jax.config import command_line
@@ -48,7 +48,7 @@ def merge(
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, adapter)
-    if all(module.lora_a is None for module in projections(model).values()):
+    if not lora_projections(model):
         raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
     unmerged = param_tree.merge(*param_tree.split(model))  # shares all arrays; merging replaces those that change
     model = plain(model)

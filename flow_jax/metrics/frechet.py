@@ -7,8 +7,8 @@ from jaxtyping import Float, Int, UInt8
 
 from flow_jax.callables import call_now
 from flow_jax.metrics.moments import Moments, frechet
-from train_jax.config.base import imported
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import imported
 
 PIXELS = "pixels"
 SIDE = 32  # of pixels as features, to which larger images are averaged down: their covariance has 75 MB

@@ -4,8 +4,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flow_jax import paths
-from train_jax.config.base import imported
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import imported
 
 PATHS = {
     "cond_ot": lambda config: paths.CondOT(config.sigma_min),

@@ -102,7 +102,7 @@ class Attention(nnx.Module):
     def is_plain(self) -> bool:
         """Whether all is done by kernels and biases alone: nothing quantised, no adapter."""
         return all(
-            isinstance(projection.kernel, nnx.Variable) and projection.lora_a is None
+            type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         )
 

@@ -1,9 +1,6 @@
 """The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: see models.
 
 Gemma 2 (Riviere et al. 2024) adds norms after each branch, soft caps, and a window in every other layer.
-
-What `adapt/` may put in has a place of its own, empty in a base model: `prefix_k` and `prefix_v` in an attention,
-`attention_adapter` and `mlp_adapter` in a block, `soft_prompt` and `last_layers` in the decoder.
 """
 
 import dataclasses
@@ -72,7 +69,6 @@ class GemmaAttention(nnx.Module):
         self.k_proj = Projection("decoder/k_proj", (config.width,), keys, **options)
         self.v_proj = Projection("decoder/v_proj", (config.width,), keys, **options)
         self.o_proj = Projection("decoder/o_proj", queries, (config.width,), **options)
-        self.prefix_k = self.prefix_v = nnx.data(None)  # [M, K, H]: keys without a position that every query reads
 
     def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
         """Returns the attended values [B, T, D] in float32 and the cache, written at (layer, slot) = `slot`."""
@@ -89,18 +85,18 @@ class GemmaAttention(nnx.Module):
                 for name, new in (("k", k), ("v", v))
             }
             k, v = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False).astype(q.dtype) for name in "kv")
-        if self.prefix_k is not None:
-            k, v = (_before(prefix[...], rows) for prefix, rows in ((self.prefix_k, k), (self.prefix_v, v)))
-            mask = jnp.pad(mask, ((0, 0), (0, 0), (self.prefix_k.shape[0], 0)), constant_values=True)
-        scale = config.query_scale or config.head_dim**-0.5
-        out = attention(q, k, v, mask, scale=scale, cap=config.attn_softcap)
-        return self.o_proj(out, dropout_keys, jnp.float32), cache
+        return self.o_proj(self.attend(q, k, v, mask), dropout_keys, jnp.float32), cache
 
-
-def _before(prefix: Float[Array, "M K H"], rows: Float[Array, "B S K H"]) -> Float[Array, "B MS K H"]:
-    """The same M entries in front of every row's."""
-    repeated = jnp.broadcast_to(prefix.astype(rows.dtype)[None], (rows.shape[0], *prefix.shape))
-    return jnp.concatenate([repeated, rows], axis=1)
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        mask: Bool[Array, "B T S"] | None,
+    ) -> Float[Array, "B T N H"]:
+        """What each query reads, before the output projection."""
+        scale = self.config.query_scale or self.config.head_dim**-0.5
+        return attention(q, k, v, mask, scale=scale, cap=self.config.attn_softcap)
 
 
 class GemmaMlp(nnx.Module):
@@ -130,20 +126,20 @@ class GemmaBlock(nnx.Module):
         self.mlp = GemmaMlp(config, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
         self.post_ffw_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
-        self.attention_adapter = self.mlp_adapter = nnx.data(None)  # called on what a branch adds to the residual
 
     def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
         branch, cache = self.self_attn(self.pre_attention_norm(x), positions, mask, cache, slot, dropout_keys)
-        x = x + _through(branch, self.post_attention_norm, self.attention_adapter)
+        x = x + self.attention_residual(branch)
         branch = self.mlp(self.pre_ffw_norm(x), dropout_keys)
-        return x + _through(branch, self.post_ffw_norm, self.mlp_adapter), cache
+        return x + self.mlp_residual(branch), cache
 
+    def attention_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the attention adds to the residual stream."""
+        return branch if self.post_attention_norm is None else self.post_attention_norm(branch)
 
-def _through(branch: Float[Array, "B T D"], *modules: nnx.Module | None) -> Float[Array, "B T D"]:
-    """The branch after those modules that are there."""
-    for module in modules:
-        branch = branch if module is None else module(branch)
-    return branch
+    def mlp_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the feed-forward network adds to the residual stream."""
+        return branch if self.post_ffw_norm is None else self.post_ffw_norm(branch)
 
 
 class Gemma(nnx.Module):
@@ -154,13 +150,15 @@ class Gemma(nnx.Module):
         self.embed_tokens = Embedder(config, rngs=rngs)
         self.layers = make_stack(lambda rngs: GemmaBlock(config, rngs=rngs), config.depth, rngs)
         self.norm = RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
-        self.soft_prompt = nnx.data(None)  # [M, D]: inputs between image and text, see PaliGemma.context
-        self.last_layers = nnx.data(None)  # a second stack, that follows on `layers`
 
     @property
     def stacks(self) -> list[nnx.Module]:
         """The stacks of blocks, first to last."""
-        return [self.layers] if self.last_layers is None else [self.layers, self.last_layers]
+        return [self.layers]
+
+    def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
+        """All inputs before the text: the image's features."""
+        return features
 
     def __call__(
         self,

@@ -154,12 +154,8 @@ class PaliGemma(nnx.Module):
         return features, {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
-        """All that stands before the text: the image, and after it a learned prompt where there is one."""
-        prompt = self.decoder.soft_prompt
-        if prompt is None:
-            return features
-        repeated = jnp.broadcast_to(prompt[...].astype(jnp.float32)[None], (len(features), *prompt.shape))
-        return jnp.concatenate([features.astype(jnp.float32), repeated], axis=1)
+        """All inputs before the text, see Gemma.context."""
+        return self.decoder.context(features)
 
     def hidden(
         self,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.adapt.quantization import quantize as quantization
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel
 from paligemma_jax.files import hub
@@ -19,6 +18,7 @@ from paligemma_jax.models import variants
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.projection import projections
 from paligemma_jax.models.stack import REMAT_POLICIES
 from paligemma_jax.models.vit import ViT, resample_positions
 from paligemma_jax.weights.big_vision import paligemma as big_vision

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.projection import projections
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.reader import load
 from train_jax.core import param_tree

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.loading import is_run
+from paligemma_jax.models.projection import projections
 from tests.paligemma_jax.mini import config_of, task_of
 from train_jax import loop
 from train_jax.checkpoints.manager import Checkpoints

@@ -6,7 +6,6 @@ applies `--config.key=value`, `resume_check.py` compares two configs of one run.
 """
 
 import ast
-import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import imported
 from train_jax.core.patterns import did_you_mean
 
 UNITS = ("steps", "epochs", "examples", "percent")
@@ -144,26 +144,6 @@ def steps(
 def task_class(path: str | None) -> type:
     """Imports the class that `config.task` names. Raises UserError as `imported`."""
     return imported("config.task", path, "package.module:Class")
-
-
-def imported(key: str, path: str | None, form: str = "package.module:function") -> Any:
-    """Imports what a config key names by its import path.
-
-    Raises:
-      UserError: not of that form, no such module, or no such name in it.
-    """
-    module_name, _, name = (path or "").partition(":")
-    if not module_name or not name:
-        raise UserError(f"{key}={path!r}, expected {form!r}: set it to an import path")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, something that it imports does not
-        raise UserError(f"{key}={path!r}: there is no module {error.name!r}: correct the import path") from error
-    if not hasattr(module, name):
-        raise UserError(f"{key}={path!r}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
-    return getattr(module, name)
 
 
 def base_config(task: str | None) -> ConfigDict:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): a trainable low-rank update beside each frozen kernel, y = x W + (alpha / r) (x A) B.
 
-The update lives inside the projection layer (models/projection.py), so base parameter names survive: a base checkpoint
-loads unchanged, and `attach_lora` and `detach_lora` are inverses. Ranks and scales may differ from layer to layer
+A target becomes a LoraProjection (layer.py) where it stands, so base parameter names survive: a base checkpoint loads
+unchanged, and `attach_lora` and `detach_lora` are inverses. Ranks and scales may differ from layer to layer
 (spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude to every output channel. Axes: see models.
 """
 
@@ -14,27 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from paligemma_jax.adapt import attachment
 from paligemma_jax.adapt.lora import low_rank
+from paligemma_jax.adapt.lora.layer import LoraProjection
 from paligemma_jax.adapt.lora.spec import LoraSpec, make_specs
 from paligemma_jax.adapt.quantization.quantized_kernel import Frozen, QuantizedKernel
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.projection import Projection, depth, projections
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 
 TRAINABLE = r".*/lora_(a|b|magnitude)"
 """Pattern of the parameters that LoRA trains."""
-
-
-def projections(model: nnx.Module) -> dict[str, Projection]:
-    """Every projection of a model by module path, such as "decoder/layers/self_attn/q_proj"."""
-    found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if type(module) is Projection}
-    return dict(sorted(found.items()))
-
-
-def depth(module: Projection) -> int | None:
-    """Number of layers of a stacked projection, None of one that is not stacked."""
-    stacked = len(module.kernel.shape) > len(module.in_shape) + len(module.out_shape)
-    return module.kernel.shape[0] if stacked else None
 
 
 def attach_lora(
@@ -115,14 +105,19 @@ def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
         norms = jnp.stack([norms_of(kernel) for kernel in module.kernel.dequantized_layers()])
     else:
         norms = norms_of(module.kernel[...])
-    adapted = jnp.array(spec.ranks) > 0
-    return jnp.where(jax.lax.expand_dims(adapted, range(1, norms.ndim)), norms, 0.0)
+    has_adapter = jnp.array(spec.ranks) > 0
+    return jnp.where(jax.lax.expand_dims(has_adapter, range(1, norms.ndim)), norms, 0.0)
+
+
+def lora_projections(model: nnx.Module) -> dict[str, LoraProjection]:
+    """The projections that have an adapter, by module path."""
+    return {path: module for path, module in projections(model).items() if isinstance(module, LoraProjection)}
 
 
 def check_free(modules: Mapping[str, Projection], paths: Iterable[str]) -> None:
     """Raises UserError if one of these projections has an adapter."""
     for path in paths:
-        if modules[path].lora_a is not None:
+        if isinstance(modules[path], LoraProjection):
             raise UserError(f"{path} has a LoRA adapter already: merge or detach it before attaching another.")
 
 
@@ -138,22 +133,24 @@ def install(
       magnitude: DoRA's [*out_shape], stacked likewise, or None.
       dropout: on the adapter's input.
     """
-    module.lora_spec, module.lora_dropout = spec, dropout
-    module.lora_a, module.lora_b = nnx.Param(a), nnx.Param(b)
-    if magnitude is not None:
-        module.lora_magnitude = nnx.Param(magnitude)
-    if len(set(spec.scales)) == 1:
-        module.lora_scale = spec.scales[0]
-    else:
-        module.lora_layer_scale = Frozen(jnp.array(spec.scales, jnp.float32))
+    scales = set(spec.scales)
+    attachment.attach(
+        module,
+        LoraProjection,
+        lora_a=nnx.Param(a),
+        lora_b=nnx.Param(b),
+        lora_magnitude=nnx.data(None) if magnitude is None else nnx.Param(magnitude),
+        lora_layer_scale=nnx.data(None) if len(scales) == 1 else Frozen(jnp.array(spec.scales, jnp.float32)),
+        lora_scale=spec.scales[0] if len(scales) == 1 else 1.0,
+        lora_dropout=dropout,
+        lora_spec=spec,
+    )
 
 
 def detach_lora(model: nnx.Module) -> nnx.Module:
     """Removes all adapters in place and returns the base model."""
-    for module in projections(model).values():
-        for name in ("lora_a", "lora_b", "lora_magnitude", "lora_layer_scale"):
-            setattr(module, name, nnx.data(None))
-        module.lora_scale, module.lora_dropout, module.lora_spec = 1.0, 0.0, None
+    for module in lora_projections(model).values():
+        attachment.detach(module, LoraProjection)
     return model
 
 
@@ -169,10 +166,10 @@ def merge_lora(model: nnx.Module, *, requantize: bool = False) -> nnx.Module:
     Raises:
       UserError: the model has no adapters.
     """
-    adapted = {path: module for path, module in projections(model).items() if module.lora_a is not None}
-    if not adapted:
+    modules = lora_projections(model)
+    if not modules:
         raise UserError("the model has no LoRA adapters to merge: load one or attach one first.")
-    for module in adapted.values():
+    for module in modules.values():
         kernel = module.kernel
         if isinstance(kernel, QuantizedKernel):
             merged = module.merged_kernel()
@@ -217,12 +214,11 @@ class LoraRow:
 def lora_table(model: nnx.Module) -> list[LoraRow]:
     """What the pattern matched, module by module; zeros that pad lower ranks are not counted."""
     rows = []
-    for path, module in projections(model).items():
-        if module.lora_a is not None:
-            d_in, d_out = math.prod(module.in_shape), math.prod(module.out_shape)
-            adapted = [rank for rank in module.lora_spec.ranks if rank]
-            lora = sum(adapted) * (d_in + d_out) + (module.lora_magnitude is not None) * len(adapted) * d_out
-            rows.append(LoraRow(path, len(adapted), d_in, d_out, module.kernel.size, lora))
+    for path, module in lora_projections(model).items():
+        d_in, d_out = math.prod(module.in_shape), math.prod(module.out_shape)
+        ranks = [rank for rank in module.lora_spec.ranks if rank]
+        lora = sum(ranks) * (d_in + d_out) + (module.lora_magnitude is not None) * len(ranks) * d_out
+        rows.append(LoraRow(path, len(ranks), d_in, d_out, module.kernel.size, lora))
     return rows
 
 

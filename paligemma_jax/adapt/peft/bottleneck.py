@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from paligemma_jax.adapt import attachment
+from paligemma_jax.models.gemma import GemmaBlock
 from paligemma_jax.models.numerics import broadcast, cast
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.projection import contract
@@ -39,6 +41,23 @@ class Bottleneck(nnx.Module):
         return y + broadcast(bias[...], y)
 
 
+class BottleneckBlock(GemmaBlock):
+    """A decoder layer each of whose branches goes through a Bottleneck before it is added."""
+
+    ADDS = ("attention_adapter", "mlp_adapter")
+
+    attention_adapter: Bottleneck
+    mlp_adapter: Bottleneck
+
+    def attention_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """As in GemmaBlock."""
+        return self.attention_adapter(super().attention_residual(branch))
+
+    def mlp_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """As in GemmaBlock."""
+        return self.mlp_adapter(super().mlp_residual(branch))
+
+
 def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
     """Adds adapters that change nothing yet to every block of the decoder, in place.
 
@@ -53,15 +72,17 @@ def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> 
     blocks, config = model.decoder.layers, model.config.decoder
     if width < 1:
         raise UserError(f"the bottleneck's width is {width}, expected 1 or more: raise it.")
-    if blocks.attention_adapter is not None:
+    if isinstance(blocks, BottleneckBlock):
         raise UserError("the model has bottleneck adapters already: detach them before attaching others.")
-    for name in ("attention_adapter", "mlp_adapter"):
-        stack = make_stack(lambda rngs: Bottleneck(config.width, width, config.dtype, rngs=rngs), config.depth, rngs)
-        setattr(blocks, name, stack)
+    stacks = {
+        name: make_stack(lambda rngs: Bottleneck(config.width, width, config.dtype, rngs=rngs), config.depth, rngs)
+        for name in BottleneckBlock.ADDS
+    }
+    attachment.attach(blocks, BottleneckBlock, **stacks)
     return model
 
 
 def detach_bottlenecks(model: PaliGemma) -> PaliGemma:
     """Removes the adapters, in place."""
-    model.decoder.layers.attention_adapter = model.decoder.layers.mlp_adapter = nnx.data(None)
+    attachment.detach(model.decoder.layers, BottleneckBlock)
     return model

@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.models.dropout import fold_in_name
-from paligemma_jax.models.projection import Projection, contract
+from paligemma_jax.models.projection import Projection, contract, projections
 from train_jax.core import patterns
 from train_jax.core.errors import UserError
 

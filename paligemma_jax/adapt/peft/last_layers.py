@@ -8,13 +8,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.adapt import attachment
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel
+from paligemma_jax.models.gemma import Gemma, GemmaBlock
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.projection import projections
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
 TRAINABLE = r"decoder/last_layers/.*"
+
+
+class SplitGemma(Gemma):
+    """A decoder whose last layers are a stack of their own, `last_layers`, that follows on `layers`."""
+
+    ADDS = ("last_layers",)
+
+    last_layers: GemmaBlock
+
+    @property
+    def stacks(self) -> list[nnx.Module]:
+        """The stacks of blocks, first to last."""
+        return [*super().stacks, self.last_layers]
 
 
 def split_last_layers(model: PaliGemma, k: int = 1) -> PaliGemma:
@@ -25,7 +40,7 @@ def split_last_layers(model: PaliGemma, k: int = 1) -> PaliGemma:
     """
     decoder = model.decoder
     depth = decoder.config.depth
-    if decoder.last_layers is not None:
+    if isinstance(decoder, SplitGemma):
         raise UserError("the decoder's last layers are apart already: join them before splitting anew.")
     if not 1 <= k < depth:
         raise UserError(
@@ -38,7 +53,8 @@ def split_last_layers(model: PaliGemma, k: int = 1) -> PaliGemma:
         )
     whole = decoder.layers
     decoder.layers = _part(whole, lambda leaf: leaf[: depth - k])
-    decoder.last_layers = _part(whole, lambda leaf: leaf[depth - k :].astype(jnp.float32))
+    last = _part(whole, lambda leaf: leaf[depth - k :].astype(jnp.float32))
+    attachment.attach(decoder, SplitGemma, last_layers=last)
     return model
 
 
@@ -49,14 +65,15 @@ def join_last_layers(model: PaliGemma) -> PaliGemma:
       UserError: the last layers are not apart.
     """
     decoder = model.decoder
-    if decoder.last_layers is None:
+    if not isinstance(decoder, SplitGemma):
         raise UserError("the decoder's last layers are not apart, expected a model with last layers that were trained.")
     last = param_tree.flatten(decoder.last_layers)
     graph, first = param_tree.split(decoder.layers)
     joined: dict[str, Array] = {
         path: jnp.concatenate([leaf, last[path].astype(leaf.dtype)]) for path, leaf in first.items()
     }
-    decoder.layers, decoder.last_layers = param_tree.merge(graph, joined), nnx.data(None)
+    decoder.layers = param_tree.merge(graph, joined)
+    attachment.detach(decoder, SplitGemma)
     return model
 
 

@@ -95,16 +95,16 @@ def merge(model: PaliGemma) -> PaliGemma:
     """
     decoder = model.decoder
     held = {
-        "a prefix": decoder.layers.self_attn.prefix_k,
-        "a soft prompt": decoder.soft_prompt,
-        "bottleneck adapters": decoder.layers.attention_adapter,
+        "a prefix": isinstance(decoder.layers.self_attn, prefixes.PrefixAttention),
+        "a soft prompt": isinstance(decoder, prefixes.PromptedGemma),
+        "bottleneck adapters": isinstance(decoder.layers, bottleneck.BottleneckBlock),
     }
-    found = [what for what, part in held.items() if part is not None]
+    found = [what for what, present in held.items() if present]
     if found:
         raise UserError(
             f"the model has {found[0]}, which no plain model can hold, expected LoRA, diff pruning or trained layers: "
             "keep it as a run of ours, or export its adapter alone."
         )
-    if decoder.last_layers is not None:
+    if isinstance(decoder, last_layers.SplitGemma):
         last_layers.join_last_layers(model)
     return diff_pruning.merge_diff(model) if diff_pruning.kernels(model) else model

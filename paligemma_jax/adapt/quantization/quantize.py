@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Num
 
-from paligemma_jax.adapt.lora.adapter import projections
 from paligemma_jax.adapt.quantization.quantized_kernel import Codec, QuantizedKernel, encode, make_codec
+from paligemma_jax.models.projection import projections
 from train_jax.core import patterns
 from train_jax.core.errors import UserError
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from paligemma_jax.adapt.lora.adapter import check_free, depth, install, projections
+from paligemma_jax.adapt.lora.adapter import check_free, install, lora_projections
+from paligemma_jax.adapt.lora.layer import LoraProjection
 from paligemma_jax.adapt.lora.spec import LoraSpec
 from paligemma_jax.files import hub
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.projection import Projection, depth, projections
 from paligemma_jax.weights.adapters import peft_config
 from paligemma_jax.weights.adapters.peft_config import PeftConfig, read_config
 from paligemma_jax.weights.adapters.peft_describe import Origin, describe
@@ -201,7 +202,7 @@ def save_peft(
     """
     if release is not None and release not in RELEASES:
         raise UserError(f"release is {release!r}, expected one of {', '.join(RELEASES)}: choose one of these.")
-    modules = {path: module for path, module in projections(model).items() if module.lora_a is not None}
+    modules = lora_projections(model)
     if not modules:
         raise UserError("the model has no LoRA adapters to save: load one or attach one first.")
     config, release = describe(modules, slots(model), base, release)
@@ -219,7 +220,7 @@ def save_peft(
     (folder / peft_config.FILE).write_text(config.text)
 
 
-def _written(slot: Slot, module: Projection, rank: int, release: str) -> dict[str, np.ndarray]:
+def _written(slot: Slot, module: LoraProjection, rank: int, release: str) -> dict[str, np.ndarray]:
     """One module's arrays under peft's keys."""
     arrays = {}
     for leaf, row in slot.rows(module.lora_magnitude is not None).items():

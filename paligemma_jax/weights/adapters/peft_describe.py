@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.adapt.lora.layer import LoraProjection
 from paligemma_jax.weights.adapters.peft_config import PeftConfig
 from paligemma_jax.weights.adapters.peft_names import RELEASES, Slot, in_memory
 from train_jax.core.errors import UserError
@@ -23,7 +23,7 @@ class Origin:
 
 
 def describe(
-    modules: Mapping[str, Projection], slots: list[Slot], base: str | Path | None, release: str | None
+    modules: Mapping[str, LoraProjection], slots: list[Slot], base: str | Path | None, release: str | None
 ) -> tuple[PeftConfig, str]:
     """The config, and the release of transformers whose names of modules it speaks of.
 

@@ -8,8 +8,8 @@ the names of checkpoints on disk (weights/hugging_face/paligemma_names.py), whic
 import dataclasses
 import re
 
-from paligemma_jax.adapt.lora.adapter import depth, projections
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.projection import depth, projections
 from paligemma_jax.weights.hugging_face.folder import canonical
 from paligemma_jax.weights.hugging_face.paligemma_names import TOWER, rows
 from paligemma_jax.weights.name_table import Row

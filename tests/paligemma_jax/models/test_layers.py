@@ -171,15 +171,6 @@ def test_projection_contracts_its_input_axes(in_shape, out_shape, equation):
     np.testing.assert_allclose(module(x), expected, rtol=0, atol=1e-5)
 
 
-def test_projection_adds_its_scaled_low_rank_update():
-    module = Projection("x", (2, 3), (4,), rngs=nnx.Rngs(0))
-    module.lora_a, module.lora_b = nnx.Param(normal(1, 2, 3, 5)), nnx.Param(normal(2, 5, 4))
-    module.lora_scale = 0.5
-    x, kernel = normal(3, 2, 1, 2, 3), module.kernel[...]
-    kernel = kernel + 0.5 * jnp.einsum("nhr,ro->nho", module.lora_a[...], module.lora_b[...])
-    np.testing.assert_allclose(module(x), jnp.einsum("btnh,nho->bto", x, kernel), rtol=0, atol=1e-5)
-
-
 def test_projection_initialises_to_unit_gain():
     module = Projection("x", (8, 64), (256,), rngs=nnx.Rngs(0))
     kernel = module.kernel[...]

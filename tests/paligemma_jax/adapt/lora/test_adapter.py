@@ -21,10 +21,10 @@ from paligemma_jax.adapt.lora.adapter import (
     format_lora_table,
     lora_table,
     merge_lora,
-    projections,
 )
 from paligemma_jax.losses import token_cross_entropy
 from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.projection import projections
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.optim.optimizers import Schedule, make_optimizer

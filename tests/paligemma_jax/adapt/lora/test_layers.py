@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, lora_table, merge_lora, projections
+from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, install, lora_table, merge_lora
+from paligemma_jax.adapt.lora.spec import LoraSpec
 from paligemma_jax.adapt.quantization.quantize import quantize
 from paligemma_jax.models.dropout import example_dropout, fold_in_name
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.projection import Projection, projections
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
@@ -152,14 +153,23 @@ def test_options_that_fit_nothing(small_model, options, sentence):
         attach(small_model, **options)
 
 
+def test_a_projection_adds_its_scaled_low_rank_update():
+    rng = np.random.default_rng(0)
+    module = Projection("x", (2, 3), (4,), rngs=nnx.Rngs(0))
+    a, b, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 5), (5, 4), (2, 1, 2, 3)))
+    install(module, LoraSpec((5,), (2.5,)), a, b, None, 0.0)
+    kernel = module.kernel[...] + 0.5 * jnp.einsum("nhr,ro->nho", a, b)
+    np.testing.assert_allclose(module(x), jnp.einsum("btnh,nho->bto", x, kernel), rtol=0, atol=1e-5)
+
+
 # DoRA.
 
 
 def module_of(kernel, a, b, magnitude, bias, scale=0.7, dropout=0.0):
     module = Projection("q", (3, 4), (5, 2), use_bias=True, rngs=nnx.Rngs(0))
     module.kernel, module.bias = nnx.Param(kernel), nnx.Param(bias)
-    module.lora_a, module.lora_b, module.lora_magnitude = nnx.Param(a), nnx.Param(b), nnx.Param(magnitude)
-    module.lora_scale, module.lora_dropout = scale, dropout
+    spec = LoraSpec((a.shape[-1],), (scale * a.shape[-1],))
+    install(module, spec, a, b, magnitude, dropout)
     return module
 
 

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, largest_logit_gap, merge_lora, projections
+from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, largest_logit_gap, lora_projections, merge_lora
 from paligemma_jax.adapt.quantization import quantize as quantization
 from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.projection import projections
 from paligemma_jax.tasks.common import SHARDING_RULES
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -27,10 +28,9 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 def with_lora(model, targets=r"decoder/.*/(q_proj|down_proj)"):
     """Adapters that are not zero."""
     attach_lora(model, targets, rank=2, alpha=4, rngs=nnx.Rngs(0))
-    for module in projections(model).values():
-        if module.lora_b is not None:
-            draw = np.random.default_rng(module.lora_b.size).standard_normal(module.lora_b.shape)
-            module.lora_b[...] = jnp.asarray(0.1 * draw, jnp.float32)
+    for module in lora_projections(model).values():
+        draw = np.random.default_rng(module.lora_b.size).standard_normal(module.lora_b.shape)
+        module.lora_b[...] = jnp.asarray(0.1 * draw, jnp.float32)
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.adapt.lora.adapter import lora_projections
 from paligemma_jax.tasks.vqa import report as vqa_report
 from paligemma_jax.weights import load_peft, save_peft
 from paligemma_jax.weights.fingerprint import FILE, check_digest
@@ -48,7 +48,7 @@ def assert_same(found, expected):
 
 def test_every_key_reaches_the_adapters(mini_options):
     model = task_of(mini_options | MANY).init()
-    found = {path: module for path, module in projections(model).items() if module.lora_a is not None}
+    found = lora_projections(model)
     assert list(found) == ["decoder/layers/mlp/down_proj", "decoder/layers/self_attn/q_proj"]  # no layer 1 elsewhere
     down, q = found.values()
     assert down.lora_spec.ranks == (0, 2) and q.lora_spec.ranks == (0, 5)

@@ -8,8 +8,8 @@ import pytest
 
 from paligemma_jax import convert, loading
 from paligemma_jax.adapt.lora.adapter import largest_logit_gap
+from paligemma_jax.adapt.lora.merge_quantized import merge_quantized, probe_inputs
 from paligemma_jax.adapt.quantization import quantize
-from paligemma_jax.adapt.quantization.merge import merge_quantized, probe_inputs
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS
 from paligemma_jax.inference.answer import predict
 from paligemma_jax.tasks.vqa import report as vqa_report

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_jax.adapt.lora.adapter import projections
+from paligemma_jax.models.projection import projections
 from tests.paligemma_jax.training import SMOOTH, Training, largest_change, long_answers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

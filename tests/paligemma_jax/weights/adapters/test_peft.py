@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, detach_lora, merge_lora, projections
+from paligemma_jax.adapt.lora.adapter import TRAINABLE, attach_lora, detach_lora, lora_projections, merge_lora
+from paligemma_jax.models.projection import projections
 from paligemma_jax.weights import load_peft, save_peft
 from paligemma_jax.weights.adapters.peft_config import read_config
 from train_jax.core import param_tree
@@ -89,9 +90,7 @@ def test_theirs_to_ours_to_theirs(golden, hugging_face_model, tmp_path, name):
 def drawn(model, seed=0):
     """B and magnitudes drawn where they are used, so that the adapters do something."""
     rng, arrays = np.random.default_rng(seed), {}
-    for path, module in projections(model).items():
-        if module.lora_a is None:
-            continue
+    for path, module in lora_projections(model).items():
         b = 0.1 * rng.standard_normal(module.lora_b.shape, np.float32)
         for layer, rank in enumerate(module.lora_spec.ranks):
             (b if len(module.lora_spec.ranks) == 1 and b.ndim == 1 + len(module.out_shape) else b[layer])[rank:] = 0
@@ -283,9 +282,7 @@ def test_a_regular_expression_speaks_of_the_names_of_its_release(hugging_face_mo
     arrays = q_pairs({0: 2, 1: 2, 2: 2}, "language_model.model.layers.{}.self_attn.q_proj")
     targets = r"language_model\.model\.layers\.\d+\.self_attn\.q_proj"
     model = load_peft(nnx.clone(hugging_face_model), write_folder(tmp_path, arrays, target_modules=targets))
-    assert [path for path, m in projections(model).items() if m.lora_a is not None] == [
-        "decoder/layers/self_attn/q_proj"
-    ]
+    assert list(lora_projections(model)) == ["decoder/layers/self_attn/q_proj"]
 
 
 def test_arrays_keep_their_dtype_unless_another_is_asked_for(hugging_face_model, tmp_path):
