@@ -65,14 +65,14 @@ class Ours:
         self.config = make_config(batch_size, coupling, threads)
         self.mesh = sharding.make_mesh(self.config.mesh)
         task = PlaneFlow(self.config, self.mesh)
-        self.source, self.bundle = task.train_source(), placement.build(task, self.mesh)
+        self.source, self.placed = task.train_source(), placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(self.config.optimizer, POINTS, 0)
-        optimizer = optimizers.make_optimizer(self.config.optimizer, schedule, self.bundle.trainable)
-        self.state = placement.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=False)
+        optimizer = optimizers.make_optimizer(self.config.optimizer, schedule, self.placed.trainable)
+        self.state = placement.create_state(self.placed, optimizer, self.mesh, ema=False, float16=False)
         self.place, self.done = sharding.batch_sharding(self.mesh).spec, 0
         batch = sharding.to_global(self.pipeline(1).batch_at(0), self.mesh, self.place)
         traced, totals = train_step.trace(
-            self.config, task, self.mesh, self.bundle, optimizer, schedule, self.state, batch
+            self.config, task, self.mesh, self.placed, optimizer, schedule, self.state, batch
         )
         self.step = traced.lower().compile()
         self.totals = jax.device_put(metrics.zeros_like(totals), sharding.replicated(self.mesh))
@@ -85,14 +85,14 @@ class Ours:
         batches = self.pipeline(self.done + steps).iterate(self.done)
         for _ in range(steps):
             batch = sharding.to_global(next(batches), self.mesh, self.place)
-            self.state, self.totals = self.step(self.state, self.totals, self.bundle.frozen, batch)
+            self.state, self.totals = self.step(self.state, self.totals, self.placed.frozen, batch)
         jax.block_until_ready(self.state)
         batches.close()
         self.done += steps
 
     def model(self) -> nnx.Module:
         """The model as it is now; later steps take its arrays over."""
-        return self.bundle.model({path: leaf.copy() for path, leaf in self.state.params.items()})
+        return self.placed.model({path: leaf.copy() for path, leaf in self.state.params.items()})
 
 
 def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:

@@ -50,7 +50,7 @@ each, and tells what that does to the other families of questions and to caption
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, parse_arg
+from train_jax.config import base_config, parse_arg
 from train_jax.core.errors import UserError
 
 SWEEPS = ("ranks", "family", "forgetting")

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.few_shot.protocols import SHOTS
 from paligemma_jax.images import augment
-from train_jax.config.base import base_config, leaves, parse_arg
+from train_jax.config import base_config, leaves, parse_arg
 from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean
 

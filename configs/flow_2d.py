@@ -10,7 +10,7 @@ workdir.
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config
+from train_jax.config import base_config
 from train_jax.core.errors import UserError
 
 DATA = ("checkerboard", "8gaussians", "moons", "spirals")

@@ -17,7 +17,7 @@ draws what it is told, into a PNG.
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, parse_arg
+from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -10,7 +10,7 @@ take seconds.
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, parse_arg
+from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -19,7 +19,7 @@ batch of 256 on one device, 2.6 GiB of them parameters, average and moments.
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, parse_arg
+from train_jax.config import base_config, parse_arg
 from train_jax.core.errors import UserError
 
 TFDS = "~/tensorflow_datasets/"

@@ -11,7 +11,7 @@ course of training. `:sigma_min` varies what is left around a data point at the 
 from ml_collections import ConfigDict
 
 from configs import flow_2d
-from train_jax.config.base import parse_arg
+from train_jax.config import parse_arg
 
 METHODS = {
     "cond_ot": {"path.name": "cond_ot", "coupling.name": "independent"},

@@ -11,7 +11,7 @@ thing add --config.model.path=paligemma-3b-pt-224 and lower the rate to 2e-5 or 
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config
+from train_jax.config import base_config
 
 
 def get_config() -> ConfigDict:

@@ -18,7 +18,7 @@ released SigLIP. `--config.data.name=tfds` reads what TFDS has prepared (docs/co
 
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, parse_arg
+from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

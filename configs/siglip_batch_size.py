@@ -28,7 +28,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import siglip
-from train_jax.config.base import parse_arg
+from train_jax.config import parse_arg
 from train_jax.core.errors import UserError
 
 SIZES = (64, 512, 1024, 2048, 4096)  # from 32 to 512 neither loss moved by more than three points

@@ -102,7 +102,7 @@ KEPT = optax.GradientTransformation(
 )
 
 
-def stirred(bundle: placement.Bundle) -> placement.Bundle:
+def stirred(bundle: placement.PlacedModel) -> placement.PlacedModel:
     """Parameters that hide nothing of what is drawn, as those that start at zero would."""
     rng = np.random.default_rng(0)
     noise = {path: 0.1 * rng.standard_normal(bundle.trainable[path].shape) for path in sorted(bundle.trainable)}

@@ -8,8 +8,8 @@ from train_jax.checkpoints import metadata
 from train_jax.config.resume_check import check_data
 from train_jax.core import files
 from train_jax.core.errors import UserError
+from train_jax.data.pipeline import training_batches
 from train_jax.parallel import sharding
-from train_jax.run_state import training_batches
 from train_jax.task import Task, make_task
 
 DATA = "data"  # of eval.json: the fingerprint of what a run was measured on
@@ -24,7 +24,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     task = make_task(config, sharding.make_mesh(config.mesh))
     latest = metadata.read_latest(workdir / "checkpoints")
     if latest is not None:  # something trained
-        source = getattr(task, "train_records", task.train_source)()
+        source = task.train_records()
         check_data(latest[1]["fingerprint"], training_batches(config, source, num_steps=1).fingerprint, workdir)
     noted, found = files.read_json(workdir / "eval.json").get(DATA), of_results(task).get(DATA)
     if noted is not None and noted != found:
@@ -36,5 +36,5 @@ def check(config: ConfigDict, workdir: Path) -> None:
 
 def of_results(task: Task) -> dict[str, str]:
     """What eval.json notes of the data that a task reports on, where it tells."""
-    found = getattr(task, "reported_data", lambda: None)()
+    found = task.reported_data()
     return {} if found is None else {DATA: found}

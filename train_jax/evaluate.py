@@ -13,20 +13,16 @@ from ml_collections import ConfigDict
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.complete import of_results
 from train_jax.config.base import stored_config
-from train_jax.config.resume_check import check_single, difference
+from train_jax.config.resume_check import difference, refuse_sweep
 from train_jax.config.validate import validate
 from train_jax.core import files, row_sharding
 from train_jax.core.errors import UserError, quoted
 from train_jax.parallel import sharding
 from train_jax.step import placement
 from train_jax.system.memory import reported_peak
-from train_jax.task import Task, check_workdir, make_task
+from train_jax.task import Task, make_task
 
-OF_TRAINING = (
-    "finished",
-    "trainable_parameters",
-    "step_temp_bytes",
-)  # of a run's eval.json: another evaluation of it keeps these
+OF_TRAINING = ("finished", "trainable_parameters", "step_temp_bytes")  # of eval.json, kept by a later evaluation
 
 
 def evaluate(
@@ -51,20 +47,19 @@ def evaluate(
     began = time.perf_counter() if began is None else began
     validate(config, training=False)
     workdir = Path(workdir)
-    check_single(config, workdir)
+    refuse_sweep(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     task, model, step = _trained(config, workdir, checkpoint, mesh)
-    if split == getattr(task, "default_split", None):
+    if split == task.default_split:
         split = None
-    if split is not None and getattr(task, "single_split", False):
+    if split is not None and not task.has_splits:
         raise UserError(f"split is {split!r}, but what this run is measured on has no splits: leave --split out.")
     files.make_folder(workdir)
     before = files.read_json(workdir / "eval.json")
-    companions = {name: files.read_json(workdir / name / "eval.json") for name in _companions(task)}
-    companions = {name: found for name, found in companions.items() if found}
-    options = {"companions": companions} if companions and split is None else {}
+    controls = {name: files.read_json(workdir / name / "eval.json") for name in task.control_runs()}
+    controls = {name: results for name, results in controls.items() if results and split is None}
     with row_sharding.over(mesh):
-        results = {"step": step} | task.evaluate(model, workdir, split, **options)
+        results = {"step": step} | task.evaluate(model, workdir, split, controls)
     results |= of_results(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if before.get("finished") and split is None:
@@ -74,22 +69,17 @@ def evaluate(
     return results
 
 
-def _companions(task: Task) -> dict[str, ConfigDict]:
-    """The runs that a task wants beside its own, by name."""
-    return getattr(task, "companions", dict)()
-
-
 def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best") -> nnx.Module:
     """The model of a run, for use outside the loop; arguments and errors as of `evaluate`."""
     validate(config, training=False)
-    check_single(config, Path(workdir))
+    refuse_sweep(config, Path(workdir))
     return _trained(config, Path(workdir), checkpoint, sharding.make_mesh(config.mesh))[1]
 
 
 def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mesh) -> tuple[Task, nnx.Module, int]:
     """The task, its model with the parameters of a checkpoint, and the step of that (0: as it was before training)."""
     task = make_task(config, mesh)
-    check_workdir(task, workdir)
+    task.check_workdir(workdir)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
         return task, placement.build(task, mesh).model(), 0
     if (workdir / "config.json").is_file():
@@ -98,15 +88,15 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mes
     try:
         step = resolve(checkpoints, checkpoint)
         item = "ema" if config.ema_decay is not None else "params"
-        bundle = placement.build(task, mesh)  # after all that may be refused without it
-        return task, bundle.model(checkpoints.restore_params(step, bundle.trainable, item)), step
+        placed = placement.build(task, mesh)  # after all that may be refused without it
+        return task, placed.model(checkpoints.restore_params(step, placed.trainable, item)), step
     finally:
         checkpoints.close()
 
 
 def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
     """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
-    pattern = "|".join(getattr(task, "model_keys", ())) or r"(?!)"
+    pattern = "|".join(task.architecture_keys) or r"(?!)"
     changed = [
         f"{key}: {quoted(a)} -> {quoted(b)}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)
     ]

@@ -26,7 +26,7 @@ def fit(config: ConfigDict, workdir: Path, task: Task, mesh: Mesh, began: float)
     files.make_folder(workdir)
     if jax.process_index() == 0:
         files.write_atomically(workdir / "config.json", to_json(config))
-        getattr(task, "start", lambda workdir: None)(workdir)
+        task.start(workdir)
     model = placement.build(task, mesh).model()
     results = {"step": 0, "trainable_parameters": 0} | task.evaluate(model, workdir) | of_results(task)
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began, "finished": True}

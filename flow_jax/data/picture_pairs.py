@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from flow_jax.couplings import pairings
 from flow_jax.data.pictures import ImageData
 from flow_jax.data.row_draws import draw_rows, in_groups
+from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError
 from train_jax.core.row_errors import BadRows
 
@@ -15,7 +16,7 @@ _NOISE, _FLIP, _GREY = 1, 2, 3  # of the random streams of a run
 _BLOCK = 16  # rows of noise drawn at a time
 
 
-class ImagePairs:
+class ImagePairs(DataSource):
     """Rows {"x_0": [I, I, C], "x_1": [I, I, C], "label": [], "weight": []} of images in [-1, 1], with fresh noise.
 
     Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
@@ -55,12 +56,12 @@ class ImagePairs:
         return len(self._data.train)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: rows[0] for name, rows in self.together(np.array([index]), 0).items()}
+        return {name: rows[0] for name, rows in self.get_batch(np.array([index]), 0).items()}
 
-    def together(
+    def get_batch(
         self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
     ) -> dict[str, np.ndarray]:
-        """The examples of a step at some rows of its batch, the first ones if None; see pipeline.Source."""
+        """The examples of a step at some rows of its batch, the first ones if None; see DataSource."""
         rows = np.arange(len(indices)) if rows is None else rows
         images, labels, bad = self._read(indices)
         if self._flip:
@@ -87,7 +88,7 @@ class ImagePairs:
 
         return draw_rows(rows, _BLOCK, draw)
 
-    def count(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
+    def on_rows(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
         """Counts rows that were read, see BadRows."""
         self._tally.count(indices, bad, self._data.train.name)
 

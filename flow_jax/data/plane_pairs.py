@@ -6,12 +6,13 @@ from jaxtyping import Float, Int
 from flow_jax.couplings import pairings
 from flow_jax.data import toys
 from flow_jax.data.row_draws import draw_rows, in_groups
+from train_jax.core.data_source import DataSource
 
 _NOISE = 1  # of the random streams of a run
 _BLOCK = 256  # rows of noise drawn at a time
 
 
-class ToyPairs:
+class ToyPairs(DataSource):
     """Rows {"x_0": [2], "x_1": [2]} of a training set in the plane, and fresh noise in every step.
 
     Noise is a function of the seed, the step and the row of the global batch. Coupled "exact", the rows of a group are
@@ -37,12 +38,12 @@ class ToyPairs:
         return len(self._points)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: rows[0] for name, rows in self.together(np.array([index]), 0).items()}
+        return {name: rows[0] for name, rows in self.get_batch(np.array([index]), 0).items()}
 
-    def together(
+    def get_batch(
         self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
     ) -> dict[str, Float[np.ndarray, "n 2"]]:
-        """The examples of a step at some rows of its batch, the first ones if None; see pipeline.Source."""
+        """The examples of a step at some rows of its batch, the first ones if None; see DataSource."""
         rows = np.arange(len(indices)) if rows is None else rows
         x_0, x_1 = self._noise_of(rows, step), self._points[indices]
         if self._coupling == "exact":

@@ -28,8 +28,8 @@ from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
-from train_jax.step.train_state import ROW
-from train_jax.task import Blueprint
+from train_jax.step.randomness import ROW
+from train_jax.task import Blueprint, Task
 
 COUPLINGS = ("independent", "exact", "sinkhorn")
 TIMES = {
@@ -54,12 +54,12 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 )
 
 
-class FlowTask(abc.ABC):
+class FlowTask(Task):
     """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
 
-    harmless_keys = (r"eval\..*",)
-    single_split = True
-    model_keys = (r"model\..*", r"path\..*")
+    resume_safe_keys = (r"eval\..*",)
+    has_splits = False
+    architecture_keys = (r"model\..*", r"path\..*")
     num_classes = 0
     label_dropout = 0.0
 

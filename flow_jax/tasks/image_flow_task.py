@@ -141,5 +141,7 @@ class ImageFlowTask(FlowTask):
     def validate(self, model: nnx.Module) -> dict[str, float]:
         return self.evaluation.validate(own_copy(model))
 
-    def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: nnx.Module, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         return self.evaluation.evaluate(own_copy(model), workdir)

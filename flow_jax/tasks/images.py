@@ -16,7 +16,7 @@ from train_jax.core.errors import UserError
 class ImageFlow(ImageFlowTask):
     """The task, of the images that `config.data` names."""
 
-    model_keys = (*ImageFlowTask.model_keys, r"data\.(image_size|channels|conditional|num_classes)")
+    architecture_keys = (*ImageFlowTask.architecture_keys, r"data\.(image_size|channels|conditional|num_classes)")
 
     @staticmethod
     def defaults() -> ConfigDict:

@@ -86,5 +86,7 @@ class PlaneFlow(FlowTask):
             "w2": plane_evaluation.distance(own_copy(model), self.path, data, options, options.validation_draws).value
         }
 
-    def evaluate(self, model: nnx.Module, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: nnx.Module, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         return plane_evaluation.evaluate(own_copy(model), self.path, self.config.data, self.config.eval, workdir)

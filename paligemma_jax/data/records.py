@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.row_errors import BadRow, BadRows
 
@@ -180,7 +181,7 @@ def blank_record() -> Record:
     return Record(buffer.getvalue(), "", 0, "", "", weight=0.0)
 
 
-class GuardedSource:
+class GuardedSource(DataSource):
     """Prepared examples of a source, with bad rows logged by name and replaced by weight 0, to be counted.
 
     A row is bad when reading or preparing it raises `UserError` (of which `BadRow` is one) or `OSError`; any other
@@ -232,7 +233,7 @@ class GuardedSource:
             example, weight, bad = self.prepare(self._placeholder), 0.0, True
         return {**example, "weight": np.float32(weight), "bad": np.bool_(bad)}
 
-    def count(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
+    def on_rows(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
         """Counts rows that were read, see `BadRows`; a bad row that is new is looked up for its name."""
         self.tally.count(indices, bad, self._name)
 

@@ -160,7 +160,7 @@ def test_a_new_models_config_has_the_towers_preprocessing(other_images):
 class Contrastive:
     """As little of a task as `pg.load` of a workdir needs: `init` returns the DualEncoder itself."""
 
-    harmless_keys = ()
+    resume_safe_keys = ()
 
     def __init__(self, config, mesh):
         self.config = config

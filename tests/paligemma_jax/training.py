@@ -12,10 +12,10 @@ from paligemma_jax.data.records import Record
 from paligemma_jax.tasks.vqa import consistency
 from tests.paligemma_jax.mini import Rows, png, task_of
 from train_jax.core import metrics, param_tree
+from train_jax.data.pipeline import training_batches
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.run_state import training_batches
-from train_jax.step import placement, train_state
+from train_jax.step import placement, train_state, train_step
 from train_jax.system.memory import StepMemory, step_memory
 
 STEP = ("loss", "grad_norm", "learning_rate")  # what every task's step measures
@@ -44,7 +44,7 @@ def long_answers(count: int = 64) -> Rows:
 
 
 class Training:
-    """What train_jax.run_state makes of a config, for rows given here."""
+    """What train_jax.loop makes of a config, for rows given here."""
 
     def __init__(self, options: dict, rows: Rows):
         self.options, self.task = options, task_of(options)
@@ -56,7 +56,7 @@ class Training:
         self.bundle = placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.bundle.trainable)
-        self._step = train_state.make_train_step(
+        self._step = train_step.make_train_step(
             self.bundle.merge, task.loss, task.normalizer, optimizer, schedule, seed=config.seed
         )
         float16 = config.compute_dtype == "float16"
@@ -95,7 +95,7 @@ def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: in
     frozen = {path: leaf for path, leaf in arrays.items() if path not in trained}
     schedule = optimizers.make_schedule(task.config.optimizer, 100, 0)
     optimizer = optimizers.make_optimizer(task.config.optimizer, schedule, trained)
-    step = train_state.make_train_step(
+    step = train_step.make_train_step(
         lambda arrays: param_tree.merge(graph, arrays), task.loss, task.normalizer, optimizer, schedule, seed=0
     )
     before = jax.eval_shape(lambda p: train_state.create(p, optimizer, ema=False, float16=False), trained)

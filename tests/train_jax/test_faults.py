@@ -147,7 +147,7 @@ def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch
     from train_jax.core import param_tree
 
     monkeypatch.setattr(
-        Toy, "evaluate", lambda self, model, workdir, split=None: seen.append(param_tree.flatten(model)) or {}
+        Toy, "evaluate", lambda self, model, workdir, **_: seen.append(param_tree.flatten(model)) or {}
     )
     fit(tmp_path, total_steps=4)
     initial = param_tree.flatten(Toy(toy_config(), None).init())

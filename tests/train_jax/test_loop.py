@@ -177,7 +177,7 @@ def test_what_does_not_change_the_mathematics_is_free(run, capsys):
 
 def test_a_longer_run_forgets_the_results_of_the_shorter(run, monkeypatch):
     """Killed after its last step, it must not pass for complete with the old results."""
-    monkeypatch.setattr(loop.Run, "finish", lambda *args: {})
+    monkeypatch.setattr(loop.Trainer, "finish", lambda *args: {})
     fit(run, total_steps=12)
     assert not (run / "eval.json").exists()
 
@@ -401,19 +401,19 @@ def test_print_batch_shows_the_first_batch():
     assert text != loop.describe_batch(config(seed=1))
 
 
-def test_companions_are_runs_of_their_own(tmp_path, monkeypatch):
-    def companions(self):
+def test_control_runs_are_runs_of_their_own(tmp_path, monkeypatch):
+    def control_runs(self):
         return {} if self.config.seed else {"blind": config(seed=1, total_steps=2)}
 
-    def evaluate(self, model, workdir, split=None, companions=None):
-        return {"seed": self.config.seed, "companions": companions}
+    def evaluate(self, model, workdir, split=None, control_results=None):
+        return {"seed": self.config.seed, "control_results": control_results}
 
-    monkeypatch.setattr(Toy, "companions", companions, raising=False)
+    monkeypatch.setattr(Toy, "control_runs", control_runs, raising=False)
     monkeypatch.setattr(Toy, "evaluate", evaluate)
     results = fit(tmp_path, total_steps=2)
-    assert results["seed"] == 0 and results["companions"]["blind"]["seed"] == 1
+    assert results["seed"] == 0 and results["control_results"]["blind"]["seed"] == 1
     assert from_json((tmp_path / "blind" / "config.json").read_text()).seed == 1
-    # Of a companion that was trained by an earlier process the time counts as well.
+    # Of a control run that was trained by an earlier process the time counts as well.
     (tmp_path / "eval.json").unlink()
     blind = tmp_path / "blind" / "eval.json"
     blind.write_text(json.dumps(json.loads(blind.read_text()) | {"seconds": 1000.0}))

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import BadRow, GuardedSource, Record
 from train_jax.config.base import base_config
+from train_jax.core.data_source import ExampleList
 from train_jax.data.pipeline import Pipeline
 from train_jax.parallel.sharding import replicated
-from train_jax.task import Blueprint
+from train_jax.task import Blueprint, Task
 
 PATH = "tests.train_jax.toy_task:Toy"
 FEATURES = 8
@@ -48,10 +49,10 @@ class Rows:
         return np.arange(self.length)
 
 
-class Toy:
+class Toy(Task):
     """See train_jax.task.Task."""
 
-    harmless_keys = (r"data\.delay", r"data\.signal_.*", r"scores")
+    resume_safe_keys = (r"data\.delay", r"data\.signal_.*", r"scores")
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -129,7 +130,7 @@ class Toy:
         """The rows that a run meets first in its batches of some steps."""
         if not steps:
             return frozenset()
-        indices = [{"index": np.int64(index)} for index in range(self.config.data.examples)]
+        indices = ExampleList([{"index": np.int64(index)} for index in range(self.config.data.examples)])
         pipeline = Pipeline(indices, self.config.batch_size, seed=self.config.seed, num_steps=max(steps) + 1, threads=0)
         return frozenset(int(pipeline.batch_at(step)["index"][0, 0]) for step in steps)
 
@@ -152,7 +153,7 @@ class Toy:
         # Numbered by the evaluations of this process: a resumed run is given what is left.
         return results | ({"score": float(scores[min(self.validations, len(scores)) - 1])} if scores else {})
 
-    def evaluate(self, model, workdir, split=None):
+    def evaluate(self, model, workdir, split=None, control_results=None):
         return {"loss": self._held_out_loss(model), "examples": 16, "split": split or "held out"}
 
     def _held_out_loss(self, model) -> float:

@@ -1,1 +1,8 @@
-"""Config keys: defaults, the command line, validation, durations, and what a resumed run may change."""
+"""Config keys: defaults, the command line, validation, durations, and what a resumed run may change.
+
+A config file begins from `base_config("package.module:Task")`, and reads its argument by `parse_arg`.
+"""
+
+from train_jax.config.base import base_config, leaves, parse_arg
+
+__all__ = ["base_config", "leaves", "parse_arg"]

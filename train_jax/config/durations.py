@@ -9,7 +9,7 @@ from train_jax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Durations:
     """The run's durations in steps."""
 
     total: int
@@ -19,7 +19,7 @@ class Plan:
     checkpoint: int
 
     @classmethod
-    def of(cls, config: ConfigDict, epoch_examples: int) -> "Plan":
+    def of(cls, config: ConfigDict, epoch_examples: int) -> "Durations":
         """Converts all of them.
 
         Raises:

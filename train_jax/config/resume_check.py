@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from train_jax.checkpoints import metadata
 from train_jax.config.base import UNITS, leaves, steps, stored_config, task_class
-from train_jax.config.durations import Plan
+from train_jax.config.durations import Durations
 from train_jax.core import files
 from train_jax.core.errors import UserError, quoted
 
-# Patterns over dotted keys; a task adds its own in the class attribute `harmless_keys`.
-HARMLESS = (
+# Patterns over dotted keys that do not change the mathematics; a task adds its own in `Task.resume_safe_keys`.
+RESUME_SAFE = (
     r"mesh\..*",
     r"micro_batch",
     r"data\.(workers|threads|on_error|max_bad_fraction)",
@@ -29,29 +29,29 @@ ABSENT = "(absent)"
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, whose runs lie in folders below
 
 
-class Earlier(NamedTuple):
+class ExistingRun(NamedTuple):
     """An earlier run in a workdir: sentences to tell a person of it, and its results if nothing is left to do."""
 
     notes: list[str]
     results: dict[str, Any] | None
 
 
-def look(workdir: Path, config: ConfigDict) -> Earlier | None:
+def inspect_workdir(workdir: Path, config: ConfigDict) -> ExistingRun | None:
     """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint and no results.
 
-    A run that gave up for want of patience stays over, however long a run is asked for; more patience lets it go on.
+    An early-stopped run is not resumed, however long a run is asked for, unless with more patience.
 
     Raises:
       UserError: as `check_resume`, or the run's config is missing.
     """
     latest = metadata.read_latest(workdir / "checkpoints")
     if latest is None:
-        return _untrained(workdir, config)
+        return _evaluated_only(workdir, config)
     step, meta = latest
     examples = meta["fingerprint"]["examples"]  # the session compares it with the data once they are there
     notes = check_resume(stored_config(workdir), config, examples)
     early = gave_up(meta, config.patience)
-    over = early or step >= Plan.of(config, examples).total
+    over = early or step >= Durations.of(config, examples).total
     results = _final_results(workdir) if over else None
     found, remedy = f"{step} steps trained and evaluated", ""
     if early:
@@ -64,19 +64,19 @@ def look(workdir: Path, config: ConfigDict) -> Earlier | None:
         notes = [f"{workdir} is complete: {found}, see {workdir / 'eval.json'}{remedy}."]
     elif early:
         notes = [f"{found}, and only its evaluation is left{remedy}."]
-    return Earlier(notes, results)
+    return ExistingRun(notes, results)
 
 
-def _untrained(workdir: Path, config: ConfigDict) -> Earlier | None:
+def _evaluated_only(workdir: Path, config: ConfigDict) -> ExistingRun | None:
     """An earlier run in which nothing trained: it has no checkpoint, and is complete once it was evaluated."""
     results = _final_results(workdir)
     if results is None or results["step"] > 0:  # of a run whose checkpoints were removed
         return None
     notes = check_resume(stored_config(workdir), config, epoch_examples=1)
-    return Earlier([*notes, f"{workdir} is complete: nothing trains, see {workdir / 'eval.json'}."], results)
+    return ExistingRun([*notes, f"{workdir} is complete: nothing trains, see {workdir / 'eval.json'}."], results)
 
 
-def check_single(config: ConfigDict, workdir: Path) -> None:
+def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
     """Refuses a sweep, of which there is no one model to train on or to evaluate.
 
     Raises:
@@ -124,13 +124,13 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
     Raises:
       UserError: a key that changes the mathematics, or a shorter run; the message lists every such key.
     """
-    harmless = HARMLESS + tuple(getattr(task_class(new.task), "harmless_keys", ()))
+    safe = RESUME_SAFE + tuple(task_class(new.task).resume_safe_keys)
     refused, notes = [], []
     for key, before, after in difference(old, new):
         if key in TOTALS:
             continue
         change = f"{key}: {quoted(before)} -> {quoted(after)}"
-        if any(re.fullmatch(pattern, key) for pattern in harmless):
+        if any(re.fullmatch(pattern, key) for pattern in safe):
             notes.append(f"{change} (does not change the mathematics)")
         else:
             refused.append(change)

@@ -1,7 +1,7 @@
 """Input: a random-access source becomes a stream of batches that is a pure function of (seed, step).
 
 The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch, and
-neither does what a source makes of a row (Source.together):
+neither does what a source makes of a row (DataSource.get_batch):
 
     position k of the stream = step * batch_size + row,    example = order(seed, k)
 
@@ -15,44 +15,19 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import cloudpickle
 import grain
+import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
+from train_jax.core.data_source import BAD, Batch, DataSource
 from train_jax.core.errors import UserError
 from train_jax.data.shuffle import Order
 from train_jax.parallel.sharding import local_rows
-
-BAD = "bad"  # key of an example, see Source
-
-Batch = dict[str, np.ndarray]
-Example = dict[str, np.ndarray | np.generic]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to examples; `__getitem__` runs in several threads (or worker processes) at once.
-
-    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0. It may be
-    marked by the key "bad" (bool scalar, False in good ones), which batches do not hold: where the source has a method
-    `count(indices, bad)`, that is called in this process, whoever read them, for the rows of every batch as it is
-    handed out.
-
-    A source may have a method `together(indices, step)` that returns the examples of a step that this process has at
-    once, stacked in the order of `indices`, and is called in place of `source[index]`: for what depends on the step.
-    Where it also depends on the row of the global batch (fresh noise), or on other rows (which noise goes with which
-    image), the source has an attribute `group` too, and the call is `together(indices, step, rows)`: rows, in
-    increasing order, are numbers 0 ... batch_size - 1. Rows [k group, (k + 1) group) then come together (None: the
-    whole batch; 1: each for itself), also to processes that have a part of them alone, which drop the rest. So a batch
-    does not depend on who reads which rows of it.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 class Batches(Iterator[Batch]):
@@ -102,9 +77,9 @@ class _Steps:
 
     def counted(self, index: int, batch: Batch) -> Batch:
         """The batch without its marks of bad rows, which the source has counted. Raises what that raises."""
-        bad, count = batch.pop(BAD, None), getattr(self._pipeline.source, "count", None)
-        if bad is not None and count is not None:
-            count(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
+        bad = batch.pop(BAD, None)
+        if bad is not None:
+            self._pipeline.source.on_rows(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
         return batch
 
 
@@ -119,7 +94,7 @@ class Pipeline:
 
     def __init__(
         self,
-        source: Source,
+        source: DataSource,
         batch_size: int,
         micro_batch: int | None = None,
         *,
@@ -157,11 +132,12 @@ class Pipeline:
                 f"choose a micro_batch that divides it"
             )
         self.num_steps = num_steps
-        self.source, self._batch_size, self._seed, self._shuffle = source, batch_size, seed, shuffle
+        self.source = source
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._threads, self._workers = threads, workers
         rows = local_rows(process_index, process_count, self.micro_batch)
         self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
-        self._read = _whole_groups(self._rows, batch_size, getattr(source, "group", 1))
+        self._read = _whole_groups(self._rows, batch_size, self.source.group)
         self._order = Order(len(source), seed if shuffle else None)
 
     def iterate(self, start_step: int = 0) -> Batches:
@@ -183,10 +159,7 @@ class Pipeline:
     def _examples(self, step: int) -> Batch:
         """The examples of a step that are read here, [n, ...]."""
         indices = self._order.at(step * self._batch_size + self._read)
-        if not hasattr(self.source, "together"):
-            return _stack([self.source[int(index)] for index in indices])
-        rows = (self._read,) if hasattr(self.source, "group") else ()
-        return self.source.together(indices, step, *rows)
+        return self.source.get_batch(indices, step, self._read)
 
     def rows_at(self, step: int) -> np.ndarray:
         """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
@@ -206,12 +179,12 @@ class Pipeline:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "order": zlib.crc32(head.tobytes()),
-            "source": getattr(self.source, "fingerprint", None),
+            "source": self.source.fingerprint,
         }
 
 
 def _whole_groups(rows: np.ndarray, batch_size: int, group: int | None) -> np.ndarray:
-    """The rows of a batch that lie in one group with any of `rows`, in increasing order; see Source."""
+    """The rows of a batch that lie in one group with any of `rows`, in increasing order; see DataSource.get_batch."""
     group = group or batch_size
     if batch_size % group:
         raise UserError(
@@ -239,13 +212,16 @@ def _check_picklable(batches: _Steps) -> None:
         ) from error
 
 
-def _stack(examples: list[Example]) -> Batch:
-    """Stacks examples on a new first axis; examples that differ in keys or shapes are a fault of the source."""
-    batch = {}
-    for name in examples[0]:
-        values = [np.asarray(example[name]) for example in examples]
-        shapes = sorted({value.shape for value in values})
-        if len(shapes) > 1:
-            raise ValueError(f"examples of one batch have shapes {shapes} for {name!r}, expected one shape")
-        batch[name] = np.stack(values)
-    return batch
+def training_batches(config: ConfigDict, source: DataSource, num_steps: int) -> Pipeline:
+    """This process's share of the training batches of a run."""
+    return Pipeline(
+        source,
+        config.batch_size,
+        config.micro_batch,
+        seed=config.seed,
+        num_steps=num_steps,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from train_jax.config import command_line
 from train_jax.config.base import task_class
-from train_jax.config.durations import Plan
+from train_jax.config.durations import Durations
 from train_jax.config.validate import validate
 from train_jax.core import param_tree, row_sharding
 from train_jax.core.errors import UserError
@@ -22,7 +22,7 @@ from train_jax.parallel import sharding
 from train_jax.plan import flops, hlo
 from train_jax.plan.report import Program, RunPlan, report
 from train_jax.step import placement, train_step
-from train_jax.step.placement import Bundle
+from train_jax.step.placement import PlacedModel
 from train_jax.sweep import run as sweep
 from train_jax.system.memory import step_memory
 from train_jax.task import Blueprint
@@ -37,44 +37,41 @@ def plan(config: ConfigDict) -> RunPlan:
       UserError: a config that cannot run, or a task that has no `blueprint` (see task.py).
     """
     validate(config)
-    task = task_class(config.task)
-    if not hasattr(task, "blueprint"):
-        raise UserError(f"{config.task} has no blueprint, expected one to plan by: add that method (train_jax/task.py)")
     mesh = sharding.make_mesh(config.mesh)
-    blueprint = task.blueprint(config, mesh)
-    bundle = placement.abstract(blueprint.task, blueprint.model, mesh)
+    blueprint = task_class(config.task).blueprint(config, mesh)
+    placed = placement.abstract(blueprint.task, blueprint.model, mesh)
     device = mesh.devices.flat[0].device_kind
     if blueprint.task.trainable() is None:
-        frozen = sharding.device_bytes(bundle.frozen)
-        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, bundle, frozen, mesh))
-    steps = Plan.of(config, NOMINAL_EXAMPLES)
+        frozen = sharding.device_bytes(placed.frozen)
+        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, placed, frozen, mesh))
+    steps = Durations.of(config, NOMINAL_EXAMPLES)
     schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
-    optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
+    optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
     float16 = config.compute_dtype == "float16"
-    start = placement.abstract_state(bundle, optimizer, mesh, ema=config.ema_decay is not None, float16=float16)
+    start = placement.abstract_state(placed, optimizer, mesh, ema=config.ema_decay is not None, float16=float16)
     batch = batch_shapes(config, blueprint, mesh)
-    traced, totals = train_step.trace(config, blueprint.task, mesh, bundle, optimizer, schedule, start, batch)
-    state_bytes = sharding.device_bytes((start, bundle.frozen))
+    traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+    state_bytes = sharding.device_bytes((start, placed.frozen))
     held = state_bytes + sharding.device_bytes((totals, batch))
-    programs = [_compiled("training step", traced, held, mesh), *_evaluations(blueprint, bundle, state_bytes, mesh)]
+    programs = [_compiled("training step", traced, held, mesh), *_evaluations(blueprint, placed, state_bytes, mesh)]
     trainable = sharding.device_bytes(start.params)
     return RunPlan(
         device=device,
         mesh=dict(mesh.shape),
         trainable=trainable,
-        frozen=sharding.device_bytes(bundle.frozen),
+        frozen=sharding.device_bytes(placed.frozen),
         optimizer=sharding.device_bytes(start) - trainable,
         batch=sharding.device_bytes(batch),
         programs=programs,
     )
 
 
-def _evaluations(blueprint: Blueprint, bundle: Bundle, state_bytes: int, mesh: Mesh) -> list[Program]:
+def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, mesh: Mesh) -> list[Program]:
     """The programs of an evaluation, beside a state of so many bytes."""
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
         held = state_bytes + sharding.device_bytes(arguments)
-        programs.append(_compiled(f"evaluation: {name}", _traced(bundle, function, arguments, mesh), held, mesh))
+        programs.append(_compiled(f"evaluation: {name}", _traced(placed, function, arguments, mesh), held, mesh))
     return programs
 
 
@@ -89,11 +86,11 @@ def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[s
     }
 
 
-def _traced(bundle: Bundle, function, arguments: tuple, mesh: Mesh) -> jax.stages.Traced:
+def _traced(placed: PlacedModel, function, arguments: tuple, mesh: Mesh) -> jax.stages.Traced:
     def program(arrays, *arguments):
-        return function(param_tree.merge(bundle.graph, arrays), *arguments)
+        return function(param_tree.merge(placed.graph, arrays), *arguments)
 
-    return jax.jit(row_sharding.within(mesh, program)).trace(bundle.trainable | bundle.frozen, *arguments)
+    return jax.jit(row_sharding.within(mesh, program)).trace(placed.trainable | placed.frozen, *arguments)
 
 
 def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:

@@ -17,7 +17,7 @@ from train_jax.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundle:
+class PlacedModel:
     """A model as the loop holds it."""
 
     graph: nnx.GraphDef
@@ -35,32 +35,32 @@ class Bundle:
         return self.merge((self.trainable if trained is None else trained) | self.frozen)
 
 
-def build(task: Task, mesh: Mesh) -> Bundle:
+def build(task: Task, mesh: Mesh) -> PlacedModel:
     """Initialises the model and puts every leaf into its sharding.
 
     Raises:
       UserError: the trainable pattern matches nothing, or a leaf has no sharding rule.
     """
-    return _bundle(task, task.init(), mesh, jax.device_put)
+    return _place(task, task.init(), mesh, jax.device_put)
 
 
-def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> Bundle:
+def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> PlacedModel:
     """As `build`, of a model that holds shapes: nothing is allocated.
 
     Args:
       model: as `task.init` returns it, made by `nnx.eval_shape`.
     """
-    return _bundle(task, model, mesh, lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+    return _place(task, model, mesh, lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
 
 
-def _bundle(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> Bundle:
+def _place(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> PlacedModel:
     arrays = param_tree.flatten(model)
     pattern = task.trainable()
     trains = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
     places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
     graph, _ = param_tree.split(row_sharding.mark(model, places))
     placed = {path: put(array, places[path]) for path, array in arrays.items()}
-    return Bundle(
+    return PlacedModel(
         graph,
         {path: array for path, array in placed.items() if path in trains},
         {path: array for path, array in placed.items() if path not in trains},
@@ -78,41 +78,41 @@ def own_copy(model: nnx.Module) -> nnx.Module:
 
 
 def create_state(
-    bundle: Bundle, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
+    placed: PlacedModel, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> train_state.TrainState:
     """The state before the first step, moments sharded as their parameters.
 
-    Takes over the trainable arrays of the bundle (they are donated), so that they lie in memory once.
+    Takes over the trainable arrays of the model (they are donated), so that they lie in memory once.
     """
 
     def make(trainable):
         return train_state.create(trainable, optimizer, **options)
 
-    places = state_shardings(make, bundle, mesh)
-    return jax.jit(make, out_shardings=places, donate_argnums=0)(bundle.trainable)
+    places = state_shardings(make, placed, mesh)
+    return jax.jit(make, out_shardings=places, donate_argnums=0)(placed.trainable)
 
 
 def abstract_state(
-    bundle: Bundle, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
+    placed: PlacedModel, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> train_state.TrainState:
-    """As `create_state`, of an abstract bundle."""
+    """As `create_state`, of an abstract model."""
 
     def make(trainable):
         return train_state.create(trainable, optimizer, **options)
 
-    shapes, places = jax.eval_shape(make, bundle.trainable), state_shardings(make, bundle, mesh)
+    shapes, places = jax.eval_shape(make, placed.trainable), state_shardings(make, placed, mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
     )
 
 
-def state_shardings(make: Callable, bundle: Bundle, mesh: Mesh) -> Any:
+def state_shardings(make: Callable, placed: PlacedModel, mesh: Mesh) -> Any:
     """A sharding for every leaf of a state: that of the parameter whose path and shape it has, else replicated."""
 
     def place(keys, leaf):
-        path = next((key.key for key in keys if getattr(key, "key", None) in bundle.trainable), None)
-        if path is not None and leaf.shape == bundle.trainable[path].shape:
-            return bundle.shardings[path]
+        path = next((key.key for key in keys if getattr(key, "key", None) in placed.trainable), None)
+        if path is not None and leaf.shape == placed.trainable[path].shape:
+            return placed.shardings[path]
         return sharding.replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, bundle.trainable))
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, placed.trainable))

@@ -9,18 +9,11 @@ devices draws the same noise. Faults are handled on the device, without asking t
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-
-from train_jax.core import metrics as metrics_lib
-from train_jax.core.metrics import Metrics
-
-ROW, STEP = "row_number", "step_number"  # entries of a batch, see `numbered`
 
 Params = dict[str, jax.Array]
 Leaf = Any  # an array; or whatever JAX puts in its place in a tree: shapes, shardings, "unspecified"
@@ -98,7 +91,7 @@ def create(params: Params, optimizer: optax.GradientTransformation, *, ema: bool
     )
 
 
-def debiased(ema: Params, decay: float, updates: int | jax.Array, params: Params) -> Params:
+def debias_ema(ema: Params, decay: float, updates: int | jax.Array, params: Params) -> Params:
     """The moving average without its bias towards the zero start, in the parameters' dtypes.
 
     Args:
@@ -112,101 +105,7 @@ def debiased(ema: Params, decay: float, updates: int | jax.Array, params: Params
     return {path: average[path].astype(params[path].dtype) for path in params}
 
 
-def step_key(seed: int, step: jax.Array) -> jax.Array:
-    """The key of a step, for what all of its rows have in common."""
-    return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
-    """One key a row of the global batch."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key(seed, step), jnp.arange(rows))
-
-
-def numbered(batch: dict, step: jax.Array) -> dict:
-    """A batch [A, b, ...] that also tells of each row which of the global batch it is, and of which step."""
-    A, b = jax.tree.leaves(batch)[0].shape[:2]
-    return batch | {ROW: jnp.arange(A * b).reshape(A, b), STEP: jnp.broadcast_to(step, (A, b))}
-
-
-def make_train_step(
-    merge: Callable[[Params], nnx.Module],
-    loss: Callable[[nnx.Module, dict, jax.Array], tuple[jax.Array, Metrics]],
-    normalizer: Callable[[dict], jax.Array],
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-    *,
-    seed: int,
-    ema_decay: float | None = None,
-    max_bad_steps: int = 1,
-) -> Callable:
-    """Builds the step.
-
-    Args:
-      merge: all parameters by path -> the model.
-      loss, normalizer: the task's.
-      optimizer: over the trainable parameters.
-      schedule: learning rate by step, for the metrics.
-      seed: of the noise.
-      ema_decay: of the moving average, None for none.
-      max_bad_steps: faults in a row after which the guard latches.
-
-    Returns:
-      `step(state, totals, frozen, batch) -> (state, totals)`, to be jitted with the first two donated. `totals` are
-      the metrics summed since the host last read them; `batch` holds arrays [A, b, ...], micro-batches first.
-    """
-
-    def micro_batch_grads(params, frozen, batch, keys, scale):
-        def scaled(params):
-            value, metrics = loss(merge(params | frozen), batch, keys)
-            return value * scale, (value, metrics)
-
-        return jax.grad(scaled, has_aux=True)(params)
-
-    def accumulate(state, frozen, batch):
-        """Gradient of the whole batch, its loss, and its metrics."""
-        first = jax.tree.leaves(batch)[0]
-        keys = row_keys(seed, state.step, first.shape[0] * first.shape[1]).reshape(first.shape[:2])
-        scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
-        batch = numbered(batch, state.step)
-        loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-
-        def one(batch, keys):
-            grads, (value, metrics) = micro_batch_grads(state.params, frozen, batch, keys, scale * loss_scale)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value * scale, metrics
-
-        def add(total, inputs):
-            new = one(*inputs)
-            return jax.tree.map(jnp.add, total, new), None
-
-        total = one(jax.tree.map(lambda x: x[0], batch), keys[0])
-        if first.shape[0] > 1:
-            total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
-        grads, value, metrics = total
-        return jax.tree.map(lambda g: g / loss_scale, grads), value, metrics
-
-    def step(state: TrainState, totals: Metrics, frozen: Params, batch: dict) -> tuple[TrainState, Metrics]:
-        grads, value, metrics = accumulate(state, frozen, batch)
-        norm = optax.tree.norm(grads)
-        guard, loss_scale, apply = judge(state, jnp.isfinite(value), jnp.isfinite(norm), max_bad_steps)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = _where(apply, (params, opt_state), (state.params, state.opt_state))
-        ema = state.ema
-        if ema is not None:
-            moved = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(jnp.float32), ema, params)
-            ema = _where(apply, moved, ema)
-        one = jnp.float32(1)
-        rate = schedule(state.updates)
-        metrics = metrics | {"loss": (value, one), "grad_norm": (norm, one), "learning_rate": (rate, one)}
-        # A masked step leaves no trace in the means either.
-        metrics = _where(apply, metrics, metrics_lib.zeros_like(metrics))
-        new = TrainState(state.step + 1, params, opt_state, ema, guard, loss_scale)
-        return new, metrics_lib.add(totals, metrics)
-
-    return step
-
-
-def judge(
+def update_guard(
     state: TrainState, finite_loss: jax.Array, finite_grads: jax.Array, max_bad_steps: int
 ) -> tuple[Guard, LossScale | None, jax.Array]:
     """What the step's loss and gradient norm mean: the new guard, the new loss scale, whether to apply the update."""
@@ -214,7 +113,7 @@ def judge(
     overflow = jnp.zeros((), bool)
     if scale is not None:
         overflow = finite_loss & ~finite_grads & (scale.value > LossScale.SMALLEST)
-        scale = _where(finite_loss & ~guard.stopped, scale.update(finite_grads), scale)
+        scale = where(finite_loss & ~guard.stopped, scale.update(finite_grads), scale)
     bad = ~(finite_loss & finite_grads) & ~overflow & ~guard.stopped
     in_a_row = jnp.where(guard.stopped | overflow, guard.in_a_row, jnp.where(bad, guard.in_a_row + 1, 0))
     fresh = bad & (guard.in_a_row == 0)
@@ -228,6 +127,6 @@ def judge(
     return new, scale, finite_loss & finite_grads & ~guard.stopped
 
 
-def _where(condition: jax.Array, new, old):
+def where(condition: jax.Array, new, old):
     """Leaf by leaf: `new` if the condition holds, else `old`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

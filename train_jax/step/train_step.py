@@ -1,42 +1,130 @@
-"""The training step of a run, ready to be compiled: over arrays by the loop, over shapes by the plan command."""
+"""The training step: gradients of the task's loss over micro-batches, the guard, the update, metrics.
 
+`make_train_step` is the mathematics, a pure function (state, totals, frozen, batch) -> (state, totals); `trace` puts it
+on a mesh, over arrays for the loop and over shapes for the plan command.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax.core import metrics, row_sharding
+from train_jax.core import metrics as metrics_lib
+from train_jax.core import row_sharding
+from train_jax.core.metrics import Metrics
 from train_jax.optim.optimizers import Schedule
 from train_jax.parallel import sharding
-from train_jax.step import train_state
-from train_jax.step.placement import Bundle
+from train_jax.step.placement import PlacedModel
+from train_jax.step.randomness import numbered, row_keys
+from train_jax.step.train_state import Params, TrainState, update_guard, where
 from train_jax.task import Task
+
+
+def make_train_step(
+    merge: Callable[[Params], nnx.Module],
+    loss: Callable[[nnx.Module, dict, jax.Array], tuple[jax.Array, Metrics]],
+    normalizer: Callable[[dict], jax.Array],
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    *,
+    seed: int,
+    ema_decay: float | None = None,
+    max_bad_steps: int = 1,
+) -> Callable:
+    """Builds the step.
+
+    Args:
+      merge: all parameters by path -> the model.
+      loss, normalizer: the task's.
+      optimizer: over the trainable parameters.
+      schedule: learning rate by step, for the metrics.
+      seed: of the noise.
+      ema_decay: of the moving average, None for none.
+      max_bad_steps: faults in a row after which the guard latches.
+
+    Returns:
+      `step(state, totals, frozen, batch) -> (state, totals)`, to be jitted with the first two donated. `totals` are
+      the metrics summed since the host last read them; `batch` holds arrays [A, b, ...], micro-batches first.
+    """
+
+    def micro_batch_grads(params, frozen, batch, keys, scale):
+        def scaled(params):
+            value, metrics = loss(merge(params | frozen), batch, keys)
+            return value * scale, (value, metrics)
+
+        return jax.grad(scaled, has_aux=True)(params)
+
+    def accumulate(state, frozen, batch):
+        """Gradient of the whole batch, its loss, and its metrics."""
+        first = jax.tree.leaves(batch)[0]
+        keys = row_keys(seed, state.step, first.shape[0] * first.shape[1]).reshape(first.shape[:2])
+        scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
+        batch = numbered(batch, state.step)
+        loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+
+        def one(batch, keys):
+            grads, (value, metrics) = micro_batch_grads(state.params, frozen, batch, keys, scale * loss_scale)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value * scale, metrics
+
+        def add(total, inputs):
+            new = one(*inputs)
+            return jax.tree.map(jnp.add, total, new), None
+
+        total = one(jax.tree.map(lambda x: x[0], batch), keys[0])
+        if first.shape[0] > 1:
+            total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
+        grads, value, metrics = total
+        return jax.tree.map(lambda g: g / loss_scale, grads), value, metrics
+
+    def step(state: TrainState, totals: Metrics, frozen: Params, batch: dict) -> tuple[TrainState, Metrics]:
+        grads, value, metrics = accumulate(state, frozen, batch)
+        norm = optax.tree.norm(grads)
+        guard, loss_scale, apply = update_guard(state, jnp.isfinite(value), jnp.isfinite(norm), max_bad_steps)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = where(apply, (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if ema is not None:
+            moved = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(jnp.float32), ema, params)
+            ema = where(apply, moved, ema)
+        one = jnp.float32(1)
+        rate = schedule(state.updates)
+        metrics = metrics | {"loss": (value, one), "grad_norm": (norm, one), "learning_rate": (rate, one)}
+        # A masked step leaves no trace in the means either.
+        metrics = where(apply, metrics, metrics_lib.zeros_like(metrics))
+        new = TrainState(state.step + 1, params, opt_state, ema, guard, loss_scale)
+        return new, metrics_lib.add(totals, metrics)
+
+    return step
 
 
 def trace(
     config: ConfigDict,
     task: Task,
     mesh: Mesh,
-    bundle: Bundle,
+    placed: PlacedModel,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    start: train_state.TrainState,
+    start: TrainState,
     batch: dict[str, Any],
 ) -> tuple[jax.stages.Traced, dict[str, Any]]:
-    """The step of train_jax.step.train_state over this model, traced.
+    """The step of a task, traced for its model on a mesh.
 
     Args:
       start: the state, arrays or shapes with their shardings.
       batch: arrays or shapes [A, b, ...] with their shardings.
 
     Returns:
-      The traced step, called as `step(state, totals, bundle.frozen, batch)`, whose results lie as its arguments do;
+      The traced step, called as `step(state, totals, placed.frozen, batch)`, whose results lie as its arguments do;
       and the shapes of `totals` (metrics.Metrics).
     """
-    step = train_state.make_train_step(
-        bundle.merge,
+    step = make_train_step(
+        placed.merge,
         task.loss,
         task.normalizer,
         optimizer,
@@ -47,14 +135,14 @@ def trace(
     )
 
     def measured(start, frozen, batch):
-        first = jax.tree.map(lambda x: x[0], train_state.numbered(batch, start.step))
-        keys = train_state.row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
-        return task.loss(bundle.merge(start.params | frozen), first, keys)[1]
+        first = jax.tree.map(lambda x: x[0], numbered(batch, start.step))
+        keys = row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
+        return task.loss(placed.merge(start.params | frozen), first, keys)[1]
 
-    names = jax.eval_shape(row_sharding.within(mesh, measured), start, bundle.frozen, batch)
+    names = jax.eval_shape(row_sharding.within(mesh, measured), start, placed.frozen, batch)
     names = [*names, "loss", "grad_norm", "learning_rate"]
     whole = sharding.replicated(mesh)
-    totals = sharding.with_shardings(jax.eval_shape(lambda: metrics.zeros_like(names)), lambda leaf: whole)
+    totals = sharding.with_shardings(jax.eval_shape(lambda: metrics_lib.zeros_like(names)), lambda leaf: whole)
     places = jax.tree.map(lambda leaf: leaf.sharding, (start, totals))
     jitted = jax.jit(row_sharding.within(mesh, step), donate_argnums=(0, 1), out_shardings=places)
-    return jitted.trace(start, totals, bundle.frozen, batch), totals
+    return jitted.trace(start, totals, placed.frozen, batch), totals

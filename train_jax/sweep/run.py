@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from train_jax import complete, loop
 from train_jax.config import command_line
 from train_jax.config.base import from_json, leaves, to_json
-from train_jax.config.resume_check import SWEEP_FILE, look
+from train_jax.config.resume_check import SWEEP_FILE, inspect_workdir
 from train_jax.config.validate import unknown_key, validate
 from train_jax.core import files
 from train_jax.core.errors import RunStopped, UserError, quoted
@@ -180,7 +180,7 @@ def _earlier(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
       UserError: the folder holds a run with another config, or of other data.
     """
     try:
-        earlier = look(workdir / run.name, run.config)
+        earlier = inspect_workdir(workdir / run.name, run.config)
         if earlier and earlier.results is not None:
             complete.check(run.config, workdir / run.name)
     except UserError as error:

@@ -5,7 +5,7 @@ import zlib
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from paligemma_jax.data.few_shot.dataset import FewShot
 from paligemma_jax.data.few_shot.descriptions import draw
@@ -13,6 +13,7 @@ from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_in
 from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core import digests
+from train_jax.core.data_source import DataSource, stack
 from train_jax.core.errors import cut
 
 _VIEWS = zlib.crc32(b"views")
@@ -75,7 +76,7 @@ class LabelledRows(GuardedSource):
         super().__init__(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
 
 
-class TunedRows:
+class TunedRows(DataSource):
     """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
 
     `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one; `draw`,
@@ -110,7 +111,6 @@ class TunedRows:
         self._pictures = GuardedSource(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
         self._preprocessing, self._seed = preprocessing, seed
         self._views = {"image": tuned, "image_augmented": frozen}
-        self.count, self.check = self._pictures.count, self._pictures.check
         drawn = {"tuned": vars(tuned), "frozen": vars(frozen), "preprocessing": preprocessing.to_dict(), "seed": seed}
         self.fingerprint = fingerprint_of(records=records.fingerprint, **drawn)
 
@@ -118,13 +118,27 @@ class TunedRows:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: values[0] for name, values in self.together(np.array([index]), 0).items()}
+        return {name: values[0] for name, values in self.get_batch(np.array([index]), 0).items()}
 
-    def together(self, indices: Int[np.ndarray, " n"], step: int) -> dict[str, np.ndarray]:
-        """The rows of a step, see train_jax.data.pipeline.Source."""
-        rows = [self._row(int(index), step) for index in indices]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return batch | {"draw": np.full(len(rows), draw(self._seed, step))}
+    def get_batch(
+        self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The examples of a step, see DataSource; the rows of its batch do not matter."""
+        batch = stack([self._row(int(index), step) for index in indices])
+        return batch | {"draw": np.full(len(indices), draw(self._seed, step))}
+
+    @property
+    def bad_rows(self) -> dict[int, str]:
+        """See GuardedSource."""
+        return self._pictures.bad_rows
+
+    def on_rows(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
+        """Counts rows that were read, see GuardedSource."""
+        self._pictures.on_rows(indices, bad)
+
+    def check(self) -> None:
+        """Checks the share of bad rows, see GuardedSource."""
+        self._pictures.check()
 
     def _row(self, index: int, step: int) -> dict[str, np.ndarray]:
         row = self._pictures[index]

@@ -11,6 +11,7 @@ from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source, su
 from paligemma_jax.data.synthetic_clevr.captions import caption
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
+from train_jax.core.data_source import DataSource
 from train_jax.core.errors import cut
 
 CAPTIONS, SPOILT = zlib.crc32(b"captions"), zlib.crc32(b"spoilt")
@@ -19,7 +20,7 @@ NOISE_PICTURES = 32
 FEATURES = "features"  # of a row: the picture as the tower encoded it, instead of its pixels
 
 
-class CaptionedScenes:
+class CaptionedScenes(DataSource):
     """Synthetic scenes that `pretraining_set.build` has made; row i is caption i // n of scene i % n of n scenes.
 
     Captions are not stored: each is a function of its row, and a scene comes with another one every time (`views`).
@@ -92,7 +93,7 @@ class CaptionedScenes:
         return rng if rng.random() < self._share else None
 
 
-class CaptionedFeatures:
+class CaptionedFeatures(DataSource):
     """Rows of captioned scenes with `features` [P, D] in place of the picture, from those of every picture in turn."""
 
     def __init__(self, scenes: CaptionedScenes, features: np.ndarray):

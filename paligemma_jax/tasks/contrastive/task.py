@@ -33,16 +33,16 @@ from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
-from train_jax.task import Blueprint
+from train_jax.task import Blueprint, Task
 
 WORDS = (TINY, f"siglip-{TINY}", MINI)  # variants that read the tiny model's words
 
 
-class Contrastive:
+class Contrastive(Task):
     """The task; see the module."""
 
-    harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)", r"eval\..*", r"loss\.chunk_size")
-    model_keys = (r"model\..*", r"init\..*")
+    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)", r"eval\..*", r"loss\.chunk_size")
+    architecture_keys = (r"model\..*", r"init\..*")
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -253,7 +253,9 @@ class Contrastive:
         """What is held out; of scenes a name alone."""
         return self.config.data.validation_split
 
-    def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: DualEncoder, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         """See `contrastive_report.report`.
 
         Raises:

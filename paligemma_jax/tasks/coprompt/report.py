@@ -64,7 +64,7 @@ def score(
     for start in range(0, len(source), zero_shot.AT_ONCE):
         numbers = np.arange(start, min(start + zero_shot.AT_ONCE, len(source)))
         part = [source[int(number)] for number in numbers]
-        source.count(numbers, np.array([row["bad"] for row in part]))
+        source.on_rows(numbers, np.array([row["bad"] for row in part]))
         pixels = np.stack([row["image"] for row in part])
         # The last batch is filled up, so that one program does.
         pixels = np.pad(pixels, [(0, zero_shot.AT_ONCE - len(part)), (0, 0), (0, 0), (0, 0)])

@@ -39,7 +39,7 @@ from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
-from train_jax.task import Blueprint
+from train_jax.task import Blueprint, Task
 
 AnyArray = jax.Array | np.ndarray
 ADAPTER = "adapter"  # folder of the workdir with what was trained beside the base
@@ -81,11 +81,11 @@ class Texts(NamedTuple):
         return jnp.take_along_axis(jnp.asarray(self.frozen), places[:, None, None], axis=1)[:, 0]
 
 
-class CoPrompt:
+class CoPrompt(Task):
     """The task; see the module."""
 
-    harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
-    model_keys = (r"model\.path", r"method", r"prompts\..*")
+    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
+    architecture_keys = (r"model\.path", r"method", r"prompts\..*")
     validation_metrics = ("val_accuracy",)
     default_split = "test"
 
@@ -258,7 +258,9 @@ class CoPrompt:
         found = coprompt_report.score(model, self.tokenizer, self.config.template, tuned, "val", **self._bad())
         return {"val_accuracy": found.accuracy}
 
-    def evaluate(self, model: DualEncoder, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: DualEncoder, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         """See `coprompt_report.report`.
 
         Raises:

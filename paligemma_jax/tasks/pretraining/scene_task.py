@@ -25,7 +25,7 @@ from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.metrics import Metrics
-from train_jax.task import Blueprint
+from train_jax.task import Blueprint, Task
 
 
 class PretrainingModel(nnx.Module):
@@ -38,11 +38,11 @@ class PretrainingModel(nnx.Module):
         )
 
 
-class SceneTask:
+class SceneTask(Task):
     """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
 
-    single_split = True
-    harmless_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
+    has_splits = False
+    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -143,7 +143,9 @@ class SceneTask:
         """uint8 [0, 255] to float32 in the tower's range."""
         return self.model_config.preprocessing.normalize(images)
 
-    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: PretrainingModel, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         return self.validate(model)
 
 

@@ -21,12 +21,13 @@ from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.losses import token_cross_entropy
 from paligemma_jax.tasks.pretraining.detection import detection_scores
 from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneTask, patch_loss
+from train_jax.core.data_source import DataSource
 from train_jax.core.metrics import Metrics
 
 TASKS = ("answer", "caption", "detect", "point", "describe")
 
 
-class PackedTexts:
+class PackedTexts(DataSource):
     """Rows of one image and as many texts as fit `length` tokens; see `pack`."""
 
     def __init__(self, scenes: PretrainingScenes, tokenizer, length: int, text_weights: dict[str, float]):
@@ -174,7 +175,9 @@ class Pretraining(SceneTask):
             out[f"{name}_accuracy"] = ((mistakes == 0) * counted).sum(), counted.sum()
         return out | patch_loss(model.patch_heads, tower, batch["patches"])[1]
 
-    def evaluate(self, model: PretrainingModel, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, model: PretrainingModel, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         """`validate`, and what `detect object` finds in the same scenes (detection.py)."""
         scenes = PretrainingScenes(self.rendered("pretraining-held-out", self.config.data.num_held_out), 1, 0)
         images = [scenes.read(index)[0] for index in range(len(scenes))]

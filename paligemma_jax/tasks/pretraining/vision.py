@@ -15,10 +15,11 @@ import numpy as np
 from paligemma_jax.data.sources.pretraining_scenes import PretrainingScenes
 from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneTask, patch_loss
 from train_jax.core import metrics
+from train_jax.core.data_source import DataSource
 from train_jax.core.metrics import Metrics
 
 
-class Patches:
+class Patches(DataSource):
     """Rows of one image and what each of its patches shows; every second view is mirrored, left for right."""
 
     def __init__(self, scenes: PretrainingScenes, num_scenes: int):

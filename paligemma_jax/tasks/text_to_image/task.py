@@ -86,8 +86,8 @@ class ScenePictures:
 class TextToImage(ImageFlowTask):
     """The task; see the module."""
 
-    harmless_keys = (*ImageFlowTask.harmless_keys, r"data\.(build_workers|cache_dir)")
-    model_keys = (*ImageFlowTask.model_keys, r"siglip|told")
+    resume_safe_keys = (*ImageFlowTask.resume_safe_keys, r"data\.(build_workers|cache_dir)")
+    architecture_keys = (*ImageFlowTask.architecture_keys, r"siglip|told")
 
     @staticmethod
     def defaults() -> ConfigDict:
@@ -248,7 +248,7 @@ class TextToImage(ImageFlowTask):
         workdir.mkdir(parents=True, exist_ok=True)
         write_digest(workdir, None, siglip=self._reader())
 
-    def evaluate(self, model: Told, workdir: Path, split: str | None = None) -> dict[str, Any]:
+    def evaluate(self, model: Told, workdir: Path, split: str | None = None, control_results=None) -> dict[str, Any]:
         model = own_copy(model)
         results = super().evaluate(model, workdir)
         held_out = self.data.held_out

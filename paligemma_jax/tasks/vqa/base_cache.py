@@ -1,4 +1,4 @@
-"""The base that several tasks of one process have in common (a run and its companion): its weights lie in memory once.
+"""The base that several tasks of one process share (a run and its control run): its weights lie in memory once.
 
 A frozen array is never written and never donated, so any number of models may hold it.
 """

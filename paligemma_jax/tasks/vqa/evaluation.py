@@ -292,7 +292,7 @@ class _Reader:
         examples = [self._rows[i] for i in rows]  # after the images: rows without a usable one are bad
         records = [example.pop("record") for example in examples]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        self._rows.count(rows, batch.pop("bad"))
+        self._rows.on_rows(rows, batch.pop("bad"))
         batch["features"] = features
         missing = size - len(rows)
         batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}

@@ -12,6 +12,7 @@ from paligemma_jax.data.records import BadRow, Record, Source, Subset
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.rows import Rows
+from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError, cut
 from train_jax.parallel import sharding
 
@@ -69,7 +70,7 @@ class FeatureCache:
         return self._features[key]
 
 
-class FeatureStore:
+class FeatureStore(DataSource):
     """Training rows with `features` [P, D] in place of `image`; every image is encoded once, at the start.
 
     Exact while the tower is frozen. Takes P x D x 4 bytes an image of host memory (41 KB for the tiny model, 2.1 MB for
@@ -120,9 +121,9 @@ class FeatureStore:
         """See GuardedSource."""
         return self._examples.bad_rows
 
-    def count(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
+    def on_rows(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
         """Counts rows that were read, see GuardedSource."""
-        self._examples.count(indices, bad)
+        self._examples.on_rows(indices, bad)
 
     def check(self) -> None:
         """Judges the share of bad rows, see GuardedSource."""

@@ -44,7 +44,7 @@ MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
 SHEET = 12  # scenes on the contact sheet
 
 
-def report(task, model, workdir: Path, split: str, companions: dict[str, dict] | None = None) -> dict[str, Any]:
+def report(task, model, workdir: Path, split: str, control_results: dict[str, dict] | None = None) -> dict[str, Any]:
     """Evaluates `model` on a split; writes predictions.jsonl and scenes.png; returns what eval.json holds."""
     config = task.config.eval
     source = spread(task.split(split), config.max_examples)
@@ -57,7 +57,7 @@ def report(task, model, workdir: Path, split: str, companions: dict[str, dict] |
         results, shown = _score(answers, write, frequent)
     results["bad_rows"] = len(source) - results["examples"]
     if frequent is not None:
-        blank = (companions or {}).get("question_only")
+        blank = (control_results or {}).get("question_only")
         if blank is None or blank["examples"] != results["examples"]:
             blank = _question_only(task, workdir, None if reported else split)
         controls = {
@@ -143,7 +143,7 @@ def _shuffled(evaluation: Evaluation, source: Source) -> Accuracy | None:
 
 def _question_only(task, workdir: Path, split: str | None) -> dict[str, Any] | None:
     """Evaluates the run on black images that lies in the workdir; None where there is none."""
-    config, folder = task.companions().get("question_only"), workdir / "question_only"
+    config, folder = task.control_runs().get("question_only"), workdir / "question_only"
     if config is None or not (folder / "checkpoints").is_dir():
         return None
     return loop.evaluate(config, folder, split)

@@ -41,14 +41,14 @@ from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
-from train_jax.step.train_state import STEP, step_key
-from train_jax.task import Blueprint
+from train_jax.step.randomness import STEP, step_key
+from train_jax.task import Blueprint, Task
 
 
-class VQA:
+class VQA(Task):
     """The task; see the module."""
 
-    harmless_keys = (
+    resume_safe_keys = (
         # Not eval.max_new_tokens: it changes the accuracy that the best checkpoint is chosen by.
         r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before|captions)",
         r"data\.(build_workers|cache_dir)",
@@ -57,7 +57,7 @@ class VQA:
         r"model\.(remat|unroll)",
     )
     validation_metrics = ("accuracy", "loss", "examples")
-    model_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*", r"init\..*")
+    architecture_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*", r"init\..*")
 
     defaults = staticmethod(vqa_config.defaults)
 
@@ -313,7 +313,7 @@ class VQA:
         if self.config.adapter.name != "none":
             vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
 
-    def companions(self) -> dict[str, ConfigDict]:
+    def control_runs(self) -> dict[str, ConfigDict]:
         """The question-only control: the same fine-tuning on black images."""
         wanted = self.config.eval.controls and self.config.eval.question_only
         if not wanted or self.config.data.blank_images:
@@ -331,8 +331,8 @@ class VQA:
         return Evaluation(self, model).summary(self.split("tune"), wanted=("generate", "loss"))
 
     def evaluate(
-        self, model: PaliGemma, workdir: Path, split: str | None = None, companions: dict | None = None
+        self, model: PaliGemma, workdir: Path, split: str | None = None, control_results: dict | None = None
     ) -> dict[str, Any]:
         from paligemma_jax.tasks.vqa.report import report
 
-        return report(self, model, workdir, split or self.default_split, companions)
+        return report(self, model, workdir, split or self.default_split, control_results)

@@ -165,16 +165,16 @@ def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
     rows = np.array([2, 3, 4, 17, 20])
     for coupling in ("independent", "exact"):
         pairs = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), coupling, max_bad_fraction=0.5)
-        step = pairs.together(rows, 0)
+        step = pairs.get_batch(rows, 0)
         np.testing.assert_array_equal(step["weight"], [1, 0, 1, 0, 1])
         np.testing.assert_array_equal(step["bad"], [False, True, False, True, False])
         np.testing.assert_allclose(step["x_1"][[0, 2]], np.stack([pixels(2), pixels(4)]) / 127.5 - 1, atol=1e-6)
-        pairs.count(rows, step["bad"])
+        pairs.on_rows(rows, step["bad"])
         assert pairs.bad_rows == {3: "a/03.png", 17: "b/07.png"}
     with pytest.raises(BadRow, match="cannot decode the picture"):
-        pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), on_error="raise").together(rows, 0)
+        pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), on_error="raise").get_batch(rows, 0)
     strict = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3))
-    strict.count(rows, step["bad"])
+    strict.on_rows(rows, step["bad"])
     with pytest.raises(UserError, match=r"2 of 5 rows read were bad \(40.0%; first: a/03.png, b/07.png\)"):
         strict.check()
 
@@ -197,7 +197,7 @@ def test_held_out_pictures_are_read_without_the_bad_ones(tmp_path):
 
 def test_rows_stay_in_their_order_whatever_the_coupling():
     data, rows = memory(12), np.array([7, 0, 3, 11, 4, 2])
-    plain, coupled = (pairs_of(data, name).together(rows, 1) for name in ("independent", "exact"))
+    plain, coupled = (pairs_of(data, name).get_batch(rows, 1) for name in ("independent", "exact"))
     for name in ("x_1", "label", "weight"):
         np.testing.assert_array_equal(plain[name], coupled[name])
     assert np.square(coupled["x_0"] - coupled["x_1"]).sum() < np.square(plain["x_0"] - plain["x_1"]).sum()
@@ -205,7 +205,7 @@ def test_rows_stay_in_their_order_whatever_the_coupling():
 
 def test_without_labels_pairs_are_the_cheapest_of_all():
     rows = np.arange(12)
-    within, across = (pairs_of(memory(12, classes), "exact").together(rows, 1) for classes in (2, 0))
+    within, across = (pairs_of(memory(12, classes), "exact").get_batch(rows, 1) for classes in (2, 0))
     assert "label" not in across
     cost = [float(np.square(step["x_0"] - step["x_1"]).sum()) for step in (within, across)]
     assert cost[1] < cost[0]
@@ -213,15 +213,15 @@ def test_without_labels_pairs_are_the_cheapest_of_all():
 
 def test_flips_are_a_function_of_seed_step_and_picture():
     data, rows = memory(40), np.arange(40)
-    plain = pairs_of(data).together(rows, 3)["x_1"]
-    flipped = pairs_of(data, flip=True).together(rows, 3)["x_1"]
+    plain = pairs_of(data).get_batch(rows, 3)["x_1"]
+    flipped = pairs_of(data, flip=True).get_batch(rows, 3)["x_1"]
     turned = np.array([not np.array_equal(a, b) for a, b in zip(plain, flipped, strict=True)])
     assert 10 < turned.sum() < 30
     np.testing.assert_array_equal(flipped[turned], plain[turned, :, ::-1])
     order = np.random.default_rng(0).permutation(40)[:25]  # other rows of a batch or a coupling change nothing
-    other = pairs_of(data, "exact", flip=True).together(order, 3, 7 + np.arange(25))["x_1"]
+    other = pairs_of(data, "exact", flip=True).get_batch(order, 3, 7 + np.arange(25))["x_1"]
     np.testing.assert_array_equal(other, flipped[order])
-    later = pairs_of(data, flip=True).together(rows, 4)["x_1"]
+    later = pairs_of(data, flip=True).get_batch(rows, 4)["x_1"]
     assert not np.array_equal(later, flipped)
     np.testing.assert_array_equal(data.train.images, np.stack([pixels(row) for row in range(40)]))
 
@@ -230,12 +230,12 @@ def test_flips_are_a_function_of_seed_step_and_picture():
 def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
     data, rows = memory(40, classes), np.arange(40)
     pairs = ImagePairs(data, True, "exact", 5, group=8)
-    whole = pairs.together(rows, 3, rows)
+    whole = pairs.get_batch(rows, 3, rows)
     for part in (rows[8:16], rows[16:40]):
-        found = pairs.together(part, 3, part)
+        found = pairs.get_batch(part, 3, part)
         for name, values in whole.items():
             np.testing.assert_array_equal(found[name], values[part], err_msg=name)
-    same = pairs.together(np.zeros(40, int), 3, rows)["x_1"]  # one picture in all rows
+    same = pairs.get_batch(np.zeros(40, int), 3, rows)["x_1"]  # one picture in all rows
     assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
 

@@ -78,7 +78,7 @@ def pairs_of(coupling: str, dequantize: bool = False, seed: int = 3) -> ImagePai
 
 def test_exact_pairs_are_the_cheapest_within_each_class():
     rows = np.arange(30)
-    plain, coupled = (pairs_of(name).together(rows, 7) for name in ("independent", "exact"))
+    plain, coupled = (pairs_of(name).get_batch(rows, 7) for name in ("independent", "exact"))
 
     def cost(step):
         return float(np.square(step["x_0"] - step["x_1"]).sum())
@@ -94,10 +94,10 @@ def test_exact_pairs_are_the_cheapest_within_each_class():
 
 
 def test_rows_are_a_function_of_seed_and_step():
-    one, again = (pairs_of("exact", True).together(np.arange(8), 2) for _ in range(2))
+    one, again = (pairs_of("exact", True).get_batch(np.arange(8), 2) for _ in range(2))
     for name in one:
         np.testing.assert_array_equal(one[name], again[name])
-    other = pairs_of("exact", True).together(np.arange(8), 3)
+    other = pairs_of("exact", True).get_batch(np.arange(8), 3)
     assert not np.array_equal(one["x_0"], other["x_0"]) and not np.array_equal(one["x_1"], other["x_1"])
 
 

@@ -50,7 +50,7 @@ def _fast(fast_compilation):
 def test_exact_pairs_are_the_cheapest_of_the_step():
     plain, coupled = (ToyPairs("moons", "gaussian", 500, name, 3) for name in ("independent", "exact"))
     rows = np.arange(40, 100)
-    one, other = plain.together(rows, 7), coupled.together(rows, 7)
+    one, other = plain.get_batch(rows, 7), coupled.get_batch(rows, 7)
     for name in one:
         np.testing.assert_array_equal(np.sort(one[name], axis=0), np.sort(other[name], axis=0))
     cost = np.square(one["x_0"][:, None] - one["x_1"][None]).sum(-1)
@@ -73,7 +73,7 @@ def test_the_plan_is_of_the_rows_that_are_trained_on():
 def test_noise_is_a_function_of_seed_step_and_row():
     def noise(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
         pairs = ToyPairs("moons", "gaussian", 600, "independent", seed)
-        return pairs.together(np.arange(len(rows)), step, rows)["x_0"]
+        return pairs.get_batch(np.arange(len(rows)), step, rows)["x_0"]
 
     whole = noise(0, 1, np.arange(600))
     assert len(np.unique(whole, axis=0)) == 600  # none is drawn twice
@@ -113,7 +113,7 @@ def test_every_path_and_coupling_has_a_finite_loss(path, coupling):
             task(**changes)
         return
     chosen = task(**changes)
-    batch = chosen.train_source().together(np.arange(32), 0)
+    batch = chosen.train_source().get_batch(np.arange(32), 0)
     loss, _ = chosen.loss(chosen.init(), batch, jax.random.split(jax.random.key(0), 32))
     assert np.isfinite(float(loss)) and float(loss) > 0
 

@@ -37,7 +37,7 @@ def prepare(record):
 def take(guarded, indices):
     """Reads rows and counts them, as a run does."""
     examples = [guarded[i] for i in indices]
-    guarded.count(indices, [example["bad"] for example in examples])
+    guarded.on_rows(indices, [example["bad"] for example in examples])
     return examples
 
 
@@ -194,7 +194,7 @@ def test_rows_that_copies_read_are_counted_here_with_their_names(image):
     examples = [copies[i % 2][i] for i in range(40)]
     assert not any(copy.bad_rows for copy in copies) and not guarded.bad_rows
     with pytest.raises(UserError, match=r"20 of 39 rows read were bad \(51.3%; first: row 3, 20\.png, 21\.png\)"):
-        guarded.count(range(40), [example["bad"] for example in examples])
+        guarded.on_rows(range(40), [example["bad"] for example in examples])
 
 
 def test_faults_of_the_program_pass_through(image):

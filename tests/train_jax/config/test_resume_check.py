@@ -9,7 +9,7 @@ TASK = f"{__name__}:Dummy"
 
 
 class Dummy:
-    harmless_keys = (r"eval\.batch_size",)
+    resume_safe_keys = (r"eval\.batch_size",)
 
     @staticmethod
     def defaults() -> ConfigDict:

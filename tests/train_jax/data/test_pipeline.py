@@ -5,13 +5,14 @@ import threading
 import numpy as np
 import pytest
 
+from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError
 from train_jax.data.pipeline import Pipeline
 
 N = 23  # no multiple of any batch below
 
 
-class Numbers:
+class Numbers(DataSource):
     """Example i holds i and a row of i's."""
 
     def __init__(self, size=N):
@@ -103,7 +104,7 @@ class Marked(Numbers):
     def __getitem__(self, index):
         return super().__getitem__(index) | {"bad": np.bool_(index % 5 == 0)}
 
-    def count(self, indices, bad):
+    def on_rows(self, indices, bad):
         self.counted += zip(indices.tolist(), bad.tolist(), strict=True)
 
 
@@ -253,7 +254,7 @@ class Grouped(Numbers):
         super().__init__()
         self.group, self.read = group, []
 
-    def together(self, indices, step, rows):
+    def get_batch(self, indices, step, rows):
         self.read.append(len(rows))
         size = self.group or len(rows)
         first = rows // size * size
@@ -298,7 +299,7 @@ def test_impossible_batches_are_refused():
 class Together(Numbers):
     """All examples of a step at once, in the order of their numbers."""
 
-    def together(self, indices, step):
+    def get_batch(self, indices, step, rows):
         return {"id": np.sort(indices), "step": np.full(len(indices), step)}
 
 

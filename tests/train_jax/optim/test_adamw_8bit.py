@@ -21,7 +21,7 @@ from train_jax.optim.adamw_8bit import (
     quantize,
     scale_by_adam_8bit,
 )
-from train_jax.step import train_state
+from train_jax.step import train_state, train_step
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -258,7 +258,7 @@ def train(micro_batches, x, y, steps=3):
         error = jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2, axis=1)
         return jnp.sum(error), {}
 
-    step = train_state.make_train_step(
+    step = train_step.make_train_step(
         dict, loss, lambda batch: jnp.float32(batch["x"].shape[0] * batch["x"].shape[1]), optimizer,
         lambda step: jnp.float32(RATE), seed=0, max_bad_steps=3,
     )  # fmt: skip

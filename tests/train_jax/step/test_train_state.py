@@ -12,7 +12,7 @@ from tests.train_jax.toy_task import FEATURES, toy_config
 from train_jax.config.base import task_class
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.step import placement, train_state
+from train_jax.step import placement, randomness, train_state, train_step
 from train_jax.step.train_state import Guard, LossScale, TrainState
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -37,7 +37,7 @@ class Steps:
             float16=config.compute_dtype == "float16",
         )
         self._step = jax.jit(
-            train_state.make_train_step(
+            train_step.make_train_step(
                 bundle.merge,
                 task.loss,
                 task.normalizer,
@@ -95,19 +95,19 @@ def test_accumulation_equals_the_big_batch():
 
 
 def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
-    keys = jax.random.key_data(train_state.row_keys(0, jnp.int32(3), 8))
+    keys = jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 8))
     assert len(np.unique(keys, axis=0)) == 8
-    assert_equal(keys[:4], jax.random.key_data(train_state.row_keys(0, jnp.int32(3), 4)))
+    assert_equal(keys[:4], jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 4)))
     for seed, step in ((0, 4), (1, 3)):
-        other = jax.random.key_data(train_state.row_keys(seed, jnp.int32(step), 8))
+        other = jax.random.key_data(randomness.row_keys(seed, jnp.int32(step), 8))
         assert not (keys == other).all(axis=1).any()
 
 
 def test_rows_of_a_batch_tell_their_number_and_step():
-    found = train_state.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
+    found = randomness.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
     assert found["x"].shape == (2, 3, 5)
-    np.testing.assert_array_equal(found[train_state.ROW], [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(found[train_state.STEP], np.full((2, 3), 7))
+    np.testing.assert_array_equal(found[randomness.ROW], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(found[randomness.STEP], np.full((2, 3), 7))
 
 
 def bad_batch():
@@ -182,7 +182,7 @@ def test_float16_nan_in_the_data_is_a_fault_and_leaves_the_scale():
 
 def test_at_the_smallest_scale_an_overflow_is_a_fault():
     before = TrainState(jnp.int32(7), {}, (), None, Guard.clean(), LossScale.start(LossScale.SMALLEST))
-    guard, scale, apply = train_state.judge(before, jnp.array(True), jnp.array(False), max_bad_steps=1)
+    guard, scale, apply = train_state.update_guard(before, jnp.array(True), jnp.array(False), max_bad_steps=1)
     assert bool(guard.stopped) and int(guard.first_bad) == 7 and not apply
     assert float(scale.value) == LossScale.SMALLEST
 
@@ -205,18 +205,18 @@ def test_average_without_bias():
         after, _ = steps(after, batch())
         seen.append(jax.device_get(after.params))
     weights = decay ** np.arange(4, -1, -1.0)
-    averaged = train_state.debiased(after.ema, decay, after.updates, after.params)
+    averaged = train_state.debias_ema(after.ema, decay, after.updates, after.params)
     for path, found in averaged.items():
         expected = np.average([params[path] for params in seen], axis=0, weights=weights)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     # Without a memory the average is what was added last.
-    assert_equal(train_state.debiased(after.params, 0.0, after.updates, after.params), after.params)
+    assert_equal(train_state.debias_ema(after.params, 0.0, after.updates, after.params), after.params)
 
 
 def test_average_before_the_first_update_is_the_parameters():
     steps = make_steps(max_bad_steps=2, ema_decay=0.9)
     assert_equal(
-        train_state.debiased(steps.state.ema, 0.9, steps.state.updates, steps.state.params), steps.state.params
+        train_state.debias_ema(steps.state.ema, 0.9, steps.state.updates, steps.state.params), steps.state.params
     )
 
 

@@ -53,7 +53,7 @@ def assert_equal(first, second):
 
 def test_rows(data):
     rows = tuned_rows(data)
-    batch = rows.together(np.array([0, 4, 8]), 5)
+    batch = rows.get_batch(np.array([0, 4, 8]), 5)
     assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
         "image": ((3, 16, 16, 3), np.uint8),
         "image_augmented": ((3, 16, 16, 3), np.uint8),
@@ -68,21 +68,21 @@ def test_rows(data):
 
 def test_rows_are_a_function_of_seed_step_and_row(data):
     rows, again = tuned_rows(data), tuned_rows(data)
-    batch = rows.together(np.array([1, 7]), 3)
-    assert_equal(batch, again.together(np.array([1, 7]), 3))
-    alone = again.together(np.array([7]), 3)  # the other rows of a process do not matter
+    batch = rows.get_batch(np.array([1, 7]), 3)
+    assert_equal(batch, again.get_batch(np.array([1, 7]), 3))
+    alone = again.get_batch(np.array([7]), 3)  # the other rows of a process do not matter
     assert_equal({name: values[1:] for name, values in batch.items()}, alone)
-    assert_equal(rows[7], {name: values[0] for name, values in rows.together(np.array([7]), 0).items()})
-    for other in (rows.together(np.array([1, 7]), 4), tuned_rows(data, 1).together(np.array([1, 7]), 3)):
+    assert_equal(rows[7], {name: values[0] for name, values in rows.get_batch(np.array([7]), 0).items()})
+    for other in (rows.get_batch(np.array([1, 7]), 4), tuned_rows(data, 1).get_batch(np.array([1, 7]), 3)):
         assert not np.array_equal(batch["image"], other["image"])
         assert not np.array_equal(batch["image_augmented"], other["image_augmented"])
 
 
 def test_the_two_views_are_drawn_apart(data):
-    same = tuned_rows(data, tuned=augment.LIGHT, frozen=augment.LIGHT).together(np.array([0]), 0)
+    same = tuned_rows(data, tuned=augment.LIGHT, frozen=augment.LIGHT).get_batch(np.array([0]), 0)
     assert not np.array_equal(same["image"], same["image_augmented"])
     rows = tuned_rows(data, tuned=augment.NONE)
-    np.testing.assert_array_equal(rows.together(np.array([0]), 0)["image"], rows.together(np.array([0]), 9)["image"])
+    np.testing.assert_array_equal(rows.get_batch(np.array([0]), 0)["image"], rows.get_batch(np.array([0]), 9)["image"])
     off = tuned_rows(data, tuned=augment.NONE, frozen=augment.NONE)[2]
     np.testing.assert_array_equal(off["image"], off["image_augmented"])
 
@@ -119,17 +119,17 @@ def test_fingerprints_tell_streams_apart(data):
 
 def test_worker_processes_can_be_given_them(data):
     copy = cloudpickle.loads(cloudpickle.dumps(tuned_rows(data)))  # as grain sends them
-    assert_equal(copy.together(np.array([3]), 2), tuned_rows(data).together(np.array([3]), 2))
+    assert_equal(copy.get_batch(np.array([3]), 2), tuned_rows(data).get_batch(np.array([3]), 2))
 
 
 def test_bad_images_count_nothing_and_are_named(broken):
     rows = tuned_rows(broken)
-    batch = rows.together(np.arange(9), 0)
+    batch = rows.get_batch(np.arange(9), 0)
     assert batch["weight"].tolist() == [0, 0] + [1] * 7 and batch["bad"].tolist() == [True, True] + [False] * 7
     assert not batch["image"][:2].any()
     images = [image for image, _ in broken.splits["train"][:2]]
     with pytest.raises(UserError, match=rf"2 of 9 rows read were bad \(22.2%; first: {images[0]}, "):
-        rows.count(np.arange(9), batch["bad"])
+        rows.on_rows(np.arange(9), batch["bad"])
     with pytest.raises(UserError, match=f"{images[0]}: cannot decode"):
         tuned_rows(broken, on_error="raise")[0]
     with pytest.raises(UserError, match=f"cannot read {images[1]}"):

@@ -226,7 +226,7 @@ def test_a_corrupt_image_keeps_its_slot(make_clevr_tree, tmp_path):
     source = ClevrQuestions(prepare_clevr(tree, tmp_path / "data"))
     guarded = GuardedSource(source, lambda r: {"mean": np.float32(decode(r.image).mean())}, max_bad_fraction=0.5)
     examples = [guarded[i] for i in range(len(guarded))]
-    guarded.count(range(len(guarded)), [example["bad"] for example in examples])
+    guarded.on_rows(range(len(guarded)), [example["bad"] for example in examples])
     weights = [float(example["weight"]) for example in examples]
     assert weights == [float(source[i].image_name != "CLEVR_train_000002.png") for i in range(4)]
     assert set(guarded.bad_rows.values()) == {"CLEVR_train_000002.png"} and sum(weights) == 2

@@ -232,7 +232,7 @@ def test_full_fine_tuning_changes_the_base(options, folder, tmp_path):
 
 def batch_of(task, number=4):
     source = task.train_source()
-    return {name: jnp.asarray(rows) for name, rows in source.together(np.arange(number), 5).items() if name != "bad"}
+    return {name: jnp.asarray(rows) for name, rows in source.get_batch(np.arange(number), 5).items() if name != "bad"}
 
 
 def test_the_golden_passes_through_the_code_that_trains(options, golden):

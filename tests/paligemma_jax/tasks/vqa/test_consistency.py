@@ -16,7 +16,7 @@ from paligemma_jax.models.paligemma import PaliGemma
 from tests.paligemma_jax.mini import MINI, mistake, task_of
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers, planned_memory
 from train_jax.core import param_tree
-from train_jax.step import train_state
+from train_jax.step import randomness
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 PLAIN = {"cache_features": False, "model.unroll": False, "data.suffix_length": 8, "adapter.dropout": 0.0}
@@ -63,7 +63,7 @@ def test_adapters_that_do_nothing_yet_are_at_no_distance(moved):
 def test_terms_equal_plain_ones(moved):
     training = moved[0]
     model, batch = training.bundle.model(training.state.params), micro_batch(training)
-    keys = train_state.row_keys(0, jnp.int32(0), len(batch["weight"]))
+    keys = randomness.row_keys(0, jnp.int32(0), len(batch["weight"]))
     loss, metrics = jax.jit(training.task.loss)(model, batch, keys)
     base = base_of(model, "lora")
     answers, normalizer = jax.jit(plain_divergence, static_argnums=3)(model, base, batch, 2.0)
@@ -96,7 +96,7 @@ def test_weight_zero_is_the_program_without(options):
         weights = inputs["weights"] * batch["weight"][:, None]
         return token_cross_entropy(hidden, model.decoder.embed_tokens.embedding[...], inputs["targets"], weights)
 
-    keys = train_state.row_keys(0, jnp.int32(0), len(batch["weight"]))
+    keys = randomness.row_keys(0, jnp.int32(0), len(batch["weight"]))
     compiled = [jax.jit(jax.grad(f)).lower(arrays, batch, keys).compile() for f in (loss, without)]
     assert len({each.cost_analysis()["flops"] for each in compiled}) == 1
     assert len({each.memory_analysis().temp_size_in_bytes for each in compiled}) == 1
@@ -130,7 +130,7 @@ def test_no_gradient_goes_through_the_frozen_branch(moved):
     training = moved[0]
     model, batch = training.bundle.model(training.state.params), micro_batch(training)
     graph, arrays = param_tree.split(model)
-    keys = train_state.row_keys(0, jnp.int32(0), len(batch["weight"]))
+    keys = randomness.row_keys(0, jnp.int32(0), len(batch["weight"]))
     base = base_of(model, "lora")
     chosen = {path: arrays[path] for path in ("projector/linear/kernel", "decoder/layers/self_attn/v_proj/kernel")}
 
@@ -187,7 +187,7 @@ def test_prompts_are_drawn_by_the_key_of_the_row_alone_and_ask_for_what_follows_
     texts = _tokenized(task.tokenizer, TEXTS)
     words = [len(task.tokenizer.encode(suffix)) for _, suffix in TEXTS]
     assert texts["weights"].sum(1).tolist() == [count + 1 for count in words]  # after every word, and before the first
-    keys = train_state.row_keys(0, jnp.int32(3), 64)
+    keys = randomness.row_keys(0, jnp.int32(3), 64)
     whole, part = _drawn(texts, keys), _drawn(texts, keys[10:20])
     for name, rows in whole.items():
         np.testing.assert_array_equal(rows[10:20], part[name])

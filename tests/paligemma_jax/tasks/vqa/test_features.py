@@ -59,7 +59,7 @@ def test_bad_rows_keep_their_places(source, broken, cache, caplog):
     rows, good = source(broken, cache_features=cache, data__max_bad_fraction=0.5, data__on_truncation="skip"), source()
     examples = [rows[i] for i in range(13)]
     assert [float(example["weight"]) for example in examples] == [1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1]
-    rows.count(range(13), np.array([example["bad"] for example in examples]))
+    rows.on_rows(range(13), np.array([example["bad"] for example in examples]))
     assert rows.bad_rows == {3: "1.png", 4: "1.png", 5: "1.png", 9: "3.png"}
     for i in (0, 8, 12):
         np.testing.assert_array_equal(rows[i]["tokens"], good[i]["tokens"])
@@ -76,9 +76,9 @@ def test_the_share_of_bad_rows_is_judged_by_row(source, broken, cache):
     marks = np.array([rows[i]["bad"] for i in range(13)])
     assert sum(marks) == 4
     with pytest.raises(UserError, match=r"4 of 13 rows read were bad \(30.8%"):
-        rows.count(range(13), marks)
+        rows.on_rows(range(13), marks)
     tolerant = source(broken, cache_features=cache, data__max_bad_fraction=0.31, data__on_truncation="skip")
-    tolerant.count(range(13), marks)
+    tolerant.on_rows(range(13), marks)
     tolerant.check()
 
 

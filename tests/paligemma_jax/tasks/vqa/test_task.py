@@ -177,10 +177,10 @@ def own_base(mini_folder, mini_options, tmp_path):
     return mini_options | {"model.path": str(tmp_path / "base"), "cache_features": False}
 
 
-def test_a_companion_holds_the_arrays_of_the_run(own_base, reads):
+def test_a_control_run_holds_the_arrays_of_the_run(own_base, reads):
     task = task_of(own_base)
     bundle = placement.build(task, task.mesh)
-    companion = VQA(task.companions()["question_only"], task.mesh)
+    companion = VQA(task.control_runs()["question_only"], task.mesh)
     base = param_tree.flatten(companion.base())
     assert len(reads) == 1 and base.keys() == bundle.frozen.keys()
     assert all(array is bundle.frozen[path] for path, array in base.items())
@@ -233,14 +233,14 @@ def test_it_tells_what_it_measures(task, model, mini_rows, monkeypatch):
     assert tuple(task.validate(model)) == VQA.validation_metrics
 
 
-def test_the_question_only_companion(mini_options, task):
-    (name, config), *others = task.companions().items()
+def test_the_question_only_control_run(mini_options, task):
+    (name, config), *others = task.control_runs().items()
     assert name == "question_only" and not others
     assert config.data.blank_images and not config.eval.controls and not config.eval.before
     assert not task.config.data.blank_images
-    assert VQA(config, task.mesh).companions() == {}
+    assert VQA(config, task.mesh).control_runs() == {}
     for key in ("eval.controls", "eval.question_only"):
-        assert task_of(mini_options | {key: False}).companions() == {}
+        assert task_of(mini_options | {key: False}).control_runs() == {}
 
 
 def test_weights_go_straight_into_their_shardings(mini_options, monkeypatch):
