@@ -48,13 +48,12 @@ def assert_same_adapters(model, expected):
     assert ours.keys() == theirs.keys()
     for path, array in ours.items():
         np.testing.assert_array_equal(array, theirs[path], err_msg=path, strict=True)
-    other = projections(expected)
-    for path, module in projections(model).items():
-        mine, yours = module.lora_spec, other[path].lora_spec
-        assert (mine is None) == (yours is None)
-        if mine is not None:
-            assert (mine.ranks, mine.rslora) == (yours.ranks, yours.rslora)
-            assert mine.scales == yours.scales and module.lora_dropout == other[path].lora_dropout
+    adapters, others = lora_projections(model), lora_projections(expected)
+    assert adapters.keys() == others.keys()
+    for path, module in adapters.items():
+        mine, yours = module.lora_spec, others[path].lora_spec
+        assert (mine.ranks, mine.rslora) == (yours.ranks, yours.rslora)
+        assert mine.scales == yours.scales and module.lora_dropout == others[path].lora_dropout
 
 
 # Parity with peft, at the tolerances of the golden's README.
