@@ -146,9 +146,7 @@ def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch
     from tests.train_jax.toy_task import Toy
     from train_jax.core import param_tree
 
-    monkeypatch.setattr(
-        Toy, "evaluate", lambda self, model, workdir, **_: seen.append(param_tree.flatten(model)) or {}
-    )
+    monkeypatch.setattr(Toy, "evaluate", lambda self, model, workdir, **_: seen.append(param_tree.flatten(model)) or {})
     fit(tmp_path, total_steps=4)
     initial = param_tree.flatten(Toy(toy_config(), None).init())
     same = {path for path, leaf in seen[0].items() if (np.asarray(leaf) == np.asarray(initial[path])).all()}

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
+from train_jax.config.renamed import RENAMED_TASKS
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import imported
 from train_jax.core.patterns import did_you_mean
@@ -142,7 +143,9 @@ def steps(
 
 
 def task_class(path: str | None) -> type:
-    """Imports the class that `config.task` names. Raises UserError as `imported`."""
+    """Imports the class that `config.task` names. Raises UserError as `imported`, and for a path of before."""
+    if path in RENAMED_TASKS:
+        raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
     return imported("config.task", path, "package.module:Class")
 
 
@@ -208,6 +211,7 @@ def from_json(text: str) -> ConfigDict:
         raise UserError(f"config.json is not valid JSON ({error}): restore the file") from error
     if not isinstance(stored, dict) or "task" not in stored:
         raise UserError("config.json has no 'task', expected a config written by a run: restore the file")
+    stored["task"] = RENAMED_TASKS.get(stored["task"], stored["task"])
     config = base_config(stored["task"])
     known = leaves(config)
     for key, value in leaves(ConfigDict(stored)).items():

@@ -1,0 +1,57 @@
+"""Workdirs of earlier releases: their configs are read, and they evaluate and resume to the same digits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import eval as eval_script
+import train
+from tests.paligemma_jax.mini import read_lines
+from train_jax.config.base import from_json, task_class
+from train_jax.config.renamed import RENAMED_TASKS
+from train_jax.core.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden/workdir"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the golden folder, as the current one: paths in it are relative."""
+    shutil.copytree(GOLDEN, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def same(found: dict, expected: dict) -> None:
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_old_run_evaluates(folder):
+    eval_script.main(["eval.py", "--workdir=run"])
+    same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["eval"])
+
+
+def test_an_old_run_goes_on(folder):
+    stored = from_json((folder / "run/config.json").read_text())
+    config = folder / "longer.py"
+    config.write_text(
+        "from pathlib import Path\nfrom train_jax.config.base import from_json\n\n\n"
+        "def get_config():\n    return from_json(Path('run/config.json').read_text()).unlock()\n"
+    )
+    train.main(["train.py", f"--config={config}", "--workdir=run", "--config.total_steps=6", "--progress=none"])
+    assert stored.total_steps == 4
+    rows = [row for row in read_lines(folder / "run/metrics.jsonl") if row["step"] > 4]
+    for found, expected in zip(rows, EXPECTED["continued_metrics"], strict=True):
+        same(found, expected)
+    same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["continued_eval"])
+
+
+def test_tasks_of_old_configs_are_found():
+    assert from_json((GOLDEN / "flow/config.json").read_text()).task == "flow_jax.tasks.plane:PlaneFlow"
+    for old, new in RENAMED_TASKS.items():
+        assert task_class(new).__name__ == new.partition(":")[2]
+        with pytest.raises(UserError, match=f"config.task='{old}' has moved: write '{new}'"):
+            task_class(old)

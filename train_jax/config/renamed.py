@@ -1,0 +1,10 @@
+"""What configs of earlier releases call otherwise: the config.json of an old run is read by these tables."""
+
+RENAMED_TASKS = {
+    "flow_jax.task:PlaneFlow": "flow_jax.tasks.plane:PlaneFlow",
+    "flow_jax.image_task:ImageFlow": "flow_jax.tasks.images:ImageFlow",
+    "paligemma_jax.tasks.vision_pretraining:VisionPretraining": (
+        "paligemma_jax.tasks.pretraining.vision:VisionPretraining"
+    ),
+}
+"""Import paths of tasks, old: new."""
