@@ -86,6 +86,8 @@ def token_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * -log softmax(cap(hidden @ embedding.T))[target]`, in nats, float32.
 
+    The specification is losses.reference.token_cross_entropy, which holds the logits of all tokens.
+
     Args:
         hidden: final hidden states, `[B, T, D]` or `[N, D]`, any float type.
         embedding: the output (tied) embedding. Products run in its type and accumulate in float32; it is never cast.

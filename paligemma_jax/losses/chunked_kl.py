@@ -49,6 +49,8 @@ def token_divergence(
 ) -> Float[Array, ""]:
     """Sum over tokens of `weight * tau^2 * KL(frozen || tuned)`, in nats, float32.
 
+    The specification is losses.reference.token_divergence, which holds the logits of all tokens.
+
     Args:
       hidden: final hidden states of the tuned model, of any float type; the only argument that gets a gradient.
       frozen: those of the frozen model at the same places.

@@ -1,7 +1,7 @@
-"""The losses of SigLIP and CLIP as papers write them, over the whole matrix of pairs: to check and to measure against.
+"""The losses as papers write them: the specification of the fast ones, which the tests compare with these.
 
-`losses.sigmoid_loss` and `losses.softmax_loss` compute the same without ever holding it. Axes: B images
-and their B texts.
+`losses.sigmoid_loss` and `losses.softmax_loss` never hold the matrix of all pairs, `losses.token_cross_entropy` and
+`losses.token_divergence` never the logits of all tokens. Axes: B images and their B texts; D width, V vocabulary.
 """
 
 import functools
@@ -44,6 +44,49 @@ def softmax_loss(
         logits = jnp.where(counted, logits, -jnp.inf)
     both = jnp.diag(jax.nn.log_softmax(logits, axis=1)) + jnp.diag(jax.nn.log_softmax(logits, axis=0))
     return -0.5 * both.mean()
+
+
+def token_cross_entropy(
+    hidden: Float[Array, "*batch D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"],
+    softcap: float | None = None,
+) -> Float[Array, ""]:
+    """The sum over tokens of `weight * -log softmax(logits)[target]`, in nats."""
+    return -(weights * token_log_probs(hidden, embedding, targets, softcap)).sum()
+
+
+def token_log_probs(
+    hidden: Float[Array, "*batch D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "*batch"],
+    softcap: float | None = None,
+) -> Float[Array, "*batch"]:
+    """Natural log-probability of every target."""
+    log_probs = jax.nn.log_softmax(logits(hidden, embedding, softcap))
+    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def token_divergence(
+    hidden: Float[Array, "*batch D"],
+    frozen: Float[Array, "*batch D"],
+    embedding: Float[Array, "V D"],
+    weights: Float[Array, "*batch"],
+    temperature: float | Float[Array, ""] = 1.0,
+    softcap: float | None = None,
+) -> Float[Array, ""]:
+    """The sum over tokens of `weight * tau^2 * KL(frozen || tuned)` at temperature tau, in nats."""
+    p, q = (jax.nn.log_softmax(logits(rows, embedding, softcap) / temperature) for rows in (frozen, hidden))
+    return temperature**2 * (weights * (jnp.exp(p) * (p - q)).sum(-1)).sum()
+
+
+def logits(
+    hidden: Float[Array, "*batch D"], embedding: Float[Array, "V D"], softcap: float | None
+) -> Float[Array, "*batch V"]:
+    """cap * tanh(x / cap) of x = hidden @ embedding.T, or x itself when softcap is None; float32."""
+    x = jnp.einsum("...D,VD->...V", hidden.astype(jnp.float32), embedding.astype(jnp.float32))
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _products(zimg: jax.Array, ztxt: jax.Array) -> jax.Array:

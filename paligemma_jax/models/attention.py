@@ -65,3 +65,24 @@ def prefix_mask(mask_input: Bool[Array, "B S"], mask_ar: Int[Array, "B S"]) -> B
     block = jnp.cumsum(mask_ar.astype(jnp.int32), axis=1)
     visible = block[:, None, :] <= block[:, :, None]
     return visible & mask_input[:, None, :] & mask_input[:, :, None]
+
+
+def packed_mask(segment: Int[Array, "B T"], suffix: Int[Array, "B T"], num_patches: int) -> Bool[Array, "B S S"]:
+    """Who may read whom where several texts stand behind one image, S = num_patches + T.
+
+    Patches read one another; a text reads the patches and, with a prefix-LM mask, itself.
+
+    Args:
+      segment: number of the text that a token belongs to, from 1; 0 is padding, which nobody reads.
+      suffix: 1 on tokens that read causally, 0 on those of a prefix.
+      num_patches: P.
+    """
+    B, T = segment.shape
+    position = jnp.arange(T)
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
+    visible = (position[None, :] <= position[:, None])[None] | (suffix[:, None, :] == 0)
+    text = same & visible
+    seen, unseen = jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)
+    image_rows = jnp.concatenate([seen, unseen], 2)
+    text_rows = jnp.concatenate([jnp.ones((B, T, num_patches), bool), text], 2)
+    return jnp.concatenate([image_rows, text_rows], 1)

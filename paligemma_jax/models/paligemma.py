@@ -8,13 +8,14 @@ The sequence is [image patches][text], and a row of text is [BOS prefix]["\\n"][
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.attention import prefix_mask
+from paligemma_jax.models.attention import packed_mask, prefix_mask
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.vit import ViT, ViTConfig
@@ -172,6 +173,33 @@ class PaliGemma(nnx.Module):
         valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
         mask = prefix_mask(valid, causal)
         return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
+
+    def hidden_of_texts(
+        self, features: Float[Array, "B P D"], arrays: Mapping[str, Array], dropout_keys=None
+    ) -> Float[Array, "B T D"]:
+        """`hidden` of the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays."""
+        masks = arrays["mask_ar"], arrays["mask_input"]
+        return self.hidden(features, arrays["tokens"], *masks, dropout_keys)[0]
+
+    def hidden_of_packed(
+        self,
+        features: Float[Array, "B P D"],
+        tokens: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        suffix: Int[Array, "B T"],
+        offset: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states where several texts stand behind one image and do not read one another.
+
+        Args:
+          features: of the image, P patches.
+          tokens: the texts, one after another.
+          segment, suffix: see attention.packed_mask.
+          offset: a token's place in its own text, from 0.
+        """
+        B, P = features.shape[:2]
+        positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(P), (B, P)), P + offset], axis=1)
+        return self.decode(features, tokens, positions, packed_mask(segment, suffix, P))[0]
 
     def decode(
         self,

@@ -50,7 +50,8 @@ def sigmoid_loss(
 ) -> Float[Array, ""]:
     """Mean over images of the sum over texts of `-log sigmoid(+-(exp(log_scale) * zimg @ ztxt.T + bias))`, float32.
 
-    The sign is + for a text of the image and - for all others (Zhai et al. 2023, algorithm 1).
+    The sign is + for a text of the image and - for all others (Zhai et al. 2023, algorithm 1). The specification is
+    losses.reference.sigmoid_loss, which holds the matrix of all pairs.
 
     Args:
         zimg: embeddings of images, of unit length by custom; any float type. Products accumulate in float32.

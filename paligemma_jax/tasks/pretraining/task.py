@@ -72,19 +72,6 @@ def pack(tokenizer, segments, length: int, text_weights: dict[str, float]) -> di
     return row | {"weight": weight}
 
 
-def packed_mask(segment: jax.Array, suffix: jax.Array, num_patches: int) -> jax.Array:
-    """Who reads whom, bool [B, P+T, P+T]: patches one another; a text the patches and, prefix-LM, itself."""
-    B, T = segment.shape
-    position = jnp.arange(T)
-    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
-    visible = (position[None, :] <= position[:, None])[None] | (suffix[:, None, :] == 0)
-    text = same & visible
-    seen, unseen = jnp.ones((B, num_patches, num_patches), bool), jnp.zeros((B, num_patches, T), bool)
-    image_rows = jnp.concatenate([seen, unseen], 2)
-    text_rows = jnp.concatenate([jnp.ones((B, T, num_patches), bool), text], 2)
-    return jnp.concatenate([image_rows, text_rows], 1)
-
-
 class Pretraining(SceneTask):
     """The task; see the module."""
 
@@ -125,12 +112,8 @@ class Pretraining(SceneTask):
         """Hidden states at the text positions [B, T, D] and tower features [B, P, D]."""
         images = self.normalize(batch["image"])
         features, out = module.model.encode_image(images)
-        P = features.shape[1]
-        mask = packed_mask(batch["segment"], batch["suffix"], P)
-        image_positions = jnp.broadcast_to(jnp.arange(P), (images.shape[0], P))
-        positions = jnp.concatenate([image_positions, P + batch["offset"]], axis=1)
-        hidden, _ = module.model.decode(features, batch["tokens"], positions, mask)
-        return hidden, out["vision/encoded"]
+        packed = {name: batch[name] for name in ("tokens", "segment", "suffix", "offset")}
+        return module.model.hidden_of_packed(features, **packed), out["vision/encoded"]
 
     def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
         hidden, tower = self.forward(model, batch)

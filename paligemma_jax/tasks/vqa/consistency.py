@@ -130,20 +130,15 @@ class Consistency:
                 terms[part] = self._answers(model, base, tuned.hidden, features, tuned.arrays, weights)
             else:
                 arrays = _drawn(self._prompts, keys)
-                hidden = hidden_of(model, tuned.features, arrays, tuned.keys)
+                hidden = model.hidden_of_texts(tuned.features, arrays, tuned.keys)
                 share = arrays["weights"] / arrays["weights"].sum(axis=1, keepdims=True)
                 terms[part] = self._answers(model, base, hidden, features, arrays, rows[:, None] * share)
         return terms
 
     def _answers(self, model, base, hidden, features, arrays, weights) -> Float[Array, ""]:
-        frozen = lax.stop_gradient(hidden_of(base, features, arrays))
+        frozen = lax.stop_gradient(base.hidden_of_texts(features, arrays))
         words, temperature = self._task.words(model), self._config.temperature
         return token_divergence(hidden, frozen, weights=weights, temperature=temperature, **words)
-
-
-def hidden_of(model: PaliGemma, features: Float[Array, "B P D"], arrays, keys=None) -> Float[Array, "B T D"]:
-    """Final hidden states at the text positions of data.prompts.training_arrays."""
-    return model.hidden(features, arrays["tokens"], arrays["mask_ar"], arrays["mask_input"], keys)[0]
 
 
 def _same_images(model: PaliGemma, base: PaliGemma) -> bool:

@@ -271,7 +271,7 @@ class VQA(Task):
         if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.DRAWN_ONCE:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), self.features(model, batch, keys)
-        return consistency.Tuned(features, consistency.hidden_of(model, features, arrays, keys), arrays, keys)
+        return consistency.Tuned(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
 
     def words(self, model: PaliGemma) -> dict[str, Any]:
         """How hidden states become probabilities of words, for the functions of losses/__init__.py."""

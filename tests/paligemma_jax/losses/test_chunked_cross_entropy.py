@@ -10,22 +10,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_log_probs, token_scores
+from paligemma_jax.losses.reference import token_cross_entropy as plain_loss
+from paligemma_jax.losses.reference import token_log_probs as plain_log_probs
 from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 VOCABULARY = 257_152  # PaliGemma's
-
-
-def plain_log_probs(hidden, embedding, targets, softcap=None):
-    logits = jnp.einsum("...d,vd->...v", hidden.astype(jnp.float32), embedding.astype(jnp.float32))
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-
-
-def plain_loss(hidden, embedding, targets, weights, softcap=None):
-    return -(weights * plain_log_probs(hidden, embedding, targets, softcap)).sum()
 
 
 def make_batch(shape=(3, 7), width=5, vocab=37, dtype=jnp.float32, seed=0):

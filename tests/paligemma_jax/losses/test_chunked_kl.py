@@ -10,21 +10,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paligemma_jax.losses.chunked_kl import token_divergence
+from paligemma_jax.losses.reference import token_divergence as plain
 from tests.paligemma_jax.losses.test_chunked_cross_entropy import shapes
 from train_jax.core.errors import UserError
 from train_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
-def plain(hidden, frozen, embedding, weights, temperature=1.0, softcap=None):
-    def log_probs(rows):
-        logits = jnp.einsum("...d,vd->...v", rows.astype(jnp.float32), embedding.astype(jnp.float32))
-        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-        return jax.nn.log_softmax(logits / temperature)
-
-    p, q = log_probs(frozen), log_probs(hidden)
-    return temperature**2 * (weights * (jnp.exp(p) * (p - q)).sum(-1)).sum()
 
 
 def make_batch(shape=(3, 7), width=5, vocab=37, dtype=jnp.float32):

@@ -18,13 +18,14 @@ from paligemma_jax.data.sources.pretraining_scenes import PretrainingScenes, bui
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.models.attention import packed_mask
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import DECODERS, variant
 from paligemma_jax.tasks import export as export_module
 from paligemma_jax.tasks.export import export
 from paligemma_jax.tasks.pretraining import detection, scene_task
 from paligemma_jax.tasks.pretraining import task as pretraining
-from paligemma_jax.tasks.pretraining.task import Pretraining, pack, packed_mask
+from paligemma_jax.tasks.pretraining.task import Pretraining, pack
 from paligemma_jax.tasks.pretraining.vision import Patches, VisionPretraining
 from tests.paligemma_jax.mini import MINI, ROOT, config_of
 from train_jax import loop
