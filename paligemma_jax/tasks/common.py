@@ -16,7 +16,7 @@ from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
-"""Values of the key model.remat, see models.layers.scan_stack."""
+"""Values of the key model.remat, see models.stack.scan_stack."""
 
 WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays lie below the kernel's path, shaped as it is
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an

@@ -67,7 +67,7 @@ def load(
         with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
       param_dtype: dtype the weights are kept in, `dtype` when None.
       remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
-        models.layers.scan_stack.
+        models.stack.scan_stack.
       vocab_size: rows of the word table, where they should differ from the checkpoint's (257,152 in big_vision, 257,216
         in transformers): the last are cut off, or added as the mean of all others, whose logit is never the largest.
       quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels on the way, see adapt.quantize.quantize;
