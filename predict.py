@@ -14,14 +14,14 @@ A run of configs/flow_clevr.py draws: python predict.py --workdir=DIR --prompt="
 default DIR/drawn.png); --seed=1 draws another, --config.eval.guidance=2 follows the prompt more closely.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 from absl import flags
 from ml_collections import ConfigDict
 
 from train_jax.config import command_line
-from train_jax.core.errors import UserError, quoted
-
-ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
-SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
+from train_jax.core.errors import UserError
 
 
 def _flags() -> flags.FlagValues:
@@ -63,74 +63,27 @@ def main(argv: list[str]) -> None:
     if values.help:
         print(f"{__doc__.strip()}\n\nFlags:\n{command_line.flags_help(values)}")
         return
-    if values["class"].value:
-        _classify(values, rest)
-        return
-    from paligemma_jax.inference.answer import predict
-    from paligemma_jax.loading import run_config  # slow to import: after mistakes in the flags have been told
-
-    config = run_config(values.workdir) if values.workdir else None
-    overrides = command_line.parse_overrides(rest, config or ConfigDict(), list(values))
-    if config is not None:
-        command_line.override(config, overrides)
-        if config.task.endswith(":TextToImage"):
-            _draw(values, config)
-            return
-    if values.out is not None:
-        raise UserError(f"--out={values.out} is given, but only runs of configs/flow_clevr.py draw: leave it out.")
-    answers = predict(
-        values.image,
-        values.prompt,
-        workdir=values.workdir,
-        model=values.model,
-        dtype=values.dtype,
-        config=config,
-        tokenizer=values.tokenizer,
-        checkpoint=values.checkpoint,
-        max_new_tokens=values.max_new_tokens,
-        sampler=values.sampler,
-        seed=values.seed,
-        special_tokens=values.special_tokens,
-        **{name: values[name].value for name in SAMPLER_OPTIONS},
-    )
-    for image, prompt, answer in answers:
-        print(f"{image}  {prompt}  ->  {answer}".translate(ESCAPES))
+    for line in _lines({name: values[name].value for name in values}, rest):
+        print(line)
 
 
-def _draw(values: flags.FlagValues, config: ConfigDict) -> None:
-    """Draws the prompts, prints where."""
-    if values.image:
-        raise UserError(
-            f"--image={values.image[0]} is given to a run that draws, expected prompts alone: leave it out."
-        )
-    from paligemma_jax.tasks.text_to_image.draw import draw
-
-    file = values.out or f"{values.workdir}/drawn.png"
-    draw(values.workdir, values.prompt, file, config=config, checkpoint=values.checkpoint, seed=values.seed)
-    print(f"{len(values.prompt)} picture(s) in {file}")
-
-
-def _classify(values: flags.FlagValues, rest: list[str]) -> None:
-    """Prints the likelihood of every class, one line an image."""
-    if values.prompt or rest:
-        raise UserError(f"found {quoted((values.prompt + rest)[0])} beside --class, which goes without: leave one out.")
-    if (values.workdir is None) == (values.model is None):
+def _lines(given: dict[str, Any], rest: list[str]) -> Iterable[str]:
+    """What is printed for flags by name; `rest` are overrides of a run's config."""
+    if (given["workdir"] is None) == (given["model"] is None):
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
-    from paligemma_jax.inference.classify import classify
+    # Slow to import: after mistakes in the flags have been told.
+    if given["model"] is not None:
+        from paligemma_jax.inference import command
 
-    classes = values["class"].value
-    scores = classify(
-        values.image,
-        classes,
-        values.template or None,
-        model=values.workdir or values.model,
-        tokenizer=values.tokenizer,
-        dtype=values.dtype or "float32",
-        checkpoint=values.checkpoint,
-    )
-    for image, row in zip(values.image, scores, strict=True):
-        likely = "  ".join(f"{name} {value:.3f}" for name, value in zip(classes, row, strict=True))
-        print(f"{image}  {likely}".translate(ESCAPES))
+        command_line.parse_overrides(rest, ConfigDict(), list(given))
+        lines = command.class_lines if given["class"] else command.answer_lines
+        return lines(given, model=given["model"])
+    from paligemma_jax.loading import run_config
+    from train_jax.config.base import task_class
+
+    config = run_config(given["workdir"])
+    command_line.override(config, command_line.parse_overrides(rest, config, list(given)))
+    return task_class(config.task).predict(config, given["workdir"], given)
 
 
 if __name__ == "__main__":

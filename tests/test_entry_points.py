@@ -272,7 +272,9 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
         (["--workdir=/nowhere", "--image=a", "--prompt=x"], "/nowhere holds no run with checkpoints"),
         (["--model=tiny", "--imge=a"], "unknown argument '--imge=a'; did you mean 'image'?"),
         (["--model=tiny", "--config.compute_dtype=bfloat16"], "there is no key config.compute_dtype"),
-        (["--workdir=x", "--model=tiny", "--prompt=x"], "x holds no run with checkpoints"),
+        (["--workdir=x", "--model=tiny", "--prompt=x"], "give either --workdir=DIR (a run) or --model=PATH"),
+        (["--model=tiny", "--image=a", "--prompt=x", "--out=y.png"], "--out=y.png is given, but only runs of"),
+        (["--model=tiny", "--image=a", "--prompt=x", "--class=cat"], "found 'x' beside --class, which goes without"),
         (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
     ],
 )

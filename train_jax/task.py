@@ -1,7 +1,7 @@
 """What a run must provide: `Task`, an abstract base class. A config names its task by import path."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +176,23 @@ class Task(abc.ABC):
     def control_runs(self) -> dict[str, ConfigDict]:
         """{name: config} of runs to compare with, trained in `workdir/name` before the evaluation."""
         return {}
+
+    @classmethod
+    def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
+        """The lines that predict.py prints for a run of this task.
+
+        Args:
+          config: of the run, with what the command line changes.
+          workdir: of the run; loop.load_model has its model.
+          flags: of predict.py, by name: images, prompts and so on.
+
+        Raises:
+          UserError: the task does not define it, or flags that it has no use for.
+        """
+        raise UserError(
+            f"{config.task} does not predict, expected a task with that method: add it (see train_jax/task.py), or "
+            "evaluate the run with eval.py"
+        )
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
 from paligemma_jax.adapt.few_shot.prompts import check_texts
 from paligemma_jax.data.few_shot.descriptions import fill_templates
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
 from paligemma_jax.inference.answer import read_pixels
-from paligemma_jax.loading import is_run, load, run_config
+from paligemma_jax.loading import is_run, load, load_run, run_config
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 
@@ -26,8 +27,9 @@ def classify(
     templates: Sequence[str] | None = None,
     *,
     model: str | Path,
+    config: ConfigDict | None = None,
     tokenizer: str | Path | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     checkpoint: str = "best",
     told=None,
 ) -> Float[np.ndarray, "N C"]:
@@ -39,7 +41,8 @@ def classify(
         run that which it was tuned with, else the class alone.
       model: a SigLIP or CLIP that `pg.load` reads, the workdir of a run too.
       tokenizer: its folder or file; None is what lies beside the model.
-      dtype: compute dtype.
+      config: of a run, where it is to differ from its config.json.
+      dtype: compute dtype, float32 if None.
       checkpoint: of a run.
       told: called with images done and images in all.
 
@@ -52,13 +55,18 @@ def classify(
     """
     if not images:
         raise UserError("no image is given to classify: add --image.")
-    options = {"which": checkpoint} if checkpoint != "best" else {}
-    encoder = load(model, dtype, **options)
+    if is_run(model):
+        config = config or run_config(model)
+        config.compute_dtype = dtype or "float32"
+        encoder, template = load_run(model, config, checkpoint), config.get("template", "{}")  # of a few-shot run
+    else:
+        options = {"which": checkpoint} if checkpoint != "best" else {}
+        encoder, template = load(model, dtype or "float32", **options), "{}"
     if not isinstance(encoder, DualEncoder):
         raise UserError(f"{model} is no SigLIP or CLIP, which classes are compared with: leave them out, or give one.")
     words = load_text_tokenizer(tokenizer or model, encoder.config.text.length)
     words.fits(encoder.config.text.vocab_size)
-    templates = templates or (_template(model),)
+    templates = templates or (template,)
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
     check_texts(encoder, words(prompts)[0])
     texts = jnp.asarray(zero_shot.class_embeddings(encoder, words, classes, templates))
@@ -76,8 +84,3 @@ def classify(
 @jax.jit
 def _logits(encoder: DualEncoder, pixels: Float[Array, "B I I 3"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
     return encoder.logits(encoder.encode_image(pixels)[0], texts)
-
-
-def _template(model: str | Path) -> str:
-    """How a few-shot run writes classes (tasks/coprompt/task.py); of all else the class alone."""
-    return run_config(model).get("template", "{}") if is_run(model) else "{}"

@@ -4,7 +4,7 @@ The loss is of all pairs of a batch: texts travel around the ring of devices (lo
 whose activations do not fit are embedded in micro-batches (`embed_micro_batch`). Axes: see models.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from paligemma_jax import losses
 from paligemma_jax.data.sources.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_pictures
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
+from paligemma_jax.inference import command
 from paligemma_jax.losses import reference as contrastive_reference
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.variants import MINI, TINY, variant
@@ -56,6 +57,11 @@ class Contrastive(Task):
         self.tokenizer.fits(self.model_config.text.vocab_size)
         preprocessing, vision = self.model_config.preprocessing, self.model_config.vision
         self.pairs = Pairs(config.data, self.tokenizer, preprocessing, vision)
+
+    @classmethod
+    def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
+        """The likelihood of each class for each image."""
+        return command.class_lines(flags, workdir, config)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:

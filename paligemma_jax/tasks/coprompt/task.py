@@ -5,6 +5,7 @@ losses/coprompt.py, the images in data/few_shot/protocols.py. Axes: B images, C 
 about a class at most, T tokens, E of an embedding.
 """
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import TunedRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
 from paligemma_jax.images.augment import Augmentation
+from paligemma_jax.inference import command
 from paligemma_jax.losses.coprompt import coprompt_loss
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks import common
@@ -107,6 +109,11 @@ class CoPrompt(Task):
         self.texts: Texts | None = None  # once there are training data
         self.abstract()  # which tells prompts that do not fit
         self._base: DualEncoder | None = None  # between these and `init`
+
+    @classmethod
+    def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
+        """The likelihood of each class for each image."""
+        return command.class_lines(flags, workdir, config)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:

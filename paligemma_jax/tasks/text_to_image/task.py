@@ -5,7 +5,7 @@ whether the samples show what was asked for. The one place where paligemma_jax m
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from paligemma_jax.data.sources.captioned import CaptionedScenes
 from paligemma_jax.data.synthetic_clevr import captions, descriptions
 from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
-from paligemma_jax.loading import load
+from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
@@ -40,6 +40,7 @@ from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.files import cache_dir
+from train_jax.parallel import sharding
 from train_jax.step.placement import own_copy
 
 TOLD = ("attributes", "captions")
@@ -193,6 +194,23 @@ class TextToImage(ImageFlowTask):
         pictures = [held_out[index] for index in range(len(held_out))]
         real = np.stack([picture.pixels for picture in pictures]), np.array([picture.label for picture in pictures])
         return [Judge(*self.siglip, self.descriptions.said, real)]
+
+    @classmethod
+    def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
+        """Draws the prompts, by noise of `seed`, on one sheet, and tells where that is."""
+        for name in ("image", "class"):
+            if flags[name]:
+                raise UserError(
+                    f"--{name}={flags[name][0]} is given to a run that draws, expected prompts alone: leave it out."
+                )
+        texts = flags["prompt"]
+        if not texts:
+            raise UserError("no text is given to draw: add --prompt.")
+        model = load_run(workdir, config, flags["checkpoint"])
+        images = cls(config, sharding.make_mesh(config.mesh)).draw(model, texts, flags["seed"])
+        file = Path(flags["out"] or f"{workdir}/drawn.png")
+        save_sheet(list(images), texts, file)
+        return [f"{len(images)} picture(s) in {file}"]
 
     def draw(self, model: Told, texts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N I I 3"]:
         """A picture of each text, by the solver and the guidance of the config's `eval`.

@@ -4,7 +4,7 @@ The config's keys are in config.py. Rows are prepared in rows.py, for training a
 and its controls are in evaluation.py and report.py. Axes: see models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from paligemma_jax.data import prompts
 from paligemma_jax.data.records import Source, spread
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.inference import command
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
@@ -73,6 +74,11 @@ class VQA(Task):
         self._rows: Rows | None = None
         self._splits: dict[str, Source] = {}
         self.evaluation_bytes: dict[tuple, int | None] = {}  # what compiled evaluations take, see Evaluation
+
+    @classmethod
+    def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
+        """Answers to prompts about images, in the run's template."""
+        return command.answer_lines(flags, workdir=workdir, config=config)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
