@@ -191,7 +191,7 @@ class Contrastive(Task):
         return jnp.float32(A * b)
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
-        """Times the number of images, for the runtime divides by those that count."""
+        """Returns the loss summed over images; the runtime normalizes by those that are valid."""
 
         def embed(rows):
             if FEATURES in rows:

@@ -1,0 +1,47 @@
+"""docs/architecture.md says where things are: each function that it names exists and calls the next."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINES = re.findall(r"^(\S.*?) {2,}(\S+:\S+ > .*)$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
+README = ("train_jax/loop.py", "paligemma_jax/models/gemma.py", "flow_jax/tasks/flow_task.py")
+"""Files of the README's reading path, from which everything is at most two files away."""
+
+
+def function_of(place: str) -> tuple[str, str]:
+    """The name of a function, given as file:Class.function, and its source."""
+    file, _, path = place.partition(":")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    node = ast.parse(source)
+    for name in path.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        node = next(child for child in ast.walk(node) if isinstance(child, kinds) and child.name == name)
+    return path.split(".")[-1], ast.get_source_segment(source, node)
+
+
+@pytest.mark.parametrize("what, line", LINES)
+def test_each_function_calls_the_next(what, line):
+    places = line.split(" > ")
+    functions = [function_of(place) for place in places]
+    for (_, source), (name, _), place in zip(functions, functions[1:], places[1:], strict=False):
+        owner = place.partition(":")[2].split(".")[0]
+        called = {"__init__": owner, "__call__": r"_proj|linear"}.get(name, name)
+        assert re.search(rf"\b\w*{called}\b\(?", source), f"{what}: {place} is not called"
+    files = [place.partition(":")[0] for place in places]
+    start = max(i for i, file in enumerate(files) if file in README)
+    assert len(dict.fromkeys(files[start:])) <= 3, f"{what}: more than two jumps"
+
+
+def test_the_lines_are_all_there():
+    named = {"loss of the main job", "the step", "LoRA forward", "the flow loss", "sharding rules", "the SigLIP loss"}
+    assert {what for what, _ in LINES} == named
+
+
+def test_the_readme_names_the_files_to_begin_with():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = text.partition("## Reading path")[2].partition("\n## ")[0]
+    assert all(f"`{file}`" in path and (ROOT / file).is_file() for file in README)
