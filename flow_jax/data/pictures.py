@@ -14,6 +14,7 @@ from flow_jax.data import digit_scores, digits, synthetic_pictures
 from flow_jax.data.picture_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
+from train_jax.core.import_path import check_named, imported
 from train_jax.core.row_errors import BadRows
 
 BYTES = 256  # values of a pixel
@@ -51,7 +52,7 @@ class ImageData:
     row_a_label: bool = True
 
 
-class Found(NamedTuple):
+class Splits(NamedTuple):
     """Two sides of a data set, and the names of its classes."""
 
     train: Pictures
@@ -59,10 +60,10 @@ class Found(NamedTuple):
     classes: Sequence[str]
 
 
-class Kind(NamedTuple):
+class DatasetSpec(NamedTuple):
     """A value of `data.name`; size, channels and classes are None where the data decide or the config."""
 
-    open: Callable[[ConfigDict, int, int], Found]
+    open: Callable[[ConfigDict, int, int], Splits]
     size: int | None = None
     channels: int | None = None
     levels: int = BYTES
@@ -74,7 +75,7 @@ def defaults() -> ConfigDict:
     """The keys of `config.data`."""
     return ConfigDict(
         {
-            "name": "digits",  # digits | shapes (made up) | folder | tfds
+            "name": "digits",  # digits | shapes (made up) | folder | tfds | import path of a DatasetSpec
             "folder": placeholder(str),  # of class folders or of files; of tfds the version folder
             "held_out_folder": placeholder(str),  # of folder; None: a share of `folder`
             "held_out_fraction": 0.02,  # that share
@@ -93,13 +94,24 @@ def defaults() -> ConfigDict:
     )
 
 
+def check_name(name: str) -> None:
+    """Raises UserError for a `data.name` that is neither of `DATASETS` nor an import path."""
+    check_named("data.name", name, DATASETS)
+
+
+def _spec(config: ConfigDict) -> DatasetSpec:
+    """What `data.name` names: of `DATASETS`, or a DatasetSpec by its import path."""
+    check_name(config.name)
+    return DATASETS.get(config.name) or imported("data.name", config.name, "package.module:SPEC")
+
+
 def shape(config: ConfigDict) -> tuple[int, int, int]:
     """Side, channels and values of an entry, told without data.
 
     Raises:
       UserError: a shape that the data do not have, or none.
     """
-    kind = KINDS[config.name]
+    kind = _spec(config)
     size, channels = config.image_size or kind.size, config.channels or kind.channels or 3
     for key, found, own in (("image_size", size, kind.size), ("channels", channels, kind.channels)):
         if own not in (None, found):
@@ -115,7 +127,7 @@ def known_classes(config: ConfigDict) -> int | None:
     """The number of classes, 0 for none, where it is known without data."""
     if not config.conditional:
         return 0
-    return config.num_classes or KINDS[config.name].num_classes
+    return config.num_classes or _spec(config).num_classes
 
 
 def open_data(config: ConfigDict) -> ImageData:
@@ -125,7 +137,7 @@ def open_data(config: ConfigDict) -> ImageData:
       UserError: data that are not there, or are not what the config says.
     """
     size, channels, levels = shape(config)
-    kind = KINDS[config.name]
+    kind = _spec(config)
     found = kind.open(config, size, channels)
     if config.conditional:
         if not found.classes:
@@ -169,22 +181,22 @@ def read(
     tally.check()
 
 
-def _digits(config: ConfigDict, size: int, channels: int) -> Found:
+def _digits(config: ConfigDict, size: int, channels: int) -> Splits:
     train, held_out = (ArrayPictures(*digits.load(split)) for split in ("train", "held_out"))
-    return Found(train, held_out, [str(digit) for digit in range(digits.CLASSES)])
+    return Splits(train, held_out, [str(digit) for digit in range(digits.CLASSES)])
 
 
-def _shapes(config: ConfigDict, size: int, channels: int) -> Found:
+def _shapes(config: ConfigDict, size: int, channels: int) -> Splits:
     number = config.num_examples
     train = synthetic_pictures.ShapePictures("train", number, size, channels)
-    return Found(
+    return Splits(
         train,
         synthetic_pictures.ShapePictures("held_out", max(number // 10, 2), size, channels),
         synthetic_pictures.CLASSES,
     )
 
 
-def _folder(config: ConfigDict, size: int, channels: int) -> Found:
+def _folder(config: ConfigDict, size: int, channels: int) -> Splits:
     whole = FolderPictures(_path(config), size, channels, cache_dir())
     if config.held_out_folder is not None:
         held_out = FolderPictures(config.held_out_folder, size, channels, cache_dir())
@@ -193,7 +205,7 @@ def _folder(config: ConfigDict, size: int, channels: int) -> Found:
                 f"{config.held_out_folder} has other class folders than {config.folder} "
                 f"({len(held_out.classes)} and {len(whole.classes)}), expected the same: correct data.held_out_folder."
             )
-        return Found(whole, held_out, whole.classes)
+        return Splits(whole, held_out, whole.classes)
     number = round(config.held_out_fraction * len(whole))
     if not 2 <= number < len(whole):
         raise UserError(
@@ -201,7 +213,7 @@ def _folder(config: ConfigDict, size: int, channels: int) -> Found:
             "at least 2 and not all: change it, or name a data.held_out_folder."
         )
     held = _held_out(whole.identity, number)
-    return Found(Subset(whole, np.flatnonzero(~held)), Subset(whole, np.flatnonzero(held)), whole.classes)
+    return Splits(Subset(whole, np.flatnonzero(~held)), Subset(whole, np.flatnonzero(held)), whole.classes)
 
 
 def _held_out(identity: Int[np.ndarray, " N"], number: int) -> Bool[np.ndarray, " N"]:
@@ -218,13 +230,13 @@ def _held_out(identity: Int[np.ndarray, " N"], number: int) -> Bool[np.ndarray, 
     return held
 
 
-def _tfds(config: ConfigDict, size: int, channels: int) -> Found:
+def _tfds(config: ConfigDict, size: int, channels: int) -> Splits:
     label = config.label if config.conditional else ""
     train, held_out = (
         TfdsPictures(_path(config), split, config.image, label, size, channels)
         for split in (config.split, config.held_out)
     )
-    return Found(train, held_out, train.classes)
+    return Splits(train, held_out, train.classes)
 
 
 def _path(config: ConfigDict) -> str:
@@ -233,9 +245,9 @@ def _path(config: ConfigDict) -> str:
     return config.folder
 
 
-KINDS = {
-    "digits": Kind(_digits, 8, 1, digits.LEVELS, digits.CLASSES, lambda: [digit_scores.DigitScores()]),
-    "shapes": Kind(_shapes, num_classes=len(synthetic_pictures.CLASSES)),
-    "folder": Kind(_folder),
-    "tfds": Kind(_tfds),
+DATASETS = {
+    "digits": DatasetSpec(_digits, 8, 1, digits.LEVELS, digits.CLASSES, lambda: [digit_scores.DigitScores()]),
+    "shapes": DatasetSpec(_shapes, num_classes=len(synthetic_pictures.CLASSES)),
+    "folder": DatasetSpec(_folder),
+    "tfds": DatasetSpec(_tfds),
 }

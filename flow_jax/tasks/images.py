@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from flow_jax.data import pictures as image_data
 from flow_jax.data.pictures import ImageData
 from flow_jax.tasks.image_flow_task import ImageFlowTask
-from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError
 
 
@@ -26,7 +25,7 @@ class ImageFlow(ImageFlowTask):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        check_choices(config, {"data.name": image_data.KINDS})
+        image_data.check_name(config.data.name)
         if config.eval.guidance != 1.0 and not config.data.conditional:
             raise UserError(
                 f"eval.guidance is {config.eval.guidance} with data.conditional=False, expected 1: without labels "

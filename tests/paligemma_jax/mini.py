@@ -13,7 +13,7 @@ from PIL import Image
 import train
 from paligemma_jax import weights
 from paligemma_jax.data.records import Record
-from paligemma_jax.data.sources.splits import synthetic_folder
+from paligemma_jax.data.sources.synthetic import synthetic_folder
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder

@@ -1,6 +1,7 @@
 """What a config key names by its import path, `package.module:name`."""
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from train_jax.core.errors import UserError
@@ -25,3 +26,34 @@ def imported(key: str, path: str | None, form: str = "package.module:function") 
     if not hasattr(module, name):
         raise UserError(f"{key}={path!r}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
     return getattr(module, name)
+
+
+def named(key: str, name: str, known: Mapping[str, str]) -> Any:
+    """What a config key names: by a short name of `known`, or by an import path of the user's own.
+
+    Args:
+      key: of the config, for messages.
+      name: its value.
+      known: {short name: import path}.
+
+    Raises:
+      UserError: neither; as `imported`.
+    """
+    check_named(key, name, known)
+    return imported(key, known.get(name, name))
+
+
+def check_named(key: str, name: str, known: Iterable[str]) -> None:
+    """As `named`, without importing anything. Raises UserError for what is neither."""
+    if name not in known and ":" not in str(name):
+        raise UserError(
+            f"{key} is {name!r}, expected one of {', '.join(known)}, or an import path such as "
+            f"'my_package.my_module:function'{did_you_mean(str(name), known)}: change it."
+        )
+
+
+def own_source(data: Any) -> str:
+    """`data.source` of a config. Raises UserError where it is not set."""
+    if data.source is None:
+        raise UserError(f"data.name is {data.name!r} but data.source is not set: add --config.data.source=PATH.")
+    return data.source

@@ -10,21 +10,25 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from paligemma_jax.data.byte_lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
 from paligemma_jax.data.sources.clevr_tree import SPLITS, ClevrTree
+from paligemma_jax.data.sources.folder_lock import locked
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
+from train_jax.core.import_path import own_source
 from train_jax.core.tfds import open_builder, open_split
 
 VERSION = "3.1.0"
@@ -255,3 +259,14 @@ def _question_index(examples: Any) -> dict[str, np.ndarray]:
         texts.update(json.dumps([field.decode("latin-1") for field in fields]).encode())
     found = np.frombuffer(texts.digest(), np.uint8)
     return {"starts": np.cumsum(counts), "images": digests.stacked(images), "texts": found}
+
+
+def open_questions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> ClevrQuestions:
+    """See splits.open_source; the official zip or folder is prepared on first use."""
+    del progress
+    source = Path(own_source(data)).expanduser()
+    if (source / "dataset_info.json").is_file() or (source / "clevr").is_dir():
+        return ClevrQuestions(source, split, data.prompt)  # prepared before, by us or by TFDS
+    folder = Path(data.cache_dir).expanduser() / f"clevr-{zlib.crc32(str(source.resolve()).encode()):08x}"
+    with locked(folder):
+        return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)

@@ -14,15 +14,18 @@ in memory.
 import array
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
+from train_jax.core.import_path import own_source
 
 FIELDS = ("image", "prefix", "suffix")
 
@@ -149,3 +152,14 @@ def _jsonl_file(path: Path, split: str | None) -> Path:
         f"{path} holds {', '.join(found) or 'no JSONL file'}, expected {wanted or 'exactly one JSONL file'}; "
         "add the file or correct the path."
     )
+
+
+def open_questions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> JsonlRecords:
+    """See splits.open_source."""
+    del progress
+    return JsonlRecords(own_source(data), split, cache=data.cache_dir)
+
+
+def open_captions(data: ConfigDict, split: str) -> JsonlRecords:
+    """Captions of a contrastive run, see tasks.contrastive.data."""
+    return JsonlRecords(data.source, split, data.caption, data.cache_dir)

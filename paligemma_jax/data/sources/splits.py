@@ -5,27 +5,22 @@ tuning      questions on a share of the training split's images that training ne
 reported    the validation split
 """
 
-import contextlib
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import Source, Subset
-from paligemma_jax.data.sources.clevr import ClevrQuestions, prepare_clevr
-from paligemma_jax.data.sources.jsonl import JsonlRecords
-from paligemma_jax.data.sources.parquet import ParquetQuestions
-from paligemma_jax.data.synthetic_clevr.build import VERSION, build_tree, is_built
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import named
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
-NAMES = ("synthetic_clevr", "clevr", "parquet", "jsonl")
+OPENERS = {
+    "synthetic_clevr": "paligemma_jax.data.sources.synthetic:open_questions",
+    "clevr": "paligemma_jax.data.sources.clevr:open_questions",
+    "parquet": "paligemma_jax.data.sources.parquet:open_questions",
+    "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
+}
+"""Short names of `data.name`; it may also be an import path, of a function called as `open_source`."""
 Progress = Callable[[str], object]  # what is prepared -> context manager that yields told(done, total)
 
 
@@ -40,62 +35,7 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
     Raises:
       UserError: an unknown name, a missing source, or data that are not what the name says.
     """
-    if data.name not in NAMES:
-        raise UserError(f"data.name is {data.name!r}, expected one of {', '.join(NAMES)}: change it.")
-    if data.name == "synthetic_clevr":
-        return ClevrQuestions(_synthetic(data, progress), split, data.prompt)
-    if data.source is None:
-        raise UserError(f"data.name is {data.name!r} but data.source is not set: add --config.data.source=PATH.")
-    if data.name == "clevr":
-        source = Path(data.source).expanduser()
-        if (source / "dataset_info.json").is_file() or (source / "clevr").is_dir():
-            return ClevrQuestions(source, split, data.prompt)  # prepared before, by us or by TFDS
-        folder = Path(data.cache_dir).expanduser() / f"clevr-{zlib.crc32(str(source.resolve()).encode()):08x}"
-        with _locked(folder):
-            return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)
-    if data.name == "parquet":
-        return ParquetQuestions(data.source, split, data.prompt, cache=data.cache_dir)
-    return JsonlRecords(data.source, split, cache=data.cache_dir)
-
-
-def synthetic_folder(data: ConfigDict) -> Path:
-    """Where the synthetic set of these numbers is cached; a set of another generator lies elsewhere."""
-    numbers = (data.image_size, data.num_train_scenes, data.num_validation_scenes, data.questions_per_scene)
-    name = "-".join(map(str, ("synthetic", f"v{VERSION}", *numbers, data.scene_seed)))
-    return Path(data.cache_dir).expanduser() / name
-
-
-def _synthetic(data: ConfigDict, progress: Progress) -> Path:
-    """The synthetic set of these numbers, rendered and prepared once."""
-    size, numbers = data.image_size, (data.num_train_scenes, data.num_validation_scenes)
-    folder = synthetic_folder(data)
-    with _locked(folder):
-        for split, number in zip(("train", "val"), numbers, strict=True):
-            if is_built(folder / "CLEVR", split):
-                continue
-            with progress(f"rendering {number} {split} scenes") as told:
-                build_tree(
-                    folder / "CLEVR",
-                    split,
-                    number,
-                    data.questions_per_scene,
-                    size,
-                    size,
-                    data.scene_seed,
-                    progress=told,
-                    workers=data.build_workers,
-                )
-        return prepare_clevr(folder / "CLEVR", folder / "prepared")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Of several processes that want the data of a folder, one prepares them and the others wait (not on Windows)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return named("data.name", data.name, OPENERS)(data, split, progress)
 
 
 def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subset]:

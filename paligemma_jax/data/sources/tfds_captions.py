@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
@@ -111,3 +112,8 @@ def _check_feature(features: Any, name: str, folder: Path) -> None:
                 "or data.image."
             )
         features = inner[part]
+
+
+def open_captions(data: ConfigDict, split: str) -> TfdsCaptions:
+    """Captions of a contrastive run, see tasks.contrastive.data."""
+    return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)

@@ -5,16 +5,16 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.sources.captioned import NOISE
 from paligemma_jax.tasks import common
+from paligemma_jax.tasks.contrastive.data import OPENERS
 from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
+from train_jax.core.import_path import check_named
 
-SOURCES = ("scenes", "jsonl", "tfds")
 CHOICES = {
     "model.remat": common.REMAT,
     "loss.name": ("sigmoid", "softmax"),
     "loss.negatives_by": ("random", "hard", "easy"),
-    "data.name": SOURCES,
     "data.noise": ("", *NOISE),
 }
 
@@ -86,6 +86,7 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     check_choices(config, CHOICES)
+    check_named("data.name", config.data.name, ("scenes", *OPENERS))
     if config.micro_batch not in (None, config.batch_size):
         raise UserError(
             f"micro_batch is {config.micro_batch}, expected None: the loss is of all pairs of a batch; to save memory "

@@ -7,12 +7,18 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import Source, Subset
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
-from paligemma_jax.data.sources.jsonl import JsonlRecords
-from paligemma_jax.data.sources.tfds_captions import TfdsCaptions
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.tasks.rendered import rendered
+from train_jax.core.import_path import named
+
+OPENERS = {
+    "jsonl": "paligemma_jax.data.sources.jsonl:open_captions",
+    "tfds": "paligemma_jax.data.sources.tfds_captions:open_captions",
+}
+"""Short names of `data.name` beside "scenes"; it may also be an import path, of a function of `data` and the split that
+returns records whose suffix is the caption."""
 
 
 class Pairs:
@@ -57,10 +63,7 @@ class Pairs:
         return CaptionedRecords(source, self._tokenizer, self._preprocessing, **bad)
 
     def _source(self, split: str) -> Source:
-        data = self._data
-        if data.name == "jsonl":
-            return JsonlRecords(data.source, split, data.caption, data.cache_dir)
-        return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)
+        return named("data.name", self._data.name, OPENERS)(self._data, split)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
         """The folder of a stream's scenes, rendered on first use."""

@@ -116,7 +116,7 @@ def defaults() -> ConfigDict:
 def _data_defaults() -> ConfigDict:
     return ConfigDict(
         {
-            "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl, see docs/data.md
+            "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl | import path, see docs/data.md
             "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
             "cache_dir": cache_dir(),
             "build_workers": 2,  # processes that render

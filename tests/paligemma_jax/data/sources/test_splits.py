@@ -9,6 +9,7 @@ import pytest
 
 from paligemma_jax.data.records import Record
 from paligemma_jax.data.sources import splits as sources
+from paligemma_jax.data.sources import synthetic as synthetic_source
 from tests.paligemma_jax.mini import Rows
 from train_jax.core.errors import UserError
 
@@ -111,7 +112,7 @@ def test_synthetic_scenes_are_made_once(synthetic, monkeypatch):
     validation = sources.open_source(synthetic, "validation", silent)
     assert len(train) == 12 and len(validation) == 8
     assert {train[i].image for i in range(12)}.isdisjoint({validation[i].image for i in range(8)})
-    monkeypatch.setattr(sources, "build_tree", lambda *args, **options: pytest.fail("rendered again"))
+    monkeypatch.setattr(synthetic_source, "build_tree", lambda *args, **options: pytest.fail("rendered again"))
     again = sources.open_source(synthetic, "train", silent)
     assert again.fingerprint == train.fingerprint
     np.testing.assert_array_equal(again.image_numbers(), train.image_numbers())
@@ -119,17 +120,17 @@ def test_synthetic_scenes_are_made_once(synthetic, monkeypatch):
 
 def test_another_generator_makes_another_set(synthetic, monkeypatch):
     train = sources.open_source(synthetic, "train", silent)
-    before = sources.synthetic_folder(synthetic)
-    monkeypatch.setattr(sources, "VERSION", sources.VERSION + 1)
+    before = synthetic_source.synthetic_folder(synthetic)
+    monkeypatch.setattr(synthetic_source, "VERSION", synthetic_source.VERSION + 1)
     again = sources.open_source(synthetic, "train", silent)
     assert len(again) == len(train) == 12
-    assert sorted(Path(synthetic.cache_dir).iterdir()) == sorted([before, sources.synthetic_folder(synthetic)])
+    assert sorted(Path(synthetic.cache_dir).iterdir()) == sorted([before, synthetic_source.synthetic_folder(synthetic)])
 
 
 def test_an_interrupted_preparation_goes_on(synthetic, monkeypatch):
     """A split that is complete is not rendered again."""
     made = []
-    real = sources.build_tree
+    real = synthetic_source.build_tree
 
     def interrupted(folder, split, *args, **options):
         made.append(split)
@@ -137,7 +138,7 @@ def test_an_interrupted_preparation_goes_on(synthetic, monkeypatch):
             raise KeyboardInterrupt
         real(folder, split, *args, **options)
 
-    monkeypatch.setattr(sources, "build_tree", interrupted)
+    monkeypatch.setattr(synthetic_source, "build_tree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sources.open_source(synthetic, "train", silent)
     assert len(sources.open_source(synthetic, "train", silent)) == 12
@@ -158,3 +159,15 @@ def test_an_official_tree_is_prepared_in_the_cache(clevr_tree, synthetic):
     (folder,) = Path(synthetic.cache_dir).glob("clevr-*/clevr/3.1.0")
     synthetic.source = str(folder)  # prepared data are read where they are
     assert sources.open_source(synthetic, "validation", silent).fingerprint == source.fingerprint
+
+
+def own_data(data, split, progress):
+    return rows([2, 1]) if split == "train" else rows([1])
+
+
+def test_a_source_of_the_users_own(synthetic):
+    synthetic.name = f"{__name__}:own_data"
+    assert len(sources.open_source(synthetic, "train", silent)) == 3
+    synthetic.name = f"{__name__}:none_such"
+    with pytest.raises(UserError, match="has no 'none_such'"):
+        sources.open_source(synthetic, "train", silent)
