@@ -57,7 +57,6 @@ class Case:
 
 def task_paths() -> set[str]:
     """Import paths of all tasks of the packages."""
-    wanted = [name for name in vars(Task) if not name.startswith("_")]
     found = {PATH}
     for package in (flow_jax, paligemma_jax):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -65,8 +64,8 @@ def task_paths() -> set[str]:
                 continue
             for name, value in vars(importlib.import_module(module.name)).items():
                 own = inspect.isclass(value) and value.__module__ == module.name and not inspect.isabstract(value)
-                if own and all(hasattr(value, method) for method in wanted):
-                    found.add(f"{module.name}:{name}")
+                if own and issubclass(value, Task):
+                    found.add(f"{module.name.removesuffix('.task')}:{name}")  # packages export their task
     return found
 
 

@@ -34,7 +34,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def nothing_trains(monkeypatch):
-    monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
 
 
 def ends(capsys, main, argv) -> tuple[int, list[str], str]:

@@ -324,7 +324,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_mistakes_in_train(mini_options, tmp_path, capsys, monkeypatch, changes, sentence):
-    monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     assert sentence in mistake(capsys, mini_options | changes, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
 
@@ -332,7 +332,7 @@ def test_mistakes_in_train(mini_options, tmp_path, capsys, monkeypatch, changes,
 def test_a_tokenizer_too_large_for_the_model(mini_options, tmp_path, capsys, monkeypatch):
     words = [f"word{i}" for i in range(400)]
     (tmp_path / "tokenizer.model").write_bytes(build_model(words))
-    monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     changes = {"tokenizer": str(tmp_path), "data.cache_dir": str(tmp_path / "nothing is rendered")}
     sentence = mistake(capsys, mini_options | changes, tmp_path / "run")
     assert "The model's vocabulary has 1,792 entries but the tokenizer needs" in sentence

@@ -20,7 +20,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("the run went on")
 
     monkeypatch.setattr(placement, "build", compiled)
-    monkeypatch.setattr(loop.Run, "train", compiled)
+    monkeypatch.setattr(loop.Trainer, "train", compiled)
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -78,7 +78,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_a_model_or_optimizer_that_cannot_be(tmp_path, capsys, monkeypatch, changes, sentence):
-    monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     status, line = fails(capsys, tmp_path / "run", changes)
     assert status == 2 and line.startswith(f"train.py: error: {sentence}")
 

@@ -77,24 +77,24 @@ def _coupling(v):
 PATH = fj.paths.CondOT()
 SAMPLE = PATH.sample(X, X[::-1], T)
 CASES = {
-    "conversions:change_schedule": lambda v: fj.sample(
+    "paths.conversions:change_schedule": lambda v: fj.sample(
         fj.conversions.change_schedule(v, PATH, fj.paths.Cosine()), X, **EULER
     ).x,
-    "couplings:over_buffer": lambda v: np.stack([j for _, j in fj.couplings.over_buffer(X, X, 1, 0, _coupling(v))]),
+    "couplings.pairings:over_buffer": lambda v: np.stack([j for _, j in fj.couplings.over_buffer(X, X, 1, 0, _coupling(v))]),
     "few_step:mean_flow": lambda v: fj.few_step.mean_flow(v, SAMPLE, jnp.ones(2)),
     "few_step:sample_mean_flow": lambda v: fj.few_step.sample_mean_flow(v, X, 2),
     "few_step:reflow_pairs": lambda v: fj.few_step.reflow_pairs(v, X, **EULER).x_1,
-    "guidance:Guided.__init__": lambda v: fj.sample(fj.guidance.Guided(v, 2.0, 3), X, **EULER, args=(jnp.arange(2),)).x,
-    "likelihood:exact_divergence": lambda v: fj.likelihood.exact_divergence(lambda x: v(0.5, x), X)[0],
-    "likelihood:hutchinson_divergence": lambda v: fj.likelihood.hutchinson_divergence(
+    "ode.guidance:Guided.__init__": lambda v: fj.sample(fj.guidance.Guided(v, 2.0, 3), X, **EULER, args=(jnp.arange(2),)).x,
+    "ode.likelihood:exact_divergence": lambda v: fj.likelihood.exact_divergence(lambda x: v(0.5, x), X)[0],
+    "ode.likelihood:hutchinson_divergence": lambda v: fj.likelihood.hutchinson_divergence(
         lambda x: v(0.5, x), X, X[None]
     )[0],
-    "likelihood:log_prob": lambda v: fj.log_prob(v, X, **EULER).log_prob,
-    "likelihood:log_prob, its prior": lambda v: fj.log_prob(
+    "ode.likelihood:log_prob": lambda v: fj.log_prob(v, X, **EULER).log_prob,
+    "ode.likelihood:log_prob, its prior": lambda v: fj.log_prob(
         Net(), X, **EULER, prior=lambda x: v(0.0, x)[:, 0]
     ).log_prob,
-    "likelihood:image_bits_per_dim": lambda v: fj.image_bits_per_dim(v, IMAGES, KEY, **EULER),
-    "likelihood:start_log_prob": lambda v: start_log_prob(lambda x: jnp.exp(v(0.0, x[:1] * 0)) * x)(X),
+    "ode.likelihood:image_bits_per_dim": lambda v: fj.image_bits_per_dim(v, IMAGES, KEY, **EULER),
+    "ode.likelihood:start_log_prob": lambda v: start_log_prob(lambda x: jnp.exp(v(0.0, x[:1] * 0)) * x)(X),
     "losses:flow_matching": lambda v: fj.losses.flow_matching(v, lambda t, x: x, T, X),
     "losses:flow_matching, its marginal": lambda v: fj.losses.flow_matching(lambda t, x: x, v, T, X),
     "losses:conditional_flow_matching": lambda v: fj.losses.conditional_flow_matching(v, SAMPLE),
@@ -102,27 +102,27 @@ CASES = {
     "losses:coupled_flow_matching, its coupling": lambda v: fj.losses.coupled_flow_matching(
         lambda t, x: x, PATH, X, X, T, _coupling(v)
     ),
-    "metrics:path_energy": lambda v: fj.metrics.path_energy(v, X, 2),
-    "metrics:straightness": lambda v: fj.metrics.straightness(v, X, 2),
+    "metrics.distances:path_energy": lambda v: fj.metrics.path_energy(v, X, 2),
+    "metrics.distances:straightness": lambda v: fj.metrics.straightness(v, X, 2),
     "paths.gaussian:GaussianPath.__init__": lambda v: fj.paths.GaussianPath(
         lambda t, x_1: v(t, x_1[None])[0], lambda t, x_1: 1 - t
     ).sample(X, X, T).x_t,
-    "sampling:sample": lambda v: fj.sample(v, X, **EULER).x,
-    "sampling:sample, adaptive": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3).x,
-    "sampling:sample, rows on their own": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3, per_sample=True).x,
-    "sde:sample_sde": lambda v: fj.sample_sde(v, X, PATH, KEY, 2).x,
+    "ode.sampling:sample": lambda v: fj.sample(v, X, **EULER).x,
+    "ode.sampling:sample, adaptive": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3).x,
+    "ode.sampling:sample, rows on their own": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3, per_sample=True).x,
+    "ode.sde:sample_sde": lambda v: fj.sample_sde(v, X, PATH, KEY, 2).x,
 }  # fmt: skip
 WITHOUT = {
     "arrays:velocity_at": "calls it",
     "callables:call_now": "is what those that are not compiled go through",
     "callables:run": "is what all of these go through",
-    "frechet:FrechetScore.__init__": "calls it, on the host",
-    "image_data:ImageData.__init__": "calls it, on the host",
-    "integrate:integrate": "is what sample and log_prob call",
-    "large_couplings:fit_semidiscrete": "compiles what it is given at each call",
-    "pictures:draw_density": "calls it, on the host",
-    "pictures:draw_field": "calls it, on the host",
-    "row_draws:draw_rows": "calls it, on the host",
+    "metrics.frechet:FrechetScore.__init__": "calls it, on the host",
+    "data.pictures:ImageData.__init__": "calls it, on the host",
+    "ode.integrate:integrate": "is what sample and log_prob call",
+    "couplings.large:fit_semidiscrete": "compiles what it is given at each call",
+    "tasks.plane_pictures:draw_density": "calls it, on the host",
+    "tasks.plane_pictures:draw_field": "calls it, on the host",
+    "data.row_draws:draw_rows": "calls it, on the host",
 }
 
 

@@ -22,6 +22,7 @@ from train_jax.checkpoints.manager import Checkpoints
 from train_jax.config import base as configs
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
+from train_jax.task import Task
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -157,13 +158,8 @@ def test_a_new_models_config_has_the_towers_preprocessing(other_images):
         assert vision_config_of(config, None) == config
 
 
-class Contrastive:
+class Contrastive(Task):
     """As little of a task as `pg.load` of a workdir needs: `init` returns the DualEncoder itself."""
-
-    resume_safe_keys = ()
-
-    def __init__(self, config, mesh):
-        self.config = config
 
     @staticmethod
     def defaults():

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -66,10 +66,19 @@ class DataSource(abc.ABC):
         """Checks the share of bad rows among all counted so far; called at the end of a run. Raises UserError."""
 
 
+@runtime_checkable
+class Indexed(Protocol):
+    """What has a length and an entry for each number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
 class ExampleList(DataSource):
     """A sequence of examples as a DataSource."""
 
-    def __init__(self, examples: Sequence[Example]):
+    def __init__(self, examples: Indexed):
         self._examples = examples
         self.fingerprint = getattr(examples, "fingerprint", None)
 

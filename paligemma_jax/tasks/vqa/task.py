@@ -39,6 +39,7 @@ from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_d
 from paligemma_jax.weights.reader import load, stored_dtype
 from train_jax.config.base import leaves
 from train_jax.core import param_tree, patterns
+from train_jax.core.data_source import ExampleList
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
@@ -232,9 +233,9 @@ class VQA(Task):
             for name, source in (("tune", self.split("tune")), (self.default_split, reported)):
                 warn_of_cut_references(self.tokenizer, source, name, config.max_new_tokens)
 
-    def train_records(self) -> Source:
+    def train_records(self) -> ExampleList:
         """The rows that `train_source` prepares, told without the model."""
-        return self.split("train")
+        return ExampleList(self.split("train"))
 
     def reported_data(self) -> str:
         """Fingerprint of the split that a run reports."""

@@ -19,7 +19,6 @@ from paligemma_jax.weights.fingerprint import base_digest, check_digest, write_d
 from tests.paligemma_jax.mini import config_of
 from train_jax import loop
 from train_jax.core.errors import UserError
-from train_jax.task import check_workdir
 
 
 def test_it_is_of_the_weights_alone(mini_folder, tmp_path, golden):
@@ -87,7 +86,7 @@ def on_another_base(mini_run, mini_folder, mini_options, tmp_path):
 @pytest.mark.usefixtures("fast_compilation")
 def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monkeypatch):
     run, options = on_another_base
-    monkeypatch.setattr(loop.Run, "train", lambda *args: pytest.fail("the run went on"))
+    monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     monkeypatch.setattr(VQA, "base", lambda task: pytest.fail("the model was read"))
     monkeypatch.setattr(VQA, "split", lambda task, name: pytest.fail("data were prepared"))
     calls = (
@@ -133,6 +132,6 @@ def test_every_task_that_starts_from_weights_looks_at_the_workdir(
     task = object.__new__(kind)
     task.config = ConfigDict(json.loads(json.dumps(settings).replace("SECOND", places["SECOND"])))
     with pytest.raises(UserError, match=sentence):
-        check_workdir(task, tmp_path)
+        task.check_workdir(tmp_path)
     task.config = ConfigDict(json.loads(json.dumps(settings).replace("SECOND", places["FIRST"])))
-    check_workdir(task, tmp_path)
+    task.check_workdir(tmp_path)

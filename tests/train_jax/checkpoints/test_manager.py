@@ -184,7 +184,7 @@ def test_mistakes_are_sentences(tmp_path, checkpoints):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from train_jax.checkpoints import Checkpoints
+from train_jax.checkpoints.manager import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], "accuracy")
 small = {"kernel": np.arange(4.0, dtype=np.float32)}

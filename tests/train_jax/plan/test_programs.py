@@ -198,7 +198,10 @@ def test_devices_are_made_up(file):
 RESIDENT = """
 import json, re, sys
 import jax, jax.numpy as jnp
-from train_jax import sharding, training_step, plan, model_state, optimizers, metrics
+from train_jax.optim import optimizers
+from train_jax.parallel import sharding
+from train_jax.plan import programs as plan
+from train_jax.step import placement, train_step
 from tests.train_jax.toy_task import toy_config
 
 def peak():
@@ -208,17 +211,17 @@ config = toy_config(mesh__data=1, model__width=2048, model__dropout=0.0, batch_s
 planned = plan.plan(config)
 mesh = sharding.make_mesh(config.mesh)
 blueprint = __import__("tests.train_jax.toy_task", fromlist=["Toy"]).Toy.blueprint(config, mesh)
-bundle = model_state.abstract(blueprint.task, blueprint.model, mesh)
+placed = placement.abstract(blueprint.task, blueprint.model, mesh)
 schedule = optimizers.make_schedule(config.optimizer, 2, 0)
-optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
-start = model_state.abstract_state(bundle, optimizer, mesh, ema=False, float16=False)
+optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
+start = placement.abstract_state(placed, optimizer, mesh, ema=False, float16=False)
 batch = plan.batch_shapes(config, blueprint, mesh)
-traced, totals = training_step.trace(config, blueprint.task, mesh, bundle, optimizer, schedule, start, batch)
+traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
 step = traced.lower().compile()
 fill = lambda leaf: jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here on
 before = peak()
-state, totals, frozen, batch = jax.tree.map(fill, (start, totals, bundle.frozen, batch))
+state, totals, frozen, batch = jax.tree.map(fill, (start, totals, placed.frozen, batch))
 for _ in range(2):
     state, totals = jax.block_until_ready(step(state, totals, frozen, batch))
 print(json.dumps({"planned": planned.programs[0].total, "resident": peak() - before}))

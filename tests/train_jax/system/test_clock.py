@@ -15,7 +15,7 @@ import time
 time.sleep(1)  # what an import may take
 import sys
 sys.path[:0] = sys.argv[1:]
-from train_jax import clock
+from train_jax.system import clock
 print(time.perf_counter() - clock.process_began())
 """
 

@@ -46,7 +46,7 @@ def test_windows_has_no_resource_module(monkeypatch):
 PARENT = """
 import subprocess, sys
 sys.path[:0] = sys.argv[1:]
-from train_jax import memory
+from train_jax.system import memory
 before = memory.peak_memory_bytes()
 subprocess.run([sys.executable, "-c", "b'x' * (512 << 20)"], check=True)
 after = memory.peak_memory_bytes()

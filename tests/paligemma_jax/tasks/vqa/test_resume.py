@@ -33,7 +33,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import train
-from train_jax import command_line
+from train_jax.config import command_line
 from train_jax.data.pipeline import Pipeline
 
 saved, read = Path(sys.argv[1]), Pipeline.read
