@@ -80,11 +80,15 @@ CASES = {
     "paths.conversions:change_schedule": lambda v: fj.sample(
         fj.conversions.change_schedule(v, PATH, fj.paths.Cosine()), X, **EULER
     ).x,
-    "couplings.pairings:over_buffer": lambda v: np.stack([j for _, j in fj.couplings.over_buffer(X, X, 1, 0, _coupling(v))]),
+    "couplings.pairings:over_buffer": lambda v: np.stack(
+        [j for _, j in fj.couplings.over_buffer(X, X, 1, 0, _coupling(v))]
+    ),
     "few_step:mean_flow": lambda v: fj.few_step.mean_flow(v, SAMPLE, jnp.ones(2)),
     "few_step:sample_mean_flow": lambda v: fj.few_step.sample_mean_flow(v, X, 2),
     "few_step:reflow_pairs": lambda v: fj.few_step.reflow_pairs(v, X, **EULER).x_1,
-    "ode.guidance:Guided.__init__": lambda v: fj.sample(fj.guidance.Guided(v, 2.0, 3), X, **EULER, args=(jnp.arange(2),)).x,
+    "ode.guidance:Guided.__init__": lambda v: fj.sample(
+        fj.guidance.Guided(v, 2.0, 3), X, **EULER, args=(jnp.arange(2),)
+    ).x,
     "ode.likelihood:exact_divergence": lambda v: fj.likelihood.exact_divergence(lambda x: v(0.5, x), X)[0],
     "ode.likelihood:hutchinson_divergence": lambda v: fj.likelihood.hutchinson_divergence(
         lambda x: v(0.5, x), X, X[None]
@@ -109,7 +113,9 @@ CASES = {
     ).sample(X, X, T).x_t,
     "ode.sampling:sample": lambda v: fj.sample(v, X, **EULER).x,
     "ode.sampling:sample, adaptive": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3).x,
-    "ode.sampling:sample, rows on their own": lambda v: fj.sample(v, X, "tsit5", rtol=1e-3, atol=1e-3, per_sample=True).x,
+    "ode.sampling:sample, rows on their own": lambda v: fj.sample(
+        v, X, "tsit5", rtol=1e-3, atol=1e-3, per_sample=True
+    ).x,
     "ode.sde:sample_sde": lambda v: fj.sample_sde(v, X, PATH, KEY, 2).x,
 }  # fmt: skip
 WITHOUT = {
@@ -267,18 +273,18 @@ def test_new_weights_are_not_traced_again(kind):
 
 
 COMPILED = (
-    "conversions:change_schedule",
+    "paths.conversions:change_schedule",
     "few_step:sample_mean_flow",
     "few_step:reflow_pairs",
-    "guidance:Guided.__init__",
-    "likelihood:log_prob",
-    "likelihood:image_bits_per_dim",
-    "metrics:path_energy",
-    "metrics:straightness",
-    "sampling:sample",
-    "sampling:sample, adaptive",
-    "sampling:sample, rows on their own",
-    "sde:sample_sde",
+    "ode.guidance:Guided.__init__",
+    "ode.likelihood:log_prob",
+    "ode.likelihood:image_bits_per_dim",
+    "metrics.distances:path_energy",
+    "metrics.distances:straightness",
+    "ode.sampling:sample",
+    "ode.sampling:sample, adaptive",
+    "ode.sampling:sample, rows on their own",
+    "ode.sde:sample_sde",
 )
 
 
@@ -536,7 +542,7 @@ def _set_all(value: float, monkeypatch) -> None:
 def test_what_code_reads_is_that_of_the_call(kind, monkeypatch):
     for value in (1.0, -2.0, 3.0):
         _set_all(value, monkeypatch)
-        for name in ("sampling:sample", "metrics:path_energy"):
+        for name in ("ode.sampling:sample", "metrics.distances:path_energy"):
             np.testing.assert_allclose(CASES[name](READS[kind]), CASES[name](Net(value)), rtol=1e-5, err_msg=name)
 
 
