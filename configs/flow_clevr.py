@@ -24,7 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config; arg "captions", "dit", "smoke" or some of them."""
     arg = parse_arg(arg, captions=False, dit=False, smoke=False)
     config = base_config("paligemma_jax.tasks.text_to_image:TextToImage")
-    config.told = "captions" if arg.captions else "attributes"
+    config.conditioning = "captions" if arg.captions else "attributes"
     config.siglip = "tiny-siglip"
     config.times = "stratified"
     config.model.name = "dit" if arg.dit else "unet"

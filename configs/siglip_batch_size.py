@@ -36,9 +36,10 @@ FULL_SIZES = tuple(2**power for power in range(9, 21))  # 512 ... 1,048,576
 PAIRS = 100 * SIZES[-1]  # seen in a run: 100 updates at the largest batch
 WARM_UP = 50  # updates at least, however few there are: see `run`
 GRID = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)  # learning rates that are tried of every loss and batch size
-# The best of them on the tuning split.
+# The best of them on the tuning split; of the sigmoid loss at 4,096 the second best: 1.35e-2 had 68.3 % with seed 0 and
+# 51.2 % with seed 1.
 RATES = {
-    "sigmoid": {64: 4.5e-3, 512: 1.35e-2, 1024: 4.5e-3, 2048: 4.5e-3, 4096: 1.35e-2},
+    "sigmoid": {64: 4.5e-3, 512: 1.35e-2, 1024: 4.5e-3, 2048: 4.5e-3, 4096: 4.5e-3},
     "softmax": {64: 1.5e-3, 512: 1.35e-2, 1024: 1.35e-2, 2048: 1.35e-2, 4096: 1.35e-2},
 }
 STUDY_SIZE, STUDY_PAIRS = 512, PAIRS // 4  # of the smaller ablations

@@ -9,8 +9,9 @@ import pytest
 import eval as eval_script
 import train
 from tests.paligemma_jax.mini import read_lines
-from train_jax.config.base import from_json, task_class
+from train_jax.config.base import base_config, from_json, task_class, to_json
 from train_jax.config.renamed import RENAMED_TASKS
+from train_jax.config.validate import unknown_key
 from train_jax.core.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden/workdir"
@@ -49,8 +50,13 @@ def test_an_old_run_goes_on(folder):
     same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["continued_eval"])
 
 
-def test_tasks_of_old_configs_are_found():
+def test_tasks_and_keys_of_old_configs_are_found():
     assert from_json((GOLDEN / "flow/config.json").read_text()).task == "flow_jax.tasks.plane:PlaneFlow"
+    drawing = base_config("paligemma_jax.tasks.text_to_image:TextToImage")
+    stored = json.loads(to_json(drawing))
+    stored["told"] = stored.pop("conditioning")
+    assert from_json(json.dumps(stored)) == drawing
+    assert str(unknown_key("told", drawing)) == "config.told is now config.conditioning: write that"
     for old, new in RENAMED_TASKS.items():
         assert task_class(new).__name__ == new.partition(":")[2]
         with pytest.raises(UserError, match=f"config.task='{old}' has moved: write '{new}'"):

@@ -19,7 +19,7 @@ from flow_jax.tasks.flow_task import solver
 from train_jax.parallel import sharding
 
 
-class Drawn(NamedTuple):
+class SampleBatch(NamedTuple):
     """A batch of samples in grey values, the labels asked for (0 where there are none), and evaluations they took."""
 
     images: UInt8[np.ndarray, "N I I C"]
@@ -38,13 +38,13 @@ class Sampler:
         guided = options.guidance != 1.0
         self.velocity = guidance.Guided(model, options.guidance, data.num_classes) if guided else model
 
-    def batches(self, labels: Int[np.ndarray, " N"]) -> Iterator[Drawn]:
+    def batches(self, labels: Int[np.ndarray, " N"]) -> Iterator[SampleBatch]:
         """A sample of each label; where there are no labels, of each entry. Devices of the mesh share a batch."""
         for numbers, good in batches_of(len(labels), self._options.batch_size):
             x_0, args = self.start(numbers, labels)
             found = sampling.sample(self.velocity, x_0, **solver(self._options), args=args)
             images = to_levels(np.asarray(found.x)[:good], self._data.levels, self._dequantized)
-            yield Drawn(images, labels[numbers[:good]], int(found.nfe))
+            yield SampleBatch(images, labels[numbers[:good]], int(found.nfe))
 
     def start(self, numbers: Int[np.ndarray, " n"], labels: Int[np.ndarray, " N"]) -> tuple[Array, tuple]:
         """Where samples start, by their number, and the arguments of the velocity: their labels, or nothing."""

@@ -21,7 +21,7 @@ TEMPLATES = {
 }
 
 
-def recognised(
+def attribute_hits(
     model: DualEncoder,
     tokenizer: TextTokenizer,
     images: Float[np.ndarray, "N E"],

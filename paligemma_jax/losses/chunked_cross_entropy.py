@@ -49,7 +49,7 @@ class _Settings(NamedTuple):
     softcap: float | None
 
 
-class _Wanted(NamedTuple):
+class _NeedsGrad(NamedTuple):
     """Which gradients the caller's differentiation needs; decided while tracing."""
 
     hidden: bool = False
@@ -163,14 +163,14 @@ def _checked(chunk_size: int, vocab_chunk: int | None, softcap: float | None) ->
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(settings, hidden, embedding, targets, weights):
-    return _run(settings, _Wanted(), hidden, embedding, targets, weights)[0]
+    return _run(settings, _NeedsGrad(), hidden, embedding, targets, weights)[0]
 
 
 def _cross_entropy_forward(settings, hidden, embedding, targets, weights):
     # symbolic_zeros tells which arguments the caller differentiates: an embedding held constant costs nothing.
-    wanted = _Wanted(hidden.perturbed, embedding.perturbed, weights.perturbed)
+    needs_grad = _NeedsGrad(hidden.perturbed, embedding.perturbed, weights.perturbed)
     arrays = [argument.value for argument in (hidden, embedding, targets, weights)]
-    loss, gradients = _run(settings, wanted, *arrays)
+    loss, gradients = _run(settings, needs_grad, *arrays)
     like = [jnp.zeros((), array.dtype) for array in (arrays[0], arrays[1], arrays[3])]
     return loss, (gradients, like)
 
@@ -188,41 +188,42 @@ def _cross_entropy_backward(_settings, residuals, cotangent):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, wanted: _Wanted, *arrays):
+def _run(settings: _Settings, needs_grad: _NeedsGrad, *arrays):
     """Loss, and for hidden, embedding and weights the float32 gradient of the loss or None."""
     settings = settings._replace(chunk_size=token_chunks.own_share(settings.chunk_size, arrays[0]))
-    run = functools.partial(_run_rows, settings, wanted)
+    run = functools.partial(_run_rows, settings, needs_grad)
     return row_sharding.by_rows(run, (True, False, True, True), (False, (True, False, True)))(*arrays)
 
 
-def _run_rows(settings: _Settings, wanted: _Wanted, hidden, embedding, targets, weights):
+def _run_rows(settings: _Settings, needs_grad: _NeedsGrad, hidden, embedding, targets, weights):
     """As `_run`, of rows that lie on one device."""
     shape = targets.shape
     # The gradient of a scan (or remat) around this loss moves out what depends on targets and weights alone, were it
     # only a comparison of [B, T, V]; the barrier makes them depend on hidden.
     hidden, targets, weights = lax.optimization_barrier((hidden, targets, weights))
     chunks = tuple(token_chunks.split(array, shape, settings.chunk_size) for array in (hidden, targets, weights))
-    initial = jnp.zeros(embedding.shape, jnp.float32) if wanted.embedding else None
+    initial = jnp.zeros(embedding.shape, jnp.float32) if needs_grad.embedding else None
 
     def step(d_embedding, chunk):
         def compute(d_embedding):
-            return _chunk_loss(settings, wanted, *chunk, embedding, d_embedding)
+            return _chunk_loss(settings, needs_grad, *chunk, embedding, d_embedding)
 
         def skip(d_embedding):
-            d_chunk = jnp.zeros(chunk[0].shape, jnp.float32) if wanted.hidden else None
+            d_chunk = jnp.zeros(chunk[0].shape, jnp.float32) if needs_grad.hidden else None
             return d_embedding, (jnp.zeros(chunk[1].shape, jnp.float32), d_chunk)
 
-        if wanted.weights:  # the gradient of a weight is the token's loss, needed where the weight is 0 as well
+        if needs_grad.weights:  # the gradient of a weight is the token's loss, needed where the weight is 0 as well
             return compute(d_embedding)
         return lax.cond(jnp.any(chunk[2] != 0), compute, skip, d_embedding)
 
     d_embedding, (nll, d_hidden) = lax.scan(step, initial, chunks)
     loss = token_chunks.weigh(chunks[2], nll).sum()
     d_hidden = None if d_hidden is None else token_chunks.join(d_hidden, shape, settings.chunk_size)
-    return loss, (d_hidden, d_embedding, token_chunks.join(nll, shape, settings.chunk_size) if wanted.weights else None)
+    d_weights = token_chunks.join(nll, shape, settings.chunk_size) if needs_grad.weights else None
+    return loss, (d_hidden, d_embedding, d_weights)
 
 
-def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, d_embedding):
+def _chunk_loss(settings, needs_grad: _NeedsGrad, hidden, targets, weights, embedding, d_embedding):
     """One chunk: (d_embedding plus this chunk's part, (losses [N], gradient of the hidden states [N, D]))."""
     _, vocab_chunk, softcap = settings
     rows = cast(hidden, embedding.dtype)
@@ -238,19 +239,19 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
         d_rows, d_embedding = gradients
         d_logits = logit_gradient(logits, log_sum_exp, targets - start, softcap)  # [N, v]
         d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)
-        if wanted.hidden:
+        if needs_grad.hidden:
             d_rows += project_back(d_logits, block)
-        if wanted.embedding:
+        if needs_grad.embedding:
             d_block = jnp.einsum("NV,ND->VD", d_logits, weighted, preferred_element_type=jnp.float32)
             old = lax.dynamic_slice_in_dim(d_embedding, start, block.shape[0])
             d_embedding = lax.dynamic_update_slice_in_dim(d_embedding, old + d_block, start, 0)
         return d_rows, d_embedding
 
-    d_rows = jnp.zeros(hidden.shape, jnp.float32) if wanted.hidden else None
+    d_rows = jnp.zeros(hidden.shape, jnp.float32) if needs_grad.hidden else None
     gradients = d_rows, d_embedding
     if vocab_chunk is None:
         gradients = add_block(gradients, embedding, 0, logits)
-    elif wanted.hidden or wanted.embedding:
+    elif needs_grad.hidden or needs_grad.embedding:
         gradients = fold_blocks(
             lambda carry, block, start: add_block(carry, block, start, logits_of(rows, block, softcap)),
             gradients,
@@ -258,6 +259,6 @@ def _chunk_loss(settings, wanted: _Wanted, hidden, targets, weights, embedding, 
             vocab_chunk,
         )
     d_rows, d_embedding = gradients
-    if wanted.hidden:
+    if needs_grad.hidden:
         d_rows = weights[:, None] * d_rows
     return d_embedding, (log_sum_exp - statistics.target, d_rows)

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
-from train_jax.config.renamed import RENAMED_TASKS
+from train_jax.config.renamed import RENAMED_KEYS, RENAMED_TASKS
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import imported
 from train_jax.core.patterns import did_you_mean
@@ -214,7 +214,9 @@ def from_json(text: str) -> ConfigDict:
     stored["task"] = RENAMED_TASKS.get(stored["task"], stored["task"])
     config = base_config(stored["task"])
     known = leaves(config)
+    renamed = RENAMED_KEYS.get(stored["task"], {})
     for key, value in leaves(ConfigDict(stored)).items():
+        key = renamed.get(key, key)
         if key not in known:
             raise UserError(f"config.json: {stored['task']} has no key {key!r}{did_you_mean(key, known)}")
         parent, name = node(config, key)

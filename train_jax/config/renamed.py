@@ -8,3 +8,8 @@ RENAMED_TASKS = {
     ),
 }
 """Import paths of tasks, old: new."""
+
+RENAMED_KEYS = {
+    "paligemma_jax.tasks.text_to_image:TextToImage": {"told": "conditioning"},
+}
+"""Config keys by the task that has them, old: new."""

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from train_jax.config.base import DURATIONS, UNITS, base_config, is_optional, leaves, node, steps
+from train_jax.config.renamed import RENAMED_KEYS
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.optim import optimizers
@@ -56,7 +57,10 @@ def validate(config: ConfigDict, training: bool = True) -> None:
 
 
 def unknown_key(key: str, config: ConfigDict) -> UserError:
-    """Returns the error for a dotted key that `config` does not have; it names the nearest."""
+    """Returns the error for a dotted key that `config` does not have; it names the new one, or the nearest."""
+    new = RENAMED_KEYS.get(config.get("task"), {}).get(key)
+    if new is not None:
+        return UserError(f"config.{key} is now config.{new}: write that")
     return UserError(f"there is no key config.{key}{did_you_mean(key, leaves(config))}")
 
 

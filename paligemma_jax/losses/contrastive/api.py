@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.losses.contrastive.backward import Gradients, Wanted
-from paligemma_jax.losses.contrastive.pairs import Counting, sides_of
+from paligemma_jax.losses.contrastive.backward import Gradients, NeedsGrad
+from paligemma_jax.losses.contrastive.pairs import PairMask, sides_of
 from paligemma_jax.losses.contrastive.ring import Ring, ring_of
 from paligemma_jax.losses.contrastive.sigmoid_softmax import sigmoid_on_device, softmax_on_device
 from train_jax.core.errors import UserError
@@ -73,8 +73,8 @@ def sigmoid_loss(
     and an axis that the mesh lacks.
     """
     settings = _settings(sigmoid_on_device, zimg, ztxt, mesh, axis, chunk_size)
-    counting = Counting(mask, text_ids, image_ids, valid)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), counting)
+    pair_mask = PairMask(mask, text_ids, image_ids, valid)
+    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), pair_mask)
 
 
 def softmax_loss(
@@ -97,8 +97,8 @@ def softmax_loss(
     """
     settings = _settings(softmax_on_device, zimg, ztxt, mesh, axis, chunk_size)
     bias = jnp.zeros((), jnp.float32)
-    counting = Counting(mask, text_ids, image_ids, valid)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias, counting)
+    pair_mask = PairMask(mask, text_ids, image_ids, valid)
+    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias, pair_mask)
 
 
 def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Settings:
@@ -123,15 +123,15 @@ def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Setti
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contrastive(settings, zimg, ztxt, log_scale, bias, counting):
-    return _run(settings, Wanted(), zimg, ztxt, log_scale, bias, counting)[0]
+def _contrastive(settings, zimg, ztxt, log_scale, bias, pair_mask):
+    return _run(settings, NeedsGrad(), zimg, ztxt, log_scale, bias, pair_mask)[0]
 
 
 def _contrastive_forward(settings, *arguments):
     # symbolic_zeros tells which arguments the caller differentiates: a locked tower costs nothing.
-    wanted = Wanted(*(argument.perturbed for argument in arguments[:4]))
+    needs_grad = NeedsGrad(*(argument.perturbed for argument in arguments[:4]))
     arrays = jax.tree.map(lambda argument: argument.value, arguments)
-    loss, gradients = _run(settings, wanted, *arrays)
+    loss, gradients = _run(settings, needs_grad, *arrays)
     return loss, (gradients, [jnp.zeros((), array.dtype) for array in arrays[:4]])
 
 
@@ -148,16 +148,16 @@ def _contrastive_backward(_settings, residuals, cotangent):
 _contrastive.defvjp(_contrastive_forward, _contrastive_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, wanted: Wanted, zimg, ztxt, log_scale, bias, counting: Counting):
+def _run(settings: _Settings, needs_grad: NeedsGrad, zimg, ztxt, log_scale, bias, pair_mask: PairMask):
     """Loss, and its float32 gradients."""
     dtype = jnp.promote_types(zimg.dtype, ztxt.dtype)
     if dtype == jnp.float16:  # gradients of logits, 1e-5 and less for most pairs, are below its normal numbers
         dtype = jnp.float32
     scalars = (jnp.exp(log_scale.astype(jnp.float32)), bias.astype(jnp.float32))
-    arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, counting)
+    arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, pair_mask)
 
     def run(*arguments):
-        return settings.on_device(settings.ring, settings.chunk_size, wanted, *sides_of(settings.ring, *arguments))
+        return settings.on_device(settings.ring, settings.chunk_size, needs_grad, *sides_of(settings.ring, *arguments))
 
     if settings.ring.size == 1:
         return run(*arguments)

@@ -14,7 +14,7 @@ from paligemma_jax.losses.contrastive.ring import Ring, fold_chunks, fold_ring, 
 from paligemma_jax.losses.vocab_projection import project_back
 
 
-class Wanted(NamedTuple):
+class NeedsGrad(NamedTuple):
     """Which gradients the caller's differentiation needs; decided while tracing."""
 
     images: bool = False
@@ -24,7 +24,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Float32, of the arguments of the same names; None where it is not wanted."""
+    """Float32, of the arguments of the same names; None where it is not needs_grad."""
 
     images: jax.Array | None
     texts: jax.Array | None
@@ -33,7 +33,7 @@ class Gradients(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Sums over the pairs seen so far by one device, float32; None where it is not wanted."""
+    """Sums over the pairs seen so far by one device, float32; None where it is not needs_grad."""
 
     loss: jax.Array
     images: jax.Array | None  # [b, D]
@@ -42,12 +42,12 @@ class _Kept(NamedTuple):
 
 
 def gradient_round(
-    ring: Ring, chunk_size: int, wanted: Wanted, images: Images, texts: Texts, columns, score: Callable
+    ring: Ring, chunk_size: int, needs_grad: NeedsGrad, images: Images, texts: Texts, columns, score: Callable
 ) -> tuple[jax.Array, Gradients]:
     """The mean over all images of a loss over pairs, and its gradients.
 
     Args:
-      ring, chunk_size, wanted: as everywhere here.
+      ring, chunk_size, needs_grad: as everywhere here.
       images, texts: of this device.
       columns: arrays [t] that travel with the texts.
       score: `score(pairs, columns of the chunk) -> (loss, d_logits)`: the sum over the pairs, and float32 [b, c] of
@@ -56,13 +56,13 @@ def gradient_round(
 
     def visit(kept: _Kept, block, origin):
         texts, columns = block
-        d_texts = jnp.zeros(texts.vectors.shape, jnp.float32) if wanted.texts else None
+        d_texts = jnp.zeros(texts.vectors.shape, jnp.float32) if needs_grad.texts else None
 
         def step(carry, start, size):
             pairs = pairs_of(images, texts, origin, start, size)
             loss, d_logits = score(pairs, take(columns, start, size))
             kept, d_texts = carry
-            if wanted.texts:
+            if needs_grad.texts:
                 d_texts = put(d_texts, project_back(d_logits.T, images.vectors), start)
             return _add(kept, loss, d_logits, pairs, images, take(texts.vectors, start, size)), d_texts
 
@@ -71,9 +71,9 @@ def gradient_round(
     zero = jnp.zeros((), jnp.float32)
     kept = _Kept(
         zero,
-        jnp.zeros(images.vectors.shape, jnp.float32) if wanted.images else None,
-        zero if wanted.log_scale else None,
-        zero if wanted.bias else None,
+        jnp.zeros(images.vectors.shape, jnp.float32) if needs_grad.images else None,
+        zero if needs_grad.log_scale else None,
+        zero if needs_grad.bias else None,
     )
     kept, d_texts = fold_ring(ring, visit, _sum, kept, (texts, columns))
     share = 1 / (images.vectors.shape[0] * ring.size)

@@ -14,7 +14,7 @@ from jax import lax
 from paligemma_jax.losses.contrastive.ring import Ring, take
 
 
-class Counting(NamedTuple):
+class PairMask(NamedTuple):
     """What decides which pairs count; see the arguments of `losses.sigmoid_loss`. None: all do."""
 
     mask: jax.Array | None = None  # bool [B, T]
@@ -78,9 +78,9 @@ def pairs_of(images: Images, texts: Texts, origin: jax.Array | int, start: jax.A
     return Pairs(cosines * images.scale + images.bias, positive, counted)
 
 
-def sides_of(ring: Ring, zimg, ztxt, scale, bias, counting: Counting) -> tuple[Images, Texts]:
+def sides_of(ring: Ring, zimg, ztxt, scale, bias, pair_mask: PairMask) -> tuple[Images, Texts]:
     """What stays on this device and what travels, from this device's rows."""
-    mask, text_ids, image_ids, valid = counting
+    mask, text_ids, image_ids, valid = pair_mask
     rows = zimg.shape[0]
     own_ids = None if text_ids is None else text_ids.reshape(rows, -1)
     of_texts = [None if array is None else jnp.repeat(array, ztxt.shape[0] // rows) for array in (image_ids, valid)]

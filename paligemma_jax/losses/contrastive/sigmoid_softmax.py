@@ -8,16 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paligemma_jax.losses.contrastive.backward import Gradients, Wanted, gradient_round
+from paligemma_jax.losses.contrastive.backward import Gradients, NeedsGrad, gradient_round
 from paligemma_jax.losses.contrastive.pairs import Images, Pairs, Texts, pairs_of
 from paligemma_jax.losses.contrastive.ring import Ring, fold_chunks, fold_ring, put
 
 
 def sigmoid_on_device(
-    ring: Ring, chunk_size: int, wanted: Wanted, images: Images, texts: Texts
+    ring: Ring, chunk_size: int, needs_grad: NeedsGrad, images: Images, texts: Texts
 ) -> tuple[jax.Array, Gradients]:
     """Loss and gradients, in one round."""
-    return gradient_round(ring, chunk_size, wanted, images, texts, (), _sigmoid)
+    return gradient_round(ring, chunk_size, needs_grad, images, texts, (), _sigmoid)
 
 
 def _sigmoid(pairs: Pairs, _columns) -> tuple[jax.Array, jax.Array]:
@@ -42,14 +42,14 @@ class _Statistics(NamedTuple):
 
 
 def softmax_on_device(
-    ring: Ring, chunk_size: int, wanted: Wanted, images: Images, texts: Texts
+    ring: Ring, chunk_size: int, needs_grad: NeedsGrad, images: Images, texts: Texts
 ) -> tuple[jax.Array, Gradients]:
-    """Loss and gradients: a round for the log-sum-exps, and another for the gradients if any is wanted."""
+    """Loss and gradients: a round for the log-sum-exps, and another for the gradients if any is needs_grad."""
     by_image, by_text = _statistics_round(ring, chunk_size, images, texts)
     loss = 0.5 * (by_image.cross_entropy().sum() + by_text.cross_entropy().sum())
     share = 1 / (images.vectors.shape[0] * ring.size)
     loss = ring.total(loss) * share
-    if not any(wanted):
+    if not any(needs_grad):
         return loss, Gradients(None, None, None, None)
 
     def score(pairs: Pairs, by_text: _Statistics) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +58,7 @@ def softmax_on_device(
         target = jnp.where(pairs.positive, _target_weight(images, texts), 0.0)
         return jnp.zeros((), jnp.float32), pairs.where_counted(0.5 * (over_texts + over_images) - target)
 
-    _, gradients = gradient_round(ring, chunk_size, wanted, images, texts, by_text, score)
+    _, gradients = gradient_round(ring, chunk_size, needs_grad, images, texts, by_text, score)
     return loss, gradients
 
 

@@ -13,7 +13,7 @@ from paligemma_jax import zero_shot
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
 from paligemma_jax.data.synthetic_clevr.captions import NUMBERS
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
-from paligemma_jax.inference.attributes import TEMPLATES, recognised
+from paligemma_jax.inference.attributes import TEMPLATES, attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
 
@@ -54,7 +54,7 @@ def _classified(
 ) -> dict[str, float]:
     """Zero-shot accuracies: attributes of single objects, and how many objects the pairs' `images` show."""
     shown = [{name: scene["objects"][0][name] for name in TEMPLATES} for scene in objects.scenes]
-    right = recognised(model, tokenizer, zero_shot.embed(model, objects).images, shown)
+    right = attribute_hits(model, tokenizer, zero_shot.embed(model, objects).images, shown)
     found = {f"zero_shot_{name}": float(values.mean()) for name, values in right.items()}
     counts = np.array([len(scene["objects"]) for scene in pairs.scenes])
     values = [_count(number) for number in range(1, counts.max() + 1)]

@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
-from paligemma_jax.inference.attributes import recognised
+from paligemma_jax.inference.attributes import attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import embed_images
 
 Images = UInt8[np.ndarray, "N I I 3"]
 
 
-class Judge:
+class SigLIPScorer:
     """Collects samples, and tells how often the SigLIP finds in them what their descriptions say.
 
     Args:
@@ -51,7 +51,7 @@ class Judge:
 
     def _judged(self, images: list[np.ndarray], labels: list[int]) -> dict[str, float]:
         objects = [self._said[label] for label in labels]
-        right = recognised(self._model, self._tokenizer, embed_images(self._model, images), objects)
+        right = attribute_hits(self._model, self._tokenizer, embed_images(self._model, images), objects)
         whole = np.ones(len(images), bool)
         for name, values in right.items():
             whole[[row for row, item in enumerate(objects) if name in item]] &= values

@@ -35,7 +35,7 @@ from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
-from paligemma_jax.tasks.text_to_image.judge import Judge
+from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError, quoted
@@ -43,11 +43,11 @@ from train_jax.core.files import cache_dir
 from train_jax.parallel import sharding
 from train_jax.step.placement import own_copy
 
-TOLD = ("attributes", "captions")
+CONDITIONINGS = ("attributes", "captions")
 SHOWN = 24  # pictures of the sheet with their texts
 
 
-class Told(nnx.Module):
+class ConditionTable(nnx.Module):
     """A velocity model that is told things by their number: row n of `table`, of which the last stands for none."""
 
     def __init__(self, model: nnx.Module, table: Num[np.ndarray, "N K"]):
@@ -88,12 +88,12 @@ class TextToImage(ImageFlowTask):
     """The task; see the module."""
 
     resume_safe_keys = (*ImageFlowTask.resume_safe_keys, r"data\.(build_workers|cache_dir)")
-    architecture_keys = (*ImageFlowTask.architecture_keys, r"siglip|told")
+    architecture_keys = (*ImageFlowTask.architecture_keys, r"siglip|conditioning")
 
     @staticmethod
     def defaults() -> ConfigDict:
         config = ImageFlowTask.defaults()
-        config.told = "attributes"  # attributes | captions: what the model is told of each picture
+        config.conditioning = "attributes"  # attributes | captions: what the model is told of each picture
         config.siglip = placeholder(str)  # folder, run or name of a SigLIP or CLIP: reads captions, and judges samples
         config.data = ConfigDict(
             {
@@ -111,11 +111,11 @@ class TextToImage(ImageFlowTask):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        check_choices(config, {"told": TOLD})
-        if config.told == "captions" and config.siglip is None:
+        check_choices(config, {"conditioning": CONDITIONINGS})
+        if config.conditioning == "captions" and config.siglip is None:
             raise UserError(
-                "told is 'captions' but siglip is not set, expected a SigLIP whose text tower reads them: add "
-                "--config.siglip=tiny-siglip, or set told='attributes'."
+                "conditioning is 'captions' but siglip is not set, expected a SigLIP whose text tower reads them: add "
+                "--config.siglip=tiny-siglip, or set conditioning='attributes'."
             )
         if config.coupling.name != "independent":
             raise UserError(
@@ -142,7 +142,7 @@ class TextToImage(ImageFlowTask):
     @functools.cached_property
     def descriptions(self) -> Descriptions:
         """All that the model may be told."""
-        if self.config.told == "attributes":
+        if self.config.conditioning == "attributes":
             return descriptions.of_attributes()
         return descriptions.of_captions(captions.of_single_objects(), self.vectors)
 
@@ -153,11 +153,11 @@ class TextToImage(ImageFlowTask):
 
     # Model.
 
-    def init(self) -> Told:
+    def init(self) -> ConditionTable:
         table = self.descriptions.table
-        if self.config.told == "attributes":
-            return Told(self.velocity_model(num_classes=descriptions.SIZES), table)
-        return Told(self.velocity_model(vector_width=table.shape[1]), table)
+        if self.config.conditioning == "attributes":
+            return ConditionTable(self.velocity_model(num_classes=descriptions.SIZES), table)
+        return ConditionTable(self.velocity_model(vector_width=table.shape[1]), table)
 
     def trainable(self) -> str:
         return r"model/.*"
@@ -185,15 +185,15 @@ class TextToImage(ImageFlowTask):
     def _pictures(self, stream: str, number: int, views: int) -> ScenePictures:
         folder = rendered(self.config.data, stream, number, self.size, 1, (1, 1))
         words = load_text_tokenizer("tiny")  # rows have their texts' numbers, not their tokens
-        return ScenePictures(CaptionedScenes(folder, words, views), self.config.told, self.descriptions)
+        return ScenePictures(CaptionedScenes(folder, words, views), self.config.conditioning, self.descriptions)
 
-    def _scores(self) -> list[Judge]:
+    def _scores(self) -> list[SigLIPScorer]:
         if self.siglip is None:
             return []
         held_out = self.data.held_out
         pictures = [held_out[index] for index in range(len(held_out))]
         real = np.stack([picture.pixels for picture in pictures]), np.array([picture.label for picture in pictures])
-        return [Judge(*self.siglip, self.descriptions.said, real)]
+        return [SigLIPScorer(*self.siglip, self.descriptions.said, real)]
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -212,7 +212,7 @@ class TextToImage(ImageFlowTask):
         save_sheet(list(images), texts, file)
         return [f"{len(images)} picture(s) in {file}"]
 
-    def draw(self, model: Told, texts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N I I 3"]:
+    def draw(self, model: ConditionTable, texts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N I I 3"]:
         """A picture of each text, by the solver and the guidance of the config's `eval`.
 
         Raises:
@@ -227,7 +227,7 @@ class TextToImage(ImageFlowTask):
 
     def _conditions(self, texts: Sequence[str]) -> tuple[np.ndarray, float | tuple[int, ...]]:
         """What the model is told of each text, and what stands for none."""
-        if self.config.told == "captions":
+        if self.config.conditioning == "captions":
             return self.vectors(texts), 0.0
         numbers = []
         for text in texts:
@@ -241,7 +241,7 @@ class TextToImage(ImageFlowTask):
             numbers.append(self.descriptions.numbers[descriptions.text_of(named)])
         return self.descriptions.table[numbers], descriptions.SIZES
 
-    def describe(self, model: Told) -> str:
+    def describe(self, model: ConditionTable) -> str:
         if self.siglip is None:
             return "no SigLIP judges the samples: --config.siglip=PATH names one"
         return f"samples are judged by {self.config.siglip}"
@@ -259,14 +259,16 @@ class TextToImage(ImageFlowTask):
 
     def _reader(self) -> str | None:
         """Path of the SigLIP whose text tower reads the captions."""
-        return self.config.siglip if self.config.told == "captions" else None
+        return self.config.siglip if self.config.conditioning == "captions" else None
 
     def start(self, workdir: Path) -> None:
         """Notes which SigLIP reads the captions."""
         workdir.mkdir(parents=True, exist_ok=True)
         write_digest(workdir, None, siglip=self._reader())
 
-    def evaluate(self, model: Told, workdir: Path, split: str | None = None, control_results=None) -> dict[str, Any]:
+    def evaluate(
+        self, model: ConditionTable, workdir: Path, split: str | None = None, control_results=None
+    ) -> dict[str, Any]:
         model = own_copy(model)
         results = super().evaluate(model, workdir)
         held_out = self.data.held_out

@@ -23,7 +23,7 @@ from paligemma_jax.tasks.vqa.rows import Rows
 from train_jax.core.errors import UserError
 
 
-def of_families(source: Source, data: ConfigDict) -> Subset:
+def filter_by_family(source: Source, data: ConfigDict) -> Subset:
     """The questions of the families that `data` names; every row is read once. Rows that cannot be read stay.
 
     Raises:

@@ -51,7 +51,7 @@ def report(task, model, workdir: Path, split: str, control_results: dict[str, di
     evaluation = Evaluation(task, model)
     reported = split == task.default_split
     suffix = "" if reported else f"-{split}"
-    frequent = Frequent(task) if config.controls else None
+    frequent = MajorityBaseline(task) if config.controls else None
     answers = evaluation.answers(source, ("generate", "likelihood", "loss"))
     with _writer(workdir / f"predictions{suffix}.jsonl") as write:
         results, shown = _score(answers, write, frequent)
@@ -80,7 +80,9 @@ def report(task, model, workdir: Path, split: str, control_results: dict[str, di
     return results
 
 
-def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tuple[dict[str, Any], list[Answer]]:
+def _score(
+    answers: Iterable[Answer], write, frequent: "MajorityBaseline | None"
+) -> tuple[dict[str, Any], list[Answer]]:
     """Sums over all answers in constant memory; the first answer of each of the first scenes is kept for the sheet."""
     generated, likely, rouge = Accuracy(), Accuracy(), RougeSums()
     nll, tokens, endless, shown = 0.0, 0.0, 0, {}
@@ -110,7 +112,7 @@ def _score(answers: Iterable[Answer], write, frequent: "Frequent | None") -> tup
     return results, list(shown.values())
 
 
-class Frequent:
+class MajorityBaseline:
     """The blind control that gives every question the most frequent training answer of its family."""
 
     def __init__(self, task):

@@ -30,7 +30,7 @@ from paligemma_jax.tasks.vqa import consistency
 from paligemma_jax.tasks.vqa import plan as vqa_plan
 from paligemma_jax.tasks.vqa.base_cache import shared
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore
-from paligemma_jax.tasks.vqa.forgetting import of_families
+from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa.rows import Rows
 from paligemma_jax.vision_start import with_vision
@@ -202,7 +202,7 @@ class VQA(Task):
             if name in ("train", "tune"):
                 source = sources.open_source(data, "train", common.progress)
                 if data.families:
-                    source = of_families(source, data)
+                    source = filter_by_family(source, data)
                 self._splits |= zip(("train", "tune"), sources.training_and_tuning(source, data), strict=True)
             else:
                 self._splits[name] = sources.open_source(data, name, common.progress)

@@ -117,7 +117,7 @@ def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monk
         (CoPrompt, {"model": {"path": "SECOND"}}, {"path": "FIRST"}, "set model.path to"),
         (
             TextToImage,
-            {"told": "captions", "siglip": "SECOND"},
+            {"conditioning": "captions", "siglip": "SECOND"},
             {"path": None, "siglip": "FIRST"},
             "on the texts of .* set siglip to",
         ),

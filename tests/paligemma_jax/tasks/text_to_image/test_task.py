@@ -14,7 +14,7 @@ import predict as predict_script
 from paligemma_jax import zero_shot
 from paligemma_jax.data.synthetic_clevr import descriptions
 from paligemma_jax.loading import load_run, run_config
-from paligemma_jax.tasks.text_to_image.judge import Judge
+from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
 from paligemma_jax.tasks.text_to_image.task import TextToImage
 from tests.paligemma_jax.mini import ROOT, config_of, mistake, save_small_siglip
 from train_jax import loop
@@ -122,7 +122,7 @@ def test_a_judge_counts_what_is_said(siglip):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     said = [{"color": "red", "shape": "cube"}, {"shape": "sphere"}]
     labels = np.array([0, 1, 1, 0, 1])
-    judge = Judge(model, words, said, (images[:2], labels[:2]))
+    judge = SigLIPScorer(model, words, said, (images[:2], labels[:2]))
     judge.add(images[:3], labels[:3])
     judge.add(images[3:], labels[3:])
     found = judge.results()

@@ -34,7 +34,7 @@ def test_only_these_families_train_and_all_are_reported(mini_options):
 
 
 def test_a_row_that_cannot_be_read_stays_to_be_told(mini_options, mini_rows):
-    from paligemma_jax.tasks.vqa.forgetting import of_families
+    from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 
     class Torn(Rows):
         def __getitem__(self, index):
@@ -43,7 +43,7 @@ def test_a_row_that_cannot_be_read_stays_to_be_told(mini_options, mini_rows):
             return super().__getitem__(index)
 
     data = task_of(mini_options | {"data.families": ("query_color",)}).config.data
-    assert of_families(Torn(mini_rows.records), data).indices.tolist() == [1, 4, 7, 10]
+    assert filter_by_family(Torn(mini_rows.records), data).indices.tolist() == [1, 4, 7, 10]
 
 
 def test_captions_are_of_the_scene_in_the_picture(mini_options):

@@ -48,7 +48,7 @@ def test_the_most_frequent_training_answer_of_a_family():
 
     texts = [(COUNT, "9"), (COUNT, "2"), (COUNT, "3"), (COUNT, "2"), (COLOR, "red"), (COLOR, "blue"), (COLOR, "blue")]
     train = Faulty([Record(b"", "x.png", i, f"answer en {q}", a) for i, (q, a) in enumerate(texts)])
-    frequent = vqa_report.Frequent(task_with(train))
+    frequent = vqa_report.MajorityBaseline(task_with(train))
     assert frequent.guesses == {"count": "2", "query_color": "blue"}
     for one in (answer(COUNT, "2"), answer(COUNT, "9"), answer(COLOR, "blue"), answer(COLOR, "red")):
         frequent.add(one)
@@ -67,7 +67,7 @@ def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
 
     rows = Broken([Record(b"", "x.png", 0, "answer en Why?", "1")])
     with pytest.raises(error, match="a fault"):
-        vqa_report.Frequent(task_with(rows))
+        vqa_report.MajorityBaseline(task_with(rows))
     with pytest.raises(error, match="a fault"):
         vqa_pictures._pictures(rows, {"x.png"})
 
