@@ -7,6 +7,7 @@ result = fj.sample(velocity, x_0)
 """
 
 from flow_jax import arrays, couplings, few_step, losses, metrics, models, paths, times
+from flow_jax import moved as _moved  # noqa: F401  (old import paths)
 from flow_jax.couplings import assignment
 from flow_jax.couplings import entropic as sinkhorn
 from flow_jax.couplings import large as large_couplings

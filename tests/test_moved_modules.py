@@ -1,0 +1,30 @@
+"""Import paths of before lead to the modules as they are now, with a warning."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROWS = [
+    (f"{package}.{old}", f"{package}.{new}")
+    for package in ("train_jax", "paligemma_jax", "flow_jax")
+    for old, new in re.findall(r"^([a-z]\S*) +(\S+)$", (ROOT / package / "moved.py").read_text(encoding="utf-8"), re.M)
+]
+
+
+@pytest.mark.parametrize("old, new", ROWS)
+def test_an_old_path_is_the_module_as_it_is_now(old, new):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"^{re.escape(old)} has moved: import {re.escape(new)}$"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(new) and found.__name__ == found.__spec__.name == new
+    sys.modules.pop(old, None)
+
+
+def test_nothing_of_ours_imports_an_old_path():
+    code = "import paligemma_jax, flow_jax, train_jax.loop, paligemma_jax.tasks.vqa, paligemma_jax.tasks.text_to_image"
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,51 @@
+"""Where the modules of train_jax were before the packages were laid out anew: import paths of before still work.
+
+They give a DeprecationWarning, and go with the release after the next.
+"""
+
+from train_jax.core.moved_modules import install
+
+install(
+    "train_jax",
+    """
+adamw_8bit                         optim.adamw_8bit
+bad_rows                           core.row_errors
+checkpoint_files                   checkpoints.metadata
+checkpoint_trees                   checkpoints.trees
+clock                              system.clock
+command_line                       config.command_line
+disk                               system.disk
+distributed                        parallel.distributed
+durations                          config.durations
+errors                             core.errors
+evaluation                         evaluate
+files                              core.files
+flops                              plan.flops
+hlo                                plan.hlo
+host_memory                        system.host_memory
+input                              data.pipeline
+interrupt                          system.interrupt
+memory                             system.memory
+metrics                            core.metrics
+model_state                        step.placement
+optimizers                         optim.optimizers
+order                              data.shuffle
+params                             core.param_tree
+patterns                           core.patterns
+plan_report                        plan.report
+plots                              report.plots
+ranking                            checkpoints.best_metric
+reporting                          report.reporter
+resume                             config.resume_check
+session                            run_state
+sharding                           parallel.sharding
+startup                            report.startup
+state                              step.train_state
+sweep_plot                         sweep.plot
+sweep_report                       sweep.report
+tfds_source                        core.tfds
+training_step                      step.train_step
+untrained                          evaluate_only
+validation                         config.validate
+""",
+)
