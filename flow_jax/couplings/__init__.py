@@ -1,8 +1,6 @@
 """Couplings: which row of noise goes with which row of data in a batch."""
 
 from flow_jax.couplings.pairings import (
-    Conditions,
-    HostPairs,
     Quality,
     check_pairs,
     conditional,
@@ -17,8 +15,6 @@ from flow_jax.couplings.pairings import (
 )
 
 __all__ = [
-    "Conditions",
-    "HostPairs",
     "Quality",
     "check_pairs",
     "conditional",

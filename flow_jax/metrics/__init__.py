@@ -1,9 +1,6 @@
-"""Distances between samples, and properties of a flow"s paths."""
+"""Distances between samples, and properties of a flow's paths."""
 
 from flow_jax.metrics.distances import (
-    BLOCK,
-    Cloud,
-    OtherCloud,
     coverage,
     energy_distance,
     frechet_distance,
@@ -15,9 +12,6 @@ from flow_jax.metrics.distances import (
 )
 
 __all__ = [
-    "BLOCK",
-    "Cloud",
-    "OtherCloud",
     "coverage",
     "energy_distance",
     "frechet_distance",

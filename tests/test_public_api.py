@@ -1,0 +1,44 @@
+"""Public names stay at their address with their parameters: tests/public_api.txt holds them.
+
+A line is a name and its parameters, with defaults; "!" marks one that is given by name alone. To take a name up, add
+its line; a line that goes is a breaking change.
+"""
+
+import inspect
+from pathlib import Path
+
+import flow_jax as fj
+import paligemma_jax as pg
+
+LINES = (Path(__file__).parent / "public_api.txt").read_text(encoding="utf-8").splitlines()
+
+
+def parameters(function) -> str:
+    """As in a line of the file."""
+    return f"({', '.join(map(parameter, inspect.signature(function).parameters.values()))})"
+
+
+def parameter(one: inspect.Parameter) -> str:
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(one.kind, "")
+    default = ""
+    if one.default is not inspect.Parameter.empty:
+        default = "=" + (one.default.__name__ if inspect.isfunction(one.default) else repr(one.default))
+    return f"{stars}{one.name}{default}{'!' if one.kind is inspect.Parameter.KEYWORD_ONLY else ''}"
+
+
+def test_public_names_stay():
+    found = []
+    for line in LINES:
+        name, _, rest = line.partition("(")
+        value = {"pg": pg, "fj": fj}[name.partition(".")[0]]
+        for part in name.split(".")[1:]:
+            value = getattr(value, part)
+        found.append(f"{name}{parameters(value)}" if rest else name)
+    assert found == LINES
+
+
+def test_no_submodule_bears_the_name_of_an_exported_function():
+    for package in (pg, fj, pg.losses, pg.metrics, pg.weights, fj.couplings, fj.metrics, fj.paths, fj.models):
+        functions = {name for name in package.__all__ if inspect.isfunction(getattr(package, name))}
+        inside = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        assert not functions & inside, package.__name__
