@@ -61,7 +61,8 @@ def test_wheel_holds_the_tiny_models(wheel):
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {name for name in names if name.endswith(".py")} == sources(".py")
-    assert {name for name in names if not name.endswith(".py")} == set(shipped())
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    assert {name for name in names if not name.endswith(".py")} == set(shipped()) | typed
 
 
 def test_wheel_metadata(wheel):
