@@ -1,7 +1,7 @@
 """Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
 
 The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well; of a config that is a sweep
-by train_jax.sweep.run.fit(config, workdir).
+by train_jax.sweep.fit(config, workdir).
 """
 
 from absl import flags

@@ -3,6 +3,6 @@
 A config file begins from `base_config("package.module:Task")`, and reads its argument by `parse_arg`.
 """
 
-from train_jax.config.base import base_config, leaves, parse_arg
+from train_jax.config.base import base_config, check_choices, from_json, leaves, parse_arg, stored_config, to_json
 
-__all__ = ["base_config", "leaves", "parse_arg"]
+__all__ = ["base_config", "check_choices", "from_json", "leaves", "parse_arg", "stored_config", "to_json"]
