@@ -40,15 +40,15 @@ def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
     }  # 64 places that are supervised: chunks of the loss are whole on 1 and on 8 devices
     dual = {"batch_size": 64, "model.path": str(save_small_siglip(make_random, tmp_path_factory.mktemp("dual")))}
     pairs = dual | {"init.vision": None, "data.text_length": 16, "loss.chunk_size": 4}
-    many = {"batch_size": 512, "embed_micro_batch": 256}
+    many = {"batch_size": 1024, "embed_micro_batch": 512}
     return {
         "vqa": Case(CLEVR, vqa, evaluates=True),
         "nf4": Case(CLEVR, vqa | {"model.quantize": "nf4"}),
-        "micro-batches": Case(CLEVR, vqa | {"micro_batch": 32, "model.remat": "block"}, passes=4),
+        "micro-batches": Case(CLEVR, vqa | {"micro_batch": 16, "model.remat": "block"}, passes=8),
         "full": Case(CLEVR, vqa | {"adapter.name": "none"}),
         "sigmoid": Case(SIGLIP, pairs | {"batch_size": 512}, LARGE, evaluates=True),
         "softmax": Case(SIGLIP, pairs | {"loss.name": "softmax"}, EMBEDDINGS),
-        "embedded in micro-batches": Case(SIGLIP, pairs | many, ((64,), (16, 64), (2, 16)), passes=6),
+        "embedded in micro-batches": Case(SIGLIP, pairs | many, ((128,), (16, 128), (2, 16)), passes=6),
         # A pass of its own reads each image with the frozen tower.
         "coprompt": Case(str(ROOT / "configs/coprompt.py"), dual, (*EMBEDDINGS, (16, 48)), passes=3),
         "pretraining": Case(str(ROOT / "configs/pretrain.py:smoke"), {"batch_size": 16}),
