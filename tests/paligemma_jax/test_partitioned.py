@@ -47,12 +47,12 @@ def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
         "micro-batches": Case(CLEVR, vqa | {"micro_batch": 16, "model.remat": "block"}, passes=8),
         "full": Case(CLEVR, vqa | {"adapter.name": "none"}),
         "sigmoid": Case(SIGLIP, pairs | {"batch_size": 512}, LARGE, evaluates=True),
-        "softmax": Case(SIGLIP, pairs | {"loss.name": "softmax"}, EMBEDDINGS),
+        "softmax": Case(SIGLIP, pairs | {"loss.name": "softmax", "batch_size": 512}, LARGE),
         "embedded in micro-batches": Case(SIGLIP, pairs | many, ((128,), (16, 128), (2, 16)), passes=6),
         # A pass of its own reads each image with the frozen tower.
         "coprompt": Case(str(ROOT / "configs/coprompt.py"), dual, (*EMBEDDINGS, (16, 48)), passes=3),
         "pretraining": Case(str(ROOT / "configs/pretrain.py:smoke"), {"batch_size": 16}),
-        "pretraining of the tower": Case(str(ROOT / "configs/pretrain.py:vision,smoke"), {"batch_size": 16}),
+        "pretraining of the tower": Case(str(ROOT / "configs/pretrain.py:vision,smoke"), {"batch_size": 64}),
     }
 
 
