@@ -24,9 +24,9 @@ def load(
       path: where the model is.
       dtype: compute dtype, float32, bfloat16 or float16.
       which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
-      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.peft.load_peft), or the
+      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.load_peft), or the
         `adapter` of a run with another method than LoRA; of a dual encoder one that `save_prompts` wrote.
-      options: of a checkpoint alone, see weights.load.load (image_size, param_dtype, remat, quantize, shardings and
+      options: of a checkpoint alone, see weights.reader.load (image_size, param_dtype, remat, quantize, shardings and
         more); a run has its own in its config.json.
 
     Returns:

@@ -46,7 +46,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     Args:
       config: see config.base_config.
       workdir: folder of the run; made if missing.
-      progress: "auto", "bar", "plain" or "none", see reporting.Reporter.
+      progress: "auto", "bar", "plain" or "none", see reporter.Reporter.
       began: the time (of `time.perf_counter`) from which on the `seconds` of the results count, those of earlier
         processes of the same run beside; None = now.
 

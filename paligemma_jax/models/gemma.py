@@ -34,7 +34,7 @@ class GemmaConfig:
     head_dim: int = 256
     eps: float = 1e-6
     rope_theta: float = 10_000.0
-    activation: str = "gelu_tanh"  # of the gate, see encoder.ACTIVATIONS
+    activation: str = "gelu_tanh"  # of the gate, see encoder_block.ACTIVATIONS
     query_scale: float | None = None  # factor on the scores; None means head_dim ** -0.5
     attn_softcap: float | None = None
     final_softcap: float | None = None

@@ -34,7 +34,7 @@ class TextConfig:
     mlp_dim: int = 3072
     num_heads: int = 12
     eps: float = 1e-6
-    activation: str = "gelu_tanh"  # see encoder.ACTIVATIONS
+    activation: str = "gelu_tanh"  # see encoder_block.ACTIVATIONS
     causal: bool = False
     pool: str = "last"
     eos_token: int | None = None

@@ -34,7 +34,7 @@ class ViTConfig:
     mlp_dim: int = 4304
     num_heads: int = 16
     eps: float = 1e-6
-    activation: str = "gelu_tanh"  # see encoder.ACTIVATIONS
+    activation: str = "gelu_tanh"  # see encoder_block.ACTIVATIONS
     class_token: bool = False
     posemb: str = "learn"  # initial value of the learned positions: "learn" = normal noise, "sincos2d" = sines
     remat: str = "none"  # see stack.scan_stack

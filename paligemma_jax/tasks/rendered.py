@@ -12,7 +12,7 @@ from paligemma_jax.tasks import common
 def rendered(
     data: ConfigDict, stream: str, number: int, size: int, grid: int, num_objects: tuple[int, int] = (1, 10)
 ) -> Path:
-    """The folder of a stream's scenes, see pretraining_set.build.
+    """The folder of a stream's scenes, see pretraining_scenes.build.
 
     Args:
       data: has cache_dir and build_workers.

@@ -127,7 +127,7 @@ class Checkpoints:
         return max(scored, key=lambda step: (self._scores[step], -step), default=None)
 
     def score(self, metrics: Mapping[str, Any] | None) -> float:
-        """How the folder's `best_metric` ranks an evaluation, see ranking.score; raises as that."""
+        """How the folder's `best_metric` ranks an evaluation, see best_metric.score; raises as that."""
         return ranking.score(metrics, self._metric, self._mode)
 
     def resolve(self, which: str | int) -> int:

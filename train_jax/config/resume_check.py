@@ -143,7 +143,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
 
 
 def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Compares fingerprints of batches (input.Pipeline), that of a checkpoint and that of the data as they are.
+    """Compares fingerprints of batches (data.pipeline.Pipeline), that of a checkpoint and that of the data as they are.
 
     Raises:
       UserError: they differ; the message says in what.

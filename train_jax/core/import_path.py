@@ -50,10 +50,3 @@ def check_named(key: str, name: str, known: Iterable[str]) -> None:
             f"{key} is {name!r}, expected one of {', '.join(known)}, or an import path such as "
             f"'my_package.my_module:function'{did_you_mean(str(name), known)}: change it."
         )
-
-
-def own_source(data: Any) -> str:
-    """`data.source` of a config. Raises UserError where it is not set."""
-    if data.source is None:
-        raise UserError(f"data.name is {data.name!r} but data.source is not set: add --config.data.source=PATH.")
-    return data.source

@@ -1,7 +1,6 @@
-"""The training state and the step: a pure function (state, frozen, batch) -> (state, metrics).
+"""What a training step changes: parameters, optimizer state, moving average, and the guard against faults.
 
-Randomness is a function of (seed, step, row of the batch), so a resumed run, another micro-batch or another number of
-devices draws the same noise. Faults are handled on the device, without asking the host:
+Faults are handled on the device, without asking the host:
 
   - a non-finite loss or gradient masks the update: parameters and optimizer state stay as they are;
   - after `max_bad_steps` faults in a row the guard latches, and every later step is masked too, until the host looks;

@@ -1,7 +1,8 @@
 """The training step: gradients of the task's loss over micro-batches, the guard, the update, metrics.
 
 `make_train_step` is the mathematics, a pure function (state, totals, frozen, batch) -> (state, totals); `trace` puts it
-on a mesh, over arrays for the loop and over shapes for the plan command.
+on a mesh, over arrays for the loop and over shapes for the plan command. Randomness is a function of (seed, step, row),
+so a resumed run, another micro-batch or another number of devices draws the same noise.
 """
 
 from collections.abc import Callable

@@ -88,7 +88,7 @@ def base_of(model: PaliGemma, name: str) -> PaliGemma:
 def merge(model: PaliGemma) -> PaliGemma:
     """A plain model again: differences added to their kernels, last layers put back into their stack, in place.
 
-    A model that has neither is returned as it is; LoRA is merged by lora.merge_lora.
+    A model that has neither is returned as it is; LoRA is merged by merge_lora.
 
     Raises:
       UserError: the model has learned parts that no plain one can hold: prefixes, a soft prompt, or bottlenecks.

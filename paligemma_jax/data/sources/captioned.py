@@ -21,7 +21,7 @@ FEATURES = "features"  # of a row: the picture as the tower encoded it, instead 
 
 
 class CaptionedScenes(DataSource):
-    """Synthetic scenes that `pretraining_set.build` has made; row i is caption i // n of scene i % n of n scenes.
+    """Synthetic scenes that `pretraining_scenes.build` has made; row i is caption i // n of scene i % n of n scenes.
 
     Captions are not stored: each is a function of its row, and a scene comes with another one every time (`views`).
 

@@ -26,9 +26,9 @@ from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprin
 from paligemma_jax.data.row_texts import check_texts
 from paligemma_jax.data.sources.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.sources.folder_lock import locked
+from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.import_path import own_source
 from train_jax.core.tfds import open_builder, open_split
 
 VERSION = "3.1.0"

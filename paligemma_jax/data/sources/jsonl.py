@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
+from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.import_path import own_source
 
 FIELDS = ("image", "prefix", "suffix")
 

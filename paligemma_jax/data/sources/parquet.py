@@ -22,9 +22,9 @@ from tqdm import tqdm
 from paligemma_jax.data.byte_lru import ByteLRU
 from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
+from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
 from train_jax.core.errors import UserError, cut
-from train_jax.core.import_path import own_source
 
 COLUMNS = ("question", "image", "answer")
 _AT_ONCE = 64  # images held while all are looked through

@@ -38,6 +38,13 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
     return named("data.name", data.name, OPENERS)(data, split, progress)
 
 
+def own_source(data: ConfigDict) -> str:
+    """`data.source` of a config. Raises UserError where it is not set."""
+    if data.source is None:
+        raise UserError(f"data.name is {data.name!r} but data.source is not set: add --config.data.source=PATH.")
+    return data.source
+
+
 def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subset]:
     """Divides a training split by image, then takes the subset of questions; a function of the seeds alone.
 

@@ -55,7 +55,7 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
 
 
 def _shapes(path: str, dtype: str, *, shardings, **options) -> PaliGemma:
-    """For weights.load.load, under nnx.eval_shape: shapes lie nowhere."""
+    """For weights.reader.load, under nnx.eval_shape: shapes lie nowhere."""
     return new(path, dtype, **options)
 
 
@@ -87,7 +87,7 @@ def _evaluate(task: Any, name: str, model: PaliGemma, batch: dict[str, jax.Array
 
 
 def _known_path(path: str) -> str:
-    """A path that `weights.load.new` can read sizes from, without fetching anything."""
+    """A path that `weights.reader.new` can read sizes from, without fetching anything."""
     if path == TINY or path.startswith(RANDOM) or (not hub.is_remote(path) and Path(path).expanduser().exists()):
         return path
     released = RELEASED.fullmatch(Path(path).name)

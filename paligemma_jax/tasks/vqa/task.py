@@ -64,7 +64,7 @@ class VQA(Task):
     defaults = staticmethod(vqa_config.defaults)
 
     def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] | None = None):
-        """`read` makes the base model in place of weights.load.load, called as that is; its models are not shared."""
+        """`read` makes the base model in place of weights.reader.load, called as that is; its models are not shared."""
         vqa_config.check(config)
         self.config, self.mesh, self._own_load = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)

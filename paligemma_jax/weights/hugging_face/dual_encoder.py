@@ -105,7 +105,7 @@ def open_folder(folder: Path) -> Checkpoint:
 def save(
     model: DualEncoder, folder: Path, tokenizer: str | Path | None = None, max_shard_size: int = SHARD_SIZE
 ) -> None:
-    """Writes a SigLIP or CLIP folder; arguments and errors as of hugging_face.save_hugging_face.
+    """Writes a SigLIP or CLIP folder; arguments and errors as of weights.save_hugging_face.
 
     Raises:
       UserError: a model that transformers' classes do not have, say one whose images are pooled by their mean.
