@@ -25,6 +25,19 @@ def test_an_old_path_is_the_module_as_it_is_now(old, new):
     sys.modules.pop(old, None)
 
 
+def test_what_a_package_exports_is_not_replaced():
+    """`paligemma_jax.generate` was a module, and `pg.generate` is a function."""
+    imports = "; ".join(f"import {old}" for old, _ in ROWS)
+    packages = "pg, fj, pg.losses, pg.metrics, pg.weights, fj.couplings, fj.metrics, fj.paths, fj.models"
+    code = f"""
+import paligemma_jax as pg, flow_jax as fj
+was = {{(p, n): getattr(p, n) for p in ({packages}) for n in p.__all__}}
+{imports}
+assert [n for (p, n), value in was.items() if getattr(p, n) is not value] == []
+"""
+    subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], cwd=ROOT, check=True)
+
+
 def test_nothing_of_ours_imports_an_old_path():
     code = "import paligemma_jax, flow_jax, train_jax.loop, paligemma_jax.tasks.vqa, paligemma_jax.tasks.text_to_image"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], cwd=ROOT, check=True)

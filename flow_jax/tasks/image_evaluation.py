@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from flow_jax.data import pictures as image_data
 from flow_jax.data.picture_sets import Pictures
 from flow_jax.data.pictures import ImageData, Score
 from flow_jax.metrics import distances
@@ -132,10 +133,10 @@ class Evaluation:
         return self._moments[side]
 
     def read(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
-        """Images and labels of some rows in batches, without bad ones, see pictures.read."""
+        """Images and labels of some rows in batches, without bad ones, see data.pictures.read."""
         settings = self.settings
         tally = BadRows(len(rows), settings.on_error, settings.max_bad_fraction)
-        return pictures.read(pictures, rows, tally, settings.threads)
+        return image_data.read(pictures, rows, tally, settings.threads)
 
     def bits_per_dim(self, model: nnx.Module) -> float:
         """Mean over held-out images, without guidance."""

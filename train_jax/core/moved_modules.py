@@ -16,7 +16,16 @@ def install(package: str, table: str) -> None:
       table: a line for each module, its old and its new path below the package.
     """
     rows = (line.split() for line in table.strip().splitlines())
+    sys.modules[package].__class__ = _Package
     sys.meta_path.append(_Moved({f"{package}.{old}": f"{package}.{new}" for old, new in rows}))
+
+
+class _Package(ModuleType):
+    """Keeps the functions that it exports: an import binds a module to its last name, `pg.generate` among them."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
+            super().__setattr__(name, value)
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
