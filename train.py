@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     distributed.start_from_flags(values)
     if values.print_batch:
         print(loop.describe_batch(config))
-    elif config.sweep:
+    elif config.sweep.runs:
         from train_jax.sweep import run as sweep
 
         sweep.fit(config, workdir, values.progress, clock.process_began())

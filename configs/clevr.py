@@ -34,52 +34,48 @@ all three off. Both runs share the frozen weights in memory.
 The one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
 slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoint by).
 
-`:ranks` trains the default at LoRA ranks 1 to 32, three seeds each, and draws accuracy against the rank
-(docs/sweeps.md).
-
 `:peft=NAME` trains by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning, last_layers,
 decoder, full: docs/peft.md), `:full` being `:peft=full`. The rates were tried on the tiny model; `:3b,peft=NAME` has
-them too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers. `:family` trains the default by
-each method, three seeds, and draws accuracy against the number of trained parameters.
-
-`:forgetting` trains the default on questions for colours alone, with and without `config.consistency`, three seeds
-each, and tells what that does to the other families of questions and to captions (docs/consistency.md).
+them too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers.
 
 `:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
+
+Studies on top of it have files of their own: `clevr_ranks.py`, `clevr_peft.py` and `clevr_forgetting.py`.
 """
 
 from ml_collections import ConfigDict
 
-from train_jax.config import base_config, parse_arg
+from paligemma_jax.tasks.vqa.adapter import use_method
+from train_jax.config import base_config, parse_arg, refuse_together
 from train_jax.core.errors import UserError
 
-SWEEPS = ("ranks", "family", "forgetting")
-NAMES = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke", *SWEEPS)
-# Arguments that contradict each other, with the reason.
-APART = (
-    (("3b", "smoke"), "smoke is of the tiny model"),
-    (("qlora", "int8"), "NF4 or int8"),
-    (("full", "peft"), "full is peft=full"),
-    (SWEEPS, "one sweep"),
-    (("3b", "family"), "the rates of family are the tiny model's"),
-    *(((one, sweep), "the sweep sets the method") for one in ("full", "peft") for sweep in ("ranks", "family")),
-    *((("report", name), "the report's settings stand as they are") for name in ("qlora", "full", "peft", *SWEEPS)),
-)
+MOVED = {
+    "ranks": "configs/clevr_ranks.py",
+    "family": "configs/clevr_peft.py",
+    "forgetting": "configs/clevr_forgetting.py",
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg is "peft=NAME" or some of NAMES, joined by commas.
+    """Returns the config; arg is "peft=NAME" or names of the docstring, joined by commas.
 
     Raises:
-      UserError: another one, or two that contradict each other.
+      UserError: another argument, or two that contradict each other.
     """
-    arg = parse_arg(arg, peft="", **dict.fromkeys(NAMES, False))
+    names = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke")
+    arg = parse_arg(arg, MOVED, peft="", **dict.fromkeys(names, False))
+    refuse_together(arg, ("3b", "smoke"), "smoke is of the tiny model")
+    refuse_together(arg, ("qlora", "int8"), "NF4 or int8")
+    refuse_together(arg, ("full", "peft"), "full is peft=full")
+    for name in ("qlora", "full", "peft"):
+        refuse_together(arg, ("report", name), "the report's settings stand as they are")
+    if arg.fp16 and not (arg["3b"] or arg.report):
+        raise UserError("config argument 'fp16' stands without 3b: write :3b,fp16, or --config.compute_dtype=float16.")
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
     config.load_best_at_end = True
     config.optimizer.weight_decay = 0.01
     config.optimizer.grad_clip_norm = 1.0
-    check_together(arg)
     if arg["3b"]:
         large(config, "float16" if arg.fp16 else "bfloat16")
     else:
@@ -89,27 +85,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     elif arg.qlora or arg.int8:
         quantized(config, "nf4" if arg.qlora else "int8")
     if arg.peft or arg.full:
-        method(config, arg.peft or "full", large=arg["3b"])
+        use_method(config, arg.peft or "full", large=arg["3b"])
     if arg.smoke:
         smoke(config)
-    if arg.ranks:
-        ranks(config)
-    if arg.family:
-        family(config)
-    if arg.forgetting:
-        forgetting(config)
     return config
-
-
-def check_together(arg: ConfigDict) -> None:
-    """Refuses arguments that contradict each other."""
-    if arg.fp16 and not (arg["3b"] or arg.report):
-        raise UserError("the config argument fp16 stands without 3b, which it belongs to: write :3b,fp16, or for other "
-                        "runs --config.compute_dtype=float16.")  # fmt: skip
-    for names, reason in APART:
-        found = [name for name in names if arg[name]]
-        if len(found) > 1:
-            raise UserError(f"the config arguments {' and '.join(found)} stand together, expected one: {reason}.")
 
 
 def tiny(config: ConfigDict) -> None:
@@ -125,8 +104,7 @@ def tiny(config: ConfigDict) -> None:
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_percent = 0.05
     config.log_steps = 10
-    config.eval_percent = 0.25
-    config.checkpoint_percent = 0.25
+    config.eval_percent = config.checkpoint_percent = 0.25
     config.data.prefix_length = 44  # the longest question of CLEVR takes 38
     config.data.suffix_length = 3
     config.eval.max_new_tokens = 3
@@ -152,8 +130,7 @@ def large(config: ConfigDict, dtype: str) -> None:
     config.optimizer.schedule = "linear"
     config.patience = 2
     config.log_steps = 10
-    config.eval_epochs = 1.0
-    config.checkpoint_epochs = 1.0
+    config.eval_epochs = config.checkpoint_epochs = 1.0
 
 
 def report(config: ConfigDict) -> None:
@@ -179,95 +156,9 @@ def quantized(config: ConfigDict, kind: str) -> None:
     config.model.param_dtype = config.compute_dtype
 
 
-METHODS = {
-    "lora": {},
-    "dora": {"adapter.dora": True},
-    "bottleneck": {"adapter.name": "bottleneck"},
-    "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-1},
-    "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1.0},
-    "bitfit": {"adapter.name": "bitfit", "optimizer.learning_rate": 1e-2, "cache_features": False},
-    "diff_pruning": {
-        "adapter.name": "diff_pruning",
-        "adapter.penalty": 0.05,
-        "optimizer.learning_rate": 1e-3,
-        "optimizer.rates": ((r".*/log_alpha", 30.0),),  # gates have further to go than differences
-    },
-    "last_layers": {"adapter.name": "last_layers", "adapter.size": 2, "optimizer.learning_rate": 1e-3},
-    "decoder": {"adapter.name": "none", "trainable": "decoder/.*", "optimizer.learning_rate": 5e-4},
-    "full": {"adapter.name": "none", "optimizer.learning_rate": 5e-4, "cache_features": False},
-}
-"""What each method changes in the default: its own keys, and the rate that suits it (tried on the tuning questions)."""
-
-
-def method(config: ConfigDict, name: str, large: bool) -> None:
-    """Another method, at its rate; a large model's own weights train at the rate of most of PaliGemma's transfers."""
-    if name not in METHODS:
-        raise UserError(f"the config argument peft is {name!r}, expected one of {', '.join(METHODS)}: change it.")
-    config.update_from_flattened_dict(METHODS[name])
-    if large and name in ("last_layers", "decoder", "full"):
-        config.optimizer.learning_rate = 1e-5
-
-
-def family(config: ConfigDict) -> None:
-    """Every method with three seeds."""
-    config.sweep = tuple(
-        (f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in range(3) for name, changes in METHODS.items()
-    )
-    config.sweep_x = "trainable_parameters"
-    config.eval.controls = config.eval.before = False  # the same for every method: of the default run
-
-
-PROMPTS = (
-    ("caption en", "5 objects: a small red metal cube, a large blue rubber sphere, two large gray"),
-    ("caption en", "a large green rubber cylinder, a small yellow metal sphere, a small purple rubber"),
-    ("answer en How many things are there?", ""),
-    ("answer en Are there any small metal cubes?", ""),
-    ("answer en Are there more spheres than cubes?", ""),
-    ("answer en What size is the rubber thing?", ""),
-    ("answer en What is the large sphere made of?", ""),
-    ("answer en What shape is the small metal thing?", ""),
-    ("answer en Is the color of the sphere the same as the cube?", ""),
-)
-"""Texts that hold for any scene, of what is not tuned in `:forgetting`; whether they are true of it does not matter."""
-
-CONSISTENCY = {
-    "off": {},
-    "weight-0.25": {"consistency.weight": 0.25},
-    "weight-1": {"consistency.weight": 1.0},
-    "weight-4": {"consistency.weight": 4.0},
-    "prompts-1": {"consistency.weight": 1.0, "consistency.prompts": PROMPTS},
-}
-"""What the runs of `:forgetting` differ in."""
-
-
-def forgetting(config: ConfigDict) -> None:
-    """One family of questions is tuned; the others and captions are tested too, before and after."""
-    config.data.families = ("query_color",)
-    config.data.num_train_scenes = 1000  # 10,000 questions, of which about one in ten is for a colour
-    config.total_epochs = 4.0
-    config.eval.captions = 100
-    config.eval.controls = False
-    config.sweep = tuple(
-        (f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in range(3) for name, changes in CONSISTENCY.items()
-    )
-    config.sweep_metric = "change_untuned"
-    config.sweep_more = ("change_tuned", "change_captions")
-
-
 def smoke(config: ConfigDict) -> None:
     """A minute's run of the tiny model."""
     config.data.num_train_scenes, config.data.num_validation_scenes = 24, 6
     config.data.tune_fraction, config.data.tune_examples = 0.2, 16
     config.batch_size = 16
     config.log_steps = 2
-
-
-def ranks(config: ConfigDict) -> None:
-    """Rank against quality and cost; alpha grows with the rank, so that the update's scale alpha / rank stays."""
-    config.sweep = tuple(
-        (f"rank-{rank}-seed-{seed}", {"adapter.rank": rank, "adapter.alpha": 4.0 * rank, "seed": seed})
-        for seed in range(3)
-        for rank in (1, 2, 4, 8, 16, 32)
-    )
-    config.sweep_x = "adapter.rank"
-    config.eval.controls = config.eval.before = False  # the same for every rank: of the default run

@@ -11,37 +11,29 @@ the pictures are rendered.
 Another method of the same run: --config.method=zero_shot (nothing trains), coop, maple, adapters or full.
 
     :turned        no new words, but a light that the SigLIP has not met, and 16 pictures of a class
-    :methods       all six with three seeds; sweep.png has bars with deviations
-    :ablations     of CoPrompt: consistency (weight, kind, side), perturbed inputs, what is attached, layers
-    :shots         1, 2, 4, 8 and 16 shots of all classes (protocol few_shot)
-    :domain        tested in other styles too (protocol domain_generalization)
     :smoke         seconds
 
-`:turned,domain` and so on make a sweep of that one.
+Sweeps on top of it have files of their own and take the same arguments: `coprompt_methods.py` (all six methods),
+`coprompt_ablations.py` (of CoPrompt), `coprompt_shots.py` and `coprompt_domain.py` (other styles).
 
 `:clip_b16` has the defaults of the released code for a CLIP B/16; `:clip_b16,dataset=oxford_pets` has what that code
-sets for a data set (`DATASETS`) in their place. The words above after a comma make a sweep of it (`:clip_b16,methods`):
+sets for a data set (`DATASETS`) in their place:
 
     python train.py --config=configs/coprompt.py:clip_b16,dataset=oxford_pets --config.data.source=oxford_pets \\
         --config.data.descriptions=oxford_pets.json --config.model.path=clip-vit-base-patch16
 
 where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). What was learned lies in the
-workdir's `adapter`, apart from its base. Prompts and lambda of a data set are CoPrompt's: sweeps leave them out of the
-other methods, `--config.method` does not.
+workdir's `adapter`, apart from its base.
 """
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.few_shot.protocols import SHOTS
 from paligemma_jax.images import augment
-from train_jax.config import base_config, leaves, parse_arg
+from train_jax.config import base_config, parse_arg, refuse_together
 from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean
 
-SEEDS = (0, 1, 2)
-FULL_RATE = 0.1  # of the learning rate, where all weights train
-STYLES = ("plain", "turned", "bright", "dark_floor", "noise", "low_resolution")
-DEPTH, WEIGHT = 9, 1.0  # layers that have prompts, and lambda, of the released code's defaults
+MOVED = {name: f"configs/coprompt_{name}.py" for name in ("methods", "ablations", "shots", "domain")}
 DATASETS = {
     "caltech101": (4, 12, 4.0),
     "dtd": (2, 12, 8.0),
@@ -61,18 +53,13 @@ EPOCHS = {"food101": 5.0}  # and 8 elsewhere
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "turned" or "clip_b16" (with "dataset=NAME"), and one of "methods", "ablations", "shots" and
-    "domain", or "smoke" for seconds.
+    """Returns the config; arg "turned" or "clip_b16" (with "dataset=NAME"), and "smoke" for seconds.
 
     Raises:
-      UserError: another one, two sweeps, "turned" beside "clip_b16", or a data set that has no settings.
+      UserError: another argument, "turned" beside "clip_b16", or a data set that has no settings.
     """
-    arg = parse_arg(arg, turned=False, clip_b16=False, dataset="", smoke=False, **dict.fromkeys(SWEEPS, False))
-    chosen = [name for name in SWEEPS if arg[name]]
-    if len(chosen) > 1:
-        raise UserError(f"the config argument names {' and '.join(chosen)}, expected one sweep: leave one out.")
-    if arg.turned and arg.clip_b16:
-        raise UserError("the config arguments turned and clip_b16 stand together, expected one: leave one out.")
+    arg = parse_arg(arg, MOVED, turned=False, clip_b16=False, dataset="", smoke=False)
+    refuse_together(arg, ("turned", "clip_b16"), "turned is of the small SigLIP")
     config = base_config("paligemma_jax.tasks.coprompt:CoPrompt")
     (clip_b16 if arg.clip_b16 else embedded)(config)
     if arg.turned:
@@ -83,8 +70,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         of_dataset(config, arg.dataset)
     if arg.smoke:
         smoke(config)
-    if chosen:
-        SWEEPS[chosen[0]](config)
     return config
 
 
@@ -149,80 +134,3 @@ def smoke(config: ConfigDict) -> None:
     config.total_epochs, config.total_steps = None, 4
     config.log_steps = 2
     config.optimizer.warmup_epochs, config.optimizer.warmup_steps = None, 1
-
-
-def seeds(named: dict[str, dict]) -> tuple:
-    """Runs of every seed, those of a seed together."""
-    return tuple((f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in SEEDS for name, changes in named.items())
-
-
-def method(config: ConfigDict, name: str, **changes) -> dict:
-    """Overrides of one method."""
-    if name == "full":
-        changes["optimizer.learning_rate"] = FULL_RATE * config.optimizer.learning_rate
-    if name != "coprompt":  # prompts and lambda that a config sets are CoPrompt's
-        own = ("prompts.text_tokens", "prompts.vision_tokens", "prompts.depth", "consistency.weight")
-        changes = {key: None for key in own if leaves(config)[key] is not None} | changes
-    return {"method": name} | changes
-
-
-def methods(config: ConfigDict) -> None:
-    """CoPrompt and its baselines, on the classes that were tuned on and on the others."""
-    names = ("zero_shot", "coop", "maple", "adapters", "coprompt", "full")
-    config.sweep_metric, config.sweep_more = "harmonic_mean", ("base", "novel")
-    config.sweep = seeds({name: method(config, name) for name in names})
-
-
-def ablations(config: ConfigDict) -> None:
-    """After the paper's: each changes one thing of CoPrompt, which is `both-1.0` (its lambda).
-
-    On synthetic classes `layers_K` uncouples the prompts too (`depths`).
-    """
-    weight, own = "consistency.weight", config.consistency.weight or WEIGHT
-    found = {f"both-{own}": {}, "no_consistency": {weight: 0.0}}
-    found |= {f"on_{side}": {"consistency.on": side} for side in ("text", "image")}
-    found |= {"not_perturbed": {"consistency.perturb": False}}
-    found |= {"prompts_only": {"prompts.text_adapter": 0, "prompts.image_adapter": 0}}
-    found |= {"adapters_only": method(config, "adapters", **{weight: own})}
-    found |= {f"both-{value}": {weight: value} for value in (0.1, 0.5, 1.0, 2.0, 8.0, 32.0) if value != own}
-    found |= {kind: {"consistency.kind": kind} for kind in ("l1", "mse")}
-    whole = config.prompts.depth or DEPTH
-    layers = [depth for depth in (1, 3, 6, 9, 12) if depth <= towers(config) and depth != whole]
-    found |= {f"layers_{depth}": depths(config, depth) for depth in layers}
-    config.sweep_metric, config.sweep_more = "harmonic_mean", ("base", "novel")
-    config.sweep = seeds({name: {"method": "coprompt"} | changes for name, changes in found.items()})
-
-
-def towers(config: ConfigDict) -> int:
-    """Layers of the vision tower."""
-    return 12 if config.data.name == "images" else 4
-
-
-def depths(config: ConfigDict, depth: int) -> dict:
-    """Prompts in so many layers; in the small SigLIP of the vision tower alone, for which they must not be coupled."""
-    if config.data.name == "images":
-        return {"prompts.depth": depth}
-    return {"prompts.depth": 1, "prompts.vision_depth": depth, "prompts.coupled": False}
-
-
-def shots(config: ConfigDict) -> None:
-    """How many pictures of a class: all classes are tuned on, and tested."""
-    config.protocol = "few_shot"
-    config.sweep_metric, config.sweep_x, config.sweep_series = "accuracy", "shots", "method"
-    names = ("coop", "maple", "adapters", "coprompt")
-    config.sweep = seeds({f"{name}-{k}": method(config, name) | {"shots": k} for k in SHOTS for name in names})
-
-
-def domain(config: ConfigDict) -> None:
-    """Tuned in one look and tested in others; of images of one's own, set data.targets."""
-    config.protocol = "domain_generalization"
-    if config.data.name == "scenes":
-        config.data.target_styles = tuple(style for style in STYLES if style != config.data.style)
-    names = ("zero_shot", "coop", "maple", "adapters", "coprompt")
-    found = {name: method(config, name) for name in names}
-    found["no_consistency"] = method(config, "coprompt", **{"consistency.weight": 0.0})
-    config.sweep_metric, config.sweep_more = "target_mean", ("source", *config.data.target_styles)
-    config.sweep = seeds(found)
-
-
-SWEEPS = {"methods": methods, "ablations": ablations, "shots": shots, "domain": domain}

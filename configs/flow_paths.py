@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import flow_2d
 from train_jax.config import parse_arg
+from train_jax.sweep.seeds import over_seeds
 
 METHODS = {
     "cond_ot": {"path.name": "cond_ot", "coupling.name": "independent"},
@@ -25,17 +26,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config; arg "sigma_min" for the other sweep."""
     arg = parse_arg(arg, sigma_min=False)
     config = flow_2d.get_config("checkerboard")
-    config.sweep_metric = "nll"
-    config.sweep_more = ("w2", "nfe", "straightness", "coverage")
-    config.sweep_curves = ("error_by_nfe", "w2_by_step")
+    config.sweep.metric = "nll"
+    config.sweep.more = ("w2", "nfe", "straightness", "coverage")
+    config.sweep.curves = ("error_by_nfe", "w2_by_step")
     config.eval_steps = 1000
     if arg.sigma_min:
         config.coupling.name = "independent"
-        config.sweep_x = "path.sigma_min"
+        config.sweep.x = "path.sigma_min"
         runs = {f"sigma_min-{width}": {"path.sigma_min": width} for width in WIDTHS}
     else:
         runs = METHODS
-    config.sweep = tuple(
-        (f"{name}-seed-{seed}", changes | {"seed": seed}) for seed in range(3) for name, changes in runs.items()
-    )
+    config.sweep.runs = over_seeds(runs)
     return config

@@ -28,8 +28,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import siglip
-from train_jax.config import parse_arg
-from train_jax.core.errors import UserError
+from train_jax.config import parse_arg, refuse_together
 
 SIZES = (64, 512, 1024, 2048, 4096)  # from 32 to 512 neither loss moved by more than three points
 FULL_SIZES = tuple(2**power for power in range(9, 21))  # 512 ... 1,048,576
@@ -49,12 +48,11 @@ SCALES = {"sigmoid": 10.0, "softmax": 1 / 0.07}  # what multiplies the cosines a
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; arg "quick", "grid", "memory", "full", "bias", "negatives" or "noise"."""
     arg = parse_arg(arg, quick=False, **dict.fromkeys(STUDIES, False))
+    refuse_together(arg, STUDIES, "leave one out")
     chosen = [name for name in STUDIES if arg[name]]
-    if len(chosen) > 1:
-        raise UserError(f"the config argument names {' and '.join(chosen)}, expected one study: leave one out.")
     config = siglip.get_config("b16" if arg.full else "mini")
-    config.sweep_metric, config.sweep_x, config.sweep_series = "mean_r1", "batch_size", "loss.name"
-    config.sweep_more = ("step_temp_bytes",)
+    config.sweep.metric, config.sweep.x, config.sweep.series = "mean_r1", "batch_size", "loss.name"
+    config.sweep.more = ("step_temp_bytes",)
     study = STUDIES[chosen[0]] if chosen else batches
     if not arg.full:
         pairs = STUDY_PAIRS if study in (bias, negatives, noise) else PAIRS
@@ -74,9 +72,9 @@ def miniature(config: ConfigDict, pairs: int) -> None:
 def quick(config: ConfigDict) -> None:
     """A look at it in minutes: an eighth of the pairs, one seed, some batch sizes that still have 100 updates."""
     config.data.num_scenes, config.data.num_held_out, config.data.num_tuning = 2000, 400, 400
-    config.sweep = tuple(
+    config.sweep.runs = tuple(
         (name, changes)
-        for name, changes in config.sweep
+        for name, changes in config.sweep.runs
         if changes["seed"] == 0 and changes["batch_size"] <= STUDY_SIZE
     )
 
@@ -121,24 +119,24 @@ def named(config: ConfigDict, loss: str, batch_size: int, seed: int, rate: float
 
 def batches(config: ConfigDict) -> None:
     """Both losses at all batch sizes."""
-    config.sweep = tuple(
+    config.sweep.runs = tuple(
         named(config, loss, size, seed, RATES[loss][size]) for seed in range(3) for size in SIZES for loss in SCALES
     )
 
 
 def grid(config: ConfigDict) -> None:
     """The same rates for each loss and batch size, judged on the tuning split."""
-    config.sweep_metric, config.sweep_x = "tuning_mean_r1", "optimizer.learning_rate"
-    config.sweep_series, config.sweep_more = "loss.name,batch_size", ()
-    config.sweep = tuple(
+    config.sweep.metric, config.sweep.x = "tuning_mean_r1", "optimizer.learning_rate"
+    config.sweep.series, config.sweep.more = "loss.name,batch_size", ()
+    config.sweep.runs = tuple(
         named(config, loss, size, 0, rate) for size in reversed(SIZES) for loss in SCALES for rate in GRID
     )
 
 
 def memory(config: ConfigDict) -> None:
     """A step of each loss, in chunks and over the whole matrix of pairs, at the paper's 32,768 too."""
-    config.sweep_series = "loss.name,loss.full_matrix"
-    config.sweep = tuple(
+    config.sweep.series = "loss.name,loss.full_matrix"
+    config.sweep.runs = tuple(
         (f"{loss}-{size}-{'matrix' if full else 'chunks'}", run(config, loss, size, 0, GRID[0], loss__full_matrix=full))
         for size in (*SIZES, 32_768)
         for loss in SCALES
@@ -149,7 +147,7 @@ def memory(config: ConfigDict) -> None:
 def full(config: ConfigDict) -> None:
     """The grid of the paper's size, at its learning rate and bias; embedded in parts where the batch is large."""
     lengths(config, 3_000_000_000)
-    config.sweep = tuple(
+    config.sweep.runs = tuple(
         (
             f"{loss}-{size}",
             {
@@ -166,8 +164,8 @@ def full(config: ConfigDict) -> None:
 
 def bias(config: ConfigDict) -> None:
     """Where the bias begins, and whether there is one."""
-    config.sweep_x = None
-    config.sweep = tuple(
+    config.sweep.x = None
+    config.sweep.runs = tuple(
         (f"bias{value}-seed-{seed}", run(config, "sigmoid", STUDY_SIZE, seed, init__bias=value))
         for seed in range(3)
         for value in (-10.0, -math.log(STUDY_SIZE), 0.0, None)
@@ -176,10 +174,10 @@ def bias(config: ConfigDict) -> None:
 
 def negatives(config: ConfigDict) -> None:
     """Which negatives of an image count, and how many: random, the hardest or the easiest ones."""
-    config.sweep_x, config.sweep_series = "loss.negatives", "loss.negatives_by"
+    config.sweep.x, config.sweep.series = "loss.negatives", "loss.negatives_by"
     every = STUDY_SIZE - 1
     chosen = [("random", every), *((by, number) for by in ("random", "hard", "easy") for number in (4, 16, 64))]
-    config.sweep = tuple(
+    config.sweep.runs = tuple(
         (
             f"{by}-{number}-seed-{seed}",
             run(config, "sigmoid", STUDY_SIZE, seed, loss__negatives=number, loss__negatives_by=by),
@@ -191,9 +189,9 @@ def negatives(config: ConfigDict) -> None:
 
 def noise(config: ConfigDict) -> None:
     """A share of the images, of the texts or of the pairs is spoilt in training."""
-    config.sweep_x, config.sweep_series = "data.noise_share", "loss.name,data.noise"
+    config.sweep.x, config.sweep.series = "data.noise_share", "loss.name,data.noise"
     chosen = [("", 0.0), *((kind, share) for kind in ("images", "texts", "pairs") for share in (0.25, 0.5))]
-    config.sweep = tuple(
+    config.sweep.runs = tuple(
         (
             f"{loss}-{kind or 'clean'}-{share}-seed-{seed}",
             run(config, loss, STUDY_SIZE, seed, data__noise=kind, data__noise_share=share),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs.clevr import METHODS
 from paligemma_jax.adapt.few_shot.methods import few_shot_method
 from paligemma_jax.adapt.few_shot.prompts import PromptConfig
 from paligemma_jax.models.paligemma import variant
@@ -16,11 +15,15 @@ from paligemma_jax.models.variants import variant as variant_of_dual
 from paligemma_jax.tasks.contrastive import config as contrastive_config
 from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.tasks.vqa import config as vqa_config
+from paligemma_jax.tasks.vqa.adapter import PRESETS
 from paligemma_jax.tasks.vqa.task import VQA
 from train_jax.config import command_line
+from train_jax.config.__main__ import key_table, task_table
 from train_jax.config.base import leaves, steps
+from train_jax.config.run_keys import RunKeys
 from train_jax.config.validate import validate
 from train_jax.core import param_tree, patterns
+from train_jax.core.config_keys import declared
 from train_jax.core.errors import UserError
 from train_jax.parallel.sharding import make_mesh
 from train_jax.sweep import run as sweep
@@ -29,22 +32,18 @@ from train_jax.task import make_task
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = {
     "clevr": (
-        *("", "smoke", "full", "report", "report,smoke", "ranks", "family", "forgetting"),
-        *("3b", "3b,fp16", "3b,qlora", "3b,int8", "3b,full", "3b,report", "3b,ranks"),
-        *(f"{model}peft={name}" for model in ("", "3b,", "3b,fp16,") for name in METHODS),
+        *("", "smoke", "full", "report", "report,smoke"),
+        *("3b", "3b,fp16", "3b,qlora", "3b,int8", "3b,full", "3b,report"),
+        *(f"{model}peft={name}" for model in ("", "3b,", "3b,fp16,") for name in PRESETS),
     ),
-    "coprompt": (
-        "",
-        "turned",
-        "methods",
-        "ablations",
-        "shots",
-        "domain",
-        "turned,domain",
-        "smoke",
-        "clip_b16",
-        "clip_b16,dataset=oxford_pets",
-    ),
+    "clevr_ranks": ("", "3b", "smoke"),
+    "clevr_peft": ("", "smoke"),
+    "clevr_forgetting": ("",),
+    "coprompt": ("", "turned", "smoke", "clip_b16", "clip_b16,dataset=oxford_pets"),
+    "coprompt_methods": ("", "turned", "clip_b16,dataset=oxford_pets"),
+    "coprompt_ablations": ("", "clip_b16"),
+    "coprompt_shots": ("", "clip_b16"),
+    "coprompt_domain": ("", "turned"),
     "flow_clevr": ("", "captions", "dit", "smoke", "captions,smoke"),
     "flow_digits": ("", "dit", "smoke", "dit,smoke"),
     "flow_images": (
@@ -102,9 +101,9 @@ def test_every_config_is_valid_with_every_argument(name, argument):
     if argument.startswith(("clip_b16", "b16", "full")):  # whose data are a user's
         config.data.update({key: "." for key in ("source", "descriptions") if key in config.data})
     check(config)
-    for run in sweep.expand(config) if config.sweep else ():
+    for run in sweep.expand(config) if config.sweep.runs else ():
         CHECKS.get(run.config.task, validate)(run.config)
-    docstring = (ROOT / f"configs/{name}.py").read_text().split('"""')[1]
+    docstring = (ROOT / f"configs/{name}.py").read_text(encoding="utf-8").split('"""')[1]
     words = argument.replace("=", ",").split(",")
     assert f":{words[0]}" in docstring and all(word in docstring for word in words)
 
@@ -211,10 +210,11 @@ def test_full_fine_tuning_of_the_large_model():
         ("3b,report,qlora", "report and qlora stand together, expected one: the report's settings stand as they are"),
         ("report,peft=dora", "report and peft stand together"),
         ("3b,full,peft=dora", "full and peft stand together"),
-        ("peft=full,family", "peft and family stand together, expected one: the sweep sets the method"),
-        ("3b,family", "3b and family stand together"),
-        ("ranks,forgetting", "ranks and forgetting stand together, expected one: one sweep"),
-        ("fp16", "fp16 stands without 3b"),
+        ("fp16", "'fp16' stands without 3b: write :3b,fp16"),
+        ("ranks", "'ranks' is now a config of its own: write --config=configs/clevr_ranks.py$"),
+        ("3b,ranks", "write --config=configs/clevr_ranks.py:3b$"),
+        ("family", "write --config=configs/clevr_peft.py$"),
+        ("forgetting", "write --config=configs/clevr_forgetting.py$"),
     ],
 )
 def test_arguments_of_clevr_that_are_refused(argument, sentence):
@@ -282,7 +282,7 @@ ADAPTERS = {"text_adapter": 128, "image_adapter": 128, "text_mix": 0.2, "image_m
 )
 def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     """Every run of a sweep is valid, and other methods are what they are without the data set."""
-    config = load("coprompt", f"clip_b16,{name}{dataset}")
+    config = load(f"coprompt_{name}", f"clip_b16{dataset}")
     config.data.source = config.data.descriptions = "."
     towers = variant_of_dual("clip-b16-224")
     for run in sweep.expand(one_device(config)):
@@ -300,12 +300,19 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     [
         ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
         ("dataset=dtd", "dataset=dtd stands alone, expected clip_b16 too"),
-        ("methods,shots", "names methods and shots, expected one sweep"),
+        ("turned,clip_b16", "turned and clip_b16 stand together, expected one: turned is of the small SigLIP"),
+        ("turned,methods", "'methods' is now a config of its own: write --config=configs/coprompt_methods.py:turned$"),
+        ("shots", "write --config=configs/coprompt_shots.py$"),
     ],
 )
 def test_arguments_of_coprompt_that_are_refused(argument, sentence):
     with pytest.raises(UserError, match=sentence):
         load("coprompt", argument)
+
+
+def test_a_study_refuses_what_it_sets():
+    with pytest.raises(UserError, match="'peft=full': expected one of 3b, fp16, qlora, int8, smoke"):
+        load("clevr_ranks", "peft=full")
 
 
 @pytest.mark.parametrize("argument", ["", "quick", "grid", "bias"])
@@ -391,3 +398,25 @@ def test_commands_of_the_documentation_parse(page, command, monkeypatch):
         module = importlib.import_module(script.removesuffix(".py"))
         config, _, _ = command_line.load_from_flags([script, *words], "", module._flags)
         check(config)
+
+
+# Tasks in the order of docs/config.md.
+TASKS = (
+    "paligemma_jax.tasks.vqa:VQA",
+    "paligemma_jax.tasks.contrastive:Contrastive",
+    "paligemma_jax.tasks.coprompt:CoPrompt",
+    "paligemma_jax.tasks.pretraining:Pretraining",
+    "paligemma_jax.tasks.pretraining.vision:VisionPretraining",
+    "flow_jax.tasks.images:ImageFlow",
+    "flow_jax.tasks.plane:PlaneFlow",
+    "paligemma_jax.tasks.text_to_image:TextToImage",
+)
+
+
+def test_the_tables_of_keys_are_those_of_the_declarations():
+    """`python -m train_jax.config [TASK]` prints each table of docs/config.md."""
+    page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert key_table(declared(RunKeys)) in page
+    for task in TASKS:
+        assert f"## `{task}`" in page and task_table(task) in page, task
+    assert {load(name).task for name in ARGUMENTS} <= set(TASKS)

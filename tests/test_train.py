@@ -47,8 +47,8 @@ def nothing_runs(monkeypatch):
         ({"compute_dtype": "float8"}, "config.compute_dtype='float8', expected one of float32, bfloat16, float16: "
          "change it"),
         ({"patience": 2}, "config.patience is set but config.best_metric is None: name the metric that decides"),
-        ({"optimizer.name": "adamm"}, "optimizer.name is 'adamm', expected one of adamw, adam, sgd, adafactor, lion, "
-         "adamw_8bit; did you mean 'adam'?"),
+        ({"optimizer.name": "adamm"}, "config.optimizer.name='adamm', expected one of adamw, adam, sgd, adafactor, "
+         "lion, adamw_8bit: change it; did you mean 'adam'?"),
         ({"optimizer.warmup_steps": 100}, "the warm-up takes 100 steps, expected 0 to the run's 8; shorten it or train "
          "longer"),
     ],

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.complete import of_results
-from train_jax.config.base import stored_config
+from train_jax.config.base import known_keys, stored_config
 from train_jax.config.resume_check import difference, refuse_sweep
 from train_jax.config.validate import validate
 from train_jax.core import files, row_sharding
@@ -96,9 +96,11 @@ def _trained(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mes
 
 def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
     """Raises UserError if a key that makes the model differs: the checkpoint's parameters belong to the stored one."""
-    pattern = "|".join(task.architecture_keys) or r"(?!)"
+    declared = {name for name, known in known_keys(type(task)).items() if known.architecture}
     changed = [
-        f"{key}: {quoted(a)} -> {quoted(b)}" for key, a, b in difference(stored, config) if re.fullmatch(pattern, key)
+        f"{key}: {quoted(a)} -> {quoted(b)}"
+        for key, a, b in difference(stored, config)
+        if key in declared or any(re.fullmatch(pattern, key) for pattern in task.architecture_keys)
     ]
     if changed:
         raise UserError(

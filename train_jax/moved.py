@@ -43,7 +43,7 @@ startup                            report.startup
 state                              step.train_state
 sweep_plot                         sweep.plot
 sweep_report                       sweep.report
-tfds_source                        core.tfds
+tfds_source                        core.formats.tfds
 training_step                      step.train_step
 untrained                          evaluate_only
 validation                         config.validate

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax.config.base import task_class
+from train_jax.core.config_keys import config_dict
 from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
@@ -46,11 +47,14 @@ class Task(abc.ABC):
       config, mesh: of the run.
     """
 
+    keys: type | None = None
+    """Dataclass of the task's own config keys, beside the runtime's (train_jax/core/config_keys.py)."""
+
     resume_safe_keys: Sequence[str] = ()
-    """Patterns of this task's config keys that a resumed run may change: they do not change the mathematics."""
+    """Patterns of further keys that a resumed run may change, where `defaults` returns some that are not declared."""
 
     architecture_keys: Sequence[str] = ()
-    """Patterns of the config keys that shape the model: an evaluation of a run may not change them."""
+    """Patterns of further keys that shape the model and that an evaluation may not change, likewise."""
 
     validation_metrics: Sequence[str] | None = None
     """Names of all that `validate` measures: with them a misspelt `best_metric` is found before anything is prepared.
@@ -66,11 +70,6 @@ class Task(abc.ABC):
         self.config, self.mesh = config, mesh
 
     # What every task defines.
-
-    @staticmethod
-    @abc.abstractmethod
-    def defaults() -> ConfigDict:
-        """The task's own config keys with their default values, beside the runtime's."""
 
     @abc.abstractmethod
     def init(self) -> nnx.Module:
@@ -133,6 +132,11 @@ class Task(abc.ABC):
         """
 
     # Hooks, in the order in which a run calls them.
+
+    @classmethod
+    def defaults(cls) -> ConfigDict:
+        """The task's own config keys with their default values: by default those of `keys`."""
+        return ConfigDict() if cls.keys is None else config_dict(cls.keys)
 
     def check_workdir(self, workdir: Path) -> None:
         """Refuses a workdir whose run was made of other weights than the config's, with a UserError.

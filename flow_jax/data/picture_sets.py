@@ -14,9 +14,9 @@ from jaxtyping import Int, UInt8
 from flow_jax.data import picture_files
 from train_jax.core import digests
 from train_jax.core.errors import UserError
-from train_jax.core.picture_folders import ENDINGS, pictures_below
+from train_jax.core.formats.picture_folders import ENDINGS, pictures_below
+from train_jax.core.formats.tfds import open_builder, open_split
 from train_jax.core.row_errors import BadRow
-from train_jax.core.tfds import open_builder, open_split
 
 
 class Picture(NamedTuple):
@@ -70,7 +70,7 @@ class FolderPictures:
     """Picture files below a folder, in the order of their names; classes are the folders right below it, by name.
 
     Args:
-      folder: of class folders, or of files without classes, see train_jax.core.picture_folders.
+      folder: of class folders, or of files without classes, see train_jax.core.formats.picture_folders.
       size, channels: of the pictures as they are read.
       cache: folder that keeps digests of the files; None computes them anew.
 

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax.data import digit_scores, digits, synthetic_pictures
 from flow_jax.data.picture_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
+from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_named, imported
@@ -71,27 +71,27 @@ class DatasetSpec(NamedTuple):
     scores: Callable[[], Sequence[Score]] = tuple
 
 
-def defaults() -> ConfigDict:
-    """The keys of `config.data`."""
-    return ConfigDict(
-        {
-            "name": "digits",  # digits | shapes (made up) | folder | tfds | import path of a DatasetSpec
-            "folder": placeholder(str),  # of class folders or of files; of tfds the version folder
-            "held_out_folder": placeholder(str),  # of folder; None: a share of `folder`
-            "held_out_fraction": 0.02,  # that share
-            "split": "train",  # of tfds
-            "held_out": "test",
-            "image": "image",  # of tfds: names of the features
-            "label": "label",
-            "image_size": placeholder(int),  # side; larger pictures are cut to a square and shrunk. Digits have 8
-            "channels": placeholder(int),  # 1 or 3; None: 3, of digits 1
-            "conditional": True,  # by label
-            "num_classes": placeholder(int),  # None: as many as the data have
-            "num_examples": 2000,  # of shapes
-            "flip": False,  # every second picture left to right, another half in every step
-            "dequantize": True,  # uniform noise of one grey value, without which there is no likelihood
-        }
+@dataclasses.dataclass(frozen=True)
+class ImageDataKeys:
+    """`config.data`: a data set of images."""
+
+    name: str = key("digits", "digits, shapes (synthetic), folder, tfds, or an import path of a DatasetSpec")
+    folder: str | None = key(None, "of class folders or of files; of tfds the version folder")
+    held_out_folder: str | None = key(None, "of folder; None = a share of `folder` is held out")
+    held_out_fraction: float = key(0.02, "that share")
+    split: str = key("train", "of tfds")
+    held_out: str = key("test", "of tfds")
+    image: str = key("image", "tfds: feature of the image")
+    label: str = key("label", "tfds: feature of the label")
+    image_size: int | None = key(
+        None, "side; larger images are cropped to a square and shrunk. Digits have 8", architecture=True
     )
+    channels: int | None = key(None, "1 or 3; None = 3, of digits 1", architecture=True)
+    conditional: bool = key(True, "by label", architecture=True)
+    num_classes: int | None = key(None, "None = as many as the data have", architecture=True)
+    num_examples: int = key(2000, "of shapes")
+    flip: bool = key(False, "mirror every second image, another half in every step")
+    dequantize: bool = key(True, "add uniform noise of one grey value; without it there is no likelihood")
 
 
 def check_name(name: str) -> None:
@@ -113,9 +113,9 @@ def shape(config: ConfigDict) -> tuple[int, int, int]:
     """
     kind = _spec(config)
     size, channels = config.image_size or kind.size, config.channels or kind.channels or 3
-    for key, found, own in (("image_size", size, kind.size), ("channels", channels, kind.channels)):
+    for name, found, own in (("image_size", size, kind.size), ("channels", channels, kind.channels)):
         if own not in (None, found):
-            raise UserError(f"data.{key} is {found}, but {config.name} have {own}: set it to None.")
+            raise UserError(f"data.{name} is {found}, but {config.name} have {own}: set it to None.")
     if size is None or size < 1:
         raise UserError(f"data.image_size is {size}, expected the side of the pictures in pixels: set it.")
     if channels not in (1, 3):

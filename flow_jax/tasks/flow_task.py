@@ -5,6 +5,7 @@ as the config says (Tong et al. 2024).
 """
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax import losses
 from flow_jax import times as times_of
@@ -24,7 +24,9 @@ from flow_jax.couplings import pairings
 from flow_jax.ode.integrate import TOLERANCE, Plan
 from flow_jax.row_keys import RowKeys, normal_rows, stream
 from flow_jax.tasks import path_choice
-from train_jax.config.base import check_choices
+from flow_jax.tasks.path_choice import PathKeys
+from train_jax.config.base import check_declared
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
@@ -54,34 +56,38 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class CouplingKeys:
+    """`config.coupling`: how noise and data are paired in a batch (Tong et al. 2024)."""
+
+    name: str = key("independent", "exact is solved on the host ahead of the step, sinkhorn in it", choices=COUPLINGS)
+    epsilon: float = key(0.05, "sinkhorn: in standard deviations of the squared distances; a bridge has its own")
+    group: int | None = key(
+        None,
+        "rows of a batch that are paired with one another, a divisor of batch_size; None = all, which every process "
+        "reads for an exact coupling",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowKeys:
+    """The keys of every flow."""
+
+    path: PathKeys = section(PathKeys, architecture=True)
+    coupling: CouplingKeys = section(CouplingKeys)
+    times: str = key("uniform", "distribution of t", choices=TIMES)
+
+
 class FlowTask(Task):
     """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
 
-    resume_safe_keys = (r"eval\..*",)
+    keys = FlowKeys
     has_splits = False
-    architecture_keys = (r"model\..*", r"path\..*")
     num_classes = 0
     label_dropout = 0.0
 
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.path = path_choice.defaults()
-        config.coupling = ConfigDict(
-            {
-                "name": "independent",  # independent | exact (on the host, ahead of the step) | sinkhorn (in the step)
-                "epsilon": 0.05,  # of sinkhorn, in standard deviations of the squared distances; a bridge has its own
-                # Rows of a batch that are paired with one another, a divisor of batch_size; None = all of them, which
-                # of an exact coupling every process reads whole.
-                "group": placeholder(int),
-            }
-        )
-        config.times = "uniform"  # uniform | stratified | logit_normal
-        return config
-
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        choices = {"path.name": path_choice.PATHS, "coupling.name": COUPLINGS, "times": TIMES}
-        check_choices(config, choices)
+        check_declared(config)
         check_solver(config.eval)
         if config.path.name == "schroedinger_bridge" and config.coupling.name != "sinkhorn":
             raise UserError(

@@ -1,6 +1,7 @@
 """What the trainers of flows from noise to images share: models, evaluation and rows. See flow_task.py."""
 
 import abc
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax.data.picture_pairs import ImagePairs
 from flow_jax.data.pictures import ImageData
@@ -17,13 +17,74 @@ from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
 from flow_jax.ode import likelihood
 from flow_jax.tasks import image_evaluation
-from flow_jax.tasks.flow_task import FlowTask
+from flow_jax.tasks.flow_task import FlowKeys, FlowTask
 from flow_jax.tasks.image_evaluation import Evaluation
-from train_jax.config.base import check_choices
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.step.placement import own_copy
 
 MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetKeys:
+    """`config.model.unet`."""
+
+    width: int = key(32, "channels at the highest resolution")
+    multipliers: tuple = key((), "of the width, one per resolution; () = (1, 2)")
+    num_blocks: int = key(1, "residual blocks per resolution")
+    attention: tuple = key((), "side lengths of the feature maps that have attention")
+    head_width: int = key(32, "channels per attention head")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTKeys:
+    """`config.model.dit`."""
+
+    patch_size: int = key(2, "side of a patch")
+    width: int = key(128, "of a token")
+    depth: int = key(6, "number of blocks")
+    num_heads: int = key(4, "attention heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`: a velocity model of images."""
+
+    name: str = key("unet", "architecture", choices=MODELS)
+    dropout: float = key(0.0, "in the blocks")
+    label_dropout: float = key(0.1, "share of labels that are replaced by none, for classifier-free guidance")
+    remat: bool = key(False, "recompute blocks in the backward pass: less memory, a third more time")
+    unet: UNetKeys = section(UNetKeys)
+    dit: DiTKeys = section(DiTKeys)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalKeys:
+    """`config.eval`: samples and likelihoods."""
+
+    num_samples: int | None = key(None, "None = as many as there are held-out images")
+    validation_samples: int = key(200, "samples of an evaluation in the course of training")
+    batch_size: int = key(1000, "samples drawn, and likelihoods measured, at once")
+    features: str = key("pixels", "of the Frechet distance: pixels, or module:function (docs/flow.md)")
+    reference: str = key("held_out", "real images that samples are compared with", choices=image_evaluation.SIDES)
+    reference_examples: int = key(50_000, "of them, at most")
+    guidance: float = key(1.0, "scale of classifier-free guidance; 1 = the model itself")
+    solver: str = key("dopri5", "ODE solver")
+    tolerance: float = key(1e-4, "relative and absolute tolerance of an adaptive solver")
+    num_steps: int | None = key(None, "steps of a fixed-step solver")
+    likelihood_examples: int = key(100, "held-out images whose bits per dimension are measured")
+    divergence: str = key("hutchinson", "of the likelihood: hutchinson is unbiased, exact costs a product per pixel")
+    likelihood_samples: int = key(1, "draws of the dequantisation noise")
+    seed: int = key(1000, "of the noise to sample from")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFlowKeys(FlowKeys):
+    """The keys of every flow of images."""
+
+    model: ModelKeys = section(ModelKeys, architecture=True)
+    eval: EvalKeys = section(EvalKeys, resume_safe=True)
 
 
 class ImageFlowTask(FlowTask):
@@ -33,47 +94,13 @@ class ImageFlowTask(FlowTask):
       size, channels: of the images.
     """
 
+    keys = ImageFlowKeys
     validation_metrics = ("frechet",)
     size: int
     channels: int
 
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = FlowTask.defaults()
-        config.model = ConfigDict(
-            {
-                "name": "unet",  # unet | dit
-                "dropout": 0.0,
-                "label_dropout": 0.1,  # share of labels that are replaced by none, for guidance
-                "remat": False,  # recompute blocks in the backward pass: less memory, a third more time
-                # multipliers of the width, one a resolution, () = (1, 2); attention at feature maps of these sides
-                "unet": {"width": 32, "multipliers": (), "num_blocks": 1, "attention": (), "head_width": 32},
-                "dit": {"patch_size": 2, "width": 128, "depth": 6, "num_heads": 4},
-            }
-        )
-        config.eval = ConfigDict(
-            {
-                "num_samples": placeholder(int),  # None: as many as there are held-out images
-                "validation_samples": 200,
-                "batch_size": 1000,  # samples drawn, and likelihoods measured, at once
-                "features": "pixels",  # of the Frechet distance: pixels, or "module:function", see docs/flow.md
-                "reference": "held_out",  # real images that samples are measured against: held_out | train
-                "reference_examples": 50_000,  # of them at most
-                "guidance": 1.0,  # of classifier-free guidance; 1 is the model itself
-                "solver": "dopri5",
-                "tolerance": 1e-4,  # relative and absolute, of the solver
-                "num_steps": placeholder(int),  # of a fixed solver
-                "likelihood_examples": 100,  # held-out images whose bits per dimension are measured
-                "divergence": "hutchinson",  # of the likelihood: unbiased; exact costs a product an entry of an image
-                "likelihood_samples": 1,  # draws of the dequantisation
-                "seed": 1000,
-            }
-        )
-        return config
-
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        check_choices(config, {"model.name": MODELS, "eval.reference": image_evaluation.SIDES})
         if config.coupling.name == "sinkhorn":
             raise UserError(
                 "coupling.name is 'sinkhorn', which pairs across classes, expected independent or exact: change it."

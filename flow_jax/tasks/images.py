@@ -1,5 +1,6 @@
 """Trains a flow from noise to images, with or without labels, and scores it: the runtime's Task."""
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -7,21 +8,23 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flow_jax.data import pictures as image_data
-from flow_jax.data.pictures import ImageData
-from flow_jax.tasks.image_flow_task import ImageFlowTask
+from flow_jax.data.pictures import ImageData, ImageDataKeys
+from flow_jax.tasks.image_flow_task import ImageFlowKeys, ImageFlowTask
+from train_jax.core.config_keys import section
 from train_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(ImageFlowKeys):
+    """The keys of the task."""
+
+    data: ImageDataKeys = section(ImageDataKeys)
 
 
 class ImageFlow(ImageFlowTask):
     """The task, of the images that `config.data` names."""
 
-    architecture_keys = (*ImageFlowTask.architecture_keys, r"data\.(image_size|channels|conditional|num_classes)")
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ImageFlowTask.defaults()
-        config.data = image_data.defaults()
-        return config
+    keys = Keys
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)

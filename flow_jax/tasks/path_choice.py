@@ -1,9 +1,11 @@
 """Which path a run trains along: the config's `path`, and the path that it names."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax import paths
+from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import imported
 
@@ -21,22 +23,20 @@ PATHS = {
 STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
 
 
-def defaults() -> ConfigDict:
-    """The config's `path`."""
-    return ConfigDict(
-        {
-            "name": "cond_ot",  # a key of PATHS; docs/flow.md says what they are
-            "sigma_min": 0.0,  # of cond_ot: standard deviation of what is left around a data point at t = 1
-            "sigma": 0.1,  # of cfm and schroedinger_bridge: noise around the line
-            "beta_min": 0.1,  # of vp
-            "beta_max": 20.0,
-            "ve_sigma_min": 0.01,  # of ve: noise at t = 1, and at t = 0, where sampling starts from
-            "ve_sigma_max": 50.0,
-            "degree": 2.0,  # of polynomial
-            "mu": placeholder(str),  # of gaussian: import paths "module:function" of GaussianPath's mu and sigma, which
-            "std": placeholder(str),  # at t = 0 are those of the noise, whatever the data
-        }
-    )
+@dataclasses.dataclass(frozen=True)
+class PathKeys:
+    """`config.path`."""
+
+    name: str = key("cond_ot", "probability path (docs/flow.md)", choices=PATHS)
+    sigma_min: float = key(0.0, "cond_ot: standard deviation around a data point at t = 1")
+    sigma: float = key(0.1, "cfm and schroedinger_bridge: standard deviation of the noise around the line")
+    beta_min: float = key(0.1, "vp: noise rate at one end")
+    beta_max: float = key(20.0, "vp: noise rate at the other")
+    ve_sigma_min: float = key(0.01, "ve: standard deviation of the noise at t = 1")
+    ve_sigma_max: float = key(50.0, "ve: standard deviation of the noise at t = 0, where sampling starts")
+    degree: float = key(2.0, "polynomial: the exponent")
+    mu: str | None = key(None, "gaussian: import path, module:function, of GaussianPath's mu")
+    std: str | None = key(None, "gaussian: import path of its sigma; both are those of the noise at t = 0")
 
 
 def make_path(config: ConfigDict):

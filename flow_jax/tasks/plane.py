@@ -4,57 +4,69 @@ The velocity model learns the conditional velocity dx_t of its path (Lipman et a
 coupled as the config says (Tong et al. 2024). Scores are in plane_evaluation.py.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax.data.plane_pairs import ToyPairs
 from flow_jax.data.toys import TOYS
 from flow_jax.models.mlp import MLP, MLPConfig
 from flow_jax.tasks import plane_evaluation
-from flow_jax.tasks.flow_task import FlowTask
-from train_jax.config.base import check_choices
+from flow_jax.tasks.flow_task import FlowKeys, FlowTask
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.step.placement import own_copy
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`: a multilayer perceptron."""
+
+    width: int = key(256, "of the hidden layers")
+    depth: int = key(4, "number of layers")
+    activation: str = key("silu", "a function of jax.nn")
+    time_width: int = key(64, "number of time features")
+
+
+@dataclasses.dataclass(frozen=True)
+class PointKeys:
+    """`config.data`: distributions in the plane."""
+
+    name: str = key("checkerboard", "data distribution", choices=TOYS)
+    noise: str = key("gaussian", "distribution at t = 0; any other too, for a transport between two", choices=TOYS)
+    num_examples: int = key(200_000, "points to train on")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalKeys:
+    """`config.eval`: distances between samples and held-out points."""
+
+    num_samples: int = key(2000, "points on each side of a distance")
+    draws: int = key(10, "distances whose mean is reported")
+    validation_draws: int = key(1, "the same in the course of training")
+    solver: str = key("dopri5", "ODE solver")
+    tolerance: float = key(1e-5, "relative and absolute tolerance of an adaptive solver")
+    num_steps: int | None = key(None, "steps of a fixed-step solver")
+    seed: int = key(1000, "of held-out points and of the noise to sample from")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(FlowKeys):
+    """The keys of the task."""
+
+    model: ModelKeys = section(ModelKeys, architecture=True)
+    data: PointKeys = section(PointKeys)
+    eval: EvalKeys = section(EvalKeys, resume_safe=True)
 
 
 class PlaneFlow(FlowTask):
     """The task; see the module."""
 
+    keys = Keys
     validation_metrics = ("w2",)
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = FlowTask.defaults()
-        config.model = ConfigDict({"width": 256, "depth": 4, "activation": "silu", "time_width": 64})
-        config.data = ConfigDict(
-            {
-                "name": "checkerboard",
-                "noise": "gaussian",  # what the flow starts from; any other distribution too, for a transport of two
-                "num_examples": 200_000,
-            }
-        )
-        config.eval = ConfigDict(
-            {
-                "num_samples": 2000,  # points on each side of a distance
-                "draws": 10,  # distances whose mean is reported
-                "validation_draws": 1,  # the same in the course of training
-                "solver": "dopri5",
-                "tolerance": 1e-5,  # relative and absolute, of the solver
-                "num_steps": placeholder(int),  # of a fixed solver
-                "seed": 1000,  # of held-out data and of the noise to sample from
-            }
-        )
-        return config
-
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        super().__init__(config, mesh)
-        check_choices(config, {"data.name": TOYS, "data.noise": TOYS})
 
     def blank_row(self) -> dict[str, np.ndarray]:
         return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}

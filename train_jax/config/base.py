@@ -1,94 +1,39 @@
 """Configs: the runtime's keys and their defaults, a task's own beside them, and their way to disk and back.
 
 A config file is a short program: `get_config(arg)` takes `base_config("package.module:Task")`, which is locked, and
-sets what differs, so a misspelt key fails where it is written. `validate.py` checks the result, `command_line.py`
-applies `--config.key=value`, `resume_check.py` compares two configs of one run.
+sets what differs, so a misspelt key fails where it is written. Keys are declared in `run_keys.py` and by tasks,
+`validate.py` checks the result, `command_line.py` applies `--config.key=value`, `resume_check.py` compares two configs
+of one run.
 """
 
-import ast
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
-from ml_collections.config_dict import placeholder
 
-from train_jax.config.renamed import RENAMED_KEYS, RENAMED_TASKS
+from train_jax.config.renamed import RENAMED_TASKS, renamed_keys
+from train_jax.config.run_keys import DURATIONS as DURATIONS
+from train_jax.config.run_keys import UNITS, RunKeys
+from train_jax.core.config_keys import Key, check_values, config_dict, declared
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import imported
 from train_jax.core.patterns import did_you_mean
 
-UNITS = ("steps", "epochs", "examples", "percent")
-DURATIONS = ("total", "log", "eval", "checkpoint", "optimizer.warmup")
-
 
 def runtime_defaults() -> ConfigDict:
-    """Returns every key that the runtime reads, with its default; a placeholder is typed and may stay None."""
-    config = ConfigDict()
-    config.task = placeholder(str)  # import path of the task, "package.module:Class"
-    config.seed = 0  # of initialisation, shuffling and dropout; the same seed gives the same run
-
-    # Length of the run: set exactly one.
-    config.update(_duration("total", "steps", "epochs", "examples"))
-    config.batch_size = 32  # examples of one update, over all devices
-    config.micro_batch = placeholder(int)  # examples computed at once, over all devices; None = all. Same mathematics.
-    config.compute_dtype = "float32"  # float32 | bfloat16 | float16 (with dynamic loss scaling)
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # the names that train_jax/optim/optimizers.py knows
-    optimizer.learning_rate = 1e-3  # the peak, after warm-up
-    optimizer.schedule = "constant"  # constant | linear | cosine | rsqrt, after warm-up
-    optimizer.update(_duration("warmup", *UNITS))  # at most one; none = no warm-up
-    optimizer.warmup_constant = placeholder(float)  # learning rate all through the warm-up; None = a ramp from 0
-    optimizer.end_factor = 0.0  # linear and cosine end at learning_rate * end_factor
-    optimizer.rsqrt_timescale = 10_000.0  # rsqrt: updates until the rate has fallen to learning_rate / sqrt(2)
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.momentum = 0.0  # of sgd and adafactor; 0 = none
-    optimizer.min_8bit_size = 4096  # of adamw_8bit: moments of smaller leaves stay in float32
-    optimizer.weight_decay = 0.0  # decoupled; multiplied by the rate of the step, as in AdamW
-    optimizer.weight_decay_mask = placeholder(str)  # pattern of the paths that decay; None = matrices and embeddings
-    optimizer.grad_clip_norm = placeholder(float)  # global norm over all trainable leaves; None = no clipping
-    # ((pattern, factor) or (pattern, factor, warmup_steps), ...): multiplies the rate of matching paths, first wins.
-    optimizer.rates = ()
-
-    config.ema_decay = placeholder(float)  # of an average of the trainable parameters, per update; None = none kept
-
-    # How often: set exactly one of each.
-    for prefix in ("log", "eval", "checkpoint"):
-        config.update(_duration(prefix, *UNITS))
-    config.best_metric = placeholder(str)  # a key of the evaluation's metrics; None = keep the latest checkpoint only
-    config.best_mode = "max"  # max | min
-    config.load_best_at_end = False
-    config.patience = placeholder(int)  # evaluations in a row without improvement that end the run; None = never
-    config.max_bad_steps = 1  # updates in a row with a non-finite loss or gradient that stop the run
-
-    # Devices along each axis; -1 = all that the others leave. Only the product of data and fsdp splits the batch.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-
-    # Runs instead of one: ((name, {dotted key: value}), ...), each in a folder of its name in the workdir
-    # (sweep/run.py).
-    config.sweep = ()
-    config.sweep_metric = placeholder(str)  # of eval.json, to compare the runs by; None = best_metric, else "loss"
-    # Numeric config key, or a number of eval.json such as "trainable_parameters": the plot's x; None = one bar a run.
-    config.sweep_x = placeholder(str)
-    config.sweep_series = placeholder(str)  # config key, or keys joined by commas, that tell the plot's lines apart
-    config.sweep_more = ()  # further numbers of eval.json: columns of the table, and a panel of the plot each
-    config.sweep_curves = ()  # lists of [x, y] in eval.json: a panel each, with a line for every group of runs
-
-    config.data = data = ConfigDict()
-    data.workers = 0  # processes that read; 0 = threads of this process, faster unless decoding holds the GIL
-    data.threads = 2  # that read batches ahead; 0 = none
-    data.on_error = "skip"  # skip: a bad row is logged and gets weight 0 | raise
-    data.max_bad_fraction = 0.01  # 0 to 1: share of bad rows above which the run stops
-    return config
+    """Returns every key that the runtime reads, with its default."""
+    return config_dict(RunKeys)
 
 
-def _duration(prefix: str, *units: str) -> dict[str, FieldReference]:
-    """Returns one placeholder per unit; steps and examples are whole numbers, epochs and percent are not."""
-    return {f"{prefix}_{unit}": placeholder(int if unit in ("steps", "examples") else float) for unit in units}
+def known_keys(task: type) -> dict[str, Key]:
+    """Returns what is known of every key that the runtime and a task class declare, by dotted name.
+
+    Configs are checked for any class that has `defaults`, which need not be a `Task`.
+    """
+    keys = getattr(task, "keys", None)
+    return declared(RunKeys) | ({} if keys is None else declared(keys))
 
 
 def steps(
@@ -214,7 +159,7 @@ def from_json(text: str) -> ConfigDict:
     stored["task"] = RENAMED_TASKS.get(stored["task"], stored["task"])
     config = base_config(stored["task"])
     known = leaves(config)
-    renamed = RENAMED_KEYS.get(stored["task"], {})
+    renamed = renamed_keys(stored["task"])
     for key, value in leaves(ConfigDict(stored)).items():
         key = renamed.get(key, key)
         if key not in known:
@@ -244,57 +189,19 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Parses the argument after the colon of `--config=configs/x.py:3b,lr=1e-4`.
-
-    Args:
-      arg: comma-separated flags (`3b` sets a bool to True) and `key=value` pairs; None or "" keeps the defaults.
-      **defaults: every accepted key. A value is read with its default's type; with None as default, as a number if it
-        looks like one, else as text. Keys that are no identifiers: `parse_arg(arg, **{"3b": False})["3b"]`.
-
-    Raises:
-      UserError: an unknown key, or a value that the key's type cannot read.
-    """
-    values = dict(defaults)
-    for item in filter(None, (arg or "").split(",")):
-        key, equals, text = item.partition("=")
-        if key not in defaults:
-            expected = ", ".join(defaults) or "none"
-            raise UserError(f"config argument {item!r}: expected one of {expected}{did_you_mean(key, defaults)}")
-        values[key] = _parse_value(key, text if equals else None, defaults[key])
-    return ConfigDict(values)
-
-
-def _parse_value(key: str, text: str | None, default: Any) -> Any:
-    wanted = type(default)
-    if text is None:
-        if wanted is not bool:
-            raise UserError(f"config argument {key!r} needs a value: write {key}={default}")
-        return True
-    if wanted is bool:
-        choices = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in choices:
-            raise UserError(f"config argument {key}={text!r}, expected true or false: change it")
-        return choices[text.lower()]
-    if default is None:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
-    try:
-        return wanted(text)
-    except ValueError as error:
-        raise UserError(f"config argument {key}={text!r}, expected {wanted.__name__}: change it") from error
-
-
 def check_choices(config: ConfigDict, choices: Mapping[str, Iterable[str]]) -> None:
-    """Checks config keys, dotted, that hold one of a few words.
+    """Checks config keys, dotted, that hold one of a few words; for keys that are declared without `choices`.
 
     Raises:
       UserError: the first that does not.
     """
-    values = leaves(config)
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            expected = ", ".join(word or "''" for word in allowed)
-            raise UserError(f"{key} is {values[key]!r}, expected one of {expected}: change it.")
+    check_values({name: Key("", choices=tuple(allowed)) for name, allowed in choices.items()}, leaves(config))
+
+
+def check_declared(config: ConfigDict) -> None:
+    """Checks every value by the declaration of its key: choices and ranges.
+
+    Raises:
+      UserError: the first value that is none of its key's choices, or out of its range.
+    """
+    check_values(known_keys(task_class(config.task)), leaves(config))

@@ -17,7 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from train_jax.config.base import DURATIONS, UNITS, from_json, is_optional, leaves, node
+from train_jax.config.base import from_json, is_optional, leaves, node
+from train_jax.config.renamed import RENAMED_RUN_KEYS
+from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.config.validate import check_keys, unknown_key
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
@@ -188,6 +190,9 @@ def _where(error: Exception, path: Path) -> str:
 def _one_line(error: Exception) -> str:
     """Returns the error as one line; of ml_collections' long list of fields only its guess is kept."""
     text = " ".join(str(error.args[0] if error.args else error).split())
+    renamed = re.match(r"'?(?:Key \"|Could not override field ')(\w+)", text)
+    if renamed and renamed[1] in RENAMED_RUN_KEYS:
+        return f"config.{renamed[1]} is now config.{RENAMED_RUN_KEYS[renamed[1]]}: write that"
     guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
     if guess:
         return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"

@@ -13,3 +13,18 @@ RENAMED_KEYS = {
     "paligemma_jax.tasks.text_to_image:TextToImage": {"told": "conditioning"},
 }
 """Config keys by the task that has them, old: new."""
+
+RENAMED_RUN_KEYS = {
+    "sweep": "sweep.runs",
+    "sweep_metric": "sweep.metric",
+    "sweep_x": "sweep.x",
+    "sweep_series": "sweep.series",
+    "sweep_more": "sweep.more",
+    "sweep_curves": "sweep.curves",
+}
+"""Config keys of the runtime, old: new."""
+
+
+def renamed_keys(task: str | None) -> dict[str, str]:
+    """Returns the renamed keys of a task's configs, old: new."""
+    return RENAMED_RUN_KEYS | RENAMED_KEYS.get(task or "", {})

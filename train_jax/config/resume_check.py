@@ -11,19 +11,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from train_jax.checkpoints import metadata
-from train_jax.config.base import UNITS, leaves, steps, stored_config, task_class
+from train_jax.config.base import known_keys, leaves, steps, stored_config, task_class
 from train_jax.config.durations import Durations
+from train_jax.config.run_keys import UNITS
 from train_jax.core import files
 from train_jax.core.errors import UserError, quoted
 
-# Patterns over dotted keys that do not change the mathematics; a task adds its own in `Task.resume_safe_keys`.
-RESUME_SAFE = (
-    r"mesh\..*",
-    r"micro_batch",
-    r"data\.(workers|threads|on_error|max_bad_fraction)",
-    r"(log|eval|checkpoint)_(steps|epochs|examples|percent)",
-    r"patience|max_bad_steps|load_best_at_end",
-)
 TOTALS = tuple(f"total_{unit}" for unit in UNITS)
 ABSENT = "(absent)"
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, whose runs lie in folders below
@@ -87,9 +80,11 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
         folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
         found = ", ".join(str(workdir / name) for name in folders) or "none has begun"
         raise UserError(f"{workdir} holds a sweep, expected one run: give --workdir one of its folders ({found})")
-    if config.sweep:
-        names = ", ".join(name for name, _ in config.sweep)
-        raise UserError(f"the config is a sweep of {names}, expected one run: train it with train.py, or set sweep=()")
+    if config.sweep.runs:
+        names = ", ".join(name for name, _ in config.sweep.runs)
+        raise UserError(
+            f"the config is a sweep of {names}, expected one run: train it with train.py, or set sweep.runs=()"
+        )
 
 
 def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
@@ -124,13 +119,14 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
     Raises:
       UserError: a key that changes the mathematics, or a shorter run; the message lists every such key.
     """
-    safe = RESUME_SAFE + tuple(task_class(new.task).resume_safe_keys)
+    task = task_class(new.task)
+    declared = {name for name, known in known_keys(task).items() if known.resume_safe}
     refused, notes = [], []
     for key, before, after in difference(old, new):
         if key in TOTALS:
             continue
         change = f"{key}: {quoted(before)} -> {quoted(after)}"
-        if any(re.fullmatch(pattern, key) for pattern in safe):
+        if key in declared or any(re.fullmatch(pattern, key) for pattern in task.resume_safe_keys):
             notes.append(f"{change} (does not change the mathematics)")
         else:
             refused.append(change)

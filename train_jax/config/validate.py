@@ -5,33 +5,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from train_jax.config.base import DURATIONS, UNITS, base_config, is_optional, leaves, node, steps
-from train_jax.config.renamed import RENAMED_KEYS
+from train_jax.config.base import base_config, check_declared, is_optional, leaves, node, steps
+from train_jax.config.renamed import renamed_keys
+from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.optim import optimizers
 from train_jax.parallel.sharding import mesh_shape
-
-CHOICES = {
-    "compute_dtype": ("float32", "bfloat16", "float16"),
-    "best_mode": ("max", "min"),
-    "data.on_error": ("skip", "raise"),
-}
-# The smallest value allowed, where one is set.
-MINIMA = {
-    "seed": 0,
-    "batch_size": 1,
-    "micro_batch": 1,
-    "patience": 1,
-    "max_bad_steps": 1,
-    "data.workers": 0,
-    "data.threads": 0,
-    "optimizer.min_8bit_size": 1,
-    "optimizer.eps": 0,
-    "optimizer.weight_decay": 0,
-}
-DECAYS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
-FRACTIONS = (*DECAYS, "data.max_bad_fraction", "optimizer.end_factor")
 
 
 def validate(config: ConfigDict, training: bool = True) -> None:
@@ -49,7 +29,8 @@ def validate(config: ConfigDict, training: bool = True) -> None:
     base = check_keys(config)
     for key, value in leaves(config).items():
         _check_type(key, value, base)
-    _check_values(leaves(config))
+    check_declared(config)
+    _check_best_metric(config)
     optimizers.check(config.optimizer)
     _check_durations(config)
     if training:
@@ -58,7 +39,7 @@ def validate(config: ConfigDict, training: bool = True) -> None:
 
 def unknown_key(key: str, config: ConfigDict) -> UserError:
     """Returns the error for a dotted key that `config` does not have; it names the new one, or the nearest."""
-    new = RENAMED_KEYS.get(config.get("task"), {}).get(key)
+    new = renamed_keys(config.get("task")).get(key)
     if new is not None:
         return UserError(f"config.{key} is now config.{new}: write that")
     return UserError(f"there is no key config.{key}{did_you_mean(key, leaves(config))}")
@@ -119,21 +100,10 @@ def _same_structure(value: Any, default: Any) -> bool:
     return not default or all(any(_same_structure(item, kind) for kind in default) for item in value)
 
 
-def _check_values(values: dict[str, Any]) -> None:
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"config.{key}={quoted(values[key])}, expected one of {', '.join(choices)}: change it")
-    for key, minimum in MINIMA.items():
-        if values[key] is not None and not values[key] >= minimum:
-            raise UserError(f"config.{key}={values[key]}, expected {minimum} or more: change it")
-    for key in FRACTIONS:
-        if values[key] is not None and not 0 <= values[key] <= 1:
-            raise UserError(f"config.{key}={values[key]}, expected a number from 0 to 1: change it")
-    for key in DECAYS:
-        if values[key] == 1:
-            raise UserError(f"config.{key}=1.0 would never forget the past, expected less than 1: change it")
-    if values["best_metric"] is None and (values["patience"] is not None or values["load_best_at_end"]):
-        asking = "load_best_at_end" if values["load_best_at_end"] else "patience"
+def _check_best_metric(config: ConfigDict) -> None:
+    """Raises UserError if a key needs a best metric and none is named."""
+    if config.best_metric is None and (config.patience is not None or config.load_best_at_end):
+        asking = "load_best_at_end" if config.load_best_at_end else "patience"
         raise UserError(f"config.{asking} is set but config.best_metric is None: name the metric that decides")
 
 

@@ -143,7 +143,7 @@ def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     Raises:
       UserError: a sweep that cannot be.
     """
-    if not config.sweep:
+    if not config.sweep.runs:
         return [("", config)]
     found: dict[tuple, tuple[str, ConfigDict]] = {}
     for run in sweep.expand(config):

@@ -18,7 +18,7 @@ WIDEST = 40  # characters of an overridden value in the table
 
 
 class Drawn(NamedTuple):
-    """What of the runs is compared; see the config's keys `sweep_...`."""
+    """What of the runs is compared; see the config's `sweep`."""
 
     metric: str
     x: str | None = None

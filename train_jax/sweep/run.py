@@ -1,6 +1,6 @@
 """Sweeps: one command trains a config several times under named overrides, each run in a folder of its own.
 
-    config.sweep = (("rank-1", {"adapter.rank": 1}), ("rank-2", {"adapter.rank": 2}))
+    config.sweep.runs = (("rank-1", {"adapter.rank": 1}), ("rank-2", {"adapter.rank": 2}))
 
 Runs follow one another in this process. The same command again skips what is complete and resumes what was cut off,
 for each folder is the workdir of an ordinary run. The sweep's own folder holds config.json, sweep.json, sweep.md (the
@@ -20,8 +20,10 @@ from train_jax import complete, loop
 from train_jax.config import command_line
 from train_jax.config.base import from_json, leaves, to_json
 from train_jax.config.resume_check import SWEEP_FILE, inspect_workdir
+from train_jax.config.run_keys import SweepKeys
 from train_jax.config.validate import unknown_key, validate
 from train_jax.core import files
+from train_jax.core.config_keys import config_dict
 from train_jax.core.errors import RunStopped, UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.sweep import plot
@@ -31,7 +33,6 @@ from train_jax.sweep.report import Outcome
 NAME = re.compile(r"\w[\w.=+-]*")
 FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
 MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # what every run's eval.json holds
-OF_SWEEP = ("sweep", "sweep_metric", "sweep_x", "sweep_series", "sweep_more", "sweep_curves")
 
 
 class SweepRun(NamedTuple):
@@ -51,20 +52,22 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     """
     validate(config, training=False)
     runs: dict[str, SweepRun] = {}
-    for entry in config.sweep:
+    for entry in config.sweep.runs:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
-            raise UserError(f"config.sweep holds {quoted(entry)}, {FORM}: correct it (one run alone needs its comma)")
+            raise UserError(
+                f"config.sweep.runs holds {quoted(entry)}, {FORM}: correct it (one run alone needs its comma)"
+            )
         name, overrides = entry
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise UserError(
-                f"config.sweep names a run {quoted(name)}, expected letters, digits and _ . = + - (it becomes a "
+                f"config.sweep.runs names a run {quoted(name)}, expected letters, digits and _ . = + - (it becomes a "
                 "folder): rename it"
             )
         if name in runs:
-            raise UserError(f"config.sweep has two runs named {name!r}, expected different names: rename one")
+            raise UserError(f"config.sweep.runs has two runs named {name!r}, expected different names: rename one")
         runs[name] = SweepRun(name, dict(overrides), _overridden(config, name, overrides))
     if not runs:
-        raise UserError(f"config.sweep is empty, {FORM}: add runs")
+        raise UserError(f"config.sweep.runs is empty, {FORM}: add runs")
     _check_x(config, list(runs.values()))
     return list(runs.values())
 
@@ -72,27 +75,26 @@ def expand(config: ConfigDict) -> list[SweepRun]:
 def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
     """The config of one run: overrides follow the rules of the command line, where a duration replaces another's."""
     single = from_json(to_json(config))
-    single.sweep, single.sweep_more, single.sweep_curves = (), (), ()
-    single.sweep_metric = single.sweep_x = single.sweep_series = None
+    single.sweep = config_dict(SweepKeys)
     try:
         for key in overrides:
             if key not in leaves(config):
                 raise unknown_key(key, config)
-            if key in OF_SWEEP:
+            if key.startswith("sweep."):
                 raise UserError(f"config.{key} cannot be overridden in a run, expected a key of the run: leave it out")
         command_line.override(single, {key: str(value) for key, value in overrides.items()})
         validate(single)
     except UserError as error:
-        raise UserError(f"run {name!r} of config.sweep: {error}") from error
+        raise UserError(f"run {name!r} of config.sweep.runs: {error}") from error
     return single
 
 
 def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
-    series, key = config.sweep_series, config.sweep_x
+    series, key = config.sweep.series, config.sweep.x
     for part in series.split(",") if series else ():
         if part not in leaves(config):
             raise UserError(
-                f"config.sweep_series={part!r} is no config key, expected one: change it"
+                f"config.sweep.series={part!r} is no config key, expected one: change it"
                 f"{did_you_mean(part, list(leaves(config)))}"
             )
     if key is None or key in MEASURED_X:
@@ -100,14 +102,14 @@ def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
     if key not in leaves(config):
         names = [*leaves(config), *MEASURED_X]
         raise UserError(
-            f"config.sweep_x={key!r} is no config key, expected one or one of {', '.join(MEASURED_X)}: change it"
+            f"config.sweep.x={key!r} is no config key, expected one or one of {', '.join(MEASURED_X)}: change it"
             f"{did_you_mean(key, names)}"
         )
     for run in runs:
         value = leaves(run.config)[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(
-                f"config.sweep_x={key!r} is {quoted(value)} in run {run.name!r}, expected a number: name another"
+                f"config.sweep.x={key!r} is {quoted(value)} in run {run.name!r}, expected a number: name another"
             )
 
 
@@ -122,7 +124,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 
     Raises:
       UserError: before anything is trained: a sweep that cannot be, a workdir of a single run, or a folder that holds
-        a run with other overrides. Later: as `loop.fit`, or results without `sweep_metric`.
+        a run with other overrides. Later: as `loop.fit`, or results without `sweep.metric`.
       RunStopped: after all runs, if some stopped at non-finite updates.
       SystemExit: as `loop.fit`; the same command goes on.
     """
@@ -131,11 +133,11 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a single run, expected a new folder or a sweep's: choose another --workdir")
     drawn = sweep_report.Drawn(
-        config.sweep_metric or config.best_metric or "loss",
-        config.sweep_x,
-        config.sweep_series,
-        tuple(config.sweep_more),
-        tuple(config.sweep_curves),
+        config.sweep.metric or config.best_metric or "loss",
+        config.sweep.x,
+        config.sweep.series,
+        tuple(config.sweep.more),
+        tuple(config.sweep.curves),
     )
     outcomes = {run.name: Outcome(run.name, run.overrides, run.config, _earlier(workdir, run)) for run in runs}
     if jax.process_index() == 0:
@@ -168,7 +170,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if stopped:
         raise RunStopped(
             f"{len(stopped)} of {len(runs)} runs stopped at non-finite updates ({', '.join(stopped)}); the others are "
-            f"complete and in {workdir / 'sweep.md'}: change what stopped in config.sweep under a new name."
+            f"complete and in {workdir / 'sweep.md'}: change what stopped in config.sweep.runs under a new name."
         )
     return summary
 
@@ -195,7 +197,7 @@ def _check_metric(metric: str, outcome: Outcome) -> None:
         numbers = [name for name, value in results.items() if type(value) in (int, float)]
         raise UserError(
             f"the sweep compares runs by {metric!r}, which {outcome.name}/eval.json does not hold, expected one of "
-            f"{', '.join(numbers)}: set config.sweep_metric or config.sweep_more{did_you_mean(metric, numbers)}"
+            f"{', '.join(numbers)}: set config.sweep.metric or config.sweep.more{did_you_mean(metric, numbers)}"
         )
 
 

@@ -29,7 +29,7 @@ from paligemma_jax.data.sources.folder_lock import locked
 from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.tfds import open_builder, open_split
+from train_jax.core.formats.tfds import open_builder, open_split
 
 VERSION = "3.1.0"
 SOURCE_FILE = "source.json"  # beside dataset_info.json: which tree the data came from

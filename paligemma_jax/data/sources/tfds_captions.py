@@ -13,7 +13,7 @@ from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprin
 from paligemma_jax.data.row_texts import check_texts
 from train_jax.core import digests
 from train_jax.core.errors import UserError
-from train_jax.core.tfds import open_builder, open_split
+from train_jax.core.formats.tfds import open_builder, open_split
 
 
 class TfdsCaptions:

@@ -1,82 +1,92 @@
-"""The config keys of contrastive training: defaults, and the checks that need nothing but the config."""
+"""The config keys of contrastive training, and the checks that need nothing but the config."""
+
+import dataclasses
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.sources.captioned import NOISE
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.contrastive.data import OPENERS
-from train_jax.config.base import check_choices
+from train_jax.config.base import check_declared
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_named
 
-CHOICES = {
-    "model.remat": common.REMAT,
-    "loss.name": ("sigmoid", "softmax"),
-    "loss.negatives_by": ("random", "hard", "easy"),
-    "data.noise": ("", *NOISE),
-}
+
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`: a new dual encoder, or one to continue from."""
+
+    variant: str = key("tiny", "sizes of a new model: tiny, siglip-b16-224, clip-b16-224, ...", architecture=True)
+    path: str | None = key(
+        None, "a SigLIP or CLIP to continue from instead: folder, hf://owner/name, or .npz", architecture=True
+    )
+    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
+    unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
 
 
-def defaults() -> ConfigDict:
-    """The keys of the task with their defaults."""
-    config = ConfigDict()
-    config.model = ConfigDict(
-        {
-            "variant": "tiny",  # sizes of a new model: tiny, siglip-b16-224, clip-b16-224, ...
-            "path": placeholder(str),  # a SigLIP or CLIP to go on from instead: folder, hf://owner/name, or .npz
-            "remat": "none",
-            "unroll": True,
-        }
+@dataclasses.dataclass(frozen=True)
+class InitKeys:
+    """`config.init`: initial values."""
+
+    vision: str | None = key(None, "a model whose vision tower to start from", architecture=True)
+    scale: float = key(
+        10.0, "new models: factor of the cosines at first (the parameter is its logarithm)", architecture=True
     )
-    config.init = ConfigDict(
-        {
-            "vision": placeholder(str),  # a model whose vision tower to start from
-            "scale": 10.0,  # of a new model: what multiplies the cosines at first (the parameter is its logarithm)
-            "bias": placeholder(float),  # of its sigmoid loss, near -log(batch_size); None = no bias is learned
-        }
+    bias: float | None = key(
+        -10.0, "new models: of the sigmoid loss, near -log(batch_size); None = no bias is learned", architecture=True
     )
-    config.init.bias = -10.0
-    config.trainable = ".*"  # without vision/ and image_head/ the image tower is locked (LiT)
-    config.tokenizer = placeholder(str)  # its folder or file; None = beside model.path, or the tiny model's
-    config.cache_features = False  # encode each training image once; exact while vision/ is locked, costs memory
-    config.cache_features_mb = 2048  # host memory that may cost, MiB; data that need more stop the run at its start
-    config.loss = ConfigDict(
-        {
-            "name": "sigmoid",  # sigmoid (SigLIP) | softmax (CLIP)
-            "chunk_size": 256,  # texts met at a time
-            "full_matrix": False,  # the textbook form, which holds all pairs at once: to compare with
-            "mask_duplicates": True,  # equal captions, and captions of equal pictures, are no negatives of each other
-            "negatives": placeholder(int),  # of each image, that count; None = all. Costs a matrix of all pairs
-            "negatives_by": "random",  # random | hard | easy: which ones
-        }
-    )
-    config.embed_micro_batch = placeholder(int)  # rows embedded at once, without activations kept; None = all
-    config.data = ConfigDict(
-        {
-            "name": "scenes",  # scenes (synthetic) | jsonl | tfds
-            "views": 100,  # captions of a scene, or of an example of TFDS, before they repeat
-            "text_length": 64,  # tokens, of a new model; one that is read has its own
-            # jsonl and tfds:
-            "source": placeholder(str),  # the folder
-            "split": "train",
-            "validation_split": "validation",
-            "image": "image",  # key of the picture, of tfds
-            "caption": "caption",  # key of the text; of nested features "captions/text"
-            "max_held_out": 5000,  # pairs of the validation split that retrieval looks through
-            # Synthetic scenes:
-            "cache_dir": cache_dir(),
-            "num_scenes": 4000,
-            "num_objects": (1, 4),  # fewest and most in a scene
-            "num_held_out": 400,  # scenes for retrieval, and as many with a single object for zero-shot
-            "num_tuning": 0,  # further scenes, of which `tuning_mean_r1` is: to choose settings by, as of a grid
-            "build_workers": 2,
-            "noise": "",  # images | texts | pairs: what is spoilt in training, of a share of the rows
-            "noise_share": 0.0,
-        }
-    )
-    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class LossKeys:
+    """`config.loss`: which loss, and of which pairs (docs/contrastive.md)."""
+
+    name: str = key("sigmoid", "sigmoid is SigLIP's, softmax CLIP's", choices=("sigmoid", "softmax"))
+    chunk_size: int = key(256, "texts whose logits exist at one time", resume_safe=True)
+    full_matrix: bool = key(False, "the plain form, which holds the logits of all pairs: a reference")
+    mask_duplicates: bool = key(True, "equal captions, and captions of equal images, are no negatives of each other")
+    negatives: int | None = key(None, "of each image, that count; None = all. Costs a matrix of all pairs")
+    negatives_by: str = key("random", "which ones", choices=("random", "hard", "easy"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceKeys:
+    """`config.data`: pairs of images and texts."""
+
+    name: str = key("scenes", "scenes (synthetic), jsonl, tfds, or an import path of your own")
+    views: int = key(100, "captions of a scene, or of an example of TFDS, before they repeat")
+    text_length: int = key(64, "tokens, of a new model; one that is read has its own")
+    source: str | None = key(None, "jsonl and tfds: the folder")
+    split: str = key("train", "jsonl and tfds: to train on")
+    validation_split: str = key("validation", "jsonl and tfds: to evaluate on")
+    image: str = key("image", "tfds: key of the image")
+    caption: str = key("caption", "tfds: key of the text; captions/text of nested features")
+    max_held_out: int = key(5000, "pairs of the validation split that retrieval is measured on")
+    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
+    num_scenes: int = key(4000, "synthetic scenes to train on")
+    num_objects: tuple = key((1, 4), "fewest and most objects in a scene")
+    num_held_out: int = key(400, "scenes for retrieval, and as many with a single object for zero-shot")
+    num_tuning: int = key(0, "further scenes that tuning_mean_r1 is measured on, to choose settings by")
+    build_workers: int = key(2, "processes that render", resume_safe=True)
+    noise: str = key("", "what is corrupted in training, in a share of the rows", choices=("", *NOISE))
+    noise_share: float = key(0.0, "that share", minimum=0, maximum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of the task."""
+
+    model: ModelKeys = section(ModelKeys)
+    init: InitKeys = section(InitKeys)
+    trainable: str = key(".*", "pattern of parameter paths; without vision/ and image_head/ the tower is locked (LiT)")
+    tokenizer: str | None = key(None, "its folder or file; None = beside model.path, or the tiny model's")
+    cache_features: bool = key(False, "encode each training image once; exact while vision/ is locked, costs memory")
+    cache_features_mb: int = key(2048, "host memory for that, MiB; data that need more stop the run at its start")
+    loss: LossKeys = section(LossKeys)
+    embed_micro_batch: int | None = key(None, "rows embedded at once, without activations kept; None = all")
+    data: SourceKeys = section(SourceKeys)
 
 
 def check(config: ConfigDict) -> None:
@@ -85,7 +95,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first fault found.
     """
-    check_choices(config, CHOICES)
+    check_declared(config)
     check_named("data.name", config.data.name, ("scenes", *OPENERS))
     if config.micro_batch not in (None, config.batch_size):
         raise UserError(
@@ -105,8 +115,6 @@ def check(config: ConfigDict) -> None:
         raise UserError("data.num_tuning renders synthetic scenes to choose settings by: set data.num_tuning=0.")
     if config.data.name != "scenes" and config.data.noise:
         raise UserError("data.noise spoils synthetic scenes alone: set data.noise=''.")
-    if not 0 <= config.data.noise_share <= 1:
-        raise UserError(f"data.noise_share is {config.data.noise_share}, expected a share from 0 to 1: change it.")
     if config.loss.negatives is not None and not 1 <= config.loss.negatives < config.batch_size:
         raise UserError(
             f"loss.negatives is {config.loss.negatives}, expected 1 to {config.batch_size - 1}, one fewer than the "

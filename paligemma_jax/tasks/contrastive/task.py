@@ -42,12 +42,7 @@ WORDS = (TINY, f"siglip-{TINY}", MINI)  # variants that read the tiny model's wo
 class Contrastive(Task):
     """The task; see the module."""
 
-    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)", r"eval\..*", r"loss\.chunk_size")
-    architecture_keys = (r"model\..*", r"init\..*")
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        return contrastive_config.defaults()
+    keys = contrastive_config.Keys
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)

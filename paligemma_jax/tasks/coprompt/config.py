@@ -1,12 +1,11 @@
-"""The config keys of few-shot tuning: defaults, checks that need nothing but the config, and the method they name."""
+"""The config keys of few-shot tuning, checks that need nothing but the config, and the method they name."""
 
 import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from paligemma_jax.adapt.few_shot.methods import FewShotMethod, few_shot_method
+from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, FewShotMethod, few_shot_method
 from paligemma_jax.adapt.few_shot.prompts import TRAINABLE
 from paligemma_jax.data.few_shot import protocols
 from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
@@ -16,76 +15,98 @@ from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.losses.coprompt import KINDS, SIDES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
-from train_jax.config.base import check_choices
+from train_jax.config.base import check_declared, leaves
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.files import cache_dir
 
 SOURCES = ("scenes", "images")
-CHOICES = {
-    "model.remat": common.REMAT,
-    "consistency.kind": KINDS,
-    "consistency.on": SIDES,
-    "protocol": protocols.KINDS,
-    "data.name": SOURCES,
-    "data.style": tuple(STYLES),
-    "data.novel": HALVES,
-    "data.words": WORDS,
-}
+FULL_RATE = 0.1  # of the learning rate, where all weights train
 OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on further data sets
 
 
-def defaults() -> ConfigDict:
-    """The keys of the task with their defaults."""
-    config = ConfigDict()
-    # path: a SigLIP or CLIP: folder, hf://owner/name, .npz, or a name that ships.
-    config.model = ConfigDict({"path": "tiny-siglip", "remat": "none", "unroll": False})
-    config.tokenizer = placeholder(str)  # its folder or file; None = beside model.path
-    config.method = "coprompt"  # zero_shot | coop | maple | adapters | coprompt | full
-    config.prompts = ConfigDict(
-        {  # None = the method's own (adapt/few_shot/methods.py), but no more layers than the towers have
-            "text_tokens": placeholder(int),
-            "vision_tokens": placeholder(int),
-            "depth": placeholder(int),
-            "vision_depth": placeholder(int),
-            "coupled": placeholder(bool),
-            "text_adapter": placeholder(int),
-            "image_adapter": placeholder(int),
-            "text_mix": placeholder(float),
-            "image_mix": placeholder(float),
-        }
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`: the base."""
+
+    path: str = key(
+        "tiny-siglip",
+        "a SigLIP or CLIP: folder, hf://owner/name, .npz, or a name that ships with the package",
+        architecture=True,
     )
-    config.init_words = placeholder(str)  # that text prompts of the first layer start as; None = drawn
-    config.init_words = "a photo of a"
-    config.template = "a photo of a {}."  # how classes are written
-    config.consistency = ConfigDict(
-        {
-            "weight": placeholder(float),  # lambda; None = 1 in coprompt, 0 in all others
-            "kind": "cosine",  # cosine | l1 | mse
-            "on": "both",  # text | image | both
-            "perturb": True,  # the frozen branch has descriptions and a view of its own; False: the tuned one's inputs
-        }
+    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
+    unroll: bool = key(False, "compile the layers without a loop", resume_safe=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptKeys:
+    """`config.prompts`; None = the method's own value (adapt/few_shot/methods.py), limited by the towers' depth."""
+
+    text_tokens: int | None = key(None, "learned tokens of the text tower")
+    vision_tokens: int | None = key(None, "learned tokens of the image tower")
+    depth: int | None = key(None, "layers that have prompts")
+    vision_depth: int | None = key(None, "the same of the image tower, if it differs")
+    coupled: bool | None = key(None, "image prompts are linear functions of the text prompts")
+    text_adapter: int | None = key(None, "hidden units of the adapter of text embeddings; 0 = none")
+    image_adapter: int | None = key(None, "hidden units of the adapter of image embeddings; 0 = none")
+    text_mix: float | None = key(None, "share of the text adapter's output in its embedding")
+    image_mix: float | None = key(None, "share of the image adapter's output in its embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyKeys:
+    """`config.consistency`: with the frozen base."""
+
+    weight: float | None = key(None, "lambda; None = 1 in coprompt, 0 in all others", minimum=0)
+    kind: str = key("cosine", "distance of embeddings", choices=KINDS)
+    on: str = key("both", "whose embeddings", choices=SIDES)
+    perturb: bool = key(
+        True, "the frozen branch has descriptions and a view of its own; False = the tuned branch's inputs"
     )
-    config.protocol = "base_to_novel"  # few_shot | base_to_novel | cross_dataset | domain_generalization
-    config.shots = 16  # images of a class, drawn by the seed
-    config.data = ConfigDict(
-        {
-            "name": "scenes",  # scenes (synthetic classes) | images
-            "descriptions": placeholder(str),  # a JSON file {class: [sentences]}; None = those of the synthetic classes
-            # images:
-            "source": placeholder(str),  # class folders, or CoOp's layout
-            "targets": (),  # further ones to test on, of cross_dataset and domain_generalization
-            # Synthetic classes:
-            "style": PLAIN,  # of what is tuned on and tested on
-            "novel": COMBINATIONS,  # what novel classes have of their own: combinations | colors | pairings
-            "words": IN_CAPTIONS,  # classes are named in words of the small SigLIP's captions, or in "others"
-            "target_styles": (),  # further ones to test on, of domain_generalization
-            "cache_dir": cache_dir(),
-            "build_workers": 2,
-            "per_class": (16, 4, 10),  # pictures to draw shots from, to validate on, to test on
-        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceKeys:
+    """`config.data`: classes and their images (docs/few_shot.md)."""
+
+    name: str = key("scenes", "scenes (synthetic classes) or images", choices=SOURCES)
+    descriptions: str | None = key(None, "a JSON file {class: [sentences]}; None = those of the synthetic classes")
+    source: str | None = key(None, "images: class folders, or CoOp's layout")
+    targets: tuple = key((), "images: further data sets to test on, of cross_dataset and domain_generalization")
+    style: str = key(PLAIN, "scenes: what is tuned on and tested on", choices=STYLES)
+    novel: str = key(COMBINATIONS, "scenes: what distinguishes novel classes", choices=HALVES)
+    words: str = key(
+        IN_CAPTIONS, "scenes: whether names of classes use the words of the small SigLIP's captions", choices=WORDS
     )
-    config.views = ConfigDict({"tuned": vars(augment.SCENES_LIGHT), "frozen": vars(augment.SCENES_STRONG)})
-    return config
+    target_styles: tuple = key((), "scenes: further styles to test on, of domain_generalization")
+    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
+    build_workers: int = key(2, "processes that render", resume_safe=True)
+    per_class: tuple = key((16, 4, 10), "scenes: images per class to draw shots from, to validate on, to test on")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewKeys:
+    """`config.views`: augmentation of the images of either branch, see images/augment.py."""
+
+    tuned: Augmentation = section(lambda: augment.SCENES_LIGHT)
+    frozen: Augmentation = section(lambda: augment.SCENES_STRONG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of the task."""
+
+    model: ModelKeys = section(ModelKeys)
+    tokenizer: str | None = key(None, "its folder or file; None = beside model.path")
+    method: str = key("coprompt", "what is tuned", choices=FEW_SHOT_METHODS, architecture=True)
+    prompts: PromptKeys = section(PromptKeys, architecture=True)
+    init_words: str | None = key("a photo of a", "what text prompts of the first layer start as; None = random")
+    template: str = key("a photo of a {}.", "text of a class")
+    consistency: ConsistencyKeys = section(ConsistencyKeys)
+    protocol: str = key("base_to_novel", "what is tested on what (docs/few_shot.md)", choices=protocols.KINDS)
+    shots: int = key(16, "images of a class, drawn by the seed", minimum=1)
+    data: SourceKeys = section(SourceKeys)
+    views: ViewKeys = section(ViewKeys)
 
 
 def check(config: ConfigDict) -> None:
@@ -94,22 +115,18 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first fault found.
     """
-    check_choices(config, CHOICES)
+    check_declared(config)
     for side in config.views.values():
         Augmentation(**side)
     if config.template.count("{}") != 1:
         raise UserError(
             f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
         )
-    if config.shots < 1:
-        raise UserError(f"shots is {config.shots}, expected 1 or more: change it.")
     if (few_shot_method(config.method).trainable != TRAINABLE) and config.consistency.weight:
         raise UserError(
             f"consistency.weight is {config.consistency.weight} of method {config.method!r}, expected a method that "
             "leaves the base as it is and trains prompts or adapters: change the method, or set the weight to None."
         )
-    if config.consistency.weight is not None and config.consistency.weight < 0:
-        raise UserError(f"consistency.weight is {config.consistency.weight}, expected 0 or more: change it.")
     _check_sides(config)
     (_check_scenes if config.data.name == "scenes" else _check_images)(config)
 
@@ -204,3 +221,16 @@ def method(config: ConfigDict, model: DualEncoderConfig) -> FewShotMethod:
     ]
     depth = min([chosen.prompts.depth, *(layers for tokens, layers in towers if tokens)])
     return dataclasses.replace(chosen, prompts=dataclasses.replace(chosen.prompts, depth=depth))
+
+
+def method_overrides(config: ConfigDict, name: str, **changes: Any) -> dict[str, Any]:
+    """Returns the overrides of a sweep's run by one method, with further `changes` by dotted key.
+
+    Prompts and lambda that the config sets are CoPrompt's: other methods have their own.
+    """
+    if name == "full":
+        changes["optimizer.learning_rate"] = FULL_RATE * config.optimizer.learning_rate
+    if name != "coprompt":
+        own = ("prompts.text_tokens", "prompts.vision_tokens", "prompts.depth", "consistency.weight")
+        changes = {key: None for key in own if leaves(config)[key] is not None} | changes
+    return {"method": name} | changes

@@ -86,14 +86,9 @@ class Texts(NamedTuple):
 class CoPrompt(Task):
     """The task; see the module."""
 
-    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
-    architecture_keys = (r"model\.path", r"method", r"prompts\..*")
+    keys = coprompt_config.Keys
     validation_metrics = ("val_accuracy",)
     default_split = "test"
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        return coprompt_config.defaults()
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         coprompt_config.check(config)

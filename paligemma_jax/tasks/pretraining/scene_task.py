@@ -1,5 +1,6 @@
 """What the two pretraining tasks share: synthetic scenes, the model with its patch heads, and the heads' loss."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.loading import run_config
@@ -20,8 +20,9 @@ from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.vision_start import vision_config_of, with_vision
 from train_jax.checkpoints.manager import Checkpoints
-from train_jax.config.base import check_choices
+from train_jax.config.base import check_declared
 from train_jax.core import param_tree, patterns
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.metrics import Metrics
@@ -38,22 +39,49 @@ class PretrainingModel(nnx.Module):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`."""
+
+    variant: str = key("tiny", "sizes of the model")
+    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
+    unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitKeys:
+    """`config.init`."""
+
+    vision: str | None = key(None, "a SigLIP whose vision tower to start from")
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneDataKeys:
+    """`config.data`: synthetic scenes."""
+
+    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
+    num_scenes: int = key(20_000, "scenes to train on")
+    build_workers: int = key(2, "processes that render", resume_safe=True)
+    num_held_out: int = key(200, "scenes to evaluate on")
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneKeys:
+    """The keys of both pretraining tasks."""
+
+    model: ModelKeys = section(ModelKeys)
+    init: InitKeys = section(InitKeys)
+    init_from: tuple = key(
+        (), "workdirs of pretraining runs whose averaged parameters to start from, the last one wins"
+    )
+    data: SceneDataKeys = section(SceneDataKeys)
+
+
 class SceneTask(Task):
     """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
 
     has_splits = False
-    resume_safe_keys = (r"data\.(build_workers|cache_dir)", r"model\.(remat|unroll)")
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ConfigDict()
-        config.model = ConfigDict({"variant": "tiny", "remat": "none", "unroll": True})
-        config.init = ConfigDict({"vision": placeholder(str)})  # a SigLIP whose vision tower to start from
-        config.init_from = ()  # workdirs of pretraining runs whose averaged parameters to start from, the last one wins
-        config.data = ConfigDict(
-            {"cache_dir": cache_dir(), "num_scenes": 20_000, "build_workers": 2, "num_held_out": 200}
-        )
-        return config
+    keys = SceneKeys
 
     def __init__(self, config: ConfigDict, mesh):
         if config.micro_batch not in (None, config.batch_size):
@@ -61,7 +89,7 @@ class SceneTask(Task):
                 f"micro_batch is {config.micro_batch}, expected None: the loss of the patch heads is a mean over the "
                 "patches of the whole batch, which micro-batches would change; set a smaller batch_size."
             )
-        check_choices(config, {"model.remat": common.REMAT})
+        check_declared(config)
         try:
             sizes = variant(config.model.variant)
         except ValueError as error:

@@ -4,6 +4,7 @@ Two things make this work on a few CPU cores: several texts share one image (pac
 and itself), and a linear head tells from every patch what it shows, which carries the tower over its first plateau.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from paligemma_jax.data.synthetic_clevr.pretraining_texts import every_box
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.losses import token_cross_entropy
 from paligemma_jax.tasks.pretraining.detection import detection_scores
-from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneTask, patch_loss
+from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneDataKeys, SceneKeys, SceneTask, patch_loss
+from train_jax.core.config_keys import key, section
 from train_jax.core.data_source import DataSource
 from train_jax.core.metrics import Metrics
 
@@ -72,19 +74,40 @@ def pack(tokenizer, segments, length: int, text_weights: dict[str, float]) -> di
     return row | {"weight": weight}
 
 
+@dataclasses.dataclass(frozen=True)
+class TextDataKeys(SceneDataKeys):
+    """`config.data`: scenes with texts."""
+
+    views: int = key(100, "times a scene is read with new texts before they repeat")
+    text_length: int = key(192, "tokens of a packed row")
+    num_segments: int = key(16, "texts offered for a row; those that do not fit are left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWeightKeys:
+    """`config.weights`: of the loss of each kind of text."""
+
+    answer: float = key(3.0, "answers to questions")
+    caption: float = key(0.5, "captions")
+    detect: float = key(0.3, "boxes")
+    point: float = key(0.5, "locations")
+    describe: float = key(1.0, "descriptions of a location")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(SceneKeys):
+    """The keys of the task."""
+
+    data: TextDataKeys = section(TextDataKeys)
+    tokenizer: str = key("tiny", "folder or file of a tokenizer, or one that ships with the package")
+    patch_loss: float = key(0.5, "weight of the patch heads' loss")
+    weights: TextWeightKeys = section(TextWeightKeys)
+
+
 class Pretraining(SceneTask):
     """The task; see the module."""
 
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = SceneTask.defaults()
-        config.tokenizer = "tiny"
-        config.data.views = 100  # times a scene comes with new texts before they repeat
-        config.data.text_length = 192  # tokens of a packed row
-        config.data.num_segments = 16  # texts offered for a row; those that do not fit are left out
-        config.patch_loss = 0.5  # weight of the patch heads' loss
-        config.weights = ConfigDict({"answer": 3.0, "caption": 0.5, "detect": 0.3, "point": 0.5, "describe": 1.0})
-        return config
+    keys = Keys
 
     def __init__(self, config: ConfigDict, mesh):
         super().__init__(config, mesh)

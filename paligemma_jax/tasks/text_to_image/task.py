@@ -4,6 +4,7 @@ It is told their attributes, or a caption as the vector that a SigLIP's text tow
 whether the samples show what was asked for. The one place where paligemma_jax meets flow_jax.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from flow_jax.data.picture_pairs import to_levels
 from flow_jax.data.picture_sets import Picture
@@ -24,7 +24,7 @@ from flow_jax.data.pictures import BYTES, ImageData
 from flow_jax.ode import sampling
 from flow_jax.ode.guidance import Guided
 from flow_jax.tasks.flow_task import solver
-from flow_jax.tasks.image_flow_task import ImageFlowTask
+from flow_jax.tasks.image_flow_task import ImageFlowKeys, ImageFlowTask
 from flow_jax.tasks.image_sampling import noise
 from paligemma_jax import zero_shot
 from paligemma_jax.data.sources.captioned import CaptionedScenes
@@ -37,7 +37,7 @@ from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest
-from train_jax.config.base import check_choices
+from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.files import cache_dir
 from train_jax.parallel import sharding
@@ -84,34 +84,40 @@ class ScenePictures:
         return f"scene {self._scenes.number(index)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class SceneDataKeys:
+    """`config.data`: synthetic scenes."""
+
+    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
+    build_workers: int = key(2, "processes that render", resume_safe=True)
+    num_scenes: int = key(8000, "scenes to train on")
+    num_held_out: int = key(400, "scenes to evaluate on")
+    image_size: int = key(32, "pixels")
+    views: int = key(100, "captions of a scene before they repeat")
+    flip: bool = key(False, "mirror every second image; mirrored scenes are lit from the other side")
+    dequantize: bool = key(True, "add uniform noise of one grey value; without it there is no likelihood")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(ImageFlowKeys):
+    """The keys of the task."""
+
+    conditioning: str = key(
+        "attributes", "what the model is given about each image", choices=CONDITIONINGS, architecture=True
+    )
+    siglip: str | None = key(
+        None, "folder, run or name of a SigLIP or CLIP, which encodes captions and scores samples", architecture=True
+    )
+    data: SceneDataKeys = section(SceneDataKeys)
+
+
 class TextToImage(ImageFlowTask):
     """The task; see the module."""
 
-    resume_safe_keys = (*ImageFlowTask.resume_safe_keys, r"data\.(build_workers|cache_dir)")
-    architecture_keys = (*ImageFlowTask.architecture_keys, r"siglip|conditioning")
-
-    @staticmethod
-    def defaults() -> ConfigDict:
-        config = ImageFlowTask.defaults()
-        config.conditioning = "attributes"  # attributes | captions: what the model is told of each picture
-        config.siglip = placeholder(str)  # folder, run or name of a SigLIP or CLIP: reads captions, and judges samples
-        config.data = ConfigDict(
-            {
-                "cache_dir": cache_dir(),
-                "build_workers": 2,
-                "num_scenes": 8000,
-                "num_held_out": 400,
-                "image_size": 32,
-                "views": 100,  # captions of a scene before they repeat
-                "flip": False,  # mirrored scenes are lit from the other side
-                "dequantize": True,  # uniform noise of one grey value, without which there is no likelihood
-            }
-        )
-        return config
+    keys = Keys
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        check_choices(config, {"conditioning": CONDITIONINGS})
         if config.conditioning == "captions" and config.siglip is None:
             raise UserError(
                 "conditioning is 'captions' but siglip is not set, expected a SigLIP whose text tower reads them: add "

@@ -37,6 +37,39 @@ DRAWN_ONCE = ("diff_pruning",)
 NAMES = ("lora", "none", *METHODS)
 
 
+PRESETS = {
+    "lora": {},
+    "dora": {"adapter.dora": True},
+    "bottleneck": {"adapter.name": "bottleneck"},
+    "prefix": {"adapter.name": "prefix", "optimizer.learning_rate": 3e-1},
+    "prompt": {"adapter.name": "prompt", "optimizer.learning_rate": 1.0},
+    "bitfit": {"adapter.name": "bitfit", "optimizer.learning_rate": 1e-2, "cache_features": False},
+    "diff_pruning": {
+        "adapter.name": "diff_pruning",
+        "adapter.penalty": 0.05,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.rates": ((r".*/log_alpha", 30.0),),  # gates have further to go than differences
+    },
+    "last_layers": {"adapter.name": "last_layers", "adapter.size": 2, "optimizer.learning_rate": 1e-3},
+    "decoder": {"adapter.name": "none", "trainable": "decoder/.*", "optimizer.learning_rate": 5e-4},
+    "full": {"adapter.name": "none", "optimizer.learning_rate": 5e-4, "cache_features": False},
+}
+"""Config overrides of each method over configs/clevr.py: its own keys and a learning rate tuned on the small model."""
+
+
+def use_method(config: ConfigDict, name: str, large: bool) -> None:
+    """Sets the keys of one of `PRESETS`; weights of a large base train at 1e-5, as in most of PaliGemma's transfers.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    if name not in PRESETS:
+        raise UserError(f"the config argument peft is {name!r}, expected one of {', '.join(PRESETS)}: change it.")
+    config.update_from_flattened_dict(PRESETS[name])
+    if large and name in ("last_layers", "decoder", "full"):
+        config.optimizer.learning_rate = 1e-5
+
+
 def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
     """Checks the keys below `adapter` on their own.
 

@@ -1,7 +1,8 @@
-"""The config keys of visual question answering: defaults, and the checks that need nothing but the config."""
+"""The config keys of visual question answering, and the checks that need nothing but the config."""
+
+import dataclasses
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
@@ -9,139 +10,179 @@ from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa import adapter as vqa_adapter
 from paligemma_jax.tasks.vqa import consistency
-from train_jax.config.base import check_choices, leaves
+from paligemma_jax.tasks.vqa.consistency import Keys as ConsistencyKeys
+from train_jax.config.base import check_declared
+from train_jax.core.config_keys import config_dict, key, section
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 
-CHOICES = {
-    "model.remat": common.REMAT,
-    "model.quantize": ("", *KINDS),
-    "adapter.name": vqa_adapter.NAMES,
-    "loss.reduction": ("token_mean", "example_mean"),
-    "data.on_truncation": ("raise", "skip"),
-    "data.special_tokens": SPECIAL_TOKENS,
-} | consistency.CHOICES
-# The smallest value allowed, where one is set.
-MINIMA = {
-    "adapter.rank": 1,
-    "cache_features_mb": 0,
-    "data.prefix_length": 1,
-    "data.suffix_length": 1,
-    "loss.chunk_size": 1,
-    "loss.vocab_chunk": 1,
-    "eval.batch_size": 1,
-    "eval.max_new_tokens": 1,
-    "eval.max_examples": 1,
-    "eval.captions": 0,
-    "eval.feature_cache_mb": 0,
-}
+
+@dataclasses.dataclass(frozen=True)
+class ModelKeys:
+    """`config.model`: the base."""
+
+    path: str = key("tiny", "Hugging Face folder, hf://owner/name, big_vision .npz, or tiny (ships with the package)")
+    image_size: int | None = key(None, "pixels; None = the checkpoint's own, else positions are resampled")
+    remat: str = key("block", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
+    unroll: bool = key(
+        False, "compile the layers without a loop: faster steps on a CPU, slower to compile", resume_safe=True
+    )
+    param_dtype: str | None = key(None, "of the weights; None = compute_dtype if frozen, float32 if trained")
+    quantize: str = key(
+        "",
+        "keep the kernels in so many bits, frozen, rounded from param_dtype or else the files' dtype; '' = no",
+        choices=("", *KINDS),
+        architecture=True,
+    )
+    quantize_block_size: int = key(64, "weights per scale of nf4 and int4: 64 or 128", architecture=True)
+    quantize_double: bool = key(False, "nf4: the scales in 8 bits too", architecture=True)
 
 
-def defaults() -> ConfigDict:
-    """The keys of the task with their defaults."""
-    config = ConfigDict()
-    config.model = ConfigDict(
-        {
-            "path": "tiny",  # a Hugging Face folder, a big_vision .npz, or "tiny" (ships with the package)
-            "image_size": placeholder(int),  # None = the checkpoint's own; else positions are resampled
-            "remat": "block",  # none | block | dots: what the backward pass recomputes
-            "unroll": False,  # compile the layers without a loop: faster steps on CPU, slower to compile
-            "param_dtype": placeholder(str),  # of the weights; None = compute_dtype if frozen, float32 if trained
-            # nf4 | int8 | int4: keep the kernels in so many bits, frozen; "" = in param_dtype. They are rounded from
-            # param_dtype, or from the dtype of the files where that is None.
-            "quantize": "",
-            "quantize_block_size": 64,  # 64 | 128 weights with a constant of their own, of nf4 and int4
-            "quantize_double": False,  # of nf4: the constants in 8 bits too
-        }
+@dataclasses.dataclass(frozen=True)
+class InitKeys:
+    """`config.init`: parts that start from another model."""
+
+    vision: str | None = key(
+        None, "vision tower of a SigLIP: folder, .npz, or workdir of configs/siglip.py", architecture=True
     )
-    # What starts from elsewhere: the vision tower of a SigLIP (folder, .npz, or workdir of configs/siglip.py).
-    config.init = ConfigDict({"vision": placeholder(str)})
-    config.tokenizer = placeholder(str)  # folder or tokenizer.model; None = beside the model
-    config.adapter = ConfigDict(
-        {
-            # lora | bottleneck | prefix | prompt | bitfit | diff_pruning | last_layers (docs/peft.md), or none, which
-            # trains what `trainable` says
-            "name": "lora",
-            # Pattern of modules (lora, diff_pruning) or parameters (bitfit); None is the method's own, lora's being
-            # r"decoder/.*/(q_proj|o_proj)". r".*/(q_proj|o_proj)" also adapts the tower, as peft does.
-            "targets": placeholder(str),
-            "size": placeholder(int),  # width of a bottleneck, length of prefix or prompt, number of last_layers
-            "penalty": 0.0,  # of diff_pruning: weight of the share of entries that change, beside the loss
-            "rank": 8,
-            "alpha": 32.0,
-            "dropout": 0.1,
-            "rslora": False,  # scale alpha / sqrt(rank) instead of alpha / rank
-            "dora": False,  # train the magnitude of every output channel too
-            "layers": (),  # numbers of the layers to adapt, of every stack that targets reach; () = all
-            # ((pattern, rank), ...) over paths with the layer's number, "decoder/layers/0/self_attn/q_proj"; the first
-            # that matches wins. Likewise for alpha.
-            "rank_pattern": (),
-            "alpha_pattern": (),
-            # Go on from the adapters of a folder: peft's, or the `adapter` in another run's workdir. It decides all of
-            # the above but the dropout.
-            "path": placeholder(str),
-        }
-    )
-    config.trainable = placeholder(str)  # pattern of parameter paths, for adapter "none"; None = all
-    config.cache_features = False  # encode each training image once; exact while the tower is frozen, costs memory
-    config.cache_features_mb = 2048  # host memory that may cost, MiB; data that need more stop the run at its start
-    config.data = _data_defaults()
-    config.loss = ConfigDict(
-        {
-            "reduction": "token_mean",  # token_mean (transformers) | example_mean (big_vision)
-            "chunk_size": 256,  # tokens whose logits exist at one time
-            "vocab_chunk": placeholder(int),  # words whose logits exist at one time; None = all
-        }
-    )
-    config.consistency = consistency.defaults()
-    config.eval = ConfigDict(
-        {
-            "batch_size": 50,  # questions at once, at most; shrinks where the device has less memory
-            "max_new_tokens": 16,
-            "max_examples": placeholder(int),  # evenly spread over the split; None = all of it
-            "candidates": "clevr",  # "clevr": the 28 answers; "": no likelihood scoring; else answers joined by |
-            "captions": 0,  # scenes of synthetic_clevr whose captions are scored too, before and after training
-            "feature_cache_mb": 64,  # image features kept between questions on the same image
-            "controls": True,  # the blind controls: shuffled images, most frequent answer, question only
-            "question_only": True,  # the last of these, which trains the whole run again on black images
-            "before": True,  # the model before training, by likelihood
-            # Of int8: inputs from this magnitude on are multiplied in floating point, the rest int8 x int8 (LLM.int8
-            # has 6.0). None = as in training: dequantised weights. Training is the same with both.
-            "int8_outliers": placeholder(float),
-        }
-    )
-    return config
 
 
-def _data_defaults() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "synthetic_clevr",  # synthetic_clevr | clevr | parquet | jsonl | import path, see docs/data.md
-            "source": placeholder(str),  # where the data lie; synthetic_clevr needs none
-            "cache_dir": cache_dir(),
-            "build_workers": 2,  # processes that render
-            "prompt": "answer en {question}",  # PaliGemma's prefix for questions in English; jsonl brings its own
-            "blank_images": False,  # the question-only control: same run, black images
-            "fraction": 1.0,  # of the training questions
-            "families": (),  # of questions to train on, such as ("query_color",); () = all. All are evaluated.
-            "subset_seed": 42,  # draws that fraction (not the permutation of the `datasets` library)
-            "tune_fraction": 0.05,  # of the training images, kept apart to choose the checkpoint by; at least one
-            "tune_examples": 300,  # questions on those images, at most
-            "validation_split": "validation",
-            "prefix_length": 64,  # tokens of BOS + prompt + separator
-            "suffix_length": 16,  # tokens of the answer with its EOS
-            "on_truncation": "raise",  # raise | skip (a bad row): a text that does not fit is never cut
-            # refuse | parse: <bos>, <eos>, <pad> and <image> in a text, which the format adds itself; "parse" reads
-            # them as transformers does
-            "special_tokens": "refuse",
-            # Synthetic scenes only:
-            "image_size": 96,
-            "num_train_scenes": 1000,
-            "num_validation_scenes": 210,
-            "questions_per_scene": 10,
-            "scene_seed": 0,
-        }
+@dataclasses.dataclass(frozen=True)
+class AdapterKeys:
+    """`config.adapter`: what trains beside a frozen base (docs/peft.md)."""
+
+    name: str = key("lora", "method; none trains what `trainable` says", choices=vqa_adapter.NAMES, architecture=True)
+    targets: str | None = key(
+        None,
+        r"pattern of modules (lora, diff_pruning) or parameters (bitfit); None = the method's own, lora's being "
+        r"decoder/.*/(q_proj|o_proj). .*/(q_proj|o_proj) also adapts the tower, as peft does",
+        architecture=True,
     )
+    size: int | None = key(
+        None, "width of a bottleneck, length of a prefix or prompt, number of last_layers", architecture=True
+    )
+    penalty: float = key(
+        0.0, "diff_pruning: weight of the share of changed entries, beside the loss", architecture=True
+    )
+    rank: int = key(8, "of LoRA", minimum=1, architecture=True)
+    alpha: float = key(32.0, "LoRA's update is scaled by alpha / rank", architecture=True)
+    dropout: float = key(0.1, "of the adapter's inputs")
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead", architecture=True)
+    dora: bool = key(False, "train the magnitude of every output channel too", architecture=True)
+    layers: tuple = key(
+        (), "numbers of the layers to adapt in every stack that targets reach; () = all", architecture=True
+    )
+    rank_pattern: tuple = key(
+        (),
+        "((pattern, rank), ...) over paths with the layer's number, as decoder/layers/0/self_attn/q_proj; the first "
+        "that matches wins",
+        architecture=True,
+    )
+    alpha_pattern: tuple = key((), "((pattern, alpha), ...), likewise", architecture=True)
+    path: str | None = key(
+        None,
+        "continue from the adapters of a folder: peft's, or the `adapter` in a run's workdir. It decides all of the "
+        "above but the dropout",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceKeys:
+    """`config.data`: questions, answers and images (docs/data.md)."""
+
+    name: str = key("synthetic_clevr", "synthetic_clevr, clevr, parquet, jsonl, or an import path of your own")
+    source: str | None = key(None, "where the data are; synthetic_clevr needs none")
+    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
+    build_workers: int = key(2, "processes that render", resume_safe=True)
+    prompt: str = key("answer en {question}", "PaliGemma's prefix for questions in English; jsonl brings its own")
+    blank_images: bool = key(False, "black images: the question-only control")
+    fraction: float = key(1.0, "of the training questions")
+    families: tuple = key((), "of questions to train on, such as ('query_color',); () = all. All are evaluated")
+    subset_seed: int = key(42, "draws that fraction (not the permutation of the `datasets` library)")
+    tune_fraction: float = key(0.05, "of the training images, held out to choose the checkpoint by; at least one image")
+    tune_examples: int = key(300, "questions on those images, at most")
+    validation_split: str = key("validation", "split that the evaluation reports")
+    prefix_length: int = key(64, "tokens of BOS + prompt + separator", minimum=1)
+    suffix_length: int = key(16, "tokens of the answer with its EOS", minimum=1)
+    on_truncation: str = key(
+        "raise", "a text that does not fit is never cut; skip: its row is a bad row", choices=("raise", "skip")
+    )
+    special_tokens: str = key(
+        "refuse",
+        "<bos>, <eos>, <pad> and <image> in a text, which the format adds; parse reads them as transformers does",
+        choices=SPECIAL_TOKENS,
+    )
+    image_size: int = key(96, "synthetic scenes: pixels")
+    num_train_scenes: int = key(1000, "synthetic scenes to train on")
+    num_validation_scenes: int = key(210, "synthetic scenes to evaluate on")
+    questions_per_scene: int = key(10, "synthetic scenes: questions each")
+    scene_seed: int = key(0, "synthetic scenes: seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossKeys:
+    """`config.loss`: cross-entropy of the answers' tokens."""
+
+    reduction: str = key(
+        "token_mean", "token_mean as transformers, example_mean as big_vision", choices=("token_mean", "example_mean")
+    )
+    chunk_size: int = key(256, "tokens whose logits exist at one time", minimum=1, resume_safe=True)
+    vocab_chunk: int | None = key(
+        None, "vocabulary entries whose logits exist at one time; None = all", minimum=1, resume_safe=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalKeys:
+    """`config.eval`: what an evaluation measures."""
+
+    batch_size: int = key(
+        50, "questions at once, at most; shrinks where the device has less memory", minimum=1, resume_safe=True
+    )
+    max_new_tokens: int = key(16, "of a generated answer", minimum=1)  # changes the accuracy that ranks checkpoints
+    max_examples: int | None = key(None, "evenly spread over the split; None = all", minimum=1, resume_safe=True)
+    candidates: str = key(
+        "clevr", "answers scored by likelihood: clevr = its 28, '' = none, else answers joined by |", resume_safe=True
+    )
+    captions: int = key(
+        0, "scenes of synthetic_clevr whose captions are scored, before and after training", minimum=0, resume_safe=True
+    )
+    feature_cache_mb: int = key(
+        64, "MiB of image features kept between questions on the same image", minimum=0, resume_safe=True
+    )
+    controls: bool = key(
+        True, "the blind controls: shuffled images, most frequent answer, question only", resume_safe=True
+    )
+    question_only: bool = key(
+        True, "the last of these, which trains the whole run again on black images", resume_safe=True
+    )
+    before: bool = key(True, "the model before training, by likelihood", resume_safe=True)
+    int8_outliers: float | None = key(
+        None,
+        "int8: inputs from this magnitude on are multiplied in floating point, the rest int8 x int8 (LLM.int8: 6.0); "
+        "None = dequantised weights, as in training",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of the task."""
+
+    model: ModelKeys = section(ModelKeys)
+    init: InitKeys = section(InitKeys)
+    tokenizer: str | None = key(None, "folder or tokenizer.model; None = beside the model")
+    adapter: AdapterKeys = section(AdapterKeys)
+    trainable: str | None = key(None, "pattern of parameter paths, for adapter none; None = all", architecture=True)
+    cache_features: bool = key(
+        False, "encode each training image once; exact while the tower is frozen, costs memory", resume_safe=True
+    )
+    cache_features_mb: int = key(
+        2048, "host memory for that, MiB; data that need more stop the run at its start", minimum=0, resume_safe=True
+    )
+    data: SourceKeys = section(SourceKeys)
+    loss: LossKeys = section(LossKeys)
+    consistency: ConsistencyKeys = section(ConsistencyKeys)
+    eval: EvalKeys = section(EvalKeys)
 
 
 def check(config: ConfigDict) -> None:
@@ -150,12 +191,8 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first fault found.
     """
-    values = leaves(config)
-    check_choices(config, CHOICES)
-    for key, minimum in MINIMA.items():
-        if values[key] is not None and values[key] < minimum:
-            raise UserError(f"{key} is {values[key]}, expected {minimum} or more: change it.")
-    vqa_adapter.check(config.adapter, defaults().adapter)
+    check_declared(config)
+    vqa_adapter.check(config.adapter, config_dict(AdapterKeys))
     if config.adapter.name != "none" and config.trainable is not None:
         raise UserError(
             f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "

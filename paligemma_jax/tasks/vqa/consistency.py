@@ -9,6 +9,7 @@ kept. With `prompts`, C_answers is of these texts behind the row's image in plac
 one in each step. In the mean a row weighs what its answer weighs in L_answers. Axes: see models.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,10 +28,10 @@ from paligemma_jax.losses.coprompt import KINDS
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core import param_tree
+from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError, quoted
 
 SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
-CHOICES = {"consistency.on": tuple(SIDES), "consistency.kind": KINDS}
 
 
 class Tuned(NamedTuple):
@@ -42,18 +43,18 @@ class Tuned(NamedTuple):
     keys: jax.Array | None = None  # of its dropout, [B]
 
 
-def defaults() -> ConfigDict:
-    """The keys with their defaults."""
-    return ConfigDict(
-        {
-            "weight": 0.0,  # of consistency beside the loss; 0 leaves it out of the program
-            "on": "answers",  # answers | images | both; images need a tower or a projector that is adapted
-            "kind": "cosine",  # cosine | l1 | mse: distance of image features
-            "temperature": 1.0,  # of both distributions of words
-            # ((prefix, continuation), ...): texts whose next words are compared, such as (("caption en", "a red"),),
-            # at the end of the prefix and after every token of the continuation. () = the rows' own.
-            "prompts": (),
-        }
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """`config.consistency`."""
+
+    weight: float = key(0.0, "of consistency beside the loss; 0 leaves it out of the program", minimum=0)
+    on: str = key("answers", "images need a tower or a projector that is adapted", choices=SIDES)
+    kind: str = key("cosine", "distance of image features", choices=KINDS)
+    temperature: float = key(1.0, "of both next-token distributions", above=0)
+    prompts: tuple = key(
+        (),
+        "((prefix, continuation), ...): texts whose next tokens are compared, such as (('caption en', 'a red'),), at "
+        "the end of the prefix and after every token of the continuation; () = the rows' own",
     )
 
 
@@ -64,10 +65,6 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     consistency, name = config.consistency, config.adapter.name
-    for key, least in (("weight", consistency.weight >= 0), ("temperature", consistency.temperature > 0)):
-        if not least:
-            expected = "0 or more" if key == "weight" else "a positive number"
-            raise UserError(f"consistency.{key} is {consistency[key]}, expected {expected}: change it.")
     for pair in consistency.prompts:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(

@@ -50,18 +50,8 @@ from train_jax.task import Blueprint, Task
 class VQA(Task):
     """The task; see the module."""
 
-    resume_safe_keys = (
-        # Not eval.max_new_tokens: it changes the accuracy that the best checkpoint is chosen by.
-        r"eval\.(batch_size|max_examples|candidates|feature_cache_mb|controls|question_only|before|captions)",
-        r"data\.(build_workers|cache_dir)",
-        r"loss\.(chunk_size|vocab_chunk)",
-        "cache_features(_mb)?",
-        r"model\.(remat|unroll)",
-    )
+    keys = vqa_config.Keys
     validation_metrics = ("accuracy", "loss", "examples")
-    architecture_keys = (r"adapter\.(?!dropout|path).*", "trainable", r"model\.quantize.*", r"init\..*")
-
-    defaults = staticmethod(vqa_config.defaults)
 
     def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] | None = None):
         """`read` makes the base model in place of weights.reader.load, called as that is; its models are not shared."""

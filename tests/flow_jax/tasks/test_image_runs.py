@@ -137,7 +137,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
         (["--features=inception"], "eval.features='inception', expected 'package.module:function'"),
         (["--features=nowhere_at_all:f"], "eval.features='nowhere_at_all:f': there is no module 'nowhere_at_all'"),
         (["--features=tests.flow_jax.pictures_on_disk:flat"], "returned an array .. of float64 for 15 images"),
-        (["--reference=test"], "eval.reference is 'test', expected one of held_out, train"),
+        (["--reference=test"], "config.eval.reference='test', expected one of held_out, train"),
         (["--num_samples=many"], "config.eval.num_samples='many', expected int"),
     ],
 )

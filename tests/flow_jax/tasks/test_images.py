@@ -172,7 +172,7 @@ def test_a_run_measures_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model.name": "vit"}, "model.name is 'vit', expected one of unet, dit"),
+        ({"model.name": "vit"}, "config.model.name='vit', expected one of unet, dit"),
         ({"coupling.name": "sinkhorn"}, "coupling.name is 'sinkhorn', which pairs across classes"),
         ({"data.name": "letters"}, "data.name is 'letters', expected one of digits, shapes, folder, tfds"),
     ],

@@ -90,7 +90,7 @@ def test_a_gaussian_path_by_config_is_that_of_its_functions():
     [
         ("ve", {"path.ve_sigma_min": 0.0}, "VE(sigma_min=0.0, sigma_max=50.0): expected 0 < sigma_min"),
         ("polynomial", {"path.degree": 0.5}, "Polynomial(n=0.5): the velocity is infinite at t = 0"),
-        ("bridge", {}, "path.name is 'bridge', expected one of cond_ot, cfm, vp, linear_vp, ve, cosine"),
+        ("bridge", {}, "config.path.name='bridge', expected one of cond_ot, cfm, vp, linear_vp, ve, cosine"),
     ],
 )
 def test_mistakes(name, changes, message):

@@ -4,11 +4,11 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from train_jax.config.arguments import parse_arg
 from train_jax.config.base import (
     base_config,
     from_json,
     leaves,
-    parse_arg,
     runtime_defaults,
     steps,
     task_class,

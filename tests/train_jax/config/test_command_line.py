@@ -122,6 +122,8 @@ def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
         (["--config.batchsize=3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
         (["--config.learning_rate=3"], "there is no key config.learning_rate; did you mean 'optimizer.learning_rate'?"),
         (["--config.optimizer=3"], "there is no key config.optimizer"),
+        (["--config.sweep=()"], "config.sweep is now config.sweep.runs: write that"),
+        (["--config.sweep_x=seed"], "config.sweep_x is now config.sweep.x: write that"),
         (["--config.batch_size=1.5"], "config.batch_size='1.5', expected int: change the value"),
         (["--config.batch_size=None"], "config.batch_size='None', expected int: change the value"),
         (["--config.total_steps=many"], "config.total_steps='many', expected int: change the value"),
@@ -146,6 +148,8 @@ def test_each_mistake_is_one_sentence(file, arguments, sentence):
     [
         ("config.batchsize = 3", "line 5: there is no key 'batchsize'; did you mean 'batch_size'?"),
         ("config.seed = 'x'", "line 5: TypeError: "),
+        ("config.sweep = (('a', {'seed': 1}),)", "line 5: config.sweep is now config.sweep.runs: write that"),
+        ("config.sweep_metric = 'loss'", "line 5: config.sweep_metric is now config.sweep.metric: write that"),
         ("print(config.model.nothing_like_it)", "line 5: AttributeError: "),
         ("return 1 / 0", "line 5: ZeroDivisionError: division by zero"),
         ("return (", "line 5: SyntaxError: '(' was never closed"),

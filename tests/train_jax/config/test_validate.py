@@ -104,19 +104,19 @@ def raw(key, value):
         ("total_steps", None, "the duration 'total' is not set, expected exactly one of"),
         ("log_steps", 0, "config.log_steps=0, expected a number above 0: change it"),
         ("optimizer.warmup_percent", 3.0, "warmup_percent=3.0, expected a fraction from 0 to 1"),
-        ("optimizer.name", "adamm", "optimizer.name is 'adamm', expected one of adamw, adam, sgd, adafactor, lion, "
-         "adamw_8bit; did you mean 'adam"),
-        ("optimizer.schedule", "cosin", "optimizer.schedule is 'cosin', expected one of constant, linear, cosine, "
-         "rsqrt; did you mean 'cosine'?"),
-        ("optimizer.learning_rate", -1.0, "learning_rate is -1.0, expected 0 or more"),
-        ("optimizer.learning_rate", math.nan, "learning_rate is nan, expected 0 or more"),
+        ("optimizer.name", "adamm", "config.optimizer.name='adamm', expected one of adamw, adam, sgd, adafactor, lion, "
+         "adamw_8bit: change it; did you mean 'adam'?"),
+        ("optimizer.schedule", "cosin", "config.optimizer.schedule='cosin', expected one of constant, linear, cosine, "
+         "rsqrt: change it; did you mean 'cosine'?"),
+        ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate=-1.0, expected 0 or more"),
+        ("optimizer.learning_rate", math.nan, "config.optimizer.learning_rate=nan, expected 0 or more"),
         ("optimizer.end_factor", 0.1, "end_factor=0.1 has no meaning for schedule='constant'"),
         ("optimizer.grad_clip_norm", 0.0, "grad_clip_norm is 0.0, expected a norm above 0, or None for no clip"),
         ("optimizer.weight_decay", -0.1, "config.optimizer.weight_decay=-0.1, expected 0 or more: change it"),
         ("optimizer.weight_decay_mask", "(", "'(' is not a regular expression"),
         ("optimizer.eps", -1e-8, "config.optimizer.eps=-1e-08, expected 0 or more: change it"),
-        ("optimizer.b2", 1.0, "config.optimizer.b2=1.0 would never forget the past, expected less than 1: change it"),
-        ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5, expected a number from 0 to 1: change it"),
+        ("optimizer.b2", 1.0, "config.optimizer.b2=1.0, expected 0 or more and below 1: change it"),
+        ("optimizer.momentum", 1.5, "config.optimizer.momentum=1.5, expected 0 or more and below 1: change it"),
         ("optimizer.rates", (("vision/.*",),), "rates has ('vision/.*',), expected (pattern, factor) or (pattern, "),
         ("optimizer.rates", (("vision/.*", "x"),), "rates has ('vision/.*', 'x'), expected (pattern, factor) or "),
         ("optimizer.rates", (("vision/.*", 1.0, 0.5),), "rates has ('vision/.*', 1.0, 0.5), expected (pattern, "),

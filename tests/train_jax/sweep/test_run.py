@@ -29,7 +29,7 @@ RATES = (
 
 
 def config(runs=RATES, **changes):
-    return toy_config(**{"mesh__data": 1, "sweep": runs, "sweep_x": "optimizer.learning_rate", **changes})
+    return toy_config(**{"mesh__data": 1, "sweep__runs": runs, "sweep__x": "optimizer.learning_rate", **changes})
 
 
 def fit(workdir, runs=RATES, **changes):
@@ -71,7 +71,7 @@ def test_each_run_is_the_run_of_its_config(finished, tmp_path):
     loop.fit(toy_config(mesh__data=1, optimizer__learning_rate=0.001, seed=1), tmp_path / "alone", "none")
     assert_same_run(workdir / "slow-1", tmp_path / "alone", step=8)
     stored = from_json((workdir / "slow-1" / "config.json").read_text())
-    assert (stored.seed, stored.optimizer.learning_rate, stored.sweep, stored.sweep_x) == (1, 0.001, (), None)
+    assert (stored.seed, stored.optimizer.learning_rate, stored.sweep.runs, stored.sweep.x) == (1, 0.001, (), None)
 
 
 def test_the_summary_holds_what_the_runs_measured(finished):
@@ -137,7 +137,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, finished):
     workdir = tmp_path / "sweep"
     kill = {"data.signal_step": 6, "data.signal_number": int(signal.SIGKILL)}
     runs = tuple((name, overrides | (kill if name == "slow-1" else {})) for name, overrides in RATES)
-    settings = {"mesh.data": 1, "sweep": repr(runs), "sweep_x": "optimizer.learning_rate"}
+    settings = {"mesh.data": 1, "sweep.runs": repr(runs), "sweep.x": "optimizer.learning_rate"}
     process = start(workdir, settings, "--progress=none")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -160,14 +160,14 @@ def test_memory_of_one_run_is_free_before_the_next(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "fit", measured)
     gc.collect()
-    fit(tmp_path, tuple((f"run-{width}", {"model.width": width}) for width in (64, 128, 8)), sweep_x=None)
+    fit(tmp_path, tuple((f"run-{width}", {"model.width": width}) for width in (64, 128, 8)), sweep__x=None)
     assert held[1:] == held[:1] * 2
 
 
 def test_a_run_that_stops_does_not_keep_the_others(tmp_path):
     runs = (("bad", {"data.nan_steps": (5,)}), ("good", {"seed": 3}))
     with pytest.raises(RunStopped, match=r"1 of 2 runs stopped at non-finite updates \(bad\)"):
-        fit(tmp_path, runs, sweep_x=None)
+        fit(tmp_path, runs, sweep__x=None)
     bad, good = json.loads((tmp_path / "sweep.json").read_text())["runs"]
     assert not bad["complete"] and "non-finite" in bad["stopped"] and good["complete"]
     assert re.search(r"\| bad +\|.*\| stopped +\|", (tmp_path / "sweep.md").read_text())
@@ -178,7 +178,7 @@ def test_a_run_that_stops_does_not_keep_the_others(tmp_path):
 
 def test_overrides_follow_the_rules_of_the_command_line():
     runs = (("a", {"total_epochs": 0.1, "ema_decay": None, "data.nan_steps": (1, 2), "model.trainable": "head/.*"}),)
-    (run,) = sweep.expand(config(runs, ema_decay=0.9, sweep_x=None))
+    (run,) = sweep.expand(config(runs, ema_decay=0.9, sweep__x=None))
     assert (run.config.total_epochs, run.config.total_steps) == (0.1, None)
     assert run.config.ema_decay is None and run.config.data.nan_steps == (1, 2)
     assert run.config.model.trainable == "head/.*"
@@ -187,19 +187,31 @@ def test_overrides_follow_the_rules_of_the_command_line():
 @pytest.mark.parametrize(
     "runs, changes, sentence",
     [
-        ((("a", {"seed": 1}), ("a", {"seed": 2})), {}, "config.sweep has two runs named 'a', expected different names"),
-        ((("a", {"sed": 1}),), {}, "run 'a' of config.sweep: there is no key config.sed; did you mean 'seed'?"),
-        ((("a", {"seed": 1.5}),), {}, "run 'a' of config.sweep: config.seed='1.5', expected int"),
-        ((("a", {"seed": -1}),), {}, "run 'a' of config.sweep: config.seed=-1, expected 0 or more"),
-        ((("a", {"sweep": ()}),), {}, "run 'a' of config.sweep: config.sweep cannot be overridden in a run"),
-        (("a", {"seed": 1}), {}, "config.sweep holds 'a', expected a tuple of pairs ('name', {'dotted.key': value})"),
-        ((("a", 1),), {}, "config.sweep holds ('a', 1), expected a tuple of pairs"),
-        ((("../a", {}),), {}, "config.sweep names a run '../a', expected letters"),
-        ((("", {}),), {}, "config.sweep names a run '', expected letters"),
-        ((), {}, "config.sweep is empty"),
-        (RATES, {"sweep_x": "optimizer.name"}, "config.sweep_x='optimizer.name' is 'adamw' in run 'slow-0', expected"),
-        (RATES, {"sweep_x": "sed"}, "config.sweep_x='sed' is no config key"),
-        (RATES, {"sweep_series": "sed"}, "config.sweep_series='sed' is no config key, expected one: change it; did"),
+        (
+            (("a", {"seed": 1}), ("a", {"seed": 2})),
+            {},
+            "config.sweep.runs has two runs named 'a', expected different names",
+        ),
+        ((("a", {"sed": 1}),), {}, "run 'a' of config.sweep.runs: there is no key config.sed; did you mean 'seed'?"),
+        ((("a", {"seed": 1.5}),), {}, "run 'a' of config.sweep.runs: config.seed='1.5', expected int"),
+        ((("a", {"seed": -1}),), {}, "run 'a' of config.sweep.runs: config.seed=-1, expected 0 or more"),
+        (
+            (("a", {"sweep.runs": ()}),),
+            {},
+            "run 'a' of config.sweep.runs: config.sweep.runs cannot be overridden in a run",
+        ),
+        (
+            ("a", {"seed": 1}),
+            {},
+            "config.sweep.runs holds 'a', expected a tuple of pairs ('name', {'dotted.key': value})",
+        ),
+        ((("a", 1),), {}, "config.sweep.runs holds ('a', 1), expected a tuple of pairs"),
+        ((("../a", {}),), {}, "config.sweep.runs names a run '../a', expected letters"),
+        ((("", {}),), {}, "config.sweep.runs names a run '', expected letters"),
+        ((), {}, "config.sweep.runs is empty"),
+        (RATES, {"sweep__x": "optimizer.name"}, "config.sweep.x='optimizer.name' is 'adamw' in run 'slow-0', expected"),
+        (RATES, {"sweep__x": "sed"}, "config.sweep.x='sed' is no config key"),
+        (RATES, {"sweep__series": "sed"}, "config.sweep.series='sed' is no config key, expected one: change it; did"),
     ],
 )
 def test_each_mistake_is_one_sentence(tmp_path, runs, changes, sentence):
@@ -211,7 +223,7 @@ def test_each_mistake_is_one_sentence(tmp_path, runs, changes, sentence):
 def test_an_unmeasured_metric_is_told_after_the_first_run(tmp_path, monkeypatch):
     names = trained(monkeypatch)
     with pytest.raises(UserError, match=r"compares runs by 'los', .*did you mean 'loss'\?"):
-        fit(tmp_path, sweep_metric="los")
+        fit(tmp_path, sweep__metric="los")
     assert names == ["slow-0"]
 
 
@@ -220,7 +232,7 @@ def test_an_unmeasured_metric_is_told_after_the_first_run(tmp_path, monkeypatch)
 
 def test_train_py_runs_a_sweep(tmp_path, capsys):
     runs = (("a", {"seed": 1}), ("b", {"seed": 2}))
-    settings = {"mesh.data": 1, "total_steps": 2, "eval_steps": 2, "sweep": repr(runs)}
+    settings = {"mesh.data": 1, "total_steps": 2, "eval_steps": 2, "sweep.runs": repr(runs)}
     command_line.run(train.main, arguments(tmp_path / "sweep", settings, "--progress=none"))
     assert "[2/2] b: seed=2" in capsys.readouterr().out
     assert [run["step"] for run in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]] == [2, 2]

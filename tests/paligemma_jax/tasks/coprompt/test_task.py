@@ -435,7 +435,7 @@ def test_names_of_further_sets_are_their_own(options, tmp_path, names):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method": "maples"}, "method 'maples' is unknown, expected one of .*; did you mean 'maple'"),
+        ({"method": "maples"}, "config.method='maples', expected one of .*; did you mean 'maple'"),
         ({"prompts.depth": 3}, "depth is 3, expected 1 to 1, the layers of its tower"),
         (
             {"prompts.text_tokens": 3, "prompts.vision_tokens": 3, "init_words": "a"},
@@ -457,11 +457,11 @@ def test_names_of_further_sets_are_their_own(options, tmp_path, names):
             {"prompts.text_tokens": 0, "prompts.coupled": False, "prompts.text_adapter": 0, "consistency.on": "text"},
             "consistency.on is 'text' but method 'coprompt' .* text side, .* set consistency.on=image, or",
         ),
-        ({"data.novel": "shapes"}, "data.novel is 'shapes', expected one of combinations, colors, pairings"),
-        ({"data.words": "other"}, "data.words is 'other', expected one of captions, others"),
-        ({"consistency.on": "images"}, "consistency.on is 'images', expected one of text, image, both"),
+        ({"data.novel": "shapes"}, "config.data.novel='shapes', expected one of combinations, colors, pairings"),
+        ({"data.words": "other"}, "config.data.words='other', expected one of captions, others"),
+        ({"consistency.on": "images"}, "config.consistency.on='images', expected one of text, image, both"),
         ({"template": "a thing"}, "template is 'a thing', expected one {}"),
-        ({"shots": 0}, "shots is 0, expected 1 or more"),
+        ({"shots": 0}, "config.shots=0, expected 1 or more"),
         ({"data.source": None}, "data.name is 'images' but data.source is not set"),
         ({"data.descriptions": None}, "data.descriptions is not set, which the frozen branch reads"),
         ({"protocol": "cross_dataset"}, r"data.targets is \(\) .* expected folders with cross_dataset and"),

@@ -297,7 +297,10 @@ def test_an_unknown_remat_is_refused():
     config = config_of({"model.remat": "blocks"}, config=str(ROOT / "configs/pretrain.py:vision"))
     with pytest.raises(UserError) as error:
         VisionPretraining(config, None)
-    assert str(error.value) == "model.remat is 'blocks', expected one of none, block, dots: change it."
+    assert (
+        str(error.value)
+        == "config.model.remat='blocks', expected one of none, block, dots: change it; did you mean 'block'?"
+    )
 
 
 def test_what_trains_is_known_before_scenes_are_rendered(task, module):

@@ -232,10 +232,10 @@ def test_a_step_takes_less_than_half_as_much_memory_again(mini_options, vocab, s
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"consistency.weight": -1.0}, "consistency.weight is -1.0, expected 0 or more: change it."),
-        ({"consistency.temperature": 0.0}, "consistency.temperature is 0.0, expected a positive number: change it."),
-        ({"consistency.on": "text"}, "consistency.on is 'text', expected one of answers, images, both: change it."),
-        ({"consistency.kind": "l2"}, "consistency.kind is 'l2', expected one of cosine, l1, mse: change it."),
+        ({"consistency.weight": -1.0}, "config.consistency.weight=-1.0, expected 0 or more: change it"),
+        ({"consistency.temperature": 0.0}, "config.consistency.temperature=0.0, expected a number above 0: change it"),
+        ({"consistency.on": "text"}, "config.consistency.on='text', expected one of answers, images, both: change it"),
+        ({"consistency.kind": "l2"}, "config.consistency.kind='l2', expected one of cosine, l1, mse: change it"),
         ({"consistency.prompts": ("caption en",)}, "consistency.prompts holds 'caption en', expected pairs of a prefix "
          "and a continuation, such as (('caption en', 'a small'),): correct it."),
         ({"consistency.weight": 1.0, "adapter.name": "bitfit"}, "consistency.weight is 1.0 beside "

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import paligemma_jax as pg
-from configs.clevr import METHODS as CONFIGS
 from paligemma_jax.adapt.peft.diff_pruning import BETA, GAMMA, ZETA
 from paligemma_jax.convert import convert
 from paligemma_jax.tasks.common import SHARDING_RULES
+from paligemma_jax.tasks.vqa.adapter import PRESETS as CONFIGS
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
 from train_jax.core import param_tree
@@ -87,8 +87,8 @@ def test_the_penalty_is_of_the_mean_loss(mini_options):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"adapter.name": "prefx"}, "adapter.name is 'prefx', expected one of lora, none, bottleneck, prefix, prompt, "
-         "bitfit, diff_pruning, last_layers: change it."),
+        ({"adapter.name": "prefx"}, "config.adapter.name='prefx', expected one of lora, none, bottleneck, prefix, "
+         "prompt, bitfit, diff_pruning, last_layers: change it; did you mean 'prefix'?"),
         ({"adapter.name": "bitfit", "adapter.size": 4}, "adapter.size is 4 beside adapter.name='bitfit', which has "
          "none, expected one of bottleneck, prefix, prompt, last_layers: leave it out."),
         ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "

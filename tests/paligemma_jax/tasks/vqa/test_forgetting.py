@@ -95,7 +95,7 @@ def test_a_run_reports_what_it_forgot(mini_options, tmp_path):
          "equal_material, equal_shape: change it."),
         ({"data.name": "jsonl", "eval.captions": 5}, "eval.captions is 5 beside data.name='jsonl', expected 0, as only "
          "the scenes of synthetic_clevr have captions: change it."),
-        ({"eval.captions": -1}, "eval.captions is -1, expected 0 or more: change it."),
+        ({"eval.captions": -1}, "config.eval.captions=-1, expected 0 or more: change it"),
         ({"data.families": ("equal_shape",), "data.num_train_scenes": 2, "data.questions_per_scene": 1},
          "data.families is ('equal_shape',) but none of the 2 training questions is of these, expected some: choose "
          "other families."),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train_jax.core.picture_folders import ENDINGS, pictures_below
+from train_jax.core.formats.picture_folders import ENDINGS, pictures_below
 
 
 @pytest.fixture

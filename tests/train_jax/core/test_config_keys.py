@@ -1,0 +1,97 @@
+"""Declared keys: the ConfigDict that they make, what is known of each, and the values that are refused."""
+
+import dataclasses
+import math
+
+import pytest
+
+from train_jax.core.config_keys import Key, check_values, config_dict, declared, key, section
+from train_jax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Used elsewhere too: its fields are no declarations."""
+
+    crop: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    name: str = key("sigmoid", "the loss", choices=("sigmoid", "softmax"), architecture=True)
+    negatives: int | None = key(None, "per image", minimum=1)
+    share: float = key(0.5, "of rows", minimum=0, maximum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    decay: float = key(0.9, "of an average", minimum=0, below=1)
+    scale: float = key(1.0, "of logits", above=0)
+    bias: float | None = key(-10.0, "of logits; None = none")
+    folder: str = key(lambda: "here", "for files", resume_safe=True)
+    loss: Loss = section(Loss)
+    view: View = section(lambda: View(0.5), resume_safe=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallLoss(Loss):
+    chunk: int = key(8, "texts at a time")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoreKeys(Keys):
+    loss: SmallLoss = section(SmallLoss)
+
+
+def test_defaults_are_a_config():
+    config = config_dict(Keys)
+    assert config.to_dict() == {
+        "decay": 0.9,
+        "scale": 1.0,
+        "bias": -10.0,
+        "folder": "here",
+        "loss": {"name": "sigmoid", "negatives": None, "share": 0.5},
+        "view": {"crop": 0.5},
+    }
+    config.bias, config.loss.negatives = None, 3
+    assert config.loss.negatives == 3 and config.loss.get_type("negatives") is int
+    with pytest.raises(TypeError):
+        config.loss.name = 3
+
+
+def test_a_section_may_have_further_keys():
+    assert config_dict(MoreKeys).loss.to_dict() == config_dict(Keys).loss.to_dict() | {"chunk": 8}
+
+
+def test_what_is_known_of_a_key():
+    known = declared(Keys)
+    assert list(known) == [
+        *("decay", "scale", "bias", "folder"),
+        *("loss.name", "loss.negatives", "loss.share", "view.crop"),
+    ]
+    assert known["loss.name"] == Key("the loss", ("sigmoid", "softmax"), architecture=True, default="sigmoid", type=str)
+    assert known["bias"].optional and known["bias"].default == -10.0 and known["bias"].type is float
+    assert known["folder"].made and known["folder"].resume_safe
+    assert known["view.crop"].resume_safe and known["view.crop"].default == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "sentence"),
+    [
+        (
+            "loss.name",
+            "softmax",
+            "sofmax",
+            "config.loss.name='sofmax', expected one of sigmoid, softmax: change it; did",
+        ),
+        ("loss.negatives", None, 0, "config.loss.negatives=0, expected 1 or more: change it"),
+        ("loss.share", 1, 1.5, "config.loss.share=1.5, expected a number from 0 to 1: change it"),
+        ("decay", 0, 1.0, "config.decay=1.0, expected 0 or more and below 1: change it"),
+        ("scale", 1e-9, 0, "config.scale=0, expected a number above 0: change it"),
+        ("scale", math.inf, math.nan, "config.scale=nan, expected a number above 0: change it"),
+    ],
+)
+def test_values_out_of_range_are_refused(name, good, bad, sentence):
+    check_values(declared(Keys), {name: good})
+    with pytest.raises(UserError, match=sentence):
+        check_values(declared(Keys), {name: bad})

@@ -1,0 +1,180 @@
+"""Config keys, each declared in one place: a field of a dataclass, with its default and what else is known of it.
+
+    @dataclasses.dataclass(frozen=True)
+    class Loss:
+        name: str = key("sigmoid", "the loss", choices=("sigmoid", "softmax"), architecture=True)
+        chunk_size: int = key(256, "texts per chunk", minimum=1, resume_safe=True)
+        negatives: int | None = key(None, "negatives per image; None = all", minimum=1)
+
+    @dataclasses.dataclass(frozen=True)
+    class Keys:
+        seed: int = key(0, "of all randomness", minimum=0)
+        loss: Loss = section(Loss)
+
+`config_dict(Keys)` is the ConfigDict of the defaults, `declared(Keys)` describes each key by its dotted name. The
+validation of a config, the keys that a resumed run may change and the tables of docs/config.md are made from
+these.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from train_jax.core.errors import UserError, quoted
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What is known of one config key.
+
+    Attributes:
+      help: what the value means, in a phrase.
+      choices: the values allowed; None = any.
+      minimum, maximum: the smallest and largest value allowed, where one is set.
+      above, below: as these, without the bound itself.
+      resume_safe: a resumed run may change it, as it does not change the mathematics.
+      architecture: it shapes the model, so an evaluation of a run may not change it.
+      default: the value if a config does not set one; `made`: it depends on the machine.
+      type: of the value; a config holds whole numbers where it is float, too.
+      optional: the value may be None.
+    """
+
+    help: str
+    choices: tuple[Any, ...] | None = None
+    minimum: int | float | None = None
+    maximum: int | float | None = None
+    above: int | float | None = None
+    below: int | float | None = None
+    resume_safe: bool = False
+    architecture: bool = False
+    default: Any = None
+    made: bool = False
+    type: type = object
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Checks a value that is of the key's type.
+
+        Raises:
+          UserError: it is none of the choices, or out of range.
+        """
+        if value is None and self.optional:
+            return
+        if self.choices is not None and value not in self.choices:
+            near = difflib.get_close_matches(str(value), map(str, self.choices), n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"config.{name}={quoted(value)}, expected one of {self.values()}: change it{hint}")
+        if not self._in_range(value):
+            raise UserError(f"config.{name}={value}, expected {self.values()}: change it")
+
+    def _in_range(self, value: Any) -> bool:
+        """False for NaN, too."""
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def values(self) -> str:
+        """The values allowed: "sigmoid, softmax" or "a number from 0 to 1"; "" where any is."""
+        if self.choices is not None:
+            return ", ".join(str(choice) or "''" for choice in self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"a number from {self.minimum} to {self.maximum}"
+        parts = [] if self.minimum is None else [f"{self.minimum} or more"]
+        parts += [f"{self.maximum} or less"] if self.maximum is not None else []
+        parts += [f"a number above {self.above}"] if self.above is not None else []
+        parts += [f"below {self.below}"] if self.below is not None else []
+        return " and ".join(parts)
+
+
+def key(default: Any, help: str, *, choices: Iterable[Any] | None = None, **known: Any) -> Any:
+    """Declares a field as a config key.
+
+    Args:
+      default: its value if nothing sets one, or a function that returns it (of the environment, say). The field's
+        annotation is its type; `| None` makes it optional.
+      help: what the value means.
+      choices: the values allowed, in the order of the documentation.
+      **known: minimum, maximum, above, below, resume_safe, architecture: as in `Key`.
+    """
+    entry = Key(help, None if choices is None else tuple(choices), **known)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"key": dataclasses.replace(entry, made=True)})
+    return dataclasses.field(default=default, metadata={"key": entry})
+
+
+def section(make: Callable[[], Any], **known: bool) -> Any:
+    """Declares a field as a section of keys: an instance of a dataclass, which `make()` returns.
+
+    Args:
+      make: the dataclass, or a function that returns an instance with other defaults.
+      **known: resume_safe, architecture: of all keys in the section.
+    """
+    return dataclasses.field(default_factory=make, metadata={"section": known})
+
+
+def config_dict(keys: Any) -> ConfigDict:
+    """Returns the defaults of a dataclass of keys, or the values of an instance, as a ConfigDict.
+
+    A key whose annotation admits None is a typed placeholder, which may be None whatever it holds now.
+    """
+    instance = keys() if isinstance(keys, type) else keys
+    hints = typing.get_type_hints(type(instance))
+    config = ConfigDict()
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            config[field.name] = config_dict(value)
+            continue
+        kind, optional = _kind(hints[field.name])
+        if optional:
+            config[field.name] = placeholder(kind)
+        if value is not None:
+            config[field.name] = value
+    return config
+
+
+def declared(keys: Any, prefix: str = "", **known: bool) -> dict[str, Key]:
+    """Returns what is known of every key of a dataclass or an instance of it, by dotted name.
+
+    A field without `key(...)`, as of a dataclass that is used elsewhere too, is a key of which its type is known.
+    """
+    instance = keys() if isinstance(keys, type) else keys
+    hints = typing.get_type_hints(type(instance))
+    found: dict[str, Key] = {}
+    for field in dataclasses.fields(instance):
+        name, value = f"{prefix}{field.name}", getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= declared(value, f"{name}.", **{**known, **field.metadata.get("section", {})})
+            continue
+        kind, optional = _kind(hints[field.name])
+        entry = field.metadata.get("key", Key(""))
+        found[name] = dataclasses.replace(entry, default=value, type=kind, optional=optional, **known)
+    return found
+
+
+def check_values(keys: Mapping[str, Key], values: Mapping[str, Any]) -> None:
+    """Checks values by dotted key; keys of which nothing is known pass.
+
+    Raises:
+      UserError: the first value that is none of its key's choices, or out of its range.
+    """
+    for name, entry in keys.items():
+        if name in values:
+            entry.check(name, values[name])
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """Returns the type of an annotation and whether it admits None: (int, True) of `int | None`."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return _kind(kind)[0], True
+    return typing.get_origin(hint) or hint, False
