@@ -1,8 +1,8 @@
 """Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
 
-The config is the workdir's own config.json. With --config=FILE and no workdir, evaluates the base model of that config,
-as it is before training, into runs/<config>-base. The work is done by train_jax.loop.evaluate(config, workdir, split,
-checkpoint).
+The config is the workdir's config.json. With --config=FILE and no workdir, the base model of that config is evaluated,
+as it is before training, into runs/<config>-base. The installed `paligemma-jax eval` does the same. The work is done by
+train_jax.loop.evaluate(config, workdir, split, checkpoint).
 """
 
 from absl import flags
@@ -21,13 +21,9 @@ def _flags(values: flags.FlagValues) -> None:
 def main(argv: list[str]) -> None:
     """Parses the flags and calls the loop."""
     config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: after mistakes in the flags have been told
+    from train_jax import loop  # slow to import: mistakes in the flags are reported first
 
     distributed.start_from_flags(values)
     if values.workdir is None:
         workdir += "-base"
     loop.evaluate(config, workdir, values.split, values.checkpoint, clock.process_began())
-
-
-if __name__ == "__main__":
-    command_line.run(main)

@@ -1,7 +1,7 @@
-"""Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+"""Trains by a config: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
 
-The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well; of a config that is a sweep
-by train_jax.sweep.fit(config, workdir).
+The installed `paligemma-jax train` does the same. The work is done by train_jax.loop.fit(config, workdir), and for a
+sweep by train_jax.sweep.fit(config, workdir), which a notebook may call as well.
 """
 
 from absl import flags
@@ -20,9 +20,9 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags and calls the loop."""
+    """Parses the flags and calls the loop, or the sweep."""
     config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: after mistakes in the flags have been told
+    from train_jax import loop  # slow to import: mistakes in the flags are reported first
 
     distributed.start_from_flags(values)
     if values.print_batch:
@@ -33,7 +33,3 @@ def main(argv: list[str]) -> None:
         sweep.fit(config, workdir, values.progress, clock.process_began())
     else:
         loop.fit(config, workdir, values.progress, clock.process_began())
-
-
-if __name__ == "__main__":
-    command_line.run(main)
