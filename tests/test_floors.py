@@ -31,7 +31,7 @@ FLOORS = {
         ("generation", "weights"),
         ("",),
         ("inference",),
-        ("tasks",),
+        ("tasks", "commands"),
     ),
 }
 
@@ -43,7 +43,7 @@ RULES = [
     (r"paligemma_jax(?!\.tasks\.text_to_image(\.|$))(\..*)?", r"flow_jax(\..*)?", None),
     # Tasks and commands see the runtime, everything else its vocabulary alone.
     (
-        r"(paligemma_jax\.(?!tasks\.|loading$|convert$|merge$)|flow_jax\.(?!tasks\.|fid$)).*",
+        r"(paligemma_jax\.(?!tasks\.|commands\.|loading$|convert$|merge$)|flow_jax\.(?!tasks\.|fid$)).*",
         r"train_jax(\..*)?",
         r"train_jax\.core(\..*)?",
     ),

@@ -1,5 +1,7 @@
 """What a built wheel holds, and that CI runs what the README tells a user to run."""
 
+import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -71,7 +73,26 @@ def test_wheel_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"cuda", "tpu", "parquet", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    versions = {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)}
+    assert versions <= set(metadata.get_all("Classifier"))
     assert name.replace("METADATA", "licenses/LICENSE") in wheel.namelist()
+
+
+def test_the_command_of_the_wheel_lists_its_subcommands(wheel, tmp_path):
+    """Run from the wheel's own files, in a folder without the repository."""
+    wheel.extractall(tmp_path)
+    (metadata,) = tmp_path.glob("*.dist-info")
+    (script,) = importlib.metadata.PathDistribution(metadata).entry_points.select(group="console_scripts")
+    assert (script.name, script.value) == ("paligemma-jax", "paligemma_jax.commands.cli:main")
+    code = f"import {script.module} as module; print(module.__file__); module.{script.attr}()"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    file, *lines = result.stdout.splitlines()
+    assert result.returncode == 0 and Path(file) == tmp_path / "paligemma_jax/commands/cli.py", result.stderr
+    assert [line.split()[0] for line in lines[2:]] == ["train", "eval", "predict", "plan", "convert"]
+    result = subprocess.run([*command, "trian"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "unknown subcommand 'trian'" in result.stderr
 
 
 def test_the_readme_has_the_two_commands_and_what_they_name_exists():
@@ -89,7 +110,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_extra_that_a_person_is_told_of_exists():
-    """In documents and in sentences of the packages: `[tf]`, ".[parquet]", paligemma-jax[hub]."""
+    """In documents and in sentences of the packages: `[dev]`, ".[parquet]", paligemma-jax[hub]."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     code = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
     told = set()
@@ -98,4 +119,4 @@ def test_every_extra_that_a_person_is_told_of_exists():
             for names in re.findall(before + r"\[([a-z]+(?:,[a-z]+)*)\]", file.read_text(encoding="utf-8")):
                 told |= set(names.split(","))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {"cuda", "tpu", "dev", "tf", "hub", "parquet"} <= told <= set(project["optional-dependencies"])
+    assert {"cuda", "tpu", "dev", "hub", "parquet"} <= told <= set(project["optional-dependencies"])

@@ -11,7 +11,6 @@ import json
 import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from train_jax.core.errors import UserError
+from train_jax.core.files import atomic
 
 
 def convert_tfrecord(data_dir: str | Path, out_dir: str | Path) -> Path:
@@ -52,10 +52,8 @@ def convert_tfrecord(data_dir: str | Path, out_dir: str | Path) -> Path:
     if (folder / "dataset_info.json").is_file():
         logging.info("Already converted: %s", folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as temporary:
-        _convert_into(Path(temporary) / "data", data_dir, info)
-        (Path(temporary) / "data").replace(folder)
+    with atomic(folder) as draft:
+        _convert_into(draft, data_dir, info)
     return folder
 
 

@@ -49,10 +49,10 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
 
 def main(argv: list[str]) -> None:
     """Command line of `export`."""
-    if len(argv) not in (3, 4):
-        raise UserError("expected RUN FOLDER [best|latest|STEP]: give the workdir of a pretraining run and a folder.")
-    export(Path(argv[1]), Path(argv[2]), *argv[3:])
-    print(f"wrote {argv[2]}")
+    expected = "RUN FOLDER [best|latest|STEP]"
+    (run, folder, *checkpoint), _ = command_line.parse(argv, __doc__, lambda values: None, expected, counts=(2, 3))
+    export(Path(run), Path(folder), *checkpoint)
+    print(f"wrote {folder}")
 
 
 if __name__ == "__main__":

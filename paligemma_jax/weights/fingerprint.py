@@ -14,6 +14,7 @@ from paligemma_jax.weights.adapters.peft import open_peft
 from paligemma_jax.weights.adapters.peft_config import FILE as CONFIG
 from paligemma_jax.weights.reader import weight_files
 from train_jax.core.errors import UserError
+from train_jax.core.files import write_atomically
 
 FILE = "base.json"
 WHOLE = 64 << 20  # bytes: a file up to this size is read whole, of a larger one as much, in pieces at even distances
@@ -88,9 +89,8 @@ def write_digest(
         noted["vision"] = {"path": str(vision), "sha256": model_digest(vision)}
     if siglip is not None:
         noted["siglip"] = {"path": str(siglip), "sha256": model_digest(siglip)}
-    beside = workdir / f".{FILE}.tmp"
-    beside.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
-    beside.replace(workdir / FILE)  # at once: other processes of a run may be reading it
+    # Other processes of a run may be reading it.
+    write_atomically(workdir / FILE, json.dumps(noted, indent=2) + "\n")
 
 
 def check_digest(

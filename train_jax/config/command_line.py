@@ -1,8 +1,8 @@
 """The command line of the entry points: `--config=FILE:arg --config.key=value --workdir=DIR`.
 
-The config is a file's `get_config(arg)`, or the `config.json` of a workdir. Overrides are read by ml_collections, one
-at a time, so that each failure becomes one sentence about one key. Flags live in their own `FlagValues`: `main` can be
-called any number of times in one process.
+The config is a file's `get_config(arg)`, or the `config.json` of a workdir. absl parses the arguments, with a flag for
+each key of the config; ml_collections reads the values of the keys, one at a time. Every failure becomes one sentence
+about one flag or key. Flags live in their own `FlagValues`: `main` can be called any number of times in one process.
 """
 
 import errno
@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from train_jax.core.patterns import did_you_mean
 
 PATH_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 OF_ABSL = ("flagfile", "undefok")  # flags that absl adds of its own
-OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+Define = Callable[[flags.FlagValues], None]
+"""Adds flags: `lambda values: flags.DEFINE_bool("x", False, "...", flag_values=values)`."""
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
@@ -52,14 +53,14 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
 
 
 def load_from_flags(
-    argv: Sequence[str], usage: str = "", define: Callable[[flags.FlagValues], None] | None = None
+    argv: Sequence[str], usage: str | None = None, define: Define | None = None
 ) -> tuple[ConfigDict, str, flags.FlagValues]:
     """Returns the config with all overrides, the workdir, and the values of the entry point's own flags.
 
     Args:
       argv: as `sys.argv`, the program's name first.
       usage: printed before the flags by --help.
-      define: adds the entry point's own flags: `lambda f: flags.DEFINE_bool("x", False, "...", flag_values=f)`.
+      define: adds the entry point's own flags.
 
     Returns:
       (config, workdir, values): the config is locked; the entry point's flag is `values.x`.
@@ -68,42 +69,59 @@ def load_from_flags(
       UserError: any mistake on the command line or in the config file.
       SystemExit: after --help, with status 0.
     """
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
-    flags.DEFINE_string(
-        "config", None, "FILE.py or FILE.py:argument; without it, the workdir's own", flag_values=values
-    )
-    flags.DEFINE_string(
-        "workdir", None, "where the run lives (default: runs/<config and argument>)", flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    if define:
-        define(values)
-    try:
-        rest = values(list(argv), known_only=True)[1:]
-    except flags.Error as error:
-        raise UserError(f"{error}: correct the flag") from error
-    if values.help:
-        print(f"{usage.strip()}\n\nFlags (--config.KEY=VALUE overrides a key):\n{flags_help(values)}")
-        raise SystemExit(0)
+
+    def define_all(values: flags.FlagValues) -> None:
+        text = "FILE.py or FILE.py:argument; without it, the workdir's own"
+        flags.DEFINE_string("config", None, text, flag_values=values)
+        text = "where the run lives (default: runs/<config and argument>)"
+        flags.DEFINE_string("workdir", None, text, flag_values=values)
+        if define:
+            define(values)
+
+    values, rest = read_flags(argv, usage, define_all, "Flags (--config.KEY=VALUE overrides a key)")
     config, workdir = _load(values.config, values.workdir)
     override(config, parse_overrides(rest, config, list(values)))
     return config, workdir, values
 
 
 def parse(
-    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], expected: str
+    argv: Sequence[str], usage: str | None, define: Define, expected: str, counts: Sequence[int] = (2,)
 ) -> tuple[list[str], flags.FlagValues]:
-    """For a command of two places and flags of its own: the places, and the flags' values.
+    """Parses a command of flags and places, such as SRC and DST; returns the places and the flags' values.
 
     Args:
       argv: as `sys.argv`, the program's name first; flags may stand anywhere.
       usage: printed before the flags by --help.
-      define: adds the flags, as for `load_from_flags`.
+      define: adds the flags.
       expected: the arguments as an error names them: "SRC DST".
+      counts: how many places there may be.
 
     Raises:
-      UserError: a wrong flag, or another number of places than two.
+      UserError: a wrong flag, or another number of places.
+      SystemExit: after --help, with status 0.
+    """
+    values, places = read_flags(argv, usage, define)
+    for argument in places:
+        if argument.startswith("-"):
+            raise _unknown_flag(argument, values, ": see --help")
+    if len(places) not in counts:
+        raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
+    return places, values
+
+
+def read_flags(
+    argv: Sequence[str], usage: str | None, define: Define, title: str = "Flags"
+) -> tuple[flags.FlagValues, list[str]]:
+    """Returns the values of an entry point's flags, and the arguments that are none of them.
+
+    Args:
+      argv: as `sys.argv`, the program's name first.
+      usage: printed before the flags by --help.
+      define: adds the flags.
+      title: printed between the two.
+
+    Raises:
+      UserError: a flag without its value, or with a wrong one.
       SystemExit: after --help, with status 0.
     """
     values = flags.FlagValues()
@@ -111,15 +129,19 @@ def parse(
     define(values)
     flags.DEFINE_bool("help", False, "print this", flag_values=values)
     try:
-        places = values(list(argv))[1:]
-    except flags.Error as error:
+        rest = values(list(argv), known_only=True)[1:]
+    except (flags.Error, ValueError) as error:
         raise UserError(f"{error}: correct the flag") from error
     if values.help:
-        print(f"{usage.strip()}\n\nFlags:\n{flags_help(values)}")
+        print(f"{(usage or '').strip()}\n\n{title}:\n{flags_help(values)}")
         raise SystemExit(0)
-    if len(places) != 2:
-        raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
-    return places, values
+    return values, rest
+
+
+def _unknown_flag(argument: str, names: Iterable[str], hint: str) -> UserError:
+    """Returns the error for an argument that is no flag; it names the nearest flag, or else gives the hint."""
+    near = did_you_mean(argument.lstrip("-").partition("=")[0], names)
+    return UserError(f"unknown argument {quoted(argument)}{near or hint}")
 
 
 def flags_help(values: flags.FlagValues) -> str:
@@ -205,26 +227,33 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
     Raises:
       UserError: an argument that is none, a key that the config lacks, a key without a value.
     """
-    found: dict[str, str] = {}
-    arguments = iter(rest)
-    for argument in arguments:
-        match = OVERRIDE.fullmatch(argument)
-        if match is None:
-            near = did_you_mean(argument.lstrip("-").partition("=")[0], flag_names)
-            hint = near or "; write --flag=value, or --config=FILE for a config"
-            raise UserError(f"unknown argument {quoted(argument)}{hint}")
-        negated, key, text = match.groups()
-        if key not in leaves(config):
-            raise unknown_key(key, config)
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for key in leaves(config):
         parent, name = node(config, key)
-        if text is None and parent.get_type(name) is bool:
-            text = "false" if negated else "true"
-        elif text is None:
-            text = next(arguments, None)
-        if text is None or (negated and parent.get_type(name) is not bool):
-            raise UserError(f"{quoted(argument)} has no value: write --config.{key}=VALUE")
-        found[key] = text
-    return found
+        is_bool = parent.get_type(name) is bool  # may stand without a value, or as --noconfig.KEY
+        flag = flags.Flag(flags.ArgumentParser(), None, f"config.{key}", None, "", boolean=is_bool)
+        flags.DEFINE_flag(flag, flag_values=values)
+    try:
+        unknown = values(["", *rest], known_only=True)[1:]
+    except flags.Error as error:  # the last argument lacks its value
+        raise _override_error(rest[-1], config, flag_names) from error
+    except ValueError as error:
+        raise UserError(f"{error}: correct the flag") from error
+    if unknown:
+        raise _override_error(unknown[0], config, flag_names)
+    return {key: values[f"config.{key}"].value for key in leaves(config) if values[f"config.{key}"].present}
+
+
+def _override_error(argument: str, config: ConfigDict, flag_names: list[str]) -> UserError:
+    """Returns the error for an argument that is no --config.key of a config, or lacks its value."""
+    name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+    if not argument.startswith("-") or not name.startswith("config."):
+        return _unknown_flag(argument, flag_names, "; write --flag=value, or --config=FILE for a config")
+    key = name.removeprefix("config.")
+    if key not in leaves(config):
+        return unknown_key(key, config)
+    return UserError(f"{quoted(argument)} has no value: write --config.{key}=VALUE")
 
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ Two files of one name may differ and two of different names be the same, so wher
 apart they go by these.
 """
 
-import contextlib
 import hashlib
 import os
 import sys
@@ -18,6 +17,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int32, UInt8
 from tqdm import tqdm
+
+from train_jax.core.files import atomic
 
 SIZE = 16  # bytes of a digest
 _THREADS = 4
@@ -105,16 +106,12 @@ def _state(file: str | Path) -> str:
 
 
 def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes under a temporary name and renames; where that cannot be done the next start computes again."""
-    beside = place.with_name(f".{place.name}.{os.getpid()}.npz")  # of several processes each writes its own
+    """Writes the arrays to an .npz; where that is not possible, the next start computes them again."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(beside, **arrays)
-        os.replace(beside, place)
+        with atomic(place) as draft:
+            np.savez(draft, **arrays)
     except OSError as error:
         logging.warning("%s is not kept (%s); it is computed again at the next start.", place, error)
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def place_of(cache: str | Path | None, *source: object) -> Path | None:

@@ -1,9 +1,11 @@
 """Small files of a run, written so that a reader never meets half of one."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,27 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text beside `path`, then renames it: after a crash `path` holds the old text or the new, whole."""
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write a file or a folder at, which is renamed to `path` when the block ends.
+
+    Readers see the old content or the new, never a part; a block that raises leaves `path` as it was. The draft lies
+    beside `path`, whose parents are made, under a name of its own, so that several processes may write at once.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)  # there only if something failed, e.g. a full disk
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        draft = Path(scratch) / path.name
+        yield draft
+        draft.replace(path)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text by `atomic`; even after a power cut `path` holds the old text or the new, whole."""
+    with atomic(path) as draft, draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

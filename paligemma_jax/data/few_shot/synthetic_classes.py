@@ -1,7 +1,5 @@
 """The classes of single synthetic objects as a folder of pictures in CoOp's layout, rendered once and cached."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from paligemma_jax.data.synthetic_clevr.build import VERSION, encode_png, ordere
 from paligemma_jax.data.synthetic_clevr.classes import CLASSES, class_scenes, describe
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES, render_styled
 from train_jax.core.errors import UserError
+from train_jax.core.files import atomic
 
 PER_CLASS = {"train": 16, "val": 4, "test": 10}
 
@@ -51,7 +50,11 @@ def synthetic_classes(
     name = "-".join(["classes", f"v{VERSION}", str(size), *map(str, numbers), str(seed), style])
     folder = Path(cache_dir).expanduser() / name
     if not folder.exists():
-        _build(folder, size, dict(zip(SPLITS, numbers, strict=True)), style, seed, workers, progress)
+        try:
+            _build(folder, size, dict(zip(SPLITS, numbers, strict=True)), style, seed, workers, progress)
+        except OSError:  # another process was first, and its set is the same
+            if not folder.exists():
+                raise
     return read_coop(folder)
 
 
@@ -61,10 +64,8 @@ def class_descriptions() -> dict[str, tuple[str, ...]]:
 
 
 def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: int, workers: int, progress) -> None:
-    """Writes the set aside and renames it at the end, so that a folder that is there is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Writes the set at once, so that a folder that exists is complete."""
+    with atomic(folder) as draft:
         for values in CLASSES:
             (draft / "images" / _folder(values.name)).mkdir(parents=True)
         splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
@@ -82,9 +83,6 @@ def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: i
                 progress(done, len(jobs))
         names = tuple(values.name for values in CLASSES)
         write_split_file(FewShot(folder.name, draft / "images", names, splits), draft)
-        _publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _picture(size: int, style: str, scene: dict) -> bytes:
@@ -93,13 +91,3 @@ def _picture(size: int, style: str, scene: dict) -> bytes:
 
 def _folder(name: str) -> str:
     return name.replace(" ", "_")
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    """Renames the draft; where another process was first, its set, which is the same, stays."""
-    try:
-        draft.chmod(0o755)
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise

@@ -18,6 +18,7 @@ from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.synthetic_clevr.geometry import cast
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
 from paligemma_jax.data.synthetic_clevr.render import render
+from train_jax.core.files import atomic
 
 TEXTS = zlib.crc32(b"pretraining texts")
 
@@ -49,15 +50,15 @@ def build(
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, size, size, 3))
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, (num_scenes, grid**2, 4))
     jobs = ((stream, index, size, grid, num_objects) for index in range(num_scenes))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, open(folder / ".scenes.tmp", "w") as file:
-        for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
-            images[index], patches[index] = image, labels
-            file.write(json.dumps(scene) + "\n")
-            if progress:
-                progress(index + 1, num_scenes)
-    images.flush()
-    patches.flush()
-    (folder / ".scenes.tmp").rename(folder / "scenes.jsonl")
+    with atomic(folder / "scenes.jsonl") as draft:  # is there only beside arrays that are whole
+        with multiprocessing.get_context("spawn").Pool(workers) as pool, draft.open("w") as file:
+            for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
+                images[index], patches[index] = image, labels
+                file.write(json.dumps(scene) + "\n")
+                if progress:
+                    progress(index + 1, num_scenes)
+        images.flush()
+        patches.flush()
     return folder
 
 

@@ -3,9 +3,7 @@
 import io
 import json
 import multiprocessing
-import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,6 +16,7 @@ from paligemma_jax.data.synthetic_clevr.geometry import WINDOW
 from paligemma_jax.data.synthetic_clevr.questions import AnswerBalance, generate_questions
 from paligemma_jax.data.synthetic_clevr.render import render
 from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
+from train_jax.core.files import atomic, write_atomically
 
 VERSION = 1
 """Of the generator: raise it with every change that makes other scenes, pictures, questions or texts of a seed.
@@ -63,30 +62,28 @@ def build_tree(
     """Adds one split to `folder`: images/<split>/*.png, scenes/ and questions/CLEVR_<split>_*.json.
 
     The files are a function of the arguments, except of `progress` (called with scenes done and scenes in all) and
-    `workers` (processes that sample and render). `pixel_coords` refer to the written size. All is written aside and
-    renamed at the end, the questions file last: where it is, the split is complete (`is_built`).
+    `workers` (processes that sample and render). `pixel_coords` refer to the written size. The images, the scenes and
+    the questions appear whole and in this order: where the questions file is, the split is complete (`is_built`).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
-    try:
-        (draft / "images").mkdir()
-        scenes, questions, balance = [], [], AnswerBalance()
-        make = partial(_picture, seed, split, num_objects, width, height)
+    images = folder / "images" / split
+    scenes, questions, balance = [], [], AnswerBalance()
+    make = partial(_picture, seed, split, num_objects, width, height)
+    with atomic(images) as draft:
+        draft.mkdir()
         for scene, png in ordered_map(make, range(first_index, first_index + num_scenes), workers):
-            (draft / "images" / scene["image_filename"]).write_bytes(png)
+            (draft / scene["image_filename"]).write_bytes(png)
             stream = (*split_seed(seed, split), _QUESTION_STREAM, scene["image_index"])
             asked = generate_questions(scene, questions_per_scene, stream, balance)
             questions += [item | {"question_index": len(questions) + k} for k, item in enumerate(asked)]
             scenes.append(_in_pixels(scene, width, height))
             if progress:
                 progress(len(scenes), num_scenes)
-        info = _INFO | {"split": split}
-        _write_json(draft / "scenes.json", {"info": info, "scenes": scenes})
-        _write_json(draft / "questions.json", {"info": info, "questions": questions})
-        _publish(draft, folder, split)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if images.exists():  # left by an interrupted call or an earlier build
+            shutil.rmtree(images)
+    for name, content in (("scenes", scenes), ("questions", questions)):
+        text = json.dumps({"info": _INFO | {"split": split}, name: content}, separators=(",", ":"))
+        write_atomically(folder / name / f"CLEVR_{split}_{name}.json", text)
 
 
 def is_built(folder: str | Path, split: str) -> bool:
@@ -118,18 +115,3 @@ def _in_pixels(scene: dict[str, Any], width: int, height: int) -> dict[str, Any]
         return item | {"pixel_coords": [round(x * scale[0]), round(y * scale[1]), depth]}
 
     return scene | {"objects": [moved(item) for item in scene["objects"]]}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-
-
-def _publish(draft: Path, folder: Path, split: str) -> None:
-    for name in ("images", "scenes", "questions"):
-        (folder / name).mkdir(exist_ok=True)
-    images = folder / "images" / split
-    if images.exists():  # left by an interrupted call or an earlier build
-        shutil.rmtree(images)
-    os.replace(draft / "images", images)
-    for name in ("scenes", "questions"):
-        os.replace(draft / f"{name}.json", folder / name / f"CLEVR_{split}_{name}.json")

@@ -1,11 +1,11 @@
 """Image features of a frozen tower, computed once an image and reused: a bounded cache, and a store for training."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from cachetools import LRUCache
 from jax.sharding import Mesh
 
 from paligemma_jax.data.records import BadRow, Record, Source, Subset
@@ -46,9 +46,8 @@ class FeatureCache:
 
     def __init__(self, encode: Encode, batch_size: int, max_bytes: int):
         """`encode` is called with exactly `batch_size` images, so that it compiles once."""
-        self._encode, self._batch_size, self._max_bytes = encode, batch_size, max_bytes
-        self._features: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self._encode, self._batch_size = encode, batch_size
+        self._features: LRUCache[int, np.ndarray] = LRUCache(max_bytes, getsizeof=lambda value: value.nbytes)
 
     def get(self, keys: list[int], fetch: Callable[[list[int]], list[np.ndarray]]) -> np.ndarray:
         """Features [len(keys), P, D] of the images with these keys; `fetch` reads those not held."""
@@ -57,17 +56,11 @@ class FeatureCache:
         for start in range(0, len(missing), self._batch_size):
             part = missing[start : start + self._batch_size]
             fresh |= zip(part, _encode_some(self._encode, fetch(part), self._batch_size), strict=True)
-        out = np.stack([fresh[key] if key in fresh else self._touch(key) for key in keys])
+        out = np.stack([fresh[key] if key in fresh else self._features[key] for key in keys])
         for key, value in fresh.items():
-            self._features[key] = value.copy()  # not a view, which would keep the whole batch alive
-            self._bytes += value.nbytes
-        while self._bytes > self._max_bytes and self._features:
-            self._bytes -= self._features.popitem(last=False)[1].nbytes
+            if value.nbytes <= self._features.maxsize:
+                self._features[key] = value.copy()  # not a view, which would keep the whole batch alive
         return out
-
-    def _touch(self, key: int) -> np.ndarray:
-        self._features.move_to_end(key)
-        return self._features[key]
 
 
 class FeatureStore(DataSource):

@@ -38,7 +38,7 @@ from paligemma_jax.tasks.vqa.evaluation import Evaluation, candidate_answers
 from paligemma_jax.tasks.vqa.pictures import save_sheet
 from train_jax import loop
 from train_jax.core.errors import UserError
-from train_jax.core.files import to_json
+from train_jax.core.files import atomic, to_json
 
 MOST_TRAINING_ROWS = 20_000  # read for the most frequent answers
 SHEET = 12  # scenes on the contact sheet
@@ -185,17 +185,14 @@ def _untrained(task, model):
 
 @contextlib.contextmanager
 def _writer(file: Path) -> Iterator:
-    """Appends answers to a JSONL file that takes its name when it is complete; only the primary process writes."""
+    """Yields a function that appends an answer to a JSONL file; only the primary process writes."""
     if jax.process_index() != 0:
         yield lambda answer: None
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as out:
+    with atomic(file) as draft, draft.open("w", encoding="utf-8") as out:
 
         def write(answer: Answer) -> None:
             row = dataclasses.asdict(answer)
             out.write(to_json(row | {"correct": exact_match(answer.prediction, answer.reference)}) + "\n")
 
         yield write
-    beside.replace(file)

@@ -26,6 +26,7 @@ from paligemma_jax.weights.adapters.peft_names import PREFIX, RELEASES, Slot, di
 from paligemma_jax.weights.hugging_face.folder import Folder
 from paligemma_jax.weights.name_table import listed
 from train_jax.core.errors import UserError
+from train_jax.core.files import atomic
 
 FILE = "adapter_model.safetensors"
 Shardings = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
@@ -213,10 +214,8 @@ def save_peft(
         if rank:
             arrays |= _written(slot, module, rank, release)
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FILE}.partial"
-    save_file(arrays, partial, metadata={"format": "pt"})
-    partial.replace(folder / FILE)
+    with atomic(folder / FILE) as draft:
+        save_file(arrays, draft, metadata={"format": "pt"})
     (folder / peft_config.FILE).write_text(config.text)
 
 

@@ -1,7 +1,6 @@
 """npz archives read and written an array, or a layer of one, at a time; bfloat16 as numpy stores it (void16)."""
 
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from train_jax.core.errors import UserError
+from train_jax.core.files import atomic
 
 PREFIX = "params/"
 VOID16 = np.dtype("V2")
@@ -113,16 +113,10 @@ class Npz:
 
 def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes arrays one by one, names prefixed with `params/` as released files have them; whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, array in arrays:
-                array = np.asarray(array, order="C")
-                if array.dtype == ml_dtypes.bfloat16:
-                    array = array.view(VOID16)
-                with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(file) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays:
+            array = np.asarray(array, order="C")
+            if array.dtype == ml_dtypes.bfloat16:
+                array = array.view(VOID16)
+            with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

@@ -1,6 +1,7 @@
 """Writes a Hugging Face folder: config.json, and safetensors in one file or in shards with an index."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,23 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     written: list[list[str]] = []
     total = 0
-    for shard in _shards(arrays, max_shard_size):
-        save_file(shard, folder / f"part-{len(written)}.partial", metadata={"format": "pt"})
-        written.append(list(shard))
-        total += sum(array.nbytes for array in shard.values())
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
-    files = ["model.safetensors"]
-    if len(written) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
-        where = {name: file for names, file in zip(written, files, strict=True) for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    for i, file in enumerate(files):
-        (folder / f"part-{i}.partial").replace(folder / file)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as scratch:
+        drafts: list[Path] = []
+        for shard in _shards(arrays, max_shard_size):
+            drafts.append(Path(scratch) / f"{len(drafts)}.safetensors")
+            save_file(shard, drafts[-1], metadata={"format": "pt"})
+            written.append(list(shard))
+            total += sum(array.nbytes for array in shard.values())
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
+        names = ["model.safetensors"]
+        if len(drafts) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(drafts):05d}.safetensors" for i in range(len(drafts))]
+            where = {array: name for shard, name in zip(written, names, strict=True) for array in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            write_json(folder / "model.safetensors.index.json", index)
+        for draft, name in zip(drafts, names, strict=True):
+            draft.replace(folder / name)
     write_json(folder / "config.json", config)
 
 

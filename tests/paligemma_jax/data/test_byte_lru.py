@@ -25,8 +25,16 @@ def test_keeps_what_was_used_last_within_the_bytes():
 def test_a_value_larger_than_the_bound_is_kept_alone():
     cache = ByteLRU(10)
     cache.get("a", lambda: (1, 3))
-    assert cache.get("b", lambda: (2, 50)) == 2 and cache.nbytes == 50
+    assert cache.get("b", lambda: (2, 50)) == 2
     assert cache.get("b", lambda: pytest.fail("loaded twice")) == 2
+    assert cache.get("a", lambda: (3, 3)) == 3 and cache.nbytes == 3
+
+
+def test_a_bound_of_zero_keeps_the_newest_value_alone():
+    loads, cache = [], ByteLRU(0)
+    for key in "aabba":
+        cache.get(key, lambda key=key: (loads.append(key), 4))
+    assert loads == ["a", "b", "a"]
 
 
 def test_a_failed_load_leaves_no_trace():
@@ -57,7 +65,7 @@ def test_threads_load_different_values_at_the_same_time():
         assert list(found) == ["a", "b"] and cache.nbytes == 2
 
 
-def test_who_waits_for_a_load_that_fails_gets_its_error_and_the_next_loads_anew():
+def test_waiting_threads_get_the_error_of_a_failed_load_and_the_next_call_loads_again():
     cache, begun, go = ByteLRU(100), threading.Event(), threading.Event()
 
     def load():

@@ -6,7 +6,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from train_jax.config.base import base_config, to_json
-from train_jax.config.command_line import default_workdir, load_from_flags, run
+from train_jax.config.command_line import default_workdir, load_from_flags, parse, run
 from train_jax.core.errors import UserError
 
 TASK = f"{__name__}:Dummy"
@@ -134,6 +134,11 @@ def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
         (["--config.total_steps=2", "--config.total_examples=9"],
          "--config.total_steps and --config.total_examples are both given, expected one: leave one out"),
         (["--workdr=x"], "unknown argument '--workdr=x'; did you mean 'workdir'?"),
+        (["--noconfig.model.causal=no"], "--noconfig.model.causal=no does not take an argument: correct the flag"),
+        (["--workdr", "x"], "unknown argument '--workdr'; did you mean 'workdir'?"),
+        (["--config.batchsize", "3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
+        (["--config.seed=1", "--workdir"], "Missing value for flag --workdir: correct the flag"),
+        (["--nohelp=3"], "--nohelp=3 does not take an argument: correct the flag"),
         (["stray"], "unknown argument 'stray'; write --flag=value, or --config=FILE for a config"),
     ],
 )  # fmt: skip
@@ -206,6 +211,36 @@ def test_entry_points_add_flags(file):
     assert values.print_batch and values.image == ["a", "b"] and values.split == "train"
     with pytest.raises(UserError, match="split=tain.*should be one of"):
         load(f"--config={file}", "--split=tain", define=define)
+
+
+def copy_flags(values):
+    flags.DEFINE_string("format", None, "of the copy", flag_values=values)
+
+
+def test_a_command_of_places_and_flags_in_any_order():
+    places, values = parse(["copy", "a", "--format", "x", "b"], "", copy_flags, "SRC DST")
+    assert (places, values.format) == (["a", "b"], "x")
+    assert parse(["copy", "a"], "", copy_flags, "SRC [DST]", counts=(1, 2))[0] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ([], "found nothing, expected SRC DST: see --help"),
+        (["a", "b", "c"], "found a b c, expected SRC DST: see --help"),
+        (["a", "b", "--fromat=x"], "unknown argument '--fromat=x'; did you mean 'format'?"),
+        (["a", "b", "--zzz"], "unknown argument '--zzz': see --help"),
+        (["a", "b", "--format"], "Missing value for flag --format: correct the flag"),
+    ],
+)
+def test_mistakes_in_places_and_flags_are_one_sentence(arguments, sentence):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        parse(["copy", *arguments], "", copy_flags, "SRC DST")
+
+
+def test_values_of_keys_may_hold_anything(file):
+    config, _, _ = load(f"--config={file}", "--config.model.name=a=b\n--c", "--config.seed", "-1")
+    assert (config.model.name, config.seed) == ("a=b\n--c", -1)
 
 
 def test_help_prints_usage_and_flags(capsys):

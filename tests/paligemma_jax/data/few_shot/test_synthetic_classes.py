@@ -1,12 +1,14 @@
 """The set of single objects on disk: cached, divided, and the same scenes in every style."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from paligemma_jax.data.few_shot import protocols
+from paligemma_jax.data.few_shot.coop import write_split_file
 from paligemma_jax.data.few_shot.descriptions import read_descriptions, write_descriptions
 from paligemma_jax.data.few_shot.synthetic_classes import class_descriptions, synthetic_classes
 from paligemma_jax.data.synthetic_clevr.classes import CLASSES, in_halves
@@ -38,6 +40,18 @@ def test_every_class_has_its_pictures(plain):
 def test_it_is_rendered_once(cache, plain, monkeypatch):
     monkeypatch.setattr("paligemma_jax.data.few_shot.synthetic_classes.class_scenes", None)
     assert synthetic_classes(cache, 16, FEW).digest == plain.digest
+
+
+def test_of_two_processes_the_first_one_s_set_stays(tmp_path, plain, monkeypatch):
+    folder = tmp_path / plain.root.parent.name
+
+    def write_after_the_other(dataset, draft):
+        shutil.copytree(plain.root.parent, folder)
+        write_split_file(dataset, draft)
+
+    monkeypatch.setattr("paligemma_jax.data.few_shot.synthetic_classes.write_split_file", write_after_the_other)
+    assert synthetic_classes(tmp_path, 16, FEW).digest == plain.digest
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_splits_share_no_picture(plain):

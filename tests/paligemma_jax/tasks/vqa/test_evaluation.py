@@ -370,11 +370,26 @@ def test_the_cache_encodes_an_image_once_and_stays_small():
     np.testing.assert_array_equal(cache.get([2, 5], fetch)[:, 0, 0], [4, 10])
     assert fetched == [5, 1, 2]
     cache.get([9], fetch)  # the fourth: 1 was used longest ago
-    assert cache._bytes == 3 * 2 * 3 * 4
+    assert cache._features.currsize == 3 * 2 * 3 * 4
     cache.get([2, 5, 9], fetch)
     assert fetched == [5, 1, 2, 9]
     np.testing.assert_array_equal(cache.get(list(range(20, 30)), fetch)[:, 1, 2], 2.0 * np.arange(20, 30))
-    assert encoded[-3:] == [4, 4, 4] and cache._bytes <= 3 * 2 * 3 * 4
+    assert encoded[-3:] == [4, 4, 4] and cache._features.currsize <= 3 * 2 * 3 * 4
+
+
+def test_a_cache_smaller_than_one_image_keeps_nothing():
+    fetched = []
+
+    def fetch(keys):
+        fetched.extend(keys)
+        return [np.full((2, 3), key, np.float32) for key in keys]
+
+    for max_bytes in (0, 2 * 3 * 4 - 1):
+        cache = FeatureCache(lambda images: images * 2.0, batch_size=2, max_bytes=max_bytes)
+        for _ in range(2):
+            np.testing.assert_array_equal(cache.get([7, 7], fetch)[:, 0, 0], [14, 14])
+        assert cache._features.currsize == 0
+    assert fetched == [7] * 4
 
 
 def test_features_are_those_of_the_tower(options, mini_rows):

@@ -1,0 +1,1 @@
+"""The command lines of predict.py and of the installed `paligemma-jax`."""
