@@ -121,8 +121,7 @@ class EncoderAttention(nnx.Module):
         scores = jnp.einsum("ND,BSD->BNS", q_w_k, x, preferred_element_type=jnp.float32)
         weights = numerics.cast(jax.nn.softmax(scores, axis=-1), dtype)
         mean = jnp.einsum("BNS,BSD->BND", weights, x, preferred_element_type=jnp.float32)
-        out = jnp.einsum("BND,DNH->BNH", mean, w_v)
-        out = out + numerics.broadcast(self.v_proj.bias[...].astype(jnp.float32), out)
+        out = self.v_proj.add_bias(jnp.einsum("BND,DNH->BNH", mean, w_v))
         return self.out_proj(out[:, None], None, jnp.float32)
 
     @property

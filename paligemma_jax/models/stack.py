@@ -37,7 +37,7 @@ def scan_stack(
     *,
     remat: str = "none",
     unroll: bool = False,
-    row_axes=0,
+    row_axes: int | tuple[int, ...] = 0,
 ):
     """Runs `call(block, carry, x) -> (carry, y)` over the stacked blocks, rematerializing one block at a time.
 

@@ -176,7 +176,7 @@ def resample_positions(positions: np.ndarray, new_grid: int, method: str) -> np.
     table = np.asarray(positions, np.float32).reshape(grid, grid, -1)
     if method == "bilinear":
         zoom = (new_grid / grid, new_grid / grid, 1)
-        table = scipy.ndimage.zoom(table, zoom, order=1)
+        table = np.asarray(scipy.ndimage.zoom(table, zoom, order=1))
     elif method == "bicubic":
         weights = _bicubic_weights(grid, new_grid)
         table = np.einsum("Yy,Xx,yxD->YXD", weights, weights, table)

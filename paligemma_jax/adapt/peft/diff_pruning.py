@@ -12,7 +12,7 @@ clipped alike. A run saves the difference in a sparse format.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,8 @@ def diff_projections(model: nnx.Module) -> dict[str, Projection]:
 def expected_share(model: nnx.Module) -> Float[Array, ""]:
     """Returns the expected share of entries that change, 0 to 1, which is the penalty."""
     kernels = [module.kernel for module in diff_projections(model).values()]
-    return sum(kernel.expected_nonzero() for kernel in kernels) / sum(kernel.size for kernel in kernels)
+    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # or 0 for the type checker
+    return nonzero / sum(kernel.size for kernel in kernels)
 
 
 def merge_diff(model: nnx.Module) -> nnx.Module:
@@ -168,8 +169,12 @@ def add_sparse(model: nnx.Module, file: str | Path) -> nnx.Module:
         path = name.removesuffix("/kernel/positions")
         positions, values = saved[name], saved.get(f"{path}/kernel/values")
         kernel = modules[path].kernel if path in modules else None
-        plain = isinstance(kernel, nnx.Variable) and values is not None and values.shape == positions.shape
-        if not plain or (positions.size and not 0 <= positions.min() <= positions.max() < kernel.size):
+        if (
+            not isinstance(kernel, nnx.Variable)
+            or values is None
+            or values.shape != positions.shape
+            or (positions.size and not 0 <= positions.min() <= positions.max() < kernel.size)
+        ):
             raise UserError(f"{file} changes {path}, which this model has not in that size: load it on its own base.")
         flat = kernel[...].astype(jnp.float32).ravel().at[positions].add(values)
         kernel[...] = flat.reshape(kernel.shape).astype(kernel.dtype)

@@ -8,7 +8,7 @@ gradient.
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,8 @@ class QuantizedKernel(nnx.Module):
         lead = x.shape[: x.ndim - len(self.in_shape)]
         x = x.reshape(*lead, -1)
         if self.outlier_threshold is None:
-            y = _frozen_product(self.codec, self.matrix_shape, x.dtype, self.arrays, x)
+            # A cast, as the partial of jax.custom_vjp loses the type.
+            y = cast(Array, _frozen_product(self.codec, self.matrix_shape, x.dtype, self.arrays, x))
         else:
             y = int8.split_product(self.arrays, x, self.outlier_threshold)
         return y.reshape(*lead, *self.out_shape)
