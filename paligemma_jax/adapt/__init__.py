@@ -1,1 +1,1 @@
-"""Changes to a loaded model that leave its code alone."""
+"""Adapters, prompts and quantization, applied to a loaded model without changes to its code."""

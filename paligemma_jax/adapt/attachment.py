@@ -1,60 +1,67 @@
-"""How a method's parameters come to stand beside a layer's own, and go again: the one mechanism of all adapters.
+"""Adds an adapter's parameters to a layer and removes them again, for all methods.
 
-Models know no adapter. A method is a subclass of the layer that it changes, with attributes of its own in `ADDS`:
+Models contain no adapter code. An adapter is a subclass of the layer that it changes; `ADDS` names its attributes:
 
   class LoraProjection(Projection):
       ADDS = ("lora_a", "lora_b", ...)
 
 `attach` turns a layer of a model into an instance of the subclass, in place, and `detach` turns it back. The layer
-stays where it is, so its parameters keep their paths ("q_proj/kernel"), and the method's lie beside them
-("q_proj/lora_a").
+keeps its place in the model, so its parameters keep their paths ("q_proj/kernel"), and those of the adapter are beside
+them ("q_proj/lora_a").
 """
 
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from flax import nnx
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 
-class Adapted(Protocol):
-    """A layer class of a method; its first base class is the layer without it."""
+class Adapter(Protocol):
+    """A subclass of a layer; its first base class is the layer without the adapter."""
 
     ADDS: ClassVar[tuple[str, ...]]
 
 
-def attach(layer: nnx.Module, kind: type[Layer], **attributes: Any) -> Layer:
-    """Makes a layer an instance of `kind`, in place, with the attributes that it adds.
+def attach(layer: nnx.Module, adapter: type[Layer], **attributes: Any) -> Layer:
+    """Makes a layer an instance of `adapter`, in place, with the attributes that it adds.
 
     Args:
-      layer: an instance of the class that `kind` extends.
-      kind: see `Adapted`.
-      attributes: a value for each name of `kind.ADDS`: Variables and modules, `nnx.data(None)` in place of one that is
-        absent, or settings.
+      layer: an instance of the base class of `adapter`.
+      adapter: see `Adapter`.
+      attributes: a value for each name of `adapter.ADDS`: Variables, modules, `nnx.data(None)` for an absent one, or
+        settings.
 
     Raises:
-      TypeError: the layer is of another class, or the attributes are not those of `kind`.
+      TypeError: the layer is of another class, or the attributes are not those of `adapter`.
     """
-    if type(layer) is not kind.__base__ or set(attributes) != set(kind.ADDS):
+    names = cast(type[Adapter], adapter).ADDS
+    if type(layer) is not _base_class(adapter) or set(attributes) != set(names):
         raise TypeError(
-            f"{kind.__name__} with {sorted(attributes)} is to extend a {type(layer).__name__}, "
-            f"expected a {kind.__base__.__name__} and {sorted(kind.ADDS)}."
+            f"{adapter.__name__} with {sorted(attributes)} is to extend a {type(layer).__name__}, "
+            f"expected a {_base_class(adapter).__name__} and {sorted(names)}."
         )
-    object.__setattr__(layer, "__class__", kind)
+    object.__setattr__(layer, "__class__", adapter)
     for name, value in attributes.items():
         setattr(layer, name, value)
-    return layer
+    return cast(Layer, layer)
 
 
-def detach(layer: nnx.Module, kind: type[nnx.Module]) -> nnx.Module:
-    """Undoes `attach`, in place; a layer that is no instance of `kind` stays as it is."""
-    if type(layer) is not kind:
+def detach(layer: nnx.Module, adapter: type[nnx.Module]) -> nnx.Module:
+    """Undoes `attach`, in place; a layer that is not an instance of `adapter` is returned unchanged."""
+    if type(layer) is not adapter:
         return layer
-    for name in kind.ADDS:
+    names = cast(type[Adapter], adapter).ADDS
+    for name in names:
         delattr(layer, name)
-    # NNX keeps a table of which attributes hold data; a layer that never had these does not name them.
+    # NNX keeps a table of the attributes that hold data, in which a layer without the adapter does not list these.
     table = layer._pytree__nodes
-    rest = {name: is_data for name, is_data in table.items() if name not in kind.ADDS}
-    object.__setattr__(layer, "_pytree__nodes", type(table)(rest))
-    object.__setattr__(layer, "__class__", kind.__base__)
+    base_nodes = {name: is_data for name, is_data in table.items() if name not in names}
+    object.__setattr__(layer, "_pytree__nodes", type(table)(base_nodes))
+    object.__setattr__(layer, "__class__", _base_class(adapter))
     return layer
+
+
+def _base_class(adapter: type[nnx.Module]) -> type[nnx.Module]:
+    """Returns the layer class that an adapter extends."""
+    return adapter.__bases__[0]

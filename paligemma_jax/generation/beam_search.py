@@ -1,11 +1,11 @@
-"""Beam search over a decoder with a key/value cache, by the rules of transformers' `generate(num_beams=K)`.
+"""Beam search over a decoder with a key/value cache, with the rules of transformers' `generate(num_beams=K)`.
 
-A step extends the K open hypotheses of a row by every word and looks at the best 2 K extensions:
-- one that ends (in EOS, or because it is the last step) and ranks among the first K joins the row's K best closed
-  hypotheses, which are ordered by score = sum of log p / length ** length_penalty, EOS counted in both;
-- the best K of those that do not end in EOS stay open.
-A row is done when it has K closed hypotheses, none of which scores below the best open one as it stands now. That is
-transformers' default (`early_stopping=False`): a heuristic, since a longer hypothesis can have a better mean.
+A step extends the K open hypotheses of a row by every token and keeps the best 2 K extensions as candidates:
+- a candidate that ends (in EOS, or because this is the last step) and ranks among the first K joins the row's K best
+  closed hypotheses, ordered by score = sum of log p / length ** length_penalty, EOS counted in both;
+- the best K candidates that do not end in EOS stay open.
+A row is done when it has K closed hypotheses and none scores below the current score of the best open one. This is
+transformers' default (`early_stopping=False`), a heuristic, since a longer hypothesis can have a better mean.
 
 With K = 1 this is greedy decoding; with K at least the number of open hypotheses it is exhaustive search.
 
@@ -24,17 +24,19 @@ from train_jax.core import row_sharding
 
 
 class Hypotheses(NamedTuple):
-    """K hypotheses a row, best first; places not taken have -inf."""
+    """K hypotheses per row, best first; unused slots have the score -inf."""
 
     tokens: Int[Array, "B K N"]  # 0 after the end
-    scores: Float[Array, "B K"]  # open: sum of log p; closed: with length normalisation
+    scores: Float[Array, "B K"]  # sum of log p; of closed hypotheses, divided by length ** length_penalty
 
 
-class _State(NamedTuple):
+class _BeamState(NamedTuple):
+    """The state of the search between steps."""
+
     open: Hypotheses
     closed: Hypotheses
-    parents: Int[Array, "B K"]  # the beam each open hypothesis came from in the last step
-    done: Bool[Array, " B"]  # closed hypotheses are final
+    parents: Int[Array, "B K"]  # the beam that each open hypothesis extends
+    done: Bool[Array, " B"]  # whether the closed hypotheses are final
 
 
 def beam_search(
@@ -48,31 +50,31 @@ def beam_search(
     eos_id: Int[Array, ""] | int,
     length_penalty: Float[Array, ""] | float,
 ) -> tuple[Int[Array, "B N"], Float[Array, " B"], Int[Array, ""]]:
-    """The best closed hypothesis of every row.
+    """Returns the best closed hypothesis of every row.
 
     Args:
-      logits: float32, of the first new token.
-      cache: {"k", "v"} of [L, B, S, heads, width] that holds the prompt in its first slots.
-      advance: (cache of B K rows, tokens [B K], index of these tokens) -> (logits [B K, V] of the next, cache).
+      logits: float32 logits of the first new token.
+      cache: {"k", "v"} of [L, B, S, heads, width], with the prompt in its first slots.
+      advance: (cache of B K rows, tokens [B K], index of these tokens) -> (logits [B K, V] of the next token, cache).
       num_beams: K.
       num_tokens: N.
-      prompt_slots: first cache slots, which the beams of a row share, so that reordering leaves them alone.
-      eos_id: ends a hypothesis; -1 for never.
+      prompt_slots: number of slots of the prompt, which the beams of a row share, so they are not reordered.
+      eos_id: id that ends a hypothesis, or -1 for none.
       length_penalty: exponent of the length; 0 ranks by the sum, 1 by the mean log-probability.
 
     Returns:
       Tokens with 0 after the end, their score, and the number of steps taken.
     """
     rows = logits.shape[0]
-    nothing = Hypotheses(
+    empty = Hypotheses(
         jnp.zeros((rows, num_beams, num_tokens), jnp.int32), jnp.full((rows, num_beams), -jnp.inf, jnp.float32)
     )
-    root = nothing._replace(scores=nothing.scores.at[:, 0].set(0.0))
+    root = empty._replace(scores=empty.scores.at[:, 0].set(0.0))
     parents = jnp.zeros((rows, num_beams), jnp.int32)
-    state = _State(root, nothing, parents, jnp.zeros((rows,), bool))
+    state = _BeamState(root, empty, parents, jnp.zeros((rows,), bool))
     extend_rows = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
 
-    def extend(state: _State, step, logits) -> _State:
+    def extend(state: _BeamState, step, logits) -> _BeamState:
         return extend_rows(state, step, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
 
     def body(carry):
@@ -88,49 +90,51 @@ def beam_search(
     return state.closed.tokens[:, 0], state.closed.scores[:, 0], steps
 
 
-def _extend(state: _State, step: Int[Array, ""], log_probs: Float[Array, "B K V"], eos_id, length_penalty) -> _State:
-    """One step of every row, from the log-probabilities of what follows the `step` tokens of each open hypothesis."""
+def _extend(
+    state: _BeamState, step: Int[Array, ""], log_probs: Float[Array, "B K V"], eos_id, length_penalty
+) -> _BeamState:
+    """Runs one step of every row, given the log-probabilities of token `step` of each open hypothesis."""
     rows, num_beams, vocab = log_probs.shape
     totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
     scores, index = lax.top_k(totals, 2 * num_beams)
-    parents, words = index // vocab, (index % vocab).astype(jnp.int32)
+    parents, new_tokens = index // vocab, (index % vocab).astype(jnp.int32)
     tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
-    candidates = Hypotheses(tokens.at[:, :, step].set(words), scores)  # [B, C]
+    candidates = Hypotheses(tokens.at[:, :, step].set(new_tokens), scores)  # [B, C]
 
     length = step + 1
     is_last = length == tokens.shape[-1]
-    closes = ((words == eos_id) | is_last) & (jnp.arange(2 * num_beams) < num_beams)[None, :]
+    closes = ((new_tokens == eos_id) | is_last) & (jnp.arange(2 * num_beams) < num_beams)[None, :]
     normalizer = length.astype(jnp.float32) ** length_penalty
     ended = candidates._replace(scores=jnp.where(closes, scores / normalizer, -jnp.inf))
     closed, _ = _best(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.closed, ended), num_beams)
-    closed = jax.tree.map(lambda old, new: jnp.where(_like(state.done, new), old, new), state.closed, closed)
+    closed = jax.tree.map(lambda old, new: jnp.where(_expand_like(state.done, new), old, new), state.closed, closed)
 
-    going = candidates._replace(scores=jnp.where(words == eos_id, -jnp.inf, scores))
-    still_open, chosen = _best(going, num_beams)
+    unfinished = candidates._replace(scores=jnp.where(new_tokens == eos_id, -jnp.inf, scores))
+    still_open, indices = _best(unfinished, num_beams)
     done = state.done | (closed.scores[:, -1] >= still_open.scores[:, 0] / normalizer)
-    parents = jnp.take_along_axis(parents, chosen, axis=1).astype(jnp.int32)
-    return _State(still_open, closed, parents, done)
+    parents = jnp.take_along_axis(parents, indices, axis=1).astype(jnp.int32)
+    return _BeamState(still_open, closed, parents, done)
 
 
 def _best(hypotheses: Hypotheses, count: int) -> tuple[Hypotheses, Int[Array, "B K"]]:
-    """The `count` best hypotheses of every row, best first (of equal ones the earlier), and where they stood."""
-    scores, chosen = lax.top_k(hypotheses.scores, count)
-    return Hypotheses(jnp.take_along_axis(hypotheses.tokens, chosen[..., None], axis=1), scores), chosen
+    """Returns the `count` best hypotheses of every row and their indices, best first; ties keep their order."""
+    scores, indices = lax.top_k(hypotheses.scores, count)
+    return Hypotheses(jnp.take_along_axis(hypotheses.tokens, indices[..., None], axis=1), scores), indices
 
 
-def _like(row_flags: Bool[Array, " B"], array: Array) -> Bool[Array, "B ..."]:
+def _expand_like(row_flags: Bool[Array, " B"], array: Array) -> Bool[Array, "B ..."]:
     return row_flags.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def _reorder(cache: dict[str, Array], parents: Int[Array, "B K"], start: int) -> dict[str, Array]:
-    """Gives every beam its parent's slots from `start` on."""
+    """Copies to every beam its parent's slots from `start` on."""
     rows, num_beams = parents.shape
 
     def reordered(array):
-        own = array[:, :, start:]
-        beams = own.reshape(len(own), rows, num_beams, -1)
-        # Among the beams of a row, not among all: rows may lie on different devices.
-        taken = jnp.take_along_axis(beams, parents[None, :, :, None], axis=2).reshape(own.shape)
-        return lax.dynamic_update_slice_in_dim(array, taken, start, axis=2)
+        new_slots = array[:, :, start:]
+        beams = new_slots.reshape(len(new_slots), rows, num_beams, -1)
+        # Beams are gathered within a row, since rows may lie on different devices.
+        of_parents = jnp.take_along_axis(beams, parents[None, :, :, None], axis=2).reshape(new_slots.shape)
+        return lax.dynamic_update_slice_in_dim(array, of_parents, start, axis=2)
 
     return jax.tree.map(reordered, cache)

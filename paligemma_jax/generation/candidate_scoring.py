@@ -1,18 +1,18 @@
-"""Likelihood of every one of a few given continuations, all in one forward pass: which of 28 answers fits best?
+r"""Log-likelihood of given continuations (the answers of a multiple-choice question, say), in one forward pass.
 
-The candidates stand behind the prompt side by side, each blind to the others and each with the positions it would have
-alone. Two candidates, "red <eos>" and "a b <eos>" (M = 3), behind a prompt of three tokens and two patches; the last
-token of a candidate is only a target, so M - 1 of them are fed:
+The candidates follow the prompt one after another, do not attend to one another, and have the positions that each would
+have alone. For example, two candidates, "red <eos>" and "a b <eos>" (M = 3), after two patches and a prompt of three
+tokens; the last token of a candidate is only a target, so M - 1 tokens are inputs:
 
-                i i bos q \\n  red <eos>  a b
-  positions     0 1  2  3  4   5   6     5 6
-  \\n     reads  1 1  1  1  1   0   0     0 0    predicts red, and a
-  red    reads  1 1  1  1  1   1   0     0 0    predicts <eos>
-  a      reads  1 1  1  1  1   0   0     1 0    predicts b
-  b      reads  1 1  1  1  1   0   0     1 1    predicts <eos>
+                   i i bos q \n  red <eos>  a b
+  positions        0 1  2  3  4   5   6     5 6
+  \n   attends to  1 1  1  1  1   0   0     0 0    predicts red, and a
+  red  attends to  1 1  1  1  1   1   0     0 0    predicts <eos>
+  a    attends to  1 1  1  1  1   0   0     1 0    predicts b
+  b    attends to  1 1  1  1  1   0   0     1 1    predicts <eos>
 
-Axes: B prompts, P patches, T prompt tokens, C candidates, M candidate tokens, D width, S = P + T slots of a prompt,
-Q = S + C (M - 1) of all.
+Axes: B prompts, P patches, T prompt tokens, C candidates, M candidate tokens, D width, S = P + T prompt slots,
+Q = S + C (M - 1) slots in all.
 """
 
 import functools
@@ -23,8 +23,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.generation.generate import take_last
-from paligemma_jax.generation.inputs import check_images, check_prompt, is_known, keep_words
+from paligemma_jax.generation.generate import last_real
+from paligemma_jax.generation.inputs import check_images, check_prompt, check_token_ids, has_values
 from paligemma_jax.losses import token_log_probs
 from paligemma_jax.models.numerics import cast
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
@@ -41,18 +41,18 @@ def score_candidates(
     chunk_size: int = 256,
     vocab_chunk: int | None = None,
 ) -> Float[Array, "B C"]:
-    """Log-likelihood of each candidate after each prompt, in nats: the sum of log p over its tokens.
+    """Returns the log-likelihood of each candidate after each prompt, in nats: the sum of log p over its tokens.
 
     Args:
       model: a PaliGemma, with or without adapters.
       image_features: float [B, P, D] from `model.encode_image`.
-      tokens, mask_input: the prompts, as `generate` takes them.
-      candidates: int [C, M], one continuation a row, EOS included if the sum should count it, padding on the right.
-      candidate_mask: bool or int [C, M], true on real tokens. What stands on pads is ignored.
-      chunk_size, vocab_chunk: how many logits are held at a time, see `losses.token_cross_entropy`.
+      tokens, mask_input: the prompts, as in `generate`.
+      candidates: int [C, M], one continuation per row, with EOS if it should count, padded on the right.
+      candidate_mask: bool or int [C, M], true on real tokens; the ids of padding are ignored.
+      chunk_size, vocab_chunk: see `losses.token_cross_entropy`.
 
     Raises:
-      UserError: arguments whose shapes, types or values do not fit.
+      UserError: arguments of a wrong shape, dtype or value.
     """
     tokens, mask_input = check_prompt(model, tokens, mask_input)
     candidates, candidate_mask = _check_candidates(model, candidates, candidate_mask)
@@ -73,17 +73,17 @@ def _score(
 ) -> Float[Array, "B C"]:
     rows, (count, length) = len(tokens), candidates.shape
     features = model.context(features)
-    fed = jnp.broadcast_to(candidates[:, :-1].reshape(-1), (rows, count * (length - 1)))
+    inputs = jnp.broadcast_to(candidates[:, :-1].reshape(-1), (rows, count * (length - 1)))
     valid, _ = join_masks(features.shape[1], mask_input, jnp.zeros(tokens.shape, jnp.int32))
-    positions, mask = _packed(valid, count, length - 1)
-    hidden, _ = model.decode(features, jnp.concatenate([tokens, fed], axis=1), positions, mask)
+    positions, mask = _positions_and_mask(valid, count, length - 1)
+    hidden, _ = model.decode(features, jnp.concatenate([tokens, inputs], axis=1), positions, mask)
 
-    prompt, behind = jnp.split(hidden, [tokens.shape[1]], axis=1)
-    first = jnp.broadcast_to(take_last(prompt, mask_input)[:, None, None], (rows, count, 1, hidden.shape[-1]))
-    before = jnp.concatenate([first, behind.reshape(rows, count, length - 1, hidden.shape[-1])], axis=2)  # [B, C, M, D]
+    of_prompt, of_inputs = jnp.split(hidden, [tokens.shape[1]], axis=1)
+    first = jnp.broadcast_to(last_real(of_prompt, mask_input)[:, None, None], (rows, count, 1, hidden.shape[-1]))
+    hidden = jnp.concatenate([first, of_inputs.reshape(rows, count, length - 1, hidden.shape[-1])], 2)  # [B, C, M, D]
     config = model.config.decoder
     log_probs = token_log_probs(
-        cast(before, jnp.dtype(config.dtype)),
+        cast(hidden, jnp.dtype(config.dtype)),
         model.decoder.embed_tokens.embedding[...].astype(config.dtype),
         jnp.broadcast_to(candidates, (rows, *candidates.shape)),
         chunk_size,
@@ -93,28 +93,31 @@ def _score(
     return jnp.where(candidate_mask[None], log_probs, 0.0).sum(axis=-1)
 
 
-def _packed(valid: Bool[Array, "B S"], count: int, length: int) -> tuple[Int[Array, "B Q"], Bool[Array, "B Q Q"]]:
-    """Positions and mask of `count` segments of `length` tokens behind a prompt, as at the top of this file."""
+def _positions_and_mask(
+    valid: Bool[Array, "B S"], count: int, length: int
+) -> tuple[Int[Array, "B Q"], Bool[Array, "B Q Q"]]:
+    """Returns positions and attention mask of `count` candidates of `length` tokens after a prompt, see the module."""
     rows, prompt = valid.shape
-    segment, offset = jnp.divmod(jnp.arange(count * length), max(length, 1))
-    after = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + offset[None, :]
-    own = (segment[:, None] == segment[None, :]) & (offset[:, None] >= offset[None, :])
+    candidate, offset = jnp.divmod(jnp.arange(count * length), max(length, 1))
+    after_prompt = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + offset[None, :]
+    own = (candidate[:, None] == candidate[None, :]) & (offset[:, None] >= offset[None, :])
 
-    of_prompt = jnp.pad(valid[:, None, :] & valid[:, :, None], ((0, 0), (0, 0), (0, count * length)))
-    reads_prompt = jnp.broadcast_to(valid[:, None, :], (rows, count * length, prompt))
-    of_segments = jnp.concatenate([reads_prompt, jnp.broadcast_to(own, (rows, *own.shape))], axis=2)
-    return jnp.concatenate([positions_of(valid), after], axis=1), jnp.concatenate([of_prompt, of_segments], axis=1)
+    prompt_rows = jnp.pad(valid[:, None, :] & valid[:, :, None], ((0, 0), (0, 0), (0, count * length)))
+    to_prompt = jnp.broadcast_to(valid[:, None, :], (rows, count * length, prompt))
+    candidate_rows = jnp.concatenate([to_prompt, jnp.broadcast_to(own, (rows, *own.shape))], axis=2)
+    positions = jnp.concatenate([positions_of(valid), after_prompt], axis=1)
+    return positions, jnp.concatenate([prompt_rows, candidate_rows], axis=1)
 
 
-def _check_candidates(model: PaliGemma, candidates: ArrayLike, mask: ArrayLike):
-    """Candidate tokens (0 on pads) and their mask, or a UserError that says what is wrong."""
+def _check_candidates(model: PaliGemma, candidates: ArrayLike, mask: ArrayLike) -> tuple[Array, Array]:
+    """Returns candidate tokens (0 on padding) and their mask, or raises a UserError."""
     candidates, mask = jnp.asarray(candidates), jnp.asarray(mask).astype(bool)
     if candidates.ndim != 2 or not jnp.issubdtype(candidates.dtype, jnp.integer) or mask.shape != candidates.shape:
         raise UserError(
             f"candidates are {candidates.dtype}{list(candidates.shape)} with a mask of {list(mask.shape)}, expected "
             "integer ids [candidates, length] and one mask entry an id."
         )
-    if is_known(mask):
+    if has_values(mask):
         real = jax.device_get(mask)
         wrong = ~real[:, :1].any(axis=1) | (np.diff(real.astype(int), axis=1) > 0).any(axis=1)
         if wrong.any():
@@ -122,4 +125,4 @@ def _check_candidates(model: PaliGemma, candidates: ArrayLike, mask: ArrayLike):
                 f"candidate {int(np.argmax(wrong))} is empty or padded before its end, expected at least one real "
                 "token and padding on the right alone: move the padding."
             )
-    return keep_words(model, candidates, mask, "candidates"), mask
+    return check_token_ids(model, candidates, mask, "candidates"), mask

@@ -1,15 +1,15 @@
-"""Text generation: one prefill of image and prompt, then a `lax.while_loop` over a key/value cache, all in one jit.
+r"""Text generation: one prefill of image and prompt, then a `lax.while_loop` over a key/value cache, in one jit.
 
-The cache has one slot an input; every row writes its i-th new token to the same slot, whatever its prompt's length:
+The cache has one slot per input; every row writes its i-th new token to the same slot, whatever its prompt's length:
 
   slots       image patches | prompt, padded on either side | new tokens
-  left pads     i  i  i  i  |   _    _   bos  how  many  \\n |  2  eos
+  left pads     i  i  i  i  |   _    _   bos  how  many  \n |  2  eos
   positions     0  1  2  3  |   .    .    4    5    6    7  |  8   9
-  right pads    i  i  i  i  |  bos  how  many  \\n   _    _  |  2  eos
+  right pads    i  i  i  i  |  bos  how  many  \n   _    _  |  2  eos
   positions     0  1  2  3  |   4    5    6    7    .    .  |  8   9
 
-Positions count real tokens and pads are read by nobody, so the padding and the other rows of a batch change nothing.
-Axes: B rows, P patches, T prompt tokens, S = P + T prompt slots, N new tokens, D width, V vocabulary.
+Positions count real tokens and no token attends to padding, so neither padding nor the other rows of a batch affect the
+result. Axes: B rows, P patches, T prompt tokens, S = P + T prompt slots, N new tokens, D width, V vocabulary.
 """
 
 import functools
@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from paligemma_jax.generation.beam_search import beam_search
-from paligemma_jax.generation.inputs import PAD, check_images, check_prompt, check_whole
-from paligemma_jax.generation.token_sampling import Sampler, make_sampler, pick, row_keys
+from paligemma_jax.generation.inputs import PAD, check_images, check_integers, check_prompt
+from paligemma_jax.generation.token_sampling import TokenSampler, make_sampler, row_keys, sample_tokens
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
 from train_jax.core import row_sharding
 from train_jax.core.errors import UserError
@@ -51,55 +51,55 @@ def generate(
     cache_dtype: str | None = None,
     return_out: bool = False,
 ) -> Int[Array, "B N"] | tuple[Int[Array, "B N"], dict[str, Any]]:
-    """Continues every prompt. Compiles once for each set of shapes, sampler, top_k and num_beams.
+    """Generates a continuation of every prompt; compiles once for each set of shapes, sampler, top_k and num_beams.
 
     Args:
       model: a PaliGemma, with or without adapters.
       images: float [B, I, I, 3] prepared by the model's preprocessing ([-1, 1]); None with `image_features`.
-      tokens: int [B, T], the text prompt alone: BOS, prefix, separator, padding on either side.
-      mask_input: bool or int [B, T], true on real tokens; None means all are real. What stands on pads is ignored.
+      tokens: int [B, T], the text prompt: BOS, prefix and separator, padded on either side.
+      mask_input: bool or int [B, T], true on real tokens; None means all are real. The ids of padding are ignored.
       max_new_tokens: N.
-      eos_id: ends a row; -1 never does.
-      sampler: which of these picks the next token, with the keywords it takes (`sampling.OPTIONS` has the defaults):
-        "greedy", the likeliest;
-        "temperature", a draw from softmax(logits / temperature); 0 equals greedy;
-        "top_k", the same among the `top_k` likeliest words (and `temperature`);
-        "nucleus", the same among the fewest words of mass `top_p` at that `temperature`;
-        "beam", the best of `num_beams` hypotheses under `length_penalty` (beam_search.py has the rules).
-      seed: of the draws. Row b draws with fold_in(key(seed), first_row + b), so it gets the same tokens whatever the
-        other rows hold; the same prompt at another index draws others.
-      first_row: number of row 0: where many prompts are answered in batches, how many came before.
+      eos_id: id that ends a row, or -1 for none.
+      sampler: how the next token is chosen (`token_sampling.OPTIONS` has the defaults of its keywords):
+        "greedy", the most likely token;
+        "temperature", a sample from softmax(logits / temperature); 0 equals greedy;
+        "top_k", a sample at `temperature` from the `top_k` most likely tokens;
+        "nucleus", a sample at `temperature` from the smallest set of tokens of probability mass `top_p`;
+        "beam", the best of `num_beams` hypotheses with `length_penalty` (see beam_search.py).
+      seed: random seed. Row b uses fold_in(key(seed), first_row + b), so its tokens do not depend on the other rows of
+        the batch; the same prompt in another row gets other samples.
+      first_row: number of row 0; when many prompts are answered in batches, the number of earlier rows.
       image_features: float [B, P, D] from `model.encode_image`, instead of images.
-      cache_dtype: "float32", "bfloat16" or "float16"; the decoder's compute dtype when None.
-      return_out: also return a dictionary of `steps`, the number of tokens decoded before all rows had ended, and
-        `logits` float32 [B, N, V], which each token was picked from (0 where a step was not taken; as large as it
-        looks), or for beams `score` float32 [B], sum of log p / length ** length_penalty.
+      cache_dtype: "float32", "bfloat16" or "float16"; None means the decoder's compute dtype.
+      return_out: whether to return also a dictionary of `steps`, the number of decoding steps until all rows had ended,
+        and `logits` float32 [B, N, V] from which each token was chosen (0 for steps not taken; a large array), or for
+        beam search `score` float32 [B], sum of log p / length ** length_penalty.
 
     Returns:
       int32 [B, N]: the new tokens, EOS included, then 0; with `return_out`, a pair of these and the dictionary.
 
     Raises:
-      UserError: an unknown sampler or option, or arguments whose shapes, types or values do not fit.
+      UserError: an unknown sampler or option, or arguments of a wrong shape, dtype or value.
     """
-    chosen = make_sampler(
+    token_sampler = make_sampler(
         sampler, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=num_beams, length_penalty=length_penalty
     )
-    check_whole(max_new_tokens=max_new_tokens, eos_id=eos_id, seed=seed, first_row=first_row)
+    check_integers(max_new_tokens=max_new_tokens, eos_id=eos_id, seed=seed, first_row=first_row)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1: raise it.")
     vocab_size = model.config.decoder.vocab_size
     if not -1 <= eos_id < vocab_size:
-        raise UserError(f"eos_id is {eos_id}, expected a word of the {vocab_size} that the model has, or -1 for none.")
+        raise UserError(f"eos_id is {eos_id}, expected an id from 0 to {vocab_size - 1}, or -1 for none: change it.")
     if cache_dtype not in CACHE_DTYPES:
         raise UserError(f"cache_dtype is {cache_dtype!r}, expected one of {CACHE_DTYPES}: choose one of these.")
     tokens, mask_input = check_prompt(model, tokens, mask_input)
     images, image_features = check_images(model, images, image_features, len(tokens))
     if first_row < 0:
-        raise UserError(f"first_row is {first_row}, expected 0 or more, how many rows came before: change it.")
+        raise UserError(f"first_row is {first_row}, expected 0 or more, the number of earlier rows: change it.")
     key = jax.random.key(seed)
     new_tokens, out = _generate(
-        model, images, image_features, tokens, mask_input, eos_id, chosen, key, first_row, max_new_tokens, cache_dtype,
-        return_out,
+        model, images, image_features, tokens, mask_input, eos_id, token_sampler, key, first_row, max_new_tokens,
+        cache_dtype, return_out,
     )  # fmt: skip
     return (new_tokens, out) if return_out else new_tokens
 
@@ -112,7 +112,7 @@ def _generate(
     tokens: Int[Array, "B T"],
     mask_input: Bool[Array, "B T"],
     eos_id: Int[Array, ""] | int,
-    sampler: Sampler,
+    sampler: TokenSampler,
     key: Key[Array, ""],
     first_row: Int[Array, ""] | int,
     num_tokens: int,
@@ -120,8 +120,9 @@ def _generate(
     keep_logits: bool,
 ) -> tuple[Int[Array, "B N"], dict[str, Array]]:
     if features is None:
+        assert images is not None, "check_images lets exactly one of both through"
         features, _ = model.encode_image(images)
-    # Once, ahead of the loop over tokens, every step of which reads it twice.
+    # Gather the embedding once, before the loop over tokens, every step of which uses it twice.
     model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
     logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens, cache_dtype)
     if sampler.name == "beam":
@@ -138,18 +139,18 @@ def _generate(
         )
         return new_tokens, {"score": score, "steps": steps}
     advance = functools.partial(_advance, model, valid)
-    pick_rows = row_sharding.by_rows(pick, (False, True, True, False), True)
+    sample_rows = row_sharding.by_rows(sample_tokens, (False, True, True, False), True)
     keys = row_keys(key, len(tokens), first_row)
-    choose = lambda logits, step: pick_rows(sampler, logits, keys, step)  # noqa: E731
-    return _decode(logits, cache, advance, choose, eos_id, num_tokens, keep_logits)
+    sample = lambda logits, step: sample_rows(sampler, logits, keys, step)  # noqa: E731
+    return _decode(logits, cache, advance, sample, eos_id, num_tokens, keep_logits)
 
 
-def _decode(logits: Float[Array, "B V"], cache, advance, choose, eos_id, num_tokens: int, keep_logits: bool):
-    """Picks a token a row and a step until every row has ended; a token is fed to the model only if one follows it."""
+def _decode(logits: Float[Array, "B V"], cache, advance, sample, eos_id, num_tokens: int, keep_logits: bool):
+    """Samples one token per row and step until every row has ended; the model does not run on the last token."""
     rows, vocab = logits.shape
 
     def store(step, logits, done, out):
-        token = jnp.where(done, PAD, choose(logits, step))
+        token = jnp.where(done, PAD, sample(logits, step))
         out = out | {"tokens": out["tokens"].at[:, step].set(token)}
         if keep_logits:
             out["logits"] = out["logits"].at[:, step].set(logits)
@@ -168,8 +169,10 @@ def _decode(logits: Float[Array, "B V"], cache, advance, choose, eos_id, num_tok
     return out.pop("tokens"), out | {"steps": steps}
 
 
-def _prefill(model: PaliGemma, features, tokens, mask_input, num_tokens: int, cache_dtype: str | None):
-    """Reads image and prompt: logits [B, V] of the first new token, the cache, and which prompt slots are real."""
+def _prefill(
+    model: PaliGemma, features, tokens, mask_input, num_tokens: int, cache_dtype: str | None
+) -> tuple[Array, dict[str, Array], Array]:
+    """Runs image and prompt; returns logits [B, V] of the first new token, the cache, and the mask of prompt slots."""
     features = model.context(features)
     valid, _ = join_masks(features.shape[1], mask_input, jnp.zeros(tokens.shape, jnp.int32))
     rows, prompt = valid.shape
@@ -177,11 +180,12 @@ def _prefill(model: PaliGemma, features, tokens, mask_input, num_tokens: int, ca
     mask = jnp.pad(valid[:, None, :] & valid[:, :, None], ((0, 0), (0, 0), (0, num_tokens)))
     x = jnp.concatenate([features.astype(jnp.float32), model.decoder.embed_tokens(tokens)], axis=1)
     hidden, cache, _ = model.decoder(x, positions_of(valid), mask, cache, 0)
-    return model.decoder.logits(take_last(hidden, valid)[:, None])[:, 0], cache, valid
+    assert cache is not None, "the decoder returns a cache when it is given one"
+    return model.decoder.logits(last_real(hidden, valid)[:, None])[:, 0], cache, valid
 
 
 def _advance(model: PaliGemma, valid: Bool[Array, "B S"], cache, tokens: Int[Array, " B"], index: Int[Array, ""]):
-    """Feeds new token number `index` of every row: logits [B, V] of the next one, and the cache."""
+    """Runs new token number `index` of every row; returns logits [B, V] of the next token, and the cache."""
     prompt = valid.shape[1]
     slots = jnp.arange(cache["k"].shape[2])
     written = (slots >= prompt) & (slots <= prompt + index)
@@ -192,7 +196,7 @@ def _advance(model: PaliGemma, valid: Bool[Array, "B S"], cache, tokens: Int[Arr
     return model.decoder.logits(hidden)[:, 0], cache
 
 
-def take_last(hidden: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-    """The hidden state of every row's last real token."""
+def last_real(hidden: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """Returns the hidden state of every row's last real token."""
     last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""The losses: of tokens (chunked_cross_entropy.py), of image-text pairs (contrastive/), of few shots (coprompt.py)."""
+"""Losses of tokens, of image-text pairs (contrastive/) and of few-shot classification (coprompt.py)."""
 
 from paligemma_jax.losses.chunked_cross_entropy import (
     TokenScores,
@@ -13,7 +13,7 @@ from paligemma_jax.losses.coprompt import class_cross_entropy, consistency_loss,
 from paligemma_jax.losses.gradient_cache import embed_in_micro_batches
 
 __all__ = [
-    # Words
+    # Tokens
     "TokenScores",
     "loss_weights",
     "token_cross_entropy",
@@ -24,7 +24,7 @@ __all__ = [
     "embed_in_micro_batches",
     "sigmoid_loss",
     "softmax_loss",
-    # Few shots of classes
+    # Few-shot classification
     "class_cross_entropy",
     "consistency_loss",
     "coprompt_loss",

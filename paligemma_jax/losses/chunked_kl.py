@@ -1,14 +1,14 @@
-"""How far the words that a tuned model expects are from those that the frozen one expects, never holding `[B, T, V]`.
+"""Distillation loss: KL divergence from a frozen model's next-token distribution, without `[B, T, V]` logits.
 
-  KL(frozen || tuned) = sum_v p_v (log p_v - log q_v),   p = softmax(frozen logits / tau), q = softmax(tuned ones / tau)
+  KL(frozen || tuned) = sum_v p_v (log p_v - log q_v), p = softmax(frozen logits / tau), q = softmax(tuned logits / tau)
 
-times tau^2, with which gradients keep their size (Hinton et al. 2015, https://arxiv.org/abs/1503.02531; Li and Hoiem
-2016, https://arxiv.org/abs/1606.09282, use it against forgetting). In this direction the tuned model pays wherever the
-frozen one expects a word that it no longer does.
+times tau^2, which keeps the size of the gradients (Hinton et al. 2015, https://arxiv.org/abs/1503.02531; Li and Hoiem
+2016, https://arxiv.org/abs/1606.09282, use it against forgetting). In this direction the tuned model is penalized where
+it gives low probability to a token that the frozen model expects.
 
-As in chunked_cross_entropy.py the vocabulary projection is part of the loss, tokens are taken in chunks, and of each
-chunk the value and the gradient are computed together. Axes: B rows, T positions, D model width, V vocabulary; chunks
-of N tokens (token_chunks.py), v words of a block (vocab_projection.py).
+As in chunked_cross_entropy.py, the vocabulary projection is part of the loss, tokens are processed in chunks, and the
+value and the gradient of a chunk are computed together. Axes: B rows, T positions, D model width, V vocabulary; chunks
+of N tokens (token_chunks.py), v entries of a block of the vocabulary (vocab_projection.py).
 """
 
 import functools
@@ -20,16 +20,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from paligemma_jax.losses import token_chunks
-from paligemma_jax.losses.vocab_projection import fold_blocks, logits_of, project_back
+from paligemma_jax.losses.vocab_projection import fold_blocks, project, project_back
 from paligemma_jax.models.numerics import cast
 from train_jax.core import row_sharding
 from train_jax.core.errors import UserError
 
-_ARRAYS = 4  # as large as a chunk's logits, that are alive together
+_LIVE_ARRAYS = 4  # number of arrays as large as a chunk's logits that exist at the same time
 
 
-class _Settings(NamedTuple):
-    """What of the arguments is no array."""
+class _StaticArguments(NamedTuple):
+    """The arguments that are not arrays."""
 
     temperature: float
     chunk_size: int
@@ -47,87 +47,90 @@ def token_divergence(
     vocab_chunk: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, ""]:
-    """Sum over tokens of `weight * tau^2 * KL(frozen || tuned)`, in nats, float32.
+    """Returns the sum over tokens of `weight * tau^2 * KL(frozen || tuned)`, in nats, float32.
 
-    The specification is losses.reference.token_divergence, which holds the logits of all tokens.
+    The specification is losses.reference.token_divergence, which computes the logits of all tokens at once.
 
     Args:
-      hidden: final hidden states of the tuned model, of any float type; the only argument that gets a gradient.
-      frozen: those of the frozen model at the same places.
-      embedding: the output embedding of both.
-      weights: a token of weight 0 adds nothing to value and gradient, whatever its hidden states hold.
+      hidden: final hidden states of the tuned model, of any float dtype; the only argument that gets a gradient.
+      frozen: final hidden states of the frozen model at the same positions.
+      embedding: the output embedding of both models.
+      weights: a token of weight 0 adds nothing to value and gradient, even if its hidden states are not finite.
       temperature: tau.
-      chunk_size: as of `token_cross_entropy`, for as much memory: of a quarter as many tokens, two models' logits,
-        probabilities and gradients are alive.
-      vocab_chunk, softcap: as of `token_cross_entropy`. The cap comes before the temperature.
+      chunk_size: as in `token_cross_entropy`, for the same memory: a chunk has a quarter of the tokens, since logits,
+        probabilities and gradients of two models exist at the same time.
+      vocab_chunk, softcap: as in `token_cross_entropy`. The cap is applied before the temperature.
 
     Raises:
-      UserError: a chunk of tokens or words below 1, or a temperature that is not positive.
+      UserError: a `chunk_size` or `vocab_chunk` below 1, or a temperature that is not positive.
     """
     token_chunks.check_sizes(chunk_size, vocab_chunk)
     if not temperature > 0:
         raise UserError(f"the divergence has temperature={temperature}, expected a positive number: change it.")
-    settings = _Settings(float(temperature), max(chunk_size // _ARRAYS, 1), vocab_chunk, softcap)
-    return _divergence(settings, hidden, *map(lax.stop_gradient, (frozen, embedding, weights)))
+    static = _StaticArguments(float(temperature), max(chunk_size // _LIVE_ARRAYS, 1), vocab_chunk, softcap)
+    return _divergence(static, hidden, *map(lax.stop_gradient, (frozen, embedding, weights)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _divergence(settings, hidden, frozen, embedding, weights):
-    return _run(settings, False, hidden, frozen, embedding, weights)[0]
+def _divergence(static, hidden, frozen, embedding, weights):
+    return _value_and_grad(static, False, hidden, frozen, embedding, weights)[0]
 
 
-def _divergence_forward(settings, hidden, frozen, embedding, weights):
-    value, gradient = _run(settings, True, hidden, frozen, embedding, weights)
+def _divergence_forward(static, hidden, frozen, embedding, weights):
+    value, gradient = _value_and_grad(static, True, hidden, frozen, embedding, weights)
     return value, (gradient, jnp.zeros((), hidden.dtype))
 
 
-def _divergence_backward(_settings, residuals, cotangent):
+def _divergence_backward(_static, residuals, cotangent):
     gradient, like = residuals
-    # Cast after scaling, as in chunked_cross_entropy.py: a float16 loss scale arrives in time to save small gradients.
+    # Cast after scaling, as in chunked_cross_entropy.py.
     return (gradient * cotangent).astype(like.dtype), None, None, None
 
 
 _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
-def _run(settings: _Settings, differentiate: bool, *arrays):
-    """The value, and the float32 gradient of `hidden` or None."""
-    settings = settings._replace(chunk_size=token_chunks.own_share(settings.chunk_size, arrays[0]))
-    run = functools.partial(_run_rows, settings, differentiate)
-    return row_sharding.by_rows(run, (True, True, False, True), (False, True))(*arrays)
+def _value_and_grad(static: _StaticArguments, needs_grad: bool, hidden, frozen, embedding, weights):
+    """Returns the value, and the float32 gradient with respect to `hidden` or None."""
+    static = static._replace(chunk_size=token_chunks.chunk_per_device(static.chunk_size, hidden))
+    on_rows = functools.partial(_value_and_grad_of_rows, static, needs_grad)
+    by_rows = row_sharding.by_rows(on_rows, (True, True, False, True), (False, True))
+    return by_rows(hidden, frozen, embedding, weights)
 
 
-def _run_rows(settings: _Settings, differentiate: bool, hidden, frozen, embedding, weights):
-    """As `_run`, of rows that lie on one device."""
+def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: bool, hidden, frozen, embedding, weights):
+    """Returns the value and gradient for the rows of one device."""
     shape = weights.shape
     hidden, frozen, weights = lax.optimization_barrier((hidden, frozen, weights))  # as in chunked_cross_entropy.py
-    chunks = tuple(token_chunks.split(array, shape, settings.chunk_size) for array in (hidden, frozen, weights))
+    chunks = tuple(token_chunks.split(array, shape, static.chunk_size) for array in (hidden, frozen, weights))
 
     def step(carry, chunk):
+        hidden, frozen, weights = chunk
+
         def compute():
-            return _chunk_divergence(settings, differentiate, *chunk, embedding)
+            return _chunk_divergence(static, needs_grad, hidden, frozen, weights, embedding)
 
         def skip():
-            gradient = jnp.zeros(chunk[0].shape, jnp.float32) if differentiate else None
-            return jnp.zeros(chunk[2].shape, jnp.float32), gradient
+            gradient = jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None
+            return jnp.zeros(weights.shape, jnp.float32), gradient
 
-        return carry, lax.cond(jnp.any(chunk[2] != 0), compute, skip)
+        return carry, lax.cond(jnp.any(weights != 0), compute, skip)
 
     _, (values, gradient) = lax.scan(step, None, chunks)
-    value = token_chunks.weigh(chunks[2], values).sum()
-    return value, token_chunks.join(gradient, shape, settings.chunk_size) if differentiate else None
+    value = token_chunks.apply_weights(chunks[2], values).sum()
+    return value, token_chunks.join(gradient, shape, static.chunk_size) if needs_grad else None
 
 
-def _chunk_divergence(settings: _Settings, differentiate: bool, hidden, frozen, weights, embedding):
-    """One chunk: divergences [N], not yet weighted, and the weighted gradient of the hidden states [N, D]."""
-    temperature, _, vocab_chunk, softcap = settings
-    rows = tuple(cast(each, embedding.dtype) for each in (hidden, frozen))
+def _chunk_divergence(static: _StaticArguments, needs_grad: bool, hidden, frozen, weights, embedding):
+    """Returns one chunk's divergences [N], not weighted, and the weighted gradient of the hidden states [N, D]."""
+    temperature, _, vocab_chunk, softcap = static
+    inputs = tuple(cast(states, embedding.dtype) for states in (hidden, frozen))
 
     def logits_over(block):
-        """Logits of both models over the words of a block, the tuned model's first."""
-        return tuple(logits_of(each, block, softcap) for each in rows)
+        """Returns the logits of both models over a block of the vocabulary, the tuned model's first."""
+        return tuple(project(states, block, softcap) for states in inputs)
 
-    def add_total(totals, block, _start, logits=None):
+    def add_log_sum_exp(totals, block, _start, logits=None):
         return tuple(
             jnp.logaddexp(total, jax.nn.logsumexp(each / temperature, axis=-1))
             for total, each in zip(totals, logits or logits_over(block), strict=True)
@@ -140,9 +143,9 @@ def _chunk_divergence(settings: _Settings, differentiate: bool, hidden, frozen, 
         tuned, base = logits or logits_over(block)
         log_q, log_p = log_probs(tuned, base)
         values = sums[0] + temperature**2 * (jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-        if not differentiate:
+        if not needs_grad:
             return values, None
-        # Without the barrier p is kept from above, in a third array as large as the logits.
+        # Without the barrier p would be kept from above, in a third array as large as the logits.
         tuned, base, values = lax.optimization_barrier((tuned, base, values))
         log_q, log_p = log_probs(tuned, base)
         d_logits = temperature * (jnp.exp(log_q) - jnp.exp(log_p))
@@ -151,13 +154,13 @@ def _chunk_divergence(settings: _Settings, differentiate: bool, hidden, frozen, 
         d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)
         return values, sums[1] + project_back(d_logits, block)
 
-    nothing = jnp.full(weights.shape, -jnp.inf)
-    sums = jnp.zeros(weights.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32) if differentiate else None
+    log_zero = jnp.full(weights.shape, -jnp.inf)
+    sums = jnp.zeros(weights.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None
     if vocab_chunk is None:
         logits = logits_over(embedding)
-        totals = add_total((nothing, nothing), embedding, 0, logits)
+        totals = add_log_sum_exp((log_zero, log_zero), embedding, 0, logits)
         values, gradient = add_block(sums, embedding, 0, logits)
     else:  # the logits of a block are computed twice
-        totals = fold_blocks(add_total, (nothing, nothing), embedding, vocab_chunk)
+        totals = fold_blocks(add_log_sum_exp, (log_zero, log_zero), embedding, vocab_chunk)
         values, gradient = fold_blocks(add_block, sums, embedding, vocab_chunk)
-    return values, weights[:, None] * gradient if differentiate else None
+    return values, weights[:, None] * gradient if needs_grad else None

@@ -1,12 +1,12 @@
-"""The loss of CoPrompt (Roy and Etemad 2024): class texts are told apart, and embeddings stay near those of the base.
+"""The loss of CoPrompt (Roy and Etemad 2024): cross entropy over class texts, and consistency with the frozen base.
 
   L = L_ce + lambda (L_text + L_image)
-  L_ce     cross-entropy of exp(logit_scale) <image, class text> over the classes
-  L_text   1 - mean cos(text tuned, on the prompt;      text frozen, on a richer description)
-  L_image  1 - mean cos(image tuned, on the image;      image frozen, on another view of it)
+  L_ce     cross entropy of exp(logit_scale) <image, class text> over the classes
+  L_text   1 - mean cos(tuned text embedding of the prompt,   frozen text embedding of a richer description)
+  L_image  1 - mean cos(tuned embedding of the image,         frozen embedding of an augmented view)
 
-so that L_text + L_image is the paper's 2 - cos - cos. Gradients flow to the tuned branch alone. Axes: B images, C
-classes, N rows of either, E of an embedding, T tokens.
+so that L_text + L_image is the paper's 2 - cos - cos. Only the tuned branch gets gradients. Axes: B images, C classes,
+N rows of either, E embedding width, T tokens.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ SIDES = ("text", "image", "both")
 def class_cross_entropy(
     logits: Float[Array, "B C"], labels: Int[Array, " B"], weights: Float[Array, " B"] | None = None
 ) -> Float[Array, ""]:
-    """Mean of -log softmax(logits)[label] over rows.
+    """Returns the weighted mean of -log softmax(logits)[label] over rows.
 
     Args:
       logits: float32.
-      labels: numbers of classes.
-      weights: of the rows, 0 of those that do not count; None counts all. If all are 0, so is the loss.
+      labels: class indices.
+      weights: weights of the rows, None for equal weights. If all are 0, the loss is 0.
     """
     log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), labels[:, None], axis=1)[:, 0]
     return -_mean(log_probs, weights)
@@ -43,16 +43,15 @@ def consistency_loss(
     kind: str = "cosine",
     weights: Float[Array, " N"] | None = None,
 ) -> Float[Array, ""]:
-    """How far tuned embeddings are from frozen ones, which get no gradient.
+    """Returns the mean distance of tuned embeddings from frozen ones, which get no gradient.
 
     Args:
-      tuned, frozen: of any length for "cosine", of unit length as a dual encoder returns them for the others.
-      kind: "cosine" is 1 - mean cos; "l1" and "mse" are means over rows and entries of the difference, absolute or
-        squared.
-      weights: of the rows, as in `class_cross_entropy`.
+      tuned, frozen: embeddings of any length for "cosine", of unit length (as a dual encoder returns them) otherwise.
+      kind: "cosine" is 1 - mean cos; "l1" and "mse" are the mean absolute and squared difference over rows and entries.
+      weights: weights of the rows, as in `class_cross_entropy`.
 
     Raises:
-      UserError: another kind.
+      UserError: an unknown kind.
     """
     frozen = lax.stop_gradient(frozen)
     if kind == "cosine":
@@ -72,27 +71,27 @@ def coprompt_loss(
     kind: str = "cosine",
     on: str = "both",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of a batch, whatever the few-shot method; differentiate it by what trains.
+    """Returns the loss of a batch, for every few-shot method; differentiate it with respect to what trains.
 
-    The frozen branch is the model itself without its prompts: no second copy of the weights, and as nothing in it
-    trains, none of its activations are kept.
+    The frozen branch is the model without its prompts: there is no second copy of the weights, and since none of its
+    parameters train, no activations are kept for it.
 
     Args:
-      model: with prompts and adapters or without.
-      batch: `images` [B, I, I, 3] as the model's preprocessing makes them, `labels` [B], and the class texts `tokens`
-        [C, T]; `text_mask` [C, T] and the rows' `weights` [B] where there are any. With a weight also
-        `images_augmented`, another view of the images, and `descriptions` [C, T] with `description_mask`, or
-        `frozen_text` [C, E], embeddings of these by the base.
-      weight: lambda; 0 leaves consistency out of the program.
+      model: with or without prompts and adapters.
+      batch: `images` [B, I, I, 3] prepared by the model's preprocessing, `labels` [B], and the class texts `tokens`
+        [C, T]; optionally `text_mask` [C, T] and row `weights` [B]. If `weight` is not 0, also `images_augmented`,
+        another view of the images, and either `descriptions` [C, T] with `description_mask`, or `frozen_text` [C, E],
+        their embeddings by the base.
+      weight: lambda; 0 leaves the consistency terms out of the program.
       kind: see `consistency_loss`.
-      on: "text", "image" or "both".
+      on: the embeddings with a consistency term: "text", "image" or "both".
 
     Returns:
-      The loss, and by name what it is made of: `ce`, `text` and `image` (those that are computed, before lambda),
+      The loss, and a dictionary of its terms `ce`, `text` and `image` (those that are computed, before lambda),
       `logits` [B, C], and the tuned embeddings `image_embeds` and `text_embeds`.
 
     Raises:
-      UserError: another kind or side.
+      UserError: an unknown value of `kind` or `on`.
     """
     if on not in SIDES:
         raise UserError(f"the consistency is on {on!r}, expected one of {', '.join(SIDES)}: change it.")
@@ -116,9 +115,9 @@ def coprompt_loss(
 
 
 def _mean(values: Float[Array, " N"], weights: Float[Array, " N"] | None) -> Float[Array, ""]:
-    """The weighted mean of rows, 0 of none."""
+    """Returns the weighted mean of rows; 0 if all weights are 0."""
     if weights is None:
         return values.mean()
-    # A row that does not count may hold anything, infinities too.
+    # A row of weight 0 may hold infinities or NaN.
     total = jnp.where(weights > 0, weights * values, 0.0).sum()
     return total / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny)

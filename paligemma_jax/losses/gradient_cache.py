@@ -1,4 +1,4 @@
-"""Embeddings of a batch whose activations do not fit: gradient caching (Gao et al., 2021, arXiv:2101.06983)."""
+"""Gradient caching (Gao et al., 2021, arXiv:2101.06983), for batches whose activations do not fit in memory."""
 
 import functools
 from collections.abc import Callable
@@ -8,29 +8,28 @@ import jax.numpy as jnp
 
 from train_jax.core.errors import UserError
 
-_TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit traced before is not used
+_TRACE_CONTEXT = jax.make_user_context(None)  # part of jax.jit's cache key: a new value forces a new trace
 
 
 def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
-    """`embed(batch)`, computed for `micro_batch` rows at a time, without keeping activations for the gradient.
+    """Computes `embed(batch)` for `micro_batch` rows at a time, without keeping activations for the gradient.
 
-    A loss of all embeddings, `sigmoid_loss(*embed_in_micro_batches(...), ...)`, then has the gradient that the loss of
-    `embed(batch)` has, for the memory of one micro-batch: the backward pass embeds every micro-batch once more, with
-    the gradient of the loss with respect to its embeddings at hand. So a task's loss function calls this, and its step
-    stays as it is.
+    The gradient of `sigmoid_loss(*embed_in_micro_batches(...), ...)` equals that of the loss of `embed(batch)`, in the
+    memory of one micro-batch: the backward pass embeds every micro-batch again, given the gradient of the loss with
+    respect to its embeddings. A task's loss function calls this; its training step does not change.
 
     Args:
-      embed: a pure function of arrays [b, ...] that returns embeddings [b, ...] (a tree of them), each row from its own
-        row alone. What it closes over (parameters) may be differentiated; the gradients of the micro-batches add up
-        in the type of the parameters. Random numbers must come from the batch, as keys [B], or the second pass would
-        draw others.
+      embed: a pure function of arrays [b, ...] that returns a tree of embeddings [b, ...], each row computed from its
+        own row alone. Parameters that it closes over may be differentiated; the gradients of the micro-batches are
+        summed in the parameters' dtype. Random keys must be part of the batch, as keys [B], so that the second pass
+        draws the same numbers.
       batch: arrays [B, ...].
-      micro_batch: rows embedded at a time over all devices, a divisor of B; None: all at once, with activations.
+      micro_batch: rows embedded at a time over all devices, a divisor of B; None embeds all at once.
 
-    Micro-batch m of M takes the rows m, m + M, ...: of a batch split over devices, each device embeds its own.
-    Raises UserError where `micro_batch` does not divide B.
+    Micro-batch m of M has the rows m, m + M, ...: if the batch is split over devices, each device embeds its own rows.
+    Raises UserError if `micro_batch` does not divide B.
     """
-    embed = functools.partial(_as_it_is_now, embed)
+    embed = functools.partial(_call_retraced, embed)
     if micro_batch is None:
         return embed(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -40,7 +39,7 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     number = rows // micro_batch
 
     def part(index):
-        """The micro-batch of a number: a slice along an axis that no device splits, so that nothing is copied first."""
+        """Returns micro-batch `index`, a slice along an axis that is not sharded, so that no rows are exchanged."""
         return jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(
                 array.reshape(micro_batch, number, *array.shape[1:]), index, axis=1, keepdims=False
@@ -51,17 +50,17 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     def join(array):
         return jnp.swapaxes(array, 0, 1).reshape(rows, *array.shape[2:])
 
-    # In a loop the recomputation cannot be merged with the first computation, so nothing has to prevent that.
-    once_more = jax.checkpoint(lambda index: embed(part(index)), prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(once_more, jnp.arange(number)))
+    # In a loop the recomputation cannot be merged with the first computation, so prevent_cse is not needed.
+    embed_part = jax.checkpoint(lambda index: embed(part(index)), prevent_cse=False)
+    return jax.tree.map(join, jax.lax.map(embed_part, jnp.arange(number)))
 
 
-def _as_it_is_now(embed: Callable, rows):
-    """`embed(rows)`; what `jax.jit` or `jax.checkpoint` made would keep the parameters that it was traced with."""
+def _call_retraced(embed: Callable, rows):
+    """Calls `embed(rows)`; a jitted function is traced again, since its trace holds the parameters it closed over."""
     function = embed
     while isinstance(function, functools.partial):
         function = function.func
     if not hasattr(function, "__wrapped__"):
         return embed(rows)
-    with _TRACED_ANEW(object()):
+    with _TRACE_CONTEXT(object()):
         return embed(rows)

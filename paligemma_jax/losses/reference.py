@@ -1,7 +1,8 @@
-"""The losses as papers write them: the specification of the fast ones, which the tests compare with these.
+"""Textbook versions of the losses: the specification of the fast ones, which tests compare with these.
 
-`losses.sigmoid_loss` and `losses.softmax_loss` never hold the matrix of all pairs, `losses.token_cross_entropy` and
-`losses.token_divergence` never the logits of all tokens. Axes: B images and their B texts; D width, V vocabulary.
+`losses.sigmoid_loss` and `losses.softmax_loss` do not compute the matrix of all pairs at once, and
+`losses.token_cross_entropy` and `losses.token_divergence` do not compute the logits of all tokens at once.
+Axes: B images and their B texts; D width, V vocabulary.
 """
 
 import functools
@@ -19,15 +20,15 @@ def sigmoid_loss(
     text_ids: Int[Array, " B"] | None = None,
     image_ids: Int[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """Algorithm 1 of Zhai et al. 2023, as big_vision writes it (trainers/proj/image_text/siglip.py).
+    """Returns the loss of algorithm 1 of Zhai et al. 2023, as in big_vision (trainers/proj/image_text/siglip.py).
 
-    Equal texts, and texts of equal images, are no negatives where `text_ids` or `image_ids` tell them.
+    With `text_ids` or `image_ids`, equal texts and texts of equal images are not negatives.
     """
     logits = _products(zimg, ztxt) * jnp.exp(log_scale) + bias
     signs = -jnp.ones_like(logits) + 2 * jnp.eye(len(zimg))
     losses = -jax.nn.log_sigmoid(signs * logits)
-    counted = _counted(text_ids, image_ids)
-    return (losses if counted is None else jnp.where(counted, losses, 0.0)).sum(axis=-1).mean()
+    mask = _pair_mask(text_ids, image_ids)
+    return (losses if mask is None else jnp.where(mask, losses, 0.0)).sum(axis=-1).mean()
 
 
 def softmax_loss(
@@ -37,11 +38,11 @@ def softmax_loss(
     text_ids: Int[Array, " B"] | None = None,
     image_ids: Int[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """The mean of both cross entropies (Radford et al. 2021, figure 3); ids as of `sigmoid_loss`."""
+    """Returns the mean of both cross entropies (Radford et al. 2021, figure 3); ids as in `sigmoid_loss`."""
     logits = _products(zimg, ztxt) * jnp.exp(log_scale)
-    counted = _counted(text_ids, image_ids)
-    if counted is not None:
-        logits = jnp.where(counted, logits, -jnp.inf)
+    mask = _pair_mask(text_ids, image_ids)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     both = jnp.diag(jax.nn.log_softmax(logits, axis=1)) + jnp.diag(jax.nn.log_softmax(logits, axis=0))
     return -0.5 * both.mean()
 
@@ -53,7 +54,7 @@ def token_cross_entropy(
     weights: Float[Array, "*batch"],
     softcap: float | None = None,
 ) -> Float[Array, ""]:
-    """The sum over tokens of `weight * -log softmax(logits)[target]`, in nats."""
+    """Returns the sum over tokens of `weight * -log softmax(logits)[target]`, in nats."""
     return -(weights * token_log_probs(hidden, embedding, targets, softcap)).sum()
 
 
@@ -63,7 +64,7 @@ def token_log_probs(
     targets: Int[Array, "*batch"],
     softcap: float | None = None,
 ) -> Float[Array, "*batch"]:
-    """Natural log-probability of every target."""
+    """Returns the natural log-probability of every target."""
     log_probs = jax.nn.log_softmax(logits(hidden, embedding, softcap))
     return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
@@ -76,7 +77,7 @@ def token_divergence(
     temperature: float | Float[Array, ""] = 1.0,
     softcap: float | None = None,
 ) -> Float[Array, ""]:
-    """The sum over tokens of `weight * tau^2 * KL(frozen || tuned)` at temperature tau, in nats."""
+    """Returns the sum over tokens of `weight * tau^2 * KL(frozen || tuned)` at temperature tau, in nats."""
     p, q = (jax.nn.log_softmax(logits(rows, embedding, softcap) / temperature) for rows in (frozen, hidden))
     return temperature**2 * (weights * (jnp.exp(p) * (p - q)).sum(-1)).sum()
 
@@ -84,7 +85,7 @@ def token_divergence(
 def logits(
     hidden: Float[Array, "*batch D"], embedding: Float[Array, "V D"], softcap: float | None
 ) -> Float[Array, "*batch V"]:
-    """cap * tanh(x / cap) of x = hidden @ embedding.T, or x itself when softcap is None; float32."""
+    """Returns softcap * tanh(x / softcap) of x = hidden @ embedding.T, or x itself if softcap is None; float32."""
     x = jnp.einsum("...D,VD->...V", hidden.astype(jnp.float32), embedding.astype(jnp.float32))
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
@@ -93,8 +94,8 @@ def _products(zimg: jax.Array, ztxt: jax.Array) -> jax.Array:
     return jnp.einsum("ID,TD->IT", zimg, ztxt, preferred_element_type=jnp.float32)
 
 
-def _counted(*ids: jax.Array | None) -> Bool[Array, "B B"] | None:
-    """The pairs that count: each image with its own text, and all whose ids differ."""
+def _pair_mask(*ids: jax.Array | None) -> Bool[Array, "B B"] | None:
+    """Returns the pairs that count: each image with its own text, and all whose ids differ; None for all pairs."""
     different = [each[:, None] != each[None] for each in ids if each is not None]
     if not different:
         return None

@@ -1,4 +1,4 @@
-"""Scores: of answers given as text, of boxes."""
+"""Scores of answers given as text and as boxes."""
 
 from paligemma_jax.metrics.text import Accuracy, RougeSums, exact_match, rouge
 

@@ -1,17 +1,17 @@
 """Scores of answers given as text: exact match, accuracy per question family, ROUGE.
 
 ROUGE follows Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries" (https://aclanthology.org/W04-1013),
-one reference per prediction, F with beta = 1. ROUGE-1, 2, 3 and L are those of the `rouge-score` library; S and W,
-which it lacks, are here:
+one reference per prediction, F with beta = 1. ROUGE-1, 2, 3 and L come from the `rouge-score` library; S and W are
+implemented here:
 
 ROUGE-S  skip-bigrams: pairs of words in sentence order with any gap (section 4), counted with multiplicity. P and R
          divide the common pairs by the n (n - 1) / 2 pairs of the prediction and of the reference.
-ROUGE-W  weighted longest common subsequence (section 3.3): a run of k consecutive matches weighs f(k) = k^1.2, the
-         weight of Lin's evaluations. P and R are f^-1(WLCS / f(n)) for n words of prediction and reference.
+ROUGE-W  weighted longest common subsequence (section 3.3): a run of k consecutive matches has the weight f(k) = k^1.2,
+         as in Lin's evaluations. P and R are f^-1(WLCS / f(n)) for n words of prediction and reference.
 
-Words are runs of letters, digits and combining marks of any script, lower-cased; on ASCII text that is the library's
-own tokenizer without stemming. A script written without spaces gives one word per run. A score whose prediction or
-reference has nothing to count is 0: an empty text for all six, a single word for ROUGE-2, 3 and S, even if equal.
+Words are runs of letters, digits and combining marks of any script, lower-cased; on ASCII text this equals the
+library's tokenizer without stemming. A script written without spaces gives one word per run. A score is 0 if prediction
+or reference has no units to count: for an empty text all six, for a single word ROUGE-2, 3 and S, even if equal.
 """
 
 import functools
@@ -29,12 +29,12 @@ _WEIGHT = 1.2  # exponent of ROUGE-W
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the two texts are equal after stripping white space from both ends; case and inner spaces count."""
+    """Returns whether two texts are equal after stripping white space at both ends; case and inner spaces count."""
     return prediction.strip() == reference.strip()
 
 
 class Accuracy:
-    """Share of right answers, overall and per question family, from counts that can be added up across processes."""
+    """Accuracy overall and per question family, from counts that can be summed across processes."""
 
     def __init__(self) -> None:
         self.correct: Counter[str] = Counter()
@@ -52,28 +52,32 @@ class Accuracy:
 
     @property
     def overall(self) -> float:
-        """Right answers / all answers in [0, 1]; every answer weighs the same. ZeroDivisionError without any."""
+        """Correct answers / all answers, in [0, 1]. Raises ZeroDivisionError if there are none."""
         return self.correct.total() / self.examples
 
     def by_family(self) -> dict[str, float]:
-        """Accuracy in [0, 1] of each family, in alphabetical order."""
+        """Returns the accuracy of each family, in [0, 1], in alphabetical order."""
         return {family: self.correct[family] / self.total[family] for family in sorted(self.total)}
 
 
 class RougeSums:
-    """ROUGE over a stream of pairs in constant memory; `sums` and `pairs` can be added up across processes."""
+    """ROUGE over a stream of pairs in constant memory; `sums` and `pairs` can be summed across processes."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((len(ROUGE_TYPES), len(_FIELDS)))  # float64, rows ROUGE_TYPES, columns P, R, F1
         self.pairs = 0
 
     def add(self, prediction: str, reference: str) -> None:
-        """Counts one pair."""
+        """Adds one pair."""
         self.sums += _score_pair(prediction, reference)
         self.pairs += 1
 
     def result(self) -> dict[str, dict[str, float]]:
-        """Means over the pairs so far, {"rouge1": {"precision", "recall", "f1"}, ...}; ValueError without any."""
+        """Returns the means over the pairs, {"rouge1": {"precision", "recall", "f1"}, ...}.
+
+        Raises:
+          ValueError: there are no pairs.
+        """
         if not self.pairs:
             raise ValueError("ROUGE of no pairs is not defined.")
         means = self.sums / self.pairs
@@ -83,9 +87,9 @@ class RougeSums:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
-    """ROUGE-1, 2, 3, L, S and W, each a mean over pairs of precision, recall and F1 in [0, 1].
+    """Returns the mean precision, recall and F1 over pairs, in [0, 1], of ROUGE-1, 2, 3, L, S and W.
 
-    Raises ValueError for lists of different lengths or without a pair.
+    Raises ValueError for lists of different lengths and for empty ones.
     """
     sums = RougeSums()
     for prediction, reference in zip(predictions, references, strict=True):
@@ -93,43 +97,43 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, di
     return sums.result()
 
 
-class _Words(tokenizers.Tokenizer):
+class _UnicodeTokenizer(tokenizers.Tokenizer):
     def tokenize(self, text: str) -> list[str]:
-        kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
-        return "".join(kept).split()
+        characters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
+        return "".join(characters).split()
 
 
-_TOKENIZER = _Words()
+_TOKENIZER = _UnicodeTokenizer()
 _SCORER = rouge_scorer.RougeScorer(_LIBRARY_TYPES, tokenizer=_TOKENIZER)
 
 
-@functools.lru_cache(maxsize=4096)  # one-word answers: a validation set has few different pairs
+@functools.lru_cache(maxsize=4096)  # a validation set of one-word answers has few different pairs
 def _score_pair(prediction: str, reference: str) -> np.ndarray:
-    """[6, 3]: rows ROUGE_TYPES, columns precision, recall, F1."""
+    """Returns the scores of one pair, [6, 3]: rows ROUGE_TYPES, columns precision, recall, F1."""
     library = _SCORER.score(reference, prediction)
-    words, wanted = _TOKENIZER.tokenize(prediction), _TOKENIZER.tokenize(reference)
+    words = _TOKENIZER.tokenize(prediction), _TOKENIZER.tokenize(reference)
     scores = [library[name][:2] for name in _LIBRARY_TYPES]
-    scores += [_skip_bigrams(words, wanted), _weighted_subsequence(words, wanted, _WEIGHT)]
+    scores += [_skip_bigrams(*words), _weighted_subsequence(*words, _WEIGHT)]
     rows = np.array([(p, r, 2 * p * r / (p + r) if p + r else 0.0) for p, r in scores])
-    rows.flags.writeable = False  # the cache hands out the array itself
+    rows.flags.writeable = False  # the cache returns the same array to every caller
     return rows
 
 
 def _skip_bigrams(prediction: list[str], reference: list[str]) -> tuple[float, float]:
-    """Precision and recall of ROUGE-S, Lin 2004 equations 16 and 17."""
-    found, wanted = (
+    """Returns precision and recall of ROUGE-S, Lin 2004 equations 16 and 17."""
+    predicted, expected = (
         Counter((first, second) for i, first in enumerate(words) for second in words[i + 1 :])
         for words in (prediction, reference)
     )
-    common = (found & wanted).total()
-    return common / max(found.total(), 1), common / max(wanted.total(), 1)
+    common = (predicted & expected).total()
+    return common / max(predicted.total(), 1), common / max(expected.total(), 1)
 
 
 def _weighted_subsequence(prediction: list[str], reference: list[str], weight: float) -> tuple[float, float]:
-    """Precision and recall of ROUGE-W with f(k) = k^weight, Lin 2004 equations 13 and 14 and the recursion before."""
+    """Returns precision and recall of ROUGE-W, f(k) = k^weight; Lin 2004, equations 13 and 14 and their recursion."""
     if not prediction or not reference:
         return 0.0, 0.0
-    scores = [0.0] * (len(reference) + 1)  # best weighted length up to here, for the row above and then for this one
+    scores = [0.0] * (len(reference) + 1)  # best weighted length so far, of the previous row of the table
     runs = [0] * (len(reference) + 1)  # consecutive matches that end here
     for word in prediction:
         new_scores, new_runs = [0.0], [0]

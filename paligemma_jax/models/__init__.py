@@ -1,9 +1,9 @@
-"""The towers: SigLIP's image encoder, Gemma's decoder, and PaliGemma out of both.
+"""The models: SigLIP's vision tower, Gemma's decoder, PaliGemma, which joins them, and dual encoders (SigLIP, CLIP).
 
 Axes, here and in every file of this package:
 B batch, T query tokens, S key tokens, P image patches, L layers, D model width, F feed-forward width,
-N query heads, K key/value heads, G query heads a key/value head (N = K G), H head width, V vocabulary, r adapter rank.
+N query heads, K key/value heads, G = N / K query heads per key/value head, H head width, V vocabulary, r adapter rank.
 
-Numerics: kernels and the inputs of matrix products are in the compute dtype; sums over the residual stream, norms,
-softmax and soft caps are in float32 whatever the compute dtype (Gemma's residuals reach 1e4 and more).
+Numerics: kernels and the inputs of matrix products are in the compute dtype; the residual stream, norms, softmax and
+soft caps are in float32 whatever the compute dtype (Gemma's residuals exceed 1e4).
 """

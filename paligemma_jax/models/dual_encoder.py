@@ -3,16 +3,17 @@
   images -> vision -> pooling [-> image_projection] -> unit length
   tokens -> text -> one position -> text_projection -> unit length
 
-SigLIP pools with an attention head and has no image projection; CLIP pools its class token. How alike an image and a
-text are is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: see models; E of an embedding,
-C texts where they may be more or fewer than the images.
+SigLIP pools with an attention head and has no image projection; CLIP pools its class token. The logit of an image and a
+text is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: see models; E embedding width, C texts
+(their number may differ from that of the images).
 
-What `adapt/few_shot/prompts.py` learns has a place of its own, `prompts`, empty in a base model. A call with
-`prompts=False` is that of the base, to the bit: a frozen branch needs no second copy of the weights.
+`prompts` holds the learned prompts of `adapt/few_shot/prompts.py`; it is None in a base model. A call with
+`prompts=False` computes exactly what the base does, so a frozen branch needs no second copy of the weights.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.pooling import POOLINGS, MAPHead
+from paligemma_jax.models.pooling import IMAGE_POOLINGS, MAPHead
 from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.text_encoder import TextConfig, TextEncoder
 from paligemma_jax.models.vit import ViT, ViTConfig
@@ -28,16 +29,16 @@ from paligemma_jax.models.vit import ViT, ViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class DualEncoderConfig:
-    """Both towers and how they are joined.
+    """Both towers, pooling, projections and logits.
 
     Attributes:
-      embed_dim: length of an embedding; without an image projection the width of the vision tower.
-      pool: what becomes of the image's features: "map" (attention head), "gap" (mean) or "class" (CLIP's token).
-      image_projection: whether a linear layer follows (CLIP).
+      embed_dim: width of an embedding; without an image projection, the width of the vision tower.
+      pool: pooling of the image features: "map" (attention head), "gap" (mean) or "class" (CLIP's class token).
+      image_projection: whether a linear layer follows the pooling (CLIP).
       projection_bias: whether projections have a bias (SigLIP, big_vision).
-      initial_scale, initial_bias: of a new model; the scale is a logarithm. No bias is learned if the latter is None.
-        -10 is the paper's for batches of 32,768: it is near the log-odds of a positive, -log(B - 1), for a batch B.
-      preprocessing: how images are prepared (None: not known, as for a new model).
+      initial_scale, initial_bias: initial values of logit_scale (a logarithm) and logit_bias; a bias of None is not
+        learned. The paper's -10 is for batches of 32,768, near the log-odds of a positive, -log(B - 1).
+      preprocessing: how images are prepared; None if unknown, as for a new model.
     """
 
     vision: ViTConfig = ViTConfig()
@@ -51,7 +52,7 @@ class DualEncoderConfig:
     preprocessing: Preprocessing | None = None
 
     def __post_init__(self):
-        if self.pool not in POOLINGS or (self.pool == "class") != self.vision.class_token:
+        if self.pool not in IMAGE_POOLINGS or (self.pool == "class") != self.vision.class_token:
             raise ValueError(
                 f"pool is {self.pool!r} of a tower {'with' if self.vision.class_token else 'without'} a class token, "
                 "expected 'class' with one, 'map' or 'gap' without."
@@ -63,7 +64,7 @@ class DualEncoderConfig:
             )
 
     def replace(self, *, vision: dict | None = None, text: dict | None = None, both: dict | None = None, **own):
-        """A copy with fields of either tower, of `both`, or of its own changed."""
+        """Returns a copy with fields of either tower, of both towers, or of this config changed."""
         both = both or {}
         return dataclasses.replace(
             self,
@@ -74,7 +75,7 @@ class DualEncoderConfig:
 
 
 class DualEncoder(nnx.Module):
-    """Images and texts in, embeddings of unit length out."""
+    """Maps images and texts to embeddings of unit length."""
 
     def __init__(self, config: DualEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -89,7 +90,7 @@ class DualEncoder(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(config.initial_scale, dtype))
         bias = config.initial_bias
         self.logit_bias = nnx.data(None) if bias is None else nnx.Param(jnp.asarray(bias, dtype))
-        self.prompts = nnx.data(None)
+        self.prompts: Any = nnx.data(None)  # a module with the methods of few_shot.prompts.Prompts once attached
 
     def __call__(
         self,
@@ -99,19 +100,19 @@ class DualEncoder(nnx.Module):
         dropout_keys=None,
         prompts: bool = True,
     ) -> tuple[Float[Array, "B E"], Float[Array, "C E"], dict]:
-        """Embeds images and texts, as many of each or not.
+        """Embeds images and texts; their numbers may differ.
 
         Args:
-          images: float32 as `config.preprocessing` prepares them.
-          tokens: ids as the model's tokenizer pads them (data/tokenizers/text_tower.py).
-          mask: true on real tokens, for CLIP; None reads everything, as SigLIP does.
-          dropout_keys: one key a pair switches adapter dropout on (training); None is deterministic.
-          prompts: whether those that are attached, and the adapters of the output, are used.
+          images: float32, prepared by `config.preprocessing`.
+          tokens: ids padded by the model's tokenizer (data/tokenizers/text_tower.py).
+          mask: true on real tokens, for CLIP; None attends to all tokens, as SigLIP does.
+          dropout_keys: one key per pair switches adapter dropout on (training); None is deterministic.
+          prompts: whether to use the attached prompts and output adapters, if any.
 
         Returns:
           image_embeds, text_embeds: float32, of unit length.
-          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (before adapters of the
-            output and normalising).
+          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (before output adapters
+            and normalization).
         """
         image_embeds, image_out = self.encode_image(images, dropout_keys, prompts)
         text_embeds, text_out = self.encode_text(tokens, mask, dropout_keys, prompts)
@@ -120,16 +121,16 @@ class DualEncoder(nnx.Module):
     def encode_image(
         self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: bool = True
     ) -> tuple[Float[Array, "B E"], dict]:
-        """Embeddings of images, float32 of unit length, and intermediates."""
+        """Returns embeddings of images, float32 of unit length, and intermediates."""
         learned = self.prompts if prompts else None
         x, out = self.vision(images, dropout_keys, None if learned is None else learned.vision_prompts())
-        embeds, more = self.embed_features(x, dropout_keys, prompts)
-        return embeds, {f"vision/{k}": v for k, v in out.items()} | more
+        embeds, head_out = self.embed_features(x, dropout_keys, prompts)
+        return embeds, {f"vision/{k}": v for k, v in out.items()} | head_out
 
     def embed_features(
         self, x: Float[Array, "B S D"], dropout_keys=None, prompts: bool = True
     ) -> tuple[Float[Array, "B E"], dict]:
-        """Embeddings from what the vision tower returns, its features of an image, and the `image_features`."""
+        """Returns embeddings of images from the vision tower's output, and the intermediate `image_features`."""
         config = self.config
         if config.pool == "map":
             features = self.image_head(x, dropout_keys)
@@ -147,7 +148,7 @@ class DualEncoder(nnx.Module):
         dropout_keys=None,
         prompts: bool = True,
     ) -> tuple[Float[Array, "B E"], dict]:
-        """Embeddings of texts, float32 of unit length, and intermediates."""
+        """Returns embeddings of texts, float32 of unit length, and intermediates."""
         learned = self.prompts if prompts else None
         pooled, out = self.text(tokens, mask, dropout_keys, None if learned is None else learned.text_prompts())
         features = self.text_projection(pooled, dropout_keys, jnp.float32)
@@ -155,14 +156,14 @@ class DualEncoder(nnx.Module):
         return embeds, {f"text/{k}": v for k, v in out.items()} | {"text_features": features}
 
     def logits(self, image_embeds: Float[Array, "B E"], text_embeds: Float[Array, "C E"]) -> Float[Array, "B C"]:
-        """exp(logit_scale) cosine + logit_bias of every image and every text, float32."""
+        """Returns exp(logit_scale) * cosine + logit_bias for every image and text, float32."""
         scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
         logits = scale * jnp.einsum("BE,CE->BC", image_embeds, text_embeds, precision=lax.Precision.HIGHEST)
         return logits if self.logit_bias is None else logits + self.logit_bias[...].astype(jnp.float32)
 
 
 def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """Rows scaled to length 1 (zeros stay zeros, with a finite gradient)."""
+    """Scales rows to length 1; rows of zeros stay zeros, with a finite gradient."""
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1, keepdims=True), 1e-24))
 
 

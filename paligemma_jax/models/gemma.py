@@ -1,9 +1,10 @@
 """The Gemma decoder (Gemma Team 2024): RMSNorm, rotary positions, grouped queries, gated GELU. Axes: see models.
 
-Gemma 2 (Riviere et al. 2024) adds norms after each branch, soft caps, and a window in every other layer.
+Gemma 2 (Riviere et al. 2024) adds norms after each branch, soft caps, and a sliding window in every other layer.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from train_jax.core import row_sharding
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of a decoder. The soft caps, the window and the post norms are Gemma 2's."""
+    """Sizes of a decoder. Soft caps, sliding window and post norms are Gemma 2's."""
 
     vocab_size: int = 257_152
     width: int = 2048
@@ -38,7 +39,7 @@ class GemmaConfig:
     query_scale: float | None = None  # factor on the scores; None means head_dim ** -0.5
     attn_softcap: float | None = None
     final_softcap: float | None = None
-    sliding_window: int | None = None  # positions that layers 0, 2, 4, ... read back, the own one included
+    sliding_window: int | None = None  # positions that layers 0, 2, 4, ... attend to, the current one included
     post_norms: bool = False
     remat: str = "none"  # see stack.scan_stack
     unroll: bool = False  # see stack.scan_stack
@@ -47,13 +48,14 @@ class GemmaConfig:
 
 
 class Embedder(nnx.Module):
-    """The token table, used to embed (times sqrt(D)) and, tied, to compute logits."""
+    """The token embedding, scaled by sqrt(D); the vocabulary projection is tied to it."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32) * config.width**-0.5
         self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeds tokens; an id outside the vocabulary gives NaN."""
         x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
         return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
 
@@ -63,21 +65,21 @@ class GemmaAttention(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
+        width = (config.width,)
         queries, keys = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.q_proj = Projection("decoder/q_proj", (config.width,), queries, **options)
-        self.k_proj = Projection("decoder/k_proj", (config.width,), keys, **options)
-        self.v_proj = Projection("decoder/v_proj", (config.width,), keys, **options)
-        self.o_proj = Projection("decoder/o_proj", queries, (config.width,), **options)
+        self.q_proj = _projection(config, "decoder/q_proj", width, queries, rngs)
+        self.k_proj = _projection(config, "decoder/k_proj", width, keys, rngs)
+        self.v_proj = _projection(config, "decoder/v_proj", width, keys, rngs)
+        self.o_proj = _projection(config, "decoder/o_proj", queries, width, rngs)
 
-    def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
-        """Returns the attended values [B, T, D] in float32 and the cache, written at (layer, slot) = `slot`."""
+    def __call__(self, x, positions, mask, cache=None, layer_and_slot=(0, 0), dropout_keys=None):
+        """Returns the attention's output [B, T, D] in float32, and the cache with the new keys and values written."""
         config = self.config
         q = rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
         k = rotary(self.k_proj(x, dropout_keys), positions, config.rope_theta)
         v = self.v_proj(x, dropout_keys)
         if cache is not None:
-            layer, start = slot
+            layer, start = layer_and_slot
             cache = {
                 name: lax.dynamic_update_slice(
                     cache[name], new[None].astype(cache[name].dtype), (layer, 0, start, 0, 0)
@@ -94,70 +96,81 @@ class GemmaAttention(nnx.Module):
         v: Float[Array, "B S K H"],
         mask: Bool[Array, "B T S"] | None,
     ) -> Float[Array, "B T N H"]:
-        """What each query reads, before the output projection."""
+        """Returns the weighted values of each query, before the output projection."""
         scale = self.config.query_scale or self.config.head_dim**-0.5
         return attention(q, k, v, mask, scale=scale, cap=self.config.attn_softcap)
 
 
 class GemmaMlp(nnx.Module):
-    """down(gelu(gate(x)) * up(x)), or with the config's other activation; the gate's product in float32."""
+    """The gated MLP down(act(gate(x)) * up(x)); act is the config's activation, the product is in float32."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         encoder_block.check_activation(config.activation)
         self.activation = config.activation
-        options = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.gate_proj = Projection("decoder/gate_proj", (config.width,), (config.mlp_dim,), **options)
-        self.up_proj = Projection("decoder/up_proj", (config.width,), (config.mlp_dim,), **options)
-        self.down_proj = Projection("decoder/down_proj", (config.mlp_dim,), (config.width,), **options)
+        self.gate_proj = _projection(config, "decoder/gate_proj", (config.width,), (config.mlp_dim,), rngs)
+        self.up_proj = _projection(config, "decoder/up_proj", (config.width,), (config.mlp_dim,), rngs)
+        self.down_proj = _projection(config, "decoder/down_proj", (config.mlp_dim,), (config.width,), rngs)
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
+        """Returns the MLP's output in float32."""
         gate = encoder_block.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
         return self.down_proj(gate * self.up_proj(x, dropout_keys, jnp.float32), dropout_keys, jnp.float32)
 
 
 class GemmaBlock(nnx.Module):
-    """One decoder layer; with `post_norms` each branch is normed again before it is added (Gemma 2)."""
+    """One decoder layer; with `post_norms` each branch is normalized again before it is added (Gemma 2)."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
-        norm = dict(eps=config.eps, param_dtype=config.param_dtype)
-        self.pre_attention_norm = RMSNorm(config.width, **norm)
+        self.pre_attention_norm = _norm(config)
         self.self_attn = GemmaAttention(config, rngs=rngs)
-        self.pre_ffw_norm = RMSNorm(config.width, **norm)
+        self.pre_ffw_norm = _norm(config)
         self.mlp = GemmaMlp(config, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
-        self.post_ffw_norm = RMSNorm(config.width, **norm) if config.post_norms else nnx.data(None)
+        self.post_attention_norm = _norm(config) if config.post_norms else nnx.data(None)
+        self.post_ffw_norm = _norm(config) if config.post_norms else nnx.data(None)
 
-    def __call__(self, x, positions, mask, cache=None, slot=None, dropout_keys=None):
-        branch, cache = self.self_attn(self.pre_attention_norm(x), positions, mask, cache, slot, dropout_keys)
+    def __call__(self, x, positions, mask, cache=None, layer_and_slot=(0, 0), dropout_keys=None):
+        """Returns the residual stream after the layer, and the written cache; arguments as of GemmaAttention."""
+        branch, cache = self.self_attn(self.pre_attention_norm(x), positions, mask, cache, layer_and_slot, dropout_keys)
         x = x + self.attention_residual(branch)
         branch = self.mlp(self.pre_ffw_norm(x), dropout_keys)
         return x + self.mlp_residual(branch), cache
 
     def attention_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the attention adds to the residual stream."""
+        """Returns the attention's contribution to the residual stream."""
         return branch if self.post_attention_norm is None else self.post_attention_norm(branch)
 
     def mlp_residual(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the feed-forward network adds to the residual stream."""
+        """Returns the MLP's contribution to the residual stream."""
         return branch if self.post_ffw_norm is None else self.post_ffw_norm(branch)
 
 
+def _projection(
+    config: GemmaConfig, name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], rngs: nnx.Rngs
+) -> Projection:
+    """Makes a projection with the config's dtypes."""
+    return Projection(name, in_shape, out_shape, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
+
+
+def _norm(config: GemmaConfig) -> RMSNorm:
+    return RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+
+
 class Gemma(nnx.Module):
-    """Embeds tokens, runs the blocks, norms; logits are a separate call, so that losses can compute them in chunks."""
+    """Token embedding, blocks and final norm; `logits` is a separate call, so that losses can compute it in chunks."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedder(config, rngs=rngs)
         self.layers = make_stack(lambda rngs: GemmaBlock(config, rngs=rngs), config.depth, rngs)
-        self.norm = RMSNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.norm = _norm(config)
 
     @property
-    def stacks(self) -> list[nnx.Module]:
+    def stacks(self) -> Sequence[GemmaBlock]:
         """The stacks of blocks, first to last."""
         return [self.layers]
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
-        """All inputs before the text: the image's features."""
+        """Returns all inputs before the text: here the image features alone."""
         return features
 
     def __call__(
@@ -172,24 +185,24 @@ class Gemma(nnx.Module):
         """Runs the blocks over embedded inputs.
 
         Args:
-          x: embedded tokens (already times sqrt(D)) and image features (unscaled), float32.
+          x: embedded tokens (scaled by sqrt(D)) and image features (unscaled), float32.
           positions: rotary position of each input, counted over real tokens.
-          mask: who reads whom; S is T without a cache, else the cache's length. `sliding_mask` narrows it in every
-            other layer where the config has a window.
+          mask: attention mask; S is T without a cache, else the cache's length. If the config has a sliding window,
+            `sliding_mask` narrows the mask in every other layer.
           cache: from `empty_cache`, or None.
-          start: first cache slot that the T inputs fill.
-          dropout_keys: one key an example for adapter dropout, None for none.
+          start: first cache slot to write.
+          dropout_keys: one key per example for adapter dropout, or None.
 
         Returns:
           Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual
           stream before the final norm).
         """
-        window, windowed, slots = self.config.sliding_window, None, {}
-        if self._cuts(mask.shape[2]):
+        window, windowed, new_positions = self.config.sliding_window, None, {}
+        if window is not None and mask.shape[2] > window:
             key_positions = positions
             if cache is not None:
                 key_positions = lax.dynamic_update_slice(cache["positions"], positions[None], (0, 0, start))[0]
-                slots = {"positions": key_positions[None]}
+                new_positions = {"positions": key_positions[None]}
             windowed = sliding_mask(mask, positions, key_positions, window, start)
         if cache is not None:
             cache = {name: cache[name] for name in "kv"}
@@ -202,33 +215,32 @@ class Gemma(nnx.Module):
 
         carry, first = (x.astype(jnp.float32), cache), 0
         for stack in self.stacks:
-            numbers = first + jnp.arange(stack.pre_attention_norm.scale.shape[0])
-            first += len(numbers)
-            options = dict(remat=self.config.remat, unroll=self.config.unroll, row_axes=(0, 1))
-            carry, _ = scan_stack(stack, call, carry, numbers, **options)
+            layers = first + jnp.arange(stack.pre_attention_norm.scale.shape[0])
+            first += len(layers)
+            carry, _ = scan_stack(
+                stack, call, carry, layers, remat=self.config.remat, unroll=self.config.unroll, row_axes=(0, 1)
+            )
         x, cache = carry
-        return self.norm(x), None if cache is None else cache | slots, {"encoded": x}
+        return self.norm(x), None if cache is None else cache | new_positions, {"encoded": x}
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Float32 logits over the vocabulary, soft-capped if the config says so."""
+        """Returns float32 logits over the vocabulary, with the config's final soft cap."""
         dtype = jnp.dtype(self.config.dtype)
         table = row_sharding.gathered(self.embed_tokens.embedding).astype(dtype)
         logits = jnp.einsum("BTD,VD->BTV", cast(hidden, dtype), table, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.final_softcap)
 
     def empty_cache(self, batch: int, length: int, dtype=None) -> dict[str, Array]:
-        """Zeros for `length` slots: {"k", "v"} of [L, B, S, K, H], in the compute dtype unless told otherwise.
+        """Returns an empty cache of `length` slots: {"k", "v"} of [L, B, S, K, H], in `dtype` or the compute dtype.
 
-        Where the window is shorter than that, also the slots' "positions", int32 [1, B, S].
+        If the sliding window is shorter than the cache, it also holds the slots' "positions", int32 [1, B, S].
         """
         config = self.config
         shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
         cache = {name: jnp.zeros(shape, jnp.dtype(dtype or config.dtype)) for name in "kv"}
-        return cache | ({"positions": jnp.zeros((1, batch, length), jnp.int32)} if self._cuts(length) else {})
-
-    def _cuts(self, length: int) -> bool:
-        """Whether the window can hide anything among so many inputs."""
-        return self.config.sliding_window is not None and length > self.config.sliding_window
+        if config.sliding_window is not None and length > config.sliding_window:
+            cache["positions"] = jnp.zeros((1, batch, length), jnp.int32)
+        return cache
 
 
 def sliding_mask(
@@ -238,11 +250,11 @@ def sliding_mask(
     window: int,
     start: Int[Array, ""] | int = 0,
 ) -> Bool[Array, "B T S"]:
-    """Gemma 2's window on a prefix-LM mask: keys `window` or more positions back are hidden, unless they read back.
+    """Applies Gemma 2's sliding window to a prefix-LM mask.
 
-    Two tokens that read each other belong to one bidirectional block (image and prompt), which the window leaves whole,
-    as in transformers; a suffix token does lose the image patches beyond its window. Counting positions, not slots,
-    makes padding count for nothing.
+    Keys `window` or more positions back are hidden, unless query and key attend to each other: these belong to one
+    bidirectional block (image and prompt), which the window leaves whole, as in transformers. A suffix token does lose
+    the image patches beyond its window. Distances are counted in positions, so padding does not count.
 
       window 2, prefix of three   query 0  1 1 1 0 0
                                         1  1 1 1 0 0
@@ -251,7 +263,9 @@ def sliding_mask(
                                         4  0 0 0 1 1
 
     Args:
-      mask: who reads whom among all keys.
+      mask: attention mask over all keys.
+      query_positions, key_positions: positions of the real tokens.
+      window: number of visible positions, the query's own included.
       start: slot of the first query among the keys.
     """
     near = query_positions[:, :, None] - key_positions[:, None, :] < window

@@ -9,7 +9,7 @@ from paligemma_jax.models.numerics import broadcast
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with scale and bias, computed in float32 (Ba et al. 2016)."""
+    """Layer normalization with scale and bias, computed in float32 (Ba et al. 2016)."""
 
     def __init__(self, width: int, *, eps: float = 1e-6, param_dtype: str = "float32"):
         self.eps = eps
@@ -17,6 +17,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), jnp.dtype(param_dtype)))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalizes the last axis; the result is float32."""
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
@@ -25,13 +26,14 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with Gemma's zero-centred scale: x / rms(x) * (1 + w), float32 (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm with Gemma's zero-centered scale: x / rms(x) * (1 + w), float32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, *, eps: float = 1e-6, param_dtype: str = "float32"):
         self.eps = eps
         self.scale = nnx.Param(jnp.zeros((width,), jnp.dtype(param_dtype)))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalizes the last axis; the result is float32."""
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x * broadcast(1.0 + self.scale[...].astype(jnp.float32), x)

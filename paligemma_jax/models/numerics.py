@@ -1,4 +1,4 @@
-"""Numerics that models and losses share: saturating casts, broadcasting, soft caps."""
+"""Numerics shared by models and losses: saturating casts, broadcasting, soft caps."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,9 +6,9 @@ from jaxtyping import Array
 
 
 def cast(x: Array, dtype) -> Array:
-    """Casts to `dtype`; finite numbers beyond float16 saturate there instead of overflowing to infinity.
+    """Casts to `dtype`; in float16, finite numbers beyond its range saturate instead of overflowing to infinity.
 
-    Infinities and NaN stay what they are: they are faults, and whoever watches for those must see them.
+    Infinities and NaN are kept, so that checks for non-finite values still find them.
     """
     if x.dtype == dtype:
         return x
@@ -19,10 +19,10 @@ def cast(x: Array, dtype) -> Array:
 
 
 def broadcast(x: Array, like: Array) -> Array:
-    """Gives x leading axes of size 1 up to the rank of `like`: elsewhere, ranks that differ are a mistake."""
+    """Adds leading axes of size 1 to x up to the rank of `like` (implicit rank promotion is an error here)."""
     return lax.expand_dims(x, range(like.ndim - x.ndim))
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap), or x itself when cap is None."""
+    """Returns cap * tanh(x / cap), or x itself when cap is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)

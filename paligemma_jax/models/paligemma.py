@@ -1,14 +1,17 @@
-"""PaliGemma (Beyer et al. 2024): SigLIP patches, a linear projector, and Gemma with a prefix-LM mask. Axes: see models.
+r"""PaliGemma (Beyer et al. 2024): SigLIP's vision tower, a linear projector, and Gemma with a prefix-LM mask.
 
-The sequence is [image patches][text], and a row of text is [BOS prefix]["\\n"][suffix EOS][padding]:
+The sequence is [image patches][text], and a row of text is [BOS prefix]["\n"][suffix EOS][padding]:
 
-  tokens      <bos> how many ? \\n  2  <eos> <pad>
-  mask_ar       0    0    0  0  0  1    1     1     0 reads both ways, 1 opens a causal block
-  mask_input    1    1    1  1  1  1    1     0     padding is read by nobody
+  tokens      <bos> how many ? \n  2  <eos> <pad>
+  mask_ar       0    0    0  0  0  1    1     1     0 is bidirectional, 1 starts a causal block
+  mask_input    1    1    1  1  1  1    1     0     no token attends to padding
+
+Axes: see models.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypedDict
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,10 +27,12 @@ from train_jax.core import row_sharding
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A vision tower, a decoder, and how images are prepared for them (None: not known, as for a new model).
+    """A vision tower and a decoder.
 
-    `image_token` is the id that stands for a patch in transformers' input, where the checkpoint tells; it is of no use
-    here but to write the same again.
+    Attributes:
+      preprocessing: how images are prepared; None if unknown, as for a new model.
+      image_token: id of a patch's placeholder in transformers' input, if the checkpoint has it; used only to write the
+        same checkpoint again.
     """
 
     vision: ViTConfig = ViTConfig()
@@ -36,7 +41,7 @@ class PaliGemmaConfig:
     image_token: int | None = None
 
     def replace(self, *, vision: dict | None = None, decoder: dict | None = None, both: dict | None = None):
-        """A copy with fields of either tower, or of `both`, changed."""
+        """Returns a copy with fields of the vision tower, of the decoder, or of both changed."""
         both = both or {}
         return dataclasses.replace(
             self,
@@ -45,7 +50,15 @@ class PaliGemmaConfig:
         )
 
 
-GEMMA_2 = dict(attn_softcap=50.0, sliding_window=4096, post_norms=True)
+class Gemma2Options(TypedDict):
+    """The fields of GemmaConfig that all Gemma 2 decoders share."""
+
+    attn_softcap: float
+    sliding_window: int
+    post_norms: bool
+
+
+GEMMA_2 = Gemma2Options(attn_softcap=50.0, sliding_window=4096, post_norms=True)
 DECODERS = {
     "3b": GemmaConfig(),
     "pg2-3b": GemmaConfig(width=2304, depth=26, mlp_dim=9216, num_heads=8, num_kv_heads=4, **GEMMA_2),
@@ -57,22 +70,21 @@ DECODERS = {
         num_heads=32,
         num_kv_heads=16,
         head_dim=128,
-        query_scale=(4608 / 32) ** -0.5,  # of the width a head, not of head_dim: Gemma 2 27B alone
+        query_scale=(4608 / 32) ** -0.5,  # only Gemma 2 27B scales by width / num_heads instead of head_dim
         **GEMMA_2,
     ),
 }
 
 
 def variant(name: str) -> PaliGemmaConfig:
-    """Sizes by name: "tiny" (the model that ships with this package), or a released model with its resolution.
+    """Returns a config by name: "tiny" (the model in this package), or a released model with its resolution.
 
     Released are "3b", "pg2-3b", "pg2-10b" and "pg2-28b" (PaliGemma 2) at 224, 448 and 896 pixels: "3b-224",
-    "pg2-10b-448". PaliGemma 2 was trained without a cap on the final logits (its paper and big_vision); what a
-    checkpoint's own config.json says goes first when one is loaded. Images are prepared as transformers prepares
-    them for these models.
+    "pg2-10b-448". PaliGemma 2 was trained without a soft cap on the final logits (its paper and big_vision); the
+    config.json of a checkpoint takes precedence when one is loaded. The preprocessing is that of transformers.
 
     Raises:
-      ValueError: another name.
+      ValueError: an unknown name.
     """
     if name == "tiny":
         return PaliGemmaConfig(
@@ -95,7 +107,7 @@ def variant(name: str) -> PaliGemmaConfig:
 
 
 class Projector(nnx.Module):
-    """One linear layer from the tower's width to the decoder's."""
+    """One linear layer from the vision tower's width to the decoder's."""
 
     def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
         self.linear = Projection(
@@ -109,13 +121,14 @@ class Projector(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B P E"], dropout_keys=None) -> Float[Array, "B P D"]:
+        """Returns projected patch features in float32."""
         return row_sharding.apply_block(
             self.linear, x, dropout_keys, call=lambda linear, x, keys: linear(x, keys, jnp.float32)
         )
 
 
 class PaliGemma(nnx.Module):
-    """Images and text in, next-token logits at the text positions out."""
+    """Maps images and text to next-token logits at the text positions."""
 
     def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -131,14 +144,14 @@ class PaliGemma(nnx.Module):
         mask_input: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T V"], dict]:
-        """Logits at every text position; position t predicts token t + 1.
+        """Returns logits at every text position; position t predicts token t + 1.
 
         Args:
           images: float32 in the checkpoint's value range ([-1, 1]), prepared by its preprocessing.
-          tokens: text token ids only, no placeholders for the image.
-          mask_ar: 0 over prefix and separator, 1 over the suffix (and padding); see the module's docstring.
-          mask_input: true on real tokens; None means all are real. Padding may stand on either side.
-          dropout_keys: one key an example switches adapter dropout on (training); None is deterministic.
+          tokens: text token ids only, without image placeholders.
+          mask_ar: 0 over prefix and separator, 1 over suffix and padding; see the module's docstring.
+          mask_input: true on real tokens; None means all are real. Padding may be on either side.
+          dropout_keys: one key per example switches adapter dropout on (training); None is deterministic.
 
         Returns:
           logits: float32.
@@ -149,13 +162,13 @@ class PaliGemma(nnx.Module):
         return self.decoder.logits(hidden), out | text_out
 
     def encode_image(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B P D"], dict]:
-        """Projected patch features, ready for the decoder (float32, unscaled), and intermediates."""
+        """Returns projected patch features for the decoder (float32, unscaled), and intermediates."""
         x, out = self.vision(images, dropout_keys)
         features = self.projector(x, dropout_keys)
         return features, {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
-        """All inputs before the text, see Gemma.context."""
+        """Returns all inputs before the text, see Gemma.context."""
         return self.decoder.context(features)
 
     def hidden(
@@ -166,7 +179,7 @@ class PaliGemma(nnx.Module):
         mask_input: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """Hidden states after the final norm at the text positions, for a loss that makes logits in chunks."""
+        """Returns hidden states after the final norm at the text positions, from which losses compute logits."""
         if mask_input is None:
             mask_input = jnp.ones(tokens.shape, bool)
         features = self.context(features)
@@ -177,9 +190,8 @@ class PaliGemma(nnx.Module):
     def hidden_of_texts(
         self, features: Float[Array, "B P D"], arrays: Mapping[str, Array], dropout_keys=None
     ) -> Float[Array, "B T D"]:
-        """`hidden` of the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays."""
-        masks = arrays["mask_ar"], arrays["mask_input"]
-        return self.hidden(features, arrays["tokens"], *masks, dropout_keys)[0]
+        """Returns `hidden` for the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays."""
+        return self.hidden(features, arrays["tokens"], arrays["mask_ar"], arrays["mask_input"], dropout_keys)[0]
 
     def hidden_of_packed(
         self,
@@ -189,13 +201,13 @@ class PaliGemma(nnx.Module):
         suffix: Int[Array, "B T"],
         offset: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """Hidden states where several texts stand behind one image and do not read one another.
+        """Returns hidden states of several texts packed behind one image, which do not attend to one another.
 
         Args:
-          features: of the image, P patches.
+          features: image features, P patches.
           tokens: the texts, one after another.
           segment, suffix: see attention.packed_mask.
-          offset: a token's place in its own text, from 0.
+          offset: index of a token in its own text, from 0.
         """
         B, P = features.shape[:2]
         positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(P), (B, P)), P + offset], axis=1)
@@ -209,9 +221,9 @@ class PaliGemma(nnx.Module):
         mask: Bool[Array, "B S S"],
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """As `hidden`, with positions and mask of all S = P + T inputs given (for several texts behind one image).
+        """Returns what `hidden` returns, for given positions and mask of all S = P + T inputs.
 
-        `features` are all that stands before the text, see `context`.
+        `features` are all inputs before the text, see `context`.
         """
         embedded = self.decoder.embed_tokens(tokens)
         x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)
@@ -223,7 +235,7 @@ class PaliGemma(nnx.Module):
 def join_masks(
     num_patches: int, mask_input: Bool[Array, "B T"] | Int[Array, "B T"], mask_ar: Int[Array, "B T"]
 ) -> tuple[Bool[Array, "B S"], Int[Array, "B S"]]:
-    """Puts the image in front of the text's masks (S = num_patches + T): always real, never causal."""
+    """Prepends the image to the text's masks (S = num_patches + T): its patches are real and not causal."""
     image = jnp.ones((mask_input.shape[0], num_patches), bool)
     valid = jnp.concatenate([image, mask_input.astype(bool)], axis=1)
     causal = jnp.concatenate([jnp.zeros(image.shape, jnp.int32), mask_ar.astype(jnp.int32)], axis=1)
@@ -231,5 +243,5 @@ def join_masks(
 
 
 def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
-    """Position of each real token among the real ones, from 0; rotary positions are relative: any offset is equal."""
+    """Returns the index of each real token among the real ones, from 0 (rotary positions are relative)."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from paligemma_jax.models.numerics import broadcast, cast
 
 
 def fan_in_normal(num_contracted: int) -> Callable:
-    """Truncated-free normal of variance 1 / (product of the contracted axes), for kernels shaped [in..., out...]."""
+    """Returns an initializer: normal of variance 1 / (product of the contracted axes), for kernels [in..., out...]."""
 
     def init(key, shape, dtype):
         fan_in = math.prod(shape[:num_contracted])
@@ -25,10 +26,12 @@ def fan_in_normal(num_contracted: int) -> Callable:
 class Projection(nnx.Module):
     """A linear map over one or more axes: y = x W + b.
 
-    The kernel W is shaped [*in_shape, *out_shape]. Inside a stack of layers it has a leading layer axis that the scan
-    takes off before the call. It is a Variable, or a module that stores it in another way (quantised, say) with
-    `contract(x, keys)`, `dequantize()`, `shape` and `size`.
+    The kernel W is shaped [*in_shape, *out_shape]. In a stack of layers it has a leading layer axis, which the scan
+    removes before the call. It is a Variable, or a module that stores it in another form (quantised, for example) with
+    `contract(x, keys)`, `dequantize()`, `shape`, `size` and `dtype`.
     """
+
+    kernel: Any  # a union of both kinds would make every access to a plain kernel a cast
 
     def __init__(
         self,
@@ -54,35 +57,35 @@ class Projection(nnx.Module):
 
         Args:
           x: input of any float dtype; multiplied in the compute dtype with float32 accumulation.
-          dropout_keys: one key an example for whatever is random in training; None switches it off.
-          out_dtype: dtype of the result, the compute dtype when None (residual branches ask for float32).
+          dropout_keys: one key per example, for dropout and other randomness in training; None is deterministic.
+          out_dtype: dtype of the result; None means the compute dtype.
         """
         dtype = jnp.dtype(self.dtype)
         return cast(self.affine(cast(x, dtype), dropout_keys), jnp.dtype(out_dtype or dtype))
 
     def affine(self, x: Array, dropout_keys: Key[Array, " B"] | None) -> Array:
-        """x W + b in float32."""
+        """Returns x W + b in float32."""
         return self.add_bias(self.product(x, dropout_keys))
 
     def product(self, x: Array, keys: Key[Array, " B"] | None) -> Array:
-        """x W in float32."""
+        """Returns x W in float32."""
         if isinstance(self.kernel, nnx.Variable):
             return contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape))
         return self.kernel.contract(x, keys)
 
     def add_bias(self, y: Array) -> Array:
-        """y + b in float32, y itself without a bias."""
+        """Returns y + b in float32, or y if there is no bias."""
         return y if self.bias is None else y + broadcast(self.bias[...].astype(jnp.float32), y)
 
     def dense_kernel(self) -> Array:
-        """W in float32, dequantised where need be, with the layer axis, if stacked."""
+        """Returns W in float32, dequantised if necessary, with the layer axis if stacked."""
         return (
             self.kernel[...].astype(jnp.float32) if isinstance(self.kernel, nnx.Variable) else self.kernel.dequantize()
         )
 
 
 def projections(model: nnx.Module) -> dict[str, Projection]:
-    """Every projection of a model by module path, such as "decoder/layers/self_attn/q_proj"."""
+    """Returns every projection of a model by module path, such as "decoder/layers/self_attn/q_proj"."""
     modules = nnx.iter_modules(model)
     return dict(
         sorted(("/".join(map(str, path)), module) for path, module in modules if isinstance(module, Projection))
@@ -90,7 +93,7 @@ def projections(model: nnx.Module) -> dict[str, Projection]:
 
 
 def depth(module: Projection) -> int | None:
-    """Number of layers of a stacked projection, None of one that is not stacked."""
+    """Returns the number of layers of a stacked projection, or None if it is not stacked."""
     stacked = len(module.kernel.shape) > len(module.in_shape) + len(module.out_shape)
     return module.kernel.shape[0] if stacked else None
 

@@ -1,6 +1,7 @@
 """Blocks stacked on a leading layer axis and scanned, with rematerialization."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -14,8 +15,11 @@ REMAT_POLICIES = {
 }
 
 
-def make_stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` blocks as one module whose parameters have a leading layer axis."""
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def make_stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """Makes `depth` blocks as one module whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -33,28 +37,28 @@ def scan_stack(
     *,
     remat: str = "none",
     unroll: bool = False,
-    row_axes=0,
+    row_axes: int | tuple[int, ...] = 0,
 ):
-    """Runs `call(block, carry, x) -> (carry, y)` through the stacked blocks, with rematerialisation a block at a time.
+    """Runs `call(block, carry, x) -> (carry, y)` over the stacked blocks, rematerializing one block at a time.
 
-    Scanning keeps one layer's weights and activations alive at a time and compiles one block, whatever the depth.
+    The scan compiles one block, whatever the depth, and keeps the weights and activations of one layer alive at a time.
 
     Args:
       blocks: a module made by `make_stack`.
       call: pure function of one layer's module, the carry and that layer's slice of `per_layer`.
-      carry: pytree threaded through the layers.
+      carry: pytree passed from layer to layer.
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
         "dots" keeps the results of matrix products without batch axes.
-      unroll: compile the layers one after another instead of a loop: faster on CPU, slower to compile. A loop it is
-        where weights are gathered from other devices.
-      row_axes: where the carry's arrays have their rows, see row_sharding.pin_rows.
+      unroll: whether to unroll the loop over layers: faster on CPU, slower to compile. Ignored where weights are
+        gathered from other devices.
+      row_axes: the batch axis of the carry's arrays, see row_sharding.pin_rows.
 
     Returns:
       The final carry and the stacked y.
 
     Raises:
-      ValueError: remat is none of the above.
+      ValueError: an unknown value of remat.
     """
     graph, params = nnx.split(blocks)
 
@@ -71,6 +75,6 @@ def scan_stack(
             raise ValueError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}.")
         policy = row_sharding.without_weights(REMAT_POLICIES[remat], params, stacked=True)
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    # Layers one after another would be gathered all at once: nothing holds the compiler back.
+    # In an unrolled loop the compiler would gather the weights of all layers at once.
     unroll = unroll and not row_sharding.gathers()
     return lax.scan(body, carry, (params, per_layer), unroll=unroll)

@@ -1,4 +1,4 @@
-"""The text tower of a dual encoder: SigLIP's reads both ways, CLIP's from left to right. Axes: see models."""
+"""The text tower of a dual encoder: bidirectional in SigLIP, causal in CLIP. Axes: see models."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.models import encoder_block
+from paligemma_jax.models.encoder_block import EncoderBlock, run_blocks, split_last
 from paligemma_jax.models.norms import LayerNorm
 from paligemma_jax.models.stack import make_stack
 from train_jax.core import row_sharding
 
-POOLINGS = ("last", "eos")
+TEXT_POOLINGS = ("last", "eos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,11 @@ class TextConfig:
     """Sizes of a text tower.
 
     Attributes:
-      length: positions, that is, tokens of a text at most.
-      causal: whether a token reads only those before it (CLIP).
-      pool: which position stands for the text: "last" (SigLIP, whose texts end in EOS and are padded to `length`) or
-        "eos", the first `eos_token`; with no `eos_token` that of the largest id (CLIP as first released, where that
-        was the last id of the table).
+      length: number of positions, the maximum number of tokens of a text.
+      causal: whether attention is causal (CLIP).
+      pool: the position that is pooled: "last" (SigLIP, whose texts end in EOS and are padded to `length`) or "eos",
+        the first `eos_token`; without an `eos_token`, the position of the largest id (the first CLIP checkpoints, where
+        EOS is the last id of the vocabulary).
     """
 
     vocab_size: int = 32_000
@@ -45,38 +45,39 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.width // self.num_heads
 
     @property
-    def pools_alone(self) -> bool:
-        """Whether the last block computes the pooled position apart: not in a loop over layers, which has one body."""
+    def last_block_pools(self) -> bool:
+        """Whether the last block may compute the pooled position alone; not in a scan, where all layers are alike."""
         return self.pool == "last" and self.unroll and self.remat == "none"
 
 
 class TokenEmbedding(nnx.Module):
-    """The word table."""
+    """The token embedding."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.width)) * config.width**-0.5
         self.embedding = nnx.Param(table.astype(config.param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # NaN for an id beyond the table
+        """Embeds tokens; an id outside the vocabulary gives NaN."""
         rows = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
         return row_sharding.pin_rows(rows)
 
 
 class TextEncoder(nnx.Module):
-    """Words and learned positions, blocks, final norm, one position pooled."""
+    """Token embedding and learned positions, blocks, final norm, and pooling of one position."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        if config.pool not in POOLINGS:
-            raise ValueError(f"pool is {config.pool!r}, expected one of {', '.join(POOLINGS)}.")
+        if config.pool not in TEXT_POOLINGS:
+            raise ValueError(f"pool is {config.pool!r}, expected one of {', '.join(TEXT_POOLINGS)}.")
         self.config = config
         self.token_embedding = TokenEmbedding(config, rngs=rngs)
         positions = jax.random.normal(rngs.params(), (config.length, config.width)) * config.width**-0.5
         self.position_embedding = nnx.Param(positions.astype(config.param_dtype))
-        self.layers = make_stack(lambda rngs: encoder_block.Block(config, "text", rngs=rngs), config.depth, rngs)
+        self.layers = make_stack(lambda rngs: EncoderBlock(config, "text", rngs=rngs), config.depth, rngs)
         self.final_layer_norm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
     def __call__(
@@ -89,11 +90,11 @@ class TextEncoder(nnx.Module):
         """Encodes texts.
 
         Args:
-          tokens: ids, at most `config.length` a text. SigLIP's pooled position is the last of the array: pad in full.
-          mask: true on tokens that may be read; None means all, padding too, as SigLIP was trained.
-          dropout_keys: one key an example switches adapter dropout on.
-          prompts: M learned inputs of each of the first K layers (adapt/few_shot/prompts.py), in the places that
-            `prompt_start` tells.
+          tokens: at most `config.length` ids per text. SigLIP pools the last position of the array: pad to full length.
+          mask: true on tokens to attend to; None means all, padding included, as SigLIP was trained.
+          dropout_keys: one key per example switches adapter dropout on.
+          prompts: M learned inputs for each of the first K layers (adapt/few_shot/prompts.py), at the positions from
+            `prompt_start` on.
 
         Returns:
           The pooled vectors, float32, and the named intermediates `embedded`, `encoded` [B, T, D] and `pooled`.
@@ -105,41 +106,49 @@ class TextEncoder(nnx.Module):
         T = tokens.shape[1]
         if config.length < T:
             raise ValueError(f"texts have {T} tokens, expected at most {config.length}: cut them to that.")
-        options = dict(depth=config.depth, remat=config.remat, unroll=config.unroll)
+        start = self.prompt_start
         if prompts is None:
             embedded = self.token_embedding(tokens)
         else:
-            start = self.prompt_start
-            tokens, mask = _with_room(tokens, mask, prompts.shape[1], start)
+            tokens, mask = _insert_placeholders(tokens, mask, prompts.shape[1], start)
             embedded = self.token_embedding(tokens).at[:, start : start + prompts.shape[1]].set(prompts[:1])
-            options |= dict(prompts=prompts, start=start)
         embedded = embedded + self.position_embedding[...][None, :T].astype(jnp.float32)
-        visible = _visible(mask, tokens, config.causal)
-        if dropout_keys is None and prompts is None and config.pools_alone:
-            # Of the last block the pooled position alone: under jit `encoded` costs nothing where nobody reads it.
-            before, last = encoder_block.split_last(self.layers)
+        visible = _attention_mask(mask, tokens, config.causal)
+        if dropout_keys is None and prompts is None and config.last_block_pools:
+            # `pooled` needs one position of the last block; under jit `encoded` costs nothing if it is not used.
+            before, last = split_last(self.layers)
             x = row_sharding.pin_rows(embedded)
             if config.depth > 1:
-                x = encoder_block.run_blocks(before, x, mask=visible, **(options | {"depth": config.depth - 1}))
+                x = run_blocks(before, x, depth=config.depth - 1, mask=visible, unroll=True)
 
-            def through(call):
-                run = lambda block, x, mask: call(block, x, mask=mask)  # noqa: E731
-                return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=run))
+            def apply_last(method):
+                call = lambda block, x, mask: method(block, x, mask=mask)  # noqa: E731
+                return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=call))
 
-            encoded, pooled = through(encoder_block.Block.__call__), through(encoder_block.Block.last)[:, 0]
+            encoded, pooled = apply_last(EncoderBlock.__call__), apply_last(EncoderBlock.last)[:, 0]
         else:
-            x = encoder_block.run_blocks(self.layers, embedded, dropout_keys, mask=visible, **options)
+            x = run_blocks(
+                self.layers,
+                embedded,
+                dropout_keys,
+                depth=config.depth,
+                mask=visible,
+                prompts=prompts,
+                start=start,
+                remat=config.remat,
+                unroll=config.unroll,
+            )
             encoded = self.final_layer_norm(x)
             pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
 
     @property
     def prompt_start(self) -> int:
-        """Where prompts stand: behind CLIP's start mark, at the front of SigLIP's texts, which have none."""
+        """First position of the prompts: after CLIP's start token, or 0 in SigLIP, which has no start token."""
         return 1 if self.config.pool == "eos" else 0
 
     def _pooled(self, encoded: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
-        """One position each; without a gather over rows, for which devices would exchange them."""
+        """Returns one position per text; take_along_axis needs no communication when rows are sharded."""
         config = self.config
         if config.pool == "last":
             return encoded[:, -1]
@@ -147,35 +156,38 @@ class TextEncoder(nnx.Module):
         return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
 
 
-def _with_room(
-    tokens: Int[Array, "B T"], mask: Array | None, room: int, start: int
+def _insert_placeholders(
+    tokens: Int[Array, "B T"], mask: Array | None, num_prompts: int, start: int
 ) -> tuple[Int[Array, "B T"], Array | None]:
-    """Texts with `room` places from `start` on whose words do not matter, and which are read.
+    """Returns tokens and mask with `num_prompts` visible placeholders from position `start` on.
 
-    Two prompts, as the rows of text become:
+    The texts keep their length. With two prompts P:
 
-      CLIP     start a photo of a cat end        start P P of a cat end           the words there give way
-      SigLIP   a photo of a cat </s> </s> </s>   P P a photo of a cat </s>        moved; the last, pooled, stays last
-      SigLIP   one two three four five six </s>  P P one two three four </s>      a text without padding loses words
+      CLIP     start a photo of a cat end        start P P of a cat end       prompts replace the tokens there
+      SigLIP   a photo of a cat </s> </s> </s>   P P a photo of a cat </s>    the text moves, the pooled token stays
+      SigLIP   one two three four five six </s>  P P one two three four </s>  a text without padding is truncated
 
     Raises:
-      ValueError: nothing would be left of a text.
+      ValueError: no token of a text would be left.
     """
     T = tokens.shape[1]
-    if start + room >= T:
-        raise ValueError(f"texts have {T} tokens, expected more than the {start + room} up to the last of the prompts.")
-    if start == 0:
-        tokens, mask = (
-            None if rows is None else jnp.concatenate([rows[:, :room], rows[:, : T - room - 1], rows[:, -1:]], axis=1)
-            for rows in (tokens, mask)
+    if start + num_prompts >= T:
+        raise ValueError(
+            f"texts have {T} tokens, expected more than the {start + num_prompts} up to the last of the prompts."
         )
+
+    def shift(rows: Array) -> Array:
+        return jnp.concatenate([rows[:, :num_prompts], rows[:, : T - num_prompts - 1], rows[:, -1:]], axis=1)
+
+    if start == 0:
+        tokens, mask = shift(tokens), None if mask is None else shift(mask)
     if mask is not None:
-        mask = jnp.asarray(mask, bool).at[:, start : start + room].set(True)
+        mask = jnp.asarray(mask, bool).at[:, start : start + num_prompts].set(True)
     return tokens, mask
 
 
-def _visible(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:
-    """Who reads whom; None if everybody everybody."""
+def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:
+    """Returns the attention mask of padding and causality; None if every token attends to every token."""
     if mask is None and not causal:
         return None
     B, T = tokens.shape

@@ -1,6 +1,7 @@
-"""Sizes of the released dual encoders, by name."""
+"""Configs of the released dual encoders, by name."""
 
 import math
+from typing import TypedDict
 
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
@@ -8,12 +9,23 @@ from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
 
 TINY = "tiny"
-MINI = "mini"  # the tiny one with a smaller text tower, for sweeps with a locked image tower
-B = dict(width=768, depth=12, mlp_dim=3072, num_heads=12)
-L = dict(width=1024, depth=24, mlp_dim=4096, num_heads=16)
-SO400M = dict(width=1152, depth=27, mlp_dim=4304, num_heads=16)
+MINI = "mini"  # "tiny" with a smaller text tower, for sweeps with a locked image tower
 
-# Name to patch size, sizes of both towers, and image sizes.
+
+class TowerSizes(TypedDict):
+    """Fields that ViTConfig and TextConfig share."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+B = TowerSizes(width=768, depth=12, mlp_dim=3072, num_heads=12)
+L = TowerSizes(width=1024, depth=24, mlp_dim=4096, num_heads=16)
+SO400M = TowerSizes(width=1152, depth=27, mlp_dim=4304, num_heads=16)
+
+# Patch size, sizes of both towers, and image sizes.
 SIGLIP = {
     "siglip-b16": (16, B, (224, 256, 384, 512)),
     "siglip-l16": (16, L, (256, 384)),
@@ -23,7 +35,7 @@ SIGLIP = {
     "siglip2-so400m14": (14, SO400M, (224, 384)),
     "siglip2-so400m16": (16, SO400M, (256, 384, 512)),
 }
-# Name to patch size, vision sizes, text width and heads, and image sizes.
+# Patch size, sizes of the vision tower, width and heads of the text tower, and image sizes.
 CLIP = {
     "clip-b32": (32, B, (512, 8), (224,)),
     "clip-b16": (16, B, (512, 8), (224,)),
@@ -33,13 +45,13 @@ NAMES = (TINY, MINI, *(f"{name}-{size}" for table in (SIGLIP, CLIP) for name, ro
 
 
 def variant(name: str) -> DualEncoderConfig:
-    """Sizes by name: "tiny", "siglip-b16-224", "siglip2-so400m14-384", "clip-l14-336" and so on (`NAMES`).
+    """Returns a config by name: "tiny", "siglip-b16-224", "siglip2-so400m14-384", "clip-l14-336" etc. (`NAMES`).
 
-    The "tiny" one, also "siglip-tiny", has the vision tower and the words of the tiny PaliGemma, so that its tower fits
-    in there; "mini" has a smaller text tower beside it.
+    "tiny" (or "siglip-tiny") has the vision tower and the vocabulary of the tiny PaliGemma, so that PaliGemma can start
+    from its vision tower; "mini" has a smaller text tower.
 
     Raises:
-      ValueError: another name.
+      ValueError: an unknown name.
     """
     if name == f"siglip-{TINY}":
         name = TINY
@@ -59,7 +71,7 @@ def variant(name: str) -> DualEncoderConfig:
 def _siglip(family: str, pixels: int) -> DualEncoderConfig:
     patch, sizes, _ = SIGLIP[family]
     vocab_size = 256_000 if family.startswith("siglip2") else 32_000
-    # The one checkpoint of So400m at 224 pixels was trained on texts of 16 tokens.
+    # SigLIP So400m/14 at 224 pixels was trained on texts of 16 tokens.
     length = 16 if (family, pixels) == ("siglip-so400m14", 224) else 64
     return DualEncoderConfig(
         vision=ViTConfig(pixels, patch, **sizes),
@@ -71,10 +83,12 @@ def _siglip(family: str, pixels: int) -> DualEncoderConfig:
 
 def _clip(family: str, pixels: int) -> DualEncoderConfig:
     patch, sizes, (width, heads), _ = CLIP[family]
-    both = dict(eps=1e-5, activation="quick_gelu")
+    eps, activation = 1e-5, "quick_gelu"
     return DualEncoderConfig(
-        vision=ViTConfig(pixels, patch, **sizes, **both, class_token=True),
-        text=TextConfig(49_408, 77, width, 12, 4 * width, heads, **both, causal=True, pool="eos", eos_token=49_407),
+        vision=ViTConfig(pixels, patch, **sizes, eps=eps, activation=activation, class_token=True),
+        text=TextConfig(
+            49_408, 77, width, 12, 4 * width, heads, eps, activation, causal=True, pool="eos", eos_token=49_407
+        ),
         embed_dim=width,
         pool="class",
         image_projection=True,

@@ -1,4 +1,4 @@
-"""The vision tower: SigLIP's ViT and CLIP's, with learned positions. Axes: see models.
+"""The vision tower: the ViT of SigLIP and of CLIP, with learned positions. Axes: see models.
 
 Zhai et al. 2023; Radford et al. 2021; Dosovitskiy et al. 2021.
 """
@@ -20,11 +20,12 @@ from paligemma_jax.models.stack import make_stack
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a vision tower. `image_size` is in pixels (square).
+    """Sizes of a vision tower.
 
-    Where it is no multiple of `patch_size`, pixels beyond the last whole patch, right and below, are not read (SigLIP
-    So400m/14 at 384).
-    `class_token` makes it CLIP's: a learned token comes first, a norm before the blocks, and patches have no bias.
+    Attributes:
+      image_size: side of the square image in pixels. If it is not a multiple of `patch_size`, pixels right of and below
+        the last whole patch are ignored (SigLIP So400m/14 at 384).
+      class_token: whether the tower is CLIP's: a learned first token, a norm before the blocks, no bias on patches.
     """
 
     image_size: int = 224
@@ -36,7 +37,7 @@ class ViTConfig:
     eps: float = 1e-6
     activation: str = "gelu_tanh"  # see encoder_block.ACTIVATIONS
     class_token: bool = False
-    posemb: str = "learn"  # initial value of the learned positions: "learn" = normal noise, "sincos2d" = sines
+    posemb: str = "learn"  # initial value of the learned positions: "learn" is normal noise, "sincos2d" sines
     remat: str = "none"  # see stack.scan_stack
     unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
@@ -44,24 +45,27 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
+        """Patches per side."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Patches per image."""
         return self.grid**2
 
     @property
     def num_tokens(self) -> int:
-        """Patches, and the class token where there is one."""
+        """Patches, and the class token if there is one."""
         return self.num_patches + self.class_token
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.width // self.num_heads
 
 
 class ViT(nnx.Module):
-    """Patches, learned positions, blocks, final norm. No pooling: all patches come back, behind CLIP's class token."""
+    """Patches, learned positions, blocks and final norm; returns all patch features (after CLIP's class token)."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -76,28 +80,31 @@ class ViT(nnx.Module):
             rngs=rngs,
         )
         self.position_embedding = nnx.Param(_initial_positions(config, rngs).astype(dtype))
-        norm = dict(eps=config.eps, param_dtype=config.param_dtype)
         if config.class_token:
             noise = jax.random.normal(rngs.params(), (config.width,)) * config.width**-0.5
             self.class_embedding = nnx.Param(noise.astype(dtype))
-            self.pre_layernorm = LayerNorm(config.width, **norm)
-        self.layers = make_stack(lambda rngs: encoder_block.Block(config, rngs=rngs), config.depth, rngs)
-        self.post_layernorm = LayerNorm(config.width, **norm)
+            self.pre_layernorm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
+        self.layers = make_stack(lambda rngs: encoder_block.EncoderBlock(config, rngs=rngs), config.depth, rngs)
+        self.post_layernorm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
     def __call__(
         self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: Float[Array, "K M D"] | None = None
     ) -> tuple[Float[Array, "B S D"], dict]:
-        """Encodes images in the checkpoint's value range (SigLIP: [-1, 1]).
+        """Encodes images.
 
         Args:
-          images: float32. dropout_keys: one key an example switches adapter dropout on. prompts: M learned inputs of
-          each of the first K layers (adapt/few_shot/prompts.py). They stand behind the patches,
-            have no position, and are left out of what comes back: the pooling sees what it was trained on.
+          images: float32 in the checkpoint's value range (SigLIP: [-1, 1]).
+          dropout_keys: one key per example switches adapter dropout on.
+          prompts: M learned inputs for each of the first K layers (adapt/few_shot/prompts.py). They follow the patches,
+            have no position, and are not returned.
 
         Returns:
-          Patch features after the final norm, float32, in row-major order, behind those of the class token if there is
-          one, and the named intermediates `patches` (patch embedding), `embedded` (with positions), `blocks` (before
-          the final norm) and `encoded` (the features).
+          Patch features after the final norm, float32, in row-major order, preceded by those of the class token if
+          there is one; and the named intermediates `patches` (patch embedding), `embedded` (with positions), `blocks`
+          (before the final norm) and `encoded` (the features).
+
+        Raises:
+          ValueError: images of another size.
         """
         config, out = self.config, {}
         B, height, width, _ = images.shape
@@ -116,19 +123,26 @@ class ViT(nnx.Module):
         x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)[None]
         if config.class_token:
             x = self.pre_layernorm(x)
-        options = dict(depth=config.depth, remat=config.remat, unroll=config.unroll)
         if prompts is not None:
             first = self.pre_layernorm(prompts[0]) if config.class_token else prompts[0]
             x = jnp.concatenate([x, jnp.broadcast_to(first[None], (B, *first.shape))], axis=1)
-            options |= dict(prompts=prompts, start=config.num_tokens)
-        x = encoder_block.run_blocks(self.layers, x, dropout_keys, **options)
+        x = encoder_block.run_blocks(
+            self.layers,
+            x,
+            dropout_keys,
+            depth=config.depth,
+            prompts=prompts,
+            start=config.num_tokens,
+            remat=config.remat,
+            unroll=config.unroll,
+        )
         x = out["blocks"] = x if prompts is None else x[:, : config.num_tokens]
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
 
 
 def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "S D"]:
-    """Starting value of the learned position table."""
+    """Returns the initial value of the learned position table."""
     if config.posemb == "sincos2d" and not config.class_token:
         return sincos_2d(config.grid, config.width)
     if config.posemb == "learn":
@@ -137,7 +151,7 @@ def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "S D"]
 
 
 def sincos_2d(grid: int, width: int, temperature: float = 10_000.0) -> Float[Array, "P D"]:
-    """Fixed sine and cosine positions on a square grid (MoCo v3), as a starting point for learned ones."""
+    """Returns sine and cosine positions on a square grid (MoCo v3), the initial value of learned ones."""
     y, x = np.mgrid[:grid, :grid].reshape(2, -1, 1)
     omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
     table = [f(axis * omega) for axis in (x, y) for f in (np.sin, np.cos)]
@@ -149,12 +163,12 @@ def resample_positions(positions: np.ndarray, new_grid: int, method: str) -> np.
 
     Args:
       positions: float32, row-major, P a square number.
-      new_grid: patches a side.
-      method: "bilinear" as big_vision resamples (corners aligned), "bicubic" as transformers does (torch's kernel
-        with a = -0.75, half-pixel centres, edge clamped, no antialiasing).
+      new_grid: patches per side.
+      method: "bilinear" as in big_vision (corners aligned), "bicubic" as in transformers (torch's kernel with
+        a = -0.75, half-pixel centers, clamped edges, no antialiasing).
 
     Raises:
-      ValueError: another method.
+      ValueError: an unknown method.
     """
     grid = round(positions.shape[0] ** 0.5)
     if grid == new_grid:
@@ -162,7 +176,7 @@ def resample_positions(positions: np.ndarray, new_grid: int, method: str) -> np.
     table = np.asarray(positions, np.float32).reshape(grid, grid, -1)
     if method == "bilinear":
         zoom = (new_grid / grid, new_grid / grid, 1)
-        table = scipy.ndimage.zoom(table, zoom, order=1)
+        table = np.asarray(scipy.ndimage.zoom(table, zoom, order=1))
     elif method == "bicubic":
         weights = _bicubic_weights(grid, new_grid)
         table = np.einsum("Yy,Xx,yxD->YXD", weights, weights, table)
@@ -172,7 +186,7 @@ def resample_positions(positions: np.ndarray, new_grid: int, method: str) -> np.
 
 
 def _bicubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """Matrix [new, old] of Keys' cubic convolution with half-pixel centres and clamped edges."""
+    """Returns the matrix [new, old] of Keys' cubic convolution with half-pixel centers and clamped edges."""
     center = (np.arange(new) + 0.5) * old / new - 0.5
     base = np.floor(center).astype(int)
     weights = np.zeros((new, old))

@@ -1,1 +1,1 @@
-"""Learned prompts and adapters of a dual encoder (CoPrompt and its relatives)."""
+"""Learned prompts and adapters of a dual encoder: CoOp, MaPLe, CoPrompt."""

@@ -1,4 +1,4 @@
-"""Few-shot methods of a dual encoder by name, on one interface: what each attaches, what trains, and by which loss."""
+"""Few-shot methods of a dual encoder by name: the prompts of each, the parameters that train, and the loss."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from train_jax.core.patterns import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class FewShotMethod:
-    """One method.
+    """A few-shot method.
 
     Attributes:
-      prompts: what is attached, None for nothing.
-      trainable: pattern of what trains; None: nothing does.
-      consistency: whether the loss holds embeddings near those of the base (losses/coprompt.py).
+      prompts: the prompts and adapters to attach, or None.
+      trainable: pattern of the parameters that train; None if none train.
+      consistency: whether the loss has CoPrompt's consistency terms (losses/coprompt.py).
     """
 
     prompts: PromptConfig | None
@@ -27,27 +27,27 @@ class FewShotMethod:
     consistency: bool = False
 
 
-_ADAPTERS = dict(text_adapter=128, image_adapter=128)
-
 FEW_SHOT_METHODS = {
     "zero_shot": FewShotMethod(None, None),
     "coop": FewShotMethod(PromptConfig(4, 0, depth=1, coupled=False), prompts.TRAINABLE),
     "maple": FewShotMethod(PromptConfig(), prompts.TRAINABLE),
-    "adapters": FewShotMethod(PromptConfig(0, 0, coupled=False, **_ADAPTERS), prompts.TRAINABLE),
-    "coprompt": FewShotMethod(PromptConfig(**_ADAPTERS), prompts.TRAINABLE, consistency=True),
+    "adapters": FewShotMethod(
+        PromptConfig(0, 0, coupled=False, text_adapter=128, image_adapter=128), prompts.TRAINABLE
+    ),
+    "coprompt": FewShotMethod(PromptConfig(text_adapter=128, image_adapter=128), prompts.TRAINABLE, consistency=True),
     "full": FewShotMethod(None, r".*"),
 }
-"""With the default sizes of the released codes for CLIP B/16; `few_shot_method` changes them.
+"""Methods with the default sizes of the released code for CLIP B/16; `few_shot_method` changes them.
 
 CoPrompt's code has other prompts for each data set (docs/coprompt.md).
 """
 
 
 def few_shot_method(name: str, **changes) -> FewShotMethod:
-    """A method by name, fields of its `PromptConfig` changed.
+    """Returns a method by name, with fields of its `PromptConfig` changed.
 
     Raises:
-      UserError: another name, or changes to a method that attaches nothing.
+      UserError: an unknown name or field, or changes to a method without prompts and adapters.
     """
     if name not in FEW_SHOT_METHODS:
         raise UserError(
@@ -70,7 +70,7 @@ def few_shot_method(name: str, **changes) -> FewShotMethod:
 def attach_method(
     model: DualEncoder, method: FewShotMethod, *, init_words: Sequence[int] | None = None, rngs: nnx.Rngs
 ) -> DualEncoder:
-    """The model with what the method learns, in place; arguments and errors as of `attach_prompts`."""
+    """Attaches a method's prompts and adapters, if any, in place; arguments and errors as in `attach_prompts`."""
     if method.prompts is None:
         return model
     return prompts.attach_prompts(model, method.prompts, init_words=init_words, rngs=rngs)

@@ -1,15 +1,14 @@
-"""Learned prompts in both towers of a dual encoder, and adapters of its embeddings (CoPrompt and its relatives).
+"""Learned prompts in both towers of a dual encoder, and adapters of its embeddings.
 
-CoOp (Zhou et al. 2022, https://arxiv.org/abs/2109.01134): M learned vectors in the place of a text's first words.
-MaPLe (Khattak et al. 2023, https://arxiv.org/abs/2210.03117): prompts of the first K layers of both towers, of which
-those of vision are linear maps of those of text, P_v[k] = P_t[k] W[k] + b[k] (coupled). Before a layer, what the
-places of the prompts hold is replaced by that layer's own; after the K-th they are carried on.
+CoOp (Zhou et al. 2022, https://arxiv.org/abs/2109.01134): M learned vectors in place of a text's first tokens.
+MaPLe (Khattak et al. 2023, https://arxiv.org/abs/2210.03117): prompts in the first K layers of both towers; those of
+the vision tower are linear maps of those of the text tower, P_v[k] = P_t[k] W[k] + b[k] (coupled). Each of these layers
+replaces the prompts of the layer before by its own; layers after the K-th keep them as part of the sequence.
 CoPrompt (Roy and Etemad 2024, https://arxiv.org/abs/2306.01195): MaPLe with adapters on the features z of both towers,
 m relu(relu(z D) U) + (1 - m) z, before these are scaled to length 1.
 
-All of it is one module, `model.prompts`. Nothing else changes: without it, or called with `prompts=False`, the model is
-the base to the bit. Axes: see models; M prompts a layer, K layers that have prompts, E of an embedding, h
-hidden.
+All parameters are in one module, `model.prompts`. Without it, or when called with `prompts=False`, the model computes
+exactly what the base does. Axes: see models; M prompts per layer, K layers with prompts, E embedding width.
 """
 
 import dataclasses
@@ -28,22 +27,22 @@ from paligemma_jax.models.projection import contract
 from train_jax.core.errors import UserError
 
 TRAINABLE = r"prompts/.*"
-"""Pattern of what trains."""
+"""Pattern of the parameters that train."""
 
-_DEVIATION = 0.02  # of prompts that do not start as words, as in the released code of CoOp, MaPLe and CoPrompt
+_INITIAL_STD = 0.02  # of prompts that are not initialized from tokens, as in the code of CoOp, MaPLe and CoPrompt
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """What is learned; the defaults are CoPrompt's prompts, without adapters.
+    """Sizes of prompts and adapters; the defaults are CoPrompt's prompts, without adapters.
 
     Attributes:
-      text_tokens, vision_tokens: M of either tower, 0 for none.
-      depth: K of the text tower; 1 is shallow, prompts of the input alone.
-      vision_depth: K of the vision tower; None: as `depth`.
-      coupled: vision prompts are maps of text prompts; False: parameters of their own.
+      text_tokens, vision_tokens: number of prompts M of either tower, 0 for none.
+      depth: number of layers K with prompts in the text tower; with 1 only the input has prompts.
+      vision_depth: K of the vision tower; None means `depth`.
+      coupled: whether vision prompts are linear maps of text prompts, or else parameters of their own.
       text_adapter, image_adapter: hidden units of the adapters of the embeddings, 0 for none.
-      text_mix, image_mix: m, the share of an adapter's output.
+      text_mix, image_mix: m, the weight of an adapter's output, 0 to 1.
     """
 
     text_tokens: int = 2
@@ -58,12 +57,12 @@ class PromptConfig:
 
     @property
     def depths(self) -> tuple[int, int]:
-        """K of text and of vision."""
+        """K of the text tower and of the vision tower."""
         return self.depth, self.depth if self.vision_depth is None else self.vision_depth
 
 
 class OutputAdapter(nnx.Module):
-    """m relu(relu(z D) U) + (1 - m) z, no biases; parameters in float32, products in the compute dtype."""
+    """The adapter m relu(relu(z D) U) + (1 - m) z; parameters are float32, products in the compute dtype."""
 
     def __init__(self, features: int, hidden: int, mix: int | float, dtype: str, *, rngs: nnx.Rngs):
         self.mix, self.dtype = mix, dtype
@@ -71,34 +70,39 @@ class OutputAdapter(nnx.Module):
         self.up_kernel = nnx.Param(_uniform(rngs, hidden, (hidden, features)))
 
     def __call__(self, z: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        """Returns adapted features in float32."""
         y = jax.nn.relu(_linear(z, self.down_kernel[...], self.dtype))
         y = jax.nn.relu(_linear(y, self.up_kernel[...], self.dtype))
         return self.mix * y + (1.0 - self.mix) * z
 
 
 class Coupling(nnx.Module):
-    """A linear map from the text tower's width to the vision tower's for each layer."""
+    """One linear map per layer, from the text tower's width to the vision tower's."""
 
     def __init__(self, depth: int, text_width: int, vision_width: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(_uniform(rngs, text_width, (depth, text_width, vision_width)))
         self.bias = nnx.Param(_uniform(rngs, text_width, (depth, vision_width)))
 
     def __call__(self, text: Float[Array, "K M D"], dtype: str) -> Float[Array, "J M F"]:
-        """Vision prompts of the first J layers, as many as there are maps, from text prompts of as many or more."""
+        """Returns the vision prompts of the J layers that have a map, from the text prompts of K >= J layers."""
         kernel, bias = self.kernel[...], self.bias[...]
         mapped = jax.vmap(lambda rows, kernel: _linear(rows, kernel, dtype))(text[: len(kernel)], kernel)
         return mapped + bias[:, None]
 
 
 class Prompts(nnx.Module):
-    """What a config asks for; a part that it does not ask for is None."""
+    """The prompts and adapters of a config; those that it does not have are None."""
 
     def __init__(
         self, config: PromptConfig, model: DualEncoderConfig, text: Float[Array, "K M D"] | None, *, rngs: nnx.Rngs
     ):
         self.config, self.dtype = config, model.text.dtype
         K, width, dtype = config.depths[1], model.vision.width, model.text.dtype
-        self.text = self.vision = self.coupling = self.text_adapter = self.image_adapter = nnx.data(None)
+        self.text: nnx.Param | None = nnx.data(None)
+        self.vision: nnx.Param | None = nnx.data(None)
+        self.coupling: Coupling | None = nnx.data(None)
+        self.text_adapter: OutputAdapter | None = nnx.data(None)
+        self.image_adapter: OutputAdapter | None = nnx.data(None)
         if text is not None:
             self.text = nnx.Param(text)
         if config.vision_tokens and config.coupled:
@@ -112,44 +116,46 @@ class Prompts(nnx.Module):
             self.image_adapter = OutputAdapter(model.embed_dim, hidden, mix, dtype, rngs=rngs)
 
     def text_prompts(self) -> Float[Array, "K M D"] | None:
-        """Of the first layers of the text tower, float32."""
+        """Returns the prompts of the first K layers of the text tower, float32."""
         return None if self.text is None else self.text[...]
 
     def vision_prompts(self) -> Float[Array, "K M D"] | None:
-        """Of the first layers of the vision tower, float32."""
+        """Returns the prompts of the first K layers of the vision tower, float32."""
         if self.coupling is not None:
+            assert self.text is not None, "_check_coupled asks for as many text prompts as vision prompts"
             return self.coupling(self.text[...], self.dtype)
         return None if self.vision is None else self.vision[...]
 
     def adapt_text(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
-        """Features of texts behind their adapter, where there is one."""
+        """Applies the text adapter, if there is one."""
         return features if self.text_adapter is None else self.text_adapter(features)
 
     def adapt_image(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
-        """Features of images behind their adapter, where there is one."""
+        """Applies the image adapter, if there is one."""
         return features if self.image_adapter is None else self.image_adapter(features)
 
 
 def attach_prompts(
     model: DualEncoder, config: PromptConfig, *, init_words: Sequence[int] | None = None, rngs: nnx.Rngs
 ) -> DualEncoder:
-    """Gives a dual encoder prompts and adapters, in place.
+    """Attaches prompts and adapters to a dual encoder, in place.
 
-    They change embeddings from the start: new inputs share the mass of every softmax, and an adapter its own.
+    They change the embeddings before any training: prompts take part in every softmax, and adapters in the features.
 
     Args:
       model: without prompts.
-      config: what is learned.
-      init_words: ids of words, such as `tokenizer.encode("a photo of a")`, whose embeddings the text prompts of the
-        first layer start as, one a prompt; further ones are not used. None: drawn.
-      rngs: draws the other prompts (normal, deviation 0.02), maps and adapters (uniform up to 1 / sqrt(inputs)).
+      config: sizes of prompts and adapters.
+      init_words: token ids, such as `tokenizer.encode("a photo of a")`, whose embeddings initialize the text prompts of
+        the first layer, one per prompt; further ids are ignored. None initializes them at random.
+      rngs: random keys of the other prompts (normal, standard deviation 0.02), maps and adapters (uniform up to
+        1 / sqrt(inputs)).
 
     Returns:
       The model.
 
     Raises:
-      UserError: a config that asks for nothing, contradicts itself or does not fit the model, too few words, or prompts
-        that are there already.
+      UserError: a config without prompts and adapters, with contradictions, or that does not fit the model; too few
+        token ids; or a model that has prompts already.
     """
     if model.prompts is not None:
         raise UserError("the model has prompts already: detach them before attaching others.")
@@ -158,46 +164,46 @@ def attach_prompts(
     if config.text_tokens:
         text = _normal(rngs, (config.depth, config.text_tokens, model.config.text.width))
         if init_words is not None:
-            text = text.at[0].set(_embedded(model, init_words, config.text_tokens))
+            text = text.at[0].set(_embed(model, init_words, config.text_tokens))
     model.prompts = Prompts(config, model.config, text, rngs=rngs)
     return model
 
 
 def detach_prompts(model: DualEncoder) -> DualEncoder:
-    """Removes prompts and adapters, in place: the base again."""
+    """Removes prompts and adapters, in place, which leaves the base."""
     model.prompts = nnx.data(None)
     return model
 
 
 def check_texts(model: DualEncoder, tokens: Int[np.ndarray, "C T"]) -> None:
-    """Checks that the prompts take the place of words that all texts share, and of nothing else.
+    """Checks that the prompts replace only tokens that all texts share.
 
-    In a CLIP prompts replace the words behind the start mark: those of "a photo of a" in "a photo of a cat.".
+    In a CLIP the prompts replace the tokens after the start token: those of "a photo of a" in "a photo of a cat.".
 
     Args:
-      model: with prompts or without.
-      tokens: of class texts.
+      model: with or without prompts.
+      tokens: class texts.
 
     Raises:
-      UserError: prompts would replace words in which the texts differ, or the end of one.
+      UserError: prompts would replace tokens in which the texts differ, or the end of a text.
     """
-    start, room = model.text.prompt_start, 0 if model.prompts is None else model.prompts.config.text_tokens
-    if start == 0 or room == 0:  # room is made, see TextEncoder
+    start, count = model.text.prompt_start, 0 if model.prompts is None else model.prompts.config.text_tokens
+    if start == 0 or count == 0:  # at the start of SigLIP's texts they replace no token, see TextEncoder
         return
-    replaced = np.asarray(tokens)[:, start : start + room]
+    replaced = np.asarray(tokens)[:, start : start + count]
     last = model.config.text.eos_token
     ends = (tokens == tokens.max() if last is None else tokens == last).argmax(1)
-    wrong = np.flatnonzero((ends < start + room) | (replaced != replaced[:1]).any(1))
+    wrong = np.flatnonzero((ends < start + count) | (replaced != replaced[:1]).any(1))
     if len(wrong):
         raise UserError(
-            f"text {wrong[0]} ends or differs from text 0 within its first {room} words, which {room} prompts replace, "
-            f"expected {room} words in front that all texts share: begin them with a photo of a, say, or set fewer "
-            "text_tokens."
+            f"text {wrong[0]} ends or differs from text 0 within its first {count} tokens, which {count} prompts "
+            f"replace, expected {count} tokens at the start that all texts share: begin them with a photo of a, say, "
+            "or set fewer text_tokens."
         )
 
 
 def _check(config: PromptConfig, model: DualEncoderConfig) -> None:
-    """Raises UserError for a config that is wrong in itself or for a model."""
+    """Raises UserError for a config that is invalid or does not fit the model."""
     sizes = dataclasses.asdict(config)
     for key in ("text_tokens", "vision_tokens", "text_adapter", "image_adapter"):
         if sizes[key] < 0:
@@ -240,27 +246,27 @@ def _check_coupled(config: PromptConfig) -> None:
         )
 
 
-def _embedded(model: DualEncoder, words: Sequence[int], count: int) -> Float[Array, "M D"]:
-    """Embeddings of the first `count` words."""
+def _embed(model: DualEncoder, ids: Sequence[int], count: int) -> Float[Array, "M D"]:
+    """Returns the embeddings of the first `count` token ids."""
     vocab_size = model.config.text.vocab_size
-    if len(words) < count or not all(0 <= word < vocab_size for word in words):
+    if len(ids) < count or not all(0 <= token < vocab_size for token in ids):
         raise UserError(
-            f"init_words is {list(words)}, expected {count} ids or more below {vocab_size}, as text_tokens is {count}: "
-            "give more words, or those of the model's own tokenizer."
+            f"init_words is {list(ids)}, expected {count} ids or more below {vocab_size}, as text_tokens is {count}: "
+            "give more ids, from the model's own tokenizer."
         )
-    return model.text.token_embedding(jnp.asarray([list(words)[:count]], jnp.int32))[0]
+    return model.text.token_embedding(jnp.asarray([list(ids)[:count]], jnp.int32))[0]
 
 
 def _linear(x: Array, kernel: Array, dtype: str) -> Array:
-    """x W in float32, multiplied in the compute dtype."""
+    """Returns x W in float32, multiplied in the compute dtype."""
     return contract(cast(x, jnp.dtype(dtype)), kernel.astype(jnp.dtype(dtype)), 1)
 
 
 def _uniform(rngs: nnx.Rngs, fan_in: int, shape: tuple[int, ...]) -> Array:
-    """As torch draws its linear layers, kernels and biases alike."""
+    """Returns initial values as in torch's linear layers, for kernels and biases."""
     bound = 1.0 / math.sqrt(fan_in)
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
-    return _DEVIATION * jax.random.normal(rngs.params(), shape)
+    return _INITIAL_STD * jax.random.normal(rngs.params(), shape)

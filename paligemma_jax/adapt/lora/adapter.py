@@ -1,13 +1,14 @@
-"""LoRA (Hu et al. 2021): a trainable low-rank update beside each frozen kernel, y = x W + (alpha / r) (x A) B.
+"""LoRA (Hu et al. 2021): a trainable low-rank update of each frozen kernel, y = x W + (alpha / r) (x A) B.
 
-A target becomes a LoraProjection (layer.py) where it stands, so base parameter names survive: a base checkpoint loads
-unchanged, and `attach_lora` and `detach_lora` are inverses. Ranks and scales may differ from layer to layer
-(spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude to every output channel. Axes: see models.
+A target becomes a LoraProjection (layer.py) in place and keeps its parameter names, so a base checkpoint loads
+unchanged, and `detach_lora` is the inverse of `attach_lora`. Ranks and scales may differ from layer to layer
+(spec.py); DoRA (Liu et al. 2024) adds a trainable magnitude for every output channel. Axes: see models.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -42,38 +43,40 @@ def attach_lora(
     alpha_pattern: Mapping[str, int | float] | None = None,
     dtype: str = "float32",
 ) -> nnx.Module:
-    """Adds adapters that change nothing yet to the projections whose path the pattern matches in full.
+    """Adds adapters to the projections whose path the pattern matches in full; the model's output does not change yet.
 
-    peft matches by name suffix and so reaches the vision tower's `q_proj` too; here a pattern says which tower:
-    `r".*/(q_proj|o_proj)"` is what peft's `["q_proj", "o_proj"]` does.
+    peft matches by name suffix, which includes the vision tower's `q_proj`; here the pattern names the tower:
+    `r".*/(q_proj|o_proj)"` corresponds to peft's `["q_proj", "o_proj"]`.
 
     Args:
       model: changed in place.
       targets: regular expression over module paths.
       rank: r.
-      alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
+      alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora` (Kalajdzievski 2023).
       dropout: probability of dropping an entry of the adapter's input, in training only.
-      rngs: A is drawn Kaiming-uniform over all contracted axes (bound 1 / sqrt(fan in), as peft), B is zero.
+      rngs: random keys of A, which is Kaiming-uniform over all contracted axes (bound 1 / sqrt(fan in), as in peft); B
+        is zero.
       rslora: see alpha.
-      dora: train the magnitude of every output channel apart from its direction (Liu et al. 2024).
-      layers: numbers of the layers to adapt, of every stack that the targets reach; all when None.
-      rank_pattern, alpha_pattern: ranks and alphas that differ, by regular expressions over paths with the layer's
-        number, such as {r"decoder/layers/(0|1)/.*": 4}; the first that matches wins.
-      dtype: of A and B; magnitudes are float32.
+      dora: whether to train the magnitude of every output channel separately from its direction (Liu et al. 2024).
+      layers: numbers of the layers to adapt in every stack that the targets match; None means all.
+      rank_pattern, alpha_pattern: different ranks and alphas by regular expressions over paths with the layer's number,
+        such as {r"decoder/layers/(0|1)/.*": 4}; the first that matches is used.
+      dtype: dtype of A and B; magnitudes are float32.
 
     Returns:
       The model.
 
     Raises:
-      UserError: a pattern that matches nothing, layers that are not there, a rank below 1, a dropout outside [0, 1),
-        or adapters are there already.
+      UserError: a pattern that matches nothing, layers that do not exist, a rank below 1, a dropout outside [0, 1), or
+        a projection that has an adapter already.
     """
     modules = projections(model)
     if rank < 1 or not 0.0 <= dropout < 1.0:
         raise UserError(f"lora has rank {rank} and dropout {dropout}, expected rank >= 1 and 0 <= dropout < 1.")
     depths = {path: depth(modules[path]) for path in patterns.select(targets, modules, what="lora targets")}
-    options = dict(rslora=rslora, layers=layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    specs = make_specs(depths, rank, alpha, **options)
+    specs = make_specs(
+        depths, rank, alpha, rslora=rslora, layers=layers, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern
+    )
     check_free(modules, specs)
     for path, spec in specs.items():
         a, b = _initial_factors(modules[path], spec, rngs)
@@ -83,7 +86,7 @@ def attach_lora(
 
 
 def _initial_factors(module: Projection, spec: LoraSpec, rngs: nnx.Rngs) -> tuple[Array, Array]:
-    """A Kaiming-uniform, zero beyond a layer's own rank, and B zero."""
+    """Returns A, Kaiming-uniform up to each layer's rank and zero beyond it, and B, zero."""
     stack = () if depth(module) is None else (len(spec.ranks),)
     bound = 1.0 / math.sqrt(math.prod(module.in_shape))
     a = jax.random.uniform(rngs.params(), (*stack, *module.in_shape, spec.rank), jnp.float32, -bound, bound)
@@ -94,14 +97,14 @@ def _initial_factors(module: Projection, spec: LoraSpec, rngs: nnx.Rngs) -> tupl
 
 
 def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
-    """The base's own norms, with which DoRA changes nothing; zero in layers without an adapter."""
+    """Returns the norms of the base's kernel, with which DoRA is the identity; zero in layers without an adapter."""
 
     def norms_of(kernel: Array) -> Array:
         return low_rank.column_norms(kernel, len(module.in_shape), len(module.out_shape))
 
     if depth(module) is None:
         return norms_of(module.dense_kernel())
-    if isinstance(module.kernel, QuantizedKernel):  # never the whole stack in float32
+    if isinstance(module.kernel, QuantizedKernel):  # dequantise one layer at a time
         norms = jnp.stack([norms_of(kernel) for kernel in module.kernel.dequantized_layers()])
     else:
         norms = norms_of(module.kernel[...])
@@ -110,7 +113,7 @@ def _initial_magnitude(module: Projection, spec: LoraSpec) -> Array:
 
 
 def lora_projections(model: nnx.Module) -> dict[str, LoraProjection]:
-    """The projections that have an adapter, by module path."""
+    """Returns the projections that have an adapter, by module path."""
     return {path: module for path, module in projections(model).items() if isinstance(module, LoraProjection)}
 
 
@@ -124,14 +127,14 @@ def check_free(modules: Mapping[str, Projection], paths: Iterable[str]) -> None:
 def install(
     module: Projection, spec: LoraSpec, a: Array, b: Array, magnitude: Array | None, dropout: int | float
 ) -> None:
-    """Gives a projection its adapter.
+    """Attaches an adapter to a projection.
 
     Args:
-      module: changed in place; without an adapter.
+      module: a projection without an adapter, changed in place.
       spec: ranks and scales.
-      a, b: [*in_shape, r] and [r, *out_shape], with a leading layer axis if stacked; zero beyond a layer's own rank.
-      magnitude: DoRA's [*out_shape], stacked likewise, or None.
-      dropout: on the adapter's input.
+      a, b: [*in_shape, r] and [r, *out_shape], with a leading layer axis if stacked; zero beyond a layer's rank.
+      magnitude: DoRA's [*out_shape], with a leading layer axis if stacked, or None.
+      dropout: dropout probability of the adapter's input.
     """
     scales = set(spec.scales)
     attachment.attach(
@@ -148,20 +151,23 @@ def install(
 
 
 def detach_lora(model: nnx.Module) -> nnx.Module:
-    """Removes all adapters in place and returns the base model."""
+    """Removes all LoRA adapters in place and returns the model."""
     for module in lora_projections(model).values():
         attachment.detach(module, LoraProjection)
     return model
 
 
 def merge_lora(model: nnx.Module, *, requantize: bool = False) -> nnx.Module:
-    """Folds every adapter into its kernel (in float32, cast once at the end), in place, and removes the adapters.
+    """Adds every adapter to its kernel (in float32, cast once at the end), in place, and removes the adapters.
 
     Args:
-      model: with adapters. A quantised kernel that has one is dequantised to the very weights it was used with, and
-        comes out plain, in the dtype it had before it was quantised; `quantize.dequantize` does so with the others.
-      requantize: store such a kernel as it was stored before; this rounds away part of what was trained, and
-        `largest_logit_gap` tells how much that changes.
+      model: with adapters. A quantised kernel with an adapter is dequantised to the weights it was trained with and
+        becomes a plain kernel of its dtype before quantisation; `quantize.dequantize` does so with the other kernels.
+      requantize: whether to quantise merged kernels again. This rounds away part of the adapter; `largest_logit_gap`
+        measures the difference.
+
+    Returns:
+      The model.
 
     Raises:
       UserError: the model has no adapters.
@@ -180,18 +186,17 @@ def merge_lora(model: nnx.Module, *, requantize: bool = False) -> nnx.Module:
 
 
 def largest_logit_gap(model: nnx.Module, other: nnx.Module, **inputs: Array) -> float:
-    """Largest absolute difference of two models' logits at real text positions, before and after a merge, say.
+    """Returns the largest absolute difference of two models' logits at real text positions.
 
     Args:
-      model, other: of the same family; merging works in place, so keep `nnx.clone(model)` to compare with.
-      inputs: of the model's call (images, tokens, mask_ar, mask_input).
+      model, other: models of the same class. A merge works in place: keep `nnx.clone(model)` to compare with.
+      inputs: arguments of the model's call (images, tokens, mask_ar, mask_input).
     """
 
     @jax.jit
     def gap(first, second, inputs):
-        logits = [
-            param_tree.merge(graph, arrays)(**inputs)[0] for graph, arrays in zip(graphs, (first, second), strict=True)
-        ]
+        models = [param_tree.merge(graph, arrays) for graph, arrays in zip(graphs, (first, second), strict=True)]
+        logits = [cast(Callable, model)(**inputs)[0] for model in models]
         mask = jnp.asarray(inputs.get("mask_input", jnp.ones(logits[0].shape[:2])), bool)
         return jnp.where(mask[..., None], jnp.abs(logits[0] - logits[1]), 0.0).max()
 
@@ -201,18 +206,18 @@ def largest_logit_gap(model: nnx.Module, other: nnx.Module, **inputs: Array) -> 
 
 @dataclasses.dataclass(frozen=True)
 class LoraRow:
-    """One adapted module (all its layers together): parameters of the base and of the adapter."""
+    """Parameter counts of one adapted module (all its layers together)."""
 
     path: str
-    layers: int  # adapted ones
+    layers: int  # number of adapted layers
     d_in: int
     d_out: int
     base: int
-    lora: int  # the sum of r (d_in + d_out) over its adapted layers, and d_out each with DoRA
+    lora: int  # sum of r (d_in + d_out) over the adapted layers, plus d_out for each with DoRA
 
 
 def lora_table(model: nnx.Module) -> list[LoraRow]:
-    """What the pattern matched, module by module; zeros that pad lower ranks are not counted."""
+    """Returns the adapted modules with their parameter counts; zeros that pad lower ranks are not counted."""
     rows = []
     for path, module in lora_projections(model).items():
         d_in, d_out = math.prod(module.in_shape), math.prod(module.out_shape)
@@ -223,7 +228,7 @@ def lora_table(model: nnx.Module) -> list[LoraRow]:
 
 
 def format_lora_table(rows: list[LoraRow]) -> str:
-    """The table as text, with totals; for W of d_in x d_out the adapter has r (d_in + d_out) parameters."""
+    """Formats the table as text, with totals; for W of d_in x d_out the adapter has r (d_in + d_out) parameters."""
     lines = [f"{'LoRA on':<36} {'layers':>6} {'d_in':>6} {'d_out':>6} {'base':>14} {'LoRA':>11} {'share':>7}"]
     total = LoraRow("total", 0, 0, 0, sum(r.base for r in rows), sum(r.lora for r in rows))
     for row in [*rows, total]:

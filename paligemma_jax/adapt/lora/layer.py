@@ -12,15 +12,15 @@ from paligemma_jax.models.projection import Projection, contract
 
 
 class LoraProjection(Projection):
-    """A projection that attach_lora has extended.
+    """A projection with a LoRA adapter, made by attach_lora.
 
     Attributes:
       lora_a, lora_b: [*in_shape, r] and [r, *out_shape], with a leading layer axis inside a stack of layers.
       lora_magnitude: DoRA's [*out_shape], or None.
-      lora_layer_scale: [L], a factor a layer where the layers of a stack differ in s, else None.
-      lora_scale: s, where they do not.
+      lora_layer_scale: [L], s of every layer if the layers of a stack differ in it, else None.
+      lora_scale: s, if the layers do not differ in it, else 1.
       lora_dropout: probability of dropping an entry of the update's input, in training only.
-      lora_spec: ranks and scales, layer by layer.
+      lora_spec: ranks and scales of every layer.
     """
 
     ADDS = ("lora_a", "lora_b", "lora_magnitude", "lora_layer_scale", "lora_scale", "lora_dropout", "lora_spec")
@@ -34,36 +34,36 @@ class LoraProjection(Projection):
     lora_spec: LoraSpec
 
     def affine(self, x: Array, dropout_keys: Key[Array, " B"] | None) -> Array:
-        """x W + b and the update, in float32."""
+        """Returns x W + b and the update, in float32."""
         base = self.product(x, dropout_keys)
         y = self.add_bias(base)
-        drops = dropout_keys is not None and self.lora_dropout > 0.0
-        if drops:
+        dropped = dropout_keys is not None and self.lora_dropout > 0.0
+        if dropout_keys is not None and dropped:
             x = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
-        low = contract(x, self.lora_a[...].astype(x.dtype), len(self.in_shape))
-        low = contract(cast(low * self.scale, x.dtype), self.lora_b[...].astype(x.dtype), 1)
+        update = contract(x, self.lora_a[...].astype(x.dtype), len(self.in_shape))
+        update = contract(cast(update * self.scale, x.dtype), self.lora_b[...].astype(x.dtype), 1)
         if self.lora_magnitude is not None:
-            gain = broadcast(self._gain(self.dense_kernel() + self.low_rank_delta()), y)
-            low = gain * low + (gain - 1.0) * (self.product(x, dropout_keys) if drops else base)
-        return y + low
+            gain = broadcast(self._gain(self.lora_magnitude, self.dense_kernel() + self.low_rank_delta()), y)
+            update = gain * update + (gain - 1.0) * (self.product(x, dropout_keys) if dropped else base)
+        return y + update
 
     @property
     def scale(self) -> float | Float[Array, " L"] | Float[Array, ""]:
-        """s of the low-rank update; of a stack whose layers differ, [L]."""
+        """The factor s on the low-rank update; [L] for a stack whose layers differ in it."""
         return self.lora_scale if self.lora_layer_scale is None else self.lora_scale * self.lora_layer_scale[...]
 
     def low_rank_delta(self) -> Array:
-        """s A B in float32, shaped as the kernel (with the layer axis, if stacked)."""
+        """Returns s A B in float32, in the shape of the kernel (with the layer axis if stacked)."""
         return low_rank.delta(self.lora_a[...], self.lora_b[...], self.scale, len(self.in_shape))
 
     def merged_kernel(self) -> Array:
-        """The kernel that does alone what W and the adapter do: the updated one, rescaled with DoRA."""
+        """Returns the kernel that includes the adapter: W + s A B, rescaled with DoRA; float32."""
         updated = self.dense_kernel() + self.low_rank_delta()
         if self.lora_magnitude is None:
             return updated
-        gain, stack = self._gain(updated), updated.ndim - len(self.in_shape) - len(self.out_shape)
+        gain = self._gain(self.lora_magnitude, updated)
+        stack = updated.ndim - len(self.in_shape) - len(self.out_shape)
         return updated * lax.expand_dims(gain, range(stack, stack + len(self.in_shape)))
 
-    def _gain(self, updated: Array) -> Array:
-        num_axes = len(self.in_shape), len(self.out_shape)
-        return low_rank.dora_gain(updated, self.lora_magnitude[...], self.scale, *num_axes)
+    def _gain(self, magnitude: nnx.Variable, updated: Array) -> Array:
+        return low_rank.dora_gain(updated, magnitude[...], self.scale, len(self.in_shape), len(self.out_shape))

@@ -1,4 +1,4 @@
-"""Merging adapters into a quantised base, and how far that moves the model's logits."""
+"""Merges adapters into a quantised base and measures the change of the model's logits."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from paligemma_jax.models.paligemma import PaliGemma
 def merge_quantized(
     model: PaliGemma, *, requantize: bool = False, inputs: dict[str, jax.Array] | None = None
 ) -> tuple[nnx.Module, float]:
-    """Merges adapters in float32 into the very weights that they were trained on, and measures the difference.
+    """Merges adapters in float32 into the dequantised weights that they were trained with, and compares logits.
 
     Args:
-      model: with adapters on a quantised base; it stays as it is.
-      requantize: store merged kernels as they were stored before, which rounds away part of what was trained; else all
-        kernels come out plain, in the dtype they had before they were quantised.
-      inputs: of the model's call, to compare on; `probe_inputs` when None.
+      model: with adapters on a quantised base; it is not changed.
+      requantize: whether to quantise merged kernels again, which rounds away part of the adapter; otherwise all kernels
+        become plain, in their dtype before quantisation.
+      inputs: arguments of the model's call for the comparison; None means `probe_inputs`.
 
     Returns:
       The merged model, and the largest absolute difference of its logits from those of `model`.
@@ -34,7 +34,7 @@ def merge_quantized(
 
 
 def probe_inputs(model: PaliGemma, rows: int = 2, length: int = 16, seed: int = 0) -> dict[str, jax.Array]:
-    """Random images (-1..1) and tokens, half of them prompt, for comparing a model with what was made of it."""
+    """Returns random images in [-1, 1] and tokens, the first half a prefix, for comparing two models."""
     rng = np.random.default_rng(seed)
     pixels = model.config.vision.image_size
     return {

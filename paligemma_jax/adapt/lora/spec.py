@@ -1,7 +1,7 @@
-"""What an adapter is made of beside its arrays: ranks and scales, layer by layer of a stacked projection.
+"""Ranks and scales of LoRA adapters, for every layer of a stacked projection.
 
-Layers lie stacked, so those of a lower rank are padded with zeros to the largest. A zero column of A beside a zero row
-of B gets no gradient from either, so padding stays zero through training, and so do layers without an adapter.
+Layers are stacked, so lower ranks are padded with zeros to the largest. A zero column of A and the zero row of B that
+belongs to it get no gradient, so padding stays zero in training, and so do layers without an adapter.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from train_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """How the adapter of one projection is made.
+    """Ranks and scales of one projection's adapter.
 
     Attributes:
-      ranks: r of every layer, 0 where a layer has no adapter; one entry for a projection that is not stacked.
+      ranks: r of every layer, 0 if it has no adapter; one entry for a projection that is not stacked.
       alphas: alpha of every layer.
-      rslora: whether s is alpha / sqrt(r) (Kalajdzievski 2023) rather than alpha / r.
-      origin: what a reader noted of the file it came from, for a writer of the same format.
+      rslora: whether s is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+      origin: data of the file that it was read from, for a writer of the same format.
     """
 
     ranks: tuple[int, ...]
@@ -30,18 +30,18 @@ class LoraSpec:
 
     @property
     def rank(self) -> int:
-        """The largest, which is that of the arrays."""
+        """The largest rank, which is that of the arrays."""
         return max(self.ranks)
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """s of every layer, 0 where it has no adapter."""
+        """The scale s of every layer, 0 if it has no adapter."""
         pairs = zip(self.ranks, self.alphas, strict=True)
         return tuple(alpha / (math.sqrt(r) if self.rslora else r) if r else 0.0 for r, alpha in pairs)
 
 
 def layer_paths(path: str, depth: int | None) -> list[str]:
-    """A projection's path with the number of every layer, "decoder/layers/3/mlp/up_proj"; its own if not stacked."""
+    """Returns the path of every layer of a stacked projection ("decoder/layers/3/mlp/up_proj"), or `path` itself."""
     if depth is None:
         return [path]
     head, tail = path.split("layers/", 1)
@@ -58,11 +58,11 @@ def make_specs(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int | float] | None = None,
 ) -> dict[str, LoraSpec]:
-    """The spec of every projection that is to be adapted; those with no layer among `layers` are left out.
+    """Returns the spec of every adapted projection; projections without any of `layers` are left out.
 
     Args:
-      depths: number of layers by path, None where a projection is not stacked.
-      rank, alpha, rslora, layers, rank_pattern, alpha_pattern: as of `attach_lora`.
+      depths: number of layers by path, None for a projection that is not stacked.
+      rank, alpha, rslora, layers, rank_pattern, alpha_pattern: as in `attach_lora`.
 
     Raises:
       UserError: a pattern that matches nothing, layers that no projection has, or a rank below 1.
@@ -83,19 +83,19 @@ def make_specs(
             )
     specs = {}
     for name, depth in depths.items():
-        wanted = [layers is None or (depth is not None and i in layers) for i in range(depth or 1)]
-        if any(wanted):
-            each = layer_paths(name, depth)
+        adapted = [layers is None or (depth is not None and i in layers) for i in range(depth or 1)]
+        if any(adapted):
+            paths = layer_paths(name, depth)
             specs[name] = LoraSpec(
-                tuple(ranks[path] if want else 0 for path, want in zip(each, wanted, strict=True)),
-                tuple(float(alphas[path]) for path in each),
+                tuple(ranks[path] if is_adapted else 0 for path, is_adapted in zip(paths, adapted, strict=True)),
+                tuple(float(alphas[path]) for path in paths),
                 rslora,
             )
     return specs
 
 
 def _by_pattern(pattern: Mapping[str, int | float], default: int | float, paths: Sequence[str], what: str) -> dict:
-    """The value of the first pattern that matches each path in full, else the default."""
+    """Returns for each path the value of the first pattern that matches it in full, else the default."""
     for each in pattern:
         patterns.select(each, paths, what=f"lora {what}")
     return patterns.cover([*pattern.items(), (".*", default)], paths, allow_unused=True)

@@ -1,1 +1,1 @@
-"""Other methods of parameter-efficient fine-tuning, by name."""
+"""Methods of parameter-efficient fine-tuning other than LoRA."""

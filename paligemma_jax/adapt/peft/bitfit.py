@@ -1,8 +1,10 @@
-"""BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199): the biases train, and the scales of the norms.
+"""BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199): biases and the scales of norms train.
 
-Gemma has no biases. In the decoder the scales of its RMSNorms train, the nearest thing there is; the vision tower and
-the projector have biases, and norms with both.
+Gemma has no biases, so in the decoder only the scales of its RMSNorms train; the vision tower and the projector have
+biases, and the tower's norms have scales and biases.
 """
+
+from typing import cast
 
 import jax.numpy as jnp
 
@@ -13,12 +15,12 @@ SCALES_AND_BIASES = r".*/(bias|scale)"
 
 
 def prepare_bitfit(model: PaliGemma, targets: str = SCALES_AND_BIASES) -> PaliGemma:
-    """The model with the leaves that match `targets` in float32, to be trained.
+    """Returns the model with the parameters that match `targets` copied to float32, to be trained.
 
     Raises:
       UserError: the pattern matches nothing.
     """
     arrays = param_tree.flatten(model)
-    chosen = patterns.select(targets, arrays, what="biases and scales")
-    copies = {path: jnp.array(arrays[path], jnp.float32, copy=True) for path in chosen}  # others may hold the base's
-    return param_tree.assign(model, copies)
+    trained = patterns.select(targets, arrays, what="biases and scales")
+    copies = {path: jnp.array(arrays[path], jnp.float32, copy=True) for path in trained}  # the base keeps its arrays
+    return cast(PaliGemma, param_tree.assign(model, copies))

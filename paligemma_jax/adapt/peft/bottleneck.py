@@ -1,7 +1,7 @@
-"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): two small layers behind each branch.
+"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): two small layers after each branch.
 
-What attention and what the feed-forward network add to the residual stream goes through b + up(gelu(down(b))), with
-`up` zero at the start. Only the decoder gets them. They are not linear, so they cannot be merged into the kernels.
+The output b of the attention and of the MLP becomes b + up(gelu(down(b))) before it is added to the residual stream;
+`up` is zero initially. Only the decoder has them. They are not linear, so they cannot be merged into kernels.
 """
 
 import jax
@@ -18,20 +18,21 @@ from paligemma_jax.models.stack import make_stack
 from train_jax.core.errors import UserError
 
 TRAINABLE = r"decoder/.*/(attention|mlp)_adapter/.*"
-_DEVIATION = 1e-2  # of the first layer at the start, as in the paper
+_INITIAL_STD = 1e-2  # of the first layer, as in the paper
 
 
 class Bottleneck(nnx.Module):
-    """b + up(gelu(down(b))), parameters in float32, products in the compute dtype."""
+    """The adapter b + up(gelu(down(b))); parameters are float32, products in the compute dtype."""
 
     def __init__(self, features: int, width: int, dtype: str, *, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.down_kernel = nnx.Param(_DEVIATION * jax.random.normal(rngs.params(), (features, width)))
+        self.down_kernel = nnx.Param(_INITIAL_STD * jax.random.normal(rngs.params(), (features, width)))
         self.down_bias = nnx.Param(jnp.zeros(width))
         self.up_kernel = nnx.Param(jnp.zeros((width, features)))
         self.up_bias = nnx.Param(jnp.zeros(features))
 
     def __call__(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the adapted branch in float32."""
         hidden = self._linear(branch, self.down_kernel, self.down_bias)
         return branch + self._linear(jax.nn.gelu(hidden, approximate=True), self.up_kernel, self.up_bias)
 
@@ -42,7 +43,7 @@ class Bottleneck(nnx.Module):
 
 
 class BottleneckBlock(GemmaBlock):
-    """A decoder layer each of whose branches goes through a Bottleneck before it is added."""
+    """A decoder layer with a Bottleneck after each branch."""
 
     ADDS = ("attention_adapter", "mlp_adapter")
 
@@ -59,15 +60,15 @@ class BottleneckBlock(GemmaBlock):
 
 
 def attach_bottlenecks(model: PaliGemma, width: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
-    """Adds adapters that change nothing yet to every block of the decoder, in place.
+    """Adds bottleneck adapters to every block of the decoder, in place; the model's output does not change yet.
 
     Args:
-      model: without bottlenecks.
-      width: m, of the hidden layer; an adapter has 2 m D + m + D parameters.
-      rngs: draws the first layers; the second ones are zero.
+      model: without bottleneck adapters.
+      width: m, width of the hidden layer; an adapter has 2 m D + m + D parameters.
+      rngs: random keys of the first layers; the second ones are zero.
 
     Raises:
-      UserError: a width below 1, or adapters that are there already.
+      UserError: a width below 1, or a model that has bottleneck adapters already.
     """
     blocks, config = model.decoder.layers, model.config.decoder
     if width < 1:

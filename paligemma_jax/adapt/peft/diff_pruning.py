@@ -1,15 +1,18 @@
-"""Diff pruning (Guo et al. 2021, https://arxiv.org/abs/2012.07463): a difference to each kernel, in few entries.
+"""Diff pruning (Guo et al. 2021, https://arxiv.org/abs/2012.07463): a sparse difference to each kernel.
 
-W + z * d, entry by entry. The gate z is drawn from a hard concrete distribution (Louizos et al. 2018) in training,
+The kernel is W + z * d, elementwise. In training the gate z is sampled from a hard concrete distribution (Louizos et
+al. 2018),
 
-  s = sigmoid((log u - log(1 - u) + log_alpha) / beta),   z = clip(s (zeta - gamma) + gamma, 0, 1),
+  s = sigmoid((log u - log(1 - u) + log_alpha) / beta),   z = clip(s (zeta - gamma) + gamma, 0, 1),  u uniform,
 
-so that P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)) has a gradient; the sum of these over all entries, the
-expected number of entries that change, is the penalty. Without training u is left out. What is kept of a run is sparse.
+so that P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)) has a gradient. The penalty is proportional to its sum
+over all entries, the expected number of entries that change. Outside training z is sigmoid(log_alpha), stretched and
+clipped alike. A run saves the difference in a sparse format.
 """
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,35 +27,35 @@ from train_jax.core.errors import UserError
 
 TRAINABLE = r".*/kernel/(difference|log_alpha)"
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # of Louizos et al. 2018
-_OPEN = 2.0  # log_alpha at the start: gates are open nine times in ten
+_INITIAL_LOG_ALPHA = 2.0  # gates are open with a probability of about 0.9
 
 
 class DiffKernel(nnx.Module):
-    """Takes the place of a projection's kernel: `base`, `difference` and `log_alpha`, all of its shape."""
+    """Replaces a projection's kernel by `base`, `difference` and `log_alpha`, all of its shape."""
 
     def __init__(self, base: Array, name: str, num_in: int):
         self.name, self.num_in = name, num_in
         self.base = nnx.Param(base)
         self.difference = nnx.Param(jnp.zeros(base.shape))
-        self.log_alpha = nnx.Param(jnp.full(base.shape, _OPEN))
+        self.log_alpha = nnx.Param(jnp.full(base.shape, _INITIAL_LOG_ALPHA))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the plain kernel."""
+        """Shape of the plain kernel."""
         return self.base.shape
 
     @property
     def size(self) -> int:
-        """Of the plain kernel."""
+        """Size of the plain kernel."""
         return self.base.size
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the plain kernel."""
+        """Dtype of the plain kernel."""
         return self.base.dtype
 
     def contract(self, x: Array, keys: Key[Array, " B"] | None) -> Array:
-        """x (W + z d) in float32; with keys (training) z is drawn by the first, one for all parts of a batch."""
+        """Returns x (W + z d) in float32; with keys (training) z is sampled with the first key, once per batch."""
         u = None
         if keys is not None:
             key = fold_in_name(keys[:1], self.name)[0]
@@ -61,11 +64,11 @@ class DiffKernel(nnx.Module):
         return contract(x, kernel.astype(x.dtype), self.num_in)
 
     def dequantize(self) -> Array:
-        """W + z d in float32, without noise."""
+        """Returns W + z d in float32, without noise."""
         return self.base[...].astype(jnp.float32) + self.delta()
 
     def delta(self) -> Array:
-        """z d without noise: zero where the gate is shut."""
+        """Returns z d without noise; it is zero where the gate is closed."""
         return self._gated(None)
 
     def _gated(self, u: Array | None) -> Array:
@@ -75,12 +78,12 @@ class DiffKernel(nnx.Module):
         return jnp.clip(gate * (ZETA - GAMMA) + GAMMA, 0.0, 1.0) * self.difference[...]
 
     def expected_nonzero(self) -> Float[Array, ""]:
-        """Sum of P(z > 0)."""
+        """Returns the sum of P(z > 0)."""
         return jax.nn.sigmoid(self.log_alpha[...] - BETA * math.log(-GAMMA / ZETA)).sum()
 
 
 def attach_diff(model: nnx.Module, targets: str = r"decoder/.*_proj") -> nnx.Module:
-    """Gives the projections that match a difference of zero, in place.
+    """Adds a difference of zero to the projections that match, in place.
 
     Raises:
       UserError: the pattern matches nothing, or a kernel that is quantised or has a difference already.
@@ -96,46 +99,47 @@ def attach_diff(model: nnx.Module, targets: str = r"decoder/.*_proj") -> nnx.Mod
     return model
 
 
-def kernels(model: nnx.Module) -> dict[str, Projection]:
-    """The projections that have a difference, by path."""
+def diff_projections(model: nnx.Module) -> dict[str, Projection]:
+    """Returns the projections that have a difference, by path."""
     return {path: module for path, module in projections(model).items() if isinstance(module.kernel, DiffKernel)}
 
 
 def expected_share(model: nnx.Module) -> Float[Array, ""]:
-    """Share of the entries that are expected to change, 0 to 1: the penalty."""
-    found = [module.kernel for module in kernels(model).values()]
-    return sum(kernel.expected_nonzero() for kernel in found) / sum(kernel.size for kernel in found)
+    """Returns the expected share of entries that change, 0 to 1, which is the penalty."""
+    kernels = [module.kernel for module in diff_projections(model).values()]
+    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # or 0 for the type checker
+    return nonzero / sum(kernel.size for kernel in kernels)
 
 
 def merge_diff(model: nnx.Module) -> nnx.Module:
-    """Adds the differences to the kernels, in place, in float32 and cast once: a plain model again.
+    """Adds the differences to the kernels, in place, in float32 and cast once; the kernels are plain again.
 
     Raises:
-      UserError: the model has none.
+      UserError: the model has no differences.
     """
-    found = kernels(model)
-    if not found:
+    adapted = diff_projections(model)
+    if not adapted:
         raise UserError("the model has no differences to merge: load a run of diff pruning.")
-    for module in found.values():
+    for module in adapted.values():
         module.kernel = nnx.Param(module.kernel.dequantize().astype(module.kernel.dtype))
     return model
 
 
 def detach_diff(model: nnx.Module) -> nnx.Module:
-    """Removes the differences, in place: the base again."""
-    for module in kernels(model).values():
+    """Removes the differences, in place, which leaves the base."""
+    for module in diff_projections(model).values():
         module.kernel = nnx.Param(module.kernel.base[...])
     return model
 
 
 def sparse_delta(model: nnx.Module) -> dict[str, np.ndarray]:
-    """What diff pruning is for: of each kernel the flat positions (int32) and values (float32) that change.
+    """Returns the entries of each kernel that change: flat positions (int32 if they fit) and values (float32).
 
     Returns:
-      {"PATH/positions": [n], "PATH/values": [n]}, PATH being the kernel's in the plain model.
+      {"PATH/positions": [n], "PATH/values": [n]}; PATH is the kernel's path in the plain model.
     """
     out = {}
-    for path, module in kernels(model).items():
+    for path, module in diff_projections(model).items():
         delta = np.asarray(module.kernel.delta()).ravel()
         positions = np.flatnonzero(delta)
         out[f"{path}/kernel/positions"] = positions.astype(np.int32 if delta.size < 2**31 else np.int64)
@@ -144,15 +148,16 @@ def sparse_delta(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def save_sparse(model: nnx.Module, file: str | Path) -> None:
-    """Writes `sparse_delta` as an .npz."""
-    np.savez_compressed(file, **sparse_delta(model))
+    """Writes `sparse_delta` to an .npz file."""
+    arrays: dict[str, Any] = sparse_delta(model)  # Any: savez_compressed also has a keyword allow_pickle
+    np.savez_compressed(file, **arrays)
 
 
 def add_sparse(model: nnx.Module, file: str | Path) -> nnx.Module:
     """Adds a saved difference to a plain base, in place.
 
     Raises:
-      UserError: the file is of another model, or no such file.
+      UserError: the file does not exist, is not a saved difference, or belongs to another model.
     """
     modules = projections(model)
     try:
@@ -164,8 +169,12 @@ def add_sparse(model: nnx.Module, file: str | Path) -> nnx.Module:
         path = name.removesuffix("/kernel/positions")
         positions, values = saved[name], saved.get(f"{path}/kernel/values")
         kernel = modules[path].kernel if path in modules else None
-        fits = isinstance(kernel, nnx.Variable) and values is not None and values.shape == positions.shape
-        if not fits or (positions.size and not 0 <= positions.min() <= positions.max() < kernel.size):
+        if (
+            not isinstance(kernel, nnx.Variable)
+            or values is None
+            or values.shape != positions.shape
+            or (positions.size and not 0 <= positions.min() <= positions.max() < kernel.size)
+        ):
             raise UserError(f"{file} changes {path}, which this model has not in that size: load it on its own base.")
         flat = kernel[...].astype(jnp.float32).ravel().at[positions].add(values)
         kernel[...] = flat.reshape(kernel.shape).astype(kernel.dtype)

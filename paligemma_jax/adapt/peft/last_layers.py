@@ -1,12 +1,15 @@
-"""Tuning the last k layers of the decoder: the stack becomes two, of which the second trains.
+"""Tuning of the decoder's last k layers: the stack is split into two, of which the second trains.
 
-A part of a stacked array cannot train alone: it would have gradients and moments of the whole. So the last layers get
-arrays of their own, in float32, and the first ones stay bit for bit what they are.
+A part of a stacked array cannot train alone, since gradients and moments would have the size of the whole. So the last
+layers get their own arrays, in float32, and the first ones do not change.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from paligemma_jax.adapt import attachment
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel
@@ -20,23 +23,23 @@ TRAINABLE = r"decoder/last_layers/.*"
 
 
 class SplitGemma(Gemma):
-    """A decoder whose last layers are a stack of their own, `last_layers`, that follows on `layers`."""
+    """A decoder whose last layers are in a separate stack, `last_layers`, which runs after `layers`."""
 
     ADDS = ("last_layers",)
 
     last_layers: GemmaBlock
 
     @property
-    def stacks(self) -> list[nnx.Module]:
+    def stacks(self) -> Sequence[GemmaBlock]:
         """The stacks of blocks, first to last."""
         return [*super().stacks, self.last_layers]
 
 
 def split_last_layers(model: PaliGemma, k: int = 1) -> PaliGemma:
-    """Moves the last k layers of the decoder to a stack of their own, in place; `join_last_layers` moves them back.
+    """Moves the last k layers of the decoder to a separate stack, in place; `join_last_layers` moves them back.
 
     Raises:
-      UserError: k is not between 1 and the depth less one, the stack is split already, or its kernels are quantised.
+      UserError: k is not between 1 and depth - 1, the stack is split already, or its kernels are quantised.
     """
     decoder = model.decoder
     depth = decoder.config.depth
@@ -51,32 +54,35 @@ def split_last_layers(model: PaliGemma, k: int = 1) -> PaliGemma:
             "the last layers are to train but the base is quantised, and quantised kernels have no gradient: load it "
             "without quantisation, or train adapters."
         )
-    whole = decoder.layers
-    decoder.layers = _part(whole, lambda leaf: leaf[: depth - k])
-    last = _part(whole, lambda leaf: leaf[depth - k :].astype(jnp.float32))
-    attachment.attach(decoder, SplitGemma, last_layers=last)
+    layers, arrays = decoder.layers, _arrays(decoder.layers)
+    last = {path: array[depth - k :].astype(jnp.float32) for path, array in arrays.items()}
+    decoder.layers = _replace_arrays(layers, {path: array[: depth - k] for path, array in arrays.items()})
+    attachment.attach(decoder, SplitGemma, last_layers=_replace_arrays(layers, last))
     return model
 
 
 def join_last_layers(model: PaliGemma) -> PaliGemma:
-    """One stack again, in the dtype of the first layers, in place.
+    """Joins both stacks to one, in the dtype of the first layers, in place.
 
     Raises:
-      UserError: the last layers are not apart.
+      UserError: the last layers are not in a separate stack.
     """
     decoder = model.decoder
     if not isinstance(decoder, SplitGemma):
         raise UserError("the decoder's last layers are not apart, expected a model with last layers that were trained.")
-    last = param_tree.flatten(decoder.last_layers)
-    graph, first = param_tree.split(decoder.layers)
-    joined: dict[str, Array] = {
-        path: jnp.concatenate([leaf, last[path].astype(leaf.dtype)]) for path, leaf in first.items()
-    }
-    decoder.layers = param_tree.merge(graph, joined)
+    last = _arrays(decoder.last_layers)
+    decoder.layers = _replace_arrays(
+        decoder.layers,
+        {path: jnp.concatenate([a, last[path].astype(a.dtype)]) for path, a in _arrays(decoder.layers).items()},
+    )
     attachment.detach(decoder, SplitGemma)
     return model
 
 
-def _part(stack: nnx.Module, cut) -> nnx.Module:
-    graph, arrays = param_tree.split(stack)
-    return param_tree.merge(graph, {path: cut(leaf) for path, leaf in arrays.items()})
+def _arrays(stack: GemmaBlock) -> dict[str, jax.Array]:
+    return cast(dict[str, jax.Array], param_tree.flatten(stack))  # only an abstract model has shapes instead
+
+
+def _replace_arrays(stack: GemmaBlock, arrays: dict[str, jax.Array]) -> GemmaBlock:
+    """Returns a copy of a stack with other arrays, which may have another number of layers."""
+    return cast(GemmaBlock, param_tree.merge(nnx.graphdef(stack), arrays))

@@ -1,14 +1,14 @@
-"""Prefix-Tuning and Prompt-Tuning: learned inputs that stand before the text, of every layer or of the first alone.
+"""Prefix tuning and prompt tuning: learned inputs before the text, in every layer or in the first alone.
 
-Prefix-Tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190): M learned keys and values in every attention of the
-decoder, read by every query, image patches too. They have no position: queries turn by RoPE, these keys do not (as in
-peft). They are parameters themselves; the paper's network that makes them during training is left out.
+Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190): M learned keys and values in every attention of the
+decoder, to which all queries attend, also those of image patches. The keys have no rotary position (as in peft). They
+are parameters themselves; the network of the paper that computes them in training is omitted.
 
-Prompt-Tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): M learned embeddings between image and BOS, part
-of the prefix that reads both ways. They take positions and slots of the cache as M more patches would.
+Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): M learned embeddings between image and BOS, part
+of the bidirectional prefix. They use positions and cache slots like M more patches.
 
-A softmax shares its mass with what is added, so neither can start as nothing at all: keys start small, values at zero,
-and embeddings as those of words drawn at random, as both papers advise.
+Both change the output before any training, since every softmax includes them: keys are initialized small, values to
+zero, and embeddings to those of random tokens, as both papers advise.
 """
 
 import jax
@@ -26,7 +26,7 @@ TRAINABLE_PROMPT = r"decoder/soft_prompt"
 
 
 class PrefixAttention(GemmaAttention):
-    """An attention whose queries all read M learned keys and values first, [M, K, H] (stacked: [L, M, K, H])."""
+    """An attention with M learned keys and values for all queries, [M, K, H] (stacked: [L, M, K, H])."""
 
     ADDS = ("prefix_k", "prefix_v")
 
@@ -35,13 +35,14 @@ class PrefixAttention(GemmaAttention):
 
     def attend(self, q, k, v, mask):
         """As in GemmaAttention."""
-        k, v = (_before(prefix[...], rows) for prefix, rows in ((self.prefix_k, k), (self.prefix_v, v)))
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (self.prefix_k.shape[0], 0)), constant_values=True)
+        k, v = (_prepend(prefix[...], rows) for prefix, rows in ((self.prefix_k, k), (self.prefix_v, v)))
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (self.prefix_k.shape[0], 0)), constant_values=True)
         return super().attend(q, k, v, mask)
 
 
-def _before(prefix: Float[Array, "M K H"], rows: Float[Array, "B S K H"]) -> Float[Array, "B MS K H"]:
-    """The same M entries in front of every row's."""
+def _prepend(prefix: Float[Array, "M K H"], rows: Float[Array, "B S K H"]) -> Float[Array, "B MS K H"]:
+    """Prepends the same M entries to every row."""
     repeated = jnp.broadcast_to(prefix.astype(rows.dtype)[None], (rows.shape[0], *prefix.shape))
     return jnp.concatenate([repeated, rows], axis=1)
 
@@ -54,7 +55,7 @@ class PromptedGemma(Gemma):
     soft_prompt: nnx.Variable
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
-        """All inputs before the text: the image's features, and the prompt."""
+        """Returns all inputs before the text: the image features and the prompt."""
         prompt = self.soft_prompt[...].astype(jnp.float32)
         repeated = jnp.broadcast_to(prompt[None], (len(features), *prompt.shape))
         return jnp.concatenate([features.astype(jnp.float32), repeated], axis=1)
@@ -64,7 +65,7 @@ def attach_prefix(model: PaliGemma, length: int = 16, *, rngs: nnx.Rngs) -> Pali
     """Adds `length` keys and values to every attention of the decoder, in place: 2 L M K H parameters.
 
     Raises:
-      UserError: a length below 1, or a prefix that is there already.
+      UserError: a length below 1, or a model that has a prefix already.
     """
     config, attention = model.config.decoder, model.decoder.layers.self_attn
     _check(length, isinstance(attention, PrefixAttention), "prefix")
@@ -75,15 +76,15 @@ def attach_prefix(model: PaliGemma, length: int = 16, *, rngs: nnx.Rngs) -> Pali
 
 
 def attach_prompt(model: PaliGemma, length: int = 16, *, rngs: nnx.Rngs) -> PaliGemma:
-    """Adds `length` embeddings between image and text, in place: M D parameters, at first those of random words.
+    """Adds `length` embeddings between image and text, in place: M D parameters, initialized from random tokens.
 
     Raises:
-      UserError: a length below 1, or a prompt that is there already.
+      UserError: a length below 1, or a model that has a prompt already.
     """
     config = model.config.decoder
     _check(length, isinstance(model.decoder, PromptedGemma), "soft prompt")
-    words = jax.random.choice(rngs.params(), config.vocab_size, (1, length), replace=length > config.vocab_size)
-    attachment.attach(model.decoder, PromptedGemma, soft_prompt=nnx.Param(model.decoder.embed_tokens(words)[0]))
+    tokens = jax.random.choice(rngs.params(), config.vocab_size, (1, length), replace=length > config.vocab_size)
+    attachment.attach(model.decoder, PromptedGemma, soft_prompt=nnx.Param(model.decoder.embed_tokens(tokens)[0]))
     return model
 
 

@@ -1,7 +1,7 @@
-"""Double quantisation (Dettmers et al. 2023, QLoRA, section 3): the block constants themselves in 8 bits.
+"""Double quantisation (Dettmers et al. 2023, QLoRA, section 3): the block constants are stored in 8 bits.
 
-Constants are at least 0, so their mean is taken off first; the rest is stored in the dynamic 8-bit map by blocks of
-256. At block 64 this brings NF4 from 4.5 to 4.127 bits a weight.
+Constants are not negative, so their mean is subtracted first; the remainder is stored in the dynamic 8-bit data type in
+blocks of 256. With blocks of 64 weights, NF4 then takes 4.127 bits per weight instead of 4.5.
 """
 
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ BLOCK = 256
 
 
 def compress(constants: Float[Array, "R M"]) -> tuple[UInt8[Array, "R M"], Float[Array, " nested"], Float[Array, ""]]:
-    """Codes, the largest magnitude of each block of 256 constants (in C order), and the mean."""
-    rough = constants.mean()
-    offset = rough + (constants - rough).mean()  # one pass in float32 drifts over half a million constants
+    """Returns codes, the largest magnitude of each block of 256 constants (in C order), and the mean."""
+    rough_mean = constants.mean()
+    offset = rough_mean + (constants - rough_mean).mean()  # one float32 pass over half a million constants is inexact
     flat = constants.reshape(-1) - offset
     blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     largest = jnp.abs(blocks).max(axis=1)
@@ -27,7 +27,7 @@ def compress(constants: Float[Array, "R M"]) -> tuple[UInt8[Array, "R M"], Float
 def expand(
     codes: UInt8[Array, "R M"], largest: Float[Array, " nested"], offset: Float[Array, ""]
 ) -> Float[Array, "R M"]:
-    """The constants that `compress` stored."""
+    """Returns the constants that `compress` stored."""
     values = jnp.take(jnp.asarray(dynamic_map.levels()), codes.reshape(-1).astype(jnp.int32))
     scale = jnp.repeat(largest, BLOCK)[: codes.size]
     return (values * scale + offset).reshape(codes.shape)

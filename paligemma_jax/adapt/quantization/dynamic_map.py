@@ -11,22 +11,22 @@ DECADES = 7
 
 @functools.cache
 def levels(signed: bool = True) -> Float[np.ndarray, "256"]:
-    """The 256 levels in [-1, 1] (signed) or [0, 1], ascending.
+    """Returns the 256 levels in [-1, 1] (signed) or [0, 1], ascending.
 
-    Each decade has twice the levels of the one below it, evenly spaced; 0 and 1 are levels too.
+    Each decade has twice as many levels as the one below it, evenly spaced; 0 and 1 are levels too.
     """
-    found = [0.0, 1.0]
+    values = [0.0, 1.0]
     for decade in range(DECADES):
-        edges = _even_steps(2 ** (decade if signed else decade + 1) + 1)
+        edges = _linspace(2 ** (decade if signed else decade + 1) + 1)
         middles = np.float32(10.0 ** (decade - DECADES + 1)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        found.extend(middles)
+        values.extend(middles)
         if signed:
-            found.extend(-middles)
-    return np.sort(np.asarray(found, np.float32))
+            values.extend(-middles)
+    return np.sort(np.asarray(values, np.float32))
 
 
-def _even_steps(count: int) -> Float[np.ndarray, " count"]:
-    """`count` float32 numbers from 0.1 to 1, rounded as torch.linspace rounds: counted from the nearer end."""
+def _linspace(count: int) -> Float[np.ndarray, " count"]:
+    """Returns `count` float32 numbers from 0.1 to 1 with the rounding of torch.linspace: steps from the nearer end."""
     start, end = np.float32(0.1), np.float32(1.0)
     step = np.float64((end - start) / np.float32(count - 1))
     index = np.arange(count)
@@ -34,6 +34,6 @@ def _even_steps(count: int) -> Float[np.ndarray, " count"]:
 
 
 def nearest_code(values: Float[Array, "*n"], signed: bool = True) -> UInt8[Array, "*n"]:
-    """Index of the nearest level of each value, the lower of two that are equally near."""
+    """Returns the index of the nearest level of each value; ties go to the lower one."""
     table = levels(signed)
     return jnp.searchsorted((table[1:] + table[:-1]) / np.float32(2), values, side="left").astype(jnp.uint8)

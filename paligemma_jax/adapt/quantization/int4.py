@@ -1,7 +1,7 @@
-"""Linear 4-bit integers beside NF4: 16 evenly spaced levels from the smallest to the largest weight of a block.
+"""Linear 4-bit integers: 16 evenly spaced levels from the smallest to the largest weight of a block.
 
-It exists to be compared with. It stores two constants a block, so in 4.5 bits a weight (NF4's at block 64) its blocks
-are 128 long; there its error on normal weights is larger than NF4's. At equal block size it spends half a bit more.
+This is a baseline for NF4. It stores two constants per block, so at 4.5 bits per weight (NF4 with blocks of 64) its
+blocks have 128 weights, and its error on normal weights is larger. At equal block size it takes half a bit more.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ class Int4:
         return ("codes", "minimum", "step")
 
     def encode(self, matrix: Float[Array, "O I"]) -> dict[str, Array]:
-        """The arrays of a float32 matrix."""
+        """Returns the arrays of a float32 matrix."""
         codes, minimum, step = _encode_blocks(blocks.split(matrix, self.block_size, "edge"))
         return {"codes": blocks.pack(codes, matrix.size // codes.shape[0]), "minimum": minimum, "step": step}
 
     def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "O I"]:
-        """The float32 matrix of `shape`."""
+        """Returns the float32 matrix of `shape`."""
         minimum, step = arrays["minimum"], arrays["step"]
         count = shape[0] * shape[1] // minimum.shape[0]
-        minimum, step = (blocks.spread(constant, self.block_size, count) for constant in (minimum, step))
+        minimum, step = (blocks.repeat_per_weight(constant, self.block_size, count) for constant in (minimum, step))
         return blocks.join(minimum + blocks.unpack(arrays["codes"], count).astype(jnp.float32) * step, shape)
 
 
@@ -47,7 +47,7 @@ class Int4:
 def _encode_blocks(
     values: Float[Array, "R M K"],
 ) -> tuple[UInt8[Array, "R M K"], Float[Array, "R M"], Float[Array, "R M"]]:
-    """Code of each weight, smallest weight and step of each block."""
+    """Returns the code of each weight, and the smallest weight and the step of each block."""
     minimum, maximum = values.min(axis=-1), values.max(axis=-1)
     step = (maximum - minimum) / STEPS
     divisor = jnp.where(step > 0, step, 1.0)[..., None]

@@ -1,9 +1,10 @@
 """4-bit NormalFloat (Dettmers et al. 2023, QLoRA): 16 levels at quantiles of a normal, scaled by each block's absmax.
 
-Codes, constants and their order equal those of bitsandbytes bit by bit; see blocks.py for the layout.
+Codes, constants and their order are identical to those of bitsandbytes; see blocks.py for the layout.
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,19 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 def quantize(
     array: Num[Array, "*shape"] | Num[np.ndarray, "*shape"], block_size: int = 64
 ) -> tuple[UInt8[Array, " bytes"], Float[Array, " blocks"]]:
-    """Quantises an array in C order, by blocks of consecutive elements whatever its axes.
+    """Quantises an array in C order, in blocks of consecutive elements.
 
     Args:
       array: of any shape and float dtype; the last block may be short.
       block_size: 64 or 128.
 
     Returns:
-      codes: uint8 [(n + 1) // 2], two codes a byte, the first in the high nibble; after an odd n the last low nibble
-        is 7 (zero).
+      codes: uint8 [(n + 1) // 2], two codes per byte, the first in the high nibble; if n is odd, the last low nibble is
+        7 (zero).
       absmax: float32 [ceil(n / block_size)], the largest magnitude of each block.
 
     Raises:
-      UserError: another block size.
+      UserError: an unsupported block size.
     """
     arrays = NF4(block_size).encode(jnp.asarray(array, jnp.float32).reshape(1, -1))
     return arrays["codes"][0], arrays["absmax"][0]
@@ -53,7 +54,7 @@ def dequantize(
     absmax: Float[Array, " blocks"] | Float[np.ndarray, " blocks"],
     shape: tuple[int, ...],
 ) -> Float[Array, "..."]:
-    """The float32 array of `shape` that `quantize` stored; the block size follows from the number of blocks.
+    """Returns the float32 array of `shape` that `quantize` stored; the number of blocks determines the block size.
 
     Raises:
       UserError: codes and absmax do not belong to an array of this shape.
@@ -73,8 +74,8 @@ def dequantize(
 class NF4:
     """A matrix [O, I] as `codes` uint8 [R, E/2] and `absmax` float32 [R, M].
 
-    With `double`, `absmax` is the uint8 code of the constant, and `nested_absmax` float32 [R M / 256] and `offset`
-    float32 [] say what it stands for.
+    With `double`, `absmax` is the constant's uint8 code, which `nested_absmax` float32 [R M / 256] and `offset`
+    float32 [] decode.
     """
 
     block_size: int = 64
@@ -89,7 +90,7 @@ class NF4:
         return ("codes", "absmax", *(("nested_absmax", "offset") if self.double else ()))
 
     def encode(self, matrix: Float[Array, "O I"]) -> dict[str, Array]:
-        """The arrays of a float32 matrix."""
+        """Returns the arrays of a float32 matrix."""
         codes, absmax = _encode_blocks(blocks.split(matrix, self.block_size, "constant"))
         arrays = {"codes": blocks.pack(codes, matrix.size // codes.shape[0]), "absmax": absmax}
         if self.double:
@@ -97,40 +98,40 @@ class NF4:
         return arrays
 
     def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "O I"]:
-        """The float32 matrix of `shape`."""
+        """Returns the float32 matrix of `shape`."""
         absmax = arrays["absmax"]
         if self.double:
             absmax = double_quantization.expand(absmax, arrays["nested_absmax"], arrays["offset"])
         count = shape[0] * shape[1] // absmax.shape[0]
-        values = level(blocks.unpack(arrays["codes"], count)) * blocks.spread(absmax, self.block_size, count)
-        return blocks.join(values, shape)
+        scale = blocks.repeat_per_weight(absmax, self.block_size, count)
+        return blocks.join(level(blocks.unpack(arrays["codes"], count)) * scale, shape)
 
 
 @jax.jit
 def _encode_blocks(values: Float[Array, "R M K"]) -> tuple[UInt8[Array, "R M K"], Float[Array, "R M"]]:
-    """Code of each weight and absmax of each block."""
+    """Returns the code of each weight and the absmax of each block."""
     absmax = jnp.abs(values).max(axis=-1)
-    # A block of zeros, or of numbers too small to divide by, is all zeros.
+    # Blocks with an absmax too small to divide by become zeros.
     inverse = jnp.where(absmax < SMALLEST_NORMAL, 0.0, 1.0 / absmax)
     return nearest_code(jnp.clip(values * inverse[..., None], -1.0, 1.0)), absmax
 
 
 def nearest_code(scaled: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
-    """Index of the nearest level for numbers in [-1, 1], the lower of two equally near; 15 comparisons, no search."""
-    return sum((scaled > midpoint).astype(jnp.uint8) for midpoint in MIDPOINTS)
+    """Returns the index of the nearest level for numbers in [-1, 1], by 15 comparisons; ties go to the lower level."""
+    return cast(Array, sum((scaled > midpoint).astype(jnp.uint8) for midpoint in MIDPOINTS))  # or 0 for the type checker
 
 
 def level(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
-    """The level of each code.
+    """Returns the level of each code.
 
-    A look-up, and not a tree of choices among constants: differentiating a scan moves those out of the loop, broadcast
-    to the full size of the kernel sixteen times over.
+    It is a look-up instead of nested selections among constants, because differentiation of a scan would hoist these
+    out of the loop and broadcast each of the sixteen to the size of the kernel.
     """
     return jnp.asarray(LEVELS).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def check_block_size(kind: str, block_size: int) -> None:
-    """Raises UserError unless a block size is one that 4-bit kinds have."""
+    """Raises UserError for a block size that the 4-bit kinds do not support."""
     if block_size not in BLOCK_SIZES:
         raise UserError(
             f"the block size of {kind} is {block_size}, expected {' or '.join(map(str, BLOCK_SIZES))}: choose one of "

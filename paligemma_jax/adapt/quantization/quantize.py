@@ -1,7 +1,7 @@
-"""Quantised bases: `quantize` puts 4- or 8-bit kernels in the place of a model's plain ones, for QLoRA and for serving.
+"""Quantised bases: `quantize` replaces a model's kernels by 4- or 8-bit ones, for QLoRA and for serving.
 
-LoRA attaches to a quantised projection as to a plain one, and only adapters train. Loaders quantise a layer at a time
-with `quantize_array`, into leaves whose shapes `nnx.eval_shape` of `quantize` (or `quantized_shapes`) tells.
+LoRA attaches to a quantised projection as to a plain one, and only adapters train. Loaders quantise one layer at a time
+with `quantize_array`; `nnx.eval_shape` of `quantize`, or `quantized_shapes`, gives the shapes.
 """
 
 import re
@@ -19,12 +19,12 @@ from train_jax.core import patterns
 from train_jax.core.errors import UserError
 
 TARGETS = r"(vision|decoder)/layers/.*|projector/linear"
-"""What bitsandbytes quantises of PaliGemma: every linear layer but the output table; the patch embedding is none."""
+"""Pattern of the layers that bitsandbytes quantises in PaliGemma: all linear layers but the vocabulary projection."""
 
 FROZEN = r".*/kernel/(codes|absmax|nested_absmax|offset|minimum|step|channel_absmax)"
 """Pattern of the arrays of quantised kernels, which never train."""
 
-# As the plain kernels' in tasks/common.py: outputs are the groups' axis, inputs lie within a group (blocks.py).
+# Like the rules of plain kernels in tasks/common.py: groups split the output axis, a group has whole rows (blocks.py).
 _STORED = r"kernel/(codes|absmax|minimum|step)"
 SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf".*/layers/(self_attn/[qkv]_proj|mlp/(gate_proj|up_proj|fc1))/{_STORED}", (None, "tensor", "fsdp")),
@@ -34,7 +34,7 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf".*projector/linear/{_STORED}", ("fsdp", None)),
     (r".*projector/linear/kernel/channel_absmax", ("fsdp",)),
 )
-"""How quantised kernels lie on a mesh, to be put before the plain kernels' rules."""
+"""Sharding rules of quantised kernels; they precede the rules of plain kernels."""
 
 
 def quantize(
@@ -45,15 +45,15 @@ def quantize(
     Args:
       model: changed in place; biases, norms, embeddings and adapters stay as they are.
       kind: "nf4" (4-bit NormalFloat by blocks), "int8" (by output channels) or "int4" (linear by blocks; to compare).
-      block_size: 64 or 128 weights, as bitsandbytes lays them; any kernel size is fine.
-      double: of NF4, store the block constants in 8 bits too.
+      block_size: 64 or 128 weights per block, in the layout of bitsandbytes; kernels may have any size.
+      double: whether to store the block constants of NF4 in 8 bits too.
       targets: regular expression over module paths such as "decoder/layers/mlp/gate_proj".
 
     Returns:
-      The model. Kernels are dequantised where they are used, to the compute dtype.
+      The model. Kernels are dequantised on use, to the compute dtype.
 
     Raises:
-      UserError: an unknown kind or block size, a pattern that matches nothing, or a kernel quantised already.
+      UserError: an unknown kind or block size, a pattern that matches nothing, or a kernel that is quantised already.
     """
     codec = make_codec(kind, block_size, double)
     modules = projections(model)
@@ -68,7 +68,7 @@ def quantize(
 
 
 def dequantize(model: nnx.Module) -> nnx.Module:
-    """Makes every quantised kernel plain again, in place, in the dtype it had; what rounding lost stays lost."""
+    """Replaces every quantised kernel by a plain one of its original dtype, in place; rounding errors remain."""
     for module in projections(model).values():
         if isinstance(module.kernel, QuantizedKernel):
             module.kernel = nnx.Param(module.kernel.dequantize().astype(module.kernel.dtype))
@@ -76,18 +76,18 @@ def dequantize(model: nnx.Module) -> nnx.Module:
 
 
 def quantized_kernels(model: nnx.Module) -> dict[str, QuantizedKernel]:
-    """The quantised kernels by path, such as "decoder/layers/mlp/gate_proj/kernel"."""
+    """Returns the quantised kernels by path, such as "decoder/layers/mlp/gate_proj/kernel"."""
     kernels = {f"{path}/kernel": module.kernel for path, module in projections(model).items()}
     return {path: kernel for path, kernel in kernels.items() if isinstance(kernel, QuantizedKernel)}
 
 
 def is_quantized(model: nnx.Module) -> bool:
-    """Whether any projection has a quantised kernel."""
+    """Returns whether any projection has a quantised kernel."""
     return bool(quantized_kernels(model))
 
 
 def parameter_counts(model: nnx.Module) -> dict[str, int]:
-    """How many weights each array of quantised kernels stands for, by path: codes for all, constants for none."""
+    """Returns the number of weights that each array of quantised kernels stores, by path; constants store none."""
     return {
         f"{path}/{leaf}": kernel.size if leaf == "codes" else 0
         for path, kernel in quantized_kernels(model).items()
@@ -96,7 +96,7 @@ def parameter_counts(model: nnx.Module) -> dict[str, int]:
 
 
 def describe(model: nnx.Module) -> str:
-    """One line: what is quantised, and what a weight takes."""
+    """Returns a line with the number and kind of quantised kernels, their weights, bits per weight and size in MiB."""
     kernels = quantized_kernels(model).values()
     kinds = ", ".join(sorted({kernel.kind for kernel in kernels}))
     weights, size = sum(kernel.size for kernel in kernels), sum(kernel.nbytes for kernel in kernels)
@@ -105,7 +105,7 @@ def describe(model: nnx.Module) -> str:
 
 
 def refuse_trained(paths: Iterable[str]) -> None:
-    """Raises UserError if one of the paths that are to train belongs to a quantised kernel."""
+    """Raises UserError if one of the paths of trained parameters belongs to a quantised kernel."""
     frozen = [path for path in paths if re.fullmatch(FROZEN, path)]
     if frozen:
         raise UserError(
@@ -121,16 +121,16 @@ def quantize_array(
     block_size: int = 64,
     double: bool = False,
 ) -> dict[str, Array]:
-    """Quantises one layer's kernel, as a loader meets it.
+    """Quantises the kernel of one layer, for loaders.
 
     Args:
-      kind, block_size, double: as of `quantize`.
+      kind, block_size, double: as in `quantize`.
       array: [in..., out...] of any float dtype (torch's weight [out, in] transposed).
       num_contracted: number of input axes.
 
     Returns:
-      The arrays by the names they have below the kernel's path. Those of all layers, stacked on a leading axis, are
-      what `quantize` makes of the stacked kernel.
+      The arrays by their names below the kernel's path. Stacked over all layers on a leading axis, they equal the
+      result of `quantize` for the stacked kernel.
 
     Raises:
       UserError: an unknown kind or block size.
@@ -141,19 +141,19 @@ def quantize_array(
 def quantized_shapes(
     kind: str, shape: tuple[int, ...], num_contracted: int, block_size: int = 64, double: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of what `quantize_array` returns for a kernel of `shape` [in..., out...]."""
+    """Returns the shapes and dtypes of the result of `quantize_array` for a kernel of `shape` [in..., out...]."""
     codec: Codec = make_codec(kind, block_size, double)
     kernel = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     return jax.eval_shape(lambda kernel: encode(codec, kernel, num_contracted), kernel)
 
 
 def set_outlier_split(model: nnx.Module, threshold: int | float | None = 6.0) -> nnx.Module:
-    """Chooses how int8 kernels multiply, in place: LLM.int8()'s split for evaluation, or dequantised weights.
+    """Sets how int8 kernels multiply, in place: with LLM.int8()'s split, for evaluation, or with dequantised weights.
 
     Args:
       model: quantised with "int8".
-      threshold: inputs from this magnitude on are multiplied in floating point, the rest int8 x int8 (int8.py); None,
-        as after `quantize`, dequantises the weights and leaves inputs alone, which is what training needs.
+      threshold: inputs of this magnitude or more are multiplied in floating point, the rest int8 x int8 (int8.py). None
+        multiplies with dequantised weights, which training needs and which is the default after `quantize`.
 
     Returns:
       The model.

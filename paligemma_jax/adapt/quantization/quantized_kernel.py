@@ -1,12 +1,14 @@
-"""A projection's kernel in 4 or 8 bits: what stands in the place of the plain parameter, and how it is multiplied.
+"""The module that replaces a projection's kernel with one of 4 or 8 bits, and its product.
 
-The quantised matrix is torch's weight [out, in] with all outputs and all inputs of a projection flattened, in C order,
-layer by layer; stacked layers have a leading axis as every other leaf. It is frozen: it gets no gradient.
+The quantised matrix is torch's weight [out, in], with the output axes and the input axes of a projection flattened in C
+order. Every layer is quantised separately; stacked layers have a leading axis. The kernel is frozen: it gets no
+gradient.
 """
 
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +25,19 @@ from train_jax.core.errors import UserError
 
 Codec = NF4 | Int4 | Int8PerChannel
 KINDS = ("nf4", "int8", "int4")
+Arrays = TypeVar("Arrays", Array, dict[str, Array])
 
 
 def make_codec(kind: str, block_size: int = 64, double: bool = False) -> Codec:
-    """How a kind stores a matrix.
+    """Returns the codec of a kind, which encodes and decodes a matrix.
 
     Args:
-      kind: "nf4", "int8" (per output channel; the block size does not matter) or "int4".
+      kind: "nf4", "int8" (per output channel; the block size is ignored) or "int4".
       block_size: 64 or 128.
-      double: of NF4, store the block constants in 8 bits too.
+      double: whether to store the block constants of NF4 in 8 bits too.
 
     Raises:
-      UserError: another kind or block size, or double quantisation of a kind that has none.
+      UserError: an unknown kind or block size, or double quantisation of another kind than NF4.
     """
     if kind not in KINDS:
         raise UserError(f"quantize is {kind!r}, expected one of {', '.join(KINDS)}: choose one of these.")
@@ -46,14 +49,17 @@ def make_codec(kind: str, block_size: int = 64, double: bool = False) -> Codec:
 
 
 class Frozen(nnx.Variable):
-    """An array that is part of the model and never trained."""
+    """An array of the model that does not train."""
 
 
 class QuantizedKernel(nnx.Module):
-    """Takes the place of a projection's kernel [*in_shape, *out_shape] (models/projection.py).
+    """Replaces a projection's kernel [*in_shape, *out_shape] (models/projection.py).
 
-    Its arrays (`codes`, `absmax`, ...) lie below the kernel's own path: "decoder/layers/mlp/gate_proj/kernel/codes".
+    Its arrays (`codes`, `absmax`, ...) are below the kernel's path: "decoder/layers/mlp/gate_proj/kernel/codes".
     """
+
+    codes: Frozen  # all codecs have it; the other arrays depend on the codec
+    outlier_threshold: int | float | None
 
     def __init__(
         self,
@@ -63,7 +69,7 @@ class QuantizedKernel(nnx.Module):
         dtype: jnp.dtype,
         arrays: Mapping[str, Array],
     ):
-        """Holds arrays made by `encode`; `dtype` is the plain kernel's, which a merge goes back to."""
+        """Stores arrays made by `encode`; `dtype` is that of the plain kernel, to which a merge returns."""
         self.codec = codec
         self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
         self.dtype = np.dtype(dtype)
@@ -86,23 +92,23 @@ class QuantizedKernel(nnx.Module):
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """What is stored, by name."""
+        """The stored arrays by name."""
         return {name: getattr(self, name)[...] for name in self.codec.leaves}
 
     @property
     def kind(self) -> str:
-        """Of KINDS."""
+        """One of KINDS."""
         return {NF4: "nf4", Int8PerChannel: "int8", Int4: "int4"}[type(self.codec)]
 
     @property
     def nbytes(self) -> int:
-        """What the arrays take."""
-        leaves = (getattr(self, name) for name in self.codec.leaves)  # which may be shapes
+        """Size of the arrays in bytes."""
+        leaves = (getattr(self, name) for name in self.codec.leaves)  # shapes, if the model is abstract
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """Numbers of outputs and of inputs."""
         return math.prod(self.out_shape), math.prod(self.in_shape)
 
     @property
@@ -116,19 +122,19 @@ class QuantizedKernel(nnx.Module):
         return math.prod(self.shape)
 
     def dequantize(self) -> Float[Array, "..."]:
-        """The plain kernel in float32, with the layer axis if stacked."""
+        """Returns the plain kernel in float32, with the layer axis if stacked."""
         if self.codes.ndim == 2:
             return _decode_transposed(self.codec, self.matrix_shape, self.arrays).reshape(self.shape)
         return jnp.stack(list(self.dequantized_layers()))
 
     def dequantized_layers(self) -> Iterator[Float[Array, "..."]]:
-        """The plain kernels of a stack in float32, one after another, so that they need not be in memory together."""
+        """Yields the plain kernels of a stack in float32 one by one, so that they are not all in memory."""
         for i in range(self.codes.shape[0]):
             kernel = _decode_transposed(self.codec, self.matrix_shape, _layer(self.arrays, i))
             yield kernel.reshape(*self.in_shape, *self.out_shape)
 
     def requantized(self, kernel: Float[Array, "..."]) -> "QuantizedKernel":
-        """Another kernel of the same shape, stored and multiplied the same way."""
+        """Quantises another kernel of the same shape with the same codec and settings."""
         new = QuantizedKernel.of(kernel, self.codec, self.in_shape, self.out_shape)
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
@@ -136,14 +142,15 @@ class QuantizedKernel(nnx.Module):
     def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
-        The kernel is dequantised to the dtype of x, once for the forward and once for the backward pass: nothing of
-        full size is kept between them. Nothing is drawn: `keys` are for other kernels.
+        The kernel is dequantised to the dtype of x in the forward and again in the backward pass; nothing of its full
+        size is kept in between. `keys` are not used; kernels of diff pruning need them.
         """
         del keys
         lead = x.shape[: x.ndim - len(self.in_shape)]
         x = x.reshape(*lead, -1)
         if self.outlier_threshold is None:
-            y = _frozen_product(self.codec, self.matrix_shape, x.dtype, self.arrays, x)
+            # A cast, as the partial of jax.custom_vjp loses the type.
+            y = cast(Array, _frozen_product(self.codec, self.matrix_shape, x.dtype, self.arrays, x))
         else:
             y = int8.split_product(self.arrays, x, self.outlier_threshold)
         return y.reshape(*lead, *self.out_shape)
@@ -152,14 +159,14 @@ class QuantizedKernel(nnx.Module):
 def encode(
     codec: Codec, kernel: Float[Array, "..."] | Float[np.ndarray, "..."], num_contracted: int
 ) -> dict[str, Array]:
-    """The arrays of one layer's kernel [in..., out...], whose first `num_contracted` axes are inputs."""
+    """Encodes one layer's kernel [in..., out...], whose first `num_contracted` axes are inputs."""
     inputs = math.prod(kernel.shape[:num_contracted])
-    # Step by step, not as one program: XLA would fuse the strided reads into one another and take five times as long.
+    # Not jitted as one program: XLA would fuse the strided reads and take five times as long.
     return codec.encode(jnp.asarray(kernel.reshape(inputs, -1).T).astype(jnp.float32))
 
 
 def _decode_transposed(codec: Codec, shape: tuple[int, int], arrays: dict[str, Array]) -> Float[Array, "I O"]:
-    """One layer's matrix as our kernels lie, transposed in a step of its own as in `encode`."""
+    """Decodes one layer's matrix and transposes it to [in, out], outside the jitted program as in `encode`."""
     return _decode(codec, shape, arrays).T
 
 
@@ -168,8 +175,8 @@ def _decode(codec: Codec, shape: tuple[int, int], arrays: dict[str, Array]) -> F
     return codec.decode(arrays, shape)
 
 
-def _layer(stack: Array | dict[str, Array], index: int) -> Array | dict[str, Array]:
-    """One layer of stacked arrays; iterating over the arrays themselves would slice all of them at once."""
+def _layer(stack: Arrays, index: int) -> Arrays:
+    """Returns one layer of stacked arrays; iterating over an array would slice all layers at once."""
     return jax.tree.map(lambda array: array[index], stack)
 
 
@@ -177,10 +184,10 @@ def _layer(stack: Array | dict[str, Array], index: int) -> Array | dict[str, Arr
 def _frozen_product(
     codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array], x: Float[Array, "*B I"]
 ) -> Float[Array, "*B O"]:
-    """x W^T for the matrix W of `shape` that `arrays` hold, in `dtype` with float32 sums.
+    """Returns x W^T for the matrix W of `shape` that `arrays` encode, in `dtype` with float32 accumulation.
 
-    Differentiable in x alone. Automatic differentiation would keep the dequantised W of every layer for the backward
-    pass; here that pass dequantises again.
+    Differentiable in x alone. Autodiff would keep the dequantised W of every layer for the backward pass; here the
+    backward pass dequantises it again.
     """
     return _times_transposed(codec, shape, dtype, arrays)(x)
 

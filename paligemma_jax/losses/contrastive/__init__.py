@@ -1,1 +1,1 @@
-"""The SigLIP and CLIP losses, chunked within a device and around a ring of devices."""
+"""The SigLIP and CLIP losses, computed in chunks on a device and around a ring of devices."""

@@ -1,8 +1,8 @@
-"""The losses of SigLIP and CLIP, of which no matrix of all pairs is ever held.
+"""The losses of SigLIP and CLIP, without the matrix of all pairs.
 
-Pairs are taken a chunk of texts at a time, and the gradients are computed with the value: the cotangent of a scalar
-only scales them. Over several devices each keeps its images and the texts travel around the ring (ring.py),
-so that memory is that of `images of a device x chunk_size` pairs, whatever the global batch.
+Pairs are processed one chunk of texts at a time, and the gradients are computed together with the value: the cotangent
+of a scalar only scales them. On several devices, each keeps its images while blocks of texts travel around a ring
+(ring.py), so that memory is that of `images per device x chunk_size` pairs, whatever the global batch.
 
 Axes as in pairs.py: B images, T = K * B texts, of which image i owns [K * i, K * (i + 1)), and D.
 """
@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from paligemma_jax.losses.contrastive.backward import Gradients, NeedsGrad
-from paligemma_jax.losses.contrastive.pairs import PairMask, sides_of
+from paligemma_jax.losses.contrastive.backward import NeedsGrad
+from paligemma_jax.losses.contrastive.pairs import PairMask, local_arrays
 from paligemma_jax.losses.contrastive.ring import Ring, ring_of
 from paligemma_jax.losses.contrastive.sigmoid_softmax import sigmoid_on_device, softmax_on_device
 from train_jax.core.errors import UserError
@@ -26,8 +26,8 @@ from train_jax.core.errors import UserError
 DEFAULT_CHUNK = 256  # texts
 
 
-class _Settings(NamedTuple):
-    """What of the arguments is no array."""
+class _StaticArguments(NamedTuple):
+    """The arguments that are not arrays."""
 
     on_device: Callable
     mesh: Mesh | None
@@ -48,33 +48,33 @@ def sigmoid_loss(
     image_ids: Int[Array, " B"] | None = None,
     valid: Bool[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean over images of the sum over texts of `-log sigmoid(+-(exp(log_scale) * zimg @ ztxt.T + bias))`, float32.
+    """Returns the mean over images of the sum over texts of `-log sigmoid(+-(exp(log_scale) * zimg @ ztxt.T + bias))`.
 
-    The sign is + for a text of the image and - for all others (Zhai et al. 2023, algorithm 1). The specification is
-    losses.reference.sigmoid_loss, which holds the matrix of all pairs.
+    The sign is + for a text of the image and - for all others (Zhai et al. 2023, algorithm 1); the result is float32.
+    The specification is losses.reference.sigmoid_loss, which computes the matrix of all pairs.
 
     Args:
-        zimg: embeddings of images, of unit length by custom; any float type. Products accumulate in float32.
+        zimg: embeddings of images, usually of unit length; any float dtype. Products accumulate in float32.
         ztxt: embeddings of texts, T = K * B with the K texts of each image one after another; K = 1 is SigLIP.
-        log_scale: natural log of what multiplies the cosines (`t'` of the paper).
+        log_scale: natural log of the factor on the cosines (`t'` of the paper).
         bias: added to the scaled cosines.
-        mesh: the devices over which the rows of both embeddings are split; None: one device.
-        axis: name, or names from the outermost to the innermost, of the mesh's axes that split the rows.
-        chunk_size: texts met at a time; float32 pairs alive on a device are its images x `chunk_size`. None: 256.
-        mask: the pairs that count, split by rows like `zimg`; the others add nothing. B x T bits are what it costs.
-        text_ids: equal numbers for equal texts (a hash, say). A text that equals one of the image's own but belongs
-            to another image is not counted. Needs no B x T array.
-        image_ids: equal numbers for equal images: a text of one is not counted with the other. Likewise.
+        mesh: the devices over which the rows of both embeddings are split; None means one device.
+        axis: name, or names from outermost to innermost, of the mesh axes that split the rows.
+        chunk_size: texts per chunk; a device holds its images x `chunk_size` float32 pairs at a time. None means 256.
+        mask: the pairs that count, split by rows like `zimg`; the others add nothing. Takes B x T booleans of memory.
+        text_ids: equal numbers for equal texts (hashes, for example). A text of another image that equals one of the
+            image's own texts does not count. Needs no B x T array.
+        image_ids: equal numbers for equal images: texts of one do not count with the other. Needs no B x T array.
         valid: the images that count, with their texts; where False, neither adds anything to any sum.
 
-    Differentiable in embeddings, scale and bias in reverse mode, exactly, on one device and on many. What is not
-    differentiated (a locked tower) is not computed.
-    Raises UserError where the rows do not divide: texts by images, or images by devices; for a `chunk_size` below 1
-    and an axis that the mesh lacks.
+    Differentiable in embeddings, scale and bias in reverse mode, on one device and on many. Gradients that are not
+    needed (of a locked tower) are not computed.
+    Raises UserError if the number of texts is not a multiple of the number of images, or the number of images not a
+    multiple of the number of devices; for a `chunk_size` below 1; and for an axis that the mesh lacks.
     """
-    settings = _settings(sigmoid_on_device, zimg, ztxt, mesh, axis, chunk_size)
+    static = _static_arguments(sigmoid_on_device, zimg, ztxt, mesh, axis, chunk_size)
     pair_mask = PairMask(mask, text_ids, image_ids, valid)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), pair_mask)
+    return _contrastive(static, zimg, ztxt, log_scale.reshape(()), bias.reshape(()), pair_mask)
 
 
 def softmax_loss(
@@ -89,19 +89,21 @@ def softmax_loss(
     image_ids: Int[Array, " B"] | None = None,
     valid: Bool[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean of the cross entropies of images over texts and of texts over images, float32 (CLIP's loss).
+    """Returns the mean of the cross entropies of images over texts and of texts over images, float32 (CLIP's loss).
 
-    Logits are `exp(log_scale) * zimg @ ztxt.T`. Of K texts of an image each is a target of weight 1 / K, and the mean
-    over texts is one over T. A pair that does not count is in no sum of exponentials, and as a target it has weight 0.
-    The log-sum-exps are streamed in a first round, gradients take a second one. Arguments and errors: `sigmoid_loss`.
+    Logits are `exp(log_scale) * zimg @ ztxt.T`. Each of the K texts of an image is a target of weight 1 / K, and the
+    cross entropy of texts is a mean over T texts. A pair that does not count is excluded from the sums of exponentials
+    and has target weight 0. A first round around the ring computes the log-sum-exps, a second one the gradients.
+    Arguments and errors are those of `sigmoid_loss`.
     """
-    settings = _settings(softmax_on_device, zimg, ztxt, mesh, axis, chunk_size)
+    static = _static_arguments(softmax_on_device, zimg, ztxt, mesh, axis, chunk_size)
     bias = jnp.zeros((), jnp.float32)
     pair_mask = PairMask(mask, text_ids, image_ids, valid)
-    return _contrastive(settings, zimg, ztxt, log_scale.reshape(()), bias, pair_mask)
+    return _contrastive(static, zimg, ztxt, log_scale.reshape(()), bias, pair_mask)
 
 
-def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Settings:
+def _static_arguments(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _StaticArguments:
+    """Checks the arguments and returns those that are not arrays."""
     axes = (axis,) if isinstance(axis, str) else axis
     if mesh is not None and (missing := [name for name in axes if name not in mesh.shape]):
         raise UserError(f"the loss has axis {', '.join(missing)}, expected some of {', '.join(mesh.shape)}: change it.")
@@ -116,28 +118,28 @@ def _settings(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -> _Setti
     chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise UserError(f"the loss has chunk_size={chunk_size}, expected 1 or more: change it.")
-    return _Settings(on_device, mesh, ring, chunk_size)
+    return _StaticArguments(on_device, mesh, ring, chunk_size)
 
 
 # ---- value and gradient ---------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contrastive(settings, zimg, ztxt, log_scale, bias, pair_mask):
-    return _run(settings, NeedsGrad(), zimg, ztxt, log_scale, bias, pair_mask)[0]
+def _contrastive(static, zimg, ztxt, log_scale, bias, pair_mask):
+    return _value_and_grad(static, NeedsGrad(), zimg, ztxt, log_scale, bias, pair_mask)[0]
 
 
-def _contrastive_forward(settings, *arguments):
-    # symbolic_zeros tells which arguments the caller differentiates: a locked tower costs nothing.
+def _contrastive_forward(static, *arguments):
+    # With symbolic_zeros, `perturbed` is False for arguments that are not differentiated: their gradients are skipped.
     needs_grad = NeedsGrad(*(argument.perturbed for argument in arguments[:4]))
     arrays = jax.tree.map(lambda argument: argument.value, arguments)
-    loss, gradients = _run(settings, needs_grad, *arrays)
+    loss, gradients = _value_and_grad(static, needs_grad, *arrays)
     return loss, (gradients, [jnp.zeros((), array.dtype) for array in arrays[:4]])
 
 
-def _contrastive_backward(_settings, residuals, cotangent):
+def _contrastive_backward(_static, residuals, cotangent):
     gradients, like = residuals
-    # Gradients wait in float32 and are cast after scaling: a float16 loss scale arrives in time to save small ones.
+    # Gradients stay in float32 until they are multiplied by the cotangent: a float16 loss scale saves small ones.
     scaled = (
         None if gradient is None else (gradient * cotangent).astype(array.dtype)
         for gradient, array in zip(gradients, like, strict=True)
@@ -148,8 +150,8 @@ def _contrastive_backward(_settings, residuals, cotangent):
 _contrastive.defvjp(_contrastive_forward, _contrastive_backward, symbolic_zeros=True)
 
 
-def _run(settings: _Settings, needs_grad: NeedsGrad, zimg, ztxt, log_scale, bias, pair_mask: PairMask):
-    """Loss, and its float32 gradients."""
+def _value_and_grad(static: _StaticArguments, needs_grad: NeedsGrad, zimg, ztxt, log_scale, bias, pair_mask: PairMask):
+    """Returns the loss and its float32 gradients."""
     dtype = jnp.promote_types(zimg.dtype, ztxt.dtype)
     if dtype == jnp.float16:  # gradients of logits, 1e-5 and less for most pairs, are below its normal numbers
         dtype = jnp.float32
@@ -157,15 +159,17 @@ def _run(settings: _Settings, needs_grad: NeedsGrad, zimg, ztxt, log_scale, bias
     arguments = (zimg.astype(dtype), ztxt.astype(dtype), *scalars, pair_mask)
 
     def run(*arguments):
-        return settings.on_device(settings.ring, settings.chunk_size, needs_grad, *sides_of(settings.ring, *arguments))
+        images, texts = local_arrays(static.ring, *arguments)
+        loss, gradients = static.on_device(static.ring, static.chunk_size, needs_grad, images, texts)
+        return loss, tuple(gradients)
 
-    if settings.ring.size == 1:
+    if static.ring.size == 1:
         return run(*arguments)
-    rows = P(settings.ring.axes)
+    rows = P(static.ring.axes)
     return jax.shard_map(
         run,
-        mesh=settings.mesh,
+        mesh=static.mesh,
         in_specs=(rows, rows, P(), P(), rows),
-        out_specs=(P(), Gradients(rows, rows, P(), P())),
+        out_specs=(P(), (rows, rows, P(), P())),
         check_vma=False,  # nothing is differentiated through it
     )(*arguments)

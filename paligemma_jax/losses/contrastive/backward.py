@@ -1,7 +1,4 @@
-"""One round of the ring in which every pair's logit gives its part of the loss and of the gradients.
-
-Axes as in pairs.py.
-"""
+"""One round around the ring that sums the loss and its gradients over all pairs. Axes as in pairs.py."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paligemma_jax.losses.contrastive.pairs import Images, Pairs, Texts, pairs_of
-from paligemma_jax.losses.contrastive.ring import Ring, fold_chunks, fold_ring, put, take
+from paligemma_jax.losses.contrastive.pairs import LocalImages, PairLogits, TextBlock, pair_logits
+from paligemma_jax.losses.contrastive.ring import Ring, fold_chunks, fold_ring, slice_chunk, update_chunk
 from paligemma_jax.losses.vocab_projection import project_back
 
 
@@ -24,7 +21,7 @@ class NeedsGrad(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Float32, of the arguments of the same names; None where it is not needs_grad."""
+    """Float32 gradients of the loss; None if not needed."""
 
     images: jax.Array | None
     texts: jax.Array | None
@@ -32,8 +29,8 @@ class Gradients(NamedTuple):
     bias: jax.Array | None
 
 
-class _Kept(NamedTuple):
-    """Sums over the pairs seen so far by one device, float32; None where it is not needs_grad."""
+class _Sums(NamedTuple):
+    """Running float32 sums of the loss and of gradients over the pairs of one device; None if not needed."""
 
     loss: jax.Array
     images: jax.Array | None  # [b, D]
@@ -42,59 +39,61 @@ class _Kept(NamedTuple):
 
 
 def gradient_round(
-    ring: Ring, chunk_size: int, needs_grad: NeedsGrad, images: Images, texts: Texts, columns, score: Callable
+    ring: Ring, chunk_size: int, needs_grad: NeedsGrad, images: LocalImages, texts: TextBlock, columns, score: Callable
 ) -> tuple[jax.Array, Gradients]:
-    """The mean over all images of a loss over pairs, and its gradients.
+    """Returns the mean over all images of a loss over pairs, and its gradients.
 
     Args:
-      ring, chunk_size, needs_grad: as everywhere here.
-      images, texts: of this device.
+      ring: the devices.
+      chunk_size: texts per chunk.
+      needs_grad: the gradients to compute.
+      images, texts: the arrays of this device.
       columns: arrays [t] that travel with the texts.
-      score: `score(pairs, columns of the chunk) -> (loss, d_logits)`: the sum over the pairs, and float32 [b, c] of
-        numbers between -1 and 1, as these are cast to the type of the embeddings.
+      score: `score(pairs, columns of the chunk) -> (loss, d_logits)`: the sum over the pairs, and its gradient, float32
+        [b, c] between -1 and 1, since it is cast to the dtype of the embeddings.
     """
 
-    def visit(kept: _Kept, block, origin):
+    def visit(sums: _Sums, block, origin):
         texts, columns = block
         d_texts = jnp.zeros(texts.vectors.shape, jnp.float32) if needs_grad.texts else None
 
         def step(carry, start, size):
-            pairs = pairs_of(images, texts, origin, start, size)
-            loss, d_logits = score(pairs, take(columns, start, size))
-            kept, d_texts = carry
+            pairs = pair_logits(images, texts, origin, start, size)
+            loss, d_logits = score(pairs, slice_chunk(columns, start, size))
+            sums, d_texts = carry
             if needs_grad.texts:
-                d_texts = put(d_texts, project_back(d_logits.T, images.vectors), start)
-            return _add(kept, loss, d_logits, pairs, images, take(texts.vectors, start, size)), d_texts
+                d_texts = update_chunk(d_texts, project_back(d_logits.T, images.vectors), start)
+            return _add_chunk(sums, loss, d_logits, pairs, images, slice_chunk(texts.vectors, start, size)), d_texts
 
-        return fold_chunks(step, (kept, d_texts), texts.vectors.shape[0], chunk_size)
+        return fold_chunks(step, (sums, d_texts), texts.vectors.shape[0], chunk_size)
 
     zero = jnp.zeros((), jnp.float32)
-    kept = _Kept(
+    sums = _Sums(
         zero,
         jnp.zeros(images.vectors.shape, jnp.float32) if needs_grad.images else None,
         zero if needs_grad.log_scale else None,
         zero if needs_grad.bias else None,
     )
-    kept, d_texts = fold_ring(ring, visit, _sum, kept, (texts, columns))
+    sums, d_texts = fold_ring(ring, visit, _add, sums, (texts, columns))
     share = 1 / (images.vectors.shape[0] * ring.size)
     loss, d_log_scale, d_bias = jax.tree.map(
-        lambda value: value * share, ring.total((kept.loss, kept.log_scale, kept.bias))
+        lambda value: value * share, ring.total((sums.loss, sums.log_scale, sums.bias))
     )
-    d_images, d_texts = jax.tree.map(lambda vectors: vectors * (images.scale * share), (kept.images, d_texts))
+    d_images, d_texts = jax.tree.map(lambda vectors: vectors * (images.scale * share), (sums.images, d_texts))
     return loss, Gradients(d_images, d_texts, d_log_scale, d_bias)
 
 
-def _add(kept: _Kept, loss, d_logits, pairs: Pairs, images: Images, vectors) -> _Kept:
-    """Adds a chunk of texts `vectors` [c, D]."""
-    _, d_images, d_log_scale, d_bias = kept
+def _add_chunk(sums: _Sums, loss, d_logits, pairs: PairLogits, images: LocalImages, vectors) -> _Sums:
+    """Adds the pairs of all images and a chunk of texts `vectors` [c, D]."""
+    _, d_images, d_log_scale, d_bias = sums
     if d_images is not None:
         d_images += project_back(d_logits, vectors)
     if d_log_scale is not None:
         d_log_scale += (d_logits * (pairs.logits - images.bias)).sum()
     if d_bias is not None:
         d_bias += d_logits.sum()
-    return _Kept(kept.loss + loss, d_images, d_log_scale, d_bias)
+    return _Sums(sums.loss + loss, d_images, d_log_scale, d_bias)
 
 
-def _sum(one, other):
+def _add(one, other):
     return jax.tree.map(jnp.add, one, other)

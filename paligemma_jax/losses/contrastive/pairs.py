@@ -1,21 +1,21 @@
-"""Pairs of this device's images with a chunk of texts: their logits, and which of them count.
+"""Pairs of this device's images with a chunk of texts: their logits, and the mask of those that count.
 
 Axes: B images and T texts of the global batch, b and t on one device, c texts of a chunk, D width of the embeddings,
 K = T / B texts of each image: image i owns the texts [K * i, K * (i + 1)).
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.losses.contrastive.ring import Ring, take
+from paligemma_jax.losses.contrastive.ring import Ring, slice_chunk
 
 
 class PairMask(NamedTuple):
-    """What decides which pairs count; see the arguments of `losses.sigmoid_loss`. None: all do."""
+    """The arguments of `losses.sigmoid_loss` that determine which pairs count; None imposes no condition."""
 
     mask: jax.Array | None = None  # bool [B, T]
     text_ids: jax.Array | None = None  # [T]
@@ -23,8 +23,8 @@ class PairMask(NamedTuple):
     valid: jax.Array | None = None  # bool [B]
 
 
-class Images(NamedTuple):
-    """What stays on a device."""
+class LocalImages(NamedTuple):
+    """The arrays of the images, which stay on their device."""
 
     vectors: jax.Array  # [b, D]
     scale: jax.Array  # float32, positive
@@ -36,53 +36,59 @@ class Images(NamedTuple):
     valid: jax.Array | None  # bool [b]
 
 
-class Texts(NamedTuple):
-    """What travels."""
+class TextBlock(NamedTuple):
+    """The arrays of one device's texts, which travel around the ring."""
 
     vectors: jax.Array  # [t, D]
     ids: jax.Array | None  # [t]
     image_ids: jax.Array | None  # [t], of the images they belong to
-    valid: jax.Array | None  # bool [t], likewise
+    valid: jax.Array | None  # bool [t], of the images they belong to
 
 
-class Pairs(NamedTuple):
-    """Images with a chunk of texts."""
+class PairLogits(NamedTuple):
+    """The pairs of a device's images with a chunk of texts."""
 
     logits: jax.Array  # float32 [b, c]
-    positive: jax.Array  # bool [b, c]: the text belongs to the image
-    counted: jax.Array | None  # bool [b, c]; None: all
+    positive: jax.Array  # bool [b, c], whether the text belongs to the image
+    mask: jax.Array | None  # bool [b, c], the pairs that count; None means all
 
-    def where_counted(self, values: jax.Array, otherwise: float = 0.0) -> jax.Array:
-        return values if self.counted is None else jnp.where(self.counted, values, otherwise)
+    def masked(self, values: jax.Array, fill: float = 0.0) -> jax.Array:
+        """Returns `values` with `fill` at the pairs that do not count."""
+        return values if self.mask is None else jnp.where(self.mask, values, fill)
 
 
-def pairs_of(images: Images, texts: Texts, origin: jax.Array | int, start: jax.Array | int, size: int) -> Pairs:
-    """All images with the texts [start, start + size) of the block that comes from the device at `origin`."""
-    chunk = take(texts, start, size)
+def pair_logits(
+    images: LocalImages, texts: TextBlock, origin: jax.Array | int, start: jax.Array | int, size: int
+) -> PairLogits:
+    """Pairs all images with the texts [start, start + size) of the block that belongs to the device at `origin`."""
+    chunk = cast(TextBlock, slice_chunk(texts, start, size))
     cosines = jnp.einsum("bD,cD->bc", images.vectors, chunk.vectors, preferred_element_type=jnp.float32)
     rows, columns = images.vectors.shape[0], texts.vectors.shape[0]
     first = origin * columns + start
     image = images.position * rows + lax.broadcasted_iota(jnp.int32, cosines.shape, 0)
     owner = (first + lax.broadcasted_iota(jnp.int32, cosines.shape, 1)) // (columns // rows)
     positive = image == owner
-    found = []
-    if chunk.ids is not None:  # a text that is the image's own in another row is no negative
-        found.append(positive | (images.text_ids[:, :, None] != chunk.ids[None, None, :]).all(axis=1))
-    if chunk.image_ids is not None:  # nor is another text of the very same image
-        found.append(positive | (images.ids[:, None] != chunk.image_ids[None, :]))
-    if chunk.valid is not None:
-        found.append(images.valid[:, None] & chunk.valid[None, :])
+    conditions = []
+    if images.text_ids is not None and chunk.ids is not None:  # another row's text that equals one of the image's own
+        conditions.append(positive | (images.text_ids[:, :, None] != chunk.ids[None, None, :]).all(axis=1))
+    if images.ids is not None and chunk.image_ids is not None:  # a text of an equal image
+        conditions.append(positive | (images.ids[:, None] != chunk.image_ids[None, :]))
+    if images.valid is not None and chunk.valid is not None:
+        conditions.append(images.valid[:, None] & chunk.valid[None, :])
     if images.mask is not None:
-        found.append(lax.dynamic_slice_in_dim(images.mask, first, size, axis=1))
-    counted = functools.reduce(jnp.logical_and, found) if found else None
-    return Pairs(cosines * images.scale + images.bias, positive, counted)
+        conditions.append(lax.dynamic_slice_in_dim(images.mask, first, size, axis=1))
+    mask = functools.reduce(jnp.logical_and, conditions) if conditions else None
+    return PairLogits(cosines * images.scale + images.bias, positive, mask)
 
 
-def sides_of(ring: Ring, zimg, ztxt, scale, bias, pair_mask: PairMask) -> tuple[Images, Texts]:
-    """What stays on this device and what travels, from this device's rows."""
+def local_arrays(ring: Ring, zimg, ztxt, scale, bias, pair_mask: PairMask) -> tuple[LocalImages, TextBlock]:
+    """Returns the images and the texts of this device from its rows of the arguments."""
     mask, text_ids, image_ids, valid = pair_mask
     rows = zimg.shape[0]
-    own_ids = None if text_ids is None else text_ids.reshape(rows, -1)
-    of_texts = [None if array is None else jnp.repeat(array, ztxt.shape[0] // rows) for array in (image_ids, valid)]
-    images = Images(zimg, scale, bias, ring.position(), mask, own_ids, image_ids, valid)
-    return images, Texts(ztxt, text_ids, *of_texts)
+
+    def repeat(array):
+        return None if array is None else jnp.repeat(array, ztxt.shape[0] // rows)
+
+    own_text_ids = None if text_ids is None else text_ids.reshape(rows, -1)
+    texts = TextBlock(ztxt, text_ids, repeat(image_ids), repeat(valid))
+    return LocalImages(zimg, scale, bias, ring.position(), mask, own_text_ids, image_ids, valid), texts

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.generation.generate import generate
-from paligemma_jax.generation.inputs import check_whole
+from paligemma_jax.generation.inputs import check_integers
 from train_jax.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -213,5 +213,5 @@ def test_user_errors(big_vision, wrong, sentence):
 @pytest.mark.parametrize("value", [2.5, "5", None, [3]])
 def test_what_is_no_whole_number_is_told_by_its_name(value):
     with pytest.raises(UserError, match="max_new_tokens is .*, expected a whole number"):
-        check_whole(max_new_tokens=value)
-    check_whole(max_new_tokens=np.int64(3), seed=jnp.int32(3))
+        check_integers(max_new_tokens=value)
+    check_integers(max_new_tokens=np.int64(3), seed=jnp.int32(3))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.generation.token_sampling import make_sampler, nucleus_words, pick, row_keys, top_k_words
+from paligemma_jax.generation.token_sampling import make_sampler, nucleus_mask, row_keys, sample_tokens, top_k_mask
 from train_jax.core.errors import UserError
 
 LOGITS = np.log([0.1, 0.4, 0.05, 0.3, 0.15]).astype(np.float32)
@@ -14,7 +14,7 @@ DRAWS = 4000
 
 def frequencies(name, **options):
     keys = row_keys(jax.random.key(0), DRAWS)
-    tokens = pick(make_sampler(name, **options), jnp.tile(LOGITS, (DRAWS, 1)), keys, 0)
+    tokens = sample_tokens(make_sampler(name, **options), jnp.tile(LOGITS, (DRAWS, 1)), keys, 0)
     return np.bincount(tokens, minlength=5) / DRAWS
 
 
@@ -54,27 +54,30 @@ def test_top_k_and_nucleus_renormalise_what_they_keep():
     ],
 )
 def test_nucleus_is_the_smallest_set_of_that_mass(top_p, kept):
-    np.testing.assert_array_equal(np.flatnonzero(nucleus_words(jnp.asarray(LOGITS)[None], top_p)[0]), list(kept))
+    np.testing.assert_array_equal(np.flatnonzero(nucleus_mask(jnp.asarray(LOGITS)[None], top_p)[0]), list(kept))
 
 
 def test_lower_ids_win_ties():
     logits = jnp.array([[0.0, 1.0, 1.0, 1.0, 0.0]])
-    np.testing.assert_array_equal(top_k_words(logits, 2)[0], [False, True, True, False, False])
-    np.testing.assert_array_equal(nucleus_words(logits, 0.5)[0], [False, True, True, False, False])
-    assert top_k_words(logits, 50).all()
+    np.testing.assert_array_equal(top_k_mask(logits, 2)[0], [False, True, True, False, False])
+    np.testing.assert_array_equal(nucleus_mask(logits, 0.5)[0], [False, True, True, False, False])
+    assert top_k_mask(logits, 50).all()
 
 
 def test_nucleus_of_mass_one_keeps_words_that_rounding_hides():
     logits = jnp.array([[0.0, -40.0, -50.0]])  # the running sum is 1 after the first word
-    assert nucleus_words(logits, 1.0).all()
-    np.testing.assert_array_equal(nucleus_words(logits, 0.999)[0], [True, False, False])
+    assert nucleus_mask(logits, 1.0).all()
+    np.testing.assert_array_equal(nucleus_mask(logits, 0.999)[0], [True, False, False])
 
 
 def test_steps_and_rows_draw_apart():
     keys = row_keys(jax.random.key(1), 64)
-    draws = [pick(make_sampler("temperature"), jnp.zeros((64, 1000)), keys, step) for step in range(2)]
+    draws = [sample_tokens(make_sampler("temperature"), jnp.zeros((64, 1000)), keys, step) for step in range(2)]
     assert len(set(np.concatenate(draws).tolist())) > 110  # 128 draws of 1000: 120 different ones on average
-    np.testing.assert_array_equal(pick(make_sampler("temperature"), jnp.zeros((3, 1000)), keys[:3], 0), draws[0][:3])
+    again = sample_tokens(make_sampler("temperature"), jnp.zeros((3, 1000)), keys[:3], 0)
+    np.testing.assert_array_equal(again, draws[0][:3])
+        sample_tokens(make_sampler("temperature"), jnp.zeros((3, 1000)), keys[:3], 0), draws[0][:3]
+    )
 
 
 @pytest.mark.parametrize(

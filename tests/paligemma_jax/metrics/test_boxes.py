@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from paligemma_jax.metrics.boxes import Located, intersection_over_union, match, parse_boxes
+from paligemma_jax.metrics.boxes import LabeledBox, intersection_over_union, match, parse_boxes
 
 
 def test_boxes_are_read_in_order_and_all_else_is_passed_over():
@@ -13,7 +13,7 @@ def test_boxes_are_read_in_order_and_all_else_is_passed_over():
         "a cube <loc0001><loc0002><loc0003><loc0004> red cube ; <loc0010><loc0020><loc0030> cut short ; "
         "<loc0100><loc0200><loc0300><loc1023>"
     )
-    assert parse_boxes(text) == [Located("red cube", (1, 2, 3, 4)), Located("", (100, 200, 300, 1023))]
+    assert parse_boxes(text) == [LabeledBox("red cube", (1, 2, 3, 4)), LabeledBox("", (100, 200, 300, 1023))]
     assert parse_boxes("") == parse_boxes("no boxes ; at all") == []
 
 
@@ -27,7 +27,7 @@ def test_intersection_over_union_in_closed_form():
 
 
 def boxes(*starts, label="cube"):
-    return [Located(label, (0, start, 10, start + 10)) for start in starts]
+    return [LabeledBox(label, (0, start, 10, start + 10)) for start in starts]
 
 
 def test_the_matching_has_the_largest_sum():
@@ -41,7 +41,7 @@ def test_the_matching_has_the_largest_sum():
 def test_against_all_matchings(seed):
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.integers(0, 40, (7, 2, 2)), axis=1).reshape(7, 4)
-    items = [Located("ab"[rng.integers(2)], tuple(map(int, row))) for row in corners]
+    items = [LabeledBox("ab"[rng.integers(2)], tuple(map(int, row))) for row in corners]
     predicted, reference = items[:3], items[3:]
     overlap = intersection_over_union(
         *(np.array([item.box for item in part], float) for part in (predicted, reference))

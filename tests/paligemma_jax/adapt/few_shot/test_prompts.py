@@ -11,7 +11,7 @@ from flax import nnx
 import paligemma_jax as pg
 from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts, check_texts, detach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
-from paligemma_jax.models.text_encoder import TextConfig, _with_room
+from paligemma_jax.models.text_encoder import TextConfig, _insert_placeholders
 from paligemma_jax.models.variants import variant
 from paligemma_jax.models.vit import ViTConfig
 from train_jax.core import param_tree, patterns
@@ -214,14 +214,14 @@ def test_unrolled_and_rematerialised_it_is_the_same(bases):
 def test_room_in_texts():
     tokens = jnp.asarray([[1, 5, 6, 7, 8, 2, 2], [1, 5, 6, 7, 8, 9, 2]])
     mask = jnp.asarray([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
-    moved, seen = _with_room(tokens, mask, 2, 0)
+    moved, seen = _insert_placeholders(tokens, mask, 2, 0)
     np.testing.assert_array_equal(moved[:, 2:], [[1, 5, 6, 7, 2], [1, 5, 6, 7, 2]])  # the last stays last
     np.testing.assert_array_equal(seen, [[1, 1, 1, 1, 1, 1, 0], [1] * 7])
-    kept, seen = _with_room(tokens, None, 2, 1)
+    kept, seen = _insert_placeholders(tokens, None, 2, 1)
     np.testing.assert_array_equal(kept, tokens)
     assert seen is None
     with pytest.raises(ValueError, match="texts have 7 tokens, expected more than the 7"):
-        _with_room(tokens, None, 6, 1)
+        _insert_placeholders(tokens, None, 6, 1)
 
 
 def test_a_text_reads_its_prompts_through_a_mask(bases):
@@ -325,7 +325,7 @@ def test_prompts_that_would_replace_names_of_classes_are_told(bases):
     model = attach_prompts(nnx.clone(bases["clip"]), dataclasses.replace(FREE, text_tokens=3), rngs=nnx.Rngs(0))
     check_texts(model, np.asarray(TOKENS))  # three words are shared, a fourth is not
     for row in ([1, 5, 6, 8, 9, 30, 0, 0, 0], [1, 5, 6, 30, 0, 0, 0, 0, 0]):
-        with pytest.raises(UserError, match="text 1 ends or differs from text 0 within its first 3 words"):
+        with pytest.raises(UserError, match="text 1 ends or differs from text 0 within its first 3 tokens"):
             check_texts(model, np.asarray([TOKENS[0], row]))
     check_texts(with_prompts(bases["map"], COUPLED), np.asarray([[5, 2], [6, 2]]))  # room is made there
     check_texts(bases["clip"], np.asarray([[1, 5, 30], [1, 6, 30]]))

@@ -180,10 +180,10 @@ def test_hard_concrete_gates_open_as_often_as_the_penalty_says():
 
 def test_a_shut_gate_is_a_zero_on_disk(tmp_path):
     model = stirred("diff_pruning")
-    module = next(iter(diff_pruning.kernels(model).values()))
+    module = next(iter(diff_pruning.diff_projections(model).values()))
     module.kernel.log_alpha[...] = jnp.full(module.kernel.shape, -9.0).at[0, 0].set(9.0)
     saved = diff_pruning.sparse_delta(model)
-    path = next(iter(diff_pruning.kernels(model)))
+    path = next(iter(diff_pruning.diff_projections(model)))
     row = int(np.prod(module.kernel.shape[2:]))
     np.testing.assert_array_equal(saved[f"{path}/kernel/positions"], np.arange(row))
 

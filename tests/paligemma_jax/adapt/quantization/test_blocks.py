@@ -32,7 +32,7 @@ def test_blocks_are_consecutive_in_the_flat_matrix(rows, columns, block):
     np.testing.assert_array_equal(split.reshape(-1)[: flat.size], flat)
     assert not split.reshape(-1)[flat.size :].any()
     count = flat.size // split.shape[0]
-    constants = np.asarray(blocks.spread(jnp.asarray(split[:, :, 0]), block, count)).reshape(-1)
+    constants = np.asarray(blocks.repeat_per_weight(jnp.asarray(split[:, :, 0]), block, count)).reshape(-1)
     np.testing.assert_array_equal(constants, (flat - 1) // block * block + 1)
 
 
