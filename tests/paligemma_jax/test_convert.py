@@ -107,7 +107,7 @@ def test_push_uploads_what_was_written(sources, tmp_path, monkeypatch, capsys):
         (["{npz}:img", "{new}", "--format=orbax"], "is one tower, expected a whole model"),
         (["{source}", "{new}", "--format=orbax", "--dtype=int8"], "dtype is 'int8'"),
         (["{source}", "{new}", "--fromat=orbax"], "fromat"),
-        (["{source}", "{new}", "--format=hugging_face", "--quantize=int8"], "expected orbax, which alone keeps it"),
+        (["{source}", "{new}", "--format=hugging_face", "--quantize=int8"], "expected orbax, which stores it"),
         (["{source}", "{new}", "--format=orbax", "--quantize=int3"], "quantize is 'int3', expected one of nf4"),
     ],
 )

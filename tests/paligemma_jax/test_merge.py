@@ -51,7 +51,7 @@ def test_a_run_as_a_peft_folder(mini_run, mini_folder, tmp_path):
     "arguments, sentence",
     [
         (["{base}"], "expected RUN_OR_BASE [--adapter=FOLDER] DST"),
-        (["{base}", "{new}"], "is no run of ours and has no adapters, expected --adapter=FOLDER"),
+        (["{base}", "{new}"], "is no run and has no adapters, expected --adapter=FOLDER"),
         (["{base}", "--adapter={new}", "{new}"], "holds no adapter_config.json"),
         (["{base}", "--adapter={adapter}", "{base}"], "exists already"),
         (

@@ -143,5 +143,5 @@ def test_a_text_that_is_too_long_is_not_repeated_whole():
 
 @pytest.mark.parametrize("texts", [("\ud83d", "x"), ("q", "cut \ud83d")])
 def test_half_characters_are_no_text(texts):
-    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         make_example(TINY, *texts, 16)

@@ -15,7 +15,7 @@ def test_texts_and_bytes_of_texts_pass_in_order():
 @pytest.mark.parametrize("value", [None, 0, 3, 2.5, True, False, [], ["two"], {}, {"b": "b"}])
 def test_what_is_no_text_is_a_bad_row(value):
     for row in ({"a": value}, {}, [value], value):
-        with pytest.raises(BadRow, match="^line 7 is .*, expected an object with the texts a, .*; mend it.$"):
+        with pytest.raises(BadRow, match="^line 7 is .*, expected an object with the texts a, .*; correct it.$"):
             check_texts(row, ("a",), "line 7")
 
 
@@ -44,7 +44,7 @@ def test_what_is_stored_for_no_text_is_refused_when_it_is_read(value):
         (5, "the prompt 5 is of type int, expected text: give a string."),
         (None, "the prompt None is of type NoneType, expected text"),
         (b"x", "the prompt b'x' is of type bytes, expected text"),
-        ("\udcff", r"the prompt '\\udcff' holds bytes that are no UTF-8"),
+        ("\udcff", r"the prompt '\\udcff' holds bytes that are not UTF-8"),
     ],
 )
 def test_a_prompt_that_is_no_text_is_told_by_its_kind(value, sentence):

@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(tfrecord_tree, tmp_path, d
     else:
         data[{"payload": 100, "length": 3}[damage]] ^= 1
         shard.write_bytes(data)
-    with pytest.raises(UserError, match="clevr-validation.*expected .*fetch it again"):
+    with pytest.raises(UserError, match="clevr-validation.*expected .*download it again"):
         convert_tfrecord(tfrecord_tree, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 

@@ -82,7 +82,7 @@ def test_a_name_that_no_file_can_have_is_refused(name):
 
 
 def test_half_characters_are_no_prompt_and_no_class():
-    with pytest.raises(UserError, match=r"the prompt '\\udcff' holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match=r"the prompt '\\udcff' holds bytes that are not UTF-8"):
         predict(["a.png"], ["what?", "\udcff"], model="tiny")
     with pytest.raises(UserError, match=r"the class or template '\\udcff' holds bytes"):
         fill_templates(["cat", "\udcff"], ["{}"])
@@ -90,7 +90,7 @@ def test_half_characters_are_no_prompt_and_no_class():
 
 @pytest.mark.parametrize("images, texts", [("a.png", ["what?"]), (["a.png"], "what?")])
 def test_one_text_in_place_of_a_list_is_refused(images, texts):
-    with pytest.raises(UserError, match="expected several: give a list"):
+    with pytest.raises(UserError, match="expected a list: put it into one"):
         predict(images, texts, model="tiny")
 
 

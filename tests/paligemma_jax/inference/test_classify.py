@@ -49,7 +49,7 @@ def files_of(pictures):
 def test_likelihoods_are_sigmoids_of_the_models_logits(folder, pictures, monkeypatch, batch):
     monkeypatch.setattr(module, "BATCH", batch)
     files, told = files_of(pictures), []
-    found = classify(files, CLASSES, TEMPLATES, model=folder, told=lambda *counts: told.append(counts))
+    found = classify(files, CLASSES, TEMPLATES, model=folder, on_progress=lambda *counts: told.append(counts))
     model = pg.load(folder)
     prepare = model.config.preprocessing
     images = np.stack([prepare.apply(np.asarray(Image.open(file))) for file in files])

@@ -13,7 +13,7 @@ from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.weights import reader as load_module
 from paligemma_jax.weights.hugging_face.paligemma import save
-from paligemma_jax.weights.reader import POSITIONS, WORDS, load
+from paligemma_jax.weights.reader import EMBEDDING, POSITIONS, load
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -102,7 +102,7 @@ def test_a_table_padded_to_a_round_vocabulary_loads_and_changes_no_logit(golden,
 def test_the_word_table_is_sliced_or_padded_to_the_size_asked_for(path, rows):
     plain, model = load(path), load(path, vocab_size=rows)
     before, after = arrays_of(plain), arrays_of(model)
-    table, changed = before.pop(WORDS), after.pop(WORDS)
+    table, changed = before.pop(EMBEDDING), after.pop(EMBEDDING)
     assert model.config.decoder.vocab_size == rows == len(changed)
     kept = min(rows, len(table))
     np.testing.assert_array_equal(changed[:kept], table[:kept])
@@ -131,7 +131,7 @@ def test_random_weights_are_made_where_they_are_to_lie(small_config, monkeypatch
 
     arrays = param_tree.flatten(load("random:small", shardings=shardings))
     assert all(array.sharding == shardings(name, array) for name, array in arrays.items())
-    assert not arrays[WORDS].is_fully_replicated and np.std(arrays[WORDS]) > 0
+    assert not arrays[EMBEDDING].is_fully_replicated and np.std(arrays[EMBEDDING]) > 0
 
 
 def test_leaves_are_placed_into_the_shardings_asked_for(path):

@@ -120,8 +120,8 @@ def test_paths_out_of_the_folder_are_refused(coop, path, split):
         (ROWS | {"val": [["a.jpg", True, "cat"]]}, "has the row"),
         (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "calls label 0 'cat' and 'dog'"),
         (ROWS | {"val": [["a.jpg", 4, "dog"]]}, "has 4 labels from 0 to 4"),
-        (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg stands 2 times"),
-        (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' stands twice"),
+        (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg occurs 2 times"),
+        (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' occurs twice"),
     ],
 )
 def test_malformed_split_files(coop, content, found):
@@ -186,11 +186,11 @@ def test_copies_in_two_splits_are_refused_and_in_published_files_told(coop, tmp_
         (folder / "images" / f"{name}.jpg").write_bytes(data)
     assert len(read_coop(folder).splits["train"]) == 2
     (folder / "images/c/1.jpg").write_bytes(b"1")
-    with pytest.raises(UserError, match=r"1 image\(s\) stand in two splits \(first: b/1.jpg of train, c/1.jpg of test"):
+    with pytest.raises(UserError, match=r"1 image\(s\) are in two splits \(first: b/1.jpg of train, c/1.jpg of test"):
         read_coop(folder, cache=tmp_path / "cache")
     (folder / "split_zhou_Mine.json").rename(folder / "split_zhou_OxfordPets.json")
     assert not caplog.messages and len(read_coop(folder).splits["test"]) == 2
-    assert "the published split is taken as it is" in caplog.text
+    assert "the published split is used unchanged" in caplog.text
 
 
 @pytest.mark.parametrize("row", [["a\ud83d.jpg", 0, "cat"], ["a.jpg", 0, "c\ud83d"]])

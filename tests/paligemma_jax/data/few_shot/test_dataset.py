@@ -102,11 +102,11 @@ def test_dicts_come_back_and_digests_tell_sets_apart():
         (lambda: example_set().few_shot(1, 0).few_shot(1, 0), "1 shots of toys with 1 images"),
         (lambda: example_set({"train": (1, 0, 0)}, "abc").few_shot(1, 0), "2 of 3 classes of toys have no training"),
         (lambda: example_set().base_to_novel()[0].base_to_novel(), r"toys \(base\)"),
-        (lambda: example_set({"train": (1, 1)}, "aa"), "'a' stands twice"),
+        (lambda: example_set({"train": (1, 1)}, "aa"), "'a' occurs twice"),
         (lambda: FewShot("toys", "x", ("a",), {"train": [Example("a.png", 1)]}), "a.png has label 1, expected 0 to 0"),
         (
             lambda: FewShot("toys", "x", ("a",), {"train": [Example("1", 0)], "test": [Example("1", 0)]}),
-            "1 stands 2 times in the splits",
+            "1 occurs 2 times in the splits",
         ),
         (lambda: FewShot("toys", "x", ("a",), {"test": [Example("a/../../b", 0)]}), "leaves its folder"),
         (lambda: FewShot("toys", "x", ("a",), {"test": [Example("/etc/passwd", 0)]}), "leaves its folder"),

@@ -83,7 +83,7 @@ def test_other_braces_of_a_template_are_text(template):
 
 @pytest.mark.parametrize("classes, templates", [(("a\ud83d",), ("{}",)), (("a",), ("\udcff {}",))])
 def test_half_characters_are_refused(classes, templates):
-    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         fill_templates(classes, templates)
 
 
@@ -95,5 +95,5 @@ def test_long_templates_are_cut_in_messages():
 
 @pytest.mark.parametrize("classes, templates", [("cat", ["{}"]), (["cat"], "a {}")])
 def test_one_text_in_place_of_a_list_is_refused(classes, templates):
-    with pytest.raises(UserError, match="expected several: give a list of it"):
+    with pytest.raises(UserError, match="expected a list: put it into one"):
         fill_templates(classes, templates)

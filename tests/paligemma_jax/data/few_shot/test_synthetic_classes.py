@@ -87,7 +87,7 @@ def test_descriptions_are_a_file_like_any_other(plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, found", [({"style": "dimm"}, "the style is 'dimm'"), ({"per_class": {}}, "pictures per class are {}")]
+    "options, found", [({"style": "dimm"}, "the style is 'dimm'"), ({"per_class": {}}, "images per class are {}")]
 )
 def test_errors(cache, options, found):
     with pytest.raises(UserError, match=re.escape(found)):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data.sources.captioned import (
-    NOISE_PICTURES,
+    NOISE_IMAGES,
     CaptionedFeatures,
     CaptionedScenes,
-    encode_pictures,
+    encode_images,
     text_id,
 )
 from paligemma_jax.data.sources.pretraining_scenes import build
@@ -67,8 +67,8 @@ def test_a_share_of_the_rows_is_spoilt_in_one_way(folder, noise):
     assert changed.pop(own) / len(clean) == pytest.approx(0.25, abs=0.07)
     assert set(changed.values()) == {0}
     np.testing.assert_array_equal(spoilt[7]["tokens"], spoilt[7]["tokens"])  # a function of the row
-    number = len(clean.scenes) + NOISE_PICTURES if noise == "images" else len(clean.scenes)
-    assert spoilt.num_pictures == number
+    number = len(clean.scenes) + NOISE_IMAGES if noise == "images" else len(clean.scenes)
+    assert spoilt.num_images == number
 
 
 def test_spoilt_texts_are_other_words_and_as_many(folder):
@@ -90,8 +90,8 @@ def test_features_stand_for_pictures(folder):
         seen.extend(images)
         return images.reshape(8, 4, -1).astype(np.float32)
 
-    rows = CaptionedFeatures(scenes, encode_pictures(scenes, encode, lambda done, total: None, at_once=8))
-    assert len(seen) == 8 * -(-scenes.num_pictures // 8)
+    rows = CaptionedFeatures(scenes, encode_images(scenes, encode, lambda done, total: None, batch_size=8))
+    assert len(seen) == 8 * -(-scenes.num_images // 8)
     for index in range(len(scenes)):
         row, expected = rows[index], scenes[index]
         np.testing.assert_array_equal(row.pop("features").reshape(-1), expected.pop("image").reshape(-1))

@@ -70,7 +70,7 @@ def test_mistakes_are_told(tmp_path):
     refused("no SentencePiece model", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     refused("cannot be read as a tokenizer", tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match="the text tower has 60 words but .* needs 67"):
+    with pytest.raises(UserError, match="the text tower's vocabulary has 60 entries but .* needs 67"):
         load_text_tokenizer(GOLDEN / "siglip").fits(60)
 
 
@@ -88,7 +88,7 @@ def test_added_tokens_are_read_and_need_a_row(tmp_path):
     words, plain = (load_text_tokenizer(place) for place in (folder, GOLDEN / "siglip2"))
     assert words.encode("a<Answer>red") == [*plain.encode("a"), 400, *plain.encode("red")]
     words.fits(401)
-    with pytest.raises(UserError, match="400 words but .* needs 401"):
+    with pytest.raises(UserError, match="400 entries but .* needs 401"):
         words.fits(400)
     folder = beside(tmp_path, "siglip", added_tokens={"<answer>": 67})
     with pytest.raises(UserError, match=r"add '<answer>' = 67, expected no more than its 67 pieces"):
@@ -110,7 +110,7 @@ def test_added_tokens_are_read_and_need_a_row(tmp_path):
         ("siglip", {"do_lower_case": "false"}, "do_lower_case = 'false', expected true or false"),
         ("siglip", {"extra_special_tokens": ["x"]}, "add 'x' = 52, expected no more than its 67 pieces"),
         ("siglip2", {"split_special_tokens": True}, "split_special_tokens = True, expected False"),
-        ("siglip", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs = .* that are known here"),
+        ("siglip", {"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs = .*, expected no unknown key"),
     ],
 )
 def test_what_a_config_says_is_read_or_refused(tmp_path, name, values, sentence):

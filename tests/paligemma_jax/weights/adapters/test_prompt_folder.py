@@ -87,7 +87,7 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
     base = pg.load(golden / "coprompt/base")
     with pytest.raises(UserError, match="the model has no prompts"):
         pg.weights.save_prompts(base, tmp_path)
-    refused("adapter.json tells no prompts of a dual encoder", tmp_path, base)
+    refused("adapter.json holds no prompts of a dual encoder", tmp_path, base)
     refused("has prompts already", saved, trained)
     folder = shutil.copytree(saved, tmp_path / "changed")
     description = json.loads((saved / "adapter.json").read_text())
@@ -97,7 +97,7 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
         *(dict(base=value) for value in ([1], {MARK: "words"}, {MARK: [[1], [1, 2]]}, {MARK: {"a": 1}})),
     ):
         (folder / "adapter.json").write_text(json.dumps(description | change))
-        refused("tells no prompts of a dual encoder", folder, base)
+        refused("holds no prompts of a dual encoder", folder, base)
     for numbers in ([1, 2], [], 3.0):
         (folder / "adapter.json").write_text(json.dumps(description | {"base": {MARK: numbers}}))
         refused(f"was trained on another base: {MARK} differ", folder, base)
@@ -106,7 +106,7 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
     refused("cannot be read", folder, base)
     save_adapter(attach_prefix(nnx.clone(hugging_face_model), 2, rngs=nnx.Rngs(0)), tmp_path / "prefix", "prefix", 2)
     refused("its method is 'prefix'", tmp_path / "prefix", base)
-    with pytest.raises(UserError, match="tells no method of bottleneck"):
+    with pytest.raises(UserError, match="names no method of bottleneck"):
         pg.load(golden / "hf_paligemma", adapter=saved)
 
 

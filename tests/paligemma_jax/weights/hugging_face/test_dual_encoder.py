@@ -233,7 +233,7 @@ def test_the_command_converts_with_the_tokenizer(golden, tmp_path, capsys, model
 
 def test_what_a_dual_encoder_does_not_have(golden, tmp_path):
     refused("no decoder: leave out final_softcap", load, golden / "hf_clip", final_softcap=30.0)
-    refused("whose words stay", load, golden / "hf_clip", vocab_size=7)
+    refused("whose vocabulary is fixed", load, golden / "hf_clip", vocab_size=7)
     refused(
         "is a dual encoder, expected a whole model",
         pg.load,
