@@ -6,6 +6,7 @@ The tower's parameters `vision/*` and its preprocessing are copied; its pooling 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions
-from paligemma_jax.weights.checkpoint import Config
+from paligemma_jax.weights.checkpoint import Config, Model
 from paligemma_jax.weights.reader import new, placed
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -56,7 +57,7 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
     model = param_tree.assign(
         model, {name: placed(array.astype(old[name].dtype), old[name].sharding) for name, array in new.items()}
     )
-    model.config = _prepared(model.config, preprocessing)
+    model.config = cast(Any, _prepared(model.config, preprocessing))  # of the same class
     return model
 
 
@@ -76,7 +77,7 @@ def vision_config_of(config: Config, path: str | Path | None) -> Config:
     return _prepared(config, _preprocessing(source))
 
 
-def _preprocessing(source: nnx.Module) -> Preprocessing | None:
+def _preprocessing(source: Model) -> Preprocessing | None:
     """Returns a model's preprocessing; a lone ViT comes from a big_vision file."""
     if isinstance(source, ViT):
         return Preprocessing.big_vision(source.config.image_size)

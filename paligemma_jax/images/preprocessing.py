@@ -168,7 +168,8 @@ class Preprocessing:
                 f"the preprocessing entry has keys {sorted(values)}, expected size and any of {sorted(fields)}; "
                 "correct config.json."
             )
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**arguments)
 
     @classmethod
     def from_hugging_face(

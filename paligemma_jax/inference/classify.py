@@ -76,7 +76,7 @@ def classify(
     for start in range(0, len(images), BATCH):
         part = [images[min(index, len(images) - 1)] for index in range(start, start + min(BATCH, len(images)))]
         pixels = np.stack([read_pixels(str(file), preprocessing) for file in part])
-        batches.append(np.asarray(_logits(encoder, pixels, texts)))
+        batches.append(np.asarray(_logits(encoder, jnp.asarray(pixels), texts)))
         if on_progress is not None:
             on_progress(min(start + BATCH, len(images)), len(images))
     logits = jnp.asarray(np.concatenate(batches)[: len(images)])
@@ -84,7 +84,5 @@ def classify(
 
 
 @jax.jit
-def _logits(
-    encoder: DualEncoder, pixels: Float[Array | np.ndarray, "B I I 3"], texts: Float[Array, "C E"]
-) -> Float[Array, "B C"]:
+def _logits(encoder: DualEncoder, pixels: Float[Array, "B I I 3"], texts: Float[Array, "C E"]) -> Float[Array, "B C"]:
     return encoder.logits(encoder.encode_image(pixels)[0], texts)

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from flax import nnx
 
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights.name_table import ArraySource, Row
 
 Config = PaliGemmaConfig | DualEncoderConfig
+Model = PaliGemma | DualEncoder | ViT | Gemma
 
 
 def whole_model(config: Config, rngs: nnx.Rngs | None = None) -> PaliGemma | DualEncoder:
@@ -35,4 +38,4 @@ class Checkpoint:
     rows: list[Row]
     config: Config
     dtype_of: str
-    build: Callable[[Config], nnx.Module] = whole_model
+    build: Callable[[Config], Model] = whole_model

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from paligemma_jax.weights.tokenizer_files import check_added_tokens
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
-Model = TypeVar("Model", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Module)
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
@@ -188,8 +188,8 @@ def placed(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
     return jax.device_put(array, sharding)
 
 
-def _quantized(model: Model, codec: tuple[str, int, bool] | None) -> Model:
-    return quantization.quantize(model, *codec) if codec else model
+def _quantized(model: M, codec: tuple[str, int, bool] | None) -> M:
+    return cast(M, quantization.quantize(model, *codec)) if codec else model
 
 
 def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:

@@ -27,9 +27,13 @@ class FewShotRecords:
         self._images, self._classes, self._root = [image for image, _ in data.splits[split]], data.classes, data.root
         self._identity = data.digest, split
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Returns a hash of the rows, for which their images are read once."""
+        """A hash of the rows, for which their images are read once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         images = digests.of_files([self._root / name for name in self._images], what="images").tobytes()
         data, split = self._identity
         return fingerprint_of(kind="few_shot", data=data, split=split, images=hashlib.sha256(images).hexdigest())

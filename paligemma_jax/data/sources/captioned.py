@@ -50,7 +50,8 @@ class CaptionedScenes(DataSource):
 
     def texts(self, index: int) -> dict[str, Any]:
         """Returns a row without its image."""
-        row = text_row(self._tokenizer, self.text(index)) | {"image_id": np.int32(self.image_number(index))}
+        row = text_row(self._tokenizer, self.text(index))
+        row["image_id"] = np.int32(self.image_number(index))
         if rng := self._noise_rng("texts", index):
             is_word = ~np.isin(row["tokens"], (self._tokenizer.pad_id, self._tokenizer.eos_id))
             row["tokens"][is_word] = rng.integers(self._tokenizer.vocab_size, size=is_word.sum())

@@ -25,7 +25,7 @@ from paligemma_jax.weights.name_table import listed
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 
-Model = TypeVar("Model", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Module)
 DESCRIPTION, ARRAYS, DIFFERENCE = "adapter.json", "adapter.safetensors", "difference.npz"
 
 
@@ -102,7 +102,7 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def put_arrays(model: Model, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> Model:
+def put_arrays(model: M, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> M:
     """Returns the model with the arrays at `paths`, which they must match exactly.
 
     Raises:

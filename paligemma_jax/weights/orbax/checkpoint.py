@@ -27,7 +27,7 @@ from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer, copy_toke
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
-Model = TypeVar("Model", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Module)
 ARRAYS = "params"
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIONS = {"kind", "dtype", "block_size", "double"}  # of a quantised kernel
@@ -93,7 +93,7 @@ def open_folder(folder: Path) -> Checkpoint:
     values = read_json(file)
     config, kernels = config_from_dict(values, file), quantized_from_dict(values, file)
 
-    def build(config: Config) -> nnx.Module:
+    def build(config: Config) -> PaliGemma | DualEncoder:
         return with_quantized(whole_model(config), kernels)
 
     arrays = OrbaxArrays(folder / ARRAYS)
@@ -170,7 +170,7 @@ def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[st
     return kernels
 
 
-def with_quantized(model: Model, kernels: dict[str, dict[str, Any]]) -> Model:
+def with_quantized(model: M, kernels: dict[str, dict[str, Any]]) -> M:
     """Quantises these kernels of a model in place and returns it; abstract under `nnx.eval_shape`.
 
     Raises:
