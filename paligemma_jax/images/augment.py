@@ -54,13 +54,13 @@ class Augmentation:
 
         A crop is resized to the square whatever its aspect ratio, with the kernel of the preprocessing.
         """
-        picture = Image.fromarray(image)
+        pil = Image.fromarray(image)
         if self.rotation:
-            picture = _rotated(picture, rng.uniform(-self.rotation, self.rotation))
+            pil = _rotated(pil, rng.uniform(-self.rotation, self.rotation))
         if self.crop < 1:
-            picture = picture.crop(_box(*picture.size, self.crop, rng))
+            pil = pil.crop(_box(*pil.size, self.crop, rng))
             preprocessing = dataclasses.replace(preprocessing, crop=False, resized=None)
-        view = preprocessing.resize(np.array(picture))
+        view = preprocessing.resize(np.array(pil))
         if self.flip and rng.random() < 0.5:
             view = np.ascontiguousarray(view[:, ::-1])
         return _jittered(view, self.color_jitter, rng) if self.color_jitter else view
@@ -73,9 +73,9 @@ SCENES_LIGHT = Augmentation(crop=0.8, flip=True)
 SCENES_STRONG = Augmentation(crop=0.7, flip=True, rotation=15.0)
 
 
-def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
-    mean = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
-    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
+def _rotated(pil: Image.Image, degrees: float) -> Image.Image:
+    mean = tuple(int(value) for value in np.asarray(pil).mean((0, 1)))
+    return pil.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
 
 
 def _box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -91,10 +91,10 @@ def _box(width: int, height: int, smallest: float, rng: np.random.Generator) -> 
 
 
 def _jittered(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(image)
+    pil = Image.fromarray(image)
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        picture = change(picture).enhance(rng.uniform(1.0 - strength, 1.0 + strength))
-    hue, saturation, value = picture.convert("HSV").split()
+        pil = change(pil).enhance(rng.uniform(1.0 - strength, 1.0 + strength))
+    hue, saturation, value = pil.convert("HSV").split()
     turn = round(256 * rng.uniform(-strength / 4, strength / 4))
     hue = Image.fromarray((np.asarray(hue).astype(np.int32) + turn).astype(np.uint8))  # a circle of 256 steps
     return np.array(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))

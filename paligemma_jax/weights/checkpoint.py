@@ -24,6 +24,7 @@ def whole_model(config: Config, rngs: nnx.Rngs | None = None) -> PaliGemma | Dua
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
+
     Attributes:
       source: its arrays.
       names: the arrays that the model must use, all of them.

@@ -108,7 +108,7 @@ class CaptionedFeatures(DataSource):
         return {FEATURES: self._features[self._scenes.image_number(index)]} | self._scenes.texts(index)
 
 
-def encode_images(
+def encode_scenes(
     scenes: CaptionedScenes,
     encode: Callable[[np.ndarray], np.ndarray],
     on_progress: Callable[[int, int], object],

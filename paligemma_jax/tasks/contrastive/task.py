@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from paligemma_jax import losses
-from paligemma_jax.data.sources.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_images
+from paligemma_jax.data.sources.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_scenes
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
 from paligemma_jax.inference import command
 from paligemma_jax.losses import reference as contrastive_reference
@@ -296,7 +296,7 @@ def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], Du
     if _latest is None or _latest[0] != key:
         model = make()
         with common.progress(f"encoding {scenes.num_images} training images") as told:
-            _latest = key, encode_images(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
+            _latest = key, encode_scenes(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
     return _latest[1]
 
 

@@ -42,7 +42,7 @@ class StandIn(ModuleType):
             raise RuntimeError("404 Client Error\nmore lines")
         return str(repository / "snapshots" / (revision or (repository / "refs/main").read_text()))
 
-    def HfApi(self):
+    def api(self):
         def create_repo(name, private, exist_ok):
             self.calls.append(("create", name, private, exist_ok))
             return f"https://hub/{name}"
@@ -56,6 +56,8 @@ class StandIn(ModuleType):
             self.calls.append(("file", repo_id, path_in_repo))
 
         return SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder, upload_file=upload_file)
+
+    HfApi = api
 
 
 @pytest.fixture

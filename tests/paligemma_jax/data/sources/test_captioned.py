@@ -9,7 +9,7 @@ from paligemma_jax.data.sources.captioned import (
     NOISE_IMAGES,
     CaptionedFeatures,
     CaptionedScenes,
-    encode_images,
+    encode_scenes,
     text_id,
 )
 from paligemma_jax.data.sources.pretraining_scenes import build
@@ -90,7 +90,7 @@ def test_features_replace_images(folder):
         seen.extend(images)
         return images.reshape(8, 4, -1).astype(np.float32)
 
-    rows = CaptionedFeatures(scenes, encode_images(scenes, encode, lambda done, total: None, batch_size=8))
+    rows = CaptionedFeatures(scenes, encode_scenes(scenes, encode, lambda done, total: None, batch_size=8))
     assert len(seen) == 8 * -(-scenes.num_images // 8)
     for index in range(len(scenes)):
         row, expected = rows[index], scenes[index]

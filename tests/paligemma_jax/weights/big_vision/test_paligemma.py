@@ -258,7 +258,7 @@ def test_refuses_a_file_that_is_not_an_archive(tmp_path, content):
 
 
 def test_refuses_a_single_array(tmp_path):
-    with open(tmp_path / "array.npz", "wb") as file:
+    with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     refused(tmp_path / "array.npz", "array.npz cannot be read as npz")
 
@@ -273,7 +273,7 @@ class Bomb:
 def test_never_unpickles(tmp_path, stored):
     np.savez(tmp_path / "objects.npz", **stored | {"img/head/bias": np.array([Bomb()], dtype=object)})
     refused(tmp_path / "objects.npz", "img/head/bias cannot be read")
-    with open(tmp_path / "pickled.npz", "wb") as file:
+    with (tmp_path / "pickled.npz").open("wb") as file:
         np.save(file, np.array([Bomb()], dtype=object))
     refused(tmp_path / "pickled.npz", "pickled.npz cannot be read as npz")
 
