@@ -108,7 +108,7 @@ def _eos(text: Values, vocab_size: int) -> int | None:
     """Returns the id of the token that CLIP pools at; None for the largest id."""
     eos = text.get("eos_token_id", DEFAULTS["clip"]["text_config"]["eos_token_id"])
     if type(eos) is not int or not 0 <= eos < vocab_size:
-        raise text.refuse("eos_token_id", f"one id below the vocabulary size {vocab_size}", "correct config.json")
+        raise text.refuse("eos_token_id", f"one id below the {vocab_size} of the vocabulary", "correct config.json")
     return None if eos == LEGACY_EOS else eos
 
 
