@@ -1,15 +1,15 @@
-"""Checkpoints from one format to another: python -m paligemma_jax.convert SRC DST --format=FORMAT [--push=REPO]
+"""Converts a checkpoint to another format: python -m paligemma_jax.convert SRC DST --format=FORMAT [--push=REPO].
 
-SRC       whatever pg.load reads, of a PaliGemma, SigLIP or CLIP: a Hugging Face folder, hf://owner/name, a big_vision
-          .npz, a folder of --format=orbax, "tiny", or the workdir of a run, whose adapters are merged; a quantised base
-          is dequantised for that.
-          Quantised kernels of a folder of --format=orbax stay as they are in another of that format.
-DST       a folder that does not exist yet (a file ending in .npz for big_vision).
---format  hugging_face (transformers opens it), big_vision (a .npz), orbax (fastest to load here), or peft: the LoRA of
-          a run alone, unmerged, as peft opens it.
---dtype   float32, bfloat16 or float16; as SRC has it when not given (a run's: float32).
---quantize  nf4, int8 or int4: of --format=orbax, so that a quantised base is read as it is from then on.
---push    owner/name: uploads DST to the Hugging Face Hub as well.
+SRC       any path that pg.load reads as a whole PaliGemma, SigLIP or CLIP: a Hugging Face folder, hf://owner/name, a
+          big_vision .npz, a folder written with --format=orbax, "tiny", or the workdir of a run. Adapters of a run are
+          merged into the base; a quantised base is dequantised first.
+          From orbax to orbax, quantised kernels are copied unchanged.
+DST       a folder that does not exist yet (for big_vision, a file that ends in .npz).
+--format  hugging_face (opened by transformers), big_vision (a .npz), orbax (loads fastest here), or peft: only the LoRA
+          adapters of a run, unmerged, as peft opens them.
+--dtype   float32, bfloat16 or float16; default: the dtype of SRC (float32 for a run).
+--quantize  nf4, int8 or int4, with --format=orbax only: stores a quantised base that later loads as it is.
+--push    owner/name: also uploads DST to the Hugging Face Hub.
 """
 
 import shutil
@@ -35,51 +35,53 @@ from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
 ORBAX = "orbax"
-FORMATS = ("hugging_face", "big_vision", ORBAX)  # of whole models
+FORMATS = ("hugging_face", "big_vision", ORBAX)  # formats of whole models
 PEFT = "peft"
 CHOICES = (*FORMATS, PEFT)
 
 
 def convert(source: str, target: str, format: str, dtype: str | None = None, quantize: str | None = None) -> Path:
-    """Reads a model and writes it in another format, its tokenizer's files beside it where the source has them.
+    """Reads a model and writes it in another format, with the source's tokenizer files beside it if it has them.
 
     Args:
       source, target, format, dtype, quantize: see the module.
 
     Returns:
-      Where it was written.
+      The path that was written.
 
     Raises:
-      UserError: an unknown format, a target that exists, or whatever is wrong with the source.
+      UserError: an unknown format, a target that exists, or a source that cannot be read.
     """
     place = checked_place(target, format, CHOICES)
     if quantize is not None and format != ORBAX:
-        raise UserError(f"--quantize is {quantize} beside --format={format}, expected {ORBAX}, which alone keeps it.")
+        raise UserError(f"--quantize is {quantize} beside --format={format}, expected {ORBAX}, which stores it.")
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, quantize=quantize)
-    if format == PEFT and isinstance(model, DualEncoder):
-        raise UserError(f"{source} is a dual encoder, which has no adapters for --format=peft: choose another format.")
     if format == PEFT:
+        if not isinstance(model, PaliGemma):
+            raise UserError(
+                f"{source} is a dual encoder, which has no adapters for --format=peft: choose another format."
+            )
         base = loading.run_config(source).model.path if loading.is_run(source) else source
         save_peft(model, place, base=base)
     else:
-        kept = format == ORBAX and not _is_adapted(model)
-        write(_joined(model) if kept else plain(model), place, format, source)
+        keep_quantized = format == ORBAX and not _has_lora(model)
+        write(_merge_methods(model) if keep_quantized else plain(model), place, format, source)
     return place
 
 
 def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) -> Path:
-    """Where a model of this format is to be written.
+    """Returns the path that a model of this format is to be written to.
 
     Raises:
-      UserError: an unknown format, a target that exists, or one that big_vision's files cannot have.
+      UserError: an unknown format, a target that exists, or a big_vision target that does not end in .npz.
     """
     if format not in formats:
         raise UserError(f"--format is {format!r}, expected one of {', '.join(formats)}: choose one of these.")
     place = Path(target).expanduser()
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise UserError(f"{place} exists already: choose a place that does not, or remove it.")
+        raise UserError(f"{place} exists already: choose another path, or remove it.")
     if format == "big_vision" and place.suffix != ".npz":
         raise UserError(f"{place} does not end in .npz, as big_vision's files do: rename it.")
     return place
@@ -88,12 +90,12 @@ def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) ->
 def read(
     source: str, dtype: str | None = None, adapter: str | None = None, quantize: str | None = None
 ) -> PaliGemma | DualEncoder:
-    """The whole model at a place on this machine, in the dtype it is stored in (a run: float32) unless given.
+    """Returns the whole model at a local path, in `dtype` (None: the stored dtype; float32 for a run).
 
-    `adapter` and `quantize` are as of `loading.load`, of a checkpoint alone.
+    `adapter` and `quantize` are passed to `loading.load`; they apply to checkpoints only.
 
     Raises:
-      UserError: as `loading.load`, or one tower alone.
+      UserError: as `loading.load`, or the path names a single tower.
     """
     if dtype is None:
         dtype = "float32" if loading.is_run(source) else stored_dtype(source)
@@ -101,14 +103,14 @@ def read(
     model = loading.load(source, dtype, **options)
     if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
-    if isinstance(model, DualEncoder) and loading.is_run(source):  # which trains in float32, whatever it computes in
+    if isinstance(model, DualEncoder) and loading.is_run(source):  # its parameters are float32 whatever dtype computes
         arrays = param_tree.flatten(model)
         return param_tree.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
     return model
 
 
 def write(model: PaliGemma | DualEncoder, place: Path, format: str, source: str) -> None:
-    """Writes a model (plain, but for orbax), and beside it the tokenizer's files of the source, where it has them."""
+    """Writes a model (unquantised unless the format is orbax) and the source's tokenizer files beside it."""
     tokenizer = source if tokenizer_files(source) else None
     if format == "hugging_face":
         save_hugging_face(model, place, tokenizer)
@@ -122,25 +124,26 @@ def write(model: PaliGemma | DualEncoder, place: Path, format: str, source: str)
 
 
 def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
-    """The model with its adapters merged and its kernels dequantised; says so where they were quantised."""
-    model = _joined(model)
-    adapted = _is_adapted(model)
+    """Returns the model with adapters merged and kernels dequantised; prints a line if any kernel was quantised."""
+    model = _merge_methods(model)
+    adapted = _has_lora(model)
     if not is_quantized(model):
         return merge_lora(model) if adapted else model
-    print(f"dequantised: {describe(model)}; what rounding lost stays lost")
+    print(f"dequantised: {describe(model)}; the rounding of quantisation is not undone")
     if not adapted:
         return dequantize(model)
+    assert isinstance(model, PaliGemma), "only PaliGemma has LoRA adapters"
     merged, gap = merge_quantized(model)
     print(f"merged the adapters in float32: logits move by at most {gap:.2g} on random inputs")
     return merged
 
 
-def _joined(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
-    """The model without what methods other than LoRA have added."""
+def _merge_methods(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
+    """Returns the model with the adapters of methods other than LoRA merged or removed."""
     return family.merge(model) if isinstance(model, PaliGemma) else model
 
 
-def _is_adapted(model: PaliGemma | DualEncoder) -> bool:
+def _has_lora(model: PaliGemma | DualEncoder) -> bool:
     return bool(lora_projections(model))
 
 
@@ -152,12 +155,12 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line of `convert`."""
+    """Runs `convert` from the command line."""
     expected = f"SRC DST --format={'|'.join(CHOICES)}"
-    places, values = command_line.parse(argv, __doc__, _flags, expected)
+    (source, target), values = command_line.parse(argv, __doc__ or "", _flags, expected)
     if values.format is None:
         raise UserError(f"found no --format, expected {expected}")
-    place = convert(*places, values.format, values.dtype, values.quantize)
+    place = convert(source, target, values.format, values.dtype, values.quantize)
     print(f"wrote {place}")
     if values.push:
         print(f"pushed to {hub.push(place, values.push)}")

@@ -1,6 +1,7 @@
-"""`pg.load`: a model from a checkpoint of any format, or from the workdir of a run."""
+"""Loads a model (`pg.load`) from a checkpoint of any format, or from the workdir of a run."""
 
 from pathlib import Path
+from typing import cast
 
 from flax import nnx
 from ml_collections import ConfigDict
@@ -21,63 +22,66 @@ def load(
     """Reads a model: a Hugging Face folder, hf://owner/name, a big_vision .npz, "tiny", or a run with its adapters.
 
     Args:
-      path: where the model is.
+      path: the model's folder, file or name.
       dtype: compute dtype, float32, bfloat16 or float16.
-      which: of a workdir, the checkpoint: "best" (the latest where none was ranked), "latest" or a step.
-      adapter: of a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.load_peft), or the
-        `adapter` of a run with another method than LoRA; of a dual encoder one that `save_prompts` wrote.
-      options: of a checkpoint alone, see weights.reader.load (image_size, param_dtype, remat, quantize, shardings and
-        more); a run has its own in its config.json.
+      which: checkpoint of a workdir: "best" (the latest if none was ranked), "latest" or a step.
+      adapter: for a checkpoint, a folder that peft saved, or "hf://owner/name" (see weights.load_peft), or the
+        `adapter` folder of a run with another method than LoRA; for a dual encoder, a folder that `save_prompts` wrote.
+      options: for a checkpoint, see weights.reader.load (image_size, param_dtype, remat, quantize, shardings and
+        more); a run takes them from its config.json.
 
     Returns:
-      The model, a PaliGemma, or of a SigLIP or CLIP a DualEncoder; `model.config` has its sizes and its preprocessing.
-      Of "file.npz:img", the tower alone.
+      A PaliGemma, or a DualEncoder for a SigLIP or CLIP; `model.config` has its sizes and its preprocessing.
+      "file.npz:img" gives the vision tower alone.
 
     Raises:
-      UserError: no model there, one that does not match, an adapter of another model, or a run whose base is not the
-        one it was trained on any more; nothing is half loaded.
+      UserError: no model at `path`, a model that does not match, an adapter of another model, or a run whose base has
+        changed since training; no partly loaded model is returned.
     """
     if not is_run(path):
-        ours = adapter is not None and method_folder.is_adapter(adapter)
-        opened = None if adapter is None or ours else peft.open_peft(adapter)  # its faults show before the base is read
+        is_ours = adapter is not None and method_folder.is_adapter(adapter)
+        # Opened first, so that faults of the adapter are reported before the base is read.
+        opened = None if adapter is None or is_ours else peft.open_peft(adapter)
         model = checkpoint.load(path, dtype, **options)
         if adapter is None:
             return model
-        if ours and isinstance(model, DualEncoder):
+        if is_ours and isinstance(model, DualEncoder):
             return prompt_folder.load_prompts(model, adapter)
         if not isinstance(model, PaliGemma):
-            what = "a dual encoder" if isinstance(model, DualEncoder) else "one tower"
-            raise UserError(f"{path} is {what}, expected a whole model for an adapter: give a whole PaliGemma.")
-        if ours:
+            kind = "a dual encoder" if isinstance(model, DualEncoder) else "one tower"
+            raise UserError(f"{path} is {kind}, expected a whole model for an adapter: give a whole PaliGemma.")
+        if opened is None:
             return method_folder.load_adapter(model, adapter)
         return peft.load_peft(model, opened, shardings=options.get("shardings"))
     given = [*options, *(["adapter"] if adapter is not None else [])]
     if given:
         raise UserError(
-            f"{path} is a run, loaded with {', '.join(given)}, expected no such options: its config.json decides."
+            f"{path} is a run, loaded with {', '.join(given)}, expected no such options: its config.json has them."
         )
     settings = run_config(path)
     settings.compute_dtype = dtype
-    return load_run(path, settings, which)
+    return cast(PaliGemma | DualEncoder, load_run(path, settings, which))  # no other task's model is loaded here
 
 
 def load_run(path: str | Path, settings: ConfigDict, which: str | int = "best") -> nnx.Module:
-    """The model of the run in `path`, of any task; `settings` are its `run_config`, perhaps with another compute_dtype.
+    """Returns the model of the run in `path`, of any task.
+
+    `settings` is its `run_config`; compute_dtype may differ.
 
     Raises:
       UserError: see load.
     """
-    from train_jax import loop  # slow to import, and a checkpoint needs none of it
+    from train_jax import loop  # imported here: it is slow to import, and checkpoints do not need it
 
-    settings.mesh.update(data=1, fsdp=1, tensor=1)  # whatever it was trained on
+    settings.mesh.update(data=1, fsdp=1, tensor=1)  # one device, whatever mesh the run was trained on
     return loop.load_model(settings, Path(path).expanduser(), which)
 
 
 def run_config(path: str | Path) -> ConfigDict:
-    """The config of a run, from its workdir.
+    """Returns the config of a run, read from its workdir.
 
     Raises:
-      UserError: there is no run.
+      UserError: `path` is no workdir of a run.
     """
     if not is_run(path):
         raise UserError(f"{path} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")

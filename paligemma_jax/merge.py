@@ -1,14 +1,14 @@
-"""Folds LoRA into its base: python -m paligemma_jax.merge RUN_OR_BASE [--adapter=FOLDER] DST
+"""Merges LoRA adapters into their base: python -m paligemma_jax.merge RUN_OR_BASE [--adapter=FOLDER] DST.
 
-RUN_OR_BASE  the workdir of a run of ours, or the base that --adapter was trained on: whatever pg.load reads.
---adapter    a folder as peft saves it, or hf://owner/name; a run has its own.
+RUN_OR_BASE  the workdir of one of our runs, or the base that --adapter was trained on: any path that pg.load reads.
+--adapter    a folder as peft saves it, or hf://owner/name; not for a run, which has its own adapters.
 DST          a folder that does not exist yet, or a file ending in .npz.
---format     hugging_face (transformers opens it), big_vision (a .npz) or orbax; from DST's ending when not given.
---dtype      float32, bfloat16 or float16; as the base has it when not given (a run's: float32).
+--format     hugging_face (opened by transformers), big_vision (a .npz) or orbax; default: from the ending of DST.
+--dtype      float32, bfloat16 or float16; default: the dtype of the base (float32 for a run).
 
-Ranks, scales and all else are read from the run or the adapter. Kernels are merged in float32 and rounded once; those
-of a quantised base are dequantised to what the adapter was trained beside. The largest difference that this makes to a
-logit, on noise for an image and random words, is printed.
+Ranks, scales and the other settings are read from the run or the adapter. Kernels are merged in float32 and rounded
+once; quantised kernels are dequantised to the values that the adapter was trained with. The command prints the largest
+change of a logit that merging causes, measured on a noise image and random tokens.
 """
 
 import sys
@@ -22,6 +22,7 @@ from paligemma_jax.adapt.lora.adapter import largest_logit_gap, lora_projections
 from paligemma_jax.adapt.lora.merge_quantized import probe_inputs
 from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
 from paligemma_jax.files import hub
+from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.config import command_line
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -36,22 +37,23 @@ def merge(
       source, target, adapter, format, dtype: see the module.
 
     Returns:
-      Where it was written, and the largest difference of a logit to the unmerged model.
+      The path that was written, and the largest difference of a logit from the unmerged model.
 
     Raises:
-      UserError: no adapter, a target that exists, or whatever is wrong with the source or the adapter.
+      UserError: no adapter, a target that exists, or a source or adapter that cannot be read.
     """
     if adapter is None and not loading.is_run(source):
-        raise UserError(f"{source} is no run of ours and has no adapters, expected --adapter=FOLDER beside a base.")
+        raise UserError(f"{source} is no run and has no adapters, expected --adapter=FOLDER beside a base.")
     format = format or ("big_vision" if target.endswith(".npz") else "hugging_face")
     place = checked_place(target, format)
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, adapter)
-    if not lora_projections(model):
+    if not isinstance(model, PaliGemma) or not lora_projections(model):
         raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
     unmerged = param_tree.merge(*param_tree.split(model))  # shares all arrays; merging replaces those that change
     model = plain(model)
+    assert isinstance(model, PaliGemma), "merging keeps the kind of model"
     gap = largest_logit_gap(unmerged, model, **probe_inputs(model))
     del unmerged
     write(model, place, format, source)
@@ -65,9 +67,9 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line of `merge`."""
-    places, values = command_line.parse(argv, __doc__, _flags, "RUN_OR_BASE [--adapter=FOLDER] DST")
-    place, gap = merge(*places, values.adapter, values.format, values.dtype)
+    """Runs `merge` from the command line."""
+    (source, target), values = command_line.parse(argv, __doc__ or "", _flags, "RUN_OR_BASE [--adapter=FOLDER] DST")
+    place, gap = merge(source, target, values.adapter, values.format, values.dtype)
     print(f"wrote {place}; merging changed logits by {gap:.2g} at most")
 
 

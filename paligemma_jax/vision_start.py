@@ -1,12 +1,12 @@
-"""A PaliGemma that starts from the vision tower of a SigLIP (Beyer et al. 2024): `init.vision` in configs.
+"""Starts a PaliGemma from the vision tower of a SigLIP (Beyer et al. 2024): `init.vision` in configs.
 
-The tower's parameters go in by name, `vision/*`, and its preprocessing with them; what pools its features and the text
-tower stay behind.
+The tower's parameters `vision/*` and its preprocessing are copied; its pooling head and the text tower are not.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT, ViTConfig, resample_positions
-from paligemma_jax.weights.checkpoint import Config
+from paligemma_jax.weights.checkpoint import Config, Model
 from paligemma_jax.weights.reader import new, placed
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -27,17 +27,17 @@ SAME = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "eps", "activati
 
 
 def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma | DualEncoder:
-    """Puts the vision tower of another model in the place of the model's own, with how images are prepared for it.
+    """Replaces a model's vision tower, and its image preprocessing, by those of another model.
 
     Args:
-      model: with a tower whose kernels are plain; changed, use what is returned. Its parameters keep their dtype and
-        where they lie.
-      path: whatever `loading.load` reads and has a vision tower: a SigLIP as a Hugging Face folder, hf://owner/name,
-        .npz or workdir of a run, "file.npz:img", or a PaliGemma.
+      model: with a tower whose kernels are not quantised. It is changed: use the returned model. Parameters keep their
+        dtype and sharding.
+      path: any path that `loading.load` reads as a model with a vision tower: a SigLIP as a Hugging Face folder,
+        hf://owner/name, .npz or workdir of a run, "file.npz:img", or a PaliGemma.
 
     Raises:
-      UserError: no model there, or one whose tower has other sizes; only the image size may differ, for which the
-        learned positions are resampled as the family of `path` does.
+      UserError: no model at `path`, or a tower of other sizes. Only the image size may differ; the learned positions
+        are then resampled as the family of `path` resamples them.
     """
     source = loading.load(path)
     tower = source if isinstance(source, ViT) else getattr(source, "vision", None)
@@ -52,24 +52,24 @@ def with_vision(model: PaliGemma | DualEncoder, path: str | Path) -> PaliGemma |
     missing = sorted(new.keys() - old.keys())
     if missing:
         raise UserError(
-            f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise it after that."
+            f"the model has no {missing[0]} for the tower of {path}, expected plain kernels: quantise it afterwards."
         )
     model = param_tree.assign(
         model, {name: placed(array.astype(old[name].dtype), old[name].sharding) for name, array in new.items()}
     )
-    model.config = _prepared(model.config, preprocessing)
+    model.config = cast(Any, _prepared(model.config, preprocessing))  # of the same class
     return model
 
 
 def vision_config_of(config: Config, path: str | Path | None) -> Config:
-    """The config that a new model has once it has the tower at `path`: with the tower's preprocessing.
+    """Returns the config of a new model that takes its vision tower from `path`: with that tower's preprocessing.
 
     Args:
       config: of the model.
-      path: as of `with_vision`; nothing changes where it is None. Of a checkpoint no weights are read.
+      path: as for `with_vision`; None returns `config` unchanged. No weights of a checkpoint are read.
 
     Raises:
-      UserError: no model there.
+      UserError: no model at `path`.
     """
     if path is None:
         return config
@@ -77,32 +77,32 @@ def vision_config_of(config: Config, path: str | Path | None) -> Config:
     return _prepared(config, _preprocessing(source))
 
 
-def _preprocessing(source: nnx.Module) -> Preprocessing | None:
-    """How images are prepared for a model's tower; a ViT alone is one of big_vision's files."""
+def _preprocessing(source: Model) -> Preprocessing | None:
+    """Returns a model's preprocessing; a lone ViT comes from a big_vision file."""
     if isinstance(source, ViT):
         return Preprocessing.big_vision(source.config.image_size)
     return getattr(source.config, "preprocessing", None)
 
 
 def _prepared(config: Config, preprocessing: Preprocessing | None) -> Config:
-    """The config with another tower's preprocessing, for its own image size."""
+    """Returns the config with another tower's preprocessing, at its own image size."""
     if preprocessing is None:
         return config
     return dataclasses.replace(config, preprocessing=preprocessing.at(config.vision.image_size))
 
 
-def _check(found: ViTConfig, expected: ViTConfig, path: str | Path) -> None:
-    """Refuses a tower of another kind or size."""
-    other = [name for name in SAME if getattr(found, name) != getattr(expected, name)]
-    if other:
-        pairs = ", ".join(f"{name} {getattr(found, name)} instead of {getattr(expected, name)}" for name in other)
+def _check(tower: ViTConfig, expected: ViTConfig, path: str | Path) -> None:
+    """Raises UserError for a tower of another kind or size."""
+    different = [name for name in SAME if getattr(tower, name) != getattr(expected, name)]
+    if different:
+        pairs = ", ".join(f"{name} {getattr(tower, name)} instead of {getattr(expected, name)}" for name in different)
         raise UserError(
             f"the vision tower of {path} has {pairs}, expected that of the model: give another init.vision."
         )
 
 
 def _fitted(arrays: Mapping[str, jax.Array], config: ViTConfig, method: str) -> dict[str, np.ndarray | jax.Array]:
-    """The tower's parameters, positions for the image size of `config`."""
+    """Returns the tower's parameters, with the positions resampled for the image size of `config`."""
     positions = np.asarray(arrays[POSITIONS])
     first, patches = np.split(positions, [int(config.class_token)])
     return dict(arrays) | {POSITIONS: np.concatenate([first, resample_positions(patches, config.grid, method)])}

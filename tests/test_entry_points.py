@@ -274,7 +274,7 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
         (["--model=tiny", "--config.compute_dtype=bfloat16"], "there is no key config.compute_dtype"),
         (["--workdir=x", "--model=tiny", "--prompt=x"], "give either --workdir=DIR (a run) or --model=PATH"),
         (["--model=tiny", "--image=a", "--prompt=x", "--out=y.png"], "--out=y.png is given, but only runs of"),
-        (["--model=tiny", "--image=a", "--prompt=x", "--class=cat"], "found 'x' beside --class, which goes without"),
+        (["--model=tiny", "--image=a", "--prompt=x", "--class=cat"], "found 'x' beside --class, expected no prompt"),
         (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
     ],
 )

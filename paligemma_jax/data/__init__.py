@@ -1,1 +1,1 @@
-"""Where examples come from, and how images and text become arrays."""
+"""Reads examples from data sets and turns their images and texts into arrays."""

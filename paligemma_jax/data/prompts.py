@@ -1,25 +1,25 @@
-"""Builds the sequence that PaliGemma reads: the one place that knows prefix, separator, suffix, EOS and the masks.
+r"""Builds PaliGemma's token sequence and masks: prefix, separator, suffix, EOS. No other module does.
 
-A training example of length 10 (arrays one longer: the model reads all but the last, and is asked for all but the
-first), prefix "how many cubes", suffix "two red":
+A training example of length 10, prefix "how many cubes", suffix "two red". Arrays have one more entry: the model reads
+all but the last token and predicts all but the first.
 
-    tokens      <bos> how many cubes \\n two red <eos> <pad> <pad> <pad>
-    mask_ar       0    0   0     0    0  1   1    1     1     1     1     1: only later positions may look at this one
+    tokens      <bos> how many cubes \n two red <eos> <pad> <pad> <pad>
+    mask_ar       0    0   0     0    0  1   1    1     1     1     1     1: only later positions attend to this one
     mask_input    1    1   1     1    1  1   1    1     0     0     0     1: a real token
-    mask_loss     0    0   0     0    0  1   1    1     0     0     0     1: the model is asked for this token
+    mask_loss     0    0   0     0    0  1   1    1     0     0     0     1: the model is trained to predict this token
 
-    model reads <bos> how many cubes \\n two red <eos> <pad> <pad>
-    targets      how many cubes \\n two red <eos> <pad> <pad> <pad>
+    model reads <bos> how many cubes \n two red <eos> <pad> <pad>
+    targets      how many cubes \n two red <eos> <pad> <pad> <pad>
     weights       0    0   0    0   1   1    1     0     0     0
 
-A prompt for generation has the first five columns, then pads. Prefix, separator and suffix are tokenised apart, so
-the separator never merges with its neighbours and the prompt of generation is exactly the start of training's
-(big_vision `transfers/common.py`; transformers' processor builds the same `bos + prompt + "\\n"`, then suffix + eos).
-Image tokens are put in front by the model; they are no part of the text.
+A prompt for generation has the first five columns, then pads. Prefix, separator and suffix are tokenised separately, so
+that the separator never merges with its neighbours, and a prompt for generation is exactly the start of a training
+example (as in big_vision's `transfers/common.py`; transformers' processor builds the same `bos + prompt + "\n"`, then
+suffix + eos). The model itself puts image tokens in front; they are not part of the text.
 
-So `<bos>`, `<eos>`, `<pad>` and `<image>` have no place in a text. big_vision spells them out and transformers reads
-them as tokens: neither is what whoever wrote them expects from both, and a text that holds one is refused, unless
-`special_tokens` asks for them to be read as in transformers.
+`<bos>`, `<eos>`, `<pad>` and `<image>` are therefore not allowed in texts. big_vision spells them out as characters and
+transformers reads them as tokens, so a text that holds one is ambiguous. It is refused, unless `special_tokens` asks
+for transformers' reading.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ SPECIAL_TOKENS = ("refuse", "parse")
 
 
 class TruncationError(UserError):
-    """A text that does not fit. Whoever reads the data decides whether it stops the run or is skipped and counted."""
+    """A text that does not fit. The reader of the data decides whether this stops the run or skips the row."""
 
 
 def make_example(
@@ -50,28 +50,28 @@ def make_example(
     suffix_length: int | None = None,
     special_tokens: str = "refuse",
 ) -> dict[str, np.ndarray]:
-    """Tokens and masks of one example, padded on the right; see the rows at the top of the module.
+    """Returns tokens and masks of one example, padded on the right; the module's docstring shows them.
 
     Args:
-        tokenizer: encodes the three pieces.
+        tokenizer: encodes the three parts.
         prefix: the prompt, without BOS, separator and image placeholders.
-        suffix: the answer to learn, or None for a prompt that is to be continued.
-        length: text positions that the model reads. With a suffix the arrays have `length + 1` entries, for the last
-            token is only ever a target; without, `length`.
-        prefix_length: most tokens that BOS + prefix + separator may have (default: no limit of its own).
-        suffix_length: most tokens that suffix + EOS may have (likewise).
-        special_tokens: what becomes of the marks in a text, "refuse" or "parse", see `encode`.
+        suffix: the answer to learn, or None for a prompt to continue.
+        length: text positions that the model reads. With a suffix the arrays have `length + 1` entries, as the last
+            token is only a target; without, `length`.
+        prefix_length: most tokens of BOS + prefix + separator; None: no separate limit.
+        suffix_length: most tokens of suffix + EOS; None: no separate limit.
+        special_tokens: treatment of special tokens in a text, "refuse" or "parse", see `encode`.
 
     Returns:
         `tokens` int32, `mask_ar` int32, `mask_input` bool, `mask_loss` bool.
 
     Raises:
-        TruncationError: a part is longer than its limit or all of it than the arrays. Nothing is ever cut: a cut prefix
-            asks another question, a cut suffix never teaches EOS.
-        UserError: a text is none, or holds a mark, see `encode`.
+        TruncationError: a part exceeds its limit, or the whole exceeds the arrays. Texts are never cut: a cut prefix is
+            another question, and a cut suffix does not teach EOS.
+        UserError: a value that is not text, or a text with a special token, see `encode`.
     """
     if special_tokens == "parse":
-        prefix = prefix.removeprefix(tokenizer.piece(tokenizer.image_id))  # where the image stands anyway
+        prefix = prefix.removeprefix(tokenizer.piece(tokenizer.image_id))  # the image is in front anyway
     head = [tokenizer.bos_id, *encode(tokenizer, prefix, special_tokens), *tokenizer.separator_ids]
     tail = [] if suffix is None else [*encode(tokenizer, suffix, special_tokens), tokenizer.eos_id]
     entries = length if suffix is None else length + 1
@@ -92,18 +92,18 @@ def make_example(
 
 
 def training_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training step needs of `[..., T + 1]` arrays: inputs, targets and float32 weights, each `[..., T]`.
+    """Returns a training step's inputs, targets and float32 weights, each `[..., T]`, from `[..., T + 1]` arrays.
 
-    NumPy and JAX arrays alike. `targets[t]` is the token after `tokens[t]`; `weights` are `mask_loss` of the targets.
+    Takes NumPy and JAX arrays. `targets[t]` is the token after `tokens[t]`; `weights` are `mask_loss` of the targets.
     """
     inputs = {key: batch[key][..., :-1] for key in ("tokens", "mask_ar", "mask_input")}
     return inputs | {"targets": batch["tokens"][..., 1:], "weights": batch["mask_loss"][..., 1:].astype(np.float32)}
 
 
 def format_batch(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> str:
-    """A batch as text: per example its tokens with every mask aligned below, trailing pads counted.
+    """Returns a batch as text: per example its tokens with every mask aligned below; trailing pads are counted.
 
-    `batch` holds `[B, L]` arrays under (some of) tokens, targets, mask_ar, mask_input, mask_loss, weights.
+    `batch` holds `[B, L]` arrays under some of tokens, targets, mask_ar, mask_input, mask_loss, weights.
     """
     keys = [key for key in _ROWS if key in batch]
     examples = ({key: np.asarray(batch[key][index]) for key in keys} for index in range(len(batch["tokens"])))
@@ -111,29 +111,29 @@ def format_batch(tokenizer: Tokenizer, batch: Mapping[str, Any]) -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str, special_tokens: str = "refuse") -> list[int]:
-    """Ids of a prefix, a suffix or a candidate, without what the format adds.
+    """Returns the ids of a prefix, a suffix or a candidate, without BOS, EOS and separator.
 
     Args:
         tokenizer: the model's.
-        text: any.
+        text: any text.
         special_tokens: "refuse" refuses `<bos>`, `<eos>`, `<pad>` and `<image>` in it; "parse" reads the first three,
-            and `<unk>`, as those tokens, as transformers does, and refuses `<image>`.
+            and `<unk>`, as tokens, as transformers does, and refuses `<image>`.
 
     Raises:
-        UserError: no text, or one that holds what is refused, or `special_tokens` is something else.
+        UserError: not a text, a text with a refused token, or an unknown value of `special_tokens`.
     """
     check_prompt(text, "the text")
     if special_tokens not in SPECIAL_TOKENS:
         raise UserError(f"special_tokens is {special_tokens!r}, expected one of {', '.join(SPECIAL_TOKENS)}: set one.")
     parse = special_tokens == "parse"
-    for mark in tokenizer.marks:
-        if mark in text and (not parse or mark == tokenizer.piece(tokenizer.image_id)):
+    for token in tokenizer.marks:
+        if token in text and (not parse or token == tokenizer.piece(tokenizer.image_id)):
             remedy = (
                 "leave it out"
                 if parse
                 else "remove it, or read such marks with data.special_tokens='parse' (--special_tokens)"
             )
-            raise UserError(f"The text {quoted(text)} holds {mark}, which the format adds by itself; {remedy}.")
+            raise UserError(f"The text {quoted(text)} holds {token}, which the format adds by itself; {remedy}.")
     return tokenizer.encode(text, marks=parse)
 
 
@@ -145,7 +145,7 @@ def _check(what: str, count: int, limit: int | None, text: str | None) -> None:
 
 
 def _format_example(tokenizer: Tokenizer, rows: Mapping[str, np.ndarray]) -> str:
-    # Up to the first pad, which shows how pads are masked.
+    # Up to the first pad, to show how pads are masked.
     shown = np.flatnonzero(rows["tokens"] != tokenizer.pad_id).max(initial=-1) + 2
     pads = len(rows["tokens"]) - shown
     cells = {key: [_cell(tokenizer, key, value) for value in row[:shown]] for key, row in rows.items()}
@@ -166,7 +166,7 @@ def _cell(tokenizer: Tokenizer, key: str, value: np.generic) -> str:
 
 
 def _wrap(widths: list[int], room: int) -> list[tuple[int, int]]:
-    """Ranges of columns that fit a line each."""
+    """Returns ranges of columns that each fit one line."""
     ranges, start, used = [], 0, 0
     for index, width in enumerate(widths):
         if used + width > room and index > start:

@@ -1,4 +1,4 @@
-"""The texts of a row, checked in one way whatever file they come from: JSONL, parquet, CLEVR or captions."""
+"""Checks the texts of a row in one way for all file formats: JSONL, parquet, CLEVR and captions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 from paligemma_jax.data.records import BadRow
 from train_jax.core.errors import UserError, quoted
 
-UNUSABLE = b"\xffno text: "  # begins what `stored` writes in place of a value that is no text; no UTF-8 does
+UNUSABLE = b"\xffno text: "  # marks values that `stored` writes in place of non-text; 0xff occurs in no UTF-8
 
 
-def check_texts(row: Any, fields: Sequence[str], where: str, remedy: str = "mend it") -> list[str]:
-    """The values of `fields`, which are text; bytes are read as UTF-8.
+def check_texts(row: Any, fields: Sequence[str], where: str, remedy: str = "correct it") -> list[str]:
+    """Returns the values of `fields`, which must be text; bytes are decoded as UTF-8.
 
     Args:
-      row: an object with these fields, if all is well.
+      row: an object with these fields, if it is valid.
       fields: names.
       where: file and line, or number, of the row.
-      remedy: ends the sentence.
+      remedy: end of the error message.
 
     Raises:
-      BadRow: a field that is missing or no text (a number or null is none), or text that no file can hold: half of a
-        surrogate pair, as is left where a text is cut within an emoji.
+      BadRow: a field that is missing or not text (a number or null), or text with half of a surrogate pair, as is left
+        where a text is cut within an emoji.
     """
     texts = []
     for field in fields:
@@ -42,7 +42,7 @@ def check_texts(row: Any, fields: Sequence[str], where: str, remedy: str = "mend
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is text that UTF-8 can write."""
+    """Returns whether a value is text that UTF-8 can encode."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -50,19 +50,19 @@ def is_text(value: Any) -> bool:
 
 
 def check_prompt(value: Any, what: str) -> None:
-    """Refuses a value that a caller gives for a text and is none; `what` names it: "the prompt".
+    """Refuses an argument that is not text; `what` names it in the message: "the prompt".
 
     Raises:
-      UserError: another type, or text that UTF-8 cannot write.
+      UserError: another type, or text that UTF-8 cannot encode.
     """
     if not isinstance(value, str):
         raise UserError(f"{what} {quoted(value)} is of type {type(value).__name__}, expected text: give a string.")
     if not is_text(value):
-        raise UserError(f"{what} {quoted(value)} holds bytes that are no UTF-8, expected text: write it anew.")
+        raise UserError(f"{what} {quoted(value)} holds bytes that are not UTF-8, expected text: correct it.")
 
 
 def stored(value: Any) -> str | bytes:
-    """A value to be written where only text can be: bytes that `check_texts` refuses, if it is no text."""
+    """Returns a value for a field that holds text; a non-text becomes bytes that `check_texts` refuses."""
     return value if is_text(value) else UNUSABLE + quoted(value).encode()
 
 
@@ -71,5 +71,5 @@ def _decoded(value: bytes, field: str, where: str, remedy: str) -> str:
         return value.decode()
     except UnicodeDecodeError:
         marked = value.startswith(UNUSABLE)
-        found = value.removeprefix(UNUSABLE).decode(errors="replace") if marked else quoted(value)
-        raise BadRow(f"{where} has the {field} {found}, expected text in UTF-8; {remedy}.") from None
+        shown = value.removeprefix(UNUSABLE).decode(errors="replace") if marked else quoted(value)
+        raise BadRow(f"{where} has the {field} {shown}, expected text in UTF-8; {remedy}.") from None

@@ -1,13 +1,13 @@
-"""Makes the tokenizer that ships with the tiny model: every word of CLEVR one piece, anything else as bytes.
+"""Builds the tokenizer that ships with the tiny model: one piece per word of CLEVR, bytes for anything else.
 
     python -m paligemma_jax.data.train_tokenizer --output=paligemma_jax/tiny/tokenizer.model
 
-and beside it tokenizer.json, the same for transformers 5, which would take the pieces of a .model for those of a BPE.
+also writes tokenizer.json, the same tokenizer for transformers 5, which would read the .model's pieces as a BPE.
 
-The texts are those of the synthetic generator, so the words are few and known. Each becomes a piece twice, with and
-without its leading space, and all pieces score alike: SentencePiece's best segmentation is then the one of fewest
-pieces, and it does not depend on word counts. No trainer is run, so the file is the same on every machine.
-Text is neither normalised nor prefixed with a space, so decoding gives back exactly what was encoded.
+The texts come from the synthetic generator, so all words are known. Each becomes two pieces, with and without its
+leading space, and all pieces have the same score: SentencePiece's best segmentation is then the one with the fewest
+pieces, whatever the word counts. No trainer runs, so the file is the same on every machine.
+Text is neither normalised nor prefixed with a space, so decoding returns exactly the encoded text.
 """
 
 import argparse
@@ -15,20 +15,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as _pb2
 
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
 from paligemma_jax.data.synthetic_clevr.questions import generate_questions
 from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # SentencePiece's mark for a space
 _WORD = re.compile(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]")
 _LOCATION = re.compile(r"<loc\d{4}>")
-_SCENES = 400  # the words of 100 scenes are already all there are
+_SCENES = 400  # 100 scenes already contain every word
 
-# The words of the official CLEVR v1.0 questions and answers, so that they stay whole if the generator says less.
+# The words of the official CLEVR v1.0 questions and answers, which stay single pieces if the generator uses fewer.
 _OFFICIAL = """
 a an and another any anything are as ball balls behind big block blocks blue both brown color cube cubes cyan cylinder
 cylinders do does either else equal fewer front gray greater green has have how in is it its large left less made many
@@ -39,8 +40,11 @@ Are Do Does How Is The There What ? ; . , 0 1 2 3 4 5 6 7 8 9 10
 _PROMPTS = "answer caption detect point describe question segment ocr en"  # PaliGemma's task words
 
 
+ModelProto: Any = vars(_pb2)["ModelProto"]  # made at import; the library's stub does not have it
+
+
 def synthetic_texts(scenes: int = _SCENES) -> Iterator[str]:
-    """Questions, answers and pretraining texts of scenes that belong to no split."""
+    """Yields questions, answers and pretraining texts of scenes that belong to no split."""
     for index in range(scenes):
         scene = sample_scene((0x70, index))
         for item in generate_questions(scene, 10, (0x71, index)):
@@ -50,13 +54,13 @@ def synthetic_texts(scenes: int = _SCENES) -> Iterator[str]:
 
 
 def words(texts: Iterable[str]) -> list[str]:
-    """The different words, numbers and punctuation marks, sorted; `<loc0000>` tokens are none of them."""
+    """Returns the distinct words, numbers and punctuation marks, sorted, without `<loc0000>` tokens."""
     return sorted({word for text in texts for word in _WORD.findall(_LOCATION.sub(" ", text))})
 
 
 def build_model(vocabulary: Iterable[str]) -> bytes:
-    """A SentencePiece unigram model (file content): 4 specials, newline, 256 bytes, space, words in both variants."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    """Returns a SentencePiece unigram model (file content): 4 specials, newline, 256 bytes, space, each word twice."""
+    proto = ModelProto()
     kinds = proto.SentencePiece
     proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
     proto.trainer_spec.byte_fallback = True
@@ -82,8 +86,8 @@ def build_model(vocabulary: Iterable[str]) -> bytes:
 
 
 def to_json(model: bytes) -> str:
-    """What `build_model` returns as the tokenizers library writes it: a tokenizer.json."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    """Returns the output of `build_model` in the format of the tokenizers library: a tokenizer.json."""
+    proto = ModelProto.FromString(model)
     kinds = proto.SentencePiece
     added = {kinds.CONTROL: True, kinds.UNKNOWN: True, kinds.USER_DEFINED: False}
     space = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
@@ -113,14 +117,14 @@ def to_json(model: bytes) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes the tokenizer to `--output`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="file to write, for example tokenizer.model")
     output = parser.parse_args(arguments).output
     model = build_model(words([*synthetic_texts(), _OFFICIAL, _PROMPTS]))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(model)
     output.with_suffix(".json").write_text(to_json(model), encoding="utf-8")
-    print(f"{output}: {len(sentencepiece_model_pb2.ModelProto.FromString(model).pieces)} pieces, {len(model):,} bytes")
+    print(f"{output}: {len(ModelProto.FromString(model).pieces)} pieces, {len(model):,} bytes")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Where a model's files lie, and the JSON files beside its weights."""
+"""Locations of a model's files, and the JSON files beside its weights."""

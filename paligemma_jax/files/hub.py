@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: "hf://owner/name" as a local folder, and folders pushed. Needs the extra [hub]."""
+"""Downloads models from the Hugging Face Hub ("hf://owner/name") and uploads them. Needs the extra [hub]."""
 
 import importlib
 import re
@@ -9,29 +9,29 @@ from train_jax.core.errors import UserError
 
 SCHEME = "hf://"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "spiece.model"]  # no pickles, no code
+DOWNLOADED = ["*.json", "*.safetensors", "*.npz", "tokenizer.model", "spiece.model"]  # no pickles, no code
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path names a repository on the Hub."""
+    """Returns whether a path names a repository on the Hub."""
     return str(path).startswith(SCHEME)
 
 
 def download(path: str | Path) -> Path:
-    """The local folder of "hf://owner/name" or "hf://owner/name@revision", downloaded where it is not in the cache.
+    """Returns the local folder of "hf://owner/name" or "hf://owner/name@revision", downloading it if it is not cached.
 
-    Where files are cached, which token is used and which server is asked, huggingface_hub's own settings say
-    (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+    Cache folder, token and server are set by huggingface_hub's own variables (HF_HOME, HF_TOKEN, HF_ENDPOINT,
+    HF_HUB_OFFLINE).
 
     Raises:
-      UserError: huggingface_hub is not installed, the name is none, or the repository cannot be had.
+      UserError: huggingface_hub is not installed, the name is not valid, or the repository cannot be downloaded.
     """
     name, _, revision = str(path).removeprefix(SCHEME).partition("@")
     _check(name, str(path))
     hub = _library()
     try:
-        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=WANTED))
-    except Exception as error:  # every failure of a network is one of theirs
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADED))
+    except Exception as error:  # network failures have no common base class
         raise UserError(
             f"{path} cannot be downloaded ({_first_line(error)}): check the name and the connection, and for a gated "
             "model accept its terms and set HF_TOKEN."
@@ -39,10 +39,10 @@ def download(path: str | Path) -> Path:
 
 
 def push(place: str | Path, repository: str) -> str:
-    """Uploads a folder, or a single file, to a repository of the Hub, made private where it does not exist yet.
+    """Uploads a folder or a single file to a repository of the Hub, which is created private if it does not exist.
 
     Returns:
-      Its address.
+      The repository's address.
 
     Raises:
       UserError: as `download`.

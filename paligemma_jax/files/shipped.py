@@ -1,4 +1,4 @@
-"""The small models that ship with the package, by name: "tiny", a PaliGemma, and "tiny-siglip" (docs/tiny_base.md)."""
+"""Names of the small models that ship with the package: "tiny", a PaliGemma, and "tiny-siglip" (docs/tiny_base.md)."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ SHIPPED = {"tiny": HERE / "tiny", "tiny-siglip": HERE / "tiny_siglip"}
 
 
 def local(path: str | Path) -> Path:
-    """The folder of the model of that name, or else the path itself."""
+    """Returns the folder of the shipped model of that name, else the path itself."""
     return SHIPPED.get(str(path)) or Path(path).expanduser()

@@ -1,1 +1,1 @@
-"""From encoded images to model input, as each checkpoint's family prepares them."""
+"""Turns encoded images into model input, as each checkpoint's family does."""

@@ -1,8 +1,7 @@
-"""Random views of an image: resized crop, flip, colour jitter and rotation, each of which may be off.
+"""Random augmentations of an image: resized crop, flip, colour jitter and rotation, each optional.
 
-Colour jitter is for classes that are not colours. Crops and rotations keep small objects whole only where they are
-mild: `SCENES_LIGHT` and `SCENES_STRONG` are for the synthetic scenes, whose size is part of their class
-too.
+Colour jitter suits classes that do not differ by colour. Only mild crops and rotations keep small objects whole:
+`SCENES_LIGHT` and `SCENES_STRONG` are for the synthetic scenes, whose classes also differ by size.
 """
 
 import dataclasses
@@ -15,20 +14,22 @@ from PIL import Image, ImageEnhance
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core.errors import UserError
 
-_ASPECT = 4 / 3  # of a crop, at most, to either side
+_ASPECT = 4 / 3  # largest aspect ratio of a crop, either way
 _TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Which views are drawn; the default draws none.
+    """Ranges of the random augmentations; the default changes nothing.
 
     Attributes:
-      crop: smallest share of the image's area that a crop keeps, of any up to all, its sides at most 4 : 3; 1: no crop.
-      flip: left and right swapped in half of the views.
-      color_jitter: s: brightness, contrast and saturation times a factor in 1 +- s, then the hue turned by up to s / 4
-        of the circle; at most 1; 0: colours stay. 0.8 of SimCLR's strength (Chen et al. 2020: 1 +- 0.8 s, hue 0.2 s).
-      rotation: by up to so many degrees, corners filled with the image's mean colour; 0: upright.
+      crop: smallest share of the image's area that a crop keeps; the share is uniform up to 1, the aspect ratio at most
+        4 : 3. 1: no crop.
+      flip: mirrors half of the views left to right.
+      color_jitter: strength s, 0 to 1: brightness, contrast and saturation are multiplied by a factor in 1 +- s, then
+        the hue is turned by up to s / 4 of the circle; 0: colours stay. 0.8 is SimCLR's strength (Chen et al. 2020:
+        1 +- 0.8 s, hue 0.2 s).
+      rotation: largest angle in degrees; corners are filled with the image's mean colour. 0: no rotation.
 
     Raises:
       UserError: a number out of range.
@@ -49,17 +50,17 @@ class Augmentation:
     def view(
         self, image: UInt8[np.ndarray, "height width 3"], preprocessing: Preprocessing, rng: np.random.Generator
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """One view at the model's size; without any augmentation what `preprocessing.resize` gives.
+        """Returns one view at the model's size; without augmentation, the result of `preprocessing.resize`.
 
-        A crop fills the square whatever its sides are, by the kernel of the preprocessing.
+        A crop is resized to the square whatever its aspect ratio, with the kernel of the preprocessing.
         """
-        picture = Image.fromarray(image)
+        pil = Image.fromarray(image)
         if self.rotation:
-            picture = _rotated(picture, rng.uniform(-self.rotation, self.rotation))
+            pil = _rotated(pil, rng.uniform(-self.rotation, self.rotation))
         if self.crop < 1:
-            picture = picture.crop(_box(*picture.size, self.crop, rng))
+            pil = pil.crop(_box(*pil.size, self.crop, rng))
             preprocessing = dataclasses.replace(preprocessing, crop=False, resized=None)
-        view = preprocessing.resize(np.array(picture))
+        view = preprocessing.resize(np.array(pil))
         if self.flip and rng.random() < 0.5:
             view = np.ascontiguousarray(view[:, ::-1])
         return _jittered(view, self.color_jitter, rng) if self.color_jitter else view
@@ -72,13 +73,13 @@ SCENES_LIGHT = Augmentation(crop=0.8, flip=True)
 SCENES_STRONG = Augmentation(crop=0.7, flip=True, rotation=15.0)
 
 
-def _rotated(picture: Image.Image, degrees: float) -> Image.Image:
-    mean = tuple(int(value) for value in np.asarray(picture).mean((0, 1)))
-    return picture.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
+def _rotated(pil: Image.Image, degrees: float) -> Image.Image:
+    mean = tuple(int(value) for value in np.asarray(pil).mean((0, 1)))
+    return pil.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=mean)
 
 
 def _box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random crop; of the whole image where none of a few tries fits."""
+    """Returns (left, top, right, bottom) of a random crop, or of the whole image if none of a few tries fits."""
     for _ in range(_TRIES):
         area = rng.uniform(smallest, 1.0) * width * height
         aspect = math.exp(rng.uniform(-1.0, 1.0) * math.log(_ASPECT))
@@ -90,10 +91,10 @@ def _box(width: int, height: int, smallest: float, rng: np.random.Generator) -> 
 
 
 def _jittered(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(image)
+    pil = Image.fromarray(image)
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        picture = change(picture).enhance(rng.uniform(1.0 - strength, 1.0 + strength))
-    hue, saturation, value = picture.convert("HSV").split()
+        pil = change(pil).enhance(rng.uniform(1.0 - strength, 1.0 + strength))
+    hue, saturation, value = pil.convert("HSV").split()
     turn = round(256 * rng.uniform(-strength / 4, strength / 4))
     hue = Image.fromarray((np.asarray(hue).astype(np.int32) + turn).astype(np.uint8))  # a circle of 256 steps
     return np.array(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))

@@ -1,7 +1,7 @@
-"""transformers' image processors of SigLIP and CLIP: their JSON, its defaults, and what of it is supported.
+"""Reads the JSON of transformers' image processors of SigLIP and CLIP, with their defaults.
 
-preprocessor_config.json holds one (releases up to 4), or processor_config.json at its key image_processor (5). What a
-file leaves out is the default of its own class, in transformers and here.
+It is in preprocessor_config.json (releases up to 4), or in processor_config.json under the key image_processor (5).
+Keys that a file leaves out take the default of its class, in transformers and here.
 """
 
 import math
@@ -15,12 +15,12 @@ HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Numbers as PIL and the key `resample` count the kernels.
+# Numbers of the kernels in PIL and under the key `resample`.
 PIL_KERNELS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 KERNELS = {number: name for name, number in PIL_KERNELS.items()}
 
-ROUNDED = 1e-3  # how far a file's rescale_factor may be from 1/255, relative to it, as a decimal that was cut
-FLOAT32 = 1e-6  # and how far without a difference in pixels of float32
+ROUNDED = 1e-3  # largest relative difference of rescale_factor from 1/255: a rounded decimal
+FLOAT32 = 1e-6  # relative difference that does not change float32 pixels
 
 SIGLIP, CLIP = "SiglipImageProcessor", "CLIPImageProcessor"
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": CLIP_STD,
     },
 }
-# How files call these classes.
+# Names of these classes in files.
 CLASSES = {SIGLIP: SIGLIP, CLIP: CLIP, "CLIPFeatureExtractor": CLIP, "SiglipFeatureExtractor": SIGLIP} | {
     f"{name}{variant}": name for name in (SIGLIP, CLIP) for variant in ("Fast", "Pil")
 }
@@ -76,16 +76,16 @@ KEYS = Keys(
 
 
 def read_fields(values: Mapping[str, Any], family: str, file: str, section: str = "") -> dict[str, Any]:
-    """What `Preprocessing` needs: size, method, mean, std, crop and resized.
+    """Returns the fields of `Preprocessing`: size, method, mean, std, crop and resized.
 
     Args:
-      values: the JSON object of an image processor. A null stands for the default, but switches a step off (do_resize
-        and such), as in transformers; within a size it is no entry.
-      family: the class that stands for one that names none, SIGLIP or CLIP.
-      file, section: where it stands, for messages.
+      values: the JSON object of an image processor. As in transformers, null means the default, except that it switches
+        a step off (do_resize and such); within a size, null means no entry.
+      family: the class to assume if the object names none, SIGLIP or CLIP.
+      file, section: the object's file and key, for messages.
 
     Raises:
-      UserError: a step that these classes do not take, or a value that makes no sense, with file, key and value.
+      UserError: a step that these classes do not have, or an invalid value, with file, key and value.
     """
     account(values, KEYS, file, section)
     for key in ("do_resize", "do_rescale", "do_normalize"):
@@ -113,7 +113,7 @@ def read_fields(values: Mapping[str, Any], family: str, file: str, section: str 
 
 
 def _moments(given: Mapping[str, Any], refused: Callable[[str, str], UserError]) -> list[tuple[float, ...]]:
-    """Mean and deviation of pixels from 0 to 1, in which a rescale_factor that was rounded is contained."""
+    """Returns mean and deviation of pixels in 0 to 1; a rounded rescale_factor is folded into them."""
     scale = given["rescale_factor"]
     if not _is_number(scale) or abs(scale * 255 - 1) > ROUNDED:
         raise refused("rescale_factor", "1/255")
@@ -130,14 +130,14 @@ def _moments(given: Mapping[str, Any], refused: Callable[[str, str], UserError])
 
 
 def _sizes(given: Mapping[str, Any], refused: Callable[[str, str], UserError]) -> dict[str, Any]:
-    """The fields size, crop and resized."""
-    found = _side(given["size"], given["default_to_square"])
-    if found is None:
+    """Returns the fields size, crop and resized."""
+    side = _side(given["size"], given["default_to_square"])
+    if side is None:
         raise refused("size", "one square size, {'height': N, 'width': N}, or the short side's, {'shortest_edge': N}")
-    resized, short = found
+    resized, short = side
     if not given["do_center_crop"]:
         if short:
-            raise refused("size", "a height and a width where nothing is cropped, or pictures keep their shape")
+            raise refused("size", "a height and a width where nothing is cropped, or images keep their shape")
         return {"size": resized, "crop": False, "resized": None}
     side, no_square = _side(given["crop_size"], square=True) or (0, True)
     if no_square or side > resized:
@@ -146,11 +146,11 @@ def _sizes(given: Mapping[str, Any], refused: Callable[[str, str], UserError]) -
 
 
 def _side(size: Any, square: bool) -> tuple[int, bool] | None:
-    """Pixels a side, and whether they are those of the short side; None for what is neither.
+    """Returns the pixels a side, and whether it is the short side; None for any other value.
 
     Args:
       size: N, [N, N], {"height": N, "width": N} or {"shortest_edge": N}.
-      square: whether N alone is the side of a square, and not the short side.
+      square: whether a bare N is the side of a square; otherwise it is the short side.
     """
     if type(size) is int:
         size = [size, size] if square else {"shortest_edge": size}

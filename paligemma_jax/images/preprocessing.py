@@ -1,14 +1,14 @@
-"""From encoded image to model input, the way the checkpoint's family does it.
+"""Turns an encoded image into model input, as the checkpoint's family does.
 
-Two families, two resize kernels, and they are not interchangeable: big_vision squashes with `tf.image.resize`
-(bilinear at half-pixel centres, by default without antialiasing, cast back to uint8 by truncation), transformers
-resizes with PIL (bicubic, always antialiased, rounded). Both then scale [0, 255] to the range the tower was trained on.
+The two families resize differently, and the results are not interchangeable: big_vision uses `tf.image.resize`
+(bilinear at half-pixel centres, by default without antialiasing, cast back to uint8 by truncation), transformers uses
+PIL (bicubic, always antialiased, rounded). Both then scale [0, 255] to the range that the tower was trained on.
 
-Decoding is the same for all: RGB uint8. Decisions where libraries differ:
-- EXIF orientation is applied, so a phone's photograph stands upright (CLEVR's images carry none);
+Decoding gives RGB uint8 for all families. Where libraries differ:
+- EXIF orientation is applied, so a phone's photograph is upright (CLEVR's images have none);
 - alpha is dropped, not composited, as both families do (CLEVR's PNGs are RGBA, fully opaque);
 - 16 bits per channel keep their high byte (PIL's own conversion of grey images would saturate);
-- grey, palette and CMYK images are converted to RGB; of an animation the first frame counts;
+- grey, palette and CMYK images are converted to RGB; an animation gives its first frame;
 - floating-point images have no defined range and are refused.
 """
 
@@ -27,10 +27,10 @@ from train_jax.core.row_errors import BadRow
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Decodes a PNG, JPEG or other file that PIL reads to RGB, 0 to 255; see the module for the fine print.
+    """Decodes a PNG, JPEG or other file that PIL reads to RGB, 0 to 255; details in the module's docstring.
 
     Raises:
-      BadRow: if the bytes are no complete image, or one that is refused.
+      BadRow: if the bytes are no complete image, or an image of a refused kind.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -39,9 +39,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise BadRow(
-            f"cannot decode the image ({len(data)} bytes): no format that is known; replace the file."
-        ) from None
+        raise BadRow(f"cannot decode the image ({len(data)} bytes): unknown format; replace the file.") from None
     except Exception as error:  # PIL's plugins raise SyntaxError, struct.error, ValueError and more on corrupt bytes.
         raise BadRow(f"cannot decode the image ({len(data)} bytes): {error}; replace the file.") from error
 
@@ -57,20 +55,20 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How one checkpoint family turns RGB uint8 into input; stored in `config.json` by `to_dict`.
+    """How one checkpoint family turns RGB uint8 into model input; `to_dict` stores it in `config.json`.
 
     Attributes:
       size: side of the square output, in pixels.
-      source: whose resize is reproduced: "big_vision" (tf.image.resize) or "transformers" (PIL).
+      source: the family whose resize is reproduced: "big_vision" (tf.image.resize) or "transformers" (PIL).
       method: resize kernel: "bilinear" for big_vision; a key of `PIL_KERNELS` for transformers.
       antialias: whether shrinking widens the kernel; PIL always does.
       mean: per channel, subtracted after scaling to [0, 1].
-      std: per channel, divided by after that; 0.5 and 0.5 give the value range [-1, 1].
+      std: per channel, the divisor after that; mean 0.5 and std 0.5 give the range [-1, 1].
       crop: False squashes the image to the square; True resizes its short side and crops the centre (CLIP).
-      resized: pixels that sides (with `crop` the short one) get before the centre of `size` is cut out; None: `size`.
+      resized: side in pixels (with `crop`, the short side) before the centre of `size` is cut out; None: `size`.
 
     Raises:
-      UserError: for a combination that the named source does not have.
+      UserError: for a combination that the source does not have.
     """
 
     size: int
@@ -101,28 +99,28 @@ class Preprocessing:
 
         if self.resized is not None and self.resized <= self.size:
             raise UserError(
-                f"preprocessing cuts {self.size} pixels out of images of {self.resized}, expected larger images: take "
-                "resized out, or change it."
+                f"preprocessing cuts {self.size} pixels out of images of {self.resized}, expected larger images: "
+                "remove resized, or change it."
             )
 
     @classmethod
     def big_vision(cls, size: int, antialias: bool = False) -> "Preprocessing":
-        """PaliGemma and SigLIP as big_vision feeds them: `resize(size[, antialias])|value_range(-1, 1)`."""
+        """Returns PaliGemma's and SigLIP's in big_vision: `resize(size[, antialias])|value_range(-1, 1)`."""
         return cls(size, "big_vision", "bilinear", antialias)
 
     @classmethod
     def siglip(cls, size: int) -> "Preprocessing":
-        """PaliGemma and SigLIP as transformers feeds them (SiglipImageProcessor): PIL bicubic to a square."""
+        """Returns PaliGemma's and SigLIP's in transformers (SiglipImageProcessor): PIL bicubic to a square."""
         return cls(size, "transformers", "bicubic", True)
 
     @classmethod
     def clip(cls, size: int = 224) -> "Preprocessing":
-        """CLIP as OpenAI and transformers feed it: PIL bicubic on the short side, centre crop, CLIP's mean and std."""
+        """Returns CLIP's (OpenAI, transformers): PIL bicubic on the short side, centre crop, CLIP's mean and std."""
         return cls(size, "transformers", "bicubic", True, CLIP_MEAN, CLIP_STD, crop=True)
 
     @staticmethod
     def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-        """Encoded bytes to RGB; the same for every family. Raises BadRow."""
+        """Decodes bytes to RGB uint8; the same for every family. Raises BadRow."""
         return decode(data)
 
     def resize(self, image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "size size 3"]:
@@ -142,22 +140,22 @@ class Preprocessing:
         return np.array(Image.fromarray(image).resize((width, height), PIL_KERNELS[self.method]))
 
     def normalize(self, images: UInt8[np.ndarray | Array, "*batch 3"]) -> Float[np.ndarray | Array, "*batch 3"]:
-        """Scales RGB 0 to 255 to the tower's range, float32; numpy in, numpy out; works on JAX arrays under jit."""
+        """Scales RGB 0 to 255 to the tower's range, float32; numpy gives numpy; JAX arrays work under jit."""
         channels = (1,) * (images.ndim - 1) + (3,)
         mean, std = (np.asarray(v, np.float32).reshape(channels) for v in (self.mean, self.std))
         return (images.astype(np.float32) / np.float32(255) - mean) / std
 
     def apply(self, image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "size size 3"]:
         """Resizes and normalises one RGB image; float32, in [-1, 1] for PaliGemma and SigLIP."""
-        return self.normalize(self.resize(image))
+        return np.asarray(self.normalize(self.resize(image)))
 
     def at(self, size: int) -> "Preprocessing":
-        """The same for another size of the output; what is cut off keeps its share."""
+        """Returns the same preprocessing for another output size; the cropped share stays."""
         resized = self.resized and max(round(size * self.resized / self.size), size + 1)
         return dataclasses.replace(self, size=size, resized=resized)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, `resized` where it is not None; `from_dict` is the inverse."""
+        """Returns the fields as JSON values, without those that are None; `from_dict` is the inverse."""
         fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -168,9 +166,10 @@ class Preprocessing:
         if not {"size"} <= set(values) <= fields:
             raise UserError(
                 f"the preprocessing entry has keys {sorted(values)}, expected size and any of {sorted(fields)}; "
-                "mend config.json."
+                "correct config.json."
             )
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**arguments)
 
     @classmethod
     def from_hugging_face(
@@ -180,17 +179,19 @@ class Preprocessing:
         file: str = "preprocessor_config.json",
         section: str = "",
     ) -> "Preprocessing":
-        """Reads transformers' image processor of a SigLIP, PaliGemma or CLIP; arguments: image_processor.read_fields.
+        """Reads the JSON of transformers' image processor of a SigLIP, PaliGemma or CLIP.
+
+        Arguments: see image_processor.read_fields.
 
         Raises:
-          UserError: for steps that these three families do not take (other size kinds, kernels or scales).
+          UserError: for steps that these three families do not have (other size kinds, kernels or scales).
         """
         return cls(source="transformers", antialias=True, **image_processor.read_fields(config, family, file, section))
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The `preprocessor_config.json` for transformers; `from_hugging_face` is its inverse.
+        """Returns the `preprocessor_config.json` for transformers; `from_hugging_face` is its inverse.
 
-        Transformers cannot express big_vision's resize without antialiasing; its nearest, PIL's bilinear, is named.
+        Transformers has no resize like big_vision's without antialiasing; PIL's bilinear, the closest, is named.
         """
         cut, pixels = self.crop or self.resized is not None, self.resized or self.size
         resize: dict[str, Any] = {"size": {"height": pixels, "width": pixels}, "do_center_crop": cut}

@@ -1,8 +1,8 @@
-"""`tf.image.resize` with method "bilinear" in numpy, operation by operation in float32.
+"""`tf.image.resize` with method "bilinear" in numpy, with the same float32 operations.
 
-big_vision truncates the result to uint8, so a last-bit difference can become a whole grey level: the arithmetic below
-keeps TensorFlow's order and is bit-identical (tests/golden/tf_resize). Output pixel x samples the input at
-(x + 0.5) * in / out - 0.5, so-called half-pixel centres.
+big_vision truncates the result to uint8, where a last-bit difference can become a whole grey level. The arithmetic
+below keeps TensorFlow's order and is bit-identical (tests/golden/tf_resize). Output pixel x samples the input at
+(x + 0.5) * in / out - 0.5 (half-pixel centres).
 Sources: tensorflow/core/kernels/image/resize_bilinear_op.cc and scale_and_translate_op.cc.
 """
 
@@ -15,8 +15,8 @@ def bilinear(
 ) -> Float[np.ndarray, "new_height new_width channels"]:
     """Resizes to `shape` = (height, width) without keeping the aspect ratio; float32 in the image's range, 0 to 255.
 
-    With `antialias`, shrinking widens the triangle kernel to the sampling distance; enlarging is the same either way
-    up to rounding.
+    With `antialias`, shrinking widens the triangle kernel to the sampling distance; enlarging gives the same result
+    with or without it, up to rounding.
     """
     if image.shape[:2] == tuple(shape):
         return image.astype(np.float32)
@@ -42,15 +42,15 @@ def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _antialiased(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Weighted sums over spans of pixels, rows first, then columns."""
+    """Computes weighted sums over spans of pixels, rows first, then columns."""
     rows = _gather(image.astype(np.float32), *_spans(image.shape[0], shape[0]))
     return _gather(rows.swapaxes(0, 1), *_spans(image.shape[1], shape[1])).swapaxes(0, 1)
 
 
 def _spans(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel, int [new], and triangle weights, float32 [new, taps] with rows summing to 1, of each output.
+    """Returns each output's first pixel, int [new], and triangle weights, float32 [new, taps] with rows summing to 1.
 
-    Reciprocals and running sums stand where TensorFlow has them; other roundings change grey levels.
+    Reciprocals and running sums are placed as in TensorFlow; other roundings change grey levels.
     """
     one, half = np.float32(1), np.float32(0.5)
     scale = one / (np.float32(new) / np.float32(old))

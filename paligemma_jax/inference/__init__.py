@@ -1,1 +1,1 @@
-"""From files to answers: prompts about images, zero-shot classes, attributes."""
+"""Answers about image files: prompts, zero-shot classes, attributes."""

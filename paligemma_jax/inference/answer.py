@@ -1,8 +1,9 @@
-"""Answers to prompts about image files, by a base model or the model of a run."""
+"""Answers prompts about image files with a base model or the model of a run."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,8 +18,8 @@ from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core.errors import UserError, cut, quoted
 
-BATCH = 16  # prompts answered at once
-_PATH = 1000  # characters of a file that a message repeats
+BATCH = 16  # prompts per batch
+_MAX_NAME = 1000  # characters of a file name that a message repeats
 
 
 def predict(
@@ -40,43 +41,50 @@ def predict(
     """Answers every (image, prompt) pair.
 
     Args:
-      images, texts: image files and prompts: as many of each, or one of either for all of the other.
+      images, texts: image files and prompts: equally many, or one of either for all of the other.
       workdir: a run, whose template wraps the prompts; or
-      model: a base model, which gets the prompts as they are.
-      config: of the run, where it is to differ from its config.json (compute_dtype, data.prompt).
+      model: a base model, which gets the prompts unchanged.
+      config: the run's config, if it should differ from config.json (compute_dtype, data.prompt).
       dtype: a base model's compute dtype, float32 if None; a run has its own.
-      tokenizer: a tokenizer.model or its folder; None is the one beside the model.
-      checkpoint: of the run.
-      max_new_tokens, sampler, seed, sampler_options: see generate.generate; row numbers go on from batch to batch, so
-        that equal prompts draw answers of their own.
-      special_tokens: what becomes of <bos> and such in prompts, "refuse" or "parse", see data.prompts.encode; None is
-        the run's data.special_tokens, or "refuse".
+      tokenizer: a tokenizer.model or its folder; None uses the one beside the model.
+      checkpoint: which checkpoint of the run.
+      max_new_tokens, sampler, seed, sampler_options: see generate.generate; row numbers continue from batch to batch,
+        so that equal prompts get different random answers.
+      special_tokens: treatment of <bos> and similar marks in prompts, "refuse" or "parse", see data.prompts.encode;
+        None is the run's data.special_tokens, or "refuse".
 
     Returns:
       (image, prompt, answer), in the order given.
 
     Raises:
-      UserError: an image that cannot be read, a prompt that is no text, neither or both of workdir and model, one that
-        is no PaliGemma, numbers that do not pair up.
+      UserError: an image that cannot be read, a prompt that is not text, neither or both of workdir and model, a model
+        that is not a PaliGemma, or image and prompt counts that do not match.
     """
-    if (workdir is None) == (model is None):
+    if workdir is not None and model is None:
+        source = workdir
+    elif model is not None and workdir is None:
+        source = model
+    else:
         raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
     if workdir is not None and dtype is not None:
         raise UserError(f"dtype={dtype} is given with a run, which has its own: change config.compute_dtype instead.")
     images, texts = _pairs(images, texts)
-    make_sampler(sampler, **sampler_options)  # tells of a mistake before the model is read
+    make_sampler(sampler, **sampler_options)  # refuses bad options before the model is read
     if workdir is None:
-        prompt, marks, loaded = "{question}", "refuse", load(model, dtype or "float32")
+        template, default_marks, loaded = "{question}", "refuse", load(source, dtype or "float32")
     else:
         config = config or run_config(workdir)
-        prompt, marks = _wording(config)
+        template, default_marks = _prompt_settings(config)
         loaded = load_run(workdir, config, checkpoint)
     if not isinstance(loaded, PaliGemma):
-        raise UserError(f"{workdir or model} is no PaliGemma, which alone answers prompts: name classes with --class.")
-    words = load_tokenizer(tokenizer or workdir or model)
-    words.fits(loaded.config.decoder.vocab_size)
-    pixels = {image: read_pixels(image, loaded.config.preprocessing) for image in dict.fromkeys(images)}
-    rows = _prompt_rows(words, [prompt.replace("{question}", text) for text in texts], special_tokens or marks)
+        raise UserError(f"{source} is no PaliGemma, the only model that answers prompts: give classes with --class.")
+    text_tokenizer = load_tokenizer(tokenizer or source)
+    text_tokenizer.fits(loaded.config.decoder.vocab_size)
+    preprocessing = loaded.config.preprocessing
+    assert preprocessing is not None, "models that are loaded have a preprocessing"
+    pixels = {image: read_pixels(image, preprocessing) for image in dict.fromkeys(images)}
+    prompts = [template.replace("{question}", text) for text in texts]
+    rows = _prompt_rows(text_tokenizer, prompts, special_tokens or default_marks)
     answers = []
     for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)
@@ -86,21 +94,21 @@ def predict(
             np.stack([row["tokens"] for row in rows[part]]),
             np.stack([row["mask_input"] for row in rows[part]]),
             max_new_tokens,
-            words.eos_id,
+            text_tokenizer.eos_id,
             sampler,
             seed,
             first_row=start,
-            **sampler_options,
+            **cast(dict[str, Any], sampler_options),
         )
-        answers += [words.decode(row.tolist()) for row in np.asarray(tokens)]
+        answers += [text_tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))
 
 
 def _pairs(images: Sequence[str], texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """As many images as prompts, one of either repeated. Raises UserError."""
-    for given, what in ((images, "images"), (texts, "texts")):
+    """Returns equally long lists of images and prompts; a single one of either is repeated. Raises UserError."""
+    for given, name in ((images, "images"), (texts, "texts")):
         if isinstance(given, str | bytes | os.PathLike):
-            raise UserError(f"{what} are {quoted(given)}, expected several: give a list, of one if need be.")
+            raise UserError(f"{name} are {quoted(given)}, expected a list: put it into one.")
     if not images or not texts or (len(images) != len(texts) and 1 not in (len(images), len(texts))):
         raise UserError(
             f"found {len(images)} image(s) and {len(texts)} prompt(s), expected as many of each, or one of either: add "
@@ -109,27 +117,31 @@ def _pairs(images: Sequence[str], texts: Sequence[str]) -> tuple[list[str], list
     for text in texts:
         check_prompt(text, "the prompt")
     count = max(len(images), len(texts))
-    return tuple(list(given) * (count if len(given) == 1 else 1) for given in (images, texts))
+    return _repeated(images, count), _repeated(texts, count)
 
 
-def _wording(config: ConfigDict) -> tuple[str, str]:
-    """The template of a run's prompts, and what becomes of special tokens in them; rows of JSONL are whole prompts."""
+def _repeated(values: Sequence[str], count: int) -> list[str]:
+    return list(values) * (count if len(values) == 1 else 1)
+
+
+def _prompt_settings(config: ConfigDict) -> tuple[str, str]:
+    """Returns a run's prompt template and its treatment of special tokens; rows of JSONL are whole prompts."""
     template = "{question}" if config.data.get("name") == "jsonl" else config.data.get("prompt", "{question}")
     return template, config.data.get("special_tokens", "refuse")
 
 
-def _prompt_rows(words: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:
-    """Tokens and masks of prompts, all as long as the longest."""
-    longest = max(len(words.encode(prefix)) for prefix in prefixes) + 1 + len(words.separator_ids)
-    return [make_example(words, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
+def _prompt_rows(tokenizer: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:
+    """Returns tokens and masks of prompts, all padded to the length of the longest."""
+    longest = max(len(tokenizer.encode(prefix)) for prefix in prefixes) + 1 + len(tokenizer.separator_ids)
+    return [make_example(tokenizer, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
 
 
 def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:
-    """An image file as the model takes it, float32 [I, I, 3]. Raises UserError."""
-    name = cut(file, _PATH) if is_text(file) and file.isprintable() else quoted(file)
+    """Returns an image file as model input, float32 [I, I, 3]. Raises UserError."""
+    name = cut(file, _MAX_NAME) if is_text(file) and file.isprintable() else quoted(file)
     try:
         data = Path(file).expanduser().read_bytes()
-    except (OSError, ValueError, TypeError, RuntimeError) as error:  # no such file, or no name that a file can have
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # no such file, or a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{name} cannot be read ({reason}): correct --image.") from error
     try:

@@ -1,6 +1,6 @@
-"""What a SigLIP sees in pictures of single objects: their colour, shape, material and size, zero-shot.
+"""Zero-shot recognition of the attributes of single objects by a SigLIP: colour, shape, material and size.
 
-Axes: N pictures, E of an embedding.
+Axes: N images, E of an embedding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,17 @@ def attribute_hits(
     images: Float[np.ndarray, "N E"],
     objects: Sequence[Mapping[str, str]],
 ) -> dict[str, Bool[np.ndarray, " n"]]:
-    """By attribute, for the pictures that have a right answer, whether the model finds it the likeliest.
+    """Returns, by attribute, whether the model ranks the right value first, for the images that have a right value.
 
     Args:
       images: embeddings.
-      objects: of each picture what is right: attribute to value, such as {"color": "red"}; those left out do not count.
+      objects: the right values of each image: attribute to value, such as {"color": "red"}; attributes that are left
+        out are not scored.
     """
-    found = {}
+    hits = {}
     for name, templates in TEMPLATES.items():
         values = list(ATTRIBUTES[name])
-        asked = [row for row, item in enumerate(objects) if name in item]
-        scores = images[asked] @ zero_shot.class_embeddings(model, tokenizer, values, templates).T
-        found[name] = scores.argmax(1) == np.array([values.index(objects[row][name]) for row in asked], int)
-    return found
+        rows = [row for row, item in enumerate(objects) if name in item]
+        scores = images[rows] @ zero_shot.class_embeddings(model, tokenizer, values, templates).T
+        hits[name] = scores.argmax(1) == np.array([values.index(objects[row][name]) for row in rows], int)
+    return hits

@@ -1,6 +1,6 @@
-"""Zero-shot classification of image files by a SigLIP or a CLIP: `predict.py --class=cat --class=dog`."""
+"""Classifies image files zero-shot with a SigLIP or a CLIP: `predict.py --class=cat --class=dog`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from paligemma_jax.loading import is_run, load, load_run, run_config
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 
-BATCH = 32  # images embedded at once
+BATCH = 32  # images per batch
 
 
 def classify(
@@ -31,54 +31,56 @@ def classify(
     tokenizer: str | Path | None = None,
     dtype: str | None = None,
     checkpoint: str = "best",
-    told=None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> Float[np.ndarray, "N C"]:
-    """How likely each class is for each image file.
+    """Returns the likelihood of each class for each image file.
 
     Args:
-      images: files, N of them.
-      classes, templates: see zero_shot.class_embeddings; a prompt ensemble has several templates. None: of a few-shot
-        run that which it was tuned with, else the class alone.
-      model: a SigLIP or CLIP that `pg.load` reads, the workdir of a run too.
-      tokenizer: its folder or file; None is what lies beside the model.
-      config: of a run, where it is to differ from its config.json.
+      images: N files.
+      classes, templates: see zero_shot.class_embeddings; a prompt ensemble has several templates. None: the template
+        that a few-shot run was tuned with, else the bare class name.
+      model: a SigLIP or CLIP that `pg.load` reads, or the workdir of a run.
+      tokenizer: its folder or file; None uses the one beside the model.
+      config: the run's config, if it should differ from config.json.
       dtype: compute dtype, float32 if None.
-      checkpoint: of a run.
-      told: called with images done and images in all.
+      checkpoint: which checkpoint of a run.
+      on_progress: called with the number of images done and the total.
 
     Returns:
-      Of a SigLIP the sigmoid of every pair's logit: each class on its own, no need to add to one. Of a CLIP the softmax
-      over the classes. float32.
+      For a SigLIP, the sigmoid of every pair's logit: classes are independent and need not sum to one. For a CLIP, the
+      softmax over the classes. float32.
 
     Raises:
-      UserError: no dual encoder, no class, an image that cannot be read, or texts that learned prompts would spoil.
+      UserError: not a dual encoder, no class, an image that cannot be read, or texts that learned prompts would cut.
     """
     if not images:
         raise UserError("no image is given to classify: add --image.")
     if is_run(model):
         config = config or run_config(model)
         config.compute_dtype = dtype or "float32"
-        encoder, template = load_run(model, config, checkpoint), config.get("template", "{}")  # of a few-shot run
+        encoder, template = load_run(model, config, checkpoint), config.get("template", "{}")  # set by few-shot runs
     else:
         options = {"which": checkpoint} if checkpoint != "best" else {}
         encoder, template = load(model, dtype or "float32", **options), "{}"
     if not isinstance(encoder, DualEncoder):
-        raise UserError(f"{model} is no SigLIP or CLIP, which classes are compared with: leave them out, or give one.")
-    words = load_text_tokenizer(tokenizer or model, encoder.config.text.length)
-    words.fits(encoder.config.text.vocab_size)
+        raise UserError(f"{model} is no SigLIP or CLIP, expected one for --class: leave it out, or give such a one.")
+    text_tokenizer = load_text_tokenizer(tokenizer or model, encoder.config.text.length)
+    text_tokenizer.fits(encoder.config.text.vocab_size)
     templates = templates or (template,)
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
-    check_texts(encoder, words(prompts)[0])
-    texts = jnp.asarray(zero_shot.class_embeddings(encoder, words, classes, templates))
-    logits = []
+    check_texts(encoder, text_tokenizer(prompts)[0])
+    texts = jnp.asarray(zero_shot.class_embeddings(encoder, text_tokenizer, classes, templates))
+    preprocessing = encoder.config.preprocessing
+    assert preprocessing is not None, "models that are loaded have a preprocessing"
+    batches = []
     for start in range(0, len(images), BATCH):
         part = [images[min(index, len(images) - 1)] for index in range(start, start + min(BATCH, len(images)))]
-        pixels = np.stack([read_pixels(str(file), encoder.config.preprocessing) for file in part])
-        logits.append(np.asarray(_logits(encoder, pixels, texts)))
-        if told is not None:
-            told(min(start + BATCH, len(images)), len(images))
-    found = jnp.asarray(np.concatenate(logits)[: len(images)])
-    return np.asarray(jax.nn.softmax(found) if encoder.logit_bias is None else jax.nn.sigmoid(found))
+        pixels = np.stack([read_pixels(str(file), preprocessing) for file in part])
+        batches.append(np.asarray(_logits(encoder, jnp.asarray(pixels), texts)))
+        if on_progress is not None:
+            on_progress(min(start + BATCH, len(images)), len(images))
+    logits = jnp.asarray(np.concatenate(batches)[: len(images)])
+    return np.asarray(jax.nn.softmax(logits) if encoder.logit_bias is None else jax.nn.sigmoid(logits))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
-"""What predict.py prints: one line an answer, or an image with the likelihood of each class.
+"""Formats the output of predict.py: one line per answer, or per image with the likelihood of each class.
 
-Used for base models by predict.py itself and for runs by their tasks (`Task.predict`). `flags` are those of predict.py
-by name.
+predict.py calls it for base models, and tasks call it for runs (`Task.predict`). `flags` are those of predict.py by
+name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,14 @@ _ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 
 
 def answer_lines(flags: Mapping[str, Any], **places: Any) -> Iterator[str]:
-    """Answers every (image, prompt) pair.
+    """Yields one line per (image, prompt) pair with the answer.
 
     Args:
-      flags: images and prompts, and how tokens are picked.
-      places: `model`, or `workdir` and `config`, of answer.predict.
+      flags: images, prompts and sampling options.
+      places: `model`, or `workdir` and `config`, as for answer.predict.
 
     Raises:
-      UserError: classes, or a file to draw into; as answer.predict.
+      UserError: classes or an output file are given; as answer.predict.
     """
     if flags["class"]:
         raise UserError(
@@ -40,18 +40,18 @@ def answer_lines(flags: Mapping[str, Any], **places: Any) -> Iterator[str]:
 
 
 def class_lines(flags: Mapping[str, Any], model: str, config: ConfigDict | None = None) -> Iterator[str]:
-    """The likelihood of every class, one line an image.
+    """Yields one line per image with the likelihood of every class.
 
     Args:
       flags: images, classes and templates.
       model: a SigLIP or a CLIP, or the workdir of a run.
-      config: of the run, with what the command line changes.
+      config: the run's config with the changes of the command line.
 
     Raises:
-      UserError: prompts, no class, or a file to draw into; as classify.classify.
+      UserError: prompts, no class, or an output file; as classify.classify.
     """
     if flags["prompt"]:
-        raise UserError(f"found {quoted(flags['prompt'][0])} beside --class, which goes without: leave one out.")
+        raise UserError(f"found {quoted(flags['prompt'][0])} beside --class, expected no prompt: leave one out.")
     if not flags["class"]:
         raise UserError("the model compares images with classes, and none is named: add --class.")
     refuse_out(flags)
@@ -63,6 +63,6 @@ def class_lines(flags: Mapping[str, Any], model: str, config: ConfigDict | None 
 
 
 def refuse_out(flags: Mapping[str, Any]) -> None:
-    """Raises UserError for a file to draw into."""
+    """Raises UserError if an output file is given, which only flow runs write."""
     if flags["out"] is not None:
         raise UserError(f"--out={flags['out']} is given, but only runs of configs/flow_clevr.py draw: leave it out.")

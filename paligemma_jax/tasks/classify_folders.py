@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     files = [file for group in found.values() for file in group]
     right = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
     with progress("classifying") as told:
-        options = dict(model=model, tokenizer=values.tokenizer, dtype=values.dtype, told=told)
+        options = dict(model=model, tokenizer=values.tokenizer, dtype=values.dtype, on_progress=told)
         scores = classify(files, list(found), values.template, **options)
     for name, value in accuracies(scores, right, list(found)).items():
         print(f"{name:>30}  {value:.4f}")

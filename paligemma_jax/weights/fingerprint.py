@@ -1,7 +1,7 @@
-"""Which base a run's adapters belong to: a digest of the files that hold its weights, kept in the workdir.
+"""Digests of a base's weight files, kept in the workdir to identify the base that a run's adapters belong to.
 
-The files are digested, not the arrays: so the digest is the same for every dtype, image size, process and device. A
-base that was saved again (other shards, another format) counts as another one.
+Files are digested, not arrays, so the digest is the same for every dtype, image size, process and device. A base that
+was saved again (in other shards or another format) has another digest.
 """
 
 import hashlib
@@ -17,38 +17,38 @@ from train_jax.core.errors import UserError
 from train_jax.core.files import write_atomically
 
 FILE = "base.json"
-WHOLE = 64 << 20  # bytes: a file up to this size is read whole, of a larger one as much, in pieces at even distances
+WHOLE = 64 << 20  # bytes: files up to this size are read whole, larger ones in evenly spaced pieces of this total size
 PIECE = 64 << 10
 
 
 def base_digest(path: str | Path) -> str:
-    """SHA-256 of a base's weight files, in 64 hexadecimal digits; of "random:..." that of the name.
+    """Returns the SHA-256 of a base's weight files, 64 hexadecimal digits; for "random:...", that of the name.
 
-    Of a file above 64 MiB its size and 1024 pieces of 64 KiB count, the first and the last among them: training
-    changes every array, and what it changes is everywhere.
+    Of a file above 64 MiB, its size and 1024 pieces of 64 KiB are digested, the first and the last among them: training
+    changes every array, and almost every part of it.
 
     Raises:
-      UserError: no model there.
+      UserError: no model at `path`.
     """
     files = weight_files(path)
     return _digest(files) if files else hashlib.sha256(str(path).encode()).hexdigest()
 
 
 def adapter_digest(path: str | Path) -> str:
-    """As `base_digest`, of the folder of adapters that a run went on from.
+    """Returns the digest of the adapters that a run continued from; see `base_digest`.
 
     Raises:
-      UserError: no adapters there.
+      UserError: no adapters at `path`.
     """
     folder = open_peft(path).arrays
     return _digest([folder.path / CONFIG, *folder.files])
 
 
 def model_digest(path: str | Path) -> str:
-    """As `base_digest`, of a model that may be the workdir of a run.
+    """Returns the digest of a model that may be the workdir of a run; see `base_digest`.
 
     Raises:
-      UserError: no model there.
+      UserError: no model at `path`.
     """
     checkpoints = Path(path).expanduser() / "checkpoints"
     if not checkpoints.is_dir():
@@ -61,7 +61,7 @@ def _digest(files: list[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{size} bytes\n".encode())
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             for start in _starts(size):
                 stream.seek(start)
                 digest.update(stream.read(PIECE))
@@ -81,7 +81,7 @@ def write_digest(
     vision: str | Path | None = None,
     siglip: str | Path | None = None,
 ) -> None:
-    """Notes in a workdir what its run is made of: base, adapters to go on from, whose tower, whose texts."""
+    """Writes the digests of a run's inputs into its workdir: base, adapters, vision tower, and SigLIP for texts."""
     noted: dict = {} if path is None else {"path": str(path), "sha256": base_digest(path)}
     if adapter is not None:
         noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
@@ -100,10 +100,10 @@ def check_digest(
     vision: str | Path | None = None,
     siglip: str | Path | None = None,
 ) -> None:
-    """Compares a base, adapters, a tower and a SigLIP with those noted in a workdir; passes where none are noted.
+    """Compares a base, adapters, a tower and a SigLIP with the digests in a workdir, as far as it has these.
 
     Raises:
-      UserError: they are others.
+      UserError: one of them has changed.
     """
     file = workdir / FILE
     if not file.is_file():
@@ -121,9 +121,9 @@ def check_digest(
         _compare(workdir, "on the texts of", noted["siglip"], siglip, model_digest(siglip), "siglip")
 
 
-def _compare(workdir: Path, what: str, noted: dict, path: str | Path | None, found: str, key: str) -> None:
-    if found != noted["sha256"]:
+def _compare(workdir: Path, relation: str, noted: dict, path: str | Path | None, digest: str, key: str) -> None:
+    if digest != noted["sha256"]:
         raise UserError(
-            f"{workdir} was trained {what} at {noted['path']} (sha256 {noted['sha256'][:12]}...), found another at "
-            f"{path} ({found[:12]}...), expected the same: set {key} to it."
+            f"{workdir} was trained {relation} at {noted['path']} (sha256 {noted['sha256'][:12]}...), found another at "
+            f"{path} ({digest[:12]}...), expected the same: set {key} to it."
         )

@@ -1,7 +1,8 @@
-"""Declarative name tables: one row a leaf, read in both directions, every key accounted for on both sides.
+"""Name tables between our parameter paths and another format's array names, for reading and writing.
 
-A row says where a leaf of ours lives in the other format and how the array is laid out there. Templates contain `{i}`
-where the other format stores one array a layer; ours always stacks layers on the leading axis.
+A row gives the name of a leaf in the other format and the array's layout there. Every key must be accounted for on both
+sides. Templates contain `{i}` where the other format stores one array per layer; ours always stacks layers on the
+leading axis.
 """
 
 import dataclasses
@@ -19,19 +20,19 @@ from train_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Our path, their name (template), and the layout on their side.
+    """Our path, their name (a template), and the layout of their array.
 
-    Layouts, for a leaf of ours of one layer, kernels being shaped [in..., out...]:
+    Layouts, for one layer of a leaf; our kernels have shape [in..., out...]:
       "same"      equal
       "flat"      a vector (torch's biases) for our [N, H]
-      "linear"    torch's Linear weight (out, in), the kernel's `contracted` leading axes being the input
+      "linear"    torch's Linear weight (out, in); the kernel's first `contracted` axes are the input
       "conv"      torch's Conv2d weight (out, in, kh, kw) for our [kh, kw, in, out]
       "heads_in"  big_vision's [N, D, H] for our [D, N, H]
-      "row"       an axis of size 1 in front
-      "token"     two axes of size 1 in front
-    `part` picks one of `parts` leaves of ours that share an array there: by the index of a leading axis (big_vision's
-    kv and gating einsums), or where `packed`, one behind another on the first axis (torch's in_proj).
-    `dtype` is kept whatever dtype the model is read in, as codes need it; None where it is cast.
+      "row"       an additional leading axis of size 1
+      "token"     two additional leading axes of size 1
+    `part` selects one of `parts` leaves of ours that share an array there: by the index of a leading axis (big_vision's
+    kv and gating einsums), or, if `packed`, by its section of the first axis (torch's in_proj).
+    `dtype` is kept whatever dtype the model is read in, as for quantised codes; None means that it is cast.
     """
 
     ours: str
@@ -44,14 +45,14 @@ class Row:
     dtype: str | None = None
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape on their side of a leaf that is `shape` here, with those that share the array."""
+        """Returns the shape of their array for a leaf of `shape`, with the leaves that share the array."""
         stored = self._own_shape(shape)
         if self.part is None:
             return stored
         return (self.parts * stored[0], *stored[1:]) if self.packed else (self.parts, *stored)
 
     def _own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the leaf alone."""
+        """Returns the shape on their side of the leaf alone."""
         if self.layout == "linear":
             inputs, outputs = shape[: self.contracted], shape[self.contracted :]
             return math.prod(outputs), math.prod(inputs)
@@ -63,10 +64,10 @@ class Row:
         return tuple(shape[axis] for axis in axes) if axes else tuple(shape)
 
     def read(self, array: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
-        """Their array of one layer as ours of `shape`; `where` (file and name) is for the message.
+        """Converts their array of one layer to ours of `shape`; `where` (file and name) is for the message.
 
         Raises:
-          UserError: it has another shape; axes of size 1 do not count.
+          UserError: it has another shape; axes of size 1 are ignored.
         """
         expected = self.stored_shape(shape)
         if [n for n in array.shape if n != 1] != [n for n in expected if n != 1]:
@@ -86,7 +87,7 @@ class Row:
         return array.reshape(shape)
 
     def write(self, array: np.ndarray) -> np.ndarray:
-        """Our array of one layer in their layout (without joining parts)."""
+        """Converts our array of one layer to their layout, without joining parts."""
         if self.layout == "linear":
             return array.reshape(self._own_shape(array.shape)[::-1]).T
         if self.layout == "conv":
@@ -97,41 +98,45 @@ class Row:
 
 
 @runtime_checkable
-class Source(Protocol):
-    """A checkpoint's arrays by their names there; nothing is read before it is asked for."""
+class ArraySource(Protocol):
+    """A checkpoint's arrays by their names there; each is read when it is asked for."""
 
     path: Path
 
     def names(self) -> set[str]:
-        """Every array the checkpoint has."""
+        """Returns the names of all arrays of the checkpoint."""
+        ...
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype of an array, without reading it."""
+        """Returns the dtype of an array, without reading it."""
+        ...
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One whole array."""
+        """Returns one whole array."""
+        ...
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
-        """The slices of an array's first axis, one after another, so that they need not be in memory together."""
+        """Yields the slices of an array's first axis, so that they need not be in memory together."""
+        ...
 
 
-# One layer of a leaf of ours to what takes its place, by path; None where the leaf stays as it is.
+# Maps one layer of a leaf of ours to the arrays that replace it, by path; None leaves it unchanged.
 Transform = Callable[[str, np.ndarray], Mapping[str, np.ndarray] | None]
 
 
 def stacked(path: str) -> bool:
-    """Whether one of our paths has a leading layer axis."""
+    """Returns whether one of our paths has a leading layer axis."""
     return "layers" in path.split("/")
 
 
 def check_names(
     rows: Iterable[Row], names: Iterable[str], shapes: Mapping[str, jax.ShapeDtypeStruct], source: str
 ) -> None:
-    """Accounts for every key of both sides, before anything is read.
+    """Checks, before any array is read, that every key is accounted for on both sides.
 
     Args:
       rows: the table of this family.
-      names: every key the source has.
+      names: every key of the source.
       shapes: our abstract parameters by path.
       source: file or folder, for the message.
 
@@ -142,8 +147,8 @@ def check_names(
     unknown = sorted(set(shapes) - set(table))
     if unknown:
         raise ValueError(f"the name table has no row for {unknown}.")
-    wanted = {name for path, leaf in shapes.items() for name in _names_of(table[path], leaf.shape)}
-    missing, unused = sorted(wanted - names), sorted(names - wanted)
+    expected = {name for path, leaf in shapes.items() for name in _names_of(table[path], leaf.shape)}
+    missing, unused = sorted(expected - names), sorted(names - expected)
     if missing or unused:
         raise UserError(
             f"{source} does not match the model: missing {listed(missing)}; not used {listed(unused)}. "
@@ -153,23 +158,24 @@ def check_names(
 
 def read_rows(
     rows: Iterable[Row],
-    source: Source,
+    source: ArraySource,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     dtype,
     transform: Transform | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads every leaf of `shapes` by the table, layer by layer into stacked arrays, one leaf at a time.
 
-    At no time is more held than the leaf that is being built and one layer of it, so a caller who places each leaf
-    as it comes needs little more than the model. Leaves without layers, the large word table among them, come first,
-    when the least is held already.
+    At any time, only the leaf being built and one layer of it are in memory, so a caller that places each leaf as it
+    comes needs little more than the model. Leaves without layers, such as the large word embedding, come first, when
+    the fewest leaves are in memory.
 
     Args:
       rows: the table of this family; its names are those of `source` (see `check_names`).
       source: the checkpoint.
-      shapes: our abstract parameters by path, as the checkpoint holds them.
-      dtype: dtype to cast to, where a row does not keep its own.
-      transform: makes one or several leaves of each layer of one (quantisation, say); theirs are stacked likewise.
+      shapes: our abstract parameters by path, as stored in the checkpoint.
+      dtype: dtype to cast to, unless a row has its own.
+      transform: turns each layer of a leaf into one or several leaves (for example by quantisation), which are stacked
+        too.
 
     Yields:
       Path and array.
@@ -179,26 +185,26 @@ def read_rows(
     """
     table = {row.ours: row for row in rows}
     for path in sorted(shapes, key=stacked):
-        layers, kept = _read_leaf(table[path], source, shapes[path].shape), table[path].dtype or dtype
+        layers, target = _read_leaf(table[path], source, shapes[path].shape), table[path].dtype or dtype
         depth = shapes[path].shape[0] if stacked(path) else None
         out: dict[str, np.ndarray] = {}
         for i, layer in enumerate(layers):
-            parts = transform(path, np.asarray(layer, kept)) if transform else None
+            parts = transform(path, np.asarray(layer, target)) if transform else None
             for name, part in ({path: layer} if parts is None else parts).items():
                 if i == 0:
                     shape = part.shape if depth is None else (depth, *part.shape)
-                    out[name] = _aligned_empty(shape, kept if parts is None else part.dtype)
+                    out[name] = _aligned_empty(shape, target if parts is None else part.dtype)
                 out[name][... if depth is None else i] = part
         yield from out.items()
 
 
 def _names_of(row: Row, shape: tuple[int, ...]) -> list[str]:
-    """The names of a leaf's arrays on their side."""
+    """Returns the names of a leaf's arrays on their side."""
     return [row.theirs.format(i=i) for i in range(shape[0])] if "{i}" in row.theirs else [row.theirs]
 
 
-def _read_leaf(row: Row, source: Source, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A leaf's layers one by one, or the one array of a leaf without layers."""
+def _read_leaf(row: Row, source: ArraySource, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yields a leaf's layers one by one, or the one array of a leaf without layers."""
     names, where = _names_of(row, shape), f"{source.path}: "
     if "{i}" in row.theirs:
         for name in names:
@@ -219,7 +225,7 @@ def _read_leaf(row: Row, source: Source, shape: tuple[int, ...]) -> Iterator[np.
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array that starts on a cache line: such a one JAX adopts on CPU, where it would copy another."""
+    """Returns an array aligned to a cache line, which JAX adopts on CPU; it copies unaligned arrays."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
@@ -230,27 +236,27 @@ def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 def write_rows(
     rows: Iterable[Row], params: Mapping[str, jax.Array | np.ndarray], target: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every leaf under its name on the other side, a leaf at a time; one array a layer where the template says so.
+    """Yields every leaf under its name on the other side, one at a time; one array per layer if the template says so.
 
     Args:
       rows: the table of this family.
       params: our arrays by path.
-      target: what is being written, for the message.
+      target: the file or folder to be written, for the message.
 
     Yields:
       Name and array there; leaves that share one array there are joined.
 
     Raises:
-      UserError: arrays that the table does not know: adapters, or a quantised kernel.
+      UserError: arrays that the table does not have: adapters, or a quantised kernel.
     """
     sharing: dict[str, list[Row]] = {}
     for row in rows:
         sharing.setdefault(row.theirs, []).append(row)
-    known = {row.ours for group in sharing.values() for row in group}
-    if set(params) != known:
+    paths = {row.ours for group in sharing.values() for row in group}
+    if set(params) != paths:
         raise UserError(
-            f"{target} holds the plain parameters of a whole model, but found {listed(sorted(set(params) - known))} "
-            f"beside them and {listed(sorted(known - set(params)))} missing: merge adapters and dequantize kernels."
+            f"{target} holds the plain parameters of a whole model, but found {listed(sorted(set(params) - paths))} "
+            f"beside them and {listed(sorted(paths - set(params)))} missing: merge adapters and dequantize kernels."
         )
     for name, group in sharing.items():
         arrays = [np.asarray(params[row.ours]) for row in sorted(group, key=lambda row: row.part or 0)]
@@ -264,7 +270,7 @@ def write_rows(
 
 
 def _join(group: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
-    """One layer on their side, of the leaves of ours that it holds."""
+    """Returns one layer of their array, joined from the leaves of ours that it holds."""
     parts = [group[0].write(array) for array in arrays]
     if group[0].part is None:
         return parts[0]
@@ -272,14 +278,14 @@ def _join(group: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """A few names and how many more."""
+    """Formats the first names of a list and the number of the others."""
     if not names:
         return "nothing"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def count_layers(names: Iterable[str], template: str) -> int:
-    """How many layers a file holds, from the highest `{i}` of a template (a regular expression but for `{i}`)."""
+    """Returns the number of layers in a file: one plus the highest `{i}` of a template (else a regular expression)."""
     pattern = re.compile(template.replace("{i}", r"(\d+)"))
-    found = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
-    return max(found, default=-1) + 1
+    indices = [int(match[1]) for name in names if (match := pattern.fullmatch(name))]
+    return max(indices, default=-1) + 1

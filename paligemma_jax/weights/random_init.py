@@ -1,4 +1,4 @@
-"""Models of random weights and of a released model's sizes, "random:3b-224", to measure memory and speed with."""
+"""Models with random weights and the sizes of a released model ("random:3b-224"), to measure memory and speed."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,37 +19,37 @@ Finish = Callable[[nnx.Module], nnx.Module]
 def random_arrays(
     config: Config, finish: Finish, places: Mapping[str, jax.sharding.Sharding | None], seed: int = 0
 ) -> Arrays:
-    """Random parameters by path, made where they are to lie.
+    """Returns random parameters by path, created with their final sharding.
 
-    Layers are drawn and finished one after another, so what is needed beside the result does not grow with the depth.
+    Layers are drawn and finished one after another, so the temporary memory does not grow with the depth.
 
     Args:
       config: of the model.
-      finish: what is done to a new model, in place (quantisation, or nothing), layer by layer.
+      finish: applied to a new model in place, layer by layer (quantisation, or nothing).
       places: sharding of every leaf of the finished model, None for the default device.
       seed: of the weights.
     """
     arrays = {}
     for draw in draws(config, finish):
-        made = jax.eval_shape(draw, jax.random.key(seed))
-        arrays |= jax.jit(draw, out_shardings={path: places[path] for path in made})(jax.random.key(seed))
+        drawn = jax.eval_shape(draw, jax.random.key(seed))
+        arrays |= jax.jit(draw, out_shardings={path: places[path] for path in drawn})(jax.random.key(seed))
     return arrays
 
 
 def draws(config: Config, finish: Finish) -> list[Callable[[jax.Array], Arrays]]:
-    """Functions of a key that draw parts of a model, for `jax.jit`: what has no layers, and each tower's layers."""
+    """Returns functions of a key, for `jax.jit`, that draw the leaves without layers, and each tower's layers."""
     depths = {tower: getattr(config, tower).depth for tower in _towers(config)}
     towers = [functools.partial(_layers, config, finish, tower, depth) for tower, depth in depths.items()]
     return [functools.partial(_others, config, finish), *towers]
 
 
 def _towers(config: Config) -> tuple[str, str]:
-    """What has layers: the config's field, and the path."""
+    """Returns the names of the towers with layers, in the config and in paths."""
     return "vision", "text" if isinstance(config, DualEncoderConfig) else "decoder"
 
 
 def _layers(config: Config, finish: Finish, tower: str, depth: int, key: jax.Array) -> Arrays:
-    """The stacked leaves of one tower."""
+    """Draws the stacked leaves of one tower."""
 
     def layer(key: jax.Array) -> Arrays:
         arrays = _one_layer(config, finish, key)
@@ -59,11 +59,11 @@ def _layers(config: Config, finish: Finish, tower: str, depth: int, key: jax.Arr
 
 
 def _others(config: Config, finish: Finish, key: jax.Array) -> Arrays:
-    """The leaves that have no layers."""
+    """Draws the leaves that have no layers."""
     return {path: array for path, array in _one_layer(config, finish, key).items() if not stacked(path)}
 
 
 def _one_layer(config: Config, finish: Finish, key: jax.Array) -> Arrays:
-    """A model of one layer a tower; the compiler leaves out what a caller does not use."""
+    """Draws a model with one layer per tower; the compiler drops the leaves that a caller does not use."""
     config = config.replace(**{tower: dict(depth=1) for tower in _towers(config)})
     return param_tree.flatten(finish(whole_model(config, nnx.Rngs(key))))

@@ -1,9 +1,10 @@
-"""`pg.load`: one function that reads a model from wherever it lies."""
+"""Reads models from checkpoints of all formats (`load`, behind `pg.load`)."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,11 @@ from paligemma_jax.weights.tokenizer_files import check_added_tokens
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
+M = TypeVar("M", bound=nnx.Module)
 DTYPES = ("float32", "bfloat16", "float16")
 RANDOM = "random:"
 POSITIONS = "vision/position_embedding"
-WORDS = "decoder/embed_tokens/embedding"
+EMBEDDING = "decoder/embed_tokens/embedding"
 OFF_AT_ZERO = ("attn_softcap", "final_softcap", "sliding_window")  # big_vision writes 0.0 for none
 
 
@@ -54,26 +56,28 @@ def load(
     shardings: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None] | None = None,
     **decoder,
 ) -> PaliGemma | DualEncoder | ViT | Gemma:
-    """Reads a PaliGemma, SigLIP or CLIP, layer by layer: beside what is in place already, a host holds the leaf that is
-    being stacked (a kernel of all layers, or the word table) and one layer of it.
+    """Reads a PaliGemma, SigLIP or CLIP layer by layer.
+
+    While loading, a host holds the leaves placed so far, the leaf being stacked (a kernel of all layers, or the word
+    embedding) and one layer of it.
 
     Args:
       path: a folder as transformers saves it, "hf://owner/name" (needs huggingface_hub), a big_vision `.npz` file, a
         folder that `save_orbax` wrote, "tiny" or "tiny-siglip" (these ship with this package), or "random:3b-224" or
-        "random:siglip-b16-224" for random weights of a variant's sizes (models.paligemma.variant,
-        models.dual_variants). "file.npz:img" and "file.npz:llm" are one tower, returned as a ViT or a Gemma.
+        "random:siglip-b16-224" for random weights of a variant's sizes (models.paligemma.variant, models.variants).
+        "file.npz:img" and "file.npz:llm" give one tower, as a ViT or a Gemma.
       dtype: compute dtype, float32, bfloat16 or float16.
-      image_size: pixels a side, where it should differ from the checkpoint's: the learned positions are resampled
-        with the kernel of the checkpoint's family (big_vision bilinear, transformers bicubic).
-      param_dtype: dtype the weights are kept in, `dtype` when None.
+      image_size: pixels a side, if not the checkpoint's: the learned positions are resampled with the kernel of the
+        checkpoint's family (big_vision bilinear, transformers bicubic).
+      param_dtype: dtype of the parameters, `dtype` if None.
       remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
         models.stack.scan_stack.
-      vocab_size: rows of the word table, where they should differ from the checkpoint's (257,152 in big_vision, 257,216
-        in transformers): the last are cut off, or added as the mean of all others, whose logit is never the largest.
-      quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels on the way, see adapt.quantize.quantize;
-        the result is the same.
-      shardings: where a leaf goes, from its path and shape (None: the default device); it is placed there directly.
-      decoder: GemmaConfig fields that an npz cannot tell (attn_softcap, final_softcap, sliding_window, rope_theta,
+      vocab_size: rows of the word embedding, if not the checkpoint's (257,152 in big_vision, 257,216 in transformers):
+        the last rows are removed, or rows are added with the mean of all others, whose logit is never the largest.
+      quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels while loading, with the same result as
+        adapt.quantization.quantize.quantize.
+      shardings: maps a leaf's path and shape to its sharding (None: the default device); it is placed there directly.
+      decoder: GemmaConfig fields that an npz does not have (attn_softcap, final_softcap, sliding_window, rope_theta,
         query_scale).
 
     Returns:
@@ -81,9 +85,9 @@ def load(
 
     Raises:
       UserError: no such file or folder, another format, an unknown dtype or remat, an image size that is no multiple
-        of the patch size, or arrays that do not match the model; nothing is half loaded.
+        of the patch size, or arrays that do not match the model; no partly loaded model is returned.
     """
-    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    both: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
     _check_options(both, vocab_size)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
@@ -92,7 +96,7 @@ def load(
     checkpoint = _open(path, decoder)
     stored = checkpoint.config.replace(both=both)
     config = _changed(stored, image_size, vocab_size)
-    _check_words(checkpoint.source.path, config)
+    _check_vocabulary(checkpoint.source.path, config)
     shapes = param_tree.abstract(nnx.eval_shape(lambda: checkpoint.build(stored)))
     check_names(checkpoint.rows, checkpoint.names, shapes, str(checkpoint.source.path))
     model = nnx.eval_shape(lambda: _quantized(checkpoint.build(config), codec))
@@ -100,7 +104,8 @@ def load(
     arrays = {}
     for name, array in read_rows(checkpoint.rows, checkpoint.source, shapes, jnp.dtype(both["param_dtype"]), transform):
         array = _fitted(name, array, stored, config)
-        arrays[name] = placed(array, shardings(name, array) if shardings else None)
+        leaf = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        arrays[name] = placed(array, shardings(name, leaf) if shardings else None)
     return param_tree.assign(model, arrays)
 
 
@@ -116,11 +121,12 @@ def new(
     block_size: int = 64,
     double: bool = False,
 ) -> PaliGemma | DualEncoder | ViT | Gemma:
-    """A model as `load` returns it, but with random weights: only sizes are read, so that `nnx.eval_shape` of it makes
-    a model of shapes out of nothing but the checkpoint's config (or an npz's headers). Arguments and errors as of
-    `load`.
+    """Returns a model like `load`, but with random weights.
+
+    Only sizes are read: under `nnx.eval_shape` it needs nothing but the checkpoint's config (or an npz's headers).
+    Arguments and errors: see `load`.
     """
-    both = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    both: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
     _check_options(both, None)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
@@ -129,15 +135,15 @@ def new(
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
 
 
-def _check_words(place: Path, config: Config) -> None:
-    """Refuses a folder that adds words to its tokenizer which the table lacks; rows beyond its words are padding."""
+def _check_vocabulary(place: Path, config: Config) -> None:
+    """Refuses a folder whose tokenizer adds tokens beyond the embedding's rows; further rows are padding."""
     if place.is_dir():
         text = config.text if isinstance(config, DualEncoderConfig) else config.decoder
         check_added_tokens(place, text.vocab_size)
 
 
 def _check_options(both: dict, vocab_size: int | None) -> None:
-    """Refuses values that no model can have."""
+    """Refuses options with invalid values."""
     for kind in (both["dtype"], both["param_dtype"]):
         if kind not in DTYPES:
             raise UserError(f"the dtype is {kind!r}, expected one of {', '.join(DTYPES)}: choose one of these.")
@@ -149,7 +155,7 @@ def _check_options(both: dict, vocab_size: int | None) -> None:
 
 
 def stored_dtype(path: str | Path) -> str:
-    """The dtype that a checkpoint's weights are stored in, or float32 where it is none that models compute in."""
+    """Returns the dtype that a checkpoint's weights are stored in, or float32 if models do not compute in it."""
     if str(path).startswith(RANDOM):
         return "float32"
     checkpoint = _open(path, {})
@@ -158,15 +164,16 @@ def stored_dtype(path: str | Path) -> str:
 
 
 def _fitted(path: str, array: np.ndarray, stored: Config, config: Config) -> np.ndarray:
-    """A leaf for the image size and the vocabulary that are asked for; of one tower, paths lack the tower's name."""
+    """Returns a leaf at the image size and vocabulary of `config`; paths in a single tower lack the tower's name."""
     if POSITIONS.endswith(path) and config.vision.grid != stored.vision.grid:
+        assert config.preprocessing is not None, "checkpoints with a vision tower have a preprocessing"
         method = "bilinear" if config.preprocessing.source == "big_vision" else "bicubic"
         first, patches = np.split(array.astype("float32"), [int(config.vision.class_token)])
         return np.concatenate([first, resample_positions(patches, config.vision.grid, method)]).astype(array.dtype)
-    if isinstance(config, DualEncoderConfig):
+    if isinstance(config, DualEncoderConfig) or isinstance(stored, DualEncoderConfig):
         return array
     extra = config.decoder.vocab_size - stored.decoder.vocab_size
-    if WORDS.endswith(path) and extra:
+    if EMBEDDING.endswith(path) and extra:
         if extra < 0:
             return array[:extra]
         mean = array.mean(axis=0, dtype=np.float32).astype(array.dtype)
@@ -175,18 +182,18 @@ def _fitted(path: str, array: np.ndarray, stored: Config, config: Config) -> np.
 
 
 def placed(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The array on its devices; on a CPU nothing is copied where it can be adopted."""
+    """Places an array on its devices; on a CPU it is adopted without a copy if possible."""
     if sharding is not None and not sharding.is_fully_addressable:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.device_put(array, sharding)
 
 
-def _quantized(model: nnx.Module, codec: tuple[str, int, bool] | None) -> nnx.Module:
-    return quantization.quantize(model, *codec) if codec else model
+def _quantized(model: M, codec: tuple[str, int, bool] | None) -> M:
+    return cast(M, quantization.quantize(model, *codec)) if codec else model
 
 
 def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
-    """Quantises a layer of each kernel that `model`, quantised in the abstract, has quantised."""
+    """Returns a transform that quantises the kernels which are quantised in `model`, layer by layer."""
     kind, block_size, double = codec
     inputs = {
         f"{path}/kernel": len(module.in_shape)
@@ -204,9 +211,9 @@ def _quantizer(model: nnx.Module, codec: tuple[str, int, bool]) -> Transform:
 
 
 def _random(
-    path: str, image_size: int | None, vocab_size: int | None, both: dict, codec, shardings
+    path: str, image_size: int | None, vocab_size: int | None, both: dict[str, Any], codec, shardings
 ) -> PaliGemma | DualEncoder:
-    """A new model of a variant's sizes, made where it is to lie, layer by layer."""
+    """Returns a new model of a variant's sizes, created layer by layer with its final sharding."""
     name = path.removeprefix(RANDOM)
     try:
         config = variants.variant(name) if name.startswith(("siglip", "clip")) else variant(name)
@@ -220,7 +227,7 @@ def _random(
 
 
 def _open(path: str | Path, decoder: dict) -> Checkpoint:
-    """The checkpoint at a path, opened by the reader of its format."""
+    """Opens the checkpoint at a path with the reader of its format."""
     file, _, tower = str(path).rpartition(":") if ".npz:" in str(path) else (path, "", "")
     place = _place(file)
     if place.is_file():
@@ -231,7 +238,7 @@ def _open(path: str | Path, decoder: dict) -> Checkpoint:
 
 
 def _with_decoder(config: Config, decoder: dict, place: Path) -> Config:
-    """The config with the decoder's fields changed."""
+    """Returns the config with the decoder's fields changed."""
     if not isinstance(config, DualEncoderConfig):
         return config.replace(decoder=decoder)
     if decoder:
@@ -240,7 +247,7 @@ def _with_decoder(config: Config, decoder: dict, place: Path) -> Config:
 
 
 def _place(path: str | Path) -> Path:
-    """The folder or the .npz file."""
+    """Returns the folder or the .npz file."""
     if hub.is_remote(path):
         return hub.download(path)
     place = local(path)
@@ -253,7 +260,7 @@ def _place(path: str | Path) -> Path:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The files that hold a model's weights; none for "random:...".
+    """Returns the files that hold a model's weights; none for "random:...".
 
     Raises:
       UserError: as `load`.
@@ -267,21 +274,25 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def _changed(config: Config, image_size: int | None, vocab_size: int | None) -> Config:
-    """The same model for another image size and vocabulary."""
+    """Returns the model's config for another image size and vocabulary."""
     if vocab_size is not None and isinstance(config, DualEncoderConfig):
-        raise UserError(f"vocab_size is {vocab_size}, but the model is a dual encoder, whose words stay: leave it out.")
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the model is a dual encoder, whose vocabulary is fixed: leave it out."
+        )
     if image_size is not None and image_size != config.vision.image_size:
         config = _resized(config, image_size)
-    return config if vocab_size is None else config.replace(decoder=dict(vocab_size=vocab_size))
+    if vocab_size is None or isinstance(config, DualEncoderConfig):
+        return config
+    return config.replace(decoder=dict(vocab_size=vocab_size))
 
 
 def _resized(config: Config, image_size: int) -> Config:
-    """The same model for another image size."""
+    """Returns the model's config for another image size."""
     patch = config.vision.patch_size
     if image_size < 1 or image_size % patch:
         raise UserError(
             f"image_size is {image_size}, expected a multiple of the patch size {patch}: choose "
             f"{max(image_size // patch, 1) * patch}, say."
         )
-    vision = dict(image_size=image_size)
-    return dataclasses.replace(config.replace(vision=vision), preprocessing=config.preprocessing.at(image_size))
+    preprocessing = config.preprocessing and config.preprocessing.at(image_size)
+    return dataclasses.replace(config.replace(vision=dict(image_size=image_size)), preprocessing=preprocessing)

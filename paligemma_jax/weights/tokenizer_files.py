@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a checkpoint: copied as they are, completed where transformers needs more."""
+"""Copies the tokenizer's files beside a checkpoint, and adds what transformers also needs."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from train_jax.core.errors import UserError
 
 MODEL = "tokenizer.model"
 SIGLIP_MODEL = "spiece.model"
-OF_PALIGEMMA = re.compile(r"<(image|loc\d{4}|seg\d{3})>")  # what its tokenizer has beside a table of any size
-# What transformers has written beside the weights of PaliGemma, SigLIP and CLIP over its releases.
+OF_PALIGEMMA = re.compile(r"<(image|loc\d{4}|seg\d{3})>")  # tokens that PaliGemma's tokenizer always adds
+# Files that transformers has written beside the weights of PaliGemma, SigLIP and CLIP over its releases.
 FILES = (
     *(MODEL, SIGLIP_MODEL, JSON, CONFIG, "vocab.json", "merges.txt"),
     *(SPECIAL, ADDED, "generation_config.json"),
@@ -25,38 +25,38 @@ FILES = (
 
 
 def tokenizer_files(source: str | Path) -> list[Path]:
-    """The tokenizer's files of a shipped model, a folder, beside a .npz, or a SentencePiece file itself; [] if none."""
+    """Returns the tokenizer files of a shipped model, a folder, beside a .npz, or a SentencePiece file; [] if none."""
     place = local(source)
     if place.name in (MODEL, SIGLIP_MODEL) and place.is_file():
         return [place]
     if not place.exists():
         return []
     folder = place if place.is_dir() else place.parent
-    found = [folder / name for name in FILES if (folder / name).is_file()]
-    return found if {file.name for file in found} & {MODEL, SIGLIP_MODEL, JSON} else []
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    return files if {file.name for file in files} & {MODEL, SIGLIP_MODEL, JSON} else []
 
 
-def check_added_tokens(folder: Path, words: int) -> None:
-    """Refuses tokens that a folder's files add beyond a word table of so many rows.
+def check_added_tokens(folder: Path, rows: int) -> None:
+    """Refuses tokens that a folder's files add beyond a word embedding with `rows` rows.
 
-    Pieces of the tokenizer itself, and PaliGemma's marks for images, places and segments, are not looked at: a task
-    does that for the tokenizer that it uses.
+    The tokenizer's own pieces, and PaliGemma's tokens for images, locations and segments, are not checked: a task
+    checks the tokenizer that it uses.
 
     Raises:
-      UserError: the first of them.
+      UserError: the first such token.
     """
-    first = max(words, _num_pieces(folder))
+    first = max(rows, _num_pieces(folder))
     for token in read_added_tokens(folder).values():
         if token.id >= first and not OF_PALIGEMMA.fullmatch(token.content):
             raise UserError(
                 f"{folder} adds the token {token.content!r} = {token.id} to its tokenizer, expected ids below the "
-                f"{words:,} rows of the word table: give the weights that belong to it, or of a PaliGemma load them "
+                f"{rows:,} rows of the word embedding: give the weights that belong to it, or of a PaliGemma load them "
                 f"with vocab_size={token.id + 1}."
             )
 
 
 def _num_pieces(folder: Path) -> int:
-    """Words of a folder's tokenizer without those that are added; 0 if it has none."""
+    """Returns the number of pieces of a folder's tokenizer, without added tokens; 0 if it has none."""
     if (file := folder / MODEL).is_file():
         return SentencePieces(file.read_bytes(), str(file)).size
     return JsonPieces(file).size if (file := folder / JSON).is_file() else 0
@@ -70,21 +70,21 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     """
     _copy(source, folder)
     if not (folder / CONFIG).exists() and (folder / MODEL).exists():
-        config = tokenizer_config(load_tokenizer(folder))  # from here on transformers takes added tokens from it alone
-        if (folder / JSON).exists():  # the tiny model's: read as it is, and not as Gemma's BPE
+        config = tokenizer_config(load_tokenizer(folder))  # which is all that transformers reads added tokens from
+        if (folder / JSON).exists():  # the tiny model's, which is not a BPE as Gemma's
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         _write_config(folder, config)
 
 
 def copy_text_tokenizer(source: str | Path, folder: Path, length: int = 64) -> None:
-    """Likewise of a dual encoder whose texts have `length` tokens. A SigLIP 1's file is called as transformers does."""
+    """Copies a dual encoder's, for texts of `length` tokens. SigLIP 1's model file gets its name in transformers."""
     _copy(source, folder)
-    words = load_text_tokenizer(folder)
-    if words.file.name == MODEL and words.pad_id == words.eos_id:  # beside a big_vision file
-        words = dataclasses.replace(words, file=words.file.replace(folder / SIGLIP_MODEL))
-    if not (folder / CONFIG).exists() and words.file.name != JSON:
-        (folder / JSON).unlink(missing_ok=True)  # the classes below make their own of the pieces
-        _write_config(folder, text_tokenizer_config(words, length))
+    tokenizer = load_text_tokenizer(folder)
+    if tokenizer.file.name == MODEL and tokenizer.pad_id == tokenizer.eos_id:  # beside a big_vision file
+        tokenizer = dataclasses.replace(tokenizer, file=tokenizer.file.replace(folder / SIGLIP_MODEL))
+    if not (folder / CONFIG).exists() and tokenizer.file.name != JSON:
+        (folder / JSON).unlink(missing_ok=True)  # the classes below build their own from the pieces
+        _write_config(folder, text_tokenizer_config(tokenizer, length))
 
 
 def _copy(source: str | Path, folder: Path) -> None:
@@ -95,7 +95,7 @@ def _copy(source: str | Path, folder: Path) -> None:
         )
     if any(file.parent.resolve() == folder.resolve() for file in files):
         return
-    for name in FILES:  # of another tokenizer, which would be read along
+    for name in FILES:  # files of another tokenizer would be read together with the new ones
         (folder / name).unlink(missing_ok=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
@@ -105,9 +105,9 @@ def _write_config(folder: Path, values: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def text_tokenizer_config(words: TextTokenizer, length: int) -> dict[str, Any]:
-    """What transformers must know beside the SentencePiece model of a SigLIP 1 or 2."""
-    if words.pad_id == words.eos_id:
+def text_tokenizer_config(tokenizer: TextTokenizer, length: int) -> dict[str, Any]:
+    """Returns the tokenizer_config.json for the SentencePiece model of a SigLIP 1 or 2."""
+    if tokenizer.pad_id == tokenizer.eos_id:
         marks = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
         return {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True, "model_max_length": length, **marks}
     return {
@@ -124,7 +124,7 @@ def text_tokenizer_config(words: TextTokenizer, length: int) -> dict[str, Any]:
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers must know beside Gemma's SentencePiece model: special tokens, locations and segments."""
+    """Returns the tokenizer_config.json for Gemma's SentencePiece model: special tokens, locations and segments."""
     image = tokenizer.image_id
     plain = [tokenizer.loc(i) for i in range(1024)] + [tokenizer.seg(i) for i in range(128)]
     special = [tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id, image]

@@ -26,7 +26,7 @@ SMALL = PaliGemmaConfig(
 
 
 def our_layout(stored, patches):
-    """A batch stored by transformers (NCHW images, image placeholders in the text) as our model takes it."""
+    """Converts a batch stored by transformers (NCHW images, image placeholders in the text) to our model's inputs."""
     text = {name: stored[name][:, patches:] for name in ("input_ids", "token_type_ids", "attention_mask", "labels")}
     labels = np.concatenate([text["labels"][:, 1:], np.full_like(text["labels"][:, :1], -100)], axis=1)
     return SimpleNamespace(
@@ -103,9 +103,9 @@ def small_config():
 
 
 def randomised(model, seed=0):
-    """An abstract module with all leaves drawn: kernels of unit gain, no bias or scale at its initial value.
+    """Fills an abstract module with random leaves: kernels of unit gain, no bias or scale at its initial value.
 
-    Drawn by numpy, since compiling a module's own initialisers takes longer than most tests.
+    Numpy draws them, as compiling a module's own initialisers takes longer than most tests.
     """
     rng = np.random.default_rng(seed)
     fan_in = {f"{path}/kernel": math.prod(module.in_shape) for path, module in projections(model).items()}

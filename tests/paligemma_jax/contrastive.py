@@ -10,7 +10,7 @@ from train_jax.parallel.sharding import make_mesh
 
 
 def counted_and_positive(zimg, ztxt, mask=None, text_ids=None, image_ids=None, valid=None):
-    """Which pairs count, and which belong together, [B, T]."""
+    """Returns which pairs count and which are positive, [B, T]."""
     images, texts = zimg.shape[0], ztxt.shape[0]
     positive = np.kron(np.eye(images, dtype=bool), np.ones((1, texts // images), bool))
     counted = np.ones((images, texts), bool) if mask is None else np.array(mask)

@@ -115,12 +115,12 @@ def task_of(options: dict, config: str = CLEVR):
 
 
 def prepared_scenes(options: dict) -> Path:
-    """The tree that the scenes of a run are read from."""
+    """Returns the tree that the scenes of a run are read from."""
     return synthetic_folder(config_of(options).data) / "prepared"
 
 
 def mistake(capsys, options: dict, workdir: Path, *more: str, config: str = CLEVR, main=train.main) -> str:
-    """The one sentence that a command line ends with; its exit status is 2."""
+    """Returns the sentence that a failing command line ends with; its exit status is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command_line.run(main, arguments(workdir, options, *more, config=config))
@@ -169,7 +169,7 @@ def save_small_siglip(make_random, folder: Path) -> Path:
 
 
 def png(seed: int) -> bytes:
-    """A picture of noise."""
+    """An image of noise."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 24, 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -177,7 +177,7 @@ def png(seed: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def mini_rows():
-    """Thirteen questions on five images, three of each but the last."""
+    """Thirteen questions about five images, three for each but the last."""
     questions = ("How many red cubes are there?", "What color is the large sphere?", "Is there a small thing?")
     answers = ("2", "red", "yes")
     return Rows(

@@ -121,7 +121,7 @@ def test_every_public_function_that_takes_a_callable_or_a_model_is_listed():
 
 
 @pytest.mark.parametrize("name", PALIGEMMA | DUAL)
-def test_weights_are_those_of_the_call(name, make_random):
+def test_jitted_functions_use_the_weights_of_the_call(name, make_random):
     kind, config = (PaliGemma, MINI) if name in PALIGEMMA else (DualEncoder, CONFIG)
     model = make_random(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     case = (PALIGEMMA | DUAL)[name]

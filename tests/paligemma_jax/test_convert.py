@@ -1,4 +1,4 @@
-"""The command that converts checkpoints: every direction, runs, dtypes, and mistakes."""
+"""The command that converts checkpoints: every direction, runs, dtypes, and errors."""
 
 import numpy as np
 import pytest
@@ -107,11 +107,11 @@ def test_push_uploads_what_was_written(sources, tmp_path, monkeypatch, capsys):
         (["{npz}:img", "{new}", "--format=orbax"], "is one tower, expected a whole model"),
         (["{source}", "{new}", "--format=orbax", "--dtype=int8"], "dtype is 'int8'"),
         (["{source}", "{new}", "--fromat=orbax"], "fromat"),
-        (["{source}", "{new}", "--format=hugging_face", "--quantize=int8"], "expected orbax, which alone keeps it"),
+        (["{source}", "{new}", "--format=hugging_face", "--quantize=int8"], "expected orbax, which stores it"),
         (["{source}", "{new}", "--format=orbax", "--quantize=int3"], "quantize is 'int3', expected one of nf4"),
     ],
 )
-def test_mistakes_end_with_one_sentence_and_write_nothing(sources, tmp_path, capsys, arguments, sentence):
+def test_errors_are_one_sentence_and_write_nothing(sources, tmp_path, capsys, arguments, sentence):
     new = tmp_path / "new"
     filled = [
         argument.format(source=sources["hugging_face"], npz=sources["big_vision"], new=new) for argument in arguments

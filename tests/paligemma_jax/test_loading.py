@@ -34,7 +34,7 @@ def test_a_run_is_its_base_and_its_adapters(mini_run, mini_folder, which):
     assert not np.array_equal(saved(mini_run, 6)[next(iter(adapters))], saved(mini_run, 12)[next(iter(adapters))])
 
 
-def test_it_is_the_model_that_was_evaluated(mini_run, mini_options):
+def test_the_loaded_run_equals_the_evaluated_model(mini_run, mini_options):
     ours, theirs = pg.load(mini_run), loop.load_model(config_of(mini_options), mini_run)
     for path, array in param_tree.flatten(theirs).items():
         np.testing.assert_array_equal(param_tree.flatten(ours)[path], array, err_msg=path)
@@ -43,15 +43,15 @@ def test_it_is_the_model_that_was_evaluated(mini_run, mini_options):
         assert module.lora_scale == 32 / 8 and module.lora_dropout == 0.1
 
 
-def test_it_loads_wherever_it_was_trained(mini_run, tmp_path):
-    """A mesh that this machine does not have is no obstacle."""
+def test_a_run_loads_whatever_mesh_it_was_trained_on(mini_run, tmp_path):
+    """A mesh that this machine does not have does not matter."""
     (tmp_path / "checkpoints").symlink_to(mini_run / "checkpoints")
     config = json.loads((mini_run / "config.json").read_text())
     config["mesh"]["data"] = config["batch_size"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found, expected = (param_tree.flatten(pg.load(path, which="latest")) for path in (tmp_path, mini_run))
+    result, expected = (param_tree.flatten(pg.load(path, which="latest")) for path in (tmp_path, mini_run))
     np.testing.assert_array_equal(
-        found["decoder/layers/self_attn/q_proj/lora_b"], expected["decoder/layers/self_attn/q_proj/lora_b"]
+        result["decoder/layers/self_attn/q_proj/lora_b"], expected["decoder/layers/self_attn/q_proj/lora_b"]
     )
 
 
@@ -71,18 +71,18 @@ def test_dtype(mini_run):
         ({"image_size": 48}, "is a run, loaded with image_size, expected no such options"),
     ],
 )
-def test_what_a_run_does_not_have(mini_run, options, sentence):
+def test_options_that_a_run_lacks_are_refused(mini_run, options, sentence):
     with pytest.raises(UserError, match=sentence):
         pg.load(mini_run, **options)
 
 
-def test_what_is_a_run(mini_run, mini_folder, tmp_path):
+def test_is_run(mini_run, mini_folder, tmp_path):
     assert is_run(mini_run) and is_run(str(mini_run))
     assert not is_run(mini_folder) and not is_run(tmp_path)
 
 
 def test_a_moved_base_can_be_named(mini_run, mini_options, mini_folder, tmp_path):
-    """The path of the base is no part of the model."""
+    """The path of the base is not part of the model."""
     assert task_of(mini_options).default_split == "validation"
     moved = tmp_path / "moved"
     moved.symlink_to(mini_folder)

@@ -1,4 +1,4 @@
-"""The command that merges adapters: from a peft folder, from a run, mistakes; and runs written as peft folders."""
+"""The command that merges adapters: from a peft folder, from a run, errors; and runs written as peft folders."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_a_run(mini_run, tmp_path):
 
 
 def test_a_run_as_a_peft_folder(mini_run, mini_folder, tmp_path):
-    """What peft would open on the run's base is the run's model."""
+    """The folder that peft would open on the run's base gives the run's model."""
     convert.main(["convert", str(mini_run), str(tmp_path / "peft"), "--format=peft"])
     assert_same_arrays(pg.load(mini_folder, adapter=tmp_path / "peft"), pg.load(mini_run))
     shapes = {key: array.shape for key, array in load_file(tmp_path / "peft/adapter_model.safetensors").items()}
@@ -51,7 +51,7 @@ def test_a_run_as_a_peft_folder(mini_run, mini_folder, tmp_path):
     "arguments, sentence",
     [
         (["{base}"], "expected RUN_OR_BASE [--adapter=FOLDER] DST"),
-        (["{base}", "{new}"], "is no run of ours and has no adapters, expected --adapter=FOLDER"),
+        (["{base}", "{new}"], "is no run and has no adapters, expected --adapter=FOLDER"),
         (["{base}", "--adapter={new}", "{new}"], "holds no adapter_config.json"),
         (["{base}", "--adapter={adapter}", "{base}"], "exists already"),
         (
@@ -62,7 +62,7 @@ def test_a_run_as_a_peft_folder(mini_run, mini_folder, tmp_path):
         (["{base}", "--adapter={adapter}", "{new}", "--rank=8"], "rank"),
     ],
 )
-def test_mistakes_end_with_one_sentence_and_write_nothing(golden, tmp_path, capsys, arguments, sentence):
+def test_errors_are_one_sentence_and_write_nothing(golden, tmp_path, capsys, arguments, sentence):
     new = tmp_path / "new"
     places = {"base": golden / "hf_paligemma", "adapter": golden / "hf_peft_lora/adapter_qo", "new": new}
     with pytest.raises(SystemExit) as stopped:

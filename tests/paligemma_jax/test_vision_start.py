@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(scope="module")
 def dual(make_random):
-    """A SigLIP with the vision tower of the mini PaliGemma, in sizes; read-only."""
+    """A SigLIP whose vision tower has the sizes of the mini PaliGemma's; read-only."""
     text = TextConfig(31, 6, 16, 1, 24, 2)
     config = pg.DualEncoderConfig(MINI.vision, text, MINI.vision.width, preprocessing=Preprocessing.siglip(24))
     return make_random(nnx.eval_shape(lambda: pg.DualEncoder(config, rngs=nnx.Rngs(0))), seed=3)
@@ -89,7 +89,7 @@ def test_positions_are_resampled_for_another_image_size(dual, folder, mini_folde
     np.testing.assert_array_equal(model.vision.position_embedding[...], expected)
 
 
-def test_what_does_not_fit_is_told_in_one_sentence(golden, mini_folder, folder):
+def test_towers_that_do_not_match_are_refused(golden, mini_folder, folder):
     model = pg.load(mini_folder)
     refused(
         "has patch_size 8 instead of 12, .*, expected that of the model", pg.with_vision, model, golden / "hf_siglip"
@@ -125,14 +125,14 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 @pytest.fixture
 def other_images(folder, tmp_path):
-    """The SigLIP with images prepared in another way."""
+    """The SigLIP with another preprocessing."""
     place = shutil.copytree(folder, tmp_path / "other_images")
     file = place / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | IMAGENET))
     return place
 
 
-def test_preprocessing_travels_with_the_tower(other_images, dual, mini_folder, tmp_path):
+def test_the_preprocessing_is_copied_with_the_tower(other_images, dual, mini_folder, tmp_path):
     model = pg.with_vision(pg.load(mini_folder, image_size=36), other_images)
     prepared = model.config.preprocessing
     assert (prepared.mean, prepared.std, prepared.method) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
@@ -153,13 +153,13 @@ def test_tasks_prepare_images_as_the_tower_needs_them(other_images, mini_options
 def test_a_new_models_config_has_the_towers_preprocessing(other_images):
     for name in ("tiny", "random:siglip-tiny"):
         config = nnx.eval_shape(lambda name=name: new(name)).config
-        found = vision_config_of(config, str(other_images)).preprocessing
-        assert (found.mean, found.size) == ((0.485, 0.456, 0.406), 96)
+        result = vision_config_of(config, str(other_images)).preprocessing
+        assert (result.mean, result.size) == ((0.485, 0.456, 0.406), 96)
         assert vision_config_of(config, None) == config
 
 
 class Contrastive(Task):
-    """As little of a task as `pg.load` of a workdir needs: `init` returns the DualEncoder itself."""
+    """The minimal task that `pg.load` of a workdir needs: `init` returns the DualEncoder itself."""
 
     @staticmethod
     def defaults():

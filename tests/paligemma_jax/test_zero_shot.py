@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval, against what is worked out by hand."""
+"""Zero-shot classification and retrieval, compared with results computed by hand."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def model(make_random):
 
 
 def tokenize(texts):
-    """Letters as tokens; everything may be read."""
+    """Letters as tokens, with a mask of all True."""
     tokens = np.array([[ord(letter) % 31 for letter in text.ljust(6)[-6:]] for text in texts], np.int32)
     return tokens, np.ones(tokens.shape, bool)
 
@@ -40,8 +40,8 @@ def unit(rows):
 
 
 def test_a_class_is_the_mean_of_its_prompts(model):
-    found = zero_shot.class_embeddings(model, tokenize, ("cube", "ball"), TEMPLATES)
-    for row, name in zip(found, ("cube", "ball"), strict=True):
+    result = zero_shot.class_embeddings(model, tokenize, ("cube", "ball"), TEMPLATES)
+    for row, name in zip(result, ("cube", "ball"), strict=True):
         tokens, mask = tokenize([template.format(name) for template in TEMPLATES])
         prompts = np.asarray(model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))[0])
         np.testing.assert_allclose(row, unit(prompts.mean(0)[None])[0], atol=1e-5)
@@ -55,8 +55,8 @@ def test_scores_are_cosines_of_images_and_classes(model):
     np.testing.assert_allclose(scores, embeds @ classes.T, atol=1e-5)
 
 
-def test_texts_and_images_are_embedded_by_programs_that_stay(model, monkeypatch):
-    """Traced at first; after that nothing of the model is run by Python. Any number of rows up to a power of two."""
+def test_texts_and_images_are_embedded_without_recompiling(model, monkeypatch):
+    """Traced once; then no Python of the model runs, for any number of rows up to a power of two."""
     images, traced = np.zeros((5, 12, 12, 3), np.float32), []
     for name in ("encode_text", "encode_image"):
         original = getattr(DualEncoder, name)
@@ -77,15 +77,15 @@ def test_any_number_of_texts_is_embedded(model):
 
 
 @pytest.mark.parametrize(
-    ("classes", "templates", "found"),
+    ("classes", "templates", "message"),
     [((), ("{}",), "0 classes"), (("cube",), ("a cube",), "'a cube'"), (("cube",), (), "'none'")],
 )
-def test_what_cannot_be_classified(model, classes, templates, found):
-    with pytest.raises(UserError, match=found):
+def test_invalid_classes_and_templates_are_refused(model, classes, templates, message):
+    with pytest.raises(UserError, match=message):
         zero_shot.class_embeddings(model, tokenize, classes, templates)
 
 
-def test_recall_of_ranks_known():
+def test_recall_of_known_ranks():
     """The right column is first, second and third; in the last row it ties with two others, which counts against it."""
     similarity = np.array([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [1, 1, 0, 1]])
     assert zero_shot.recall(similarity, np.array([0, 1, 2, 0]), (1, 2, 3)) == {1: 0.25, 2: 0.5, 3: 1.0}
@@ -94,13 +94,13 @@ def test_recall_of_ranks_known():
 def test_retrieval_both_ways():
     """Image 0 finds text 0, image 1 finds text 0 as well; of the texts, both find image 1."""
     images, texts = np.array([[1.0, 0], [2, 1]]), np.array([[1.0, 0], [0, 0.5]])
-    found = zero_shot.retrieval(images, texts)
-    assert found["image_to_text_r1"] == found["text_to_image_r1"] == found["mean_r1"] == 0.5
-    assert found["image_to_text_r5"] == found["text_to_image_r10"] == 1.0
+    result = zero_shot.retrieval(images, texts)
+    assert result["image_to_text_r1"] == result["text_to_image_r1"] == result["mean_r1"] == 0.5
+    assert result["image_to_text_r5"] == result["text_to_image_r10"] == 1.0
 
 
 def test_any_equal_caption_is_a_hit():
-    """Two pictures of a cat, two captions "a cat": the second picture is more like the first caption."""
+    """Two images of a cat, two captions "a cat": the second image is more similar to the first caption."""
     images = np.array([[1.0, 0, 0], [0.999, 0.0447, 0], [0, 1, 0], [0, 0, 1]])
     texts = np.eye(3)[[0, 0, 1, 2]]
     assert set(zero_shot.retrieval(images, texts).values()) == {1.0}
@@ -110,7 +110,7 @@ def test_any_equal_caption_is_a_hit():
 
 
 @pytest.mark.parametrize(
-    "images, texts, captions, found",
+    "images, texts, captions, message",
     [
         (np.eye(3), np.eye(3), ["a cat"], "3 pairs come with 1 captions"),
         (np.eye(3), np.eye(3)[:2], None, r"are \[3, 3\] and text embeddings \[2, 3\]"),
@@ -119,26 +119,26 @@ def test_any_equal_caption_is_a_hit():
         (np.ones((0, 3)), np.ones((0, 3)), None, r"are \[0, 3\] and"),
     ],
 )
-def test_what_is_no_pairs_is_refused(images, texts, captions, found):
-    """Of one caption for three pairs everything would be a hit."""
-    with pytest.raises(UserError, match=found):
+def test_embeddings_that_are_not_pairs_are_refused(images, texts, captions, message):
+    """With one caption for three pairs everything would be a hit."""
+    with pytest.raises(UserError, match=message):
         zero_shot.retrieval(images, texts, captions)
 
 
-def test_of_equal_captions_the_best_counts_and_wrong_ones_count_once():
+def test_equal_captions_count_once_with_their_best_rank():
     similarity = np.array([[0.1, 0.9, 0.5], [0.9, 0.1, 0.5], [0.6, 0.7, 0.5]])
     right = np.array([[True, True, False], [True, True, False], [False, False, True]])
     assert zero_shot.recall(similarity, right, (1, 2, 3)) == {1: 2 / 3, 2: 2 / 3, 3: 1.0}
 
 
-def test_a_text_tower_that_tells_nothing_apart_retrieves_nothing():
+def test_a_constant_text_tower_retrieves_nothing():
     images = np.random.default_rng(0).standard_normal((20, 4))
     for captions in (None, [f"caption {number}" for number in range(20)]):
-        found = zero_shot.retrieval(images, np.ones((20, 4)), captions)
-        assert found["image_to_text_r1"] == found["image_to_text_r10"] == 0
+        result = zero_shot.retrieval(images, np.ones((20, 4)), captions)
+        assert result["image_to_text_r1"] == result["image_to_text_r10"] == 0
 
 
-def test_what_is_not_a_number_is_never_found():
+def test_nan_is_never_a_hit():
     similarity = np.full((3, 3), np.nan)
     assert zero_shot.recall(similarity, np.arange(3), (1, 10)) == {1: 0, 10: 0}
 
@@ -169,7 +169,7 @@ def test_rows_of_weight_0_are_left_out(model):
     np.testing.assert_array_equal(some.texts, every.texts[[0, 2]])
 
 
-def test_calibration_worked_out():
+def test_calibration_computed_by_hand():
     """Two bins: of .1 and .3 one in two is true, of .9 and 1 all."""
     bins = zero_shot.calibration(np.array([0.1, 0.3, 0.9, 1.0]), np.array([False, True, True, True]), 2)
     np.testing.assert_allclose(bins.likely, [0.2, 0.95])
@@ -183,7 +183,7 @@ def test_empty_bins_add_nothing():
 
 
 def test_a_tokenizer_of_another_model_is_refused(model):
-    """Clamped ids would give plausible scores; inside jit an embedding beyond the table is not a number."""
+    """Clamped ids would give plausible scores; inside jit an id beyond the embedding gives NaN."""
 
     def other(texts):
         tokens, mask = tokenize(texts)

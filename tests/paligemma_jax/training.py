@@ -18,20 +18,20 @@ from train_jax.parallel import sharding
 from train_jax.step import placement, train_state, train_step
 from train_jax.system.memory import StepMemory, step_memory
 
-STEP = ("loss", "grad_norm", "learning_rate")  # what every task's step measures
+STEP = ("loss", "grad_norm", "learning_rate")  # metrics of every task's step
 # Adam divides by |gradient| + eps: with a small eps the first steps would blow up the rounding of tiny gradients.
 SMOOTH = {"optimizer.eps": 0.01, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
 SMOOTH |= {"optimizer.warmup_percent": None}
 
 
 def measured(task) -> tuple[str, ...]:
-    """Names of what a step measures."""
+    """Names of a step's metrics."""
     parts = consistency.parts(task.config.consistency)
     return ("good_rows", *(f"consistency_{part}" for part in parts), *STEP)
 
 
 def long_answers(count: int = 64) -> Rows:
-    """Rows, each with an image of its own, whose answers take from one word to six; one image is no image."""
+    """Rows, each with its own image, with answers of one to six words; one image cannot be decoded."""
     words = ("red", "cube", "small", "metal", "blue", "large")
     records = [
         Record(
@@ -44,7 +44,7 @@ def long_answers(count: int = 64) -> Rows:
 
 
 class Training:
-    """What train_jax.loop makes of a config, for rows given here."""
+    """The model, step and optimizer that train_jax.loop builds from a config, for given rows."""
 
     def __init__(self, options: dict, rows: Rows):
         self.options, self.task = options, task_of(options)
@@ -68,7 +68,7 @@ class Training:
         return self.batches.batch_at(step)
 
     def run(self, steps: int) -> list[dict[str, float]]:
-        """Makes so many steps; the means of each."""
+        """Runs a number of steps; returns the means of each."""
         found = []
         for step in range(steps):
             batch = sharding.to_global(self.batch(step), self.mesh, sharding.batch_sharding(self.mesh).spec)
@@ -87,7 +87,7 @@ class Training:
 
 
 def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: int, pixels: int = 24) -> StepMemory:
-    """Of the step that train_jax.loop compiles: gradients of the adapters, AdamW, guard; nothing is run or allocated.
+    """Plans the memory of the step that train_jax.loop compiles (adapter gradients, AdamW, guard) without running.
 
     The model is given as structure and shapes; a batch has `micro` micro-batches of `rows` rows.
     """
@@ -110,5 +110,5 @@ def planned_memory(task, graph: nnx.GraphDef, arrays: dict, micro: int, rows: in
 
 
 def largest_change(trained: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """Largest difference of any parameter."""
+    """Returns the largest difference of any parameter."""
     return max(float(np.abs(trained[path] - other[path]).max()) for path in other)

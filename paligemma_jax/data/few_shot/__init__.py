@@ -1,4 +1,4 @@
-"""Images of named classes, and the few of each that a model is tuned on."""
+"""Few-shot data sets: images of named classes, with a few training images of each."""
 
 from paligemma_jax.data.few_shot.dataset import Example, FewShot, by_class, drawing_order
 

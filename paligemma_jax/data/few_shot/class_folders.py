@@ -1,4 +1,4 @@
-"""Image files in a folder for each class, and their division into splits by a seed."""
+"""Reads image files in one folder per class, and divides them into splits by a seed."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.formats.picture_folders import ENDINGS, pictures_below
 
-SHARES = (0.5, 0.2)  # of a class's images for training and validation, as CoOp divides what comes undivided
+SHARES = (0.5, 0.2)  # of a class's images for training and validation, as CoOp divides data without splits
 
 
 def class_folders(folder: str | Path) -> dict[str, list[Path]]:
-    """The image files of a folder of class folders, by class; both in the order of their names.
+    """Returns the image files of a folder of class folders, by class; both sorted by name.
 
-    What is left out (hidden names, files that are no images or lie in no class folder) is logged, see
+    Skipped files (hidden names, files that are no images or are in no class folder) are logged, see
     train_jax.core.formats.picture_folders.
 
     Raises:
@@ -26,72 +26,75 @@ def class_folders(folder: str | Path) -> dict[str, list[Path]]:
     root = Path(folder).expanduser()
     below = pictures_below(root)
     if below.loose:
-        logging.warning("Of %s is left out: %d in no class folder (first: %s).", root, len(below.loose), below.loose[0])
-    found: dict[str, list[Path]] = {}
+        logging.warning("Skipped in %s: %d in no class folder (first: %s).", root, len(below.loose), below.loose[0])
+    classes: dict[str, list[Path]] = {}
     folders: dict[str, str] = {}
     for place, files in below.classes.items():
         name = place.replace("_", " ")
-        if name in found:
+        if name in classes:
             raise UserError(
-                f"{folder} holds {folders[name]!r} and {place!r}, both of the class {name!r}, expected one folder a "
+                f"{folder} holds {folders[name]!r} and {place!r}, both of the class {name!r}, expected one folder per "
                 "class: move their images into one."
             )
-        found[name], folders[name] = [root / file for file in files], place
-    if len(found) < 2:
+        classes[name], folders[name] = [root / file for file in files], place
+    if len(classes) < 2:
         raise UserError(
-            f"{folder} holds {len(found)} folder(s) with images ({', '.join(ENDINGS)}), expected one a class, two at "
-            "least: correct the path."
+            f"{folder} holds {len(classes)} folder(s) with images ({', '.join(ENDINGS)}), expected one per class, two "
+            "at least: correct the path."
         )
-    return found
+    return classes
 
 
 def read_class_folders(
     folder: str | Path, seed: int = 0, shares: tuple[float, float] = SHARES, cache: str | Path | None = None
 ) -> FewShot:
-    """A folder of class folders, each divided into train, val and test by seed and class; copies stay together.
+    """Returns a folder of class folders, each divided into train, val and test by seed and class.
+
+    Copies of an image are always in the same split.
 
     Args:
       folder: see `class_folders`.
-      seed: of the division; `coop.write_split_file` stores it.
-      shares: of a class's images that go to train and val, rounded; the rest is test. Train and test get one at least.
-      cache: folder that keeps digests of the images, by which copies are known; None computes them anew.
+      seed: of the division; `coop.write_split_file` stores the division.
+      shares: of a class's images for train and val, rounded; the others are for test. Train and test get at least one.
+      cache: folder that stores digests of the images, by which copies are found; None computes them anew.
 
     Raises:
-      UserError: as `class_folders`, and for a class of one image (or of copies of one), an image outside the folder (by
+      UserError: as `class_folders`, and for a class with one image (or copies of one), an image outside the folder (by
         a link), or shares that leave nothing for the test.
     """
     if min(shares) < 0 or not shares[0] or not sum(shares) < 1:
         raise UserError(f"the shares of train and val are {shares}, expected a sum below 1 and the first above 0.")
     root, splits = Path(folder).expanduser(), {"train": [], "val": [], "test": []}
-    found, whole = class_folders(root), root.resolve()
-    every = [file for files in found.values() for file in files]
-    away = next((path for path in (file.relative_to(root).as_posix() for file in every) if not inside(whole, path)), "")
-    if away:
+    classes, resolved = class_folders(root), root.resolve()
+    files_of_all = [file for files in classes.values() for file in files]
+    paths = (file.relative_to(root).as_posix() for file in files_of_all)
+    outside = next((path for path in paths if not inside(resolved, path)), None)
+    if outside is not None:
         raise UserError(
-            f"the image path {quoted(away)} leaves {folder} by a link, expected one within: copy the image there."
+            f"the image path {quoted(outside)} leaves {folder} by a link, expected one within: copy the image there."
         )
-    place = digests.place_of(cache, "folder", str(whole))
-    numbers = iter(digests.numbers(digests.keys(digests.of_files(every, place, "images"))).tolist())
-    split_of: dict[int, str] = {}  # by the number of a picture, which may have copies, perhaps in other classes
-    for label, (name, files) in enumerate(found.items()):
-        pictures = [next(numbers) for _ in files]
-        split_of = _divided(list(dict.fromkeys(pictures)), name, folder, seed, shares) | split_of
-        for file, picture in zip(files, pictures, strict=True):
-            splits[split_of[picture]].append(Example(file.relative_to(root).as_posix(), label))
-    return FewShot(whole.name, root, tuple(found), {name: tuple(sorted(rows)) for name, rows in splits.items()})
+    place = digests.place_of(cache, "folder", str(resolved))
+    numbers = iter(digests.numbers(digests.keys(digests.of_files(files_of_all, place, "images"))).tolist())
+    split_of: dict[int, str] = {}  # by image number, which copies share, perhaps in other classes
+    for label, (name, files) in enumerate(classes.items()):
+        images = [next(numbers) for _ in files]
+        split_of = _divided(list(dict.fromkeys(images)), name, folder, seed, shares) | split_of
+        for file, image in zip(files, images, strict=True):
+            splits[split_of[image]].append(Example(file.relative_to(root).as_posix(), label))
+    return FewShot(resolved.name, root, tuple(classes), {name: tuple(sorted(rows)) for name, rows in splits.items()})
 
 
-def _divided(pictures: list[int], name: str, folder, seed: int, shares: tuple[float, float]) -> dict[int, str]:
-    """The split of each of a class's pictures. Raises UserError for a single one."""
-    if len(pictures) < 2:
+def _divided(images: list[int], name: str, folder, seed: int, shares: tuple[float, float]) -> dict[int, str]:
+    """Returns the split of each of a class's images. Raises UserError for a single image."""
+    if len(images) < 2:
         raise UserError(f"the class {name!r} of {folder} has one image, expected two at least: add images.")
-    train = min(max(1, round(shares[0] * len(pictures))), len(pictures) - 1)
-    val = min(round(shares[1] * len(pictures)), len(pictures) - train - 1)
-    order = drawing_order(seed, f"split/{name}", len(pictures))
-    splits = ["train"] * train + ["val"] * val + ["test"] * (len(pictures) - train - val)
-    return {pictures[number]: split for number, split in zip(order, splits, strict=True)}
+    train = min(max(1, round(shares[0] * len(images))), len(images) - 1)
+    val = min(round(shares[1] * len(images)), len(images) - train - 1)
+    order = drawing_order(seed, f"split/{name}", len(images))
+    splits = ["train"] * train + ["val"] * val + ["test"] * (len(images) - train - val)
+    return {images[number]: split for number, split in zip(order, splits, strict=True)}
 
 
 def open_images(folder: str | Path, seed: int = 0, cache: str | Path | None = None) -> FewShot:
-    """A data set in CoOp's layout where its split file is there, else a folder of class folders. Raises UserError."""
+    """Opens a data set in CoOp's layout if it has a split file, else a folder of class folders. Raises UserError."""
     return read_coop(folder, cache=cache) if is_coop(folder) else read_class_folders(folder, seed, cache=cache)

@@ -1,7 +1,7 @@
-"""Images of named classes, and the few of each that a model is tuned on. Axes: C classes.
+"""Images of named classes, and random few-shot subsets of them. Axes: C classes.
 
-What is drawn is a function of the seed and of the class's own images, so it depends neither on the other classes nor
-on the order of a file; fewer shots are the beginning of more.
+The images drawn of a class are a function of the seed and of the class's own images, so they depend neither on the
+other classes nor on the order of a file; fewer shots are contained in more.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """A data set of images by class; a label is a place in `classes`.
+    """A data set of images by class; a label is a position in `classes`.
 
     Attributes:
       name: of the data set.
       root: folder that the images' paths are relative to.
-      classes: C names, as prompts say them.
-      splits: examples of "train", "val" and "test"; one that is left out is empty.
-      shots: training images of a class at most; None: all.
-      seed: that they were drawn with; None: nothing was drawn.
+      classes: C names, as used in prompts.
+      splits: examples of "train", "val" and "test"; a missing split is empty.
+      shots: largest number of training images per class; None: all.
+      seed: of the drawing; None if nothing was drawn.
       part: "all" of the data set's classes, the "base" ones or the "novel" ones.
 
     Raises:
-      UserError: two classes of a name, a label without a class, an image twice, or a path that leaves the root.
+      UserError: two classes of one name, a label without a class, an image twice, or a path that leaves the root.
     """
 
     name: str
@@ -62,12 +62,12 @@ class FewShot:
         _check_examples(self.name, examples, len(self.classes))
 
     def few_shot(self, shots: int, seed: int) -> "FewShot":
-        """The same with `shots` training images of each class (all where there are fewer), drawn by seed and class.
+        """Returns the data set with `shots` training images per class (all of a class with fewer), drawn by seed.
 
-        As in CoOp (Zhou et al. 2022) validation keeps min(shots, 4) of a class, and the test split stays whole.
+        As in CoOp (Zhou et al. 2022) validation gets min(shots, 4) images per class, and the test split stays whole.
 
         Raises:
-          UserError: no shots, a set that was drawn before, or a class without a training image.
+          UserError: no shots, a set that is already drawn, or a class without a training image.
         """
         if shots < 1 or self.shots is not None:
             raise UserError(
@@ -87,10 +87,10 @@ class FewShot:
         return dataclasses.replace(self, splits={**self.splits, **drawn}, shots=shots, seed=seed)
 
     def base_to_novel(self) -> tuple["FewShot", "FewShot"]:
-        """The first ceil(C / 2) classes and the others, labels counted from 0 in each (CoOp's SUBSAMPLE_CLASSES).
+        """Returns the first ceil(C / 2) classes and the others; labels count from 0 in each (CoOp's SUBSAMPLE_CLASSES).
 
         Raises:
-          UserError: a single class, or one half of the classes already.
+          UserError: a single class, or a data set that is already one half.
         """
         if len(self.classes) < 2 or self.part != ALL:
             raise UserError(
@@ -101,15 +101,15 @@ class FewShot:
         return self._part(BASE, 0, middle), self._part(NOVEL, middle, len(self.classes))
 
     def ordered(self, classes: Sequence[str]) -> "FewShot":
-        """The same with its classes in another order, which decides what `base_to_novel` takes for what.
+        """Returns the data set with its classes in another order, which determines the halves of `base_to_novel`.
 
         Raises:
-          UserError: other names than the classes have.
+          UserError: `classes` are not the names of the classes.
         """
         if sorted(classes) != sorted(self.classes):
             raise UserError(
                 f"an order of {len(classes)} classes was given for the {len(self.classes)} of {self.name}, expected "
-                "each of them once: mend the names."
+                "each of them once: correct the names."
             )
         places = {name: place for place, name in enumerate(classes)}
         splits = {
@@ -119,7 +119,7 @@ class FewShot:
         return dataclasses.replace(self, classes=tuple(classes), splits=splits)
 
     def renamed(self, names: Mapping[str, str]) -> "FewShot":
-        """The same with other names of its classes, in their order. Shots are drawn by name, so others are drawn.
+        """Returns the data set with new class names, in the same order. Shots depend on the names, so they change.
 
         Raises:
           UserError: a class without a new name, or two of one name.
@@ -133,18 +133,18 @@ class FewShot:
         return dataclasses.replace(self, classes=tuple(names[name] for name in self.classes))
 
     def only(self, *splits: str) -> "FewShot":
-        """The same without the other splits."""
+        """Returns the data set without the other splits."""
         return dataclasses.replace(self, splits={split: self.splits[split] for split in splits})
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the root, as JSON values; `from_dict` is the inverse."""
+        """Returns everything but the root as JSON values; `from_dict` is the inverse."""
         described = {"name": self.name, "part": self.part, "shots": self.shots, "seed": self.seed}
         splits = {split: [list(example) for example in examples] for split, examples in self.splits.items()}
         return described | {"classes": list(self.classes), "splits": splits}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], root: str | Path) -> "FewShot":
-        """Reads what `to_dict` wrote; images are below `root`. Raises UserError, as the class does."""
+        """Reads the output of `to_dict`; images are below `root`. Raises UserError, as the class does."""
         splits = {split: tuple(Example(*example) for example in values["splits"][split]) for split in SPLITS}
         described = {key: values[key] for key in ("name", "part", "shots", "seed")}
         return cls(root=Path(root), classes=tuple(values["classes"]), splits=splits, **described)
@@ -155,11 +155,11 @@ class FewShot:
         return fingerprint_of(**self.to_dict())
 
     def _drawn(self, split: str, count: int, seed: int) -> tuple[Example, ...]:
-        kept = []
+        examples = []
         for label, images in enumerate(by_class(self.splits[split], len(self.classes))):
             order = drawing_order(seed, f"{split}/{self.classes[label]}", len(images))
-            kept += [Example(images[place], label) for place in order[:count]]
-        return tuple(kept)
+            examples += [Example(images[place], label) for place in order[:count]]
+        return tuple(examples)
 
     def _part(self, part: str, first: int, end: int) -> "FewShot":
         splits = {
@@ -170,7 +170,7 @@ class FewShot:
 
 
 def by_class(examples: Iterable[Example], num_classes: int) -> list[list[str]]:
-    """The images of each class, sorted by path."""
+    """Returns the images of each class, sorted by path."""
     images: list[list[str]] = [[] for _ in range(num_classes)]
     for image, label in examples:
         images[label].append(image)
@@ -178,7 +178,7 @@ def by_class(examples: Iterable[Example], num_classes: int) -> list[list[str]]:
 
 
 def drawing_order(seed: int, name: str, count: int) -> np.ndarray:
-    """A permutation of `count` things by seed and name: by numpy's raw PCG64 numbers, stable across its releases."""
+    """Returns a permutation of `count` items by seed and name, from numpy's raw PCG64 outputs, which are stable."""
     raw = np.random.PCG64((seed, zlib.crc32(name.encode()))).random_raw(count)
     return np.argsort(raw, kind="stable")
 
@@ -186,9 +186,9 @@ def drawing_order(seed: int, name: str, count: int) -> np.ndarray:
 def _check_classes(name: str, classes: tuple[str, ...]) -> None:
     twice = [word for word, times in Counter(classes).items() if times > 1]
     if not classes or twice or not all(word.strip() and is_text(word) for word in classes):
-        found = f"{len(classes)} classes" + (f", of which {quoted(twice[0])} stands twice" if twice else "")
+        counted = f"{len(classes)} classes" + (f", of which {quoted(twice[0])} occurs twice" if twice else "")
         raise UserError(
-            f"{name} has {found}, expected different names, all of them text and none empty: mend the names."
+            f"{name} has {counted}, expected different names, all of them text and none empty: correct the names."
         )
 
 
@@ -196,7 +196,7 @@ def _check_examples(name: str, examples: list[Example], num_classes: int) -> Non
     times = Counter(image for image, _ in examples)
     for image, label in examples:
         if not 0 <= label < num_classes:
-            raise UserError(f"{name}: {image} has label {label}, expected 0 to {num_classes - 1}: mend the label.")
+            raise UserError(f"{name}: {image} has label {label}, expected 0 to {num_classes - 1}: correct the label.")
         path = PurePosixPath(image)
         if path.is_absolute() or ".." in path.parts or "\0" in image:
             raise UserError(
@@ -204,6 +204,6 @@ def _check_examples(name: str, examples: list[Example], num_classes: int) -> Non
             )
         if times[image] > 1:
             raise UserError(
-                f"{name}: {image} stands {times[image]} times in the splits, expected once, or what is tested on was "
+                f"{name}: {image} occurs {times[image]} times in the splits, expected once, as no test image may be "
                 "tuned on: remove all but one."
             )

@@ -1,8 +1,8 @@
 """Sentences about each class: from templates, or from a JSON object {class: [sentences]} that a language model wrote.
 
-For consistency with the frozen text encoder CoPrompt (Roy & Etemad 2024) draws one place in these lists for each step,
-the same for all classes. A place is `draw` (a function of the seed and the step) times the length of a class's list, so
-classes may have lists of different lengths.
+For consistency with the frozen text encoder CoPrompt (Roy & Etemad 2024) draws one position in these lists per step,
+the same for all classes. A position is `draw` (a function of the seed and the step) times the length of a class's list,
+so lists may differ in length.
 """
 
 import json
@@ -17,24 +17,21 @@ from paligemma_jax.data.row_texts import check_prompt, is_text
 from train_jax.core.errors import UserError, quoted
 
 _DRAWS = zlib.crc32(b"descriptions")
-_STEPS = 1 << 16  # the draw's values: float32 holds them, and their products with a length stay below it
-_NAMED = 3  # classes that a message names
+_STEPS = 1 << 16  # number of values of a draw, so that float32 is exact and a product with a length stays below it
+_MAX_NAMED = 3  # classes that a message names
 
 Sentences = tuple[tuple[str, ...], ...]
 
 
 def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentences:
-    """Every class in every template, by class.
+    """Returns every class in every template, by class.
 
     Raises:
-      UserError: no class, a template without {}, names or templates that are no whole characters, or one text in place
-        of a list.
+      UserError: no class, a template without {}, names or templates that are not text, or one text in place of a list.
     """
     for given in (classes, templates):
         if isinstance(given, str):
-            raise UserError(
-                f"classes or templates are the one text {quoted(given)}, expected several: give a list of it."
-            )
+            raise UserError(f"classes or templates are the one text {quoted(given)}, expected a list: put it into one.")
     for text in (*classes, *templates):
         check_prompt(text, "the class or template")
     wrong = [template for template in templates if template.count("{}") != 1]
@@ -47,55 +44,57 @@ def fill_templates(classes: Sequence[str], templates: Sequence[str]) -> Sentence
 
 
 def fill(template: str, name: str) -> str:
-    """A template with a name for its {}; other braces are text."""
+    """Returns a template with a name in place of its {}; other braces are text."""
     return template.replace("{}", name)
 
 
 def read_descriptions(file: str | Path, classes: Sequence[str]) -> Sentences:
-    """The sentences of each class, in the order of `classes`.
+    """Returns the sentences of each class, in the order of `classes`.
 
-    Further classes of the file are ignored. Names are compared without case, and with spaces for underscores.
+    Other classes of the file are ignored. Names are compared without case, and with spaces for underscores.
 
     Raises:
-      UserError: no such file, no object of lists of sentences, or a class that is missing (naming the first ones).
+      UserError: no such file, no object of lists of sentences, or missing classes (naming the first ones).
     """
     try:
         content = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}), expected {{class: [sentences]}}: mend it.") from None
+        raise UserError(
+            f"{file} cannot be read as JSON ({error}), expected {{class: [sentences]}}: correct it."
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object, expected {{class: [sentences]}}: mend it.")
-    found = {_key(name): sentences for name, sentences in content.items()}
-    missing = [name for name in classes if _key(name) not in found]
+        raise UserError(f"{file} holds no JSON object, expected {{class: [sentences]}}: correct it.")
+    sentences = {_key(name): values for name, values in content.items()}
+    missing = [name for name in classes if _key(name) not in sentences]
     if missing:
         raise UserError(
             f"{file} has no sentences about {len(missing)} of {len(classes)} classes ({_first(missing)}), expected a "
-            "list for each: have them written too."
+            "list for each: add them."
         )
-    wrong = [name for name in classes if not _is_list(found[_key(name)])]
+    wrong = [name for name in classes if not _is_list(sentences[_key(name)])]
     if wrong:
         raise UserError(
-            f"{file} has something else than a list of sentences, none of them empty, for {len(wrong)} of "
-            f"{len(classes)} classes ({_first(wrong)}): mend it."
+            f"{file} has no list of non-empty sentences for {len(wrong)} of "
+            f"{len(classes)} classes ({_first(wrong)}): correct it."
         )
-    return tuple(tuple(sentence.strip() for sentence in found[_key(name)]) for name in classes)
+    return tuple(tuple(sentence.strip() for sentence in sentences[_key(name)]) for name in classes)
 
 
 def write_descriptions(file: str | Path, sentences: Mapping[str, Sequence[str]]) -> None:
-    """Writes {class: [sentences]} for `read_descriptions`, to be read and changed by people."""
+    """Writes {class: [sentences]} for `read_descriptions`, indented for people to read and edit."""
     Path(file).write_text(json.dumps({k: list(v) for k, v in sentences.items()}, indent=1, ensure_ascii=False), "utf-8")
 
 
 def draw(seed: int, step: int) -> np.float32:
-    """A uniform number in [0, 1) for a step, a multiple of 2^-16."""
+    """Returns a uniform number in [0, 1) for a step, a multiple of 2^-16."""
     rng = np.random.Generator(np.random.PCG64((seed, _DRAWS, step)))
     return np.float32(int(rng.integers(_STEPS)) / _STEPS)
 
 
 def place(draw, lengths):
-    """Where in its list each class's sentence of the draw stands: floor(draw * length); numpy or JAX, int32 [C].
+    """Returns the position of each class's sentence in its list: floor(draw * length); numpy or JAX, int32 [C].
 
-    Equal for classes with lists of one length, and each place of a list equally likely (to 2^-16).
+    Classes with equally long lists have equal positions; each position of a list is equally likely (to 2^-16).
     """
     return (draw * lengths.astype(np.float32)).astype(np.int32)
 
@@ -105,7 +104,7 @@ def _key(name: str) -> str:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(quoted, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+    return ", ".join(map(quoted, names[:_MAX_NAMED])) + (", ..." if len(names) > _MAX_NAMED else "")
 
 
 def _is_list(value: Any) -> bool:

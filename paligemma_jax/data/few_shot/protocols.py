@@ -1,4 +1,4 @@
-"""What a few-shot result was measured on: the images a model was tuned on and those it was tested on, as one JSON file.
+"""Few-shot protocols: the images that a model is tuned on and those that it is tested on, stored as one JSON file.
 
 few_shot                tuned on k images of every class, tested on all test images of them
 base_to_novel           tuned on k images of the first half of the classes, tested on both halves, each on its own
@@ -26,7 +26,7 @@ class Protocol:
 
     Attributes:
       kind: one of KINDS.
-      tuned: drawn shots of train (and val).
+      tuned: the drawn shots of train (and val).
       tested: data sets with their test splits, by the name of their result.
 
     Raises:
@@ -47,17 +47,17 @@ class Protocol:
                 raise UserError(f"{data.name} ({name}) has no test images, expected one at least: add images.")
             if shared:
                 raise UserError(
-                    f"{min(shared)} of {data.name} is tuned on and tested on ({name}), expected other images: mend the "
-                    "splits."
+                    f"{min(shared)} of {data.name} is tuned on and tested on ({name}), expected other images: correct "
+                    "the splits."
                 )
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits, equal where tuned and tested images and classes are."""
+        """Sixteen hexadecimal digits that are equal if the tuned and tested images and classes are."""
         return fingerprint_of(**self._content())
 
     def to_json(self) -> str:
-        """The file's text; `read_protocol` is the inverse."""
+        """Returns the file's text; `read_protocol` is the inverse."""
         return json.dumps(self._content() | {"digest": self.digest})
 
     def _content(self):
@@ -66,33 +66,33 @@ class Protocol:
 
 
 def few_shot(data: FewShot, shots: int, seed: int) -> Protocol:
-    """Tuned on `shots` images of each class, tested on the test split. Raises UserError, as FewShot.few_shot."""
+    """Tunes on `shots` images of each class and tests on the test split. Raises UserError, as FewShot.few_shot."""
     return Protocol("few_shot", data.few_shot(shots, seed), {"test": data})
 
 
 def base_to_novel(data: FewShot, shots: int, seed: int) -> Protocol:
-    """Tuned on the base classes, tested on "base" and "novel", labels counted from 0 in each. Raises UserError."""
+    """Tunes on the base classes and tests on "base" and "novel"; labels count from 0 in each. Raises UserError."""
     base, novel = data.base_to_novel()
     return Protocol("base_to_novel", base.few_shot(shots, seed), {BASE: base, NOVEL: novel})
 
 
 def cross_dataset(source: FewShot, targets: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
-    """Tuned on all classes of a source, tested on it (by its name) and on the targets. Raises UserError."""
+    """Tunes on all classes of a source and tests on it (by its name) and on the targets. Raises UserError."""
     return Protocol("cross_dataset", source.few_shot(shots, seed), _with_source(source, targets))
 
 
 def domain_generalization(source: FewShot, shifted: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
-    """Tuned on a source, tested on it (by its name) and on sets that show its classes, or some, in other styles.
+    """Tunes on a source and tests on it (by its name) and on sets with its classes, or some, in other styles.
 
     Raises:
-      UserError: a shifted set has a class that the source has not.
+      UserError: a shifted set has a class that the source does not have.
     """
     for name, data in shifted.items():
         others = sorted(set(data.classes) - set(source.classes))
         if others:
             raise UserError(
-                f"{name} has {len(others)} classes that {source.name} has not (first: {quoted(others[0])}), expected "
-                "the same ones: rename them, or measure across data sets."
+                f"{name} has {len(others)} classes that {source.name} does not have (first: {quoted(others[0])}), "
+                "expected the same ones: rename them, or measure across data sets."
             )
     return Protocol("domain_generalization", source.few_shot(shots, seed), _with_source(source, shifted))
 
@@ -107,10 +107,10 @@ def _with_source(source: FewShot, others: Mapping[str, FewShot]) -> dict[str, Fe
 
 
 def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol:
-    """Reads what `to_json` wrote.
+    """Reads the output of `to_json`.
 
     Args:
-      roots: where the images of each data set are now, by its name (`FewShot.root`).
+      roots: the folder of each data set's images, by its name (`FewShot.root`).
 
     Raises:
       UserError: no such file, one that was changed (its digest differs), a missing root, or a path that leaves one.

@@ -1,4 +1,4 @@
-"""Rows of a few-shot data set: to tune on, with two random views of each image, and to test on. I pixels a side."""
+"""Rows of a few-shot data set: for tuning, with two random views of each image, and for testing. I pixels a side."""
 
 import hashlib
 import zlib
@@ -20,16 +20,20 @@ _VIEWS = zlib.crc32(b"views")
 
 
 class FewShotRecords:
-    """The examples of one split as records: the suffix is the class's name, the image's number the row's."""
+    """The examples of one split as records: the suffix is the class name, the image number the row number."""
 
     def __init__(self, data: FewShot, split: str):
         self.labels = np.array([label for _, label in data.splits[split]], np.int32)
         self._images, self._classes, self._root = [image for image, _ in data.splits[split]], data.classes, data.root
         self._identity = data.digest, split
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A hash of the rows, for which their images are read once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         images = digests.of_files([self._root / name for name in self._images], what="images").tobytes()
         data, split = self._identity
         return fingerprint_of(kind="few_shot", data=data, split=split, images=hashlib.sha256(images).hexdigest())
@@ -47,15 +51,15 @@ class FewShotRecords:
         return Record(image, name, index, "", self._classes[self.labels[index]])
 
     def image_numbers(self) -> np.ndarray:
-        """The rows' numbers."""
+        """Returns the row numbers."""
         return np.arange(len(self))
 
 
 class LabelledRows(GuardedSource):
-    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split, to test on.
+    """Rows {image uint8 [I, I, 3], label int32, weight, bad} of one split, for testing.
 
-    Images are as the model's preprocessing has them. Bad ones come with weight 0, see `GuardedSource`, of which the
-    keyword arguments and the errors are.
+    Images are resized by the model's preprocessing. Bad rows have weight 0; see `GuardedSource` for this, the keyword
+    arguments and the errors.
     """
 
     def __init__(
@@ -79,17 +83,17 @@ class LabelledRows(GuardedSource):
 class TunedRows(DataSource):
     """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
 
-    `image` is a view for the tuned branch, `image_augmented` another of the same picture for the frozen one; `draw`,
-    the same in all rows of a step, chooses the sentences (`descriptions.place`). All are functions of the seed, the
-    step and the row, whichever process or thread reads them, so that a resumed run sees the same; a row that is in a
-    step twice shows the same views twice.
+    `image` is a view for the tuned branch, `image_augmented` another view of the same image for the frozen branch;
+    `draw`, the same in all rows of a step, selects the sentences (`descriptions.place`). All are functions of the seed,
+    the step and the row, not of the process or thread, so a resumed run sees the same views; a row that is in a step
+    twice has the same views twice.
 
     Args:
       data: its training images.
       preprocessing: of the model.
-      tuned, frozen: how the views are drawn.
+      tuned, frozen: augmentations of the two branches.
       seed: of views and draws.
-      on_error, max_bad_fraction: see `GuardedSource`, as the errors.
+      on_error, max_bad_fraction: see `GuardedSource`, as for the errors.
     """
 
     def __init__(
@@ -108,14 +112,15 @@ class TunedRows(DataSource):
         def prepare(record: Record) -> dict[str, np.ndarray]:
             return {"image": _decoded(record, preprocessing), "label": records.labels[record.image_index]}
 
-        self._pictures = GuardedSource(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
+        self._images = GuardedSource(records, prepare, on_error=on_error, max_bad_fraction=max_bad_fraction)
         self._preprocessing, self._seed = preprocessing, seed
         self._views = {"image": tuned, "image_augmented": frozen}
-        drawn = {"tuned": vars(tuned), "frozen": vars(frozen), "preprocessing": preprocessing.to_dict(), "seed": seed}
-        self.fingerprint = fingerprint_of(records=records.fingerprint, **drawn)
+        views = {"tuned": vars(tuned), "frozen": vars(frozen)}
+        settings = views | {"preprocessing": preprocessing.to_dict(), "seed": seed}
+        self.fingerprint = fingerprint_of(records=records.fingerprint, **settings)
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.get_batch(np.array([index]), 0).items()}
@@ -123,25 +128,25 @@ class TunedRows(DataSource):
     def get_batch(
         self, indices: Int[np.ndarray, " n"], step: int, rows: Int[np.ndarray, " n"] | None = None
     ) -> dict[str, np.ndarray]:
-        """The examples of a step, see DataSource; the rows of its batch do not matter."""
+        """Returns the examples of a step, see DataSource; the row numbers within the batch do not matter."""
         batch = stack([self._row(int(index), step) for index in indices])
         return batch | {"draw": np.full(len(indices), draw(self._seed, step))}
 
     @property
     def bad_rows(self) -> dict[int, str]:
-        """See GuardedSource."""
-        return self._pictures.bad_rows
+        """Names of bad rows, see GuardedSource."""
+        return self._images.bad_rows
 
     def on_rows(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
         """Counts rows that were read, see GuardedSource."""
-        self._pictures.on_rows(indices, bad)
+        self._images.on_rows(indices, bad)
 
     def check(self) -> None:
         """Checks the share of bad rows, see GuardedSource."""
-        self._pictures.check()
+        self._images.check()
 
     def _row(self, index: int, step: int) -> dict[str, np.ndarray]:
-        row = self._pictures[index]
+        row = self._images[index]
         views = {}
         for number, (name, augmentation) in enumerate(self._views.items()):
             rng = np.random.Generator(np.random.PCG64((self._seed, _VIEWS, number, step, index)))

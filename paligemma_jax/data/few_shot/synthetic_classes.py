@@ -1,4 +1,4 @@
-"""The classes of single synthetic objects as a folder of pictures in CoOp's layout, rendered once and cached."""
+"""Images of the classes of single synthetic objects, in CoOp's layout; rendered once and cached."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,28 +24,28 @@ def synthetic_classes(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> FewShot:
-    """The 96 classes of single objects (synthetic_clevr.classes); base classes are the first half.
+    """Returns the 96 classes of single objects (synthetic_clevr.classes); base classes are the first half.
 
-    Base and novel classes differ in combinations of values; `FewShot.ordered` by the names of
-    `synthetic_clevr.classes.in_halves` makes it colours, or materials of shapes (`data.novel` of the config).
+    Base and novel classes differ in combinations of values. With `FewShot.ordered` by the names of
+    `synthetic_clevr.classes.in_halves` they differ in colours, or in materials of shapes (`data.novel` of the config).
 
     Args:
       cache_dir: holds a folder for every set of these arguments.
       size: pixels a side.
-      per_class: pictures of each class in each split; 0 or nothing: the split is empty.
-      style: of the pictures, a name in `styles.STYLES`; every style shows the same scenes.
-      seed: of the scenes; the splits' scenes are disjoint.
-      workers: processes that render; the pictures do not depend on them.
-      progress: called with pictures done and pictures in all.
+      per_class: images per class in each split; a split with 0 or none is empty.
+      style: of the images, a name in `styles.STYLES`; every style shows the same scenes.
+      seed: of the scenes; scenes of different splits are disjoint.
+      workers: processes that render; the images do not depend on their number.
+      progress: called with images done and the total.
 
     Raises:
-      UserError: an unknown style, or no pictures.
+      UserError: an unknown style, or no images.
     """
     numbers = [per_class.get(split, 0) for split in SPLITS]
     if style not in STYLES or min(numbers) < 0 or not any(numbers):
         raise UserError(
-            f"the style is {style!r} and the pictures per class are {dict(per_class)}, expected one of "
-            f"{', '.join(STYLES)} and a picture at least: change them."
+            f"the style is {style!r} and the images per class are {dict(per_class)}, expected one of "
+            f"{', '.join(STYLES)} and at least one image: change them."
         )
     name = "-".join(["classes", f"v{VERSION}", str(size), *map(str, numbers), str(seed), style])
     folder = Path(cache_dir).expanduser() / name
@@ -59,13 +59,20 @@ def synthetic_classes(
 
 
 def class_descriptions() -> dict[str, tuple[str, ...]]:
-    """Sentences about every class by either of its names, as a file of descriptions has them."""
+    """Returns sentences about every class under both of its names, as in a file of descriptions."""
     return {name: describe(values) for values in CLASSES for name in (values.name, values.in_other_words)}
 
 
 def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: int, workers: int, progress) -> None:
+<<<<<<< HEAD
     """Writes the set at once, so that a folder that exists is complete."""
     with atomic(folder) as draft:
+=======
+    """Writes the set to a temporary folder and renames it at the end, so that an existing folder is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+>>>>>>> weights
         for values in CLASSES:
             (draft / "images" / _folder(values.name)).mkdir(parents=True)
         splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
@@ -74,20 +81,41 @@ def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: i
             for split, number in numbers.items()
             for label, scene in class_scenes(seed, f"classes-{split}", number)
         ]
-        pictures = ordered_map(partial(_picture, size, style), [scene for _, _, scene in jobs], workers)
-        for done, ((split, label, scene), png) in enumerate(zip(jobs, pictures, strict=True), start=1):
+        images = ordered_map(partial(_render, size, style), [scene for _, _, scene in jobs], workers)
+        for done, ((split, label, scene), png) in enumerate(zip(jobs, images, strict=True), start=1):
             name = f"{_folder(CLASSES[label].name)}/{split}_{scene['image_index']:06d}.png"
             (draft / "images" / name).write_bytes(png)
             splits[split].append(Example(name, label))
             if progress:
                 progress(done, len(jobs))
         names = tuple(values.name for values in CLASSES)
+<<<<<<< HEAD
         write_split_file(FewShot(folder.name, draft / "images", names, splits), draft)
+=======
+        examples = {split: tuple(rows) for split, rows in splits.items()}
+        write_split_file(FewShot(folder.name, draft / "images", names, examples), draft)
+        _publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+>>>>>>> weights
 
 
-def _picture(size: int, style: str, scene: dict) -> bytes:
+def _render(size: int, style: str, scene: dict) -> bytes:
     return encode_png(render_styled(scene, size, size, STYLES[style]))
 
 
 def _folder(name: str) -> str:
     return name.replace(" ", "_")
+<<<<<<< HEAD
+=======
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Renames the draft; if another process was first, its set, which is the same, stays."""
+    try:
+        draft.chmod(0o755)
+        draft.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+>>>>>>> weights

@@ -1,8 +1,8 @@
 """CLEVR (Johnson et al., 2017, https://arxiv.org/abs/1612.06890): prepared once as array_record, read by question.
 
-`prepare_clevr` writes what the public TFDS builder `clevr` 3.1.0 writes, feature by feature, but without TensorFlow and
-from a folder or zip the user already has; `tfds.data_source("clevr", data_dir=...)` reads it too. `ClevrQuestions` is
-the source over questions. Images stay encoded until the pipeline decodes them.
+`prepare_clevr` writes the same features as the public TFDS builder `clevr` 3.1.0, without TensorFlow and from a folder
+or zip that the user already has; `tfds.data_source("clevr", data_dir=...)` reads the result too. `ClevrQuestions` has
+one row per question. Images stay encoded until the pipeline decodes them.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ from train_jax.core.errors import UserError, quoted
 from train_jax.core.formats.tfds import open_builder, open_split
 
 VERSION = "3.1.0"
-SOURCE_FILE = "source.json"  # beside dataset_info.json: which tree the data came from
+SOURCE_FILE = "source.json"  # beside dataset_info.json: identity of the tree that the data came from
 
-# The order of the names is the meaning of the integer labels: it is the public builder's.
+# The integer labels are positions in these lists, in the order of the public builder.
 COLORS = ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]
 MATERIALS = ["rubber", "metal"]
 SHAPES = ["cube", "sphere", "cylinder"]
 SIZES = ["small", "large"]
 WORDS = {"color": COLORS, "material": MATERIALS, "shape": SHAPES, "size": SIZES}
-NUMBERS = {"rotation": 1, "3d_coords": 3, "pixel_coords": 3}  # how many
+NUMBERS = {"rotation": 1, "3d_coords": 3, "pixel_coords": 3}  # how many numbers each field holds
 
 
 def clevr_features() -> tfds.features.FeaturesDict:
-    """The features of the public builder `clevr` 3.1.0."""
+    """Returns the features of the public builder `clevr` 3.1.0."""
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(),
@@ -72,7 +72,7 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     pkg_dir_path = None  # no metadata files beside this module
 
     def __init__(self, *, tree: ClevrTree, identity: dict[str, Any], **kwargs: Any):
-        self.tree, self.identity = tree, identity  # set first: the base class already calls _info
+        self.tree, self.identity = tree, identity  # before the base class, which calls _info
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -85,35 +85,35 @@ class Clevr(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded
-        # Written now, into the temporary folder that becomes the data set in one rename.
+        # Written into the temporary folder, which TFDS renames to the final one when it is complete.
         (self.data_path / SOURCE_FILE).write_text(json.dumps(self.identity, indent=2))
         return {split: self._generate_examples(split) for split in self.tree.splits}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         total = len(self.tree.image_files(split))
         examples = self.tree.examples(split)
-        told = tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
-        for name, example in told:
+        progress = tqdm(examples, f"Preparing CLEVR {split}", total, unit="image", disable=not sys.stderr.isatty())
+        for name, example in progress:
             for thing in example["objects"]:
                 _check_object(thing, name)
             yield name, example
 
 
 def _check_object(thing: dict[str, Any], name: str) -> None:
-    """Refuses an object of the scene of an image that says what CLEVR does not. Raises UserError."""
+    """Refuses an object of an image's scene with values that CLEVR does not have. Raises UserError."""
     for field, names in WORDS.items():
         if thing[field] not in names:
             raise _no_object(name, field, thing[field], f"one of {', '.join(names)}")
     for field, count in NUMBERS.items():
         values = thing[field] if count > 1 else [thing[field]]
-        fine = isinstance(values, list) and len(values) == count
-        if not fine or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        valid = isinstance(values, list) and len(values) == count
+        if not valid or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
             raise _no_object(name, field, thing[field], f"{count} finite numbers" if count > 1 else "a finite number")
 
 
 def _no_object(name: str, field: str, value: Any, expected: str) -> UserError:
     return UserError(
-        f"an object in the scene of {name} has {field} = {quoted(value)}, expected {expected}: mend the scenes, or "
+        f"an object in the scene of {name} has {field} = {quoted(value)}, expected {expected}: correct the scenes, or "
         "download CLEVR again."
     )
 
@@ -121,15 +121,15 @@ def _no_object(name: str, field: str, value: Any, expected: str) -> UserError:
 def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
     """Writes CLEVR as array_record under `data_dir`/clevr/3.1.0, unless it is there already; returns that folder.
 
-    An interrupted run leaves no half-written data set behind. Disk space needed: that of the images.
+    An interrupted run leaves no incomplete data set. Disk space needed: that of the images.
 
     Args:
-      source: folder or zip in the layout of `ClevrTree`; may be gone once the data are prepared.
+      source: folder or zip in the layout of `ClevrTree`; may be deleted once the data are prepared.
       data_dir: root folder for TFDS data sets; a leading ~ is the home folder.
 
     Raises:
-      UserError: if `source` is no CLEVR tree, or its scenes say what CLEVR does not, or `data_dir` already holds CLEVR
-        prepared from another one.
+      UserError: if `source` is no CLEVR tree, if its scenes have values that CLEVR does not have, or if `data_dir`
+        already holds CLEVR prepared from another tree.
     """
     source, data_dir = Path(source).expanduser(), Path(data_dir).expanduser()
     folder = data_dir / "clevr" / VERSION
@@ -144,33 +144,35 @@ def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
         return folder
     tree = ClevrTree(source)
     builder = Clevr(tree=tree, identity=tree.identity(data_dir), data_dir=data_dir)
-    tfds.disable_progress_bar()  # ours knows the number of images
-    with contextlib.redirect_stdout(None):  # TFDS would announce a download
+    tfds.disable_progress_bar()  # ours shows the number of images
+    with contextlib.redirect_stdout(None):  # TFDS would print that it downloads
         builder.download_and_prepare()
     return folder
 
 
 def _is_of(noted: dict[str, Any], source: Path, data_dir: Path) -> bool:
-    """Whether what was noted at preparation, perhaps by an older version with fewer entries, is true of a tree."""
-    found = ClevrTree(source).identity(data_dir)
-    return noted.keys() == found.keys() and all(noted[split].items() <= found[split].items() for split in found)
+    """Returns whether an identity noted at preparation, perhaps with fewer entries, is that of a tree."""
+    identity = ClevrTree(source).identity(data_dir)
+    if noted.keys() != identity.keys():
+        return False
+    return all(noted[split].items() <= identity[split].items() for split in identity)
 
 
 class ClevrQuestions:
-    """The questions of one split, question by question, in the order of the prepared data (TFDS hashes file names).
+    """The questions of one split, in the order of the prepared data (TFDS hashes file names).
 
-    The row number maps to an image through the running count of questions, built on first use by one pass over the
-    split that decodes no image, and kept beside the data until these change; together with digests of every image, by
-    which equal ones share an index, and of all names, questions and answers.
+    The image of a row is found from the cumulative number of questions. An index is built on first use, in one pass
+    over the split that decodes no image, and is stored beside the data until they change. It also has digests of every
+    image, by which equal images share an image index, and of all names, questions and answers.
 
     Args:
-      data_dir: what was given to `prepare_clevr`, or the version folder itself.
+      data_dir: the `data_dir` of `prepare_clevr`, or the version folder itself.
       split: "train", "validation" or "test".
-      prompt: the prefix, with {question} in place of the question: as it stands, or "answer en {question}".
-      cache_bytes: images of examples read last are kept up to this size; sequential reading then parses each once.
+      prompt: the prefix, with {question} in place of the question: that alone, or "answer en {question}".
+      cache_bytes: recently read examples are kept up to this size of images; sequential reading parses each once.
 
     Raises:
-      UserError: if no prepared CLEVR of a readable format is found there, or it has no such split.
+      UserError: if there is no prepared CLEVR of a readable format, or it does not have the split.
     """
 
     def __init__(
@@ -197,11 +199,11 @@ class ClevrQuestions:
         image, name, questions, answers = self._cache.get(example, lambda: self._example(example))
         row = index - int(self._starts[example])
         texts = {"question": questions[row], "answer": answers[row]}
-        question, answer = check_texts(texts, tuple(texts), f"question {row} of {name}", "mend the data they came from")
+        question, answer = check_texts(texts, tuple(texts), f"question {row} of {name}", "correct the original data")
         return Record(image, name, int(self._images[example]), self._prompt.replace("{question}", question), answer)
 
     def image_numbers(self) -> np.ndarray:
-        """`image_index` of every row, without reading any."""
+        """Returns `image_index` of every row, without reading any row."""
         return np.repeat(self._images, np.diff(self._starts))
 
     def _example(self, number: int) -> tuple[tuple[bytes, str, list[bytes], list[bytes]], int]:
@@ -230,7 +232,8 @@ def _prepared_folder(data_dir: Path) -> Path:
 def _data_source(folder: Path, split: str) -> Any:
     builder = open_builder(folder)
     info = builder.info
-    if info.name != "clevr" or "question_answer" not in info.features:
+    features: Any = info.features
+    if info.name != "clevr" or "question_answer" not in features:
         raise UserError(f"{folder} holds {info.full_name}, expected clevr/{VERSION} with questions; prepare that one.")
     if split in info.splits and split not in SPLITS:
         raise UserError(f"{folder} has a split {split!r}, expected one of {', '.join(SPLITS)}; choose one of them.")
@@ -238,10 +241,12 @@ def _data_source(folder: Path, split: str) -> Any:
 
 
 def _question_index(examples: Any) -> dict[str, np.ndarray]:
-    """What one pass over a split tells.
+    """Indexes a split in one pass.
 
-    `starts`: first question of each image and, last, the total, int64 [images + 1]; `images`: the digest of each, uint8
-    [images, 16]; `texts`: a digest of all texts, uint8 [32]. An image that cannot be read has one question, a bad row.
+    Returns:
+      `starts`: first question of each image and, last, the total, int64 [images + 1]; `images`: digest of each image,
+      uint8 [images, 16]; `texts`: one digest of all texts, uint8 [32]. An image that cannot be read has one question,
+      which is a bad row.
     """
     counts, images, texts = np.zeros(len(examples) + 1, np.int64), [], hashlib.sha256()
     rows = tqdm(range(len(examples)), "Indexing CLEVR questions", unit="image", disable=not sys.stderr.isatty())
@@ -252,21 +257,21 @@ def _question_index(examples: Any) -> dict[str, np.ndarray]:
             counts[i + 1] = 1
             images.append(digests.digest(None))
             continue
-        asked = example["question_answer"]
-        counts[i + 1] = len(asked["question"])
+        texts_of_image = example["question_answer"]
+        counts[i + 1] = len(texts_of_image["question"])
         images.append(digests.digest(example["image"]))
-        fields = [example["file_name"], *asked["question"], *asked["answer"]]
+        fields = [example["file_name"], *texts_of_image["question"], *texts_of_image["answer"]]
         texts.update(json.dumps([field.decode("latin-1") for field in fields]).encode())
-    found = np.frombuffer(texts.digest(), np.uint8)
-    return {"starts": np.cumsum(counts), "images": digests.stacked(images), "texts": found}
+    digest = np.frombuffer(texts.digest(), np.uint8)
+    return {"starts": np.cumsum(counts), "images": digests.stacked(images), "texts": digest}
 
 
 def open_questions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> ClevrQuestions:
-    """See splits.open_source; the official zip or folder is prepared on first use."""
+    """Opens prepared CLEVR, or prepares the official zip or folder on first use; see splits.open_source."""
     del progress
     source = Path(own_source(data)).expanduser()
     if (source / "dataset_info.json").is_file() or (source / "clevr").is_dir():
-        return ClevrQuestions(source, split, data.prompt)  # prepared before, by us or by TFDS
+        return ClevrQuestions(source, split, data.prompt)  # prepared earlier, by us or by TFDS
     folder = Path(data.cache_dir).expanduser() / f"clevr-{zlib.crc32(str(source.resolve()).encode()):08x}"
     with locked(folder):
         return ClevrQuestions(prepare_clevr(source, folder), split, data.prompt)

@@ -1,15 +1,15 @@
-"""Reads the official CLEVR_v1.0 layout, from a folder or straight from the zip, one image at a time.
+"""Reads the official CLEVR_v1.0 layout, from a folder or directly from the zip, one image at a time.
 
     CLEVR_v1.0/
         images/{train,val,test}/CLEVR_train_000000.png ...
         questions/CLEVR_{train,val,test}_questions.json   {"questions": [{"image_filename", "question", "answer"}, ...]}
         scenes/CLEVR_{train,val}_scenes.json              {"scenes": [{"image_filename", "objects"}, ...]}
 
-The test split has neither scenes nor answers. Answers are words: those that the official generator writes as JSON's
-true, false and numbers are read as "yes", "no" and digits, as the published files have them. A question or an answer
-that is no text is kept as bytes that `row_texts.check_texts` refuses, and so becomes a bad row. Nothing is extracted,
-and no name found in a file is used as a path.
-The question files are parsed as a stream: the train split's 713 MB would grow to several GB as Python objects.
+The test split has neither scenes nor answers. Answers are words: JSON's true, false and numbers, which the official
+generator writes, are read as "yes", "no" and digits, as in the published files. A question or answer that is not text
+is stored as bytes that `row_texts.check_texts` refuses, which makes a bad row. Nothing is extracted, and no name in a
+file is used as a path.
+The question files are parsed as a stream: the train split's 713 MB would take several GB as Python objects.
 """
 
 import collections
@@ -37,12 +37,12 @@ CHUNK = 1 << 20  # characters or bytes read at a time
 
 
 class ClevrTree:
-    """An official CLEVR tree: the folder `CLEVR_v1.0`, a folder that holds it, or the zip.
+    """An official CLEVR tree: the folder `CLEVR_v1.0`, a folder that contains it, or the zip.
 
-    A split is there when its questions are; the tree must have at least one, each with its images.
+    The tree has the splits whose questions it holds; it must have at least one, each with its images.
 
     Raises:
-      UserError: if `source` is no CLEVR tree, with what is missing; while reading, for files that do not fit together.
+      UserError: if `source` is no CLEVR tree, with what is missing; while reading, if files contradict one another.
     """
 
     def __init__(self, source: str | Path):
@@ -51,8 +51,8 @@ class ClevrTree:
         inner = root / "CLEVR_v1.0"
         self.root = inner if inner.is_dir() else root
         self.splits = [split for split in SPLITS if self._file("questions", split).exists()]
-        wanted = [f"images/{SPLITS[split]}" for split in self.splits]
-        missing = [name for name in wanted if not (self.root / name).is_dir()]
+        folders = [f"images/{SPLITS[split]}" for split in self.splits]
+        missing = [name for name in folders if not (self.root / name).is_dir()]
         if not self.splits:
             missing = [f"questions/CLEVR_{name}_questions.json" for name in SPLITS.values()]
         if missing:
@@ -65,13 +65,13 @@ class ClevrTree:
         return self.root / kind / f"CLEVR_{SPLITS[split]}_{kind}.json"
 
     def image_files(self, split: str) -> dict[str, Path | zipfile.Path]:
-        """Image files by name, in the order of their names."""
+        """Returns the image files by name, sorted by name."""
         files = (self.root / "images" / SPLITS[split]).iterdir()
-        found = {file.name: file for file in files if file.name.endswith(".png") and not file.name.startswith(".")}
-        return dict(sorted(found.items()))
+        images = {file.name: file for file in files if file.name.endswith(".png") and not file.name.startswith(".")}
+        return dict(sorted(images.items()))
 
     def questions(self, split: str) -> dict[str, list[dict[str, str | bytes]]]:
-        """By image name, its questions in file order; the answer is empty where the file has none (test)."""
+        """Returns, by image name, its questions in file order; answers are empty if the file has none (test)."""
         grouped = collections.defaultdict(list)
         with self._open("questions", split) as entries:
             for entry in entries:
@@ -80,7 +80,7 @@ class ClevrTree:
         return grouped
 
     def objects(self, split: str) -> dict[str, list[dict[str, Any]]]:
-        """By image name, the objects of its scene with `OBJECT_FIELDS` each; empty where there is no scenes file."""
+        """Returns, by image name, the objects of its scene with their `OBJECT_FIELDS`; empty without a scenes file."""
         if not self._file("scenes", split).exists():
             return {}
         with self._open("scenes", split) as scenes:
@@ -94,11 +94,11 @@ class ClevrTree:
     def examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields image name and TFDS example (image bytes, file_name, objects, question_answer), ordered by name."""
         images, questions, objects = self.image_files(split), self.questions(split), self.objects(split)
-        absent = sorted(set(questions) - set(images))
-        if absent:
+        missing = sorted(set(questions) - set(images))
+        if missing:
             raise UserError(
-                f"{self._file('questions', split).name} asks about {len(absent)} images that images/{SPLITS[split]} "
-                f"lacks (first: {quoted(absent[0])}), expected all of them; extract CLEVR_v1.0.zip again."
+                f"{self._file('questions', split).name} asks about {len(missing)} images that images/{SPLITS[split]} "
+                f"lacks (first: {quoted(missing[0])}), expected all of them; extract CLEVR_v1.0.zip again."
             )
         for name, file in images.items():
             yield (
@@ -112,10 +112,10 @@ class ClevrTree:
             )
 
     def identity(self, cache: Path | None = None) -> dict[str, Any]:
-        """What tells one tree from another: per split, the number of images and digests of images and first questions.
+        """Returns the identity of a tree: per split, the number of images and digests of images and first questions.
 
-        A zip and the folder made of it are the same: images go by CRC-32 and size, as a zip has them, of which those of
-        a folder's files are kept in `cache` until a file changes.
+        A zip and the folder extracted from it have the same identity: images are identified by CRC-32 and size, which a
+        zip stores. Those of a folder's files are stored in `cache` until a file changes.
         """
         splits = {}
         for split in self.splits:
@@ -132,22 +132,23 @@ class ClevrTree:
         return splits
 
     def _checksums(self, split: str, files: list[Path | zipfile.Path], cache: Path | None) -> np.ndarray:
-        """CRC-32 and size of image files, int64 [images, 2]."""
+        """Returns CRC-32 and size of image files, int64 [images, 2]."""
         if isinstance(self.root, zipfile.Path):
-            members = (file.root.getinfo(file.at) for file in files)
+            members = (file.root.getinfo(file.at) for file in files if isinstance(file, zipfile.Path))
             return np.array([(member.CRC, member.file_size) for member in members], np.int64).reshape(-1, 2)
+        paths = [file for file in files if isinstance(file, Path)]
 
         def compute() -> dict[str, np.ndarray]:
-            found = tqdm(files, f"Reading CLEVR {split}", unit="image", disable=not sys.stderr.isatty())
-            data = (file.read_bytes() for file in found)
-            return {"sums": np.array([(zlib.crc32(image), len(image)) for image in data], np.int64).reshape(-1, 2)}
+            progress = tqdm(paths, f"Reading CLEVR {split}", unit="image", disable=not sys.stderr.isatty())
+            images = (file.read_bytes() for file in progress)
+            return {"sums": np.array([(zlib.crc32(image), len(image)) for image in images], np.int64).reshape(-1, 2)}
 
         place = digests.place_of(cache, "clevr", str(self.root.resolve()), split)
-        return digests.kept(place, files, compute)["sums"]
+        return digests.kept(place, paths, compute)["sums"]
 
     @contextlib.contextmanager
     def _open(self, kind: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:
-        """The entries of a questions or scenes file; whatever does not fit in the block becomes a UserError."""
+        """Yields the entries of a questions or scenes file; errors of the format within the block become UserError."""
         file = self._file(kind, split)
         try:
             with file.open("r", encoding="utf-8") as text:
@@ -161,14 +162,14 @@ class ClevrTree:
 
 
 def _object(entry: Any) -> dict[str, Any]:
-    """An entry of a list that holds objects. Raises ValueError."""
+    """Returns an entry of a list of objects after checking its type. Raises ValueError."""
     if not isinstance(entry, dict):
         raise ValueError(f"found {quoted(entry)} where an object was expected")
     return entry
 
 
 def _image_name(entry: dict[str, Any]) -> str:
-    """The image of a question or a scene. Raises KeyError or ValueError."""
+    """Returns the image name of a question or a scene. Raises KeyError or ValueError."""
     name = entry["image_filename"]
     if not isinstance(name, str):
         raise ValueError(f"found the image_filename {quoted(name)} where a text was expected")
@@ -176,14 +177,14 @@ def _image_name(entry: dict[str, Any]) -> str:
 
 
 def _list(entry: dict[str, Any], key: str) -> list[Any]:
-    """A list of an entry. Raises KeyError or ValueError."""
+    """Returns a list of an entry. Raises KeyError or ValueError."""
     if not isinstance(entry[key], list):
         raise ValueError(f"found {quoted(entry[key])} where the list {key} was expected")
     return entry[key]
 
 
 def spelled(answer: Any) -> Any:
-    """An answer as CLEVR's published files spell it."""
+    """Returns an answer as CLEVR's published files spell it."""
     if isinstance(answer, bool):
         return "yes" if answer else "no"
     return str(answer) if isinstance(answer, int) else answer
@@ -227,7 +228,7 @@ def stream_array(text: io.TextIOBase, key: str) -> Iterator[Any]:
 
 
 class _JsonReader:
-    """Decodes one value or one punctuation mark at a time from a text file, reading ahead by `CHUNK`."""
+    """Decodes one value or one punctuation mark at a time from a text file, reading ahead by `CHUNK` characters."""
 
     def __init__(self, text: io.TextIOBase):
         self._text = text
@@ -241,7 +242,7 @@ class _JsonReader:
         return bool(chunk)
 
     def peek(self) -> str:
-        """The next character that is not white space, not consumed; empty at the end of the file."""
+        """Returns the next character that is not white space, without consuming it; empty at the end of the file."""
         while True:
             while self._position < len(self._buffer) and self._buffer[self._position].isspace():
                 self._position += 1
@@ -252,14 +253,14 @@ class _JsonReader:
 
     def expect(self, marks: str) -> str:
         """Consumes one of `marks` and returns it."""
-        found = self.peek()
-        if not found or found not in marks:
-            raise ValueError(f"found {found!r} where one of {marks!r} was expected")
+        mark = self.peek()
+        if not mark or mark not in marks:
+            raise ValueError(f"found {mark!r} where one of {marks!r} was expected")
         self._position += 1
-        return found
+        return mark
 
     def value(self) -> Any:
-        """Consumes one JSON value, reading on while it may be cut off by the end of the buffer."""
+        """Consumes one JSON value and returns it; reads on while the buffer may end within the value."""
         self.peek()
         while True:
             try:

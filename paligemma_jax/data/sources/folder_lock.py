@@ -1,4 +1,4 @@
-"""One process prepares the data of a folder while others wait."""
+"""A lock on a folder: one process prepares its data while others wait."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ except ImportError:  # on Windows
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Of several processes that want the data of a folder, one prepares them and the others wait (not on Windows)."""
+    """Holds an exclusive lock on a folder, so that one process prepares its data and others wait (not on Windows)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with (folder / ".lock").open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -6,9 +6,9 @@
         images/0001.png
 
 Captions need no prefix: `{"image", "caption"}`, where the caption's key may have another name. Image paths are relative
-to the folder of the JSONL file and may not leave it. Further keys of a line are ignored. An image is what its bytes
-are: lines that name copies of one file share an image. Only the byte offset and the image number of each line are held
-in memory.
+to the folder of the JSONL file and may not leave it. Other keys of a line are ignored. Lines whose image files have
+equal bytes share an image, whatever the names. Only the byte offset and the image number of each line are kept in
+memory.
 """
 
 import array
@@ -31,17 +31,17 @@ FIELDS = ("image", "prefix", "suffix")
 
 
 class JsonlRecords:
-    """The lines of one JSONL file, in file order; empty lines are no rows.
+    """The lines of one JSONL file, in file order; empty lines are skipped.
 
-    A malformed line keeps its row and raises `BadRow` when it is read; a path that leaves the folder is refused at
-    once, whatever the policy for bad rows.
+    A malformed line keeps its row and raises `BadRow` when it is read; a path that leaves the folder is refused when
+    the file is opened, whatever the policy for bad rows.
 
     Args:
       path: the JSONL file; or its folder, which must hold SPLIT.jsonl, or without `split` exactly one JSONL file.
       split: name of the file within a folder, such as "train" or "validation".
-      caption: key of the caption, for pairs of an image and a text; it is the record's suffix, and the prefix is empty.
-        None: lines have a prefix and a suffix.
-      cache: folder that keeps digests of the images; None computes them anew.
+      caption: key of the caption, for pairs of an image and a text; it becomes the record's suffix, with an empty
+        prefix. None: lines have a prefix and a suffix.
+      cache: folder that stores digests of the images; None computes them anew.
 
     Raises:
       UserError: if there is no such file, it has no rows, or an image path leaves its folder (naming file and line).
@@ -58,7 +58,7 @@ class JsonlRecords:
         self.file = _jsonl_file(Path(path).expanduser(), split)
         self._offsets, self._lines = array.array("q"), array.array("q")
         places, names, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
-        with open(self.file, "rb") as file:
+        with self.file.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 digest.update(line)
                 if line.strip():
@@ -67,14 +67,14 @@ class JsonlRecords:
                     places.append(self._place(line, line_number, names))
                 offset += len(line)
         if not self._offsets:
-            raise UserError(f"{self.file} has no rows, expected one JSON object a line; fill it.")
-        kept = digests.place_of(cache, "jsonl", str(self.file.resolve()))
-        bytes_of = digests.of_files([self.file.parent / name for name in names], kept, f"images of {self.file.name}")
-        # Lines that name one absent file share its absence; a malformed line shares nothing.
-        keys = [key or name for key, name in zip(digests.keys(bytes_of), names, strict=True)]
+            raise UserError(f"{self.file} has no rows, expected one JSON object per line; add rows.")
+        place = digests.place_of(cache, "jsonl", str(self.file.resolve()))
+        digests_of = digests.of_files([self.file.parent / name for name in names], place, f"images of {self.file.name}")
+        # Lines that name the same missing file share an image number; a malformed line has one of its own.
+        keys = [key or name for key, name in zip(digests.keys(digests_of), names, strict=True)]
         self._images = digests.numbers(keys[place] if place >= 0 else None for place in places)
         more = {} if caption is None else {"caption": caption}
-        images = hashlib.sha256(bytes_of.tobytes()).hexdigest()
+        images = hashlib.sha256(digests_of.tobytes()).hexdigest()
         self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest(), images=images, **more)
 
     def __len__(self) -> int:
@@ -93,37 +93,38 @@ class JsonlRecords:
         return Record(image, name, int(self._images[index]), prefix, suffix)
 
     def suffix(self, index: int) -> str:
-        """The suffix of a row without its image. Raises BadRow."""
+        """Returns the suffix of a row without reading its image. Raises BadRow."""
         return self._texts(checked_index(index, len(self)))[2]
 
     def image_numbers(self) -> np.ndarray:
-        """`image_index` of every row, without reading any."""
+        """Returns `image_index` of every row, without reading any row."""
         return self._images
 
     def _texts(self, index: int) -> tuple[str, str, str]:
-        """Image, prefix and suffix of a row."""
-        with open(self.file, "rb") as file:
+        """Returns image, prefix and suffix of a row."""
+        with self.file.open("rb") as file:
             file.seek(self._offsets[index])
             image, *texts = self._parse(file.readline(), self._lines[index])
-        return image, *(texts if len(texts) == 2 else ("", *texts))
+        prefix, suffix = texts if len(texts) == 2 else ("", *texts)
+        return image, prefix, suffix
 
     def _parse(self, line: bytes, line_number: int) -> list[str]:
-        """The texts of a line, in the order of the fields."""
+        """Returns the texts of a line, in the order of the fields."""
         where = f"{self.file} line {line_number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"{where} is no JSON ({error}); mend the line.") from None
-        texts = check_texts(row, self._fields, where, "mend the line")
+            raise BadRow(f"{where} is no JSON ({error}); correct the line.") from None
+        texts = check_texts(row, self._fields, where, "correct the line")
         if "\0" in texts[0] or texts[0].startswith("data:"):
             raise BadRow(
                 f"{where} has the image {quoted(texts[0])}, expected an object with the path of a file; write the "
-                "image to one, or mend the line."
+                "image to one, or correct the line."
             )
         return texts
 
     def _place(self, line: bytes, line_number: int, names: dict[str, int]) -> int:
-        """The place among all `names` of the one that a line names; of a malformed line -1."""
+        """Returns the position in `names`, which grows, of the image that a line names; -1 for a malformed line."""
         try:
             name = self._parse(line, line_number)[0]
         except BadRow:
@@ -142,24 +143,24 @@ class JsonlRecords:
 def _jsonl_file(path: Path, split: str | None) -> Path:
     if path.is_file():
         return path
-    found = sorted(file.name for file in path.glob("*.jsonl"))
-    wanted = f"{split}.jsonl" if split else None
-    if wanted in found:
-        return path / wanted
-    if wanted is None and len(found) == 1:
-        return path / found[0]
+    names = sorted(file.name for file in path.glob("*.jsonl"))
+    expected = f"{split}.jsonl" if split else None
+    if expected in names:
+        return path / expected
+    if expected is None and len(names) == 1:
+        return path / names[0]
     raise UserError(
-        f"{path} holds {', '.join(found) or 'no JSONL file'}, expected {wanted or 'exactly one JSONL file'}; "
+        f"{path} holds {', '.join(names) or 'no JSONL file'}, expected {expected or 'exactly one JSONL file'}; "
         "add the file or correct the path."
     )
 
 
 def open_questions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> JsonlRecords:
-    """See splits.open_source."""
+    """Opens the JSONL file of a split; see splits.open_source."""
     del progress
     return JsonlRecords(own_source(data), split, cache=data.cache_dir)
 
 
 def open_captions(data: ConfigDict, split: str) -> JsonlRecords:
-    """Captions of a contrastive run, see tasks.contrastive.data."""
+    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
     return JsonlRecords(data.source, split, data.caption, data.cache_dir)

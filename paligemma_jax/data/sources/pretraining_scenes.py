@@ -1,7 +1,7 @@
-"""The scenes that pretrain the small base: pictures, scene graphs and what each patch shows, built once and cached.
+"""Scenes for pretraining the small base: images, scene graphs and patch labels, built once and cached.
 
-Texts are not stored. They are written when a row is read, from the scene and a seed of their own, so one scene comes
-with other texts every time it is seen (`views`), and a row is still a function of its index.
+Texts are not stored. They are generated when a row is read, from the scene and a seed of the row, so that a scene has
+different texts in each of its `views`, and a row is still a function of its index.
 """
 
 import json
@@ -33,16 +33,16 @@ def build(
     progress: Callable[[int, int], None] | None = None,
     num_objects: tuple[int, int] = (1, 10),
 ) -> Path:
-    """Writes images.npy, patches.npy and scenes.jsonl into `folder`, unless they are there.
+    """Writes images.npy, patches.npy and scenes.jsonl into `folder`, unless they are there; returns the folder.
 
     Args:
-      num_scenes: of these pictures.
+      num_scenes: number of scenes and images.
       size: pixels a side.
       grid: patches a side.
-      stream: the split's name, which seeds the scenes: splits of different names share none.
-      workers: processes; the result does not depend on them.
-      progress: called with scenes done and scenes in all.
-      num_objects: fewest and most in a scene; few first teach what a thing is, many then teach to count.
+      stream: name of the split, which seeds the scenes: splits of different names have different scenes.
+      workers: processes; the result does not depend on their number.
+      progress: called with scenes done and the total.
+      num_objects: fewest and most objects of a scene; pretraining starts with few, to learn objects before counting.
     """
     if (folder / "scenes.jsonl").exists():
         return folder
@@ -50,6 +50,7 @@ def build(
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, size, size, 3))
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, (num_scenes, grid**2, 4))
     jobs = ((stream, index, size, grid, num_objects) for index in range(num_scenes))
+<<<<<<< HEAD
     with atomic(folder / "scenes.jsonl") as draft:  # is there only beside arrays that are whole
         with multiprocessing.get_context("spawn").Pool(workers) as pool, draft.open("w") as file:
             for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
@@ -59,21 +60,32 @@ def build(
                     progress(index + 1, num_scenes)
         images.flush()
         patches.flush()
+=======
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, (folder / ".scenes.tmp").open("w") as file:
+        for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
+            images[index], patches[index] = image, labels
+            file.write(json.dumps(scene) + "\n")
+            if progress:
+                progress(index + 1, num_scenes)
+    images.flush()
+    patches.flush()
+    (folder / ".scenes.tmp").rename(folder / "scenes.jsonl")
+>>>>>>> weights
     return folder
 
 
 def _make(job: tuple[str, int, int, int, tuple[int, int]]):
-    """One scene, its picture and its patch labels."""
+    """Returns a scene, its image and its patch labels."""
     stream, index, size, grid, num_objects = job
     scene = split_scene(0, stream, index, num_objects)
     return scene, render(scene, size, size), patch_labels(scene, size, grid)
 
 
 def patch_labels(scene: dict, size: int, grid: int) -> UInt8[np.ndarray, "P 4"]:
-    """For every patch the attributes (in the order of ATTRIBUTES) of the object that fills most of it.
+    """Returns for every patch the attributes, in the order of ATTRIBUTES, of the object that fills most of it.
 
     Returns:
-      Indices into the attribute's values plus one, or 0 where less than a tenth of the patch shows any one object.
+      Indices into the attribute's values plus one, or 0 if no object covers a tenth of the patch.
     """
     ids, _, _ = cast(scene, size, size)
     p = size // grid
@@ -87,7 +99,7 @@ def patch_labels(scene: dict, size: int, grid: int) -> UInt8[np.ndarray, "P 4"]:
 
 
 class PretrainingScenes:
-    """Random access to (picture, patch labels, texts); index i is view i // num_scenes of scene i % num_scenes."""
+    """Random access to (image, patch labels, texts); index i is view i // num_scenes of scene i % num_scenes."""
 
     def __init__(self, folder: Path, views: int, num_segments: int):
         self._images = np.load(folder / "images.npy", mmap_mode="r")
@@ -99,11 +111,11 @@ class PretrainingScenes:
         return len(self._scenes) * self._views
 
     def scene(self, index: int) -> dict:
-        """The scene graph."""
+        """Returns the scene graph."""
         return json.loads(self._scenes[index % len(self._scenes)])
 
     def read(self, index: int) -> tuple[UInt8[np.ndarray, "I I 3"], Int[np.ndarray, "P 4"], list[tuple[str, str]]]:
-        """Picture, patch labels, and `num_segments` (prefix, suffix) pairs."""
+        """Returns the image, patch labels, and `num_segments` (prefix, suffix) pairs."""
         row = index % len(self._scenes)
         rng = np.random.Generator(np.random.PCG64((TEXTS, index)))
         segments = pretraining_segments(self.scene(index), rng, self._num_segments)

@@ -1,4 +1,4 @@
-"""The type of a CLEVR question from its text, where programs are not at hand (TFDS and the Hub's copy carry none)."""
+"""Finds the type of a CLEVR question from its text, for data without programs (TFDS and the Hub's copy)."""
 
 import re
 
@@ -16,8 +16,8 @@ QUESTION_FAMILIES = (
 )
 OTHER = "other"
 
-# Tried in order on the lower-case text; of "There is a ball; is it ...?" only what follows the semicolon counts.
-# A family that ends in an underscore is completed by the attribute that the pattern catches.
+# Tried in order on the lower-case text; of "There is a ball; is it ...?" only the part after the semicolon is matched.
+# A family that ends in an underscore is completed by the attribute that the pattern captures.
 _RULES = tuple(
     (re.compile(pattern), family)
     for pattern, family in (
@@ -37,7 +37,7 @@ _RULES = tuple(
 
 
 def question_family(question: str) -> str:
-    """One of `QUESTION_FAMILIES`, the last function of the question's program; `OTHER` for a sentence not of CLEVR's.
+    """Returns one of `QUESTION_FAMILIES`, the last function of the question's program; `OTHER` if no pattern matches.
 
     Covers the wording of CLEVR v1.0 (Johnson et al. 2017) and of `synthetic_clevr.questions`.
     """

@@ -1,16 +1,17 @@
-"""Opens the data a config names, and divides it: questions to train on, to choose the checkpoint by, to report.
+"""Opens the data that a config names, and divides them: questions for training, tuning and reporting.
 
 training    the subset `fraction` of the training split's questions, on images outside the tuning share
-tuning      questions on a share of the training split's images that training never sees; chooses the checkpoint
+tuning      questions on a share of the training split's images that training never sees; selects the checkpoint
 reported    the validation split
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import Source, Subset
+from paligemma_jax.data.records import RecordSource, Subset
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import named
 
@@ -20,38 +21,39 @@ OPENERS = {
     "parquet": "paligemma_jax.data.sources.parquet:open_questions",
     "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
 }
-"""Short names of `data.name`; it may also be an import path, of a function called as `open_source`."""
-Progress = Callable[[str], object]  # what is prepared -> context manager that yields told(done, total)
+"""Short names of `data.name`, which may also be the import path of a function like `open_source`."""
+# A description of the work -> context manager that yields on_progress(done, total).
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
-def open_source(data: ConfigDict, split: str, progress: Progress) -> Source:
-    """All questions of one split.
+def open_source(data: ConfigDict, split: str, progress: Progress) -> RecordSource:
+    """Returns all questions of one split.
 
     Args:
       data: the config's `data`: name, source, cache_dir, prompt, and for synthetic scenes their numbers.
-      split: "train", "validation", "test", or another that the source has.
+      split: "train", "validation", "test", or another split of the source.
       progress: see tasks.common.progress.
 
     Raises:
-      UserError: an unknown name, a missing source, or data that are not what the name says.
+      UserError: an unknown name, a missing source, or data of another kind than the name says.
     """
     return named("data.name", data.name, OPENERS)(data, split, progress)
 
 
 def own_source(data: ConfigDict) -> str:
-    """`data.source` of a config. Raises UserError where it is not set."""
+    """Returns `data.source` of a config. Raises UserError if it is not set."""
     if data.source is None:
         raise UserError(f"data.name is {data.name!r} but data.source is not set: add --config.data.source=PATH.")
     return data.source
 
 
-def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subset]:
+def training_and_tuning(source: RecordSource, data: ConfigDict) -> tuple[Subset, Subset]:
     """Divides a training split by image, then takes the subset of questions; a function of the seeds alone.
 
     Args:
       source: all questions of the training split.
-      data: `tune_fraction` of the images (one at least, and one stays) are kept for tuning, of whose questions at most
-        `tune_examples` are used; of the rest, `fraction` of the questions (drawn with `subset_seed`) train.
+      data: `tune_fraction` of the images (at least one, and not all) are for tuning, with at most `tune_examples` of
+        their questions; `fraction` of the other images' questions (drawn with `subset_seed`) are for training.
 
     Raises:
       UserError: a share or a number out of range, or a single image, which cannot be divided.
@@ -68,10 +70,10 @@ def training_and_tuning(source: Source, data: ConfigDict) -> tuple[Subset, Subse
             "checkpoint by: add images."
         )
     order = np.argsort(np.random.PCG64(data.subset_seed).random_raw(len(numbers)), kind="stable")
-    kept = np.zeros(len(numbers), bool)
-    kept[order[: min(max(1, round(data.tune_fraction * len(numbers))), len(numbers) - 1)]] = True
+    tunes = np.zeros(len(numbers), bool)
+    tunes[order[: min(max(1, round(data.tune_fraction * len(numbers))), len(numbers) - 1)]] = True
     rows = np.arange(len(source))
-    train = Subset(source, indices=rows[~kept[images]])
-    tune = Subset(source, indices=rows[kept[images]])
+    train = Subset(source, indices=rows[~tunes[images]])
+    tune = Subset(source, indices=rows[tunes[images]])
     share = min(1.0, data.tune_examples / len(tune))
     return Subset(train, data.fraction, seed=data.subset_seed), Subset(tune, share, seed=data.subset_seed)

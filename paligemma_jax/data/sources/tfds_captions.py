@@ -1,4 +1,4 @@
-"""Images with captions of a data set that TFDS has prepared, such as coco_captions."""
+"""Images with captions from a data set prepared by TFDS, such as coco_captions."""
 
 import hashlib
 import sys
@@ -17,19 +17,19 @@ from train_jax.core.formats.tfds import open_builder, open_split
 
 
 class TfdsCaptions:
-    """Row i is a caption of example i % n of n examples: of several the one of number i // n, and so on in turn.
+    """Image and caption pairs; row i is a caption of example i % n of n examples, its captions in turn by i // n.
 
     Args:
-      folder: the version folder, with dataset_info.json; its files are array_record.
-      split: a split that it has.
-      image: name of the feature that holds the picture.
-      caption: name of the one that holds the text or texts; parts of nested features are joined by a slash, as in
+      folder: the version folder, with dataset_info.json; its files must be array_record.
+      split: one of its splits.
+      image: name of the feature with the image.
+      caption: name of the feature with the text or texts; parts of nested features are joined by a slash, as in
         "captions/text".
-      views: rows of an example; as many as it has captions.
-      cache: folder that keeps digests of the images, by which equal ones share an index; None computes them anew.
+      views: rows per example, usually its number of captions.
+      cache: folder that stores digests of the images, by which equal ones share an index; None computes them anew.
 
     Raises:
-      UserError: no such folder, split or feature, or one without random access.
+      UserError: no such folder, split or feature, or files without random access.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TfdsCaptions:
         return Record(example[self._image], name, int(self._numbers[row]), "", text)
 
     def image_numbers(self) -> np.ndarray:
-        """`image_index` of every row, without reading any."""
+        """Returns `image_index` of every row, without reading any row."""
         return np.tile(self._numbers, self._views)
 
     def _example(self, row: int) -> dict[str, Any]:
@@ -92,20 +92,20 @@ class TfdsCaptions:
             ) from error
 
     def _digests(self) -> dict[str, np.ndarray]:
-        """`images`: the digest of every example's image, zeros where it cannot be read."""
-        found, rows = [], tqdm(range(len(self._examples)), "Reading images", disable=not sys.stderr.isatty())
+        """Returns `images`, the digest of every example's image, zeros if it cannot be read."""
+        images, rows = [], tqdm(range(len(self._examples)), "Reading images", disable=not sys.stderr.isatty())
         for row in rows:
             try:
-                found.append(digests.digest(self._example(row)[self._image]))
+                images.append(digests.digest(self._example(row)[self._image]))
             except BadRow:
-                found.append(digests.digest(None))
-        return {"images": digests.stacked(found)}
+                images.append(digests.digest(None))
+        return {"images": digests.stacked(images)}
 
 
 def _check_feature(features: Any, name: str, folder: Path) -> None:
-    """Follows a name through nested features."""
+    """Refuses a feature name, of nested features too, that the data set does not have."""
     for part in name.split("/"):
-        inner = getattr(features, "feature", features)  # a sequence's
+        inner = getattr(features, "feature", features)  # the features of a sequence
         if part not in inner:
             raise UserError(
                 f"{folder} has no feature {name!r}, expected some of {', '.join(sorted(inner))}: change data.caption "
@@ -115,5 +115,5 @@ def _check_feature(features: Any, name: str, folder: Path) -> None:
 
 
 def open_captions(data: ConfigDict, split: str) -> TfdsCaptions:
-    """Captions of a contrastive run, see tasks.contrastive.data."""
+    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
     return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)

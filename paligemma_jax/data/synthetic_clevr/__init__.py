@@ -1,4 +1,4 @@
-"""A procedural CLEVR: scenes, pictures, programs, questions and pretraining texts, from a seed and nothing else."""
+"""A procedural CLEVR: scenes, images, programs, questions and pretraining texts, all a function of a seed."""
 
 # The world
 from paligemma_jax.data.synthetic_clevr.attributes import (

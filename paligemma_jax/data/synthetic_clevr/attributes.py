@@ -1,4 +1,4 @@
-"""The words and numbers of CLEVR's world: what an object can be, and what a question can be answered with."""
+"""The attributes of objects in CLEVR's world, and the possible answers to questions."""
 
 # Display colours (sRGB, 0..255) of CLEVR v1.0, Johnson et al. 2017, https://arxiv.org/abs/1612.06890
 COLORS = {
@@ -13,7 +13,7 @@ COLORS = {
 }
 SHAPES = ("cube", "sphere", "cylinder")
 MATERIALS = ("rubber", "metal")
-SIZES = {"large": 0.7, "small": 0.35}  # radius in world units; the ground that objects stand on is 6 x 6
+SIZES = {"large": 0.7, "small": 0.35}  # radius in world units; objects are on a ground of 6 x 6
 
 ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "material": MATERIALS, "shape": SHAPES}
 RELATIONS = ("left", "right", "front", "behind")

@@ -19,9 +19,9 @@ from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 from train_jax.core.files import atomic, write_atomically
 
 VERSION = 1
-"""Of the generator: raise it with every change that makes other scenes, pictures, questions or texts of a seed.
+"""Version of the generator: raise it with every change of the scenes, images, questions or texts of a seed.
 
-It is part of the names of cached sets, so that none made by an older generator is taken for a new one.
+It is part of the names of cached sets, so that a set of an older generator is not reused.
 """
 
 _SCENE_STREAM, _QUESTION_STREAM = 0, 1
@@ -29,18 +29,18 @@ _INFO = {"version": "1.0", "license": "Apache-2.0", "generator": f"paligemma_jax
 
 
 def split_seed(seed: int, split: str) -> tuple[int, int]:
-    """Root of a split's random streams; splits of other names are disjoint, on every machine and Python."""
+    """Returns the seed of a split's random streams; splits of other names have others, the same on every machine."""
     return seed, zlib.crc32(split.encode())
 
 
 def split_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] = (3, 10)) -> dict[str, Any]:
-    """Scene number `index` of a split, without building the split."""
+    """Returns scene number `index` of a split, without building the split."""
     name = f"CLEVR_{split}_{index:06d}.png"
     return sample_scene((*split_seed(seed, split), _SCENE_STREAM, index), num_objects, index, name, split)
 
 
 def encode_png(image) -> bytes:
-    """PNG bytes of a uint8 [H, W, 3] picture; fixed options, so the same bytes for the same picture and zlib."""
+    """Returns the PNG bytes of a uint8 [H, W, 3] image; with fixed options, a function of the image and zlib."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=6, optimize=False)
     return buffer.getvalue()
@@ -61,6 +61,7 @@ def build_tree(
 ) -> None:
     """Adds one split to `folder`: images/<split>/*.png, scenes/ and questions/CLEVR_<split>_*.json.
 
+<<<<<<< HEAD
     The files are a function of the arguments, except of `progress` (called with scenes done and scenes in all) and
     `workers` (processes that sample and render). `pixel_coords` refer to the written size. The images, the scenes and
     the questions appear whole and in this order: where the questions file is, the split is complete (`is_built`).
@@ -71,11 +72,24 @@ def build_tree(
     make = partial(_picture, seed, split, num_objects, width, height)
     with atomic(images) as draft:
         draft.mkdir()
+=======
+    The files are a function of the arguments except `progress` (called with scenes done and the total) and `workers`
+    (processes that sample and render). `pixel_coords` refer to the written size. All files are written to a temporary
+    folder and renamed at the end, the questions file last: if it exists, the split is complete (`is_built`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
+    try:
+        (draft / "images").mkdir()
+        scenes, questions, balance = [], [], AnswerBalance()
+        make = partial(_render_scene, seed, split, num_objects, width, height)
+>>>>>>> weights
         for scene, png in ordered_map(make, range(first_index, first_index + num_scenes), workers):
             (draft / scene["image_filename"]).write_bytes(png)
             stream = (*split_seed(seed, split), _QUESTION_STREAM, scene["image_index"])
-            asked = generate_questions(scene, questions_per_scene, stream, balance)
-            questions += [item | {"question_index": len(questions) + k} for k, item in enumerate(asked)]
+            texts = generate_questions(scene, questions_per_scene, stream, balance)
+            questions += [item | {"question_index": len(questions) + k} for k, item in enumerate(texts)]
             scenes.append(_in_pixels(scene, width, height))
             if progress:
                 progress(len(scenes), num_scenes)
@@ -87,18 +101,18 @@ def build_tree(
 
 
 def is_built(folder: str | Path, split: str) -> bool:
-    """Whether `build_tree` has completed this split in the folder."""
+    """Returns whether `build_tree` has completed this split in the folder."""
     return (Path(folder) / "questions" / f"CLEVR_{split}_questions.json").is_file()
 
 
-def _picture(seed: int, split: str, num_objects: tuple[int, int], width: int, height: int, index: int):
-    """(scene, PNG bytes); a module-level function, so that worker processes can import it."""
+def _render_scene(seed: int, split: str, num_objects: tuple[int, int], width: int, height: int, index: int):
+    """Returns (scene, PNG bytes); a module-level function, so that worker processes can import it."""
     scene = split_scene(seed, split, index, num_objects)
     return scene, encode_png(render(scene, width, height))
 
 
 def ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """Results in the order of the items, in this process or from `workers` spawned ones."""
+    """Yields results in the order of the items, from this process or from `workers` spawned ones."""
     if workers <= 1:
         yield from map(function, items)
         return
@@ -107,11 +121,30 @@ def ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 def _in_pixels(scene: dict[str, Any], width: int, height: int) -> dict[str, Any]:
-    """The scene with `pixel_coords` in the written picture instead of the official window."""
+    """Returns the scene with `pixel_coords` in the written image instead of the official window."""
     scale = width / WINDOW[0], height / WINDOW[1]
 
-    def moved(item: dict[str, Any]) -> dict[str, Any]:
+    def scaled(item: dict[str, Any]) -> dict[str, Any]:
         x, y, depth = item["pixel_coords"]
         return item | {"pixel_coords": [round(x * scale[0]), round(y * scale[1]), depth]}
 
+<<<<<<< HEAD
     return scene | {"objects": [moved(item) for item in scene["objects"]]}
+=======
+    return scene | {"objects": [scaled(item) for item in scene["objects"]]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def _publish(draft: Path, folder: Path, split: str) -> None:
+    for name in ("images", "scenes", "questions"):
+        (folder / name).mkdir(exist_ok=True)
+    images = folder / "images" / split
+    if images.exists():  # left by an interrupted call or an earlier build
+        shutil.rmtree(images)
+    (draft / "images").replace(images)
+    for name in ("scenes", "questions"):
+        (draft / f"{name}.json").replace(folder / name / f"CLEVR_{split}_{name}.json")
+>>>>>>> weights

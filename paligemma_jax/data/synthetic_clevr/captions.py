@@ -1,10 +1,10 @@
-"""Captions of scenes for contrastive training: true of their scene, and rarely the same for two of them.
+"""Captions of scenes for contrastive training: true of their scene, and rarely equal for two scenes.
 
     a small red metal cube
     two blue rubber spheres and a large cylinder left of a gray cube
     four objects: a small green cube, ...
 
-Each attribute but the shape is left out now and then, so that a word is learnt on its own and not as a part of a name.
+Each attribute except the shape is sometimes left out, so that a word is learnt on its own and not as part of a name.
 """
 
 import itertools
@@ -16,39 +16,39 @@ from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.wording import choose
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-SAID = ("size", "color", "material")  # before the shape, in this order
-_SAID = 0.75  # how often each of them is said
-_TOTAL, _RELATION = 0.3, 0.5  # how often a caption counts the objects, and tells a relation of two
+NAMED = ("size", "color", "material")  # attributes named before the shape, in this order
+_P_ATTRIBUTE = 0.75  # probability that each of them is named
+_P_TOTAL, _P_RELATION = 0.3, 0.5  # probabilities that a caption counts the objects, and names a relation of two
 _PLACES = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
 
 
 def caption(scene: dict, rng: np.random.Generator) -> str:
-    """One random caption of a scene."""
+    """Returns one random caption of a scene."""
     objects = scene["objects"]
     order = rng.permutation(len(objects)).tolist()
     names = Counter(_name(objects[index], rng) for index in order)
     listed = _join([f"a {name}" if count == 1 else f"{NUMBERS[count]} {name}s" for name, count in names.items()])
-    if rng.random() < _TOTAL:
+    if rng.random() < _P_TOTAL:
         listed = f"{NUMBERS[len(order)]} object{'s' if len(order) > 1 else ''}: {listed}"
-    if len(order) > 1 and rng.random() < _RELATION:
+    if len(order) > 1 and rng.random() < _P_RELATION:
         return listed + _relation(scene, rng)
     return listed
 
 
 def of_single_objects() -> list[str]:
-    """Every caption that a scene of one object may have."""
-    choices = [("", *ATTRIBUTES[name]) for name in SAID] + [ATTRIBUTES["shape"]]
+    """Returns every possible caption of a scene of one object."""
+    choices = [("", *ATTRIBUTES[name]) for name in NAMED] + [ATTRIBUTES["shape"]]
     names = [" ".join(filter(None, words)) for words in itertools.product(*choices)]
     return [f"{total}a {name}" for total in ("", f"{NUMBERS[1]} object: ") for name in names]
 
 
 def _name(item: dict, rng: np.random.Generator) -> str:
-    words = [item[name] for name in SAID if rng.random() < _SAID]
+    words = [item[name] for name in NAMED if rng.random() < _P_ATTRIBUTE]
     return " ".join([*words, item["shape"]])
 
 
 def _relation(scene: dict, rng: np.random.Generator) -> str:
-    """How one object stands to another, by colour and shape; nothing where these are the same."""
+    """Returns the relation of two random objects, by colour and shape; empty if these are the same."""
     first, second = rng.permutation(len(scene["objects"]))[:2].tolist()
     places = [word for name, word in _PLACES.items() if first in scene["relationships"][name][second]]
     names = [f"the {scene['objects'][index]['color']} {scene['objects'][index]['shape']}" for index in (first, second)]

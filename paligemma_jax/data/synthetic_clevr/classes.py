@@ -1,8 +1,9 @@
 """Classes of single objects: every size, colour, material and shape, 96 in all, named as captions name them.
 
-The first half are base classes, the second novel ones: those whose places of the four values in ATTRIBUTES have an even
-sum come first. So every value of an attribute, and every pair of values of two, is in as many base classes as novel
-ones: only combinations are new, and every novel class differs from a base class in its size alone.
+The first half are base classes, the second half novel ones: a class is a base class if the positions of its four values
+in ATTRIBUTES have an even sum. So every value of an attribute, and every pair of values of two attributes, is in as
+many base classes as novel ones: only combinations are new, and every novel class differs from some base class in its
+size alone.
 """
 
 import itertools
@@ -19,7 +20,7 @@ OTHER_WORDS = {value: SYNONYMS[value][-1] for value in ("metal", "rubber", "cube
 
 
 class ObjectClass(NamedTuple):
-    """What an object is; values of ATTRIBUTES, in its order."""
+    """The attributes of a class, in the order of ATTRIBUTES."""
 
     size: str
     color: str
@@ -28,40 +29,41 @@ class ObjectClass(NamedTuple):
 
     @property
     def name(self) -> str:
-        """E.g. "small cyan metal cylinder"."""
+        """The name in the words of captions, such as "small cyan metal cylinder"."""
         return text_of(self._asdict())
 
     @property
     def in_other_words(self) -> str:
-        """E.g. "small shiny cyan block" of a metal cube: sizes, colours and "cylinder" are the words of captions."""
+        """The name in other words, such as "small shiny cyan block"; sizes, colours and "cylinder" stay."""
         return f"{self.size} {OTHER_WORDS[self.material]} {self.color} {OTHER_WORDS.get(self.shape, self.shape)}"
 
 
 def _parity(values: ObjectClass, names: Iterable[str] = tuple(ATTRIBUTES)) -> int:
-    """Of the sum of places of some of its values."""
+    """Returns the parity of the sum of the positions of some of a class's values."""
     return sum(ATTRIBUTES[name].index(getattr(values, name)) for name in names) % 2
 
 
 CLASSES = tuple(sorted((ObjectClass(*values) for values in itertools.product(*ATTRIBUTES.values())), key=_parity))
-"""All classes, base ones first; a class's place is its label."""
+"""All classes, base classes first; a class's position is its label."""
 
 
 IN_CAPTIONS, IN_OTHERS = "captions", "others"
-WORDS = (IN_CAPTIONS, IN_OTHERS)  # of which the names are
+WORDS = (IN_CAPTIONS, IN_OTHERS)  # vocabularies of the names
 COMBINATIONS, COLORS, PAIRINGS = "combinations", "colors", "pairings"
 HALVES = (COMBINATIONS, COLORS, PAIRINGS)
 
 
 def in_halves(novel: str) -> tuple[ObjectClass, ...]:
-    """All classes, base ones first.
+    """Returns all classes, base classes first.
 
     Args:
-      novel: in what the novel ones differ from them: "combinations" of values that they share, as in CLASSES, or
-        "colors": they have the last four of eight, of which no base class has one; or "pairings": base classes have
-        one material for each shape, and novel ones the other, so that what tells base classes apart misleads here.
+      novel: how novel classes differ from base classes: "combinations" of values that both have, as in CLASSES;
+        "colors": novel classes have the last four of eight colours, base classes the first four; or "pairings": base
+        classes have one material for each shape and novel classes the other, so that a cue which separates base classes
+        misleads on novel ones.
 
     Raises:
-      UserError: another word.
+      UserError: another value.
     """
     if novel not in HALVES:
         raise UserError(f"novel classes differ in {novel!r}, expected one of {', '.join(HALVES)}: change it.")
@@ -74,28 +76,28 @@ def in_halves(novel: str) -> tuple[ObjectClass, ...]:
 
 
 def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(label, scene) of the first `per_class` scenes of each class in a stream of scenes of one object.
+    """Yields (label, scene) for the first `per_class` scenes of each class in a stream of one-object scenes.
 
     Scenes come in the order of the stream; those of a smaller `per_class` are among those of a larger one.
     """
     labels = {values: label for label, values in enumerate(CLASSES)}
-    room = dict.fromkeys(labels.values(), per_class)
+    missing = dict.fromkeys(labels.values(), per_class)
     for index in itertools.count():
-        if not any(room.values()):
+        if not any(missing.values()):
             return
         scene = split_scene(seed, stream, index, (1, 1))
         item = scene["objects"][0]
         label = labels[ObjectClass(*(item[name] for name in ATTRIBUTES))]
-        if room[label]:
-            room[label] -= 1
+        if missing[label]:
+            missing[label] -= 1
             yield label, scene
 
 
 def describe(values: ObjectClass) -> tuple[str, ...]:
-    """Sentences that are true of the class, of the same forms in the same order for every class.
+    """Returns sentences that are true of the class, with the same forms in the same order for every class.
 
-    Other sentences than captions, but of their words ("no other" excepted): the text tower of a SigLIP that was trained
-    on captions alone reads others as noise (docs/few_shot.md).
+    They differ from captions but use the same words (except "no other"): the text tower of a SigLIP that was trained on
+    captions alone reads other words as noise (docs/few_shot.md).
     """
     size, color, material, shape = values
     return (

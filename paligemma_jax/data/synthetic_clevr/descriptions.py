@@ -1,4 +1,4 @@
-"""What a generator of single objects is told of each: its attributes, or a caption as a vector; by number.
+"""The conditioning of a generator of single objects, by number: attributes, or a caption as a vector.
 
 number  text                         attributes (size, color, material, shape)
      0  large gray rubber cube       0 0 0 0
@@ -18,17 +18,17 @@ from jaxtyping import Float
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 
 SIZES = tuple(len(values) for values in ATTRIBUTES.values())
-"""How many values each attribute has; also the numbers that stand for none."""
+"""Number of values of each attribute; these numbers also stand for no value."""
 
 
 class Descriptions(NamedTuple):
-    """N things to tell, and behind them nothing.
+    """A table of N descriptions, and a last row for no description.
 
     Attributes:
-      texts: what they say.
-      said: of each the attributes that it names, with their values.
+      texts: the descriptions as text.
+      said: the attributes that each names, with their values.
       table: int32 [N + 1, 4], or float32 [N + 1, E]; the last row stands for none.
-      numbers: of each text.
+      numbers: row number of each text.
     """
 
     texts: Sequence[str]
@@ -38,7 +38,7 @@ class Descriptions(NamedTuple):
 
 
 def of_attributes() -> Descriptions:
-    """All combinations of attributes, as indices into their values."""
+    """Returns all combinations of attributes, as indices into their values."""
     combined = list(itertools.product(*ATTRIBUTES.values()))
     texts = [" ".join(values) for values in combined]
     said = [dict(zip(ATTRIBUTES, values, strict=True)) for values in combined]
@@ -47,11 +47,11 @@ def of_attributes() -> Descriptions:
 
 
 def of_captions(captions: Iterable[str], embed: Callable[[Sequence[str]], Float[np.ndarray, "N E"]]) -> Descriptions:
-    """All different captions, as vectors; zeros stand for none.
+    """Returns all distinct captions as vectors; zeros stand for none.
 
     Args:
       captions: of single objects.
-      embed: texts to vectors.
+      embed: maps texts to vectors.
     """
     texts = sorted(set(captions))
     vectors = np.asarray(embed(texts), np.float32)
@@ -60,12 +60,12 @@ def of_captions(captions: Iterable[str], embed: Callable[[Sequence[str]], Float[
 
 
 def text_of(item: Mapping[str, str]) -> str:
-    """The text that `of_attributes` has of an object."""
+    """Returns the text of an object in `of_attributes`."""
     return " ".join(item[name] for name in ATTRIBUTES)
 
 
 def said(caption: str) -> dict[str, str]:
-    """Attribute to value, of those that the caption of a single object names."""
+    """Returns the attributes, with their values, that the caption of a single object names."""
     words = caption.split()
     return {name: value for name, values in ATTRIBUTES.items() for value in values if value in words}
 

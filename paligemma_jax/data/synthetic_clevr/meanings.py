@@ -1,22 +1,24 @@
-"""What a question means, apart from its words: sampled from a scene, turned into a program, worded elsewhere.
+"""Meanings of questions, independent of their wording: sampled from a scene and turned into a program.
 
-`questions` words meanings as CLEVR does and `pretraining_texts` words them differently: both ask about the same facts.
+`questions` words meanings as CLEVR does and `pretraining_texts` words them differently, about the same facts.
 Sets of objects are bit masks (bit i is object i).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES, RELATIONS
 
+T = TypeVar("T")
 Filters = tuple[tuple[str, str], ...]  # (attribute, word) pairs in the order of ATTRIBUTES
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """Objects with certain attributes that stand in every `hop` to its anchor: "small cubes left of the red ball"."""
+    """Objects with certain attributes that every `hop` reaches from its anchor: "small cubes left of the red ball"."""
 
     filters: Filters
     hops: tuple["Hop", ...] = ()
@@ -24,19 +26,20 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Hop:
-    """A step from one object, the anchor, to others: a spatial relation, or a shared attribute when `name` is one."""
+    """A step from one object, the anchor, to others: by a spatial relation, or by an attribute that they share."""
 
     name: str
     anchor: Phrase
 
     @property
     def is_same(self) -> bool:
+        """Whether the hop is a shared attribute."""
         return self.name in ATTRIBUTES
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """`function` is the program's last one; two phrases for comparisons and for the union that a count may be over."""
+    """A question; `function` is the last of its program. Comparisons, and a count over a union, have two phrases."""
 
     function: str
     phrases: tuple[Phrase, ...]
@@ -70,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def program(meaning: Meaning) -> list[dict[str, Any]]:
-    """The functional program in the official layout."""
+    """Returns the functional program in the official layout."""
     nodes: list[dict[str, Any]] = []
 
     def add(function: str, inputs: list[int], values: list[str] | None = None) -> int:
@@ -97,16 +100,16 @@ def program(meaning: Meaning) -> list[dict[str, Any]]:
     elif function.startswith("query_"):
         add(function, [add("unique", [objects(phrases[0])])])
     else:
-        found = [objects(p) for p in phrases]
-        add(function, [add("union", found)] if len(found) == 2 else found)
+        sets = [objects(p) for p in phrases]
+        add(function, [add("union", sets)] if len(sets) == 2 else sets)
     return nodes
 
 
-class Sampler:
-    """Draws meanings that hold on one scene, none of them answered by its own words.
+class MeaningSampler:
+    """Draws meanings that are valid on one scene and whose wording does not give away the answer.
 
-    Every referent is unique, every hop excludes something, no filter gives away the attribute asked for, and two
-    compared phrases differ in the scene and do not contain one another by their words.
+    Every referent is unique, every hop excludes some object, no filter names the attribute asked for, and two compared
+    phrases select different objects and do not contain one another in their words.
     """
 
     def __init__(self, scene: dict, rng: np.random.Generator):
@@ -124,7 +127,7 @@ class Sampler:
         }
 
     def draw(self, family: Family) -> Meaning | None:
-        """One random meaning of that family, or None where this attempt found none."""
+        """Returns one random meaning of that family, or None if this attempt failed."""
         function = family.function
         if function in COMPARE_NUMBERS:
             return self._compare_numbers(function, family.form)
@@ -139,24 +142,24 @@ class Sampler:
         return phrase and Meaning(function, (phrase,))
 
     def description(self) -> Filters:
-        """A description that fits at least one object."""
+        """Returns a description that fits at least one object."""
         return self._short(self._pick(self._filters))
 
     def name(self, index: int, hops: int = 0) -> Phrase | None:
-        """A phrase that only object `index` fits, through `hops` relations, or None where this attempt found none."""
+        """Returns a phrase that only object `index` fits, with `hops` relations, or None if this attempt failed."""
         return self._named(index, (), hops)
 
     # Random choices -------------------------------------------------------------------------------------------------
 
-    def _pick(self, options):
-        return options[int(self._rng.random() * len(options))] if options else None
+    def _pick(self, options: Sequence[T]) -> T:
+        return options[int(self._rng.random() * len(options))]
 
-    def _short(self, options: list[Filters]) -> Filters | None:
-        """The shorter of two draws: all-attribute descriptions are the most numerous, but tedious."""
-        return min(self._pick(options), self._pick(options), key=len) if options else None
+    def _short(self, options: list[Filters]) -> Filters:
+        """Returns the shorter of two draws: descriptions with all attributes are the most frequent, but tedious."""
+        return min(self._pick(options), self._pick(options), key=len)
 
     def _some_filters(self, banned: tuple[str, ...] = (), present: float = 0.6) -> Filters:
-        """Filters that match something with probability `present` at least, else any."""
+        """Returns filters that match some object with probability `present` or more."""
         if self._rng.random() < present:
             return self._short(_without(self._pick(self._filters), banned))
         names = [name for name in ATTRIBUTES if name not in banned]
@@ -166,41 +169,40 @@ class Sampler:
     # Phrases for one object -----------------------------------------------------------------------------------------
 
     def _named(self, index: int, banned: tuple[str, ...] = (), hops: int = 0) -> Phrase | None:
-        """A phrase that only object `index` fits, through `hops` spatial relations."""
+        """Returns a phrase that only object `index` fits, with `hops` spatial relations."""
         if hops == 0:
-            filters = self._short([f for f in _without(self._filters[index], banned) if self._sets[f] == 1 << index])
-            return None if filters is None else Phrase(filters)
+            options = [f for f in _without(self._filters[index], banned) if self._sets[f] == 1 << index]
+            return Phrase(self._short(options)) if options else None
         hop, reached = self._hop(self._pick(RELATIONS), hops - 1)
         return hop and self._narrowed(index, (hop,), reached, banned)
 
     def _narrowed(self, index: int, hops: tuple[Hop, ...], reached: int, banned: tuple[str, ...]) -> Phrase | None:
-        """Completes hops to a phrase for object `index`, with filters that need the hops and suffice with them."""
+        """Returns a phrase for object `index`: filters that identify it with the hops, but not without them."""
         bit = 1 << index
         options = [f for f in _without(self._filters[index], banned) if self._sets[f] & reached == bit != self._sets[f]]
         if reached == bit and () not in options and len(self._items) > 2:
             options.append(())
-        filters = self._short(options)
-        return None if filters is None else Phrase(filters, hops)
+        return Phrase(self._short(options), hops) if options else None
 
     def _hop(self, name: str, anchor_hops: int = 0) -> tuple[Hop | None, int]:
-        """A hop from a random object, and what it reaches; the anchor's phrase never names a shared attribute."""
+        """Returns a hop from a random object and the set it reaches; the anchor's phrase omits a shared attribute."""
         anchor = int(self._rng.random() * len(self._items))
         phrase = self._named(anchor, (name,) if name in ATTRIBUTES else (), anchor_hops)
         return (Hop(name, phrase), self._reach[name][anchor]) if phrase else (None, 0)
 
-    def _one_object(self, form: Form, asked: str) -> Phrase | None:
+    def _one_object(self, form: Form, attribute: str) -> Phrase | None:
         index = int(self._rng.random() * len(self._items))
         if form in ("zero", "one", "two"):
-            return self._named(index, (asked,), ("zero", "one", "two").index(form))
+            return self._named(index, (attribute,), ("zero", "one", "two").index(form))
         if form == "and":
             hops, reached = self._crossing()
-            return self._narrowed(index, hops, reached, (asked,)) if hops else None
-        shared = self._pick([name for name in ATTRIBUTES if name != asked])
+            return self._narrowed(index, hops, reached, (attribute,)) if hops else None
+        shared = self._pick([name for name in ATTRIBUTES if name != attribute])
         hop, reached = self._hop(shared)
-        return hop and self._narrowed(index, (hop,), reached, (asked, shared))
+        return hop and self._narrowed(index, (hop,), reached, (attribute, shared))
 
     def _crossing(self) -> tuple[tuple[Hop, ...], int]:
-        """Two relations to two anchors, neither of which makes the other superfluous."""
+        """Returns two relations to two anchors, neither of which implies the other."""
         (first, a), (second, b) = self._hop(self._pick(RELATIONS)), self._hop(self._pick(RELATIONS))
         if first is None or second is None or first.anchor == second.anchor or a & b in (a, b):
             return (), 0
@@ -209,7 +211,7 @@ class Sampler:
     # Phrases for any number of objects ------------------------------------------------------------------------------
 
     def _objects(self, family: Family) -> Phrase | None:
-        """A phrase for exist and count, which may be empty."""
+        """Returns a phrase for exist and count; it may match no object."""
         if family.form == "zero":
             everything = family.function == "count" and self._rng.random() < 0.1
             return Phrase(() if everything else self._some_filters())
@@ -223,12 +225,12 @@ class Sampler:
         return hop and self._restricted((hop,), reached, ())
 
     def _restricted(self, hops: tuple[Hop, ...], reached: int, banned: tuple[str, ...]) -> Phrase | None:
-        """Filters before the hops, sometimes none; the hops must change what the filters find."""
+        """Returns a phrase with random filters, sometimes none; the hops must exclude some of their matches."""
         filters = () if self._rng.random() < 0.25 else self._some_filters(banned, present=0.9)
-        found = self._found(filters)
-        return Phrase(filters, hops) if found & reached != found else None
+        matches = self._matches(filters)
+        return Phrase(filters, hops) if matches & reached != matches else None
 
-    def _found(self, filters: Filters) -> int:
+    def _matches(self, filters: Filters) -> int:
         return self._sets.get(filters, 0) if filters else self._all
 
     # Two phrases ----------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ class Sampler:
     def _two_sets(self) -> tuple[Phrase, Phrase] | None:
         first, second = self._some_filters(present=0.85), self._some_filters(present=0.85)
         overlap = set(first) <= set(second) or set(second) <= set(first)
-        return None if overlap or self._found(first) == self._found(second) else (Phrase(first), Phrase(second))
+        return None if overlap or self._matches(first) == self._matches(second) else (Phrase(first), Phrase(second))
 
     def _union(self, function: str) -> Meaning | None:
         pair = self._two_sets()
@@ -246,8 +248,8 @@ class Sampler:
         pair = self._two_sets()
         if pair and form == "one":
             hop, reached = self._hop(self._pick(RELATIONS))
-            found = self._found(pair[0].filters)
-            if hop is None or found & reached == found:
+            matches = self._matches(pair[0].filters)
+            if hop is None or matches & reached == matches:
                 return None
             pair = Phrase(pair[0].filters, (hop,)), pair[1]
         return pair and Meaning(function, pair)
@@ -265,7 +267,7 @@ class Sampler:
 
 
 def _subsets(item: dict) -> list[Filters]:
-    """All 15 non-empty descriptions of an object by its attributes."""
+    """Returns all 15 non-empty descriptions of an object by its attributes."""
     pairs = [(name, item[name]) for name in ATTRIBUTES]
     return [tuple(p for k, p in enumerate(pairs) if mask >> k & 1) for mask in range(1, 1 << len(pairs))]
 

@@ -1,4 +1,4 @@
-"""Texts that pretrain the small base on a scene, in PaliGemma's task style (Beyer et al. 2024, https://arxiv.org/abs/2407.07726).
+"""Texts that pretrain the small base on a scene, in PaliGemma's task style (Beyer et al. 2024, arXiv 2407.07726).
 
 caption en                  -> 3 objects: a small red metal cube, two large blue rubber spheres. The cube is left of ...
 detect <things>             -> <loc0123><loc0456><loc0789><loc1000> small red metal cube ; <loc...> ...
@@ -7,15 +7,23 @@ point <thing>               -> <loc0456><loc0728>, the middle of its box
 describe <loc><loc><loc><loc> -> small red metal cube
 answer en <question>        -> one of CLEVR's 28 answers
 
-Boxes are y0 x0 y1 x1 in 1024ths of the picture. Questions ask what `questions` asks, but in no sentence pattern of
-those, so that fine-tuning has something to teach; every word of theirs does occur, for LoRA leaves embeddings frozen.
+Boxes are y0 x0 y1 x1 in 1024ths of the image. Questions are about the same facts as those of `questions`, but in none
+of their sentence patterns, so that fine-tuning has something to teach. All their words do occur, as LoRA leaves the
+embeddings frozen.
 """
 
 import numpy as np
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.geometry import boxes
-from paligemma_jax.data.synthetic_clevr.meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Phrase, Sampler, program
+from paligemma_jax.data.synthetic_clevr.meanings import (
+    COMPARE_NUMBERS,
+    FAMILIES,
+    Meaning,
+    MeaningSampler,
+    Phrase,
+    program,
+)
 from paligemma_jax.data.synthetic_clevr.programs import answer
 from paligemma_jax.data.synthetic_clevr.wording import choose, noun, referent, spatial, with_article
 
@@ -24,41 +32,41 @@ Segment = tuple[str, str]
 # answer 70 %, caption 10 %, detect 8 %, detect object 2 %, point 4 %, describe 6 %
 _CUMULATIVE_SHARES = (0.7, 0.8, 0.88, 0.9, 0.94)
 _NUMBER_WORDS = ("", "", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_TRIES_PER_WANTED_ANSWER = 8
-# Plain questions twice as often as each of the others: all the rest builds on them.
+_TRIES_PER_TARGET_ANSWER = 8
+# Plain questions are twice as frequent as each other form, as all others build on them.
 _MIXTURE = tuple(family for family in FAMILIES for _ in range(2 if family.form == "zero" else 1))
-_WANTED = {"exist": ("yes", "no"), "count": tuple(str(n) for n in range(11))}
+_TARGET_ANSWERS = {"exist": ("yes", "no"), "count": tuple(str(n) for n in range(11))}
 
 
 def pretraining_segments(scene: dict, rng: np.random.Generator, num_segments: int) -> list[Segment]:
-    """`num_segments` random (prefix, suffix) pairs about one scene: about 70 % questions, 10 % captions, 20 % boxes."""
+    """Returns `num_segments` random (prefix, suffix) pairs about a scene: 70 % questions, 10 % captions, 20 % boxes."""
     writer = _Writer(scene, rng)
     return [writer.segment() for _ in range(num_segments)]
 
 
 def plain_caption(scene: dict) -> Segment:
-    """The caption that says how many objects there are, names all, and tells no relation."""
+    """Returns the caption that counts the objects and lists them all, without relations."""
     writer = _Writer(scene, np.random.default_rng(0))
     return "caption en", writer.total() + writer.listed()
 
 
 def every_box(scene: dict) -> Segment:
-    """`detect object`, and every object with its box, from left to right."""
+    """Returns `detect object` and every object with its box, from left to right."""
     return _Writer(scene, np.random.default_rng(0)).every_box()
 
 
 class _Writer:
-    """Writes segments about one scene; what does not depend on chance is computed once."""
+    """Writes segments about one scene; deterministic parts are computed once."""
 
     def __init__(self, scene: dict, rng: np.random.Generator):
         self._scene, self._rng = scene, rng
-        self._sampler = Sampler(scene, rng)
+        self._sampler = MeaningSampler(scene, rng)
         self._boxes = np.minimum(boxes(scene) * 1024, 1023).astype(int)
         self._order = np.argsort(self._boxes[:, 1] + self._boxes[:, 3], kind="stable").tolist()  # from left to right
         self._names = [" ".join(item[name] for name in ATTRIBUTES) for item in scene["objects"]]
 
     def segment(self) -> Segment:
-        """One segment of a random kind."""
+        """Returns one segment of a random kind."""
         writers = (self._answer, self._caption, self._detect, self.every_box, self._point, self._describe)
         kind = int(np.searchsorted(_CUMULATIVE_SHARES, self._rng.random(), side="right"))
         return writers[kind]()
@@ -67,13 +75,13 @@ class _Writer:
         return "".join(f"<loc{v:04d}>" for v in self._boxes[index])
 
     def every_box(self) -> Segment:
-        """All objects, from left to right."""
+        """Returns all objects with their boxes, from left to right."""
         return "detect object", " ; ".join(f"{self._located(i)} {self._names[i]}" for i in self._order)
 
     def _detect(self) -> Segment:
         filters = self._sampler.description()
-        found = [i for i in self._order if all(self._scene["objects"][i][name] == word for name, word in filters)]
-        return f"detect {noun(self._rng, filters)}", " ; ".join(f"{self._located(i)} {self._names[i]}" for i in found)
+        things = [i for i in self._order if all(self._scene["objects"][i][name] == word for name, word in filters)]
+        return f"detect {noun(self._rng, filters)}", " ; ".join(f"{self._located(i)} {self._names[i]}" for i in things)
 
     def _point(self) -> Segment:
         index = choose(self._rng, self._order)
@@ -88,17 +96,17 @@ class _Writer:
         return f"describe {self._located(index)}", self._names[index]
 
     def _caption(self) -> Segment:
-        # Large numbers are rare as answers; here every one up to ten is met, and before what it counts.
+        # Large numbers are rare as answers; here every number up to ten occurs, before the objects that it counts.
         total = self.total() if self._rng.random() < 0.5 else ""
         relation = self._relation_sentence() if self._rng.random() < 0.5 else ""
         return "caption en", total + self.listed() + relation
 
     def total(self) -> str:
-        """How many objects there are, before they are listed."""
+        """Returns the number of objects, to precede their list."""
         return f"{len(self._order)} objects: "
 
     def listed(self) -> str:
-        """All objects, equal ones together."""
+        """Returns a list of all objects, with equal ones counted."""
         groups: dict[str, int] = {}
         for i in self._order:
             groups[self._names[i]] = groups.get(self._names[i], 0) + 1
@@ -118,25 +126,25 @@ class _Writer:
         return f"answer en {word_plainly(meaning, self._rng)}", word
 
     def _question(self) -> tuple[Meaning, str]:
-        """A random question and its answer; yes and no about equally often, numbers as evenly as the scene allows."""
+        """Returns a random question and its answer; yes and no, and the numbers, are about equally frequent."""
         while True:
             family = choose(self._rng, _MIXTURE)
-            wanted = None
+            target = None
             if not family.function.startswith("query_"):
-                wanted = choose(self._rng, _WANTED.get(family.function, _WANTED["exist"]))
-            found = None
-            for _ in range(_TRIES_PER_WANTED_ANSWER):
+                target = choose(self._rng, _TARGET_ANSWERS.get(family.function, _TARGET_ANSWERS["exist"]))
+            question = None
+            for _ in range(_TRIES_PER_TARGET_ANSWER):
                 meaning = self._sampler.draw(family)
                 if meaning is not None:
-                    found = meaning, answer(program(meaning), self._scene)
-                    if wanted in (None, found[1]):
+                    question = meaning, answer(program(meaning), self._scene)
+                    if target in (None, question[1]):
                         break
-            if found is not None:
-                return found
+            if question is not None:
+                return question
 
 
 def word_plainly(meaning: Meaning, rng: np.random.Generator) -> str:
-    """One of the phrasings of a meaning, none of which is CLEVR's: fragments and, with a capital, sentences."""
+    """Returns a phrasing of a meaning that CLEVR does not have: a fragment or, with a capital, a sentence."""
     function = meaning.function
     if function in COMPARE_NUMBERS:
         options = _compare_numbers(meaning, rng)
@@ -152,7 +160,7 @@ def word_plainly(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _set(rng: np.random.Generator, phrase: Phrase, plural: bool) -> str:
-    """A noun phrase with any hops; a shared attribute is worded "other cubes matching the ball in color"."""
+    """Returns a noun phrase with any hops; shared attributes are worded "other cubes matching the ball in color"."""
     if not any(hop.is_same for hop in phrase.hops):
         return referent(rng, phrase, plural)
     (hop,) = phrase.hops
@@ -168,7 +176,7 @@ def _set(rng: np.random.Generator, phrase: Phrase, plural: bool) -> str:
 
 
 def _other(phrase: Phrase, one: bool = False) -> str:
-    """The word that excludes the anchor of a shared attribute."""
+    """Returns the word that excludes the anchor of a shared attribute."""
     return ("another " if one else "other ") if any(hop.is_same for hop in phrase.hops) else ""
 
 

@@ -1,4 +1,4 @@
-"""CLEVR's functional programs, executed on a scene (Johnson et al. 2017, section 3 and figure 2).
+"""Executes CLEVR's functional programs on a scene (Johnson et al. 2017, section 3 and figure 2).
 
 A program is the official JSON: a list of nodes {"function", "inputs", "value_inputs"} in evaluation order, where
 `inputs` are indices of earlier nodes; the official generator's own spelling ("type", "side_inputs") is read too.
@@ -13,11 +13,11 @@ Value = tuple[int, ...] | int | bool | str
 
 
 class InvalidProgram(ValueError):
-    """The program has no answer on this scene: `unique` met none or several objects."""
+    """The program has no answer on this scene: `unique` was applied to none or several objects."""
 
 
 def execute(program: list[dict[str, Any]], scene: dict) -> Value:
-    """Value of the last node. Raises InvalidProgram if a referent is not unique, KeyError for an unknown function."""
+    """Returns the value of the last node. Raises InvalidProgram or, for an unknown function, KeyError."""
     values: list[Value] = []
     for node in program:
         function = node.get("function") or node["type"]
@@ -27,7 +27,7 @@ def execute(program: list[dict[str, Any]], scene: dict) -> Value:
 
 
 def answer(program: list[dict[str, Any]], scene: dict) -> str:
-    """`execute`, spelled as CLEVR spells answers: yes, no, 0..10 or an attribute word."""
+    """Returns the value of `execute` as CLEVR spells answers: yes, no, 0..10 or an attribute word."""
     value = execute(program, scene)
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -35,7 +35,7 @@ def answer(program: list[dict[str, Any]], scene: dict) -> str:
 
 
 def last_function(program: list[dict[str, Any]]) -> str:
-    """The function that makes the answer, which names the question's type: "count", "query_color", "less_than", ..."""
+    """Returns the function that gives the answer and names the question's type: "count", "query_color", ..."""
     return program[-1].get("function") or program[-1]["type"]
 
 

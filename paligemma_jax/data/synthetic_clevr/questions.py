@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.data.synthetic_clevr.meanings import COMPARE_NUMBERS, FAMILIES, Meaning, Sampler, program
+from paligemma_jax.data.synthetic_clevr.meanings import COMPARE_NUMBERS, FAMILIES, Meaning, MeaningSampler, program
 from paligemma_jax.data.synthetic_clevr.programs import answer
 from paligemma_jax.data.synthetic_clevr.wording import choose, noun, referent, spatial, synonym, with_article
 
@@ -16,21 +16,21 @@ _TRIES_PER_FAMILY = 25
 
 
 class AnswerBalance:
-    """Counts answers per family over a split, and says which family is due and which answers it can still take.
+    """Counts answers per family over a split, to decide which family is next and which answers it may still add.
 
-    The rule is rejection, as in CLEVR's generator: an answer is refused while it is more than 10 % ahead of the others'
-    most frequent one, so yes/no families stay near even. Deterministic: a function of the questions so far.
+    As in CLEVR's generator, an answer is rejected while it is more than 10 % ahead of the most frequent other answer,
+    so that yes and no stay about even. Deterministic: a function of the questions so far.
     """
 
     def __init__(self) -> None:
         self._answers: dict[int, Counter[str]] = defaultdict(Counter)
 
     def due(self) -> list[int]:
-        """Family indices, those with the fewest questions first."""
+        """Returns the family indices, those with the fewest questions first."""
         return sorted(range(len(FAMILIES)), key=lambda index: (self._answers[index].total(), index))
 
     def accepts(self, family: int, word: str) -> bool:
-        """Whether the family may take one more question with this answer."""
+        """Returns whether the family may add a question with this answer."""
         others = [count for other, count in self._answers[family].items() if other != word]
         return self._answers[family][word] <= 1.1 * max(others, default=0)
 
@@ -39,34 +39,36 @@ class AnswerBalance:
         self._answers[family][word] += 1
 
     def counts(self, family: int) -> Counter[str]:
-        """Answers of one family so far."""
+        """Returns the answers of one family so far, with their counts."""
         return Counter(self._answers[family])
 
 
 def generate_questions(
     scene: dict, per_scene: int, seed: tuple[int, ...] | int, balance: AnswerBalance | None = None
 ) -> list[dict[str, Any]]:
-    """`per_scene` questions about a scene in the official layout (fewer only where no family has one left to ask).
+    """Returns `per_scene` questions about a scene in the official layout (fewer only if no family has one left).
 
-    Families that are behind come first, so over a split all get equal shares, and a scene that cannot serve one leaves
-    it to the next. `balance` carries the counts from scene to scene and is updated. `question_index` counts within the
-    scene; `build_tree` renumbers.
+    Families with the fewest questions come first, so over a split all get equal shares; if a scene has no question of
+    a family, the next one is used. `balance` carries the counts from scene to scene and is updated. `question_index`
+    counts within the scene; `build_tree` renumbers.
     """
     balance = AnswerBalance() if balance is None else balance
     rng = np.random.Generator(np.random.PCG64(seed))
-    sampler = Sampler(scene, rng)
+    sampler = MeaningSampler(scene, rng)
     out: list[dict[str, Any]] = []
     while len(out) < per_scene:
-        asked = {item["question"] for item in out}
-        found = next(filter(None, (_ask(scene, sampler, rng, index, balance, asked) for index in balance.due())), None)
-        if found is None:
+        used = {item["question"] for item in out}
+        new = next(filter(None, (_ask(scene, sampler, rng, index, balance, used) for index in balance.due())), None)
+        if new is None:
             break
-        out.append(found | {"question_index": len(out)})
+        out.append(new | {"question_index": len(out)})
     return out
 
 
-def _ask(scene, sampler: Sampler, rng, index: int, balance: AnswerBalance, asked: set[str]) -> dict[str, Any] | None:
-    """A question of one family whose answer the balance takes, or None."""
+def _ask(
+    scene, sampler: MeaningSampler, rng, index: int, balance: AnswerBalance, used: set[str]
+) -> dict[str, Any] | None:
+    """Returns a new question of one family with an answer that the balance accepts, or None."""
     for _ in range(_TRIES_PER_FAMILY):
         meaning = sampler.draw(FAMILIES[index])
         if meaning is None:
@@ -76,7 +78,7 @@ def _ask(scene, sampler: Sampler, rng, index: int, balance: AnswerBalance, asked
         if not balance.accepts(index, word):
             continue
         text = word_question(meaning, rng)
-        if text in asked:
+        if text in used:
             continue
         balance.add(index, word)
         about = {key: scene[key] for key in ("image_index", "image_filename", "split")}
@@ -85,7 +87,7 @@ def _ask(scene, sampler: Sampler, rng, index: int, balance: AnswerBalance, asked
 
 
 def word_question(meaning: Meaning, rng: np.random.Generator) -> str:
-    """One of the phrasings of a meaning, capitalised, with its question mark."""
+    """Returns one of the phrasings of a meaning, capitalised, with its question mark."""
     function = meaning.function
     if function in COMPARE_NUMBERS:
         text = _word_compare_numbers(meaning, rng)
@@ -103,7 +105,7 @@ def word_question(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _word_set(meaning: Meaning, rng: np.random.Generator) -> str:
-    """exist and count, through spatial relations or none."""
+    """Words exist and count, with spatial relations or none."""
     (phrase,) = meaning.phrases
     things = noun(rng, phrase.filters, plural=True)
     one = with_article(things[:-1])
@@ -130,14 +132,14 @@ def _how_many(rng: np.random.Generator) -> str:
 
 
 def _word_union(meaning: Meaning, rng: np.random.Generator) -> str:
-    """count over "either ... or ..."."""
+    """Words count over "either ... or ..."."""
     first, second = (noun(rng, phrase.filters, plural=True) for phrase in meaning.phrases)
     things, either = choose(rng, ("things", "objects")), choose(rng, ("either ", ""))
     return f"{_how_many(rng)} {things} are {either}{first} or {second}?"
 
 
 def _word_same(meaning: Meaning, rng: np.random.Generator) -> str:
-    """exist and count among the other objects that share an attribute with one."""
+    """Words exist and count among the other objects that share an attribute with one."""
     (phrase,) = meaning.phrases
     (hop,) = phrase.hops
     likeness = f"the same {hop.name} as the {referent(rng, hop.anchor)}?"
@@ -152,7 +154,7 @@ def _word_same(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _word_query(meaning: Meaning, rng: np.random.Generator) -> str:
-    """The colour, shape, size or material of one object."""
+    """Words a question for the colour, shape, size or material of one object."""
     (phrase,) = meaning.phrases
     name = meaning.function.removeprefix("query_")
     shared = [hop for hop in phrase.hops if hop.is_same]
@@ -175,7 +177,7 @@ def _word_query(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _word_compare_numbers(meaning: Meaning, rng: np.random.Generator) -> str:
-    """equal_integer, less_than and greater_than."""
+    """Words equal_integer, less_than and greater_than."""
     first, second = (referent(rng, phrase, plural=True) for phrase in meaning.phrases)
     if meaning.function == "equal_integer":
         together = choose(rng, ("an equal number", "the same number"))
@@ -194,7 +196,7 @@ def _word_compare_numbers(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _word_compare_attributes(meaning: Meaning, rng: np.random.Generator) -> str:
-    """Whether two objects share an attribute."""
+    """Words a question whether two objects share an attribute."""
     name = meaning.function.removeprefix("equal_")
     first, second = (referent(rng, phrase) for phrase in meaning.phrases)
     options = [

@@ -1,8 +1,10 @@
-"""Pictures of the synthetic scenes by ray casting: three lights, soft shadows, matte rubber, mirroring metal.
+"""Renders images of the synthetic scenes by ray casting: three lights, soft shadows, matte rubber, mirroring metal.
 
-A person should recognise shape, colour and material at 64 x 64, and a model should find at that size what it would
-find in CLEVR's own pictures; physical truth is not the aim. Bytes are a function of scene and size (see `geometry`).
+Shape, colour and material should be recognisable at 64 x 64 pixels, for people and models, as in CLEVR's own images;
+physical accuracy is not a goal. The bytes are a function of scene and size (see `geometry`).
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
@@ -23,8 +25,8 @@ from paligemma_jax.data.synthetic_clevr.geometry import (
     to_world,
 )
 
-# Of each light its power at the middle of the ground, the width of its penumbra per unit of distance from what casts
-# the shadow, and the share of it that a full shadow takes away.
+# For each light: power at the middle of the ground, width of the penumbra per unit of distance from the object that
+# casts the shadow, and the share of the light that a full shadow removes.
 _LIGHTS = {"key": (0.62, 0.12, 0.75), "fill": (0.25, 0.0, 0.0), "back": (0.38, 0.16, 0.6)}
 _AMBIENT = 0.5
 _FALLOFF = 70.0  # squared distance at which a light has lost half its power
@@ -40,24 +42,24 @@ def render(
     supersample: int = 2,
     light: tuple[float, float, float] | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Picture of a scene, sRGB 0..255, each pixel the mean of `supersample` squared rays.
+    """Renders an image of a scene, sRGB 0..255; each pixel is the mean of `supersample` squared rays.
 
-    `light` multiplies all light, per channel: what has no light of its own is seen by it.
+    `light` multiplies all light, per channel; objects emit none.
     """
     w, h = width * supersample, height * supersample
     ids, distance, rays = cast(scene, w, h)
     solids = [solid_of(item) for item in scene["objects"]]
     camera = camera_of(scene)
-    points = tuple(np.float32(camera.location[k]) + distance * rays[k] for k in range(3))
+    points = _components(np.float32(camera.location[k]) + distance * rays[k] for k in range(3))
     normals = _normals(solids, ids, points)
     rgb = _shade(scene, solids, camera, ids, points, normals, rays)
     if light is not None:
-        rgb = tuple(np.float32(gain) * channel for gain, channel in zip(light, rgb, strict=True))
+        rgb = _components(np.float32(gain) * channel for gain, channel in zip(light, rgb, strict=True))
     return _to_bytes(rgb, supersample)
 
 
 def _normals(solids: list[Solid], ids: np.ndarray, points: Components) -> Components:
-    """Unit normals of what every pixel sees; the ground's is up."""
+    """Returns the unit normals of the surface at every pixel; the ground's is up."""
     normals = np.zeros_like(points[0]), np.zeros_like(points[0]), np.ones_like(points[0])
     for index, solid in enumerate(solids):
         where = np.nonzero(ids == index)
@@ -68,31 +70,37 @@ def _normals(solids: list[Solid], ids: np.ndarray, points: Components) -> Compon
 
 
 def _shade(scene, solids, camera: Camera, ids, points: Components, normals: Components, rays: Components):
-    """Linear light per channel, three float32 [H, W]."""
+    """Returns linear light per channel, three float32 [H, W]."""
     length = np.sqrt(rays[0] * rays[0] + rays[1] * rays[1] + rays[2] * rays[2])
-    view = tuple(-d / length for d in rays)  # towards the camera
+    view = _components(-d / length for d in rays)  # towards the camera
     table, metal = _surfaces(scene)
-    albedo, metal = tuple(table[ids, k] for k in range(3)), metal[ids]  # index -1, the ground, is the last row
+    albedo, metal = _components(table[ids, k] for k in range(3)), metal[ids]  # index -1, the ground, is the last row
     diffuse = _AMBIENT * (0.7 + 0.3 * normals[2]) * _ground_occlusion(solids, camera, ids, points)
     gloss = np.zeros_like(diffuse)
     for name, (power, softness, depth) in _LIGHTS.items():
         light = scene["view"]["lights"][name]
-        offset = tuple(np.float32(q) - p for q, p in zip(light, points, strict=True))
+        offset = _components(np.float32(q) - p for q, p in zip(light, points, strict=True))
         square = offset[0] * offset[0] + offset[1] * offset[1] + offset[2] * offset[2]
         inverse = 1.0 / np.sqrt(square)
-        toward = tuple(o * inverse for o in offset)
+        toward = _components(o * inverse for o in offset)
         facing = np.maximum(_dot(normals, toward), 0.0)
         shadow = _shadow(solids, camera, ids, points, toward, light, softness)
         strength = (power * 2.0 * _FALLOFF / (_FALLOFF + square)) * (1.0 - depth * shadow)
         diffuse += strength * facing
         gloss += strength * _highlight(normals, toward, view, metal)
     scatter = np.where(metal, np.float32(_METAL_DIFFUSE), np.float32(1.0)) * diffuse
-    rgb = tuple(a * scatter + gloss for a in albedo)
+    rgb = _components(a * scatter + gloss for a in albedo)
     where = np.nonzero(metal)
-    mirrored = _mirrored(solids, table, ids[where], *(tuple(c[where] for c in v) for v in (points, normals, view)))
+    points, normals, view = (_components(c[where] for c in v) for v in (points, normals, view))
+    mirrored = _mirrored(solids, table, ids[where], points, normals, view)
     for channel, own, light in zip(rgb, albedo, mirrored, strict=True):
         channel[where] += own[where] * light
     return rgb
+
+
+def _components(arrays: Iterable[np.ndarray]) -> Components:
+    x, y, z = arrays
+    return x, y, z
 
 
 def _dot(a: Components, b: Components) -> np.ndarray:
@@ -100,16 +108,16 @@ def _dot(a: Components, b: Components) -> np.ndarray:
 
 
 def _surfaces(scene: dict) -> tuple[Float32[np.ndarray, "surfaces 3"], Bool[np.ndarray, " surfaces"]]:
-    """Linear albedo of each object and, last, of the ground; and which of them is metal."""
-    ground = scene["view"]["ground"]  # a gray level, or one of each channel
+    """Returns the linear albedo of each object and, last, of the ground; and which of them is metal."""
+    ground = scene["view"]["ground"]  # one gray level, or one per channel
     table = [[c / 255.0 for c in COLORS[item["color"]]] for item in scene["objects"]]
     table = np.array([*table, ground if isinstance(ground, list | tuple) else [ground] * 3], np.float32)
     metal = np.array([item["material"] == "metal" for item in scene["objects"]] + [False])
-    return table * table, metal  # display values to linear light; gamma 2, for pow differs between machines
+    return table * table, metal  # display values to linear light; gamma 2, as pow differs between machines
 
 
 def _shadow(solids, camera: Camera, ids, points: Components, toward: Components, light, softness: float) -> Image:
-    """Share of one light that other objects take away from each pixel, 0..1."""
+    """Returns the share of one light that other objects block at each pixel, 0..1."""
     total = np.zeros_like(points[0])
     if not softness:
         return total
@@ -124,7 +132,7 @@ def _shadow(solids, camera: Camera, ids, points: Components, toward: Components,
 
 
 def _shadow_rectangles(camera: Camera, solids, light, softness: float, shape) -> list[tuple[slice, slice]]:
-    """Image rectangles of all that each solid can shade: the hull of the solid and of its shadow on the ground."""
+    """Returns image rectangles that cover each solid and its shadow on the ground."""
     corners = bounding_corners(solids, grow=2.0 * softness)
     lamp = np.array(light)
     corners[..., 2] = np.clip(corners[..., 2], 0.0, lamp[2] - 0.5)
@@ -133,7 +141,7 @@ def _shadow_rectangles(camera: Camera, solids, light, softness: float, shape) ->
 
 
 def _ground_occlusion(solids, camera: Camera, ids, points: Components) -> Image:
-    """How much of the ambient light reaches each pixel: less on the ground close to an object."""
+    """Returns the share of ambient light that reaches each pixel: less on the ground close to an object."""
     open_sky = np.ones_like(points[0])
     around = bounding_corners([solid._replace(radius=solid.radius * 2.0) for solid in solids])
     covers = image_rectangles(camera, around, ids.shape[1], ids.shape[0])
@@ -145,24 +153,24 @@ def _ground_occlusion(solids, camera: Camera, ids, points: Components) -> Image:
 
 
 def _highlight(normals: Components, toward: Components, view: Components, metal: np.ndarray) -> Image:
-    """Blinn highlight: sharp and strong on metal, a faint sheen on rubber, none on the ground."""
-    half = tuple(t + v for t, v in zip(toward, view, strict=True))
+    """Computes a Blinn highlight: sharp and strong on metal, a faint sheen on rubber, none on the ground."""
+    half = _components(t + v for t, v in zip(toward, view, strict=True))
     cosine = np.maximum(_dot(normals, half), 0.0) / np.sqrt(_dot(half, half))
     broad = _power(cosine, 4)
     return np.where(metal, 2.6 * _power(broad, 2), 0.03 * broad)
 
 
 def _power(x: np.ndarray, doublings: int) -> np.ndarray:
-    """x to the power 2**doublings by squaring."""
+    """Returns x to the power 2**doublings, by squaring."""
     for _ in range(doublings):
         x = x * x
     return x
 
 
 def _mirrored(solids, table, own, points: Components, normals: Components, view: Components) -> Components:
-    """Light per channel that metal surface points mirror: other objects, else ground or studio; arrays of one axis."""
+    """Returns the light per channel that metal surface points mirror: other objects, else ground or studio."""
     twice = 2.0 * _dot(normals, view)
-    direction = tuple(twice * n - v for n, v in zip(normals, view, strict=True))
+    direction = _components(twice * n - v for n, v in zip(normals, view, strict=True))
     light = _studio(points, direction)
     seen = np.full(own.shape, -1)
     nearest = np.full(own.shape, np.inf, np.float32)
@@ -172,20 +180,20 @@ def _mirrored(solids, table, own, points: Components, normals: Components, view:
         hit = (clearance > 0.0) & (near > 0.0) & (near < nearest) & (own != index)
         nearest = np.where(hit, near, nearest)
         seen[hit] = index
-    return tuple(np.where(seen < 0, light, np.float32(0.7) * table[seen, k]) for k in range(3))
+    return _components(np.where(seen < 0, light, np.float32(0.7) * table[seen, k]) for k in range(3))
 
 
 def _studio(points: Components, direction: Components) -> np.ndarray:
-    """What is mirrored where no object is: ground, darker near the contact, below; a room with bright strips above."""
+    """Returns the mirrored background: ground, darker near the contact, or above it a room with bright strips."""
     x, y, z = direction
-    reach = points[2] / np.maximum(-z, 0.05)  # way to the ground
+    reach = points[2] / np.maximum(-z, 0.05)  # distance to the ground
     ground = 0.05 + 1.05 * reach / (reach + 0.8)
     strips = np.abs((x - y) / (np.abs(z) + 0.3) % 2.0 - 1.0)  # a triangle wave over the ceiling, 0..1
     return np.where(z < 0.0, ground, 0.35 + 1.6 * np.clip(strips * 2.5 - 0.6, 0.0, 1.0))
 
 
 def _to_bytes(rgb: Components, supersample: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Mean over each pixel's rays, then display bytes (gamma 2)."""
+    """Averages each pixel's rays and returns display bytes (gamma 2)."""
     out = np.empty((rgb[0].shape[0] // supersample, rgb[0].shape[1] // supersample, 3), np.uint8)
     for k, channel in enumerate(rgb):
         channel = np.clip(channel, 0.0, 1.0)

@@ -8,9 +8,9 @@ from paligemma_jax.data.synthetic_clevr.attributes import COLORS, MATERIALS, REL
 from paligemma_jax.data.synthetic_clevr.geometry import WINDOW, Camera, camera_of, half_height, project, visible_pixels
 
 MIN_DISTANCE = 0.25  # between the hulls of two objects on the ground, world units
-MARGIN = 0.4  # between two objects along each of the four directions: no relation is ever close to a tie
-_EXTENT = 3.0  # objects stand within [-3, 3] in x and y
-_MIN_VISIBLE = 16 / (96 * 64)  # share of the picture, CLEVR's 200 of 320 x 240 pixels
+MARGIN = 0.4  # between two objects along each of the four directions, so that no relation is close to a tie
+_EXTENT = 3.0  # x and y of objects are within [-3, 3]
+_MIN_VISIBLE = 16 / (96 * 64)  # smallest visible share of the image, as CLEVR's 200 of 320 x 240 pixels
 _TRIES_PER_OBJECT = 50
 
 # Blender positions of CLEVR's base scene and the half-widths of their jitter.
@@ -25,13 +25,13 @@ def sample_scene(
     image_filename: str = "",
     split: str = "",
 ) -> dict[str, Any]:
-    """A scene drawn from `seed` alone: the same dict on every machine.
+    """Returns a random scene that is a function of `seed` alone, on every machine.
 
     `num_objects` is an inclusive range (the official one by default). Beside the official keys (objects,
     relationships, directions, image_index, image_filename, split) the scene has `view`: camera and light positions
-    and the ground's gray level, all that `render` needs besides; change it to restyle a picture. `pixel_coords` are
+    and the ground's gray level, which `render` also needs; change it to restyle an image. `pixel_coords` are
     [x, y, depth] in the official 480 x 320 window. Any two objects are `MARGIN` apart along all four directions, and
-    each shows on at least 0.26 % of the picture. Raises ValueError for a range outside 1..10.
+    each is visible on at least 0.26 % of the image. Raises ValueError for a range outside 1..10.
     """
     low, high = num_objects
     if not 1 <= low <= high <= 10:
@@ -52,7 +52,7 @@ def sample_scene(
 
 
 def relationships(scene: dict) -> dict[str, list[list[int]]]:
-    """For each relation, a list per object i of the objects that stand in it to i (`left`[i]: those left of i)."""
+    """Returns, for each relation and object i, the objects in that relation to i (`left`[i]: those left of i)."""
     coords = np.array([item["3d_coords"] for item in scene["objects"]], np.float64)
     out = {}
     for name in RELATIONS:
@@ -74,7 +74,7 @@ def _sample_view(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _directions(camera: Camera) -> dict[str, list[float]]:
-    """Unit vectors along the ground as the camera sees them, and above / below."""
+    """Returns unit vectors along the ground as the camera sees them, and above / below."""
     right = [round(v, 6) for v in camera.right]
     behind = [round(-right[1], 6), right[0], 0.0]
     named = {"right": right, "behind": behind, "above": [0.0, 0.0, 1.0]}
@@ -88,7 +88,7 @@ def _pick(rng: np.random.Generator, options):
 
 
 def _place_objects(rng: np.random.Generator, count: int, camera: Camera) -> list[dict[str, Any]]:
-    """`count` objects that keep their distances; starts over when one finds no room."""
+    """Returns `count` objects at their minimum distances; starts over when one does not fit."""
     while True:
         placed: list[dict[str, Any]] = []
         while len(placed) < count:
@@ -107,8 +107,8 @@ def _find_spot(rng, radius: float, placed: list[dict], camera: Camera) -> tuple[
         x, y = (round((2.0 * rng.random() - 1.0) * _EXTENT, 4) for _ in range(2))
         for other in placed:
             dx, dy = x - other["3d_coords"][0], y - other["3d_coords"][1]
-            room = radius + SIZES[other["size"]] + MIN_DISTANCE
-            if dx * dx + dy * dy < room * room or min(abs(dx * rx + dy * ry), abs(dy * rx - dx * ry)) < MARGIN:
+            distance = radius + SIZES[other["size"]] + MIN_DISTANCE
+            if dx * dx + dy * dy < distance * distance or min(abs(dx * rx + dy * ry), abs(dy * rx - dx * ry)) < MARGIN:
                 break
         else:
             return x, y

@@ -1,6 +1,6 @@
-"""Other looks of a scene: light, background and sensor change, what stands where does not.
+"""Other styles of a scene: light, background and sensor change, object positions do not.
 
-For tests of domain generalisation: a model is tuned on the plain look and meets the others.
+For tests of domain generalisation: a model is tuned on the plain style and tested on the others.
 """
 
 import copy
@@ -17,14 +17,14 @@ _NOISE = zlib.crc32(b"sensor noise")
 
 
 class Style(NamedTuple):
-    """A look; the default is the renderer's own.
+    """A style; the default is the renderer's own.
 
     Attributes:
-      light: multiplies all light, of each channel (linear).
-      ground: its display value 0..1, of each channel; None: the scene's own.
-      turned: the lights stand on the other side of the scene, so that shadows fall the other way.
-      noise: standard deviation of the sensor's noise in display values 0..255, of each pixel and channel.
-      shrink: the picture has so many times fewer pixels a side, and is enlarged again.
+      light: factor for all light, per channel (linear).
+      ground: display value of the ground 0..1, per channel; None: the scene's own.
+      turned: whether the lights are on the other side of the scene, so that shadows fall the other way.
+      noise: standard deviation of sensor noise in display values 0..255, per pixel and channel.
+      shrink: factor by which the image is reduced before it is enlarged again.
     """
 
     light: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -49,7 +49,7 @@ STYLES = {
 
 
 def render_styled(scene: dict, width: int, height: int, style: Style) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture of a scene in a style; plainly styled it is `render`'s to the bit. A function of scene and style."""
+    """Renders a scene in a style, as a function of both; the plain style equals `render` to the bit."""
     light = style.light if style.light != Style().light else None
     image = render(_restyled(scene, style), width, height, light=light)
     if style.shrink > 1:
@@ -59,19 +59,19 @@ def render_styled(scene: dict, width: int, height: int, style: Style) -> UInt8[n
 
 
 def _restyled(scene: dict, style: Style) -> dict:
-    """The scene with its ground and lights as the style has them; objects and camera stay."""
+    """Returns the scene with the style's ground and lights; objects and camera stay."""
     view = copy.deepcopy(scene["view"])
     if style.ground is not None:
         view["ground"] = style.ground
-    if style.turned:  # by half a turn about the vertical
+    if style.turned:  # by 180 degrees about the vertical
         view["lights"] = {name: [-x, -y, z] for name, (x, y, z) in view["lights"].items()}
     return scene | {"view": view}
 
 
 def _noisy(image: np.ndarray, deviation: float, scene: dict) -> np.ndarray:
-    """Noise of nearly normal distribution, seeded by the scene's name: sums of four bytes, exact everywhere."""
+    """Adds nearly normal noise, seeded by the scene's name: sums of four bytes, exact on every machine."""
     seed = zlib.crc32(f"{scene['split']}/{scene['image_index']}".encode())
     rng = np.random.Generator(np.random.PCG64((_NOISE, seed)))
     total = rng.integers(0, 256, (*image.shape, 4)).sum(-1) - 510.0
-    spread = np.sqrt(4 * (256**2 - 1) / 12)
-    return np.clip(np.rint(image + total * (deviation / spread)), 0, 255).astype(np.uint8)
+    unscaled = np.sqrt(4 * (256**2 - 1) / 12)  # standard deviation of the sum
+    return np.clip(np.rint(image + total * (deviation / unscaled)), 0, 255).astype(np.uint8)

@@ -26,17 +26,17 @@ _NAMELESS = ("thing", "object")
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of the options, by one `rng.random()`."""
+    """Returns one of the options, drawn by one `rng.random()`."""
     return options[int(rng.random() * len(options))]
 
 
 def synonym(rng: np.random.Generator, word: str) -> str:
-    """A random synonym; the word itself where it has none."""
+    """Returns a random synonym; the word itself if it has none."""
     return choose(rng, SYNONYMS.get(word, (word,)))
 
 
 def noun(rng: np.random.Generator, filters: Filters, plural: bool = False) -> str:
-    """Adjectives and a noun, without article: "small red metal cube", "shiny things"."""
+    """Returns adjectives and a noun, without article: "small red metal cube", "shiny things"."""
     words = [synonym(rng, word) for _, word in filters]
     if not any(word in SHAPES for _, word in filters):
         words.append(choose(rng, _NAMELESS))
@@ -44,14 +44,14 @@ def noun(rng: np.random.Generator, filters: Filters, plural: bool = False) -> st
 
 
 def with_article(words: str) -> str:
-    """The words after "a" or "an"."""
+    """Returns the words after "a" or "an"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def referent(rng: np.random.Generator, phrase: Phrase, plural: bool = False, linked: bool = True) -> str:
-    """A noun phrase with its spatial hops: "cubes [that are] left of the red ball [that is] behind the cylinder".
+    """Returns a noun phrase with its spatial hops: "cubes [that are] left of the red ball [that is] behind the cube".
 
-    `linked` allows the optional "that is". A shared attribute is worded by the caller, for its sentence differs.
+    `linked` allows the optional "that is". Callers word shared attributes themselves, as their sentences differ.
     """
     words = noun(rng, phrase.filters, plural)
     if not phrase.hops:
@@ -61,7 +61,7 @@ def referent(rng: np.random.Generator, phrase: Phrase, plural: bool = False, lin
 
 
 def spatial(rng: np.random.Generator, phrase: Phrase, linked: bool = True) -> str:
-    """The hops of a phrase: "left of the red ball", "[both] left of the ball and behind the cube"."""
+    """Returns the hops of a phrase: "left of the red ball", "[both] left of the ball and behind the cube"."""
     hops = [f"{synonym(rng, hop.name)} the {referent(rng, hop.anchor, linked=linked)}" for hop in phrase.hops]
     both = choose(rng, ("both ", "")) if len(hops) == 2 else ""
     return both + " and ".join(hops)

@@ -1,1 +1,1 @@
-"""Texts to token ids and back."""
+"""Tokenizers: texts to token ids and back."""

@@ -1,6 +1,6 @@
-"""Tokens that were added to a tokenizer after its pieces were learned, and how they cut a text, as in transformers.
+"""Tokens added to a tokenizer after its pieces were learned; texts are split at them as in transformers.
 
-Three files name them, and older and newer releases of transformers write some of the three:
+They are listed in three files, of which releases of transformers write some or all:
 
   added_tokens.json        {"<answer>": 257153}
   tokenizer_config.json    "added_tokens_decoder": {"257153": {"content": "<answer>", "lstrip": false, ...}}
@@ -21,16 +21,16 @@ JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
 _MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
-# What the families' own marks are called.
+# Special tokens of the model families themselves.
 OWN_MARKS = frozenset({"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "<|startoftext|>", "<|endoftext|>"})
-# Keys that hold tokens by name; their ids are the pieces' or those of the files above.
+# Keys that hold tokens by name; their ids are those of the pieces or of the files above.
 _NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
 _LISTS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
 CONFIG_KEYS = Keys(
     read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length"},
     only={"split_special_tokens": (False,), "add_prefix_space": (False,)},
-    # Marks are set, texts padded and cut by data/prompts.py and text_tower.py, which refuses sides other than the
-    # right; the rest is of chats, of decoding by other classes, and of where the files came from.
+    # Special tokens, padding and truncation are handled by data/prompts.py and text_tower.py, which refuse any side but
+    # the right; the other keys concern chats, decoding by other classes, and the origin of the files.
     idle=frozenset(
         {
             "_commit_hash",
@@ -56,7 +56,7 @@ CONFIG_KEYS = Keys(
             "spaces_between_special_tokens",
             "special_tokens_map_file",
             "stride",
-            "tokenizer_class",  # the file of the pieces says their kind
+            "tokenizer_class",  # the file with the pieces determines the kind
             "tokenizer_file",
             "truncation_side",
             "truncation_strategy",
@@ -70,13 +70,13 @@ SPECIAL_KEYS = Keys(read=_NAMES | _LISTS)
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token with a text of its own.
+    """A token with its own text.
 
     Attributes:
       id, content: its id and text.
-      lstrip, rstrip: whether white space before and behind it is taken along.
-      single_word: whether it counts only where no letter, digit or underscore stands beside it.
-      normalized: whether tokens that are not cut the text first.
+      lstrip, rstrip: whether white space before and after it is part of the match.
+      single_word: whether it matches only where no letter, digit or underscore is adjacent.
+      normalized: whether it is matched after the tokens that are not normalized.
       special: whether transformers' `skip_special_tokens` drops it.
     """
 
@@ -89,31 +89,31 @@ class AddedToken:
     special: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As tokenizer_config.json has it under the id."""
+        """Returns the token's entry in tokenizer_config.json, without its id."""
         return {"content": self.content} | {flag: getattr(self, flag) for flag in sorted(FLAGS)}
 
 
 def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
-    """The tokens that a folder's files add, by their text.
+    """Returns the tokens that a folder's files add, by their text.
 
     Raises:
-      UserError: a file that is broken, or files of which one says another id than the other.
+      UserError: a broken file, or files that contradict one another about an id.
     """
-    found: dict[str, AddedToken] = {}
-    at: dict[int, str] = {}
+    tokens: dict[str, AddedToken] = {}
+    contents: dict[int, str] = {}
     for file, token in _tokens(folder):
-        same = found.setdefault(token.content, token)
-        other = at.setdefault(token.id, token.content)
+        same = tokens.setdefault(token.content, token)
+        other = contents.setdefault(token.id, token.content)
         if same.id != token.id or other != token.content:
             raise UserError(
                 f"{file} has {quoted(token.content)} = {token.id}, but another file of the tokenizer says "
                 f"{quoted(other)} for that id or {same.id} for that token: give the files of one tokenizer."
             )
-    return found
+    return tokens
 
 
 def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
-    """Every token of every file, the file whose flags count first."""
+    """Yields every token of every file; the file whose flags take precedence comes first."""
     if (file := folder / JSON).is_file():
         listed = read_json(file).get("added_tokens")
         listed = [] if listed is None else listed
@@ -136,7 +136,7 @@ def _tokens(folder: Path) -> Iterable[tuple[Path, AddedToken]]:
 
 
 def _token(values: Any, index: Any, file: Path) -> AddedToken:
-    """One token of a file."""
+    """Returns one token of a file, after checking its values."""
     fine = isinstance(values, dict) and is_text(values.get("content")) and values["content"]
     if not fine or type(index) is not int or index < 0:
         raise refusal(file, f"the added token {index!r}", values, "a text with an id", "download it again")
@@ -151,16 +151,16 @@ def _token(values: Any, index: Any, file: Path) -> AddedToken:
 def check_pieces(
     added: Iterable[AddedToken], index: Callable[[str], int | None], pieces: int, file: str | Path
 ) -> None:
-    """Refuses an added token whose text is a piece of another id already: transformers would take the piece's.
+    """Refuses an added token whose text is already a piece with another id: transformers would use the piece.
 
     Args:
       added: tokens of the files beside `file`.
-      index: id of a text that is a piece, below `pieces`; what it says of others is no matter.
-      pieces: how many there are.
+      index: returns the id of a text that is a piece, below `pieces`; its result for other texts is ignored.
+      pieces: number of pieces.
       file: of the pieces.
 
     Raises:
-      UserError: the first of them.
+      UserError: the first such token.
     """
     for token in added:
         piece = index(token.content)
@@ -172,37 +172,37 @@ def check_pieces(
 
 
 def listed_tokens(folder: Path, index: Callable[[str], int | None], known: Container[str]) -> list[AddedToken]:
-    """Pieces that tokenizer_config.json or special_tokens_map.json name, for texts are cut at them too.
+    """Returns pieces that tokenizer_config.json or special_tokens_map.json list; texts are split at these too.
 
-    Marks of the families are left out: what they are in a text, their tokenizers say.
+    Special tokens of the families are left out: their tokenizers handle them.
 
     Args:
       folder: of the files.
-      index: id of a piece, None for what is none.
-      known: texts of tokens that are cut at already.
+      index: returns the id of a piece, None for other texts.
+      known: texts of tokens that texts are already split at.
 
     Raises:
-      UserError: one that is no piece, whose id no file says.
+      UserError: a token that is no piece and has no id in any file.
     """
-    found = {}
+    listed = {}
     for key, (at, tokens) in _named(folder).items():
         for token in tokens:
             values = token if isinstance(token, dict) else {"content": token}
             if (content := values["content"]) in OWN_MARKS or content in known:
                 continue
             if (piece := index(content)) is None:
-                if key == "mask_token":  # transformers appends one that nothing here uses
+                if key == "mask_token":  # appended by transformers, and unused here
                     continue
                 raise refusal(at, key, content, "a token that a piece or an added token has", "add it with its id")
-            found[content] = dataclasses.replace(_token(values, piece, at), special=True)
-    return list(found.values())
+            listed[content] = dataclasses.replace(_token(values, piece, at), special=True)
+    return list(listed.values())
 
 
 def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """What tokenizer_config.json and special_tokens_map.json call marks and further tokens: by key, file and texts.
+    """Returns the special tokens of tokenizer_config.json and special_tokens_map.json: by key, the file and the texts.
 
     Raises:
-      UserError: a file that is broken, or a key that is not known.
+      UserError: a broken file, or an unknown key.
     """
     return {
         key: (file, [value["content"] if isinstance(value, dict) else value for value in values])
@@ -211,8 +211,8 @@ def named_tokens(folder: Path) -> dict[str, tuple[Path, list[str]]]:
 
 
 def _named(folder: Path) -> dict[str, tuple[Path, list[str | dict[str, Any]]]]:
-    """By key, the file and its tokens, each a text or an object with its content."""
-    found: dict[str, tuple[Path, list[str | dict[str, Any]]]] = {}
+    """Returns, by key, the file and its tokens, each a text or an object with its content."""
+    named: dict[str, tuple[Path, list[str | dict[str, Any]]]] = {}
     for name, keys in ((SPECIAL, SPECIAL_KEYS), (CONFIG, CONFIG_KEYS)):
         if not (file := folder / name).is_file():
             continue
@@ -220,12 +220,12 @@ def _named(folder: Path) -> dict[str, tuple[Path, list[str | dict[str, Any]]]]:
         account(values, keys, file)
         for key in sorted(keys.read & (_NAMES | _LISTS)):
             if not is_off(values.get(key)):
-                found[key] = file, _several(values[key], key, file)
-    return found
+                named[key] = file, _several(values[key], key, file)
+    return named
 
 
 def _several(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
-    """One token or several, each a text or an object with its content."""
+    """Returns one token or several as a list, each a text or an object with its content."""
     several = list(value.values()) if isinstance(value, dict) and "content" not in value else value
     several = several if isinstance(several, list) else [several]
     if not all(is_text(each.get("content") if isinstance(each, dict) else each) for each in several):
@@ -234,7 +234,7 @@ def _several(value: Any, key: str, file: Path) -> list[str | dict[str, Any]]:
 
 
 class Splitter:
-    """Cuts texts at added tokens as the tokenizers library does: the leftmost first, of those the longest."""
+    """Splits texts at added tokens as the tokenizers library does: leftmost match first, then the longest."""
 
     def __init__(self, tokens: Iterable[AddedToken]):
         self._tokens = {token.content: token for token in tokens}
@@ -244,7 +244,7 @@ class Splitter:
         ]
 
     def __call__(self, text: str) -> list[str | int]:
-        """Pieces of the text and ids of the tokens between them, none of them empty."""
+        """Returns the text between tokens and the tokens' ids, in order, without empty parts."""
         parts: list[str | int] = [text] if text else []
         for pattern in filter(None, self._passes):
             parts = [each for part in parts for each in (self._cut(pattern, part) if isinstance(part, str) else [part])]
@@ -271,7 +271,7 @@ def _inside_word(text: str, start: int, end: int) -> bool:
 
 
 def _pattern(contents: list[str]) -> re.Pattern | None:
-    """A regular expression that matches the longest of the texts; as a tree, for there are more than a thousand."""
+    """Returns a regular expression for the longest of the texts; a prefix tree, as there are over a thousand."""
     tree: dict[str, Any] = {}
     for content in contents:
         node = tree
@@ -282,16 +282,16 @@ def _pattern(contents: list[str]) -> re.Pattern | None:
 
 
 def _branches(node: Mapping[str, Any]) -> str:
-    """What may follow at a node of the tree."""
-    ways = []
+    """Returns the regular expression for the continuations at a node of the tree."""
+    branches = []
     for character, below in node.items():
         text = character
         while len(below) == 1 and "" not in below:
             ((character, below),) = below.items()
             text += character
         if text:
-            ways.append(re.escape(text) + _branches(below))
-    if not ways:
+            branches.append(re.escape(text) + _branches(below))
+    if not branches:
         return ""
-    joined = ways[0] if len(ways) == 1 and "" not in node else f"(?:{'|'.join(ways)})"
+    joined = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
     return f"{joined}?" if "" in node else joined

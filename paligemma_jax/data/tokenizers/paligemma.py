@@ -1,15 +1,15 @@
-"""Text to ids and back: Gemma's pieces with PaliGemma's location and segmentation tokens appended.
+r"""PaliGemma's tokenizer: Gemma's pieces with PaliGemma's location and segmentation tokens appended.
 
-An unmodified Gemma `tokenizer.model` has 256,000 pieces. PaliGemma counts on from there:
+An unmodified Gemma `tokenizer.model` has 256,000 pieces. PaliGemma's ids follow:
 
     ids 0 .. 3            <pad> <eos> <bos> <unk>
-    ids 4 .. base - 1     the other pieces of the model, "\\n" among them (108 in Gemma's)
-    base + 0 .. 1023      <loc0000> .. <loc1023>    a coordinate in 1024ths of the picture
+    ids 4 .. base - 1     the other pieces of the model, "\n" among them (108 in Gemma's)
+    base + 0 .. 1023      <loc0000> .. <loc1023>    a coordinate in 1024ths of the image
     base + 1024 .. 1151   <seg000> .. <seg127>      a code of a segmentation mask
     base + 1152           <image>                   placeholder of transformers; big_vision's table ends before it
 
-Pieces and tokens that the files name already (exports do, and people add their own) keep the ids they have there; where
-such take up the ids above, PaliGemma's follow on them, `<image>` first, as transformers' processor adds them.
+Tokens that the files already list (exports do, and users add their own) keep their ids. Where these occupy the ids
+above, PaliGemma's tokens follow after them, `<image>` first, as transformers' processor adds them.
 """
 
 import json
@@ -40,31 +40,31 @@ _LOCATIONS = tuple(f"<loc{i:04d}>" for i in range(1024))
 _SEGMENTS = tuple(f"<seg{i:03d}>" for i in range(128))
 _IMAGE = "<image>"
 _APPENDED = (*_LOCATIONS, *_SEGMENTS, _IMAGE)
-_TAB = "<0x09>"  # which Gemma's tokenizer.json spells as the character
-_OTHER = 0.01  # share of pieces in which two files may differ, for reserved ones get names
+_TAB = "<0x09>"  # Gemma's tokenizer.json has the character itself
+_OTHER = 0.01  # largest share of pieces in which two files may differ, as reserved pieces get renamed
 
 
 class Tokenizer:
-    """Encodes and decodes text; `decode(encode(text)) == text` but for U+2581, SentencePiece's mark for a space.
+    """Encodes and decodes text; `decode(encode(text)) == text` except for U+2581, SentencePiece's mark for a space.
 
-    Raises UserError where the model is not laid out as Gemma's: pad 0, eos 1, bos 2, unk 3, and a newline of one id.
+    Raises UserError if the model is not laid out as Gemma's: pad 0, eos 1, bos 2, unk 3, and a newline of one id.
     """
 
     pad_id, eos_id, bos_id, unk_id = _SPECIALS.values()
 
     def __init__(self, model: bytes | Pieces, name: str = MODEL, added: Mapping[str, AddedToken] | None = None):
-        """What a tokenizer is made of.
+        """Builds a tokenizer from its pieces.
 
         Args:
-          model: the bytes of a SentencePiece file, or pieces that are opened.
-          name: what error messages call it.
+          model: the bytes of a SentencePiece file, or opened pieces.
+          name: its name in error messages.
           added: tokens that its files add, by their text.
         """
         self._pieces: Pieces = SentencePieces(model, name) if isinstance(model, bytes) else model
         self.added = dict(added or {})
-        found = {key: self._pieces.index(f"<{key}>") for key in _SPECIALS}
-        if found != _SPECIALS:
-            raise UserError(f"{name} has special ids {found}, expected {_SPECIALS}; give a Gemma tokenizer.model.")
+        ids = {key: self._pieces.index(f"<{key}>") for key in _SPECIALS}
+        if ids != _SPECIALS:
+            raise UserError(f"{name} has special ids {ids}, expected {_SPECIALS}; give a Gemma tokenizer.model.")
         self._base = self._pieces.size
         check_pieces(self.added.values(), self._pieces.index, self._base, name)
         tokens = self._paligemma_tokens() | self.added
@@ -74,7 +74,7 @@ class Tokenizer:
             twice = next(token for content, token in self._tokens.items() if self._appended[token.id] != content)
             raise UserError(
                 f"{name} and the files beside it give {twice.content} and {self._appended[twice.id]} the id "
-                f"{twice.id}, expected one token an id: add tokens behind those of PaliGemma."
+                f"{twice.id}, expected one token per id: add tokens after those of PaliGemma."
             )
         self._split = Splitter(self._tokens.values())
         marks = (AddedToken(index, f"<{name}>", special=True) for name, index in _SPECIALS.items())
@@ -86,23 +86,24 @@ class Tokenizer:
             )
 
     def _paligemma_tokens(self) -> dict[str, AddedToken]:
-        """Locations, segments and the image by their text: with the ids that the files give them, or behind the pieces.
+        """Returns locations, segments and the image by their text, with the ids of the files or after the pieces.
 
-        Where other tokens lie there already, they follow on the last of those, the image first, as transformers'
+        If other tokens occupy those ids, they follow after the last of them, the image first, as transformers'
         processor adds them.
         """
         added = {content: token.id for content, token in self.added.items()}
-        known = {piece: added.get(piece, self._pieces.index(piece)) for piece in _APPENDED}
-        places = {piece: self._base + i for i, piece in enumerate(_APPENDED) if known[piece] is None}
-        taken = set(added.values()) | {index for index in known.values() if index is not None}
-        if taken & set(places.values()):
+        listed = {piece: added.get(piece, self._pieces.index(piece)) for piece in _APPENDED}
+        ids = {piece: index for piece, index in listed.items() if index is not None}
+        new = {piece: self._base + i for i, piece in enumerate(_APPENDED) if piece not in ids}
+        taken = set(added.values()) | set(ids.values())
+        if taken & set(new.values()):
             free = max(taken | {self._base - 1}) + 1
-            places = {piece: free + i for i, piece in enumerate(sorted(places, key=lambda piece: piece != _IMAGE))}
-        return {piece: AddedToken(places.get(piece, index), piece) for piece, index in known.items()}
+            new = {piece: free + i for i, piece in enumerate(sorted(new, key=lambda piece: piece != _IMAGE))}
+        return {piece: AddedToken((ids | new)[piece], piece) for piece in _APPENDED}
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that text can need: the pieces, locations and segments, and added tokens, `<image>` apart."""
+        """Number of ids that a text can contain: pieces, locations, segments and added tokens, without `<image>`."""
         return max(self._base, 1 + max(index for index, content in self._appended.items() if content != _IMAGE))
 
     @property
@@ -112,17 +113,17 @@ class Tokenizer:
 
     @property
     def model_bytes(self) -> bytes:
-        """The content of the file of the pieces, tokenizer.model or tokenizer.json."""
+        """Content of the file with the pieces, tokenizer.model or tokenizer.json."""
         return next(iter(self._pieces.files.values()))
 
     @property
     def extra(self) -> list[AddedToken]:
-        """The added tokens that are no pieces with these ids."""
+        """The added tokens that are not pieces with the same ids."""
         return [token for token in self.added.values() if self._pieces.index(token.content) != token.id]
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What the format sets itself: `<bos>`, `<eos>`, `<pad>` and `<image>`."""
+        """The tokens that the format itself sets: `<bos>`, `<eos>`, `<pad>` and `<image>`."""
         return (*(f"<{name}>" for name in ("bos", "eos", "pad")), _IMAGE)
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -135,20 +136,20 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(content)
 
     def loc(self, index: int) -> int:
-        """Id of `<loc0000>` + index, index in [0, 1024)."""
+        """Returns the id of `<loc0000>` + index, index in [0, 1024)."""
         return self._tokens[_LOCATIONS[index]].id
 
     def seg(self, index: int) -> int:
-        """Id of `<seg000>` + index, index in [0, 128)."""
+        """Returns the id of `<seg000>` + index, index in [0, 128)."""
         return self._tokens[_SEGMENTS[index]].id
 
     def encode(self, text: str, marks: bool = False) -> list[int]:
-        """Ids of a text, without BOS and EOS; the pieces around an added token are encoded apart, as in big_vision.
+        """Returns the ids of a text, without BOS and EOS; text around added tokens is encoded apart, as in big_vision.
 
         Args:
-          text: any.
-          marks: whether `<bos>`, `<eos>`, `<pad>` and `<unk>` in it are those tokens, as in transformers, and not
-            characters, as in big_vision.
+          text: any text.
+          marks: whether `<bos>`, `<eos>`, `<pad>` and `<unk>` in it are read as tokens, as in transformers, instead of
+            as characters, as in big_vision.
         """
         ids = []
         for part in (self._split_marks if marks else self._split)(text):
@@ -156,7 +157,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first EOS; pads and BOS are skipped, an id that no piece has (a padded row) is `<unk>`."""
+        """Returns the text up to the first EOS; pads and BOS are skipped; an id without a piece gives `<unk>`."""
         text, run = [], []
         for index in map(int, ids):
             if index == self.eos_id:
@@ -164,25 +165,25 @@ class Tokenizer:
             if index in (self.pad_id, self.bos_id):
                 continue
             if 0 <= index < self._base and index not in self._appended:
-                run.append(index)  # decoded together: a character may be spread over several byte pieces
+                run.append(index)  # decoded together: a character may span several byte pieces
             else:
                 text += [self._pieces.decode(run), self.piece(index)]
                 run = []
         return "".join([*text, self._pieces.decode(run)])
 
     def piece(self, index: int) -> str:
-        """How one id is written in a printed batch: `<bos>`, `<loc0007>`, or the piece with U+2581 for its space."""
+        """Returns an id as printed in batches: `<bos>`, `<loc0007>`, or the piece with U+2581 for its space."""
         if index in self._appended:
             return self._appended[index]
         return self._pieces.piece(int(index)) if 0 <= index < self._base else "<unk>"
 
     def index(self, content: str) -> int | None:
-        """The id of a piece, a mark or an added token; None if there is no such."""
+        """Returns the id of a piece, a special token or an added token; None for other texts."""
         token = self._tokens.get(content)
         return self._pieces.index(content) if token is None else token.id
 
     def fits(self, vocab_size: int) -> None:
-        """Raises UserError unless an embedding of `vocab_size` rows has one for every id that text can need."""
+        """Raises UserError unless an embedding of `vocab_size` rows covers every id that a text can contain."""
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"The model's vocabulary has {vocab_size:,} entries but the tokenizer needs {self.vocab_size:,}; "
@@ -191,18 +192,17 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of "tiny" (ships with the package), of a folder that holds `tokenizer.model`, or of that file.
+    """Loads the tokenizer of "tiny" (ships with the package), of a folder with `tokenizer.model`, or of that file.
 
-    A folder may be a Hugging Face download, hf://owner/name or a run's workdir; a big_vision .npz has it beside it. One
-    that has a `tokenizer.json` alone, as transformers 5 writes it, is read from that. Tokens that the files beside it
-    add are read along.
+    A folder may be a Hugging Face download, hf://owner/name or a run's workdir; for a big_vision .npz, the file beside
+    it is used. A folder with only a `tokenizer.json`, as transformers 5 writes it, is read from that. Tokens that the
+    files beside it add are included.
 
     Raises:
       UserError: no such file, another layout than Gemma's, or files that contradict one another.
     """
-    if hub.is_remote(path):
-        path = hub.download(path)
-    file = local(path)
+    path = os.fspath(path)
+    file = local(hub.download(path) if hub.is_remote(path) else path)
     if file.suffix == ".npz":
         file = file.parent
     if file.is_dir():
@@ -218,20 +218,20 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if beside and not is_json and (file.parent / JSON).is_file():
         _check_pieces(pieces, file, file.parent / JSON)
     if beside:
-        known = {*added, *_APPENDED}
-        added |= {token.content: token for token in listed_tokens(file.parent, pieces.index, known)}
-    words = Tokenizer(pieces, str(file), added)
+        skip = {*added, *_APPENDED}
+        added |= {token.content: token for token in listed_tokens(file.parent, pieces.index, skip)}
+    tokenizer = Tokenizer(pieces, str(file), added)
     if beside:
-        _check_names(words, file.parent)
-    return words
+        _check_names(tokenizer, file.parent)
+    return tokenizer
 
 
-def _check_names(words: Tokenizer, folder: Path) -> None:
-    """Refuses other marks than Gemma's, tokens without an id, and texts that are changed before or behind."""
+def _check_names(tokenizer: Tokenizer, folder: Path) -> None:
+    """Refuses special tokens other than Gemma's, tokens without an id, and options that change texts."""
     for key, (file, contents) in named_tokens(folder).items():
         for content in contents:
-            index = words.index(content)
-            if index is None and key != "mask_token":  # transformers appends a mask that nothing here uses
+            index = tokenizer.index(content)
+            if index is None and key != "mask_token":  # appended by transformers, and unused here
                 raise refusal(file, key, content, "a token that a piece or an added token has", "add it with its id")
             name = key.removesuffix("_token")
             if name in ("bos", "eos") and index != _SPECIALS[name]:
@@ -244,7 +244,7 @@ def _check_names(words: Tokenizer, folder: Path) -> None:
 
 
 def _check_pieces(pieces: Pieces, file: Path, other: Path) -> None:
-    """Refuses a tokenizer.json whose pieces are another tokenizer's: transformers would read that one."""
+    """Refuses a tokenizer.json with another tokenizer's pieces, which transformers would read instead."""
     model = read_json(other).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # of a unigram model, [piece, score] each

@@ -1,4 +1,4 @@
-"""The pieces that texts are cut into, from a SentencePiece file or from a tokenizer.json of the tokenizers library."""
+"""Learned pieces of a tokenizer, from a SentencePiece file or from a tokenizer.json of the tokenizers library."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from train_jax.core.errors import UserError
 
 
 class Pieces(Protocol):
-    """Text to pieces and back, added tokens apart."""
+    """Maps text to pieces and back, without added tokens."""
 
     @property
     def size(self) -> int:
@@ -22,22 +22,28 @@ class Pieces(Protocol):
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What they can be read from again, by the file's name."""
+        """The files that the pieces can be read from again, content by name."""
         ...
 
     def index(self, piece: str) -> int | None:
-        """The id of a piece, None if there is no such."""
+        """Returns the id of a piece, None if there is none."""
         ...
 
-    def piece(self, index: int) -> str: ...
+    def piece(self, index: int) -> str:
+        """Returns the piece with an id."""
+        ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        ...
 
 
 class SentencePieces:
-    """Those of a SentencePiece file."""
+    """The pieces of a SentencePiece file."""
 
     def __init__(self, model: bytes, name: str):
         self._model = sentencepiece.SentencePieceProcessor()
@@ -48,59 +54,70 @@ class SentencePieces:
 
     @property
     def size(self) -> int:
+        """Number of pieces."""
         return self._model.vocab_size()
 
     @property
     def files(self) -> dict[str, bytes]:
+        """The SentencePiece file."""
         return {"tokenizer.model": self._model.serialized_model_proto()}
 
     def mark(self, name: str) -> int | None:
-        """The id that the file has for "bos", "eos" or "pad", None where it has none."""
+        """Returns the file's id for "bos", "eos" or "pad", None if it has none."""
         index = getattr(self._model, f"{name}_id")()
         return None if index < 0 else index
 
     def index(self, piece: str) -> int | None:
+        """Returns the id of a piece, None if there is none."""
         index = self._model.piece_to_id(piece)
         return None if index == self._model.unk_id() and piece != self._model.id_to_piece(index) else index
 
     def piece(self, index: int) -> str:
+        """Returns the piece with an id."""
         return self._model.id_to_piece(index)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
         return self._model.decode(list(ids))
 
 
 class JsonPieces:
-    """Those of a tokenizer.json, without the marks that its post-processor sets.
+    """The pieces of a tokenizer.json, without the special tokens that its post-processor sets.
 
-    Its added tokens are cut out of texts by others (added_tokens.py); `spelled` are marks that a text may hold as
-    plain characters, `<bos>` and such.
+    Texts are split at added tokens before they get here (added_tokens.py). `spelled` lists special tokens that a text
+    may contain as plain characters, such as `<bos>`.
     """
 
     def __init__(self, file: Path, spelled: Sequence[str] = ()):
         self._model, self._content = open_json(file), file.read_bytes()
-        # A mark is a piece too, which a unigram model would take for text: cut behind the first character of each.
+        # Special tokens are pieces too, which a unigram model would match in text: split after each one's first letter.
         marks = "|".join(f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in spelled)
         self._cut = re.compile(marks) if marks else None
 
     @property
     def size(self) -> int:
+        """Number of pieces."""
         return 1 + max(self._model.get_vocab(with_added_tokens=False).values(), default=-1)
 
     @property
     def files(self) -> dict[str, bytes]:
+        """The tokenizer.json."""
         return {"tokenizer.json": self._content}
 
     def index(self, piece: str) -> int | None:
+        """Returns the id of a piece, None if there is none."""
         return self._model.token_to_id(piece)
 
     def piece(self, index: int) -> str:
+        """Returns the piece with an id, `<unk>` if there is none."""
         return self._model.id_to_token(index) or "<unk>"
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text."""
         if self._cut is None:
             return self._plain(text)
         starts = [0, *(match.end() for match in self._cut.finditer(text)), len(text)]
@@ -110,19 +127,20 @@ class JsonPieces:
         return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
         return self._model.decode(list(ids), skip_special_tokens=False)
 
 
 def open_json(file: Path) -> Any:
-    """A tokenizer.json, opened; texts are neither cut nor padded.
+    """Opens a tokenizer.json; texts are neither truncated nor padded.
 
     Raises:
-      UserError: it is none.
+      UserError: the file is no tokenizer.
     """
     try:
-        words = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{file} cannot be read as a tokenizer ({error}): download it again.") from None
-    words.no_truncation()
-    words.no_padding()
-    return words
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from paligemma_jax import losses
-from paligemma_jax.data.sources.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_pictures
+from paligemma_jax.data.sources.captioned import FEATURES, CaptionedFeatures, CaptionedScenes, encode_scenes
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
 from paligemma_jax.inference import command
 from paligemma_jax.losses import reference as contrastive_reference
@@ -163,10 +163,10 @@ class Contrastive(Task):
         if not isinstance(scenes, CaptionedScenes):
             raise UserError("cache_features keeps features of synthetic scenes alone: set cache_features=False.")
         config, vision = self.config, self.model_config.vision
-        needed = -(-4 * scenes.num_pictures * vision.num_tokens * vision.width >> 20)
+        needed = -(-4 * scenes.num_images * vision.num_tokens * vision.width >> 20)
         if needed > config.cache_features_mb:
             raise UserError(
-                f"cache_features needs {needed:,} MiB of host memory for {scenes.num_pictures:,} pictures, expected at "
+                f"cache_features needs {needed:,} MiB of host memory for {scenes.num_images:,} pictures, expected at "
                 f"most cache_features_mb={config.cache_features_mb}: raise it, or set cache_features=False."
             )
         start = config.init.vision or config.model.path
@@ -287,11 +287,11 @@ _latest: tuple[Hashable, np.ndarray] | None = None  # the runs of a sweep begin 
 def _features_of(scenes: CaptionedScenes, tower: Hashable, make: Callable[[], DualEncoder]) -> np.ndarray:
     """Features of all pictures by the tower that `make` makes and `tower` tells apart; those made last are kept."""
     global _latest
-    key = (scenes.folder.resolve(), scenes.num_pictures, tower)
+    key = (scenes.folder.resolve(), scenes.num_images, tower)
     if _latest is None or _latest[0] != key:
         model = make()
-        with common.progress(f"encoding {scenes.num_pictures} training images") as told:
-            _latest = key, encode_pictures(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
+        with common.progress(f"encoding {scenes.num_images} training images") as told:
+            _latest = key, encode_scenes(scenes, lambda images: jax.device_get(_tower_features(model, images)), told)
     return _latest[1]
 
 

@@ -78,10 +78,10 @@ class ScenePictures:
         """What a picture is described by."""
         if self._told == "captions":
             return self._scenes.text(index)
-        return descriptions.text_of(self._scenes.scenes[self._scenes.number(index)]["objects"][0])
+        return descriptions.text_of(self._scenes.scenes[self._scenes.image_number(index)]["objects"][0])
 
     def name(self, index: int) -> str:
-        return f"scene {self._scenes.number(index)}"
+        return f"scene {self._scenes.image_number(index)}"
 
 
 @dataclasses.dataclass(frozen=True)

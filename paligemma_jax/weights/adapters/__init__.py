@@ -1,1 +1,1 @@
-"""Adapters on disk, apart from their base: peft's folders and our own."""
+"""Adapters on disk, without their base: peft's folders and our own."""

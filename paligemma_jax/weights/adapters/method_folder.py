@@ -1,9 +1,9 @@
-"""Adapters of the methods in adapt/peft/methods.py on disk, apart from their base; LoRA's are peft's folders (peft.py).
+"""Adapter folders of the methods in adapt/peft/methods.py, without the base; for LoRA see peft.py.
 
-Those of dual encoders are folders of the same form (prompt_folder.py).
+Dual encoders have folders of the same form (prompt_folder.py).
 
 adapter.json            {"method": "prefix", "size": 16, "targets": null}
-adapter.safetensors     what trained, by path; of diff pruning difference.npz instead, the entries that change
+adapter.safetensors     the trained arrays by path; for diff pruning difference.npz instead, the entries that change
 """
 
 import json
@@ -25,19 +25,19 @@ from paligemma_jax.weights.name_table import listed
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 
-Model = TypeVar("Model", bound=nnx.Module)
+M = TypeVar("M", bound=nnx.Module)
 DESCRIPTION, ARRAYS, DIFFERENCE = "adapter.json", "adapter.safetensors", "difference.npz"
 
 
 def save_adapter(
     model: PaliGemma, folder: str | Path, method: str, size: int | None = None, targets: str | None = None
 ) -> None:
-    """Writes what a method has trained.
+    """Writes the trained arrays of a method.
 
     Args:
       model: with the method attached.
-      folder: made if missing.
-      method, size, targets: what it was attached with.
+      folder: created if missing.
+      method, size, targets: the options that it was attached with.
     """
     folder, arrays = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def save_adapter(
 
 
 def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
-    """Writes a description and the arrays by path, if there are any; the folder is made if missing."""
+    """Writes a description and the arrays by path, if there are any; the folder is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     if arrays:
         save_file({path: np.asarray(array) for path, array in arrays.items()}, folder / ARRAYS)
@@ -58,18 +58,18 @@ def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[s
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder is one that `save_adapter` wrote."""
+    """Returns whether a folder was written by `save_adapter`."""
     return (Path(folder).expanduser() / DESCRIPTION).is_file()
 
 
 def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
-    """Attaches what `save_adapter` wrote to its base.
+    """Attaches an adapter that `save_adapter` wrote to its base.
 
     Returns:
-      The model; of diff pruning a plain one, its entries changed.
+      The model; for diff pruning a plain one with its entries changed.
 
     Raises:
-      UserError: files that are not there or broken, an unknown method, or an adapter of another model.
+      UserError: files that are missing or broken, an unknown method, or an adapter of another model.
     """
     folder = Path(folder).expanduser()
     try:
@@ -78,7 +78,7 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
         method = METHODS[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / DESCRIPTION} tells no method of {', '.join(METHODS)} ({error}): restore it."
+            f"{folder / DESCRIPTION} names no method of {', '.join(METHODS)} ({error}): restore it."
         ) from None
     if name == "diff_pruning":
         return diff_pruning.add_sparse(model, folder / DIFFERENCE)
@@ -89,10 +89,10 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
 
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays by path.
+    """Returns the arrays by path.
 
     Raises:
-      UserError: a file that is not there or broken.
+      UserError: a file that is missing or broken.
     """
     try:
         return load_file(folder / ARRAYS)
@@ -102,19 +102,19 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def put_arrays(model: Model, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> Model:
-    """The model with the arrays in the places of `paths`, all of which they must fill.
+def put_arrays(model: M, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> M:
+    """Returns the model with the arrays at `paths`, which they must match exactly.
 
     Raises:
-      UserError: the list of what does not fit.
+      UserError: paths or shapes that do not match (lists them).
     """
-    shapes = param_tree.abstract(model)
-    wanted = {path: shapes[path].shape for path in paths}
-    found = {path: array.shape for path, array in arrays.items()}
+    leaves = param_tree.abstract(model)
+    expected = {path: leaves[path].shape for path in paths}
+    shapes = {path: array.shape for path, array in arrays.items()}
     wrong = [
-        f"{found.get(path, 'nothing')} for {path} where the model has {wanted.get(path, 'nothing')}"
-        for path in sorted(wanted | found)
-        if wanted.get(path) != found.get(path)
+        f"{shapes.get(path, 'nothing')} for {path} where the model has {expected.get(path, 'nothing')}"
+        for path in sorted(expected | shapes)
+        if expected.get(path) != shapes.get(path)
     ]
     if wrong:
         raise UserError(
@@ -124,4 +124,6 @@ def put_arrays(model: Model, arrays: Mapping[str, np.ndarray], paths: Iterable[s
 
 
 def _trainable(method: str, targets: str | None) -> str:
-    return METHODS[method].trainable or targets or METHODS[method].targets
+    pattern = METHODS[method].trainable or targets or METHODS[method].targets
+    assert pattern is not None, f"the method {method} has neither trainable nor targets"
+    return pattern

@@ -1,7 +1,7 @@
 """LoRA adapters as peft saves them: folders of adapter_config.json and adapter_model.safetensors, read and written.
 
-Reading is strict: every key of the file and every module that the config targets are accounted for, or nothing is
-loaded. What was read is written again as it was, names and config included, as long as it describes the adapters.
+Reading is strict: every key of the file and every module that the config targets must be accounted for, or nothing is
+loaded. An adapter that was read is written again with the same names and config, as long as the config describes it.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ Shardings = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A peft folder that is opened, its config checked, with no array read yet."""
+    """An opened peft folder: its config is checked, and no array is read yet."""
 
     config: PeftConfig
     arrays: Folder
@@ -67,17 +67,17 @@ def load_peft(
 
     Args:
       model: changed in place; plain or quantised, without adapters on the same modules.
-      folder: see `open_peft`, or what that returned.
-      dtype: of A, B and magnitudes; as stored when None.
-      dropout: of further training; that of the folder's config when None.
-      shardings: where a leaf goes, from its path and shape; the default device when None.
+      folder: see `open_peft`, or the result of that.
+      dtype: of A, B and magnitudes; None: as stored.
+      dropout: for further training; None: that of the folder's config.
+      shardings: maps a leaf's path and shape to its sharding; None: the default device.
 
     Returns:
       The model.
 
     Raises:
       UserError: as `open_peft`; keys of the file that are not used, or modules that the config targets and the file
-        lacks (lists both); shapes of another model or rank; the model is as it was then.
+        lacks (lists both); shapes of another model or rank. The model is then unchanged.
     """
     adapter = folder if isinstance(folder, Adapter) else open_peft(folder)
     config, arrays, modules = adapter.config, adapter.arrays, projections(model)
@@ -88,33 +88,33 @@ def load_peft(
     _check_shapes(arrays, ranks, config["use_dora"])
     ready = []
     for path in dict.fromkeys(slot.path for slot in adapted):
-        of_path = {slot.layer or 0: slot for slot in adapted if slot.path == path}
+        by_layer = {slot.layer or 0: slot for slot in adapted if slot.path == path}
         layers = range(depth(modules[path]) or 1)
         spec = LoraSpec(
-            tuple(ranks[of_path[i]] if i in of_path else 0 for i in layers),
-            tuple(float(alphas[of_path[i]]) if i in of_path else 0.0 for i in layers),
+            tuple(ranks[by_layer[i]] if i in by_layer else 0 for i in layers),
+            tuple(float(alphas[by_layer[i]]) if i in by_layer else 0.0 for i in layers),
             config["use_rslora"],
             Origin(config, release),
         )
-        leaves = _read(arrays, modules[path], of_path, spec, config["use_dora"], dtype)
+        leaves = _read(arrays, modules[path], by_layer, spec, config["use_dora"], dtype)
         leaves = {name: _placed(f"{path}/{name}", leaf, shardings) for name, leaf in leaves.items()}
         ready.append((modules[path], spec, leaves))
-    dropout = config["lora_dropout"] if dropout is None else dropout
+    rate: int | float = config["lora_dropout"] if dropout is None else dropout
     for module, spec, leaves in ready:
-        install(module, spec, leaves["lora_a"], leaves["lora_b"], leaves.get("lora_magnitude"), dropout)
+        install(module, spec, leaves["lora_a"], leaves["lora_b"], leaves.get("lora_magnitude"), rate)
     return model
 
 
 def _match(adapter: Adapter, candidates: list[Slot]) -> tuple[str, list[Slot]]:
-    """The release whose names the config's targets fit, and the modules that are adapted.
+    """Returns the release whose module names the config's targets match, and the modules that are adapted.
 
-    A regular expression fits the names of some releases and not of others, so each is tried, the file's own first.
+    A regular expression matches the names of some releases only, so each is tried, the file's own first.
     """
     config, arrays = adapter.config, adapter.arrays
     in_file = arrays.names()
-    spelled = {disk_name(key): module_of(key) for key in map(arrays.key, in_file)}
+    module_names = {disk_name(key): module_of(key) for key in map(arrays.key, in_file)}
 
-    def wanted(release: str) -> list[Slot]:
+    def targeted(release: str) -> list[Slot]:
         return [slot for slot in candidates if config.targets(in_memory(slot.name, release))]
 
     def keys(adapted: Iterable[Slot]) -> set[str]:
@@ -122,30 +122,30 @@ def _match(adapter: Adapter, candidates: list[Slot]) -> tuple[str, list[Slot]]:
 
     def is_own(release: str) -> bool:
         names = ((in_memory(slot.name, release), keys([slot])) for slot in candidates)
-        return all(spelled.get(key, name) == name for name, each in names for key in each)
+        return all(module_names.get(key, name) == name for name, each in names for key in each)
 
     releases = sorted(RELEASES, key=lambda release: not is_own(release))
     for release in releases:
-        adapted = wanted(release)
+        adapted = targeted(release)
         if adapted and keys(adapted) == in_file:
             return release, adapted
     best = releases[0]
-    expected = {key: in_memory(key, best) for key in keys(wanted(best))}
+    expected = {key: in_memory(key, best) for key in keys(targeted(best))}
     unused = sorted(arrays.key(name) for name in in_file - set(expected))
     missing = sorted(PREFIX + name for key, name in expected.items() if key not in in_file)
     raise UserError(
-        f"{arrays.path} does not fit this model: not used {listed(unused)}; missing {listed(missing)}; expected what "
-        f"target_modules of {peft_config.FILE} reach: check that the adapter belongs to this model."
+        f"{arrays.path} does not fit this model: not used {listed(unused)}; missing {listed(missing)}; expected the "
+        f"modules of target_modules in {peft_config.FILE}: check that the adapter belongs to this model."
     )
 
 
 def _check_shapes(arrays: Folder, ranks: Mapping[Slot, int], dora: bool) -> None:
-    """Compares the shapes in the file's header with the model's, before anything is read."""
-    found = arrays.shapes()
+    """Compares the shapes in the file's header with the model's, before any array is read."""
+    stored = arrays.shapes()
     for slot, rank in ranks.items():
         shapes = slot.shapes(rank)
         for leaf, row in slot.rows(dora).items():
-            expected, shape = row.stored_shape(shapes[leaf]), found[row.theirs]
+            expected, shape = row.stored_shape(shapes[leaf]), stored[row.theirs]
             if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
                 raise UserError(
                     f"{arrays.path}: {arrays.key(row.theirs)} has shape {shape}, expected {expected} for rank {rank} "
@@ -154,12 +154,12 @@ def _check_shapes(arrays: Folder, ranks: Mapping[Slot, int], dora: bool) -> None
 
 
 def _read(
-    arrays: Folder, module: Projection, of_path: Mapping[int, Slot], spec: LoraSpec, dora: bool, dtype: str | None
+    arrays: Folder, module: Projection, by_layer: Mapping[int, Slot], spec: LoraSpec, dora: bool, dtype: str | None
 ) -> dict[str, np.ndarray]:
-    """The leaves of one projection's adapter, layers stacked and padded with zeros to the largest rank."""
+    """Returns the leaves of one projection's adapter, layers stacked and padded with zeros to the largest rank."""
     stack = (len(spec.ranks),) * (depth(module) is not None)
     leaves: dict[str, np.ndarray] = {}
-    for layer, slot in of_path.items():
+    for layer, slot in by_layer.items():
         rank = spec.ranks[layer]
         for name, row in slot.rows(dora).items():
             array = arrays[row.theirs]
@@ -177,7 +177,7 @@ def _read(
 
 
 def _used(leaf: str, rank: int) -> tuple:
-    """Which part of one layer's leaf a lower rank takes up."""
+    """Returns the index of the part of one layer's leaf that a lower rank uses."""
     return {"lora_a": (..., slice(rank)), "lora_b": (slice(rank),), "lora_magnitude": (...,)}[leaf]
 
 
@@ -193,10 +193,10 @@ def save_peft(
 
     Args:
       model: with adapters; not changed.
-      folder: made if missing; an adapter in it is replaced.
-      base: what peft should find the base by, a folder or a name on the Hub; as read, or nothing, when None.
-      release: of transformers, whose names of modules the file has: "5", "4.52" or "4.41", each until the next; as
-        read, or "5", when None.
+      folder: created if missing; an adapter in it is replaced.
+      base: the base's location for peft, a folder or a name on the Hub; None: as read, or none.
+      release: release of transformers whose module names the file uses: "5", "4.52" or "4.41", each valid until the
+        next; None: as read, or "5".
 
     Raises:
       UserError: no adapters, an unknown release, or adapters that one peft config cannot describe.
@@ -211,7 +211,7 @@ def save_peft(
     for slot in slots(model):
         module = modules.get(slot.path)
         rank = module.lora_spec.ranks[slot.layer or 0] if module is not None else 0
-        if rank:
+        if module is not None and rank:
             arrays |= _written(slot, module, rank, release)
     folder = Path(folder).expanduser()
     with atomic(folder / FILE) as draft:
@@ -220,7 +220,7 @@ def save_peft(
 
 
 def _written(slot: Slot, module: LoraProjection, rank: int, release: str) -> dict[str, np.ndarray]:
-    """One module's arrays under peft's keys."""
+    """Returns one module's arrays under peft's keys."""
     arrays = {}
     for leaf, row in slot.rows(module.lora_magnitude is not None).items():
         array = np.asarray(getattr(module, leaf)[...])

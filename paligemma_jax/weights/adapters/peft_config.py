@@ -1,4 +1,4 @@
-"""peft's adapter_config.json: what of it is supported, and which modules it adapts, by peft's own rules.
+"""Reads peft's adapter_config.json: which options are supported, and which modules it adapts, by peft's rules.
 
 Sources: peft 0.21, `LoraConfig`, `check_target_module_exists` and `get_pattern_key`.
 """
@@ -16,7 +16,7 @@ from paligemma_jax.weights.name_table import listed
 from train_jax.core.errors import UserError, quoted
 
 FILE = "adapter_config.json"
-# Options with a meaning here and their defaults in peft, which a file may leave out.
+# Supported options and their defaults in peft, which a file may leave out.
 DEFAULTS = {
     "r": 8,
     "lora_alpha": 8,
@@ -30,7 +30,7 @@ DEFAULTS = {
     "use_rslora": False,
     "use_dora": False,
 }
-# Options that change nothing of what an adapter computes: provenance, and how it was initialised.
+# Options that do not change what an adapter computes: provenance, and its initialisation.
 HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -48,7 +48,7 @@ HARMLESS = {
     "runtime_config",
     "task_type",
 }
-# Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and lora_ga change them.
+# Initialisations that do not change the base's weights; pissa, olora, corda, loftq and lora_ga do.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -57,15 +57,15 @@ class PeftConfig:
     """An adapter_config.json.
 
     Attributes:
-      text: the file's JSON as one string, so that configs compare and hash: options by name, but what stands within
-        them in the file's order, as the first pattern that matches counts.
+      text: the file's JSON as one string, so that configs compare and hash. Options are sorted by name; values keep the
+        file's order, as the first pattern that matches is used.
     """
 
     text: str
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "PeftConfig":
-        """The config of a JSON object that `check` has passed."""
+        """Returns the config of a JSON object that `check` has passed."""
         return cls(json.dumps(dict(sorted(values.items())), indent=2))
 
     @property
@@ -77,41 +77,41 @@ class PeftConfig:
         return DEFAULTS[option] if self.values.get(option) is None else self.values[option]
 
     def targets(self, name: str) -> bool:
-        """Whether the module of this name gets an adapter."""
+        """Returns whether the module of this name has an adapter."""
         targets, excluded = self["target_modules"], self["exclude_modules"]
         if excluded and _matches(excluded, name):
             return False
         if isinstance(targets, str) or name in targets:
             return _matches(targets, name)
-        return _matches(targets, name) and self._layer_wanted(name)
+        return _matches(targets, name) and self._in_layers(name)
 
-    def _layer_wanted(self, name: str) -> bool:
+    def _in_layers(self, name: str) -> bool:
         layers, layouts = self["layers_to_transform"], self["layers_pattern"]
         if layers is None or layers == []:
             return True
         layouts = [layouts] if isinstance(layouts, str) and layouts else layouts or [r"[^.]*"]
-        found = (re.match(rf"(?:^|.*?\.){layout}\.(?P<index>\d+)\.", name) for layout in layouts)
-        match = next(filter(None, found), None)
+        matches = (re.match(rf"(?:^|.*?\.){layout}\.(?P<index>\d+)\.", name) for layout in layouts)
+        match = next(filter(None, matches), None)
         return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
 
     def rank(self, name: str) -> int:
-        """r of the module of this name."""
+        """Returns the rank of the module of this name."""
         return _by_pattern(self["rank_pattern"], name, self["r"])
 
     def alpha(self, name: str) -> int | float:
-        """alpha of the module of this name."""
+        """Returns alpha of the module of this name."""
         return _by_pattern(self["alpha_pattern"], name, self["lora_alpha"])
 
 
 def _matches(targets: str | list[str], name: str) -> bool:
-    """A string is a regular expression for the whole name, a list holds names or their last parts."""
+    """Returns whether a name matches: a string as a regular expression for all of it, a list by names or suffixes."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of the name from a dot on."""
+    """Returns the value of the first key that matches the name, or its end after a dot."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
@@ -119,7 +119,7 @@ def read_config(folder: Path) -> PeftConfig:
     """Reads and checks a folder's adapter_config.json.
 
     Raises:
-      UserError: no such file, not LoRA, options that are not supported, or values that make no sense; lists them.
+      UserError: no such file, not LoRA, options that are not supported, or invalid values; lists them.
     """
     file = folder / FILE
     if not file.is_file():
@@ -132,7 +132,7 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def check(values: Mapping[str, Any], where: str) -> None:
-    """Refuses what would load as something else than it is.
+    """Refuses a config that would load as another adapter than it describes.
 
     Raises:
       UserError: see `read_config`; `where` names the file.
@@ -150,12 +150,12 @@ def check(values: Mapping[str, Any], where: str) -> None:
     if values.get("target_modules") is None:
         wrong.append("target_modules=None")
     if wrong:
-        raise UserError(f"{where} has values that make no sense, {listed(wrong)}: correct them or save it again.")
+        raise UserError(f"{where} has invalid values, {listed(wrong)}: correct them or save it again.")
     _check_layers(values, where)
 
 
 def _check_layers(values: Mapping[str, Any], where: str) -> None:
-    """Refuses choices of layers that have no effect, as peft does."""
+    """Refuses layer choices that have no effect, as peft does."""
     targets, layers, layouts = (values.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
     for option, value in (("layers_to_transform", layers), ("layers_pattern", layouts)):
         if isinstance(targets, str) and value is not None:
@@ -170,14 +170,14 @@ def _check_layers(values: Mapping[str, Any], where: str) -> None:
 
 
 def _is_off(option: str, value: Any) -> bool:
-    """Whether an option has the value that switches it off; so are those that are not known, if they are off."""
+    """Returns whether an option is switched off; unknown options may be, too."""
     if option == "init_lora_weights":
         return value in INITIALISATIONS
     return is_off(value) or (option == "bias" and value == "none")
 
 
 def _is_valid(option: str, value: Any) -> bool:
-    """Whether a supported option has a value of its type; None is what the file leaves out."""
+    """Returns whether a supported option has a valid value; None if the file leaves it out."""
     if value is None:
         return True
     match option:
@@ -211,7 +211,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    """Alpha 0 would be an adapter that does nothing."""
+    """Returns whether alpha is valid; with 0 the adapter would do nothing."""
     return _is_number(value) and value != 0
 
 

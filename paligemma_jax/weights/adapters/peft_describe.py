@@ -1,4 +1,4 @@
-"""The adapter_config.json of a model's adapters: the one they were read with if it still fits, else a new one."""
+"""Describes a model's adapters by an adapter_config.json: the one they were read with if it fits, else a new one."""
 
 import dataclasses
 from collections import Counter
@@ -16,7 +16,7 @@ NEWEST = next(iter(RELEASES))
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where adapters came from: what `LoraSpec.origin` holds of those that were read from a peft folder."""
+    """The origin of adapters that were read from a peft folder, stored in `LoraSpec.origin`."""
 
     config: PeftConfig
     release: str
@@ -25,15 +25,15 @@ class Origin:
 def describe(
     modules: Mapping[str, LoraProjection], slots: list[Slot], base: str | Path | None, release: str | None
 ) -> tuple[PeftConfig, str]:
-    """The config, and the release of transformers whose names of modules it speaks of.
+    """Returns the config, and the release of transformers whose module names it uses.
 
     Args:
       modules: every projection with an adapter, by path.
       slots: of the model.
-      base, release: as of `save_peft`.
+      base, release: see `save_peft`.
 
     Raises:
-      UserError: adapters that differ in what a config says once for all.
+      UserError: adapters that differ in an option that a config has once for all.
     """
     adapted = {}
     for slot in slots:
@@ -66,7 +66,7 @@ def _fits(
     adapted: Mapping[Slot, tuple[int, float]],
     options: Mapping[str, Any],
 ) -> bool:
-    """Whether a config that was read says what the adapters are now."""
+    """Returns whether a config that was read still describes the adapters."""
     config, names = origin.config, {slot: in_memory(slot.name, origin.release) for slot in slots}
     return (
         release in (None, origin.release)
@@ -79,10 +79,10 @@ def _fits(
 def _new(
     slots: list[Slot], adapted: Mapping[Slot, tuple[int, float]], options: Mapping[str, Any], release: str
 ) -> PeftConfig:
-    """A config whose r and alpha are the most frequent ones, with patterns for the others."""
+    """Returns a config with the most frequent r and alpha, and patterns for the others."""
     names = {slot: in_memory(slot.name, release) for slot in slots}
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in zip(*adapted.values(), strict=True))
-    values = options | {
+    values = dict(options) | {
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -98,16 +98,16 @@ def _new(
         "rank_pattern": {names[slot]: r for slot, (r, _) in adapted.items() if r != rank},
         "alpha_pattern": {names[slot]: _number(a) for slot, (_, a) in adapted.items() if a != alpha},
     }
-    wanted = {names[slot] for slot in adapted}
+    expected = {names[slot] for slot in adapted}
     for targets in _targets(adapted, names):
         config = PeftConfig.of(values | targets)
-        if {name for name in names.values() if config.targets(name)} == wanted:
+        if {name for name in names.values() if config.targets(name)} == expected:
             break
     return config
 
 
 def _targets(adapted: Mapping[Slot, Any], names: Mapping[Slot, str]) -> Iterator[dict[str, Any]]:
-    """Ways to say which modules are adapted, the shortest first; the last is always right."""
+    """Yields descriptions of the adapted modules, the shortest first; the last one is always right."""
     leaves = sorted({names[slot].rpartition(".")[2] for slot in adapted})
     layers = sorted({slot.layer for slot in adapted if slot.layer is not None})
     yield {"target_modules": leaves, "layers_to_transform": None}
@@ -118,5 +118,5 @@ def _targets(adapted: Mapping[Slot, Any], names: Mapping[Slot, str]) -> Iterator
 
 
 def _number(alpha: float) -> int | float:
-    """peft writes alpha as an integer where it is one."""
+    """Returns alpha as an integer if it is one, as peft writes it."""
     return int(alpha) if alpha == int(alpha) else alpha

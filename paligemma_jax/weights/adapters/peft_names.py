@@ -1,8 +1,8 @@
-"""Where a LoRA of ours lies in a peft file: modules by the names that transformers gave them in memory.
+"""Names of our LoRA arrays in a peft file: modules have the names that transformers gives them in memory.
 
 peft saves `base_model.model.<module>.lora_A.weight` (r, in), `.lora_B.weight` (out, r) and, with DoRA,
-`.lora_magnitude_vector` (out,). The module's name is the one in memory, which changed with transformers' releases;
-the names of checkpoints on disk (weights/hugging_face/paligemma_names.py), which did not, stand for all of them here.
+`.lora_magnitude_vector` (out,). The module's name is the one in memory, which changed with transformers' releases; here
+the names in checkpoints on disk (weights/hugging_face/paligemma_names.py), which did not change, are used for all.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from paligemma_jax.weights.hugging_face.paligemma_names import TOWER, rows
 from paligemma_jax.weights.name_table import Row
 
 DECODER, PROJECTOR = "language_model.model.", "multi_modal_projector."
-# Prefixes in memory of decoder, tower and projector, by the release of transformers that began to use them.
+# Prefixes in memory of decoder, tower and projector, by the first release of transformers that uses them.
 RELEASES = {
     "5": ("model.language_model.", "model.vision_tower.", f"model.{PROJECTOR}"),
     "4.52": ("model.language_model.", f"model.{TOWER}", f"model.{PROJECTOR}"),
@@ -27,7 +27,7 @@ A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 def in_memory(name: str, release: str) -> str:
-    """The name of a module in a release, from the one on disk."""
+    """Returns the name of a module in a release, from the one on disk."""
     for on_disk, prefix in zip((DECODER, TOWER, PROJECTOR), RELEASES[release], strict=True):
         if name.startswith(on_disk):
             return prefix + name.removeprefix(on_disk)
@@ -35,25 +35,25 @@ def in_memory(name: str, release: str) -> str:
 
 
 def module_of(key: str) -> str | None:
-    """The module in memory that a key of a file belongs to, None if it is none of LoRA's."""
+    """Returns the module in memory that a key of a file belongs to, None if it is not a LoRA key."""
     match = KEY.fullmatch(key)
     return match["module"] if match else None
 
 
 def disk_name(key: str) -> str:
-    """A file's key with the module's name on disk, in the one spelling used here; a key of another kind stays."""
+    """Returns a file's key with the module's name on disk, in one spelling; other keys are unchanged."""
     match = KEY.fullmatch(key)
     return f"{canonical(match['module'])}.{match['part']}" if match else key
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One module of transformers' that may carry an adapter: one layer of a projection of ours.
+    """One module of transformers' that may have an adapter: one layer of one of our projections.
 
     Attributes:
       path: the projection.
       layer: its number, None if the projection is not stacked.
-      name: the module's on disk.
+      name: the module's name on disk.
       in_shape, out_shape: the projection's.
       conv: whether the module is a convolution, as the patch embedding is.
     """
@@ -66,7 +66,7 @@ class Slot:
     conv: bool
 
     def rows(self, dora: bool) -> dict[str, Row]:
-        """How its arrays lie on their side, by our leaf's name."""
+        """Returns the layout of its arrays on their side, by our leaf's name."""
         contracted = len(self.in_shape)
         a = Row(f"{self.path}/lora_a", f"{self.name}.{A}", "conv" if self.conv else "linear", contracted)
         table = {"lora_a": a, "lora_b": Row(f"{self.path}/lora_b", f"{self.name}.{B}", "linear")}
@@ -75,14 +75,14 @@ class Slot:
         return table
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of its arrays here, by our leaf's name."""
+        """Returns the shapes of its arrays here, by our leaf's name."""
         a, b = (*self.in_shape, rank), (rank, *self.out_shape)
         return {"lora_a": a, "lora_b": b, "lora_magnitude": self.out_shape}
 
 
 def slots(model: PaliGemma) -> list[Slot]:
-    """Every module that may carry an adapter, in the order of the name table."""
-    modules, found = projections(model), []
+    """Returns every module that may have an adapter, in the order of the name table."""
+    modules, result = projections(model), []
     for row in rows(model.config.decoder.post_norms):
         path = row.ours.removesuffix("/kernel")
         if path not in modules or path == row.ours:
@@ -91,5 +91,5 @@ def slots(model: PaliGemma) -> list[Slot]:
         layers = depth(module)
         for layer in range(layers) if layers is not None else [None]:
             shapes = module.in_shape, module.out_shape
-            found.append(Slot(path, layer, name.format(i=layer), *shapes, row.layout == "conv"))
-    return found
+            result.append(Slot(path, layer, name.format(i=layer), *shapes, row.layout == "conv"))
+    return result

@@ -1,14 +1,15 @@
-"""Prompts and adapters of a dual encoder on disk, apart from their base, in a folder as of method_folder.py.
+"""Folders with the prompts and adapters of a dual encoder, without the base; the form is that of method_folder.py.
 
 adapter.json            {"method": "prompts", "config": {"text_tokens": 2, ...}, "base": {"text/...": [...], ...}}
-adapter.safetensors     what trained, by path
+adapter.safetensors     the trained arrays by path
 
-`base` holds a few numbers of the base, by which another one of the same sizes is told.
+`base` holds a few numbers of the base's weights, to detect another base of the same sizes.
 """
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from flax import nnx
@@ -20,18 +21,18 @@ from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 
 METHOD = "prompts"
-MARKS = ("text/position_embedding", "vision/post_layernorm/scale", "text_projection/kernel")
-"""Arrays that no option of loading resizes, of which the numbers are."""
+SAMPLED = ("text/position_embedding", "vision/post_layernorm/scale", "text_projection/kernel")
+"""Arrays that the numbers are taken from; no option of loading resizes them."""
 _NUMBERS = 8
-_TOLERANCE = dict(rtol=2e-2, atol=1e-3)  # above what rounding to bfloat16 does
+_RTOL, _ATOL = 2e-2, 1e-3  # larger than the error of rounding to bfloat16
 
 
 def save_prompts(model: DualEncoder, folder: str | Path) -> None:
-    """Writes what is attached to a dual encoder.
+    """Writes the prompts and adapters of a dual encoder.
 
     Args:
       model: with prompts.
-      folder: made if missing.
+      folder: created if missing.
 
     Raises:
       UserError: the model has none.
@@ -42,17 +43,17 @@ def save_prompts(model: DualEncoder, folder: str | Path) -> None:
     description = {
         "method": METHOD,
         "config": dataclasses.asdict(model.prompts.config),
-        "base": {name: numbers.tolist() for name, numbers in _marks(model).items()},
+        "base": {name: numbers.tolist() for name, numbers in _samples(model).items()},
     }
     chosen = patterns.select(TRAINABLE, arrays, what="prompts")
     write_folder(Path(folder).expanduser(), description, {path: arrays[path] for path in chosen})
 
 
 def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
-    """Attaches what `save_prompts` wrote to its base, in place; embeddings are those before it was saved, to the bit.
+    """Attaches prompts that `save_prompts` wrote to their base, in place; embeddings are restored bit for bit.
 
     Raises:
-      UserError: files that are not there or broken, or prompts of another model; the model stays as it is.
+      UserError: files that are missing or broken, or prompts of another model; the model is then unchanged.
     """
     folder = Path(folder).expanduser()
     try:
@@ -64,7 +65,7 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
         base = {name: np.array(numbers, np.float32) for name, numbers in base.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / DESCRIPTION} tells no prompts of a dual encoder ({error}), expected one that save_prompts "
+            f"{folder / DESCRIPTION} holds no prompts of a dual encoder ({error}), expected one that save_prompts "
             "wrote: give another folder."
         ) from None
     arrays = read_arrays(folder)
@@ -77,21 +78,21 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
 
 
 def _check_types(config: PromptConfig) -> None:
-    """Raises TypeError for a value that JSON has and a config has not."""
+    """Raises TypeError for a value of JSON that a config cannot have."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not isinstance(value, field.type) or isinstance(value, bool) != (field.type is bool):  # bools are ints
+        value, kind = getattr(config, field.name), cast(Any, field.type)  # a class or a union, no string
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):  # bools are ints
             raise TypeError(f"{field.name} is {value!r}")
 
 
 def _check_base(model: DualEncoder, noted: dict[str, np.ndarray], folder: Path) -> None:
-    """Raises UserError if the numbers noted are not those of the model."""
-    found = _marks(model)
-    both = [name for name in found if name in noted]  # a quantised kernel has no such numbers
+    """Raises UserError if the noted numbers are not those of the model."""
+    samples = _samples(model)
+    common = [name for name in samples if name in noted]  # a quantised kernel has no such numbers
     wrong = [
         name
-        for name in both
-        if found[name].shape != noted[name].shape or not np.allclose(found[name], noted[name], **_TOLERANCE)
+        for name in common
+        if samples[name].shape != noted[name].shape or not np.allclose(samples[name], noted[name], _RTOL, _ATOL)
     ]
     if wrong:
         raise UserError(
@@ -100,10 +101,10 @@ def _check_base(model: DualEncoder, noted: dict[str, np.ndarray], folder: Path) 
         )
 
 
-def _marks(model: DualEncoder) -> dict[str, np.ndarray]:
-    """A few numbers of the base, float32, by the path of the array that they are of."""
+def _samples(model: DualEncoder) -> dict[str, np.ndarray]:
+    """Returns a few numbers of the base, float32, by the path of their array."""
     arrays = param_tree.flatten(model)
-    return {name: _first(arrays[name]) for name in MARKS if name in arrays}
+    return {name: _first(arrays[name]) for name in SAMPLED if name in arrays}
 
 
 def _first(array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""big_vision's npz checkpoints of SigLIP: two towers, layers one by one (as released) or stacked."""
+"""big_vision's npz checkpoints of SigLIP: two towers, with layers stored one by one (as released) or stacked."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from paligemma_jax.weights.big_vision.encoder import (
     attention_rows,
     block_names,
     block_rows,
-    check_sayable,
+    check_expressible,
     encoder_sizes,
     mlp_rows,
     vision_config,
@@ -24,15 +24,15 @@ from paligemma_jax.weights.name_table import Row, write_rows
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
-WORDS = "txt/Embed_0/embedding"
+EMBEDDING = "txt/Embed_0/embedding"
 TEXT_BLOCK = "txt/Encoder_0/encoderblock"
 HEAD = "img/MAPHead_0"
 
 
 def rows(config: DualEncoderConfig, vision_block: str, text_block: str) -> list[Row]:
-    """The name table; the blocks' names have `_{i}` behind if they lie one by one."""
+    """Returns the name table; the names of blocks end in `_{i}` if these are stored one by one."""
     table = vision_rows(vision_block) + [
-        Row("text/token_embedding/embedding", WORDS),
+        Row("text/token_embedding/embedding", EMBEDDING),
         Row("text/position_embedding", "txt/pos_embedding", "row"),
         Row("text/final_layer_norm/scale", "txt/Encoder_0/encoder_norm/scale"),
         Row("text/final_layer_norm/bias", "txt/Encoder_0/encoder_norm/bias"),
@@ -57,15 +57,15 @@ def rows(config: DualEncoderConfig, vision_block: str, text_block: str) -> list[
 
 
 def is_dual_encoder(arrays: Npz) -> bool:
-    """Whether a file has a text tower."""
-    return WORDS in arrays.names()
+    """Returns whether a file has a text tower."""
+    return EMBEDDING in arrays.names()
 
 
 def model_config(arrays: Npz) -> DualEncoderConfig:
-    """The sizes from the arrays' shapes. Without an attention head, images are pooled by their mean."""
+    """Returns the sizes, from the arrays' shapes. Without an attention head, images are pooled by their mean."""
     names, vision = arrays.names(), vision_config(arrays)
     image_size = UNFILLED.get((vision.patch_size, vision.grid), vision.image_size)
-    vocab_size, width = arrays.shape(WORDS, 2)
+    vocab_size, width = arrays.shape(EMBEDDING, 2)
     length = arrays.shape("txt/pos_embedding", 2, 3)[-2]
     return DualEncoderConfig(
         vision=dataclasses.replace(vision, image_size=image_size),
@@ -79,10 +79,10 @@ def model_config(arrays: Npz) -> DualEncoderConfig:
 
 
 def open_arrays(arrays: Npz) -> Checkpoint:
-    """The whole of a SigLIP file.
+    """Opens the whole of a SigLIP file.
 
     Raises:
-      UserError: it is broken, or towers that do not fit one another.
+      UserError: it is broken, or its towers do not match.
     """
     try:
         config = model_config(arrays)
@@ -93,7 +93,7 @@ def open_arrays(arrays: Npz) -> Checkpoint:
 
 
 def save(model: DualEncoder, file: Path) -> None:
-    """Writes a SigLIP as released: one array a layer.
+    """Writes a SigLIP as released, one array per layer.
 
     Raises:
       UserError: a CLIP, which big_vision's format cannot hold, adapters or quantised kernels.
@@ -101,6 +101,6 @@ def save(model: DualEncoder, file: Path) -> None:
     config = model.config
     if config.vision.class_token or config.text.causal or not config.projection_bias:
         raise UserError(f"{file} cannot hold a CLIP, big_vision's format has SigLIP alone: save it for transformers.")
-    check_sayable(file, config.preprocessing, vision=config.vision, text=config.text)
+    check_expressible(file, config.preprocessing, vision=config.vision, text=config.text)
     table = rows(config, f"{BLOCK}_{{i}}", f"{TEXT_BLOCK}_{{i}}")
     write_npz(file, write_rows(table, param_tree.flatten(model), str(file)))

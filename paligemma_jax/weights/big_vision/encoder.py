@@ -1,6 +1,7 @@
-"""The encoders in big_vision's files, SigLIP's and PaliGemma's: names and sizes, layers stacked or one by one."""
+"""Names and sizes of the encoders in big_vision's files of SigLIP and PaliGemma; layers stacked or one by one."""
 
 from pathlib import Path
+from typing import Any
 
 from paligemma_jax.images.image_processor import HALF
 from paligemma_jax.images.preprocessing import Preprocessing
@@ -14,12 +15,12 @@ from train_jax.core.errors import UserError
 BLOCK = "img/Transformer/encoderblock"
 ATTENTION = "MultiHeadDotProductAttention_0"
 ATTENTION_NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
-# Grids that the patches of the released image size do not fill: So400m/14 at 384 pixels, by patch and grid.
+# Released image sizes that the patches do not fill, by patch size and grid: So400m/14 at 384 pixels.
 UNFILLED = {(14, 27): 384}
 
 
 def block_rows(ours: str, theirs: str) -> list[Row]:
-    """One block, or all that are stacked: our path, and theirs, which may hold `{i}`."""
+    """Returns the rows of one block, or of all stacked ones: our path, and theirs, which may hold `{i}`."""
     table = [
         Row(f"{ours}/{norm}/{leaf}", f"{theirs}/LayerNorm_{i}/{leaf}")
         for i, norm in enumerate(("layer_norm1", "layer_norm2"))
@@ -29,7 +30,7 @@ def block_rows(ours: str, theirs: str) -> list[Row]:
 
 
 def attention_rows(ours: str, theirs: str) -> list[Row]:
-    """The attention within a block or a pooling head."""
+    """Returns the rows of the attention within a block or a pooling head."""
     return [
         Row(f"{ours}/{module}/{leaf}", f"{theirs}/{ATTENTION}/{name}/{leaf}")
         for module, name in ATTENTION_NAMES.items()
@@ -38,7 +39,7 @@ def attention_rows(ours: str, theirs: str) -> list[Row]:
 
 
 def mlp_rows(ours: str, theirs: str) -> list[Row]:
-    """The MLP within a block or a pooling head."""
+    """Returns the rows of the MLP within a block or a pooling head."""
     return [
         Row(f"{ours}/{fc}/{leaf}", f"{theirs}/MlpBlock_0/Dense_{i}/{leaf}")
         for i, fc in enumerate(("fc1", "fc2"))
@@ -47,7 +48,7 @@ def mlp_rows(ours: str, theirs: str) -> list[Row]:
 
 
 def vision_rows(block: str = BLOCK) -> list[Row]:
-    """The vision tower without its head; `block` names its blocks, with `_{i}` behind if they lie one by one."""
+    """Returns the rows of the vision tower without head; `block` ends in `_{i}` if blocks are stored one by one."""
     return [
         Row("vision/patch_embedding/kernel", "img/embedding/kernel"),
         Row("vision/patch_embedding/bias", "img/embedding/bias"),
@@ -59,12 +60,12 @@ def vision_rows(block: str = BLOCK) -> list[Row]:
 
 
 def block_names(arrays: Npz, block: str) -> str:
-    """How the file names its blocks: `block`, of stacked layers, or `block_{i}`."""
+    """Returns the file's name for its blocks: `block` if layers are stacked, else `block_{i}`."""
     return f"{block}_{{i}}" if count_layers(arrays.names(), rf"{block}_{{i}}/LayerNorm_0/scale") else block
 
 
-def encoder_sizes(arrays: Npz, block: str) -> dict[str, int]:
-    """depth, mlp_dim and num_heads of an encoder, from its arrays' shapes."""
+def encoder_sizes(arrays: Npz, block: str) -> dict[str, Any]:
+    """Returns depth, mlp_dim and num_heads of an encoder, from its arrays' shapes."""
     depth = count_layers(arrays.names(), rf"{block}_{{i}}/LayerNorm_0/scale")
 
     def shape(leaf: str, rank: int) -> tuple[int, ...]:
@@ -77,34 +78,34 @@ def encoder_sizes(arrays: Npz, block: str) -> dict[str, int]:
 
 
 def vision_config(arrays: Npz) -> ViTConfig:
-    """The vision tower's sizes, from the arrays' shapes; the image is as large as its patches."""
+    """Returns the vision tower's sizes, from the arrays' shapes; the image size is that which the patches fill."""
     patch, _, _, width = arrays.shape("img/embedding/kernel", 4)
     grid = round(arrays.shape("img/pos_embedding", 2, 3)[-2] ** 0.5)
     return ViTConfig(grid * patch, patch, width, **encoder_sizes(arrays, BLOCK))
 
 
-def check_sayable(file: Path, images: Preprocessing | None, **towers: ViTConfig | GemmaConfig | TextConfig) -> None:
-    """Refuses to write what whoever reads the file would take for something else, as it has no place there.
+def check_expressible(file: Path, images: Preprocessing | None, **towers: ViTConfig | GemmaConfig | TextConfig) -> None:
+    """Refuses to write settings that the format cannot express, as readers would assume big_vision's instead.
 
     Args:
-      file: to be written.
-      images: how the model's are prepared; the resizing is that of the reader's family.
+      file: the file to be written.
+      images: the model's preprocessing; the reader's family decides the resizing.
       towers: the model's, by name.
 
     Raises:
-      UserError: an activation, eps or range of pixels that big_vision's models have not.
+      UserError: an activation, eps or pixel range that big_vision's models do not have.
     """
     for name, tower in towers.items():
         for field in ("activation", "eps"):
             value, theirs = getattr(tower, field), getattr(type(tower), field)
             if value != theirs:
-                raise _unsayable(file, f"{name}.{field} = {value}", theirs)
+                raise _inexpressible(file, f"{name}.{field} = {value}", theirs)
     if images is not None and (images.mean, images.std) != (HALF, HALF):
-        raise _unsayable(file, f"images of mean {images.mean} and deviation {images.std}", "0.5 and 0.5")
+        raise _inexpressible(file, f"images of mean {images.mean} and deviation {images.std}", "0.5 and 0.5")
 
 
-def _unsayable(file: Path, found: str, theirs: object) -> UserError:
+def _inexpressible(file: Path, setting: str, theirs: object) -> UserError:
     return UserError(
-        f"{file} cannot say that the model has {found}, where big_vision's have {theirs}: save it for transformers, or "
-        "with save_orbax."
+        f"{file} cannot say that the model has {setting}, where big_vision's have {theirs}: save it for transformers, "
+        "or with save_orbax."
     )

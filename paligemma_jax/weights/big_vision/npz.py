@@ -1,10 +1,11 @@
-"""npz archives read and written an array, or a layer of one, at a time; bfloat16 as numpy stores it (void16)."""
+"""Reads and writes npz archives one array, or one layer, at a time; bfloat16 as numpy stores it (void16)."""
 
 import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +19,9 @@ BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImpl
 
 
 class Npz:
-    """Lazy access to an archive's arrays, with or without the `params/` prefix; never unpickles.
+    """Reads an archive's arrays on demand, with or without the `params/` prefix; never unpickles.
 
-    Of a whole train state (parameters and optimizer) only what is under `params/` counts.
+    Of a whole train state (parameters and optimizer) only the arrays under `params/` are used.
     """
 
     def __init__(self, path: Path):
@@ -34,10 +35,11 @@ class Npz:
         self._members = prefixed or members
 
     def names(self) -> set[str]:
+        """Returns the names of all arrays."""
         return set(self._members)
 
     def shape(self, name: str, *ranks: int) -> tuple[int, ...]:
-        """Shape of an array of so many axes, without reading it."""
+        """Returns the shape of an array, which must have one of these numbers of axes, without reading it."""
         with self._stream(name) as stream:
             shape = self._header(name, stream)[0]
         if len(shape) not in ranks:
@@ -48,6 +50,7 @@ class Npz:
         return shape
 
     def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of an array, without reading it."""
         with self._stream(name) as stream:
             return self._header(name, stream)[2]
 
@@ -58,26 +61,28 @@ class Npz:
             return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the slices of an array's first axis."""
         with self._stream(name) as stream:
             shape, fortran, dtype = self._header(name, stream)
-            if fortran and len(shape) > 1:  # layers do not lie one behind another
+            if fortran and len(shape) > 1:  # layers are not contiguous
                 array = self._read(name, stream, math.prod(shape), dtype, last=True)
                 yield from array.reshape(shape[::-1]).T
                 return
-            for i in range(shape[0] if shape else 0):
-                layer = self._read(name, stream, math.prod(shape[1:]), dtype, last=i == shape[0] - 1)
+            depth = shape[0] if shape else 0
+            for i in range(depth):
+                layer = self._read(name, stream, math.prod(shape[1:]), dtype, last=i == depth - 1)
                 yield layer.reshape(shape[1:])
 
     def _stream(self, name: str) -> zipfile.ZipExtFile:
         if name not in self._members:
             raise UserError(f"{self.path} has no array {name}: it is not a PaliGemma or SigLIP of big_vision.")
         try:
-            return self._zip.open(self._members[name])
+            return cast(zipfile.ZipExtFile, self._zip.open(self._members[name]))  # when opened for reading
         except BROKEN as error:
             raise self._broken(name, error) from None
 
     def _header(self, name: str, stream: zipfile.ZipExtFile) -> tuple[tuple[int, ...], bool, np.dtype]:
-        """Shape, whether in Fortran order, and dtype (bfloat16 for void16); the bytes behind it must be as many."""
+        """Returns shape, whether in Fortran order, and dtype (bfloat16 for void16); checks the member's size."""
         try:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -91,9 +96,9 @@ class Npz:
         return shape, fortran, np.dtype(ml_dtypes.bfloat16) if dtype == VOID16 else dtype
 
     def _read(self, name: str, stream: zipfile.ZipExtFile, count: int, dtype: np.dtype, last: bool) -> np.ndarray:
-        """The next `count` numbers, flat."""
+        """Reads the next `count` numbers, flat."""
         array = np.empty(count, dtype)
-        view = memoryview(array.view(np.uint8))
+        view = array.view(np.uint8).data
         try:
             done = 0
             while done < len(view):
@@ -102,7 +107,7 @@ class Npz:
                     raise EOFError("its data are cut off")
                 done += step
             if last:
-                stream.read(1)  # at the end of a member its checksum is compared
+                stream.read(1)  # the checksum is compared at the end of a member
         except BROKEN as error:
             raise self._broken(name, error) from None
         return array
@@ -112,6 +117,7 @@ class Npz:
 
 
 def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+<<<<<<< HEAD
     """Writes arrays one by one, names prefixed with `params/` as released files have them; whole, or not at all."""
     with atomic(file) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in arrays:
@@ -120,3 +126,19 @@ def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
                 array = array.view(VOID16)
             with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
+=======
+    """Writes arrays one by one, under `params/` as in released files; the file is complete or not written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays:
+                array = np.asarray(array, order="C")
+                if array.dtype == ml_dtypes.bfloat16:
+                    array = array.view(VOID16)
+                with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+>>>>>>> weights

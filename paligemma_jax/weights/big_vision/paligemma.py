@@ -1,10 +1,11 @@
 """big_vision's npz checkpoints of PaliGemma: names joined by "/", layers stacked or one by one, bfloat16 as void16.
 
-SigLIP's: dual_encoder.py.
+For SigLIP see dual_encoder.py.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -14,7 +15,7 @@ from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViT
 from paligemma_jax.weights.big_vision import dual_encoder
-from paligemma_jax.weights.big_vision.encoder import BLOCK, check_sayable, vision_config, vision_rows
+from paligemma_jax.weights.big_vision.encoder import BLOCK, check_expressible, vision_config, vision_rows
 from paligemma_jax.weights.big_vision.npz import Npz, write_npz
 from paligemma_jax.weights.checkpoint import Checkpoint
 from paligemma_jax.weights.name_table import Row, count_layers, write_rows
@@ -25,7 +26,7 @@ EMBEDDING = "llm/embedder/input_embedding"
 
 
 def rows(unrolled_vision: bool = False, post_norms: bool = False, unrolled_decoder: bool = False) -> list[Row]:
-    """The name table; the layers of either tower may be stacked (as released) or stored one by one."""
+    """Returns the name table; the layers of either tower may be stacked (as released) or stored one by one."""
     layers = "llm/layers" + ("/{i}" if unrolled_decoder else "")
     table = [
         *vision_rows(BLOCK + ("_{i}" if unrolled_vision else "")),
@@ -44,13 +45,13 @@ def rows(unrolled_vision: bool = False, post_norms: bool = False, unrolled_decod
         Row("decoder/layers/pre_ffw_norm/scale", f"{layers}/pre_ffw_norm/scale"),
     ]
     if post_norms:
-        for norm in ("post_attention_norm", "post_ffw_norm"):
-            table.append(Row(f"decoder/layers/{norm}/scale", f"{layers}/{norm}/scale"))
+        norms = ("post_attention_norm", "post_ffw_norm")
+        table += [Row(f"decoder/layers/{norm}/scale", f"{layers}/{norm}/scale") for norm in norms]
     return table
 
 
 class _Layout:
-    """How a file keeps its layers: stacked under one name, or one array a layer."""
+    """How a file stores its layers: stacked under one name, or one array per layer."""
 
     def __init__(self, arrays: Npz):
         names = arrays.names()
@@ -60,29 +61,30 @@ class _Layout:
         self.post_norms = any(name.startswith("llm/layers/") and "post_attention_norm" in name for name in names)
 
     def rows(self) -> list[Row]:
+        """Returns the file's name table."""
         return rows(bool(self.vision_depth), self.post_norms, bool(self.decoder_depth))
 
     def decoder_shape(self, leaf: str, rank: int) -> tuple[int, ...]:
-        """Shape of one of the decoder's leaves that has `rank` axes, the layers' in front."""
+        """Returns the shape of one of the decoder's leaves of `rank` axes, with the layer axis in front."""
         if not self.decoder_depth:
             return self.arrays.shape(f"llm/layers/{leaf}", rank + 1)
         return self.decoder_depth, *self.arrays.shape(f"llm/layers/0/{leaf}", rank)
 
 
 def decoder_config(arrays: Npz, **fields) -> GemmaConfig:
-    """The decoder's sizes, from the arrays' shapes.
+    """Returns the decoder's sizes, from the arrays' shapes.
 
     Args:
-      fields: what shapes cannot tell (soft caps, sliding_window, rope_theta, query_scale). Not given, they are those of
-        the released PaliGemma 1 or 2 as big_vision runs it: a cap of 50 on Gemma 2's scores, none on its logits, no
-        window.
+      fields: settings that shapes do not give (soft caps, sliding_window, rope_theta, query_scale). The defaults are
+        those of the released PaliGemma 1 or 2 in big_vision: for Gemma 2 a cap of 50 on the attention scores, none on
+        the logits, no window.
     """
     layout = _Layout(arrays)
     depth, num_heads, width, head_dim = layout.decoder_shape("attn/q_einsum/w", 3)
     _, _, num_kv_heads, _, _ = layout.decoder_shape("attn/kv_einsum/w", 4)
     _, mlp_dim, _ = layout.decoder_shape("mlp/linear", 2)
     vocab_size, _ = arrays.shape(EMBEDDING, 2)
-    released = {"attn_softcap": 50.0} if layout.post_norms else {}
+    released: dict[str, Any] = {"attn_softcap": 50.0} if layout.post_norms else {}
     if (depth, width) == (46, 4608):  # Gemma 2 27B
         released["query_scale"] = (width / num_heads) ** -0.5
     return GemmaConfig(
@@ -99,12 +101,12 @@ def decoder_config(arrays: Npz, **fields) -> GemmaConfig:
 
 
 def model_config(arrays: Npz, **decoder) -> PaliGemmaConfig:
-    """The whole model's; `decoder` as of `decoder_config`."""
+    """Returns the whole model's config; `decoder`: see `decoder_config`."""
     vision = vision_config(arrays)
     return PaliGemmaConfig(vision, decoder_config(arrays, **decoder), Preprocessing.big_vision(vision.image_size))
 
 
-# One tower of a file, as "file.npz:img": our prefix, how it is made, and what of its arrays is no part of it.
+# The towers of "file.npz:img": our prefix, a constructor, and prefixes of their arrays that are not part of it.
 TOWERS = {
     "img": ("vision/", lambda config: ViT(config.vision, rngs=nnx.Rngs(0)), ("img/head/", "img/MAPHead_0/")),
     "llm": ("decoder/", lambda config: Gemma(config.decoder, rngs=nnx.Rngs(0)), ()),
@@ -112,12 +114,11 @@ TOWERS = {
 
 
 def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
-    """A big_vision file, or one tower of it.
+    """Opens a big_vision file, or one tower of it.
 
     Args:
-      file: the .npz of a PaliGemma, or of a SigLIP. Of either one's tower "img", what pools or projects its features
-        is left out.
-      tower: "img", "llm", or nothing for the whole model.
+      file: the .npz of a PaliGemma or a SigLIP. The tower "img" of either is read without its head.
+      tower: "img", "llm", or empty for the whole model.
       decoder: see `decoder_config`.
 
     Raises:
@@ -146,19 +147,18 @@ def open_file(file: Path, tower: str = "", **decoder) -> Checkpoint:
 
 
 def save_big_vision(model: PaliGemma | DualEncoder, file: str | Path) -> None:
-    """Writes a model's parameters as big_vision reads them, names under `params/`: a PaliGemma's layers stacked, a
-    SigLIP's one by one, as they were released.
+    """Writes a model's parameters as big_vision reads them, under `params/`.
 
-    What the file cannot hold (soft caps, how images are resized, tokenizer) big_vision's configs say; `pg.load` takes
-    the caps as arguments.
+    As in released files, a PaliGemma's layers are stacked and a SigLIP's are stored one by one. Soft caps, image
+    resizing and the tokenizer are not in the file but in big_vision's configs; `pg.load` takes the caps as arguments.
 
     Args:
       model: with plain kernels and without adapters, in any dtype; bfloat16 is written as void16, as numpy does.
       file: ends in .npz; replaced if it exists.
 
     Raises:
-      UserError: the model has adapters or quantised kernels, is a CLIP, or has an activation, eps or range of pixels
-        that big_vision's models have not and the file cannot say; or the file has another ending.
+      UserError: the model has adapters or quantised kernels, is a CLIP, or has an activation, eps or pixel range that
+        big_vision's models do not have, as the file cannot express it; or the file has another ending.
     """
     file = Path(file).expanduser()
     if file.suffix != ".npz":
@@ -166,5 +166,5 @@ def save_big_vision(model: PaliGemma | DualEncoder, file: str | Path) -> None:
     if isinstance(model, DualEncoder):
         return dual_encoder.save(model, file)
     config = model.config
-    check_sayable(file, config.preprocessing, vision=config.vision, decoder=config.decoder)
+    check_expressible(file, config.preprocessing, vision=config.vision, decoder=config.decoder)
     write_npz(file, write_rows(rows(post_norms=config.decoder.post_norms), param_tree.flatten(model), str(file)))

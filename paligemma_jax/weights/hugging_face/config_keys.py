@@ -1,11 +1,11 @@
-"""The keys of transformers' config.json of PaliGemma 1 and 2, SigLIP and CLIP: what each part's reader makes of them.
+"""Keys of transformers' config.json of PaliGemma 1 and 2, SigLIP and CLIP, and how each part's reader treats them.
 
 Sources: the config classes of transformers 4.41 to 5.24 and of the released models.
 """
 
 from paligemma_jax.files.side_files import Keys
 
-# Of any config: provenance, what training began from, what a call returns, and how texts are drawn. None of it changes
+# Keys of any config: provenance, initialisation, what a call returns, and how texts are generated. They do not change
 # what is computed here; generation takes its options as arguments.
 GENERIC = frozenset(
     {
@@ -43,7 +43,7 @@ GENERIC = frozenset(
         "use_bfloat16",
         "use_cache",
         "use_return_dict",
-        # of generation
+        # generation
         "bad_words_ids",
         "begin_suppress_tokens",
         "cache_implementation",
@@ -79,13 +79,13 @@ GENERIC = frozenset(
 )
 TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 SIZES = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"})
-# transformers drops attention in training mode alone, so that a model with it answers as one without. Runs here say all
-# of how they train in their own config, and have dropout in adapters and none in attention.
+# transformers drops attention in training mode only, so a model with it answers like one without. Runs here take all
+# training settings from their own config, with dropout in adapters and none in attention.
 DROPOUT = frozenset({"attention_dropout"})
 
-# The tokens that Gemma's tokenizer and data/prompts.py have.
+# The ids in Gemma's tokenizer and data/prompts.py.
 PALIGEMMA_TOKENS = {"bos_token_id": (2,), "eos_token_id": (1, [1]), "pad_token_id": (0,)}
-TIED = {"tie_word_embeddings": (True, False)}  # which of them is looked at beside the arrays
+TIED = {"tie_word_embeddings": (True, False)}  # whether they are tied is checked together with the arrays
 
 PALIGEMMA = Keys(
     read=frozenset(
@@ -99,7 +99,7 @@ PALIGEMMA = Keys(
         }
     ),
     only=PALIGEMMA_TOKENS | TIED,
-    # sizes that the parts' own configs say, and the loss's mark of no label
+    # sizes that the parts' own configs give, and the loss's mark for no label
     idle=GENERIC
     | {"_vocab_size", "hidden_size", "ignore_index", "num_hidden_layers", "num_image_tokens", "vocab_size"},
 )
@@ -119,7 +119,7 @@ GEMMA = Keys(
         "vocab_size",
     },
     only={"attention_bias": (False,), "partial_rotary_factor": (1.0, 1)} | TIED,
-    # the third is of decoders without the mask of a prompt and its answer, which says who reads whom here
+    # the third is of decoders without the prefix-LM mask, which sets the attention here
     idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens", "use_bidirectional_attention"},
     dropout=DROPOUT,
 )
@@ -132,7 +132,7 @@ GEMMA_2 = Keys(
 VISION = Keys(
     read=SIZES | {"hidden_act", "image_size", "layer_norm_eps", "patch_size"},
     only={"num_channels": (3,)},
-    # dropout is of CLIP's first configs, and no release reads it; the last three are of PaliGemma's converter
+    # dropout is in CLIP's first configs, and no release reads it; the last three are from PaliGemma's converter
     idle=GENERIC | TOKEN_IDS | {"dropout", "projection_dim", "num_image_tokens", "projector_hidden_act", "vocab_size"},
     dropout=DROPOUT,
 )
@@ -144,11 +144,11 @@ TEXT = Keys(
 
 
 def _with(keys: Keys, read=(), only=(), idle=()) -> Keys:
-    return Keys(keys.read | set(read), keys.only | dict(only), keys.idle | set(idle), keys.dropout)
+    return Keys(keys.read | set(read), dict(keys.only) | dict(only), keys.idle | set(idle), keys.dropout)
 
 
-_TIED = {"tie_word_embeddings"}  # there is no table of outputs
-# A dual encoder's config and the configs of its towers, by model_type.
+_TIED = {"tie_word_embeddings"}  # there is no output embedding
+# Keys of a dual encoder's config and of its towers' configs, by model_type.
 DUAL = {
     "siglip": {
         "": Keys(frozenset({"model_type", "vision_config", "text_config"}), {}, GENERIC | _TIED | TOKEN_IDS),
@@ -161,7 +161,7 @@ DUAL = {
             TEXT,
             read={"projection_size"},
             only={"model_type": ("siglip_text_model",)},
-            idle=_TIED | {"eos_token_id"},  # the last position is pooled, whatever stands there
+            idle=_TIED | {"eos_token_id"},  # the last position is pooled, whatever token it holds
         ),
     },
     "clip": {
@@ -185,5 +185,5 @@ DUAL = {
         ),
     },
 }
-# The tower of a PaliGemma, which has no pooling head whatever its config says.
+# Keys of a PaliGemma's tower, which has no pooling head whatever its config says.
 PALIGEMMA_VISION = _with(VISION, only={"model_type": ("siglip_vision_model",)}, idle=_TIED | {"vision_use_head"})

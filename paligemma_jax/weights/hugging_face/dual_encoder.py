@@ -1,17 +1,18 @@
 """SigLIP (1, and 2 at a fixed resolution) and CLIP as transformers saves them: folders read and written."""
 
 from pathlib import Path
+from typing import Any
 
 from paligemma_jax.files.side_files import read_json
 from paligemma_jax.images.image_processor import CLIP, SIGLIP
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.weights.checkpoint import Checkpoint, whole_model
 from paligemma_jax.weights.hugging_face.dual_encoder_config import (
+    EMBEDDING,
     FAMILIES,
     NAFLEX,
     TEXT,
     VISION,
-    WORDS,
     model_config,
     read_config,
     to_hugging_face,
@@ -30,13 +31,13 @@ COUNTERS = {f"{tower}embeddings.position_ids" for tower in (VISION, TEXT)}
 
 
 def rows(config: DualEncoderConfig) -> list[Row]:
-    """The name table of SigLIP or CLIP."""
+    """Returns the name table of a SigLIP or CLIP."""
     table = [
         Row("vision/patch_embedding/kernel", f"{VISION}embeddings.patch_embedding.weight", "conv"),
         Row("vision/position_embedding", f"{VISION}embeddings.position_embedding.weight"),
         *encoder_rows("vision", VISION),
         *_norm("vision/post_layernorm", f"{VISION}post_layernorm"),
-        Row("text/token_embedding/embedding", WORDS),
+        Row("text/token_embedding/embedding", EMBEDDING),
         Row("text/position_embedding", f"{TEXT}embeddings.position_embedding.weight"),
         *encoder_rows("text", TEXT),
         *_norm("text/final_layer_norm", f"{TEXT}final_layer_norm"),
@@ -67,7 +68,7 @@ def _siglip_rows() -> list[Row]:
         Row("logit_bias", "logit_bias", "row"),
     ]
     for part, module in enumerate(("q_proj", "k_proj", "v_proj")):
-        joined = dict(part=part, parts=3, packed=True)
+        joined: dict[str, Any] = dict(part=part, parts=3, packed=True)
         name = f"image_head/attention/{module}"
         table.append(Row(f"{name}/kernel", f"{HEAD}attention.in_proj_weight", "linear", **joined))
         table.append(Row(f"{name}/bias", f"{HEAD}attention.in_proj_bias", "flat", **joined))
@@ -82,33 +83,33 @@ def _norm(ours: str, theirs: str) -> list[Row]:
 
 
 def is_dual_encoder(folder: Path) -> bool:
-    """Whether a folder's config.json is of a SigLIP or a CLIP, a NaFlex one among them, which `open_folder` refuses."""
+    """Returns whether config.json is a SigLIP's or a CLIP's, or a NaFlex one's, which `open_folder` refuses."""
     file = folder / "config.json"
     return file.exists() and read_json(file).get("model_type") in (*FAMILIES, NAFLEX)
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """A folder of a whole SigLIP or CLIP.
+    """Opens a folder of a whole SigLIP or CLIP.
 
     Raises:
       UserError: files that are missing or broken, or an architecture that transformers' SigLIP and CLIP do not have.
     """
-    values = read_config(folder)  # first: a NaFlex model is told of by its name, whatever else is there
+    values = read_config(folder)  # first, so that a NaFlex model is reported as such, whatever else the folder holds
     arrays = Folder(folder)
     config = model_config(values, arrays)
     family = CLIP if config.vision.class_token else SIGLIP
     preprocessing = read_preprocessing(folder, family, config.vision)
     config = config.replace(preprocessing=preprocessing or config.preprocessing)
-    return Checkpoint(arrays, arrays.names() - COUNTERS, rows(config), config, WORDS, whole_model)
+    return Checkpoint(arrays, arrays.names() - COUNTERS, rows(config), config, EMBEDDING, whole_model)
 
 
 def save(
     model: DualEncoder, folder: Path, tokenizer: str | Path | None = None, max_shard_size: int = SHARD_SIZE
 ) -> None:
-    """Writes a SigLIP or CLIP folder; arguments and errors as of weights.save_hugging_face.
+    """Writes a SigLIP or CLIP folder; arguments and errors: see weights.save_hugging_face.
 
     Raises:
-      UserError: a model that transformers' classes do not have, say one whose images are pooled by their mean.
+      UserError: a model that transformers' classes do not have, such as one whose images are pooled by their mean.
     """
     config = to_hugging_face(model.config)
     write_folder(folder, config, write_rows(rows(model.config), param_tree.flatten(model), str(folder)), max_shard_size)

@@ -1,4 +1,4 @@
-"""config.json of SigLIP and CLIP as transformers writes it, in both directions."""
+"""config.json of SigLIP and CLIP as transformers writes it, read and written."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from paligemma_jax.weights.hugging_face.folder import Folder
 from train_jax.core.errors import UserError
 
 FAMILIES = tuple(DUAL)
-NAFLEX = "siglip2"  # SigLIP 2 of any shape of image; of one resolution it is a "siglip"
+NAFLEX = "siglip2"  # SigLIP 2 for images of any shape; a SigLIP 2 of one resolution has model_type "siglip"
 TOWERS = ("vision_config", "text_config")
-WORDS = "text_model.embeddings.token_embedding.weight"
+EMBEDDING = "text_model.embeddings.token_embedding.weight"
 VISION, TEXT = "vision_model.", "text_model."
-LEGACY_EOS = 2  # an eos_token_id that stands for "the largest id" in CLIP's first configs
-# What a config leaves out is transformers' default: released SigLIPs name hardly more than what differs from B/16.
+LEGACY_EOS = 2  # an eos_token_id that means "the largest id" in CLIP's first configs
+# transformers' defaults for missing keys: released SigLIPs list little more than their differences from B/16.
 _SIZES = {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _SIGLIP = _SIZES | {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 _CLIP = _SIZES | {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "text_config": _CLIP | {"intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": 49_407},
     },
 }
-# Sizes that arrays tell, which the older spelling of a tower's config sets back to these in transformers.
+# Sizes of CLIP that transformers assumes if the older spelling of a tower's config leaves them out.
 _CLIP_SIZES = {
     "vision_config": {"hidden_size": 768, "patch_size": 32},
     "text_config": {"hidden_size": 512, "max_position_embeddings": 77, "vocab_size": 49_408},
@@ -38,11 +38,10 @@ _CLIP_SIZES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, every key of it accounted for, with transformers' defaults filled in.
+    """Returns the folder's config.json with transformers' defaults; every key of it is accounted for.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, or has a value that changes the model to one that is
-        not supported.
+      UserError: it is missing or broken, of another architecture, or has a value that makes it an unsupported model.
     """
     file = folder / "config.json"
     config = read_json(file)
@@ -54,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     account(config, DUAL[family][""], file)
     for tower in TOWERS:
         stored = config.get(tower) or {}
-        older = config.get(f"{tower}_dict")  # in CLIP's first configs; it wins, what it leaves out as well
+        older = config.get(f"{tower}_dict")  # of CLIP's first configs; it takes precedence, with its defaults too
         for name, value in ((tower, stored), (f"{tower}_dict", older or {})):
             if not isinstance(value, dict):
                 raise refusal(file, name, value, "an object of keys", "download it again")
@@ -66,21 +65,21 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(config: dict[str, Any], arrays: Folder) -> DualEncoderConfig:
-    """Our config from theirs; widths, words and positions are the arrays'.
+    """Returns our config from theirs; width, vocabulary size and text length come from the arrays.
 
     Raises:
-      UserError: values that make no sense, that are not supported, or that the arrays contradict.
+      UserError: values that are invalid, not supported, or contradict the arrays.
     """
     family, file = config["model_type"], arrays.path / "config.json"
     clip, defaults = family == "clip", DEFAULTS[family]
     vision, text = (Values(config[tower], file, f"{tower}.") for tower in TOWERS)
-    vocab_size, text_width = arrays.shape(WORDS, 2)
+    vocab_size, text_width = arrays.shape(EMBEDDING, 2)
     length, _ = arrays.shape(f"{TEXT}embeddings.position_embedding.weight", 2)
     projection = "text_projection.weight" if clip else f"{TEXT}head.weight"
     embed_dim, _ = arrays.shape(projection, 2)
-    for values, key, found, what in (
-        (text, "vocab_size", vocab_size, WORDS),
-        (text, "hidden_size", text_width, WORDS),
+    for values, key, size, what in (
+        (text, "vocab_size", vocab_size, EMBEDDING),
+        (text, "hidden_size", text_width, EMBEDDING),
         (text, "max_position_embeddings", length, "the table of positions"),
         (
             Values(config, file) if clip else text,
@@ -89,18 +88,13 @@ def model_config(config: dict[str, Any], arrays: Folder) -> DualEncoderConfig:
             projection,
         ),
     ):
-        values.agrees(key, found, what)
+        values.check_size(key, size, what)
     tower = vision_config(vision, arrays, VISION, defaults["vision_config"], class_token=clip)
     default = Preprocessing.clip if clip else Preprocessing.siglip
+    pooling: dict[str, Any] = dict(causal=True, pool="eos", eos_token=_eos(text, vocab_size)) if clip else {}
     return DualEncoderConfig(
         vision=tower,
-        text=TextConfig(
-            vocab_size,
-            length,
-            text_width,
-            **tower_fields(text, defaults["text_config"]),
-            **(dict(causal=True, pool="eos", eos_token=_eos(text, vocab_size)) if clip else {}),
-        ),
+        text=TextConfig(vocab_size, length, text_width, **tower_fields(text, defaults["text_config"]), **pooling),
         embed_dim=embed_dim,
         pool="class" if clip else "map",
         image_projection=clip,
@@ -111,24 +105,24 @@ def model_config(config: dict[str, Any], arrays: Folder) -> DualEncoderConfig:
 
 
 def _eos(text: Values, vocab_size: int) -> int | None:
-    """The token that CLIP pools at; None for the largest id."""
+    """Returns the id of the token that CLIP pools at; None for the largest id."""
     eos = text.get("eos_token_id", DEFAULTS["clip"]["text_config"]["eos_token_id"])
     if type(eos) is not int or not 0 <= eos < vocab_size:
-        raise text.refuse("eos_token_id", f"one id below the {vocab_size} words", "correct config.json")
+        raise text.refuse("eos_token_id", f"one id below the {vocab_size} of the vocabulary", "correct config.json")
     return None if eos == LEGACY_EOS else eos
 
 
 def to_hugging_face(config: DualEncoderConfig) -> dict[str, Any]:
-    """Our config as config.json has it; `model_config` is its inverse.
+    """Returns our config as config.json; `model_config` is its inverse.
 
     Raises:
-      UserError: a model that is neither SigLIP nor CLIP as transformers has them.
+      UserError: a model that is neither a SigLIP nor a CLIP as transformers has them.
     """
     vision, text = config.vision, config.text
     clip = vision.class_token
     siglip = (config.pool, text.pool, text.causal) == ("map", "last", False) and config.initial_bias is not None
-    joined = (text.causal, text.pool == "eos", config.image_projection, not config.projection_bias)
-    if set(joined) != {clip} or siglip == clip:
+    clip_parts = (text.causal, text.pool == "eos", config.image_projection, not config.projection_bias)
+    if set(clip_parts) != {clip} or siglip == clip:
         raise UserError(
             "the model is neither a SigLIP nor a CLIP as transformers has them (pooling, projections, bias): save it "
             "for big_vision, or with save_orbax."

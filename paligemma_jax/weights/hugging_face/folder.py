@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: safetensors, one file, or shards with an index."""
+"""Reads the weights of a Hugging Face folder: safetensors in one file, or in shards with an index."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +19,14 @@ PREFIXES = (
     ("multi_modal_projector.", "model.multi_modal_projector."),
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Every array of every shard is read and accounted for, wherever the map says it lies.
+# Every array of every shard is read and accounted for, whichever shard the map gives.
 INDEX_KEYS = Keys(read=frozenset({"weight_map"}), idle=frozenset({"metadata"}))
-# How safetensors names the dtypes that weights are released in.
+# safetensors' names of the dtypes that weights are released in.
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 def canonical(name: str) -> str:
-    """The spelling of a key that the table uses."""
+    """Returns the spelling of a key that the name table uses."""
     if name in ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"):
         return "lm_head.weight"
     for ours, theirs in PREFIXES:
@@ -38,29 +38,29 @@ def canonical(name: str) -> str:
 
 
 class Folder:
-    """Random access to the arrays of a folder's safetensors files; nothing outside the folder is ever opened."""
+    """Reads the arrays of a folder's safetensors files on demand; opens nothing outside the folder."""
 
     def __init__(self, path: Path, file: str | None = None, rename: Callable[[str], str] = canonical):
-        """Opens `file`, or what holds a model's weights when None; `rename` maps a file's key to the name used here."""
+        """Opens `file`, or the files of a model's weights if None; `rename` maps a file's key to the name used here."""
         self.path = path
         self.files = [path / each for each in ([file] if file else self._weight_files(path))]
         self._where: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in self.files:
-            with self._open(file) as handle:
+        for shard in self.files:
+            with self._open(shard) as handle:
                 for key in handle.keys():  # noqa: SIM118 (no mapping)
                     name = rename(key)
                     if name in self._where:
                         raise UserError(
                             f"{path} holds one array twice, as {self._where[name][1]} and as {key}: remove one of them."
                         )
-                    self._where[name] = file, key
+                    self._where[name] = shard, key
                     self._shapes[name] = tuple(handle.get_slice(key).get_shape())
 
     @classmethod
     def _weight_files(cls, path: Path) -> list[str]:
-        """The files of a model's weights; a single file goes before shards, whichever is older, as in transformers."""
-        shards = cls._shards(path / INDEX) if (path / INDEX).exists() else None  # one that leaves its folder is refused
+        """Returns the files of a model's weights; a single file takes precedence over shards, as in transformers."""
+        shards = cls._shards(path / INDEX) if (path / INDEX).exists() else None  # refuses files outside the folder
         if (path / SINGLE).exists():
             return [SINGLE]
         if shards is not None:
@@ -69,7 +69,7 @@ class Folder:
 
     @staticmethod
     def _shards(index: Path) -> list[str]:
-        """The files that an index names, all of them beside it."""
+        """Returns the files that an index names, all of them beside it."""
         values = read_json(index)
         account(values, INDEX_KEYS, index)
         weight_map = values.get("weight_map")
@@ -84,25 +84,26 @@ class Folder:
 
     @staticmethod
     def _open(file: Path):
-        """A memory map of the file. It is closed after each array, or what was read of it would stay resident."""
+        """Opens a memory map of the file. It is closed after each array, as otherwise its pages would stay resident."""
         try:
             return safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read as safetensors ({error}): download it again.") from None
 
     def names(self) -> set[str]:
+        """Returns the names of all arrays."""
         return set(self._where)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all arrays, without reading them."""
+        """Returns the shapes of all arrays, without reading them."""
         return dict(self._shapes)
 
     def key(self, name: str) -> str:
-        """What the file calls an array."""
+        """Returns the file's own name of an array."""
         return self._where[name][1]
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
-        """Shape of an array of `rank` axes, without reading it."""
+        """Returns the shape of an array of `rank` axes, without reading it."""
         if name not in self._where:
             raise UserError(
                 f"{self.path} has no array {name}: it is not a PaliGemma, SigLIP or CLIP as transformers saves it."
@@ -114,6 +115,7 @@ class Folder:
         return shape
 
     def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of an array, without reading it."""
         file, key = self._where[name]
         with self._open(file) as handle:
             return np.dtype(DTYPES.get(handle.get_slice(key).get_dtype(), np.float32))
@@ -127,4 +129,5 @@ class Folder:
                 raise UserError(f"{file}: {key} cannot be read ({error}): save it in a float dtype.") from None
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the slices of an array's first axis."""
         yield from self[name]

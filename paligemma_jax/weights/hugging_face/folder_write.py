@@ -21,10 +21,10 @@ def write_folder(
     """Writes config.json and the weights; those of an earlier save are replaced once all are written.
 
     Args:
-      folder: made if missing.
-      config: of config.json.
-      arrays: by their names there, taken one after another.
-      max_shard_size: bytes a weight file holds at most (but for an array larger than that).
+      folder: created if missing.
+      config: the content of config.json.
+      arrays: by their names there, written in this order.
+      max_shard_size: largest size of a weight file in bytes (one larger array is still one file).
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[list[str]] = []
@@ -57,11 +57,11 @@ def _shards(arrays: Iterable[tuple[str, np.ndarray]], max_size: int) -> Iterable
         if shard and size + array.nbytes > max_size:
             yield shard
             shard, size = {}, 0
-        shard[name] = np.ascontiguousarray(array).reshape(array.shape)  # the former makes a vector of a scalar
+        shard[name] = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar a vector
         size += array.nbytes
     yield shard
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """One JSON object, indented."""
+    """Writes one JSON object, indented."""
     file.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """PaliGemma 1 and 2 as transformers saves them: folders read, and written so that transformers opens them.
 
-SigLIP and CLIP: dual_encoder.py.
+For SigLIP and CLIP see dual_encoder.py.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from paligemma_jax.weights.hugging_face.paligemma_names import EMBEDDING, rows
 from paligemma_jax.weights.hugging_face.processor import read_preprocessing, write_preprocessing
 from paligemma_jax.weights.name_table import write_rows
 from paligemma_jax.weights.tokenizer_files import copy_tokenizer
-from train_jax.core import param_tree as params
+from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
 LM_HEAD = "lm_head.weight"
-IMAGE_TOKEN = 257_152  # of all released models
+IMAGE_TOKEN = 257_152  # in all released models
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """A folder as transformers saves it, of a dual encoder too; the tied output table may be stored a second time.
+    """Opens a folder as transformers saves it, also a dual encoder's; the tied output embedding may be stored twice.
 
     Raises:
-      UserError: files that are missing, broken or of another architecture, or an output table of its own.
+      UserError: files that are missing, broken or of another architecture, or an untied output embedding.
     """
     if dual_encoder.is_dual_encoder(folder):
         return dual_encoder.open_folder(folder)
@@ -45,9 +45,9 @@ def open_folder(folder: Path) -> Checkpoint:
     config = dataclasses.replace(config, preprocessing=preprocessing)
     names = arrays.names()
     if LM_HEAD in names and not np.array_equal(arrays[LM_HEAD], arrays[EMBEDDING]):
-        raise UserError(f"{folder}: {LM_HEAD} differs from {EMBEDDING}, expected the tied table: train it tied.")
+        raise UserError(f"{folder}: {LM_HEAD} differs from {EMBEDDING}, expected the tied table: tie them.")
     if LM_HEAD not in names and untied(values):
-        raise refusal(folder / "config.json", "tie_word_embeddings", False, f"true, as there is no {LM_HEAD}", "tie it")
+        raise refusal(folder / "config.json", "tie_word_embeddings", False, f"true, as there is no {LM_HEAD}", "set it")
     return Checkpoint(arrays, names - {LM_HEAD}, rows(config.decoder.post_norms), config, EMBEDDING)
 
 
@@ -60,22 +60,24 @@ def save_hugging_face(
     """Writes a model as a folder that transformers opens: config, weights, preprocessor and tokenizer.
 
     Args:
-      model: with plain kernels and without adapters; written in the dtype it has.
-      folder: made if missing; the weights of an earlier save in it are replaced.
-      tokenizer: where the tokenizer's files are: the folder the model came from, a tokenizer.model, or "tiny". They are
-        copied as they are. None writes none, and transformers then opens the model but no processor.
-      max_shard_size: bytes a weight file holds at most (but for an array larger than that); several get an index.
+      model: with plain kernels and without adapters; written in its own dtype.
+      folder: created if missing; the weights of an earlier save in it are replaced.
+      tokenizer: location of the tokenizer's files, which are copied: the folder of the original model, a
+        tokenizer.model, or "tiny". None writes none, and transformers then opens the model but no processor.
+      max_shard_size: largest size of a weight file in bytes (one larger array is still one file); several files get an
+        index.
 
     Raises:
       UserError: the model has adapters or quantised kernels, or there are no tokenizer files.
     """
-    folder, config = Path(folder).expanduser(), model.config
+    folder = Path(folder).expanduser()
     if isinstance(model, DualEncoder):
         return dual_encoder.save(model, folder, tokenizer, max_shard_size)
+    config = model.config
     image_token = config.image_token
     if image_token is None:
         image_token = min(IMAGE_TOKEN, config.decoder.vocab_size)
-    save(folder, config, params.flatten(model), image_token, max_shard_size)
+    save(folder, config, param_tree.flatten(model), image_token, max_shard_size)
     if config.preprocessing is not None:
         processor = {"processor_class": "PaliGemmaProcessor", "image_seq_length": config.vision.num_patches}
         write_preprocessing(folder, config.preprocessing, **processor)
@@ -90,10 +92,10 @@ def save(
     image_token: int,
     max_shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Writes config.json and the weights alone.
+    """Writes only config.json and the weights.
 
     Args:
-      image_token: id that stands for a patch in transformers' input, usually the first after the tokenizer's own.
+      image_token: id of the image placeholder in transformers' input, usually the first after the tokenizer's own.
     """
     arrays = write_rows(rows(config.decoder.post_norms), params, str(folder))
     write_folder(folder, to_hugging_face(config, image_token), arrays, max_shard_size)

@@ -1,4 +1,4 @@
-"""config.json of PaliGemma 1 and 2 as transformers writes it, in both directions."""
+"""config.json of PaliGemma 1 and 2 as transformers writes it, read and written."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from paligemma_jax.weights.hugging_face.folder import Folder
 from paligemma_jax.weights.hugging_face.paligemma_names import EMBEDDING, TOWER
 from train_jax.core.errors import UserError
 
-GENERATION = "generation_config.json"  # of which the tokens are checked; how texts are drawn, arguments say
+GENERATION = "generation_config.json"  # only its token ids are checked; sampling options are arguments here
 SLIDING, FULL = "sliding_attention", "full_attention"
 DECODERS = {"gemma": GEMMA, "gemma2": GEMMA_2}
 PROJECTOR = "multi_modal_projector.linear.weight"
-# Of rotary positions: what says how they are scaled, and what is read of scaled ones alone.
+# Keys of rotary positions: the names of the scaling type, and options of scaled positions only.
 ROPE_TYPES = ("rope_type", "type")
 OF_SCALED = frozenset(
     {
@@ -34,16 +34,16 @@ OF_SCALED = frozenset(
         "truncate",
     }
 )
-# What transformers takes where a released model leaves these out.
+# transformers' defaults for keys that released models leave out.
 VISION_DEFAULTS = {"image_size": 224, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, every key of it accounted for.
+    """Returns the folder's config.json; every key of it is accounted for.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, lacks a size that the arrays do not tell, or has a
-        value that changes the model to one that is not supported.
+      UserError: it is missing or broken, of another architecture, lacks a size that the arrays do not give, or has a
+        value that makes it an unsupported model.
     """
     file = folder / "config.json"
     config = read_json(file)
@@ -72,15 +72,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
-    """Our config from theirs; what old config files leave out is read from the arrays or is the released models'.
+    """Returns our config from theirs; missing keys are read from the arrays or are those of the released models.
 
     Raises:
-      UserError: values that make no sense, that are not supported, or that the arrays contradict.
+      UserError: values that are invalid, not supported, or contradict the arrays.
     """
     file = arrays.path / "config.json"
     whole = Values(config, file)
     width, _ = arrays.shape(PROJECTOR, 2)
-    whole.agrees("projection_dim", width, PROJECTOR)
+    whole.check_size("projection_dim", width, PROJECTOR)
     return PaliGemmaConfig(
         vision=vision_config(Values(config["vision_config"], file, "vision_config."), arrays, TOWER, VISION_DEFAULTS),
         decoder=_decoder(Values(config["text_config"], file, "text_config."), arrays),
@@ -89,18 +89,19 @@ def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
 
 
 def untied(config: dict[str, Any]) -> bool:
-    """Whether a config asks for an output table of its own."""
+    """Returns whether a config asks for an untied output embedding."""
     return False in (config.get("tie_word_embeddings"), config["text_config"].get("tie_word_embeddings"))
 
 
 def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
-    """The decoder's sizes and constants."""
+    """Returns the decoder's sizes and constants."""
     gemma2 = text.get("model_type") == "gemma2"
     vocab, width = arrays.shape(EMBEDDING, 2)
-    text.agrees("vocab_size", vocab, EMBEDDING)
-    text.agrees("hidden_size", width, EMBEDDING)
+    text.check_size("vocab_size", vocab, EMBEDDING)
+    text.check_size("hidden_size", width, EMBEDDING)
     depth, head_dim = text.size("num_hidden_layers"), text.size("head_dim", 256)
-    windowed, own = _windowed(text, depth), {}
+    windowed = _windowed(text, depth)
+    own: dict[str, Any] = {}
     if gemma2:
         own = {
             "query_scale": text.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -125,14 +126,14 @@ def _decoder(text: Values, arrays: Folder) -> GemmaConfig:
 
 
 def _cap(text: Values, key: str, default: float) -> float | int | None:
-    """A soft cap: a positive number, the default where it is left out, None where it is null or zero."""
+    """Returns a soft cap: a positive number, the default if it is missing, None if it is null or zero."""
     value = text.get(key, None if text.given(key) else default)
     off = value is None or (type(value) in (int, float) and value == 0)
     return None if off else text.number(key, default)
 
 
 def _windowed(text: Values, depth: int) -> bool:
-    """Whether every other layer looks back a window only.
+    """Returns whether every other layer attends to a window only.
 
     Raises:
       UserError: layers in another order than Gemma 2's, or other layers than Gemma's.
@@ -141,18 +142,18 @@ def _windowed(text: Values, depth: int) -> bool:
     gemma2 = text.get("model_type") == "gemma2"
     if kinds is None:
         return gemma2 and (text.get("sliding_window") is not None or not text.given("sliding_window"))
-    every = isinstance(kinds, list) and len(kinds) == depth
-    if every and kinds == [FULL] * depth:
+    complete = isinstance(kinds, list) and len(kinds) == depth
+    if complete and kinds == [FULL] * depth:
         return False
     if not gemma2:
         raise text.refuse("layer_types", f"{FULL} for every layer of a Gemma", "give another model")
-    if not every or kinds != _layer_types(depth):
+    if not complete or kinds != _layer_types(depth):
         raise text.refuse("layer_types", f"{SLIDING} and {FULL} in turn as in Gemma 2", "give another model")
     return True
 
 
 def _rope_theta(text: Values) -> float | int:
-    """The base of the rotary positions.
+    """Returns the base of the rotary positions.
 
     Raises:
       UserError: positions that are scaled, or several bases.
@@ -172,7 +173,7 @@ def _rope_theta(text: Values) -> float | int:
 
 
 def _check_unscaled(rope: Values, values: Mapping[str, Any]) -> None:
-    """Refuses rotary positions that are scaled: linearly by another factor than 1, or in another way."""
+    """Refuses scaled rotary positions: linear with a factor other than 1, or of another type."""
     kinds = [(name, rope.get(name)) for name in ROPE_TYPES if rope.get(name) is not None]
     unscaled = type(values.get("factor")) in (int, float) and values["factor"] == 1
     for name, kind in kinds:
@@ -184,37 +185,39 @@ def _check_unscaled(rope: Values, values: Mapping[str, Any]) -> None:
             continue
         if name not in ("factor", "partial_rotary_factor"):
             raise rope.refuse(name, "positions that are not scaled, as Gemma's", "give another model")
-        said = name == "factor" and bool(kinds)  # that positions are not scaled, or that the factor is 1
-        if not said and (type(value) not in (int, float) or value != 1):
+        implied = name == "factor" and bool(kinds)  # the type was checked above, together with the factor
+        if not implied and (type(value) not in (int, float) or value != 1):
             raise rope.refuse(name, "1.0", "give a model whose positions are not scaled")
 
 
 def _activation(text: Values, gemma2: bool) -> str:
-    """The activation of the gate: of Gemma at hidden_act, where "gelu" stands for its tanh form, of Gemma 2 at
-    hidden_activation. The key that a release does not read may not say another one.
+    """Returns the activation of the gate.
+
+    Gemma has it at hidden_act, where "gelu" means the tanh form, and Gemma 2 at hidden_activation. The key that a
+    release does not read must not name another one.
     """
     key, other = ("hidden_activation", "hidden_act") if gemma2 else ("hidden_act", "hidden_activation")
-    found = text.activation(key, "gelu_pytorch_tanh")
+    activation = text.activation(key, "gelu_pytorch_tanh")
     if not gemma2 and text.get(key) == "gelu":
-        found = "gelu_tanh"
+        activation = "gelu_tanh"
     if text.get(other) is not None:
         second = "gelu_tanh" if gemma2 and text.get(other) == "gelu" else text.activation(other, "")
-        if second != found:
-            raise text.refuse(other, f"the {theirs(found)} of {text.section}{key}", "say the same at both")
-    return found
+        if second != activation:
+            raise text.refuse(other, f"the {theirs(activation)} of {text.section}{key}", "give both the same value")
+    return activation
 
 
 def _layer_types(depth: int) -> list[str]:
-    """Gemma 2's."""
+    """Returns the layer types of Gemma 2."""
     return [(SLIDING, FULL)[i % 2] for i in range(depth)]
 
 
 def to_hugging_face(config: PaliGemmaConfig, image_token: int) -> dict[str, Any]:
-    """Our config as config.json has it; `model_config` is its inverse.
+    """Returns our config as config.json; `model_config` is its inverse.
 
     Args:
-      config: of a model of ours.
-      image_token: id that stands for a patch in transformers' input.
+      config: of one of our models.
+      image_token: id of the image placeholder in transformers' input.
     """
     vision, text = config.vision, config.decoder
     return {
@@ -260,19 +263,19 @@ def to_hugging_face(config: PaliGemmaConfig, image_token: int) -> dict[str, Any]
 
 
 def _exact(activation: str) -> str:
-    """The name of an activation in a Gemma's config, where "gelu" stands for the tanh form."""
+    """Returns the name of an activation in a Gemma's config, where "gelu" means the tanh form."""
     return "gelu_python" if activation == "gelu" else theirs(activation)
 
 
 def _gemma_2(text: GemmaConfig) -> dict[str, Any]:
-    """What Gemma 2's config has in place of Gemma's."""
+    """Returns the keys of Gemma 2's config that replace Gemma's."""
     scalar = (text.query_scale or text.head_dim**-0.5) ** -2
-    whole = [FULL] * text.depth
+    full = [FULL] * text.depth
     return {
         "hidden_activation": theirs(text.activation),
         "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
         "attn_logit_softcapping": text.attn_softcap,
         "final_logit_softcapping": text.final_softcap,
-        "sliding_window": text.sliding_window or 1 << 20,  # the latter for readers that do not know layer_types
-        "layer_types": _layer_types(text.depth) if text.sliding_window else whole,
+        "sliding_window": text.sliding_window or 1 << 20,  # the latter for readers without layer_types
+        "layer_types": _layer_types(text.depth) if text.sliding_window else full,
     }

@@ -8,7 +8,7 @@ DECODER = "language_model.model.layers.{i}."
 
 
 def rows(post_norms: bool = False) -> list[Row]:
-    """The name table of PaliGemma."""
+    """Returns the name table of PaliGemma."""
     table = [
         Row("vision/patch_embedding/kernel", f"{TOWER}embeddings.patch_embedding.weight", "conv"),
         Row("vision/patch_embedding/bias", f"{TOWER}embeddings.patch_embedding.bias"),
@@ -44,7 +44,7 @@ def rows(post_norms: bool = False) -> list[Row]:
 
 
 def encoder_rows(ours: str, theirs: str) -> list[Row]:
-    """The blocks of a SigLIP or CLIP encoder: our tower's path, and what its names begin with there."""
+    """Returns the rows of a SigLIP or CLIP encoder's blocks: our tower's path, and the prefix of their names."""
     table = []
     layer = f"{theirs}encoder.layers.{{i}}."
     for norm in ("layer_norm1", "layer_norm2"):

@@ -1,4 +1,4 @@
-"""How a Hugging Face folder says that images are prepared: preprocessor_config.json, or processor_config.json."""
+"""Reads and writes a Hugging Face folder's image preprocessing: preprocessor_config.json or processor_config.json."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from train_jax.core.errors import UserError
 
 IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
 NESTED = "image_processor"
-# Of the tokenizer's and the chat's part nothing is needed: prompts are made by data/prompts.py.
+# The tokenizer's and the chat's keys are not needed: prompts are built by data/prompts.py.
 KEYS = Keys(
     read=frozenset({NESTED}),
     idle=frozenset(
@@ -20,30 +20,30 @@ KEYS = Keys(
 
 
 def read_preprocessing(folder: Path, family: str, vision: ViTConfig) -> Preprocessing | None:
-    """A folder's own preprocessing, None where it has none.
+    """Returns a folder's own preprocessing, None if it has none.
 
-    As in transformers 5, what processor_config.json holds goes before preprocessor_config.json, which older releases
+    As in transformers 5, processor_config.json takes precedence over preprocessor_config.json, which older releases
     wrote.
 
     Args:
       folder: of a model.
-      family: the class of image processor that stands for one that is not named, see data.image_processor.
+      family: the image processor class to assume if none is named, see images.image_processor.
       vision: the tower that the images are for.
 
     Raises:
       UserError: a file that is broken, a step that is not supported, or another image size than the tower's.
     """
-    found = None
+    entry = None
     if (folder / WHOLE).exists():
         values = read_json(folder / WHOLE)
         account(values, KEYS, folder / WHOLE)
         if values.get(NESTED) is not None:
-            found = values[NESTED], folder / WHOLE, f"{NESTED}."
-    if found is None and (folder / IMAGES).exists():
-        found = read_json(folder / IMAGES), folder / IMAGES, ""
-    if found is None:
+            entry = values[NESTED], folder / WHOLE, f"{NESTED}."
+    if entry is None and (folder / IMAGES).exists():
+        entry = read_json(folder / IMAGES), folder / IMAGES, ""
+    if entry is None:
         return None
-    values, file, section = found
+    values, file, section = entry
     if not isinstance(values, dict):
         raise UserError(f"{file} has no object at {NESTED}: download it again.")
     preprocessing = Preprocessing.from_hugging_face(values, family, str(file), section)
@@ -62,7 +62,7 @@ def read_preprocessing(folder: Path, family: str, vision: ViTConfig) -> Preproce
 def write_preprocessing(folder: Path, preprocessing: Preprocessing, **others) -> None:
     """Writes preprocessor_config.json, which all releases read; `others` are further keys of it.
 
-    A processor_config.json of an earlier save in the folder would go before it, and is removed.
+    A processor_config.json of an earlier save in the folder would take precedence over it, and is removed.
     """
     (folder / WHOLE).unlink(missing_ok=True)
     write_json(folder / IMAGES, preprocessing.to_hugging_face() | others)

@@ -1,6 +1,6 @@
-"""Our own format: an Orbax folder of the parameters by our paths, its sizes in a config.json beside it.
+"""Our own format: an Orbax folder of the parameters by our paths, with the sizes in a config.json beside it.
 
-It is read onto any sharding and needs no name table: what a conversion writes for models that are loaded often.
+It can be read onto any sharding and needs no name table; conversions use it for models that are loaded often.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,27 +27,33 @@ from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer, copy_toke
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
+M = TypeVar("M", bound=nnx.Module)
 ARRAYS = "params"
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIONS = {"kind", "dtype", "block_size", "double"}  # of a quantised kernel
 
 
 class OrbaxArrays:
-    """Lazy access to the arrays of an Orbax folder."""
+    """Reads the arrays of an Orbax folder, one at a time."""
 
     def __init__(self, path: Path):
         self.path = path
         self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
-            tree = self._reader.metadata(path.absolute()).item_metadata.tree
+            metadata = self._reader.metadata(path.absolute()).item_metadata
+            if metadata is None:
+                raise ValueError("it has no metadata of arrays")
+            tree = metadata.tree
             self._shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.items()}
-        except Exception as error:  # Orbax and TensorStore raise many kinds for files that are missing or cut off
+        except Exception as error:  # Orbax and TensorStore raise many types for files that are missing or cut off
             raise self._broken(error) from None
 
     def names(self) -> set[str]:
+        """Returns the names of all arrays."""
         return set(self._shapes)
 
     def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of an array, without reading it."""
         return np.dtype(self._shapes[name].dtype)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -62,9 +68,10 @@ class OrbaxArrays:
             raise self._broken(error) from None
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the slices of an array's first axis."""
         array = self[name]
         for i in range(len(array)):
-            yield array[i, ...]  # an array also where a layer is one number
+            yield array[i, ...]  # an array even if a layer is one number
 
     def _broken(self, error: Exception) -> UserError:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -72,21 +79,21 @@ class OrbaxArrays:
 
 
 def is_native(folder: Path) -> bool:
-    """Whether a folder is laid out as `save_orbax` does."""
+    """Returns whether a folder is laid out as `save_orbax` writes it."""
     return (folder / ARRAYS).is_dir() and (folder / "config.json").is_file()
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """A folder that `save_orbax` wrote.
+    """Opens a folder that `save_orbax` wrote.
 
     Raises:
-      UserError: it is broken, or of another version of this package.
+      UserError: it is broken, or was written by another version of this package.
     """
     file = folder / "config.json"
     values = read_json(file)
     config, kernels = config_from_dict(values, file), quantized_from_dict(values, file)
 
-    def build(config: Config) -> nnx.Module:
+    def build(config: Config) -> PaliGemma | DualEncoder:
         return with_quantized(whole_model(config), kernels)
 
     arrays = OrbaxArrays(folder / ARRAYS)
@@ -98,17 +105,17 @@ def open_folder(folder: Path) -> Checkpoint:
                 f"{arrays.path}: {row.theirs} is {arrays.dtype(row.theirs)}, expected {row.dtype} of a quantised "
                 "kernel: convert the model again."
             )
-    words = "decoder/embed_tokens" if isinstance(config, PaliGemmaConfig) else "text/token_embedding"
-    return Checkpoint(arrays, arrays.names(), rows, config, f"{words}/embedding", build)
+    embedding = "decoder/embed_tokens" if isinstance(config, PaliGemmaConfig) else "text/token_embedding"
+    return Checkpoint(arrays, arrays.names(), rows, config, f"{embedding}/embedding", build)
 
 
 def save_orbax(model: PaliGemma | DualEncoder, folder: str | Path, tokenizer: str | Path | None = None) -> None:
-    """Writes a model as `pg.load` reads it back, equal to the bit, config and preprocessing included.
+    """Writes a model that `pg.load` reads back bit for bit, with config and preprocessing.
 
     Args:
-      model: with plain or quantised kernels, which are kept as they are; without adapters.
-      folder: made if missing; must hold no such model yet.
-      tokenizer: as of `save_hugging_face`.
+      model: with plain or quantised kernels, which are stored as they are; without adapters.
+      folder: created if missing; must not hold such a model.
+      tokenizer: see `save_hugging_face`.
 
     Raises:
       UserError: the model has adapters, the folder holds a model, or there are no tokenizer files.
@@ -120,9 +127,10 @@ def save_orbax(model: PaliGemma | DualEncoder, folder: str | Path, tokenizer: st
     kernels = quantized_to_dict(model)
     expected = param_tree.abstract(nnx.eval_shape(lambda: with_quantized(whole_model(model.config), kernels)))
     if set(arrays) != set(expected):
-        other = sorted(set(arrays) ^ set(expected))[0]
+        different = sorted(set(arrays) ^ set(expected))[0]
         raise UserError(
-            f"{folder} holds the parameters of a whole model, but found {other} in it or missing: merge adapters first."
+            f"{folder} holds the parameters of a whole model, but found {different} in it or missing: merge adapters "
+            "first."
         )
     folder.mkdir(parents=True, exist_ok=True)
     writer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -137,7 +145,7 @@ def save_orbax(model: PaliGemma | DualEncoder, folder: str | Path, tokenizer: st
 
 
 def quantized_to_dict(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """How every quantised kernel is stored, by module path, as JSON values."""
+    """Returns how every quantised kernel is stored, by module path, as JSON values."""
     return {
         path.removesuffix("/kernel"): {"kind": kernel.kind, "dtype": kernel.dtype.name}
         | dataclasses.asdict(kernel.codec)
@@ -146,15 +154,15 @@ def quantized_to_dict(model: nnx.Module) -> dict[str, dict[str, Any]]:
 
 
 def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[str, Any]]:
-    """What `quantized_to_dict` made, of a whole config; nothing where it has none.
+    """Returns the output of `quantized_to_dict` from a whole config; empty if it has none.
 
     Raises:
-      UserError: it is something else.
+      UserError: the entry is not valid.
     """
     kernels = values.get("quantized", {})
     for path, options in kernels.items() if isinstance(kernels, dict) else [("", kernels)]:
-        fits = isinstance(options, dict) and options.keys() <= OPTIONS and options.get("kind") in KINDS
-        if not fits or options.get("dtype") not in DTYPES or type(options.get("double", False)) is not bool:
+        valid = isinstance(options, dict) and options.keys() <= OPTIONS and options.get("kind") in KINDS
+        if not valid or options.get("dtype") not in DTYPES or type(options.get("double", False)) is not bool:
             raise UserError(
                 f"{file} has {options!r} for the quantised kernel {path!r}, expected its kind and dtype: convert it "
                 "again."
@@ -162,8 +170,8 @@ def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[st
     return kernels
 
 
-def with_quantized(model: nnx.Module, kernels: dict[str, dict[str, Any]]) -> nnx.Module:
-    """The model with these kernels quantised, in place; abstract under `nnx.eval_shape`.
+def with_quantized(model: M, kernels: dict[str, dict[str, Any]]) -> M:
+    """Quantises these kernels of a model in place and returns it; abstract under `nnx.eval_shape`.
 
     Raises:
       UserError: a kernel that the model does not have, or a codec that does not exist.

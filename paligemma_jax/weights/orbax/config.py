@@ -1,4 +1,4 @@
-"""The sizes of a model in the config.json of our own format, in both directions."""
+"""Reads and writes a model's sizes in the config.json of our own format."""
 
 import dataclasses
 from pathlib import Path
@@ -14,21 +14,23 @@ from paligemma_jax.weights.checkpoint import Config
 from train_jax.core.errors import UserError
 
 FORMAT = "paligemma_jax"
-# What a model's config consists of, each of these being a config of its own, by the second tower's name.
+# Classes of a model's config and of its second tower's config, by that tower's name.
 PARTS = {"decoder": (PaliGemmaConfig, GemmaConfig), "text": (DualEncoderConfig, TextConfig)}
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """A config as JSON values."""
+    """Returns a config as JSON values."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            values[name] = value.to_dict() if isinstance(value, Preprocessing) else dataclasses.asdict(value)
+        if isinstance(value, Preprocessing):
+            values[name] = value.to_dict()
+        elif isinstance(value, ViTConfig | GemmaConfig | TextConfig):
+            values[name] = dataclasses.asdict(value)
     return {"format": FORMAT} | values
 
 
 def config_from_dict(values: dict[str, Any], file: Path) -> Config:
-    """What `config_to_dict` made.
+    """Returns the config that `config_to_dict` wrote.
 
     Raises:
       UserError: unknown fields, or another format.

@@ -25,7 +25,7 @@ def docstring_row(name):
     return [int(bit) for bit in line.split("1:")[0].split()[1:]]
 
 
-def test_training_example_is_the_docstrings_rows():
+def test_training_example_equals_the_rows_in_the_docstring():
     example = make_example(TINY, "how many cubes", "two red", length=10)
     assert pieces(example["tokens"]) == PIECES
     for name, row in (("mask_ar", MASK_AR), ("mask_input", MASK_INPUT), ("mask_loss", MASK_LOSS)):
@@ -38,7 +38,7 @@ def test_training_example_is_the_docstrings_rows():
     }
 
 
-def test_training_arrays_ask_for_the_next_token():
+def test_training_arrays_have_the_next_token_as_target():
     example = make_example(TINY, "how many cubes", "two red", length=10)
     batch = training_arrays({key: np.stack([value, value]) for key, value in example.items()})
     assert all(value.shape == (2, 10) for value in batch.values())
@@ -57,7 +57,7 @@ def test_a_prompt_is_the_start_of_its_training_example():
     assert not prompt["mask_loss"].any()
 
 
-def test_transformers_convention():
+def test_prompt_equals_transformers():
     """`bos + prompt + "\\n"`, then suffix + eos."""
     tokens = make_example(TINY, "detect cube", "<loc0001><loc0002> cube", length=30)["tokens"].tolist()
     prompt = [2, *TINY.encode("detect cube"), *TINY.encode("\n")]
@@ -65,7 +65,7 @@ def test_transformers_convention():
     assert tokens == prompt + answer + [0] * (31 - len(prompt + answer))
 
 
-def test_what_just_fits_and_what_does_not():
+def test_lengths_at_the_limits_and_beyond():
     """5 tokens of prefix, 3 of suffix: 8 entries, of which the model reads 7."""
     example = make_example(TINY, "how many cubes", "two red", 7, prefix_length=5, suffix_length=3)
     assert pieces(example["tokens"]) == PIECES[:8]
@@ -82,14 +82,14 @@ def test_what_just_fits_and_what_does_not():
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<bos>", "<eos>", "<pad>"])
-def test_what_the_format_adds_is_refused_in_every_text(mark):
+def test_special_tokens_are_refused_in_every_text(mark):
     for prefix, suffix in ((f"{mark}answer en", "yes"), ("answer en", f"a {mark}"), (f"a{mark}b", None)):
         with pytest.raises(UserError, match=f"holds {mark}, which the format adds by itself; remove it"):
             make_example(TINY, prefix, suffix, 30)
 
 
-def test_marks_are_read_as_transformers_does_where_that_is_asked_for():
-    """`<image>` in front is where the image stands; `<bos>`, `<eos>`, `<pad>` and `<unk>` are ids 2, 1, 0 and 3."""
+def test_special_tokens_parse_reads_them_as_transformers():
+    """`<image>` in front is dropped; `<bos>`, `<eos>`, `<pad>` and `<unk>` are ids 2, 1, 0 and 3."""
     options = dict(length=20, special_tokens="parse")
     plain, marked = (make_example(TINY, text, "red", **options)["tokens"] for text in ("how", "<image>how"))
     np.testing.assert_array_equal(plain, marked)
@@ -142,6 +142,6 @@ def test_a_text_that_is_too_long_is_not_repeated_whole():
 
 
 @pytest.mark.parametrize("texts", [("\ud83d", "x"), ("q", "cut \ud83d")])
-def test_half_characters_are_no_text(texts):
-    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+def test_half_surrogate_pairs_are_refused(texts):
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         make_example(TINY, *texts, 16)

@@ -96,12 +96,12 @@ def test_subset_by_indices_keeps_their_order_and_bounds(image):
         {"indices": []},
     ],
 )
-def test_subset_refuses_what_makes_no_sense(image, arguments):
+def test_subset_refuses_invalid_arguments(image, arguments):
     with pytest.raises(UserError, match="expected"):
         Subset(Rows(10, image), **arguments)
 
 
-def test_fingerprint_tells_rows_seed_fraction_and_source_apart(image):
+def test_fingerprint_depends_on_rows_seed_fraction_and_source(image):
     rows = Rows(100, image)
     variants = [
         Subset(rows, fraction=0.1, seed=1),
@@ -135,7 +135,7 @@ def test_each_bad_row_is_logged_once_by_name(image, caplog):
     assert [r.getMessage() for r in caplog.records if "5.png" in r.getMessage()] == [caplog.records[0].getMessage()]
 
 
-def test_a_record_of_weight_zero_stays_so(image):
+def test_a_record_of_weight_zero_keeps_its_weight(image):
     row = dataclasses.replace(Rows(1, image)[0], weight=0.0)
     source = type("One", (), {"fingerprint": "x", "__len__": lambda s: 1, "__getitem__": lambda s, i: row})()
     example = GuardedSource(source, prepare)[0]
@@ -162,14 +162,14 @@ def test_small_share_of_many_bad_rows_is_tolerated(image):
     guarded.check()
 
 
-def test_a_small_source_is_judged_at_the_end_of_its_first_pass(image):
+def test_bad_rows_of_a_small_source_are_checked_after_its_first_epoch(image):
     guarded = GuardedSource(Rows(10, image, unreadable=[0, 1]), prepare, max_bad_fraction=0.1)
     take(guarded, range(9))
     with pytest.raises(UserError, match="2 of 10 rows"):
         take(guarded, [9])
 
 
-def test_check_judges_a_pass_that_ends_early(image):
+def test_check_includes_an_epoch_that_ends_early(image):
     guarded = GuardedSource(Rows(10, image, unreadable=[0]), prepare, max_bad_fraction=0.1)
     guarded.check()
     take(guarded, [0])
@@ -187,8 +187,8 @@ def test_counts_are_exact_under_threads(image):
     assert guarded.tally.seen == 400 and guarded.tally.bad == 100
 
 
-def test_rows_that_copies_read_are_counted_here_with_their_names(image):
-    """As worker processes do: each has a copy, reads its share, and counts nothing."""
+def test_bad_rows_read_by_copies_are_counted_with_their_names(image):
+    """Like worker processes: each has a copy, reads its share, and counts nothing itself."""
     guarded = GuardedSource(Rows(40, image, unreadable=[3], undecodable=range(20, 40)), prepare, max_bad_fraction=0.1)
     copies = [pickle.loads(pickle.dumps(guarded)) for _ in range(2)]
     examples = [copies[i % 2][i] for i in range(40)]
@@ -197,7 +197,7 @@ def test_rows_that_copies_read_are_counted_here_with_their_names(image):
         guarded.on_rows(range(40), [example["bad"] for example in examples])
 
 
-def test_faults_of_the_program_pass_through(image):
+def test_other_exceptions_are_raised(image):
     def broken(record):
         raise TypeError("a bug")
 

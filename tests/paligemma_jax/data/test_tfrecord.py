@@ -53,7 +53,7 @@ def tfrecord_tree(prepared_clevr, tmp_path):
     [(b"", 0), (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43),
      (bytes(range(32)), 0x46DD794E), (bytes(range(31, -1, -1)), 0x113FDB5C)],
 )  # fmt: skip
-def test_crc_of_the_standard(data, crc):
+def test_crc_equals_the_standards_examples(data, crc):
     assert crc32c(data) == crc
 
 
@@ -71,7 +71,7 @@ def test_masked_crc_of_a_frame_written_by_tensorflow():
     assert struct.pack("<I", masked_crc32c(b"hello")) == written[-4:]
 
 
-def test_converted_data_read_as_our_own(tfrecord_tree, prepared_clevr, tmp_path):
+def test_converted_data_are_read_like_prepared_data(tfrecord_tree, prepared_clevr, tmp_path):
     folder = convert_tfrecord(tfrecord_tree, tmp_path / "out")
     assert folder == tmp_path / "out" / "clevr" / "3.1.0"
     for split in ("train", "validation", "test"):
@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(tfrecord_tree, tmp_path, d
     else:
         data[{"payload": 100, "length": 3}[damage]] ^= 1
         shard.write_bytes(data)
-    with pytest.raises(UserError, match="clevr-validation.*expected .*fetch it again"):
+    with pytest.raises(UserError, match="clevr-validation.*expected .*download it again"):
         convert_tfrecord(tfrecord_tree, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
@@ -116,7 +116,7 @@ def test_the_error_says_where_a_frame_is_broken(tmp_path):
         next(stream)
 
 
-def test_what_cannot_be_converted_is_refused(prepared_clevr, tfrecord_tree, tmp_path):
+def test_other_data_sets_are_refused(prepared_clevr, tfrecord_tree, tmp_path):
     with pytest.raises(UserError, match="no dataset_info.json"):
         convert_tfrecord(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="stored as array_record"):

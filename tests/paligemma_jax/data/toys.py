@@ -1,4 +1,4 @@
-"""A data set of five classes whose images are nowhere."""
+"""A data set of five classes without image files."""
 
 from paligemma_jax.data.few_shot.dataset import Example, FewShot
 

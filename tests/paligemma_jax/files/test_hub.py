@@ -1,4 +1,4 @@
-"""hf:// paths against a cache as huggingface_hub lays it out, and pushing against a stand-in; no network."""
+"""hf:// paths with a cache laid out as huggingface_hub's, and pushing to a stand-in; no network."""
 
 import functools
 import sys
@@ -29,7 +29,7 @@ def cached(tmp_path, hugging_face_model):
 
 
 class StandIn(ModuleType):
-    """What this package uses of huggingface_hub, on a local cache."""
+    """The part of huggingface_hub that this package uses, on a local cache."""
 
     def __init__(self, cache: Path):
         super().__init__("huggingface_hub")
@@ -42,7 +42,7 @@ class StandIn(ModuleType):
             raise RuntimeError("404 Client Error\nmore lines")
         return str(repository / "snapshots" / (revision or (repository / "refs/main").read_text()))
 
-    def HfApi(self):
+    def api(self):
         def create_repo(name, private, exist_ok):
             self.calls.append(("create", name, private, exist_ok))
             return f"https://hub/{name}"
@@ -56,6 +56,8 @@ class StandIn(ModuleType):
             self.calls.append(("file", repo_id, path_in_repo))
 
         return SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder, upload_file=upload_file)
+
+    HfApi = api
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_the_real_library_finds_the_same_cache(cached, monkeypatch):
     assert hub.download("hf://owner/name") == cached / "models--owner--name/snapshots" / COMMIT
 
 
-def test_what_cannot_be_had_is_told_in_one_sentence(stand_in):
+def test_download_failures_are_one_sentence(stand_in):
     refused("hf://owner/other cannot be downloaded .404 Client Error.: check the name", load, "hf://owner/other")
     for path in ("hf://owner", "hf://", "hf://../name", "hf://owner/na me", "hf://owner/a/b"):
         refused("is no repository, expected owner/name", load, path)
@@ -109,7 +111,7 @@ def test_push_uploads_a_folder_or_a_file_to_a_private_repository(stand_in, tmp_p
     assert stand_in.calls[-1] == ("file", "me/model", "x.npz")
 
 
-def test_without_the_extra_the_sentence_names_it(monkeypatch):
+def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(r"pip install 'paligemma-jax\[hub\]', or download the files yourself", load, "hf://owner/name")
     refused("pip install", hub.push, "folder", "me/model")

@@ -1,4 +1,4 @@
-"""Random views: seeded, switched one by one, each doing its own thing and nothing else."""
+"""Random views: seeded, switched individually, each with its own effect only."""
 
 import colorsys
 import dataclasses
@@ -23,7 +23,7 @@ def view(augmentation, picture, seed=0, preprocessing=SIGLIP):
 
 
 @pytest.mark.parametrize("preprocessing", [SIGLIP, CLIP, Preprocessing.big_vision(24)])
-def test_without_augmentation_a_view_is_what_evaluation_sees(preprocessing):
+def test_without_augmentation_a_view_equals_evaluation(preprocessing):
     seen = view(augment.NONE, image(), preprocessing=preprocessing)
     np.testing.assert_array_equal(seen, preprocessing.resize(image()))
 
@@ -55,7 +55,7 @@ def test_half_of_the_views_are_flipped():
     assert 75 <= flipped <= 125  # 3.5 standard deviations
 
 
-def test_crops_keep_the_area_that_is_asked():
+def test_crops_keep_the_requested_area():
     """The red and green channels hold the column and the row, so a view tells where its crop was."""
     rows, columns = np.mgrid[:200, :200].astype(np.uint8)
     place = np.stack([columns, rows, rows], -1)
@@ -103,7 +103,7 @@ def test_numbers_out_of_range(wrong):
         Augmentation(**wrong)
 
 
-def test_a_crop_fills_the_square_where_a_preprocessing_cuts_the_centre_out():
+def test_a_crop_fills_the_square_with_a_centre_crop_preprocessing():
     cut = dataclasses.replace(CLIP, resized=32)
     views = [view(Augmentation(crop=0.5), image(), preprocessing=each) for each in (SIGLIP, cut)]
     np.testing.assert_array_equal(*views)

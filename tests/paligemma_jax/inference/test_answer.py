@@ -29,8 +29,8 @@ def scenes(mini_run, mini_options, tmp_path_factory):
 def test_a_run_answers_as_in_its_evaluation(mini_run, scenes):
     rows = read_lines(mini_run / "predictions.jsonl")[:6]
     images = [str(scenes / row["image_name"]) for row in rows]
-    found = predict(images, [row["question"] for row in rows], workdir=str(mini_run), max_new_tokens=4)
-    assert found == [(image, row["question"], row["prediction"]) for image, row in zip(images, rows, strict=True)]
+    result = predict(images, [row["question"] for row in rows], workdir=str(mini_run), max_new_tokens=4)
+    assert result == [(image, row["question"], row["prediction"]) for image, row in zip(images, rows, strict=True)]
 
 
 def test_batches_and_pairing(mini_folder, scenes, monkeypatch):
@@ -42,18 +42,18 @@ def test_batches_and_pairing(mini_folder, scenes, monkeypatch):
     assert [(image, text) for image, text, _ in together] == [(image, "caption en") for image in images[:3]]
     assert len({answer for *_, answer in together}) > 1
     other = predict(images[:1], ["caption en", "detect a very long prompt indeed"], **options)
-    assert other[0] == together[0]  # the neighbour's length changes nothing
+    assert other[0] == together[0]  # the neighbour's length does not matter
 
 
-def test_the_image_is_prepared_as_the_model_asks(mini_folder, tmp_path):
+def test_the_image_is_prepared_by_the_models_preprocessing(mini_folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     model, tokenizer = pg.load(mini_folder), pg.load_tokenizer(mini_folder)
     row = pg.make_example(tokenizer, "caption en", None, 20)
     images = model.config.preprocessing.apply(pixels)[None]
     tokens = pg.generate(model, images, row["tokens"][None], row["mask_input"][None], 3)
-    found = predict([str(tmp_path / "a.png")], ["caption en"], model=str(mini_folder), max_new_tokens=3)
-    assert found[0][2] == tokenizer.decode(np.asarray(tokens)[0].tolist())
+    result = predict([str(tmp_path / "a.png")], ["caption en"], model=str(mini_folder), max_new_tokens=3)
+    assert result[0][2] == tokenizer.decode(np.asarray(tokens)[0].tolist())
 
 
 def test_sampling_is_seeded(mini_folder, scenes):
@@ -63,8 +63,8 @@ def test_sampling_is_seeded(mini_folder, scenes):
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_draws_go_on_from_batch_to_batch(mini_folder, scenes, monkeypatch):
-    """A prompt that is asked again draws anew, and the size of a batch changes nothing."""
+def test_row_numbers_continue_from_batch_to_batch(mini_folder, scenes, monkeypatch):
+    """A repeated prompt gets another random answer, whatever the batch size."""
     image = str(next(scenes.iterdir()))
     options = {"model": str(mini_folder), "max_new_tokens": 4, "sampler": "temperature", "temperature": 2.0}
     assert predict_module.BATCH == 16
@@ -81,8 +81,8 @@ def test_a_name_that_no_file_can_have_is_refused(name):
     assert str(error.value).isprintable()
 
 
-def test_half_characters_are_no_prompt_and_no_class():
-    with pytest.raises(UserError, match=r"the prompt '\\udcff' holds bytes that are no UTF-8"):
+def test_half_surrogate_pairs_are_refused_as_prompt_and_class():
+    with pytest.raises(UserError, match=r"the prompt '\\udcff' holds bytes that are not UTF-8"):
         predict(["a.png"], ["what?", "\udcff"], model="tiny")
     with pytest.raises(UserError, match=r"the class or template '\\udcff' holds bytes"):
         fill_templates(["cat", "\udcff"], ["{}"])
@@ -90,7 +90,7 @@ def test_half_characters_are_no_prompt_and_no_class():
 
 @pytest.mark.parametrize("images, texts", [("a.png", ["what?"]), (["a.png"], "what?")])
 def test_one_text_in_place_of_a_list_is_refused(images, texts):
-    with pytest.raises(UserError, match="expected several: give a list"):
+    with pytest.raises(UserError, match="expected a list: put it into one"):
         predict(images, texts, model="tiny")
 
 
@@ -99,7 +99,7 @@ def test_a_dual_encoder_answers_no_prompts():
         predict(["a.png"], ["what?"], model="tiny-siglip")
 
 
-def test_an_option_that_no_sampler_has_is_to_be_left_out():
+def test_options_of_no_sampler_are_refused():
     with pytest.raises(UserError, match=r"not foo: leave it out\.$"):
         predict(["a.png"], ["what?"], model="tiny", sampler="temperature", foo=2)
     with pytest.raises(UserError, match="not top_p: leave it out or choose sampler 'nucleus'"):

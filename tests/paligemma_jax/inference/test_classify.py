@@ -48,16 +48,16 @@ def files_of(pictures):
 @pytest.mark.parametrize("batch", [2, 32])
 def test_likelihoods_are_sigmoids_of_the_models_logits(folder, pictures, monkeypatch, batch):
     monkeypatch.setattr(module, "BATCH", batch)
-    files, told = files_of(pictures), []
-    found = classify(files, CLASSES, TEMPLATES, model=folder, told=lambda *counts: told.append(counts))
+    files, calls = files_of(pictures), []
+    result = classify(files, CLASSES, TEMPLATES, model=folder, on_progress=lambda *counts: calls.append(counts))
     model = pg.load(folder)
     prepare = model.config.preprocessing
     images = np.stack([prepare.apply(np.asarray(Image.open(file))) for file in files])
     words = pg.load_text_tokenizer(folder, model.config.text.length)
     cosines = zero_shot.zero_shot(model, words, images, CLASSES, TEMPLATES)
     logits = np.exp(model.logit_scale[...]) * cosines + model.logit_bias[...]
-    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-6)
-    assert told[-1] == (5, 5) and len(told) == -(-5 // batch)
+    np.testing.assert_allclose(result, 1 / (1 + np.exp(-logits)), rtol=1e-4, atol=1e-6)
+    assert calls[-1] == (5, 5) and len(calls) == -(-5 // batch)
 
 
 def test_a_second_call_compiles_nothing(folder, pictures, monkeypatch):
@@ -72,21 +72,21 @@ def test_a_clips_likelihoods_are_a_softmax(folder, pictures, monkeypatch):
     model = pg.load(folder)
     model.logit_bias = nnx.data(None)
     monkeypatch.setattr(module, "load", lambda *args, **options: model)
-    found = classify(files_of(pictures), CLASSES, model=folder)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+    result = classify(files_of(pictures), CLASSES, model=folder)
+    np.testing.assert_allclose(result.sum(1), 1, rtol=1e-5)
 
 
 def test_class_folders(pictures, tmp_path):
-    found = class_folders(pictures)
-    assert {name: len(files) for name, files in found.items()} == {"cube": 2, "small ball": 3}
+    result = class_folders(pictures)
+    assert {name: len(files) for name, files in result.items()} == {"cube": 2, "small ball": 3}
     with pytest.raises(UserError, match="holds 0 folder"):
         class_folders(tmp_path)
 
 
-def test_accuracies_worked_out():
+def test_accuracies_computed_by_hand():
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
-    found = accuracies(scores, np.array([0, 0, 1, 1]), ("cube", "ball"))
-    assert found == {"accuracy": 0.75, "mean_class_accuracy": 0.75, "cube": 0.5, "ball": 1.0}
+    result = accuracies(scores, np.array([0, 0, 1, 1]), ("cube", "ball"))
+    assert result == {"accuracy": 0.75, "mean_class_accuracy": 0.75, "cube": 0.5, "ball": 1.0}
 
 
 def test_the_command_measures_a_folder(folder, pictures, capsys):

@@ -1,4 +1,4 @@
-"""The digest of a base: what changes it and what does not, and what it refuses."""
+"""The digest of a base: what changes it, what does not, and runs on another base."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from train_jax import loop
 from train_jax.core.errors import UserError
 
 
-def test_it_is_of_the_weights_alone(mini_folder, tmp_path, golden):
+def test_the_digest_depends_only_on_the_weights(mini_folder, tmp_path, golden):
     shutil.copytree(mini_folder, tmp_path / "copy")
     (tmp_path / "copy/config.json").write_text((mini_folder / "config.json").read_text() + " ")
     assert base_digest(tmp_path / "copy") == base_digest(str(mini_folder))
@@ -35,8 +35,8 @@ def test_it_is_of_the_weights_alone(mini_folder, tmp_path, golden):
     assert base_digest(tmp_path / "copy") != base_digest(mini_folder)
 
 
-def test_of_large_files_pieces_count(tmp_path, monkeypatch):
-    """With pieces of 8 bytes, 4 of them: 0, 24, 48, 72 and the size are looked at."""
+def test_large_files_are_digested_in_pieces(tmp_path, monkeypatch):
+    """With 4 pieces of 8 bytes, those at 0, 24, 48 and 72, and the size, are digested."""
     monkeypatch.setattr(fingerprint, "WHOLE", 32)
     monkeypatch.setattr(fingerprint, "PIECE", 8)
     file = tmp_path / "x.npz"
@@ -58,8 +58,8 @@ def test_no_base(tmp_path):
         base_digest(tmp_path / "nowhere")
 
 
-def test_a_workdir_remembers_its_base(mini_folder, golden, tmp_path):
-    check_digest(tmp_path, "nowhere")  # nothing noted, nothing to compare
+def test_a_workdir_stores_the_digest_of_its_base(mini_folder, golden, tmp_path):
+    check_digest(tmp_path, "nowhere")  # nothing stored, nothing to compare
     write_digest(tmp_path, mini_folder)
     check_digest(tmp_path, mini_folder)
     with pytest.raises(UserError, match="was trained on the base that was at .*, found another at .*hf_paligemma "):
@@ -68,7 +68,7 @@ def test_a_workdir_remembers_its_base(mini_folder, golden, tmp_path):
 
 @pytest.fixture
 def on_another_base(mini_run, mini_folder, mini_options, tmp_path):
-    """The finished run, its evaluation forgotten and the files of its base replaced; and its options."""
+    """The finished run without its evaluation and with replaced files of its base; and its options."""
     shutil.copytree(mini_folder, tmp_path / "base")
     options = mini_options | {"model.path": str(tmp_path / "base"), "cache_features": False}
     run = tmp_path / "run"
@@ -94,7 +94,7 @@ def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monk
         lambda: loop.evaluate(config_of(options), run),
         lambda: loop.fit(config_of(options | {"total_steps": 20}), run, "none"),
     )
-    for process in (0, 1):  # every process tells it
+    for process in (0, 1):  # every process reports it
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         for call in calls:
             with pytest.raises(UserError, match="was trained on the base that was at .*, found another at"):
@@ -123,10 +123,10 @@ def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monk
         ),
     ],
 )
-def test_every_task_that_starts_from_weights_looks_at_the_workdir(
+def test_every_task_that_starts_from_weights_checks_the_workdir(
     mini_folder, golden, tmp_path, kind, settings, noted, sentence
 ):
-    """Asked by the runtime as soon as the task is made (train_jax/task.py)."""
+    """The runtime checks it as soon as the task is made (train_jax/task.py)."""
     places = {"FIRST": str(mini_folder), "SECOND": str(golden / "hf_paligemma"), None: None}
     write_digest(tmp_path, **{key: places[value] for key, value in noted.items()})
     task = object.__new__(kind)

@@ -1,4 +1,4 @@
-"""Layouts of table rows against the definitions of the other frameworks, and the accounting of keys."""
+"""Layouts of table rows compared with the other frameworks' definitions, and the accounting of keys."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_other_shapes_are_refused_even_with_as_many_numbers(row, stored, shape):
 
 
 class Memory(dict):
-    """Arrays in memory, as a source that notes what is asked of it."""
+    """Arrays in memory, as a source that records which of them are read."""
 
     path = Path("f")
 
@@ -134,14 +134,14 @@ def test_read_rows_stacks_layers_and_casts():
     assert set(written) == set(file)
 
 
-def test_read_rows_reads_a_leaf_only_when_it_is_asked_for_and_the_word_table_first():
+def test_read_rows_is_lazy_and_reads_the_embedding_first():
     file = small_file()
     leaves = read_rows(ROWS, file, SHAPES, np.float32)
     assert next(leaves)[0] == "embed/table" and file.asked == ["emb"]
     assert next(leaves)[0] == "decoder/layers/fc/kernel" and file.asked == ["emb", "blocks.0.fc", "blocks.1.fc"]
 
 
-def test_read_rows_hands_each_layer_to_a_transform_and_stacks_what_it_makes():
+def test_read_rows_transforms_each_layer_and_stacks_the_results():
     seen = []
 
     def transform(path, layer):
@@ -167,7 +167,7 @@ def test_arrays_start_on_a_cache_line_so_that_jax_adopts_them():
         assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
-def test_check_names_lists_all_keys_that_do_not_fit():
+def test_check_names_lists_all_unmatched_keys():
     names = {"emb", "blocks.0.fc", "blocks.2.fc", "other"}
     with pytest.raises(UserError) as info:
         check_names(ROWS, names, SHAPES, "f")

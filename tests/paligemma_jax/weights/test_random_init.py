@@ -1,4 +1,4 @@
-"""Random weights: drawn layer by layer, quantised on the way, and the same model as any other."""
+"""Random weights: drawn layer by layer, quantised while drawing, in an ordinary model."""
 
 import functools
 import math
@@ -30,8 +30,8 @@ def arrays_of(model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_working_memory_is_that_of_one_layer_however_many_there_are(kind):
-    """What the compiler plans beside the result."""
+def test_working_memory_is_that_of_one_layer_at_any_depth(kind):
+    """The compiler's planned memory beside the result."""
     finish = functools.partial(quantize, kind=kind)
 
     def temporary(depth: int) -> int:
@@ -51,7 +51,7 @@ def path(small_config, monkeypatch, fast_compilation):
     return "random:small"
 
 
-def test_it_is_a_model_whose_layers_differ(path, small_config):
+def test_layers_have_different_random_weights(path, small_config):
     model = load(path)
     expected = whole_model(small_config)
     assert param_tree.abstract(model) == param_tree.abstract(expected)
@@ -67,7 +67,7 @@ def test_it_is_a_model_whose_layers_differ(path, small_config):
 
 
 @pytest.mark.parametrize("kind, options", [("nf4", dict(double=True)), ("int8", {}), ("int4", dict(block_size=128))])
-def test_quantised_is_what_quantising_the_same_weights_makes(path, kind, options):
+def test_quantised_random_weights_equal_quantising_afterwards(path, kind, options):
     model = load(path, "bfloat16", quantize=kind, **options)
     expected = quantize(load(path, "bfloat16"), kind, options.get("block_size", 64), options.get("double", False))
     assert param_tree.abstract(model) == param_tree.abstract(expected)

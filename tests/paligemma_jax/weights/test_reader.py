@@ -1,4 +1,4 @@
-"""`load`: what it accepts, resampling to another resolution, dtypes, and the sentences for mistakes."""
+"""`load`: inputs, resampling to another resolution, dtypes, and errors."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from paligemma_jax.models.vit import resample_positions
 from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.weights import reader as load_module
 from paligemma_jax.weights.hugging_face.paligemma import save
-from paligemma_jax.weights.reader import POSITIONS, WORDS, load
+from paligemma_jax.weights.reader import EMBEDDING, POSITIONS, load
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -83,7 +83,7 @@ def test_a_big_vision_model_saved_for_transformers_loads_as_the_same_model(golde
 
 
 def test_a_table_padded_to_a_round_vocabulary_loads_and_changes_no_logit(golden, tmp_path, hugging_face_case):
-    """transformers pads 257,152 words to 257,216: the extra rows only append logits."""
+    """transformers pads 257,152 rows to 257,216: the extra rows only append logits."""
     model = load(golden / "hf_paligemma")
     arrays, name = arrays_of(model), "decoder/embed_tokens/embedding"
     arrays[name] = np.pad(arrays[name], ((0, 64), (0, 0)))
@@ -99,10 +99,10 @@ def test_a_table_padded_to_a_round_vocabulary_loads_and_changes_no_logit(golden,
 
 
 @pytest.mark.parametrize("rows", [100, 300])
-def test_the_word_table_is_sliced_or_padded_to_the_size_asked_for(path, rows):
+def test_the_embedding_is_sliced_or_padded_to_vocab_size(path, rows):
     plain, model = load(path), load(path, vocab_size=rows)
     before, after = arrays_of(plain), arrays_of(model)
-    table, changed = before.pop(WORDS), after.pop(WORDS)
+    table, changed = before.pop(EMBEDDING), after.pop(EMBEDDING)
     assert model.config.decoder.vocab_size == rows == len(changed)
     kept = min(rows, len(table))
     np.testing.assert_array_equal(changed[:kept], table[:kept])
@@ -110,9 +110,7 @@ def test_the_word_table_is_sliced_or_padded_to_the_size_asked_for(path, rows):
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_padding_adds_words_that_are_never_the_likeliest_and_slicing_takes_them_off(
-    golden, tmp_path, hugging_face_case
-):
+def test_padding_adds_tokens_that_are_never_the_likeliest_and_slicing_removes_them(golden, tmp_path, hugging_face_case):
     padded = load(golden / "hf_paligemma", vocab_size=224)
     logits = np.asarray(padded(**hugging_face_case.inputs)[0])
     assert (logits[..., 160:].max(-1) < logits[..., :160].max(-1)).all()
@@ -122,7 +120,7 @@ def test_padding_adds_words_that_are_never_the_likeliest_and_slicing_takes_them_
 
 
 @pytest.mark.usefixtures("fast_compilation")
-def test_random_weights_are_made_where_they_are_to_lie(small_config, monkeypatch):
+def test_random_weights_are_created_with_their_sharding(small_config, monkeypatch):
     monkeypatch.setattr(load_module, "variant", lambda name: small_config)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
@@ -131,10 +129,10 @@ def test_random_weights_are_made_where_they_are_to_lie(small_config, monkeypatch
 
     arrays = param_tree.flatten(load("random:small", shardings=shardings))
     assert all(array.sharding == shardings(name, array) for name, array in arrays.items())
-    assert not arrays[WORDS].is_fully_replicated and np.std(arrays[WORDS]) > 0
+    assert not arrays[EMBEDDING].is_fully_replicated and np.std(arrays[EMBEDDING]) > 0
 
 
-def test_leaves_are_placed_into_the_shardings_asked_for(path):
+def test_leaves_are_placed_with_the_given_shardings(path):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
     asked = {}
 
@@ -153,7 +151,7 @@ def test_leaves_are_placed_into_the_shardings_asked_for(path):
 
 
 @pytest.mark.parametrize("kind, options", [("nf4", dict(double=True)), ("int8", {}), ("int4", dict(block_size=128))])
-def test_quantising_on_the_way_equals_quantising_what_was_loaded(path, kind, options):
+def test_quantising_while_loading_equals_quantising_afterwards(path, kind, options):
     model = load(path, "bfloat16", quantize=kind, **options)
     expected = quantize(load(path, "bfloat16"), kind, options.get("block_size", 64), options.get("double", False))
     ours, theirs = arrays_of(model), arrays_of(expected)
@@ -166,7 +164,7 @@ def test_zero_means_no_cap_as_in_big_visions_configs(path):
     assert load(path, final_softcap=0.0).config.decoder.final_softcap is None
 
 
-def test_the_word_tiny_means_the_model_of_this_package(golden, monkeypatch):
+def test_tiny_is_the_model_of_this_package(golden, monkeypatch):
     monkeypatch.setitem(SHIPPED, "tiny", golden / "hf_paligemma")
     assert load("tiny").config == load(golden / "hf_paligemma").config
 
@@ -177,7 +175,7 @@ def refused(match, *args, **options):
     assert "\n" not in str(info.value)
 
 
-def test_mistakes_are_told_in_one_sentence(path, tmp_path):
+def test_errors_are_one_sentence(path, tmp_path):
     refused("no model at .*nowhere: expected a Hugging Face folder, a big_vision .npz file", tmp_path / "nowhere")
     refused("no model at .*missing.npz", tmp_path / "missing.npz")
     (tmp_path / "model.bin").write_bytes(b"")

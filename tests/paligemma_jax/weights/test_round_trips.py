@@ -1,4 +1,4 @@
-"""Every format written and read back, in all directions, and what stands beside the weights."""
+"""Every format written and read back, in all directions, with the files beside the weights."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_the_config_of_paligemma_2_agrees_with_transformers(golden, tmp_path, ge
     assert ours == {name: theirs[name] for name in ours}
 
 
-def test_without_a_window_no_layer_is_said_to_have_one(gemma_2_model, tmp_path):
+def test_without_a_window_every_layer_type_is_full_attention(gemma_2_model, tmp_path):
     model = nnx.clone(gemma_2_model)
     model.config = model.config.replace(decoder=dict(sliding_window=None, final_softcap=None))
     save_hugging_face(model, tmp_path)
@@ -163,14 +163,14 @@ def test_a_tokenizer_model_alone_gets_the_config_that_transformers_needs(tmp_pat
     assert special == {"0", "1", "2", "3", str(tokenizer.image_id)}
 
 
-def test_the_preprocessor_says_how_many_image_tokens_the_processor_puts_in(tmp_path, hugging_face_model):
+def test_the_preprocessor_has_the_number_of_image_tokens(tmp_path, hugging_face_model):
     save_hugging_face(hugging_face_model, tmp_path)
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert (values["image_seq_length"], values["processor_class"]) == (16, "PaliGemmaProcessor")
     assert load(tmp_path).config.preprocessing == hugging_face_model.config.preprocessing
 
 
-# What cannot be written.
+# Models that cannot be written.
 
 
 def refused(match, save, *arguments):
@@ -180,7 +180,7 @@ def refused(match, save, *arguments):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_adapters_and_quantised_kernels_are_refused_and_nothing_is_left(golden, tmp_path, name):
+def test_adapters_and_quantised_kernels_are_refused_and_write_nothing(golden, tmp_path, name):
     adapted = attach_lora(load(golden / "hf_paligemma"), rngs=nnx.Rngs(0))
     refused("lora_a.*merge adapters", FORMATS[name], adapted, tmp_path / name)
     if name != "orbax":  # which keeps them
@@ -190,7 +190,7 @@ def test_adapters_and_quantised_kernels_are_refused_and_nothing_is_left(golden, 
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         (lambda config: config.replace(vision={"activation": "relu"}), "vision.activation = relu"),
         (lambda config: config.replace(decoder={"activation": "silu"}), "decoder.activation = silu"),
@@ -201,13 +201,13 @@ def test_adapters_and_quantised_kernels_are_refused_and_nothing_is_left(golden, 
         ),
     ],
 )
-def test_what_a_big_vision_file_cannot_say_is_not_lost_in_it(golden, tmp_path, change, found):
+def test_settings_that_a_big_vision_file_cannot_express_are_refused(golden, tmp_path, change, message):
     model = load(golden / "hf_paligemma")
     model.config = change(model.config)
-    refused(f"x.npz cannot say that the model has {found}", save_big_vision, model, tmp_path / "x.npz")
+    refused(f"x.npz cannot say that the model has {message}", save_big_vision, model, tmp_path / "x.npz")
 
 
-def test_mistakes_of_saving_are_told_in_one_sentence(hugging_face_model, tmp_path):
+def test_errors_of_saving_are_one_sentence(hugging_face_model, tmp_path):
     refused("x.bin does not end in .npz", save_big_vision, hugging_face_model, tmp_path / "x.bin")
     (tmp_path / "empty").mkdir()
     refused("holds no tokenizer.model", save_hugging_face, hugging_face_model, tmp_path / "a", tmp_path / "empty")
@@ -222,7 +222,7 @@ def damaged(folder, edit):
     return folder
 
 
-def test_broken_folders_of_our_own_are_told_in_one_sentence(hugging_face_model, tmp_path):
+def test_errors_of_orbax_folders_are_one_sentence(hugging_face_model, tmp_path):
     save_orbax(hugging_face_model, tmp_path / "b")
     refused("format 'x', expected 'paligemma_jax'", load, damaged(tmp_path / "b", lambda v: v.update(format="x")))
     damaged(tmp_path / "b", lambda v: v.update(format="paligemma_jax"))
@@ -236,7 +236,7 @@ def test_broken_folders_of_our_own_are_told_in_one_sentence(hugging_face_model, 
     refused("cannot be read as an Orbax checkpoint", load, tmp_path / "b")
 
 
-# Quantised kernels, which our own format keeps.
+# Quantised kernels, which our own format stores.
 
 CODECS = {"nf4": dict(block_size=128, double=True), "int8": {}, "int4": {}}
 
@@ -255,7 +255,7 @@ def test_quantised_kernels_are_kept_to_the_bit(golden, tmp_path, kind, dtype):
         np.testing.assert_array_equal(kernel.dequantize(), expected[path].dequantize(), err_msg=path)
 
 
-def test_codes_and_constants_do_not_follow_the_dtype_asked_for(golden, tmp_path):
+def test_codes_and_constants_keep_their_dtype(golden, tmp_path):
     model = load(golden / "hf_paligemma", quantize="nf4")
     save_orbax(model, tmp_path / "a")
     again, expected = param_tree.flatten(load(tmp_path / "a", "bfloat16")), param_tree.flatten(model)
@@ -269,13 +269,13 @@ def test_some_kernels_may_be_plain_and_others_of_another_kind(golden, tmp_path):
     quantize(model, "nf4", double=True, targets="decoder/.*/(up_proj|q_proj)")
     save_orbax(model, tmp_path / "a")
     again = load(tmp_path / "a", image_size=load(golden / "hf_paligemma").config.vision.image_size * 2)
-    found = {path: kernel.kind for path, kernel in quantized_kernels(again).items()}
-    assert sorted(found.values()) == ["int8", "nf4", "nf4"] and found["vision/layers/mlp/fc1/kernel"] == "int8"
+    result = {path: kernel.kind for path, kernel in quantized_kernels(again).items()}
+    assert sorted(result.values()) == ["int8", "nf4", "nf4"] and result["vision/layers/mlp/fc1/kernel"] == "int8"
     assert_same_model(load(tmp_path / "a"), model)
 
 
 @pytest.mark.parametrize("options", [{"kind": "nf5"}, {"dtype": "int8"}, {"double": "yes"}, {"colour": 1}])
-def test_a_quantised_folder_that_makes_no_sense(golden, tmp_path, options):
+def test_an_invalid_quantised_folder_is_refused(golden, tmp_path, options):
     save_orbax(load(golden / "hf_paligemma", quantize="nf4"), tmp_path / "a")
     refused("is quantised already", lambda: load(tmp_path / "a", quantize="nf4"))
     path = "decoder/layers/mlp/up_proj"

@@ -1,4 +1,4 @@
-"""How much memory reading a checkpoint takes, measured in a process of its own on files of half a gigabyte."""
+"""Memory of reading a checkpoint, measured in a separate process on files of half a gigabyte."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ CONFIG = PaliGemmaConfig(
 )
 ROOT = Path(__file__).parents[3]
 
-# The peak since the process began; reading a small model first pays for imports, the backend and first compilations.
+# The peak since the process began; a small model is read first to exclude imports, backend and first compilations.
 SCRIPT = """
 import json, sys
 from paligemma_jax.weights.reader import load
@@ -73,7 +73,7 @@ def files(abstract, tmp_path_factory):
 
 
 def peak_of_loading(golden, path, **options):
-    """Bytes above what the process held before."""
+    """Returns the bytes above those that the process held before."""
     arguments = [sys.executable, "-c", SCRIPT, str(golden / "hf_paligemma"), str(path), json.dumps(options)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=550)
     assert done.returncode == 0, done.stderr
@@ -81,11 +81,11 @@ def peak_of_loading(golden, path, **options):
 
 
 @pytest.mark.parametrize("kind", ["hugging_face", "big_vision"])
-def test_loading_holds_little_more_than_the_model(golden, files, stored, kind):
+def test_loading_needs_little_more_memory_than_the_model(golden, files, stored, kind):
     total, layer = stored
     assert peak_of_loading(golden, files[kind]) <= 1.1 * total + layer
 
 
-def test_quantising_on_the_way_never_holds_the_plain_model(golden, files, stored):
-    """What is kept is under half of it (the word table stays plain); the rest is one layer's work of the quantiser."""
+def test_quantising_while_loading_never_holds_the_plain_model(golden, files, stored):
+    """The result is under half of it (the embedding stays plain); the rest is the quantiser's work on one layer."""
     assert peak_of_loading(golden, files["hugging_face"], quantize="nf4") < stored[0]

@@ -200,7 +200,7 @@ def test_mistakes_are_told(tmp_path):
     for name in ("bottleneck", "prefix", "prompt", "last_layers", "diff_pruning"):
         with pytest.raises(UserError):
             attach(name, attach(name, base()))
-    with pytest.raises(UserError, match=r"adapter.json tells no method of bottleneck, prefix"):
+    with pytest.raises(UserError, match=r"adapter.json names no method of bottleneck, prefix"):
         load_adapter(base(), tmp_path)
     save_adapter(stirred("prefix"), tmp_path, "prefix", 5)
     other = PaliGemma(MINI.replace(decoder={"head_dim": 16}), rngs=nnx.Rngs(0))

@@ -33,7 +33,7 @@ def test_class_folders_are_divided_by_seed_and_class(folder):
     images = [image for rows in data.splits.values() for image, _ in rows]
     assert len(set(images)) == len(images) == 17 and all((folder / image).is_file() for image in images)
     assert data == read_class_folders(folder, 1) and data != read_class_folders(folder, 2)
-    (folder / "zebra").mkdir()  # another class changes nothing for these
+    (folder / "zebra").mkdir()  # another class does not change these
     for k in range(3):
         (folder / "zebra" / f"{k}.png").write_bytes(b"")
     more = read_class_folders(folder, 1)
@@ -57,7 +57,7 @@ def test_two_folders_of_a_class_are_refused(folder):
         class_folders(folder)
 
 
-def test_hidden_names_are_left_out(folder):
+def test_hidden_names_are_skipped(folder):
     data = read_class_folders(folder, 1)
     (folder / ".thumbnails").mkdir()
     for name in (".thumbnails/0.png", ".thumbnails/1.png", "cube/._0.png"):
@@ -71,7 +71,7 @@ def test_links_out_of_class_folders_are_refused(folder, link):
     for k in range(2):
         (folder.parent / f"out/{k}.png").write_bytes(b"")
     (folder / "cube/9.png").unlink()
-    (folder / "cube/9.png").symlink_to(folder / "cube/8.png")  # a link within it is none out of it
+    (folder / "cube/9.png").symlink_to(folder / "cube/8.png")  # a link within the folder does not leave it
     read_class_folders(folder)
     (folder / link).symlink_to(folder.parent / ("out" if link == "zebra" else "out/0.png"))
     with pytest.raises(UserError, match=f"the image path '{link}.* leaves .*toys by a link, expected one within"):
@@ -109,7 +109,7 @@ def test_paths_out_of_the_folder_are_refused(coop, path, split):
 
 
 @pytest.mark.parametrize(
-    "content, found",
+    "content, message",
     [
         ("{", "cannot be read as JSON"),
         ("[" * 10**5 + "]" * 10**5, "cannot be read as JSON"),
@@ -118,14 +118,14 @@ def test_paths_out_of_the_folder_are_refused(coop, path, split):
         ({"train": [], "test": []}, "has no rows"),
         (ROWS | {"val": [["a.jpg", "0", "cat"]]}, r"has the row \['a.jpg', '0', 'cat'\]"),
         (ROWS | {"val": [["a.jpg", True, "cat"]]}, "has the row"),
-        (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "calls label 0 'cat' and 'dog'"),
+        (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "log label 0 'cat' and 'dog'"),
         (ROWS | {"val": [["a.jpg", 4, "dog"]]}, "has 4 labels from 0 to 4"),
-        (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg stands 2 times"),
-        (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' stands twice"),
+        (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg occurs 2 times"),
+        (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' occurs twice"),
     ],
 )
-def test_malformed_split_files(coop, content, found):
-    with pytest.raises(UserError, match=found) as error:
+def test_malformed_split_files(coop, content, message):
+    with pytest.raises(UserError, match=message) as error:
         read_coop(coop(content))
     assert str(error.value).count("\n") == 0
 
@@ -144,18 +144,18 @@ def test_missing_files_and_images(tmp_path, coop, folder):
         read_class_folders(folder, shares=(0.6, 0.4))
 
 
-def test_one_reader_finds_nested_pictures_of_every_ending(folder, caplog):
+def test_nested_images_of_every_ending_are_found(folder, caplog):
     for name in ("cube/more/0.png", "cube/10.tif", "cube/11.GIF", "cube/notes.txt", "loose.png", ".hidden/0.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
-    found = class_folders(folder)
-    assert {name: len(files) for name, files in found.items()} == {"cone": 2, "cube": 13, "small ball": 5}
-    told = " ".join(caplog.messages)
-    assert "notes.txt" in told and "1 in no class folder (first: loose.png)" in told and ".hidden" in told
+    result = class_folders(folder)
+    assert {name: len(files) for name, files in result.items()} == {"cone": 2, "cube": 13, "small ball": 5}
+    log = " ".join(caplog.messages)
+    assert "notes.txt" in log and "1 in no class folder (first: loose.png)" in log and ".hidden" in log
 
 
-def test_copies_of_a_picture_stay_on_one_side(folder):
-    """Also across classes; without copies nothing changes."""
+def test_copies_of_an_image_are_in_one_split(folder):
+    """Copies are in one split even across classes; the division of other images is unchanged."""
     for name, number in COUNTS.items():
         for k in range(number):
             (folder / name / f"{k}.png").write_bytes(f"{name} {k}".encode())
@@ -178,22 +178,22 @@ def test_a_class_of_copies_has_one_image(folder):
         read_class_folders(folder)
 
 
-def test_copies_in_two_splits_are_refused_and_in_published_files_told(coop, tmp_path, caplog):
-    """Those of one split are no leak."""
+def test_copies_in_two_splits_are_refused_and_logged_for_published_files(coop, tmp_path, caplog):
+    """Copies within one split are allowed."""
     folder = coop(ROWS, "Mine")
     for name, data in (("a/1", b"1"), ("a/2", b"22"), ("b/1", b"1"), ("b/3", b"3"), ("c/1", b"4")):
         (folder / "images" / name).parent.mkdir(exist_ok=True)
         (folder / "images" / f"{name}.jpg").write_bytes(data)
     assert len(read_coop(folder).splits["train"]) == 2
     (folder / "images/c/1.jpg").write_bytes(b"1")
-    with pytest.raises(UserError, match=r"1 image\(s\) stand in two splits \(first: b/1.jpg of train, c/1.jpg of test"):
+    with pytest.raises(UserError, match=r"1 image\(s\) are in two splits \(first: b/1.jpg of train, c/1.jpg of test"):
         read_coop(folder, cache=tmp_path / "cache")
     (folder / "split_zhou_Mine.json").rename(folder / "split_zhou_OxfordPets.json")
     assert not caplog.messages and len(read_coop(folder).splits["test"]) == 2
-    assert "the published split is taken as it is" in caplog.text
+    assert "the published split is used unchanged" in caplog.text
 
 
 @pytest.mark.parametrize("row", [["a\ud83d.jpg", 0, "cat"], ["a.jpg", 0, "c\ud83d"]])
-def test_half_characters_in_split_files(coop, row):
+def test_half_surrogate_pairs_in_split_files(coop, row):
     with pytest.raises(UserError, match="has the row"):
         read_coop(coop(ROWS | {"val": [row]}))

@@ -1,4 +1,4 @@
-"""Few-shot data sets: shots by seed and class, base and novel halves, and nothing tested on that was tuned on."""
+"""Few-shot data sets: shots by seed and class, base and novel halves, and no test image that is tuned on."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def counted(data, split):
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
-def test_as_many_shots_as_asked_or_all(shots):
+def test_a_class_gives_the_requested_shots_or_all(shots):
     drawn = example_set().few_shot(shots, 3)
     assert counted(drawn, "train") == tuple(min(n, shots) for n in COUNTS["train"])
     assert counted(drawn, "val") == tuple(min(n, shots, 4) for n in COUNTS["val"])
@@ -27,7 +27,7 @@ def test_a_draw_is_a_function_of_seed_and_class():
     four = whole.few_shot(4, 0)
     assert four == whole.few_shot(4, 0) and four.digest == whole.few_shot(4, 0).digest
     assert four.splits["train"] != whole.few_shot(4, 1).splits["train"]
-    assert set(whole.few_shot(2, 0).splits["train"]) <= set(four.splits["train"])  # fewer begin more
+    assert set(whole.few_shot(2, 0).splits["train"]) <= set(four.splits["train"])  # fewer shots are the first of more
     # The order of a file and the other classes do not matter.
     backwards = FewShot("toys", "nowhere", whole.classes, {name: rows[::-1] for name, rows in whole.splits.items()})
     for split in ("train", "val"):
@@ -38,7 +38,7 @@ def test_a_draw_is_a_function_of_seed_and_class():
     assert [image for image, _ in alone.few_shot(4, 0).splits["train"]] == own
 
 
-def test_drawing_orders_are_permutations_that_stay():
+def test_drawing_orders_are_fixed_permutations():
     assert sorted(drawing_order(5, "train/a", 50)) == list(range(50))
     assert drawing_order(1, "train/cat", 6).tolist() == DRAWN
 
@@ -57,7 +57,7 @@ def test_base_classes_are_the_first_half_rounded_up():
         assert not {image for image, _ in base.splits[split]} & {image for image, _ in novel.splits[split]}
 
 
-def test_another_order_divides_otherwise_and_draws_the_same():
+def test_another_class_order_changes_the_halves_but_not_the_shots():
     data = example_set().ordered(("e", "b", "a", "d", "c"))
     base, novel = data.base_to_novel()
     assert base.classes == ("e", "b", "a") and novel.classes == ("d", "c")
@@ -87,7 +87,7 @@ def test_drawing_and_dividing_commute():
     assert drawn_first == divided_first.few_shot(4, 2)
 
 
-def test_dicts_come_back_and_digests_tell_sets_apart():
+def test_dict_round_trip_and_digests():
     data = example_set().few_shot(2, 1)
     again = FewShot.from_dict(data.to_dict(), "elsewhere")
     assert again.digest == data.digest and again.splits == data.splits and again.shots == 2
@@ -96,22 +96,22 @@ def test_dicts_come_back_and_digests_tell_sets_apart():
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         (lambda: example_set().few_shot(0, 0), "0 shots of toys"),
         (lambda: example_set().few_shot(1, 0).few_shot(1, 0), "1 shots of toys with 1 images"),
         (lambda: example_set({"train": (1, 0, 0)}, "abc").few_shot(1, 0), "2 of 3 classes of toys have no training"),
         (lambda: example_set().base_to_novel()[0].base_to_novel(), r"toys \(base\)"),
-        (lambda: example_set({"train": (1, 1)}, "aa"), "'a' stands twice"),
+        (lambda: example_set({"train": (1, 1)}, "aa"), "'a' occurs twice"),
         (lambda: FewShot("toys", "x", ("a",), {"train": [Example("a.png", 1)]}), "a.png has label 1, expected 0 to 0"),
         (
             lambda: FewShot("toys", "x", ("a",), {"train": [Example("1", 0)], "test": [Example("1", 0)]}),
-            "1 stands 2 times in the splits",
+            "1 occurs 2 times in the splits",
         ),
         (lambda: FewShot("toys", "x", ("a",), {"test": [Example("a/../../b", 0)]}), "leaves its folder"),
         (lambda: FewShot("toys", "x", ("a",), {"test": [Example("/etc/passwd", 0)]}), "leaves its folder"),
     ],
 )
-def test_errors(change, found):
-    with pytest.raises(UserError, match=found):
+def test_errors(change, message):
+    with pytest.raises(UserError, match=message):
         change()

@@ -33,7 +33,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, found",
+    "content, message",
     [
         ("no json", "cannot be read as JSON"),
         (["cat"], "holds no JSON object"),
@@ -42,8 +42,8 @@ def test_what_is_written_is_read(tmp_path):
         ({"cat": "x", "border collie": [" "]}, r"for 2 of 2 classes \('border collie', 'cat'\)"),
     ],
 )
-def test_what_is_missing_is_told_in_a_sentence(written, content, found):
-    with pytest.raises(UserError, match=found) as error:
+def test_missing_descriptions_are_reported(written, content, message):
+    with pytest.raises(UserError, match=message) as error:
         read_descriptions(written(content), CLASSES)
     assert str(error.value).count("\n") == 0
 
@@ -54,8 +54,8 @@ def test_a_long_list_of_missing_classes_is_cut(written):
 
 
 def test_templates():
-    found = fill_templates(CLASSES, ("a photo of a {}.", "{}"))
-    assert found == (("a photo of a border collie.", "border collie"), ("a photo of a cat.", "cat"))
+    result = fill_templates(CLASSES, ("a photo of a {}.", "{}"))
+    assert result == (("a photo of a border collie.", "border collie"), ("a photo of a cat.", "cat"))
     with pytest.raises(UserError, match="'a photo'"):
         fill_templates(CLASSES, ("a photo",))
 
@@ -69,11 +69,11 @@ def test_draws_are_a_function_of_seed_and_step():
     assert counts.sum() == 3000 and np.abs(counts - 500).max() < 90  # 4.4 standard deviations
 
 
-def test_places_are_the_same_for_classes_of_one_length_and_within_any():
+def test_positions_are_equal_for_lists_of_one_length_and_within_bounds():
     for value in (0.0, 0.3, 1 - 2.0**-16):
-        found = place(np.float32(value), np.array([5, 5, 1, 1000]))
-        assert found.tolist() == [int(value * 5)] * 2 + [0, int(value * 1000)] and found.dtype == np.int32
-        np.testing.assert_array_equal(place(jnp.float32(value), jnp.array([5, 5, 1, 1000])), found)
+        result = place(np.float32(value), np.array([5, 5, 1, 1000]))
+        assert result.tolist() == [int(value * 5)] * 2 + [0, int(value * 1000)] and result.dtype == np.int32
+        np.testing.assert_array_equal(place(jnp.float32(value), jnp.array([5, 5, 1, 1000])), result)
 
 
 @pytest.mark.parametrize("template", ["{} {photo}", "{0} of a {}", "a {{{}}}", "{} }", "{!r} {}", "%s {}"])
@@ -83,7 +83,7 @@ def test_other_braces_of_a_template_are_text(template):
 
 @pytest.mark.parametrize("classes, templates", [(("a\ud83d",), ("{}",)), (("a",), ("\udcff {}",))])
 def test_half_characters_are_refused(classes, templates):
-    with pytest.raises(UserError, match="holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         fill_templates(classes, templates)
 
 
@@ -95,5 +95,5 @@ def test_long_templates_are_cut_in_messages():
 
 @pytest.mark.parametrize("classes, templates", [("cat", ["{}"]), (["cat"], "a {}")])
 def test_one_text_in_place_of_a_list_is_refused(classes, templates):
-    with pytest.raises(UserError, match="expected several: give a list of it"):
+    with pytest.raises(UserError, match="expected a list: put it into one"):
         fill_templates(classes, templates)

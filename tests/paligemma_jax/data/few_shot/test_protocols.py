@@ -1,4 +1,4 @@
-"""Protocols: what is tuned on and tested on, stored with a digest and read back."""
+"""Protocols: images to tune on and to test on, stored with a digest and read back."""
 
 import json
 
@@ -27,7 +27,7 @@ ALL = {
 
 
 @pytest.mark.parametrize("kind", protocols.KINDS)
-def test_protocols_come_back_as_they_were_written(kind, tmp_path):
+def test_protocols_round_trip(kind, tmp_path):
     protocol = ALL[kind]()
     (tmp_path / "protocol.json").write_text(protocol.to_json())
     again = read_protocol(tmp_path / "protocol.json", dict.fromkeys(("toys", "pets", "dim", "some"), tmp_path))
@@ -36,7 +36,7 @@ def test_protocols_come_back_as_they_were_written(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", protocols.KINDS)
-def test_nothing_is_tuned_on_and_tested_on(kind):
+def test_no_image_is_tuned_on_and_tested_on(kind):
     protocol = ALL[kind]()
     tuned = {(protocol.tuned.name, image) for rows in protocol.tuned.splits.values() for image, _ in rows}
     tested = {(data.name, image) for data in protocol.tested.values() for image, _ in data.splits["test"]}
@@ -44,7 +44,7 @@ def test_nothing_is_tuned_on_and_tested_on(kind):
     assert not protocol.tuned.splits["test"] and not any(data.splits["train"] for data in protocol.tested.values())
 
 
-def test_what_is_tested():
+def test_test_sets_of_each_protocol():
     protocol = ALL["base_to_novel"]()
     assert protocol.tuned.classes == protocol.tested["base"].classes == ("a", "b", "c")
     assert protocol.tested["novel"].classes == ("d", "e")
@@ -62,7 +62,7 @@ def changed(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "change, found",
+    "change, message",
     [
         (lambda v: v["tested"]["novel"]["splits"]["test"].pop(), "it was changed after it was written"),
         (lambda v: v["tuned"].update(name="others"), "is about others, whose images have no folder"),
@@ -71,8 +71,8 @@ def changed(tmp_path, change):
         (lambda v: v["tuned"]["splits"].update(train=v["tested"]["base"]["splits"]["test"]), "tuned on and tested on"),
     ],
 )
-def test_files_that_were_changed_are_refused(tmp_path, change, found):
-    with pytest.raises(UserError, match=found):
+def test_changed_files_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         changed(tmp_path, change)
 
 
@@ -87,7 +87,7 @@ def test_links_out_of_a_root_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make, found",
+    "make, message",
     [
         (
             lambda: protocols.domain_generalization(example_set(), {"x": renamed("x", "az")}, 1, 0),
@@ -106,6 +106,6 @@ def test_links_out_of_a_root_are_refused(tmp_path):
         ),
     ],
 )
-def test_errors(make, found):
-    with pytest.raises(UserError, match=found):
+def test_errors(make, message):
+    with pytest.raises(UserError, match=message):
         make()

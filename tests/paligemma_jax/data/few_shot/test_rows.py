@@ -29,7 +29,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(data, tmp_path_factory):
-    """The same with a first training image that is no image, and a second that is not there."""
+    """The data set with a first training image that cannot be decoded and a second that is missing."""
     root = tmp_path_factory.mktemp("broken")
     for rows in data.splits.values():
         for image, _ in rows:
@@ -88,13 +88,13 @@ def test_the_two_views_are_drawn_apart(data):
 
 
 @pytest.mark.parametrize("threads, workers", [(0, 0), (2, 0)])
-def test_a_resumed_run_sees_the_same(data, threads, workers):
+def test_a_resumed_run_sees_the_same_rows(data, threads, workers):
     def stream(start):
         pipeline = Pipeline(tuned_rows(data), 4, num_steps=6, threads=threads, workers=workers)
         batches = pipeline.iterate(start)
-        found = list(batches)
+        result = list(batches)
         batches.close()
-        return found
+        return result
 
     whole, rest = stream(0), stream(3)
     assert len(rest) == 3
@@ -110,19 +110,19 @@ def test_the_stream_does_not_depend_on_the_processes(data):
     assert_equal(whole, {name: np.concatenate([part[name] for part in parts], axis=1) for name in whole})
 
 
-def test_fingerprints_tell_streams_apart(data):
+def test_fingerprints_of_different_streams_differ(data):
     streams = [tuned_rows(data), tuned_rows(data, 1), tuned_rows(data, tuned=augment.NONE)]
     streams += [tuned_rows(data.base_to_novel()[0]), tuned_rows(dataclasses.replace(data, seed=5))]
     assert len({rows.fingerprint for rows in streams}) == 5
     assert tuned_rows(data).fingerprint == streams[0].fingerprint
 
 
-def test_worker_processes_can_be_given_them(data):
+def test_rows_can_be_pickled_for_worker_processes(data):
     copy = cloudpickle.loads(cloudpickle.dumps(tuned_rows(data)))  # as grain sends them
     assert_equal(copy.get_batch(np.array([3]), 2), tuned_rows(data).get_batch(np.array([3]), 2))
 
 
-def test_bad_images_count_nothing_and_are_named(broken):
+def test_bad_images_have_weight_0_and_are_named(broken):
     rows = tuned_rows(broken)
     batch = rows.get_batch(np.arange(9), 0)
     assert batch["weight"].tolist() == [0, 0] + [1] * 7 and batch["bad"].tolist() == [True, True] + [False] * 7
@@ -136,7 +136,7 @@ def test_bad_images_count_nothing_and_are_named(broken):
         tuned_rows(broken, on_error="raise")[1]
 
 
-def test_images_to_test_on_are_as_the_model_wants_them(data, broken):
+def test_test_images_are_resized_for_the_model(data, broken):
     rows = LabelledRows(data, PREPROCESSING)
     assert [int(rows[k]["label"]) for k in range(len(rows))] == [label for _, label in data.splits["test"]]
     for k, (name, _) in enumerate(data.splits["test"]):

@@ -27,7 +27,7 @@ def plain(cache):
     return synthetic_classes(cache, 16, FEW)
 
 
-def test_every_class_has_its_pictures(plain):
+def test_every_class_has_its_images(plain):
     assert plain.classes == tuple(values.name for values in CLASSES)
     for split in ("train", "test"):
         assert [label for _, label in sorted(plain.splits[split], key=lambda e: e.label)] == list(range(96))
@@ -37,11 +37,12 @@ def test_every_class_has_its_pictures(plain):
     assert np.asarray(Image.open(plain.root / image)).shape == (16, 16, 3)
 
 
-def test_it_is_rendered_once(cache, plain, monkeypatch):
+def test_the_set_is_rendered_once(cache, plain, monkeypatch):
     monkeypatch.setattr("paligemma_jax.data.few_shot.synthetic_classes.class_scenes", None)
     assert synthetic_classes(cache, 16, FEW).digest == plain.digest
 
 
+<<<<<<< HEAD
 def test_of_two_processes_the_first_one_s_set_stays(tmp_path, plain, monkeypatch):
     folder = tmp_path / plain.root.parent.name
 
@@ -55,6 +56,9 @@ def test_of_two_processes_the_first_one_s_set_stays(tmp_path, plain, monkeypatch
 
 
 def test_splits_share_no_picture(plain):
+=======
+def test_splits_share_no_image(plain):
+>>>>>>> weights
     pictures = [(plain.root / image).read_bytes() for rows in plain.splits.values() for image, _ in rows]
     assert len(set(pictures)) == len(pictures)
 
@@ -71,7 +75,7 @@ def test_novel_classes_may_have_colors_of_their_own():
         in_halves("shapes")
 
 
-def test_novel_classes_may_pair_materials_and_shapes_the_other_way_round():
+def test_novel_classes_may_have_the_other_pairing_of_material_and_shape():
     base, novel = in_halves("pairings")[:48], in_halves("pairings")[48:]
     assert sorted(base + novel) == sorted(CLASSES)
     for part, other in (base, novel), (novel, base):
@@ -95,14 +99,14 @@ def test_base_classes_and_shifted_styles(cache, plain):
 def test_descriptions_are_a_file_like_any_other(plain, tmp_path):
     write_descriptions(tmp_path / "d.json", class_descriptions())
     sentences = read_descriptions(tmp_path / "d.json", plain.classes)
-    assert len({len(group) for group in sentences}) == 1  # one place is one form for all classes
+    assert len({len(group) for group in sentences}) == 1  # one position has the same form for all classes
     assert sentences[5] == class_descriptions()[plain.classes[5]]
     assert class_descriptions()[CLASSES[5].in_other_words] == sentences[5]
 
 
 @pytest.mark.parametrize(
-    "options, found", [({"style": "dimm"}, "the style is 'dimm'"), ({"per_class": {}}, "pictures per class are {}")]
+    "options, message", [({"style": "dimm"}, "the style is 'dimm'"), ({"per_class": {}}, "images per class are {}")]
 )
-def test_errors(cache, options, found):
-    with pytest.raises(UserError, match=re.escape(found)):
+def test_errors(cache, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         synthetic_classes(cache, 16, **options)

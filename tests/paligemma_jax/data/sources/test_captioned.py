@@ -1,4 +1,4 @@
-"""Rows of pictures and captions: a function of their index."""
+"""Rows of images and captions are functions of their index."""
 
 import json
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data.sources.captioned import (
-    NOISE_PICTURES,
+    NOISE_IMAGES,
     CaptionedFeatures,
     CaptionedScenes,
-    encode_pictures,
+    encode_scenes,
     text_id,
 )
 from paligemma_jax.data.sources.pretraining_scenes import build
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return build(tmp_path_factory.mktemp("captioned") / "scenes", 3, 24, 2, num_objects=(1, 2))
 
 
-def test_scenes_hold_as_many_objects_as_asked(folder):
+def test_scenes_have_the_requested_number_of_objects(folder):
     scenes = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
     assert {len(scene["objects"]) for scene in scenes} <= {1, 2}
 
@@ -34,7 +34,7 @@ def test_rows_are_a_function_of_their_index(folder):
     for index in (0, 5, 11):
         for name, values in rows[index].items():
             np.testing.assert_array_equal(values, again[index][name], err_msg=name)
-    first, view = rows[1], rows[4]  # two views of a scene: same picture, another caption
+    first, view = rows[1], rows[4]  # two views of a scene: same image, another caption
     np.testing.assert_array_equal(first["image"], view["image"])
     assert len({rows.text(index) for index in (1, 4, 7, 10)}) > 1
     assert not np.array_equal(first["image"], rows[2]["image"])
@@ -48,14 +48,14 @@ def test_equal_texts_have_equal_ids(folder):
     ids = {}
     for index in range(len(rows)):
         ids.setdefault(rows.text(index), set()).add(int(rows[index]["text_id"]))
-    assert all(len(found) == 1 for found in ids.values())
+    assert all(len(result) == 1 for result in ids.values())
     assert len(set.union(*ids.values())) == len(ids)
     assert text_id(b"a cube").dtype == np.int32
 
 
 @pytest.mark.parametrize("noise", ["images", "texts", "pairs"])
-def test_a_share_of_the_rows_is_spoilt_in_one_way(folder, noise):
-    """The rest of the row, and every other row, is as it was."""
+def test_a_share_of_the_rows_is_noisy(folder, noise):
+    """The rest of a noisy row, and every other row, is unchanged."""
     clean = CaptionedScenes(folder, TOKENIZER, 100)
     spoilt = CaptionedScenes(folder, TOKENIZER, 100, noise, 0.25)
     changed = {"image": 0, "tokens": 0}
@@ -67,11 +67,11 @@ def test_a_share_of_the_rows_is_spoilt_in_one_way(folder, noise):
     assert changed.pop(own) / len(clean) == pytest.approx(0.25, abs=0.07)
     assert set(changed.values()) == {0}
     np.testing.assert_array_equal(spoilt[7]["tokens"], spoilt[7]["tokens"])  # a function of the row
-    number = len(clean.scenes) + NOISE_PICTURES if noise == "images" else len(clean.scenes)
-    assert spoilt.num_pictures == number
+    number = len(clean.scenes) + NOISE_IMAGES if noise == "images" else len(clean.scenes)
+    assert spoilt.num_images == number
 
 
-def test_spoilt_texts_are_other_words_and_as_many(folder):
+def test_noisy_texts_have_as_many_random_tokens(folder):
     clean, spoilt = CaptionedScenes(folder, TOKENIZER, 4), CaptionedScenes(folder, TOKENIZER, 4, "texts", 1.0)
     for index in range(4):
         one, other = clean[index]["tokens"], spoilt[index]["tokens"]
@@ -81,8 +81,8 @@ def test_spoilt_texts_are_other_words_and_as_many(folder):
         assert clean[index]["text_id"] != spoilt[index]["text_id"]
 
 
-def test_features_stand_for_pictures(folder):
-    """Also those of noise; every picture is encoded once, in batches of one size."""
+def test_features_replace_images(folder):
+    """Features of noise images too; every image is encoded once, in batches of one size."""
     scenes, seen = CaptionedScenes(folder, TOKENIZER, 50, "images", 0.5), []
 
     def encode(images):
@@ -90,8 +90,8 @@ def test_features_stand_for_pictures(folder):
         seen.extend(images)
         return images.reshape(8, 4, -1).astype(np.float32)
 
-    rows = CaptionedFeatures(scenes, encode_pictures(scenes, encode, lambda done, total: None, at_once=8))
-    assert len(seen) == 8 * -(-scenes.num_pictures // 8)
+    rows = CaptionedFeatures(scenes, encode_scenes(scenes, encode, lambda done, total: None, batch_size=8))
+    assert len(seen) == 8 * -(-scenes.num_images // 8)
     for index in range(len(scenes)):
         row, expected = rows[index], scenes[index]
         np.testing.assert_array_equal(row.pop("features").reshape(-1), expected.pop("image").reshape(-1))

@@ -105,7 +105,7 @@ def test_index_is_kept_beside_the_data_and_reused(prepared_clevr, monkeypatch):
     assert second.fingerprint == first.fingerprint and second[0] == first[0]
 
 
-def test_index_that_cannot_be_kept_costs_only_time(prepared_clevr, monkeypatch, tmp_path):
+def test_an_index_that_cannot_be_stored_is_recomputed(prepared_clevr, monkeypatch, tmp_path):
     folder = shutil.copytree(prepared_clevr, tmp_path / "3.1.0", ignore=shutil.ignore_patterns("*.npz"))
 
     def full(*args, **kwargs):
@@ -116,7 +116,7 @@ def test_index_that_cannot_be_kept_costs_only_time(prepared_clevr, monkeypatch, 
     assert not (folder / "questions-train.npz").exists()
 
 
-def test_fingerprint_follows_content_not_place(prepared_clevr, make_clevr_tree, tmp_path):
+def test_fingerprint_depends_on_content_not_place(prepared_clevr, make_clevr_tree, tmp_path):
     moved = shutil.copytree(prepared_clevr, tmp_path / "moved")
     other = prepare_clevr(make_clevr_tree(tmp_path / "CLEVR_v1.0", seed=1), tmp_path / "data")
     prints = [ClevrQuestions(folder).fingerprint for folder in (prepared_clevr, moved, other)]
@@ -134,14 +134,14 @@ def test_zip_gives_the_same_data_as_the_folder(clevr_tree, prepared_clevr, tmp_p
 
 
 def test_preparing_again_changes_nothing(clevr_tree, tmp_path):
-    folder = prepare_clevr(clevr_tree.parent, tmp_path)  # the folder that holds CLEVR_v1.0 will do
+    folder = prepare_clevr(clevr_tree.parent, tmp_path)  # the folder that holds CLEVR_v1.0
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert prepare_clevr(clevr_tree, tmp_path) == folder
     assert prepare_clevr(tmp_path / "deleted.zip", tmp_path) == folder
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
-def test_data_of_another_tree_is_not_mistaken_for_this_one(clevr_tree, make_clevr_tree, tmp_path):
+def test_data_prepared_from_another_tree_are_refused(clevr_tree, make_clevr_tree, tmp_path):
     prepare_clevr(clevr_tree, tmp_path / "data")
     other = make_clevr_tree(tmp_path / "CLEVR_v1.0", seed=1)
     with pytest.raises(UserError, match="another tree.*choose another data_dir"):
@@ -196,7 +196,7 @@ def test_a_broken_tree_is_refused_and_leaves_nothing_behind(make_clevr_tree, tmp
         ("pixel_coords", [1, 2, float("nan")], r"\[1, 2, nan\], expected 3 finite numbers"),
     ],
 )
-def test_a_scene_that_is_none_of_clevrs_is_refused(make_clevr_tree, tmp_path, field, value, expected):
+def test_scenes_with_values_that_clevr_lacks_are_refused(make_clevr_tree, tmp_path, field, value, expected):
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0")
     file = tree / "scenes/CLEVR_train_scenes.json"
     scenes = json.loads(file.read_text())
@@ -207,7 +207,7 @@ def test_a_scene_that_is_none_of_clevrs_is_refused(make_clevr_tree, tmp_path, fi
         prepare_clevr(tree, tmp_path / "data")
 
 
-def test_a_source_that_is_no_tree_is_refused(tmp_path):
+def test_a_source_that_is_not_a_clevr_tree_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for source, message in (
         (tmp_path / "absent", "does not exist"),
@@ -232,7 +232,7 @@ def test_a_corrupt_image_keeps_its_slot(make_clevr_tree, tmp_path):
     assert set(guarded.bad_rows.values()) == {"CLEVR_train_000002.png"} and sum(weights) == 2
 
 
-def test_a_damaged_record_is_a_bad_row_or_still_true(prepared_clevr, tmp_path):
+def test_a_damaged_record_is_a_bad_row_or_unchanged(prepared_clevr, tmp_path):
     folder = shutil.copytree(prepared_clevr, tmp_path / "3.1.0")
     intact = [ClevrQuestions(folder)[i] for i in range(4)]
     shard = next(folder.glob("clevr-train*"))
@@ -264,7 +264,7 @@ def test_a_tfrecord_tree_names_the_conversion(prepared_clevr, tmp_path):
 
 
 def asked(tree, answers, split="train"):
-    """A tree whose first image has questions with these answers alone."""
+    """A tree whose first image has questions with these answers only."""
     name = f"CLEVR_{split}_000000.png"
     rows = [{"image_filename": name, "question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
     (tree / f"questions/CLEVR_{split}_questions.json").write_text(json.dumps({"questions": rows}))
@@ -277,8 +277,8 @@ def test_answers_of_the_official_generator_are_words(make_clevr_tree, tmp_path):
     assert [source[i].suffix for i in range(7)] == ["yes", "no", "3", "0", "10", "cube", "no"]
 
 
-def test_texts_that_are_none_are_bad_rows_of_the_tree(make_clevr_tree, tmp_path):
-    """And spare the others; a question too."""
+def test_values_that_are_not_text_are_bad_rows_of_the_tree(make_clevr_tree, tmp_path):
+    """Other rows are not affected; questions that are not text are bad rows too."""
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 1})
     asked(tree, ["yes", None, 2.5, [], {"a": 1}, "cut \ud83d", "no"])
     file = tree / "questions/CLEVR_train_questions.json"
@@ -289,8 +289,8 @@ def test_texts_that_are_none_are_bad_rows_of_the_tree(make_clevr_tree, tmp_path)
     source = ClevrQuestions(prepare_clevr(tree, tmp_path / "out"))
     guarded = GuardedSource(source, lambda record: {}, max_bad_fraction=1.0)
     assert [bool(guarded[i]["bad"]) for i in range(9)] == [False, *[True] * 5, False, True, True]
-    for i, found in ((1, "answer None"), (2, r"answer 2\.5"), (5, r"answer 'cut \\ud83d'"), (7, "question None")):
-        with pytest.raises(BadRow, match=f"question {i} of CLEVR_train_000000.png has the {found}"):
+    for i, result in ((1, "answer None"), (2, r"answer 2\.5"), (5, r"answer 'cut \\ud83d'"), (7, "question None")):
+        with pytest.raises(BadRow, match=f"question {i} of CLEVR_train_000000.png has the {result}"):
             source[i]
 
 
@@ -305,7 +305,7 @@ def test_texts_that_are_none_are_bad_rows_of_the_tree(make_clevr_tree, tmp_path)
     ],
     ids=["deep", "number", "no image", "list", "surrogate"],
 )
-def test_a_file_of_questions_never_ends_in_a_traceback(make_clevr_tree, tmp_path, document):
+def test_malformed_question_files_raise_user_errors(make_clevr_tree, tmp_path, document):
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 1})
     (tree / "questions/CLEVR_train_questions.json").write_text(document)
     with pytest.raises(UserError, match=r"CLEVR_train_questions\.json") as error:
@@ -313,7 +313,7 @@ def test_a_file_of_questions_never_ends_in_a_traceback(make_clevr_tree, tmp_path
     assert len(str(error.value)) < 400 and str(error.value).isprintable()
 
 
-def test_two_files_of_one_picture_are_one_image(make_clevr_tree, tmp_path):
+def test_two_files_with_equal_bytes_are_one_image(make_clevr_tree, tmp_path):
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 6})
     images = tree / "images/train"
     shutil.copy(images / "CLEVR_train_000002.png", images / "CLEVR_train_000005.png")
@@ -324,7 +324,7 @@ def test_two_files_of_one_picture_are_one_image(make_clevr_tree, tmp_path):
 
 
 def test_other_images_under_the_same_names_are_another_tree(make_clevr_tree, tmp_path):
-    """In a folder and in a zip, which are the same tree otherwise; a touched file is the same too."""
+    """Holds for a folder and a zip, which are otherwise the same tree; a new time of a file changes nothing."""
     tree = make_clevr_tree(tmp_path / "a/CLEVR_v1.0", {"train": 2})
     archive = shutil.make_archive(str(tmp_path / "b"), "zip", tree.parent, tree.name)
     assert clevr_tree_module.ClevrTree(tree).identity() == clevr_tree_module.ClevrTree(archive).identity()
@@ -337,8 +337,8 @@ def test_other_images_under_the_same_names_are_another_tree(make_clevr_tree, tmp
         prepare_clevr(tree, tmp_path / "out")
 
 
-def test_data_prepared_by_an_older_version_are_taken(make_clevr_tree, tmp_path):
-    """Their notes lack what is noted now."""
+def test_data_prepared_by_an_older_version_are_accepted(make_clevr_tree, tmp_path):
+    """Their stored identity lacks entries that are stored now."""
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 2})
     folder = prepare_clevr(tree, tmp_path / "out")
     noted = json.loads((folder / "source.json").read_text())
@@ -347,7 +347,7 @@ def test_data_prepared_by_an_older_version_are_taken(make_clevr_tree, tmp_path):
     assert prepare_clevr(tree, tmp_path / "out") == folder
 
 
-def test_the_index_is_made_again_when_the_data_change(make_clevr_tree, tmp_path):
+def test_the_index_is_recomputed_when_the_data_change(make_clevr_tree, tmp_path):
     folders = [
         prepare_clevr(make_clevr_tree(tmp_path / f"{seed}/CLEVR_v1.0", {"train": 3}, seed), tmp_path / f"out{seed}")
         for seed in (0, 1)

@@ -50,7 +50,7 @@ def test_empty_list_and_missing_key():
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"questions"', '{"questions": 3}', '{"questions": [1, 2', '{"questions": [1 2]}']
 )
-def test_what_is_no_such_document_is_refused(text):
+def test_other_json_documents_are_refused(text):
     with pytest.raises(ValueError):
         list(stream_array(io.StringIO(text), "questions"))
 
@@ -66,7 +66,7 @@ def test_what_is_no_such_document_is_refused(text):
         ([{"question": "?", "objects": [], "image_filename": ["x"]}], r"the image_filename \['x'\]"),
     ],
 )
-def test_entries_that_are_no_objects_are_told(make_clevr_tree, tmp_path, kind, read, entries, reason):
+def test_entries_that_are_not_objects_are_refused(make_clevr_tree, tmp_path, kind, read, entries, reason):
     tree = ClevrTree(make_clevr_tree(tmp_path))
     (tree.root / kind / f"CLEVR_train_{kind}.json").write_text(json.dumps({kind: entries}))
     with pytest.raises(
@@ -75,7 +75,7 @@ def test_entries_that_are_no_objects_are_told(make_clevr_tree, tmp_path, kind, r
         read(tree, "train")
 
 
-def test_a_scene_without_a_list_of_objects_is_told(make_clevr_tree, tmp_path):
+def test_a_scene_without_a_list_of_objects_is_refused(make_clevr_tree, tmp_path):
     tree = ClevrTree(make_clevr_tree(tmp_path))
     scenes = [{"image_filename": "x.png", "objects": 5}]
     (tree.root / "scenes" / "CLEVR_train_scenes.json").write_text(json.dumps({"scenes": scenes}))

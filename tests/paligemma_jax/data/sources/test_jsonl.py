@@ -58,7 +58,7 @@ def test_further_keys_are_ignored(folder):
      (row("images"), "cannot read 'images'"), (row("images/\0.png"), "expected an object"),
      ('{"image": "\\ud8', "no JSON")],
 )  # fmt: skip
-def test_a_malformed_line_names_file_and_line_and_spares_the_others(folder, line, message):
+def test_a_malformed_line_is_a_bad_row_with_file_and_line(folder, line, message):
     source = JsonlRecords(write(folder, row("images/0.png"), "", line, row("images/1.png")))
     with pytest.raises(BadRow, match=rf"train\.jsonl line 3.*{message}"):
         source[1]
@@ -66,7 +66,7 @@ def test_a_malformed_line_names_file_and_line_and_spares_the_others(folder, line
     assert source[0].image_index != source[2].image_index
 
 
-def test_bytes_that_are_no_text_are_a_bad_row(folder):
+def test_bytes_that_are_not_utf8_are_a_bad_row(folder):
     file = write(folder, row("images/0.png"))
     file.write_bytes(file.read_bytes() + b"\n\xff\xfe\xfa broken \x80\n")
     with pytest.raises(BadRow, match="line 2"):
@@ -150,7 +150,7 @@ def test_captions_need_no_prefix(folder):
 
 
 def test_an_image_is_its_bytes(folder, make_png):
-    """Copies share an index, absent images one for each name, malformed lines none; a change of bytes is noticed."""
+    """Copies share an index, missing images one per name, malformed lines none; changed bytes are detected."""
     (folder / "copy.png").write_bytes(make_png(0))
     names = ["images/0.png", "copy.png", "images/../copy.png", "images/1.png", "lost.png", "lost.png", "gone.png"]
     source = JsonlRecords(write(folder, *map(row, names), "{"))
@@ -194,8 +194,8 @@ DEEP = "[" * 10**5 + "]" * 10**5
     ],
     ids=lambda line: line[:24] if isinstance(line, str) else line,
 )
-def test_no_line_ends_in_a_traceback(folder, line, caption):
-    """Under both policies, and no more of it is quoted than a line holds."""
+def test_malformed_lines_raise_bad_row(folder, line, caption):
+    """Under both policies, and the message quotes at most a line's length of it."""
     (folder / "circle.png").symlink_to(folder / "circle.png")
     source = JsonlRecords(write(folder, row("images/0.png"), line), caption=caption)
     skipping = GuardedSource(source, lambda record: {}, max_bad_fraction=1.0)
@@ -205,7 +205,7 @@ def test_no_line_ends_in_a_traceback(folder, line, caption):
     assert len(str(error.value)) < 700 and str(error.value).isprintable()
 
 
-def test_a_half_character_in_the_prefix_is_a_bad_row(folder):
+def test_half_a_surrogate_pair_in_the_prefix_is_a_bad_row(folder):
     line = row("images/0.png", prefix="x").replace('"x"', r'"cut \ud83d"')
     with pytest.raises(BadRow, match="line 1 has the prefix"):
         JsonlRecords(write(folder, line))[0]

@@ -33,7 +33,7 @@ def write_shards(folder, rows, shards=2, split="train", group=3, image_type=IMAG
 
 
 def rows_of(count, make_png):
-    """Two questions on each image."""
+    """Two questions for each image."""
     return [
         (f"Question {i}?", {"bytes": make_png(i // 2), "path": f"CLEVR_{i // 2:06d}.png"}, f"answer {i}")
         for i in range(count)
@@ -56,7 +56,7 @@ def test_rows_come_in_file_order_across_shards_and_groups(tmp_path, rows):
         source[16]
 
 
-def test_only_the_split_asked_for_is_read(tmp_path, rows):
+def test_only_the_requested_split_is_read(tmp_path, rows):
     write_shards(tmp_path, rows)
     write_shards(tmp_path, rows[:3], shards=1, split="validation")
     assert len(ParquetQuestions(tmp_path, "validation")) == 3
@@ -66,7 +66,7 @@ def test_only_the_split_asked_for_is_read(tmp_path, rows):
 
 @pytest.mark.parametrize("place", [".cache", "__MACOSX/data", "data/.ipynb_checkpoints"])
 def test_copies_in_hidden_folders_are_left_out(tmp_path, rows, place):
-    folder = tmp_path / ".cache/hub"  # only what is hidden within the folder counts
+    folder = tmp_path / ".cache/hub"  # only hidden names within the folder matter
     shard = write_shards(folder, rows, shards=1) / "data/train-00000-of-00001.parquet"
     (folder / place).mkdir(parents=True)
     shutil.copy(shard, folder / place)
@@ -84,7 +84,7 @@ def test_names_of_a_single_file_are_read(tmp_path, rows, name):
 
 
 @pytest.mark.parametrize("image_type", [IMAGE, pa.struct([("bytes", pa.binary())])])
-def test_images_without_a_path_go_by_their_bytes(tmp_path, make_png, image_type):
+def test_images_without_a_path_are_identified_by_their_bytes(tmp_path, make_png, image_type):
     rows = [(f"{i}?", {"bytes": make_png(i % 2), "path": None}, "yes") for i in range(5)]
     source = ParquetQuestions(write_shards(tmp_path, rows, image_type=image_type))
     assert [source[i].image_index for i in range(5)] == source.image_numbers().tolist() == [0, 1, 0, 1, 0]
@@ -92,7 +92,7 @@ def test_images_without_a_path_go_by_their_bytes(tmp_path, make_png, image_type)
 
 
 def test_two_images_of_one_name_are_two_and_one_of_two_names_is_one(tmp_path, make_png):
-    """As `datasets` embeds cats/0001.png and dogs/0001.png: with the last part of the path alone."""
+    """`datasets` stores cats/0001.png and dogs/0001.png with only the last part of the path."""
     named = [("0001.png", 0), ("0001.png", 1), ("copy.png", 0)]
     rows = [("?", {"bytes": make_png(number), "path": path}, "yes") for path, number in named]
     source = ParquetQuestions(write_shards(tmp_path, rows))
@@ -117,13 +117,13 @@ def test_every_form_of_an_image_column_is_read(tmp_path, make_png, image_type, f
 
 
 @pytest.mark.parametrize(
-    "number, found", [(0, "lacks image bytes"), (None, "lacks image bytes"), (2, "holds 2 images")]
+    "number, message", [(0, "lacks image bytes"), (None, "lacks image bytes"), (2, "holds 2 images")]
 )
-def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, number, found):
+def test_no_image_or_several_are_a_bad_row(tmp_path, make_png, number, message):
     images = number if number is None else [make_png(i) for i in range(number)]
     rows = [("?", images, "yes"), ("?", [make_png(0)], "yes")]
     source = ParquetQuestions(write_shards(tmp_path, rows, image_type=pa.list_(pa.binary())))
-    with pytest.raises(BadRow, match=f"row 0 {found}, expected"):
+    with pytest.raises(BadRow, match=f"row 0 {message}, expected"):
         source[0]
     assert source[1].suffix == "yes" and source.image_numbers().tolist() == [0, 1]
 
@@ -134,7 +134,7 @@ def test_dates_beyond_pythons_are_a_bad_row(tmp_path, make_png, column):
     columns[column] = pa.array([2**30, 0], pa.date32())
     pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
     source = ParquetQuestions(tmp_path)
-    for index in range(2):  # a date is no text either
+    for index in range(2):  # a date is not text either
         with pytest.raises(BadRow, match=f"row {index} "):
             source[index]
     if column == "answer":
@@ -148,7 +148,7 @@ def test_shards_without_rows_are_refused(tmp_path):
 
 
 def test_times_of_an_unknown_zone_are_a_bad_row(tmp_path, make_png, monkeypatch):
-    """pyarrow asks pytz where it is there, which raises a KeyError."""
+    """pyarrow uses pytz if it is installed, which raises a KeyError."""
 
     def timezone(name):
         raise KeyError(name)
@@ -161,7 +161,7 @@ def test_times_of_an_unknown_zone_are_a_bad_row(tmp_path, make_png, monkeypatch)
 
 
 @pytest.mark.parametrize("column", ["question", "image", "answer"])
-def test_a_column_that_comes_twice_is_refused(tmp_path, make_png, column):
+def test_a_duplicate_column_is_refused(tmp_path, make_png, column):
     columns = {"question": pa.array(["?"]), "image": pa.array([make_png(0)]), "answer": pa.array(["yes"])}
     table = pa.table(columns).append_column(column, columns[column])
     pq.write_table(table, tmp_path / "train-0.parquet")
@@ -173,7 +173,7 @@ def test_a_column_that_comes_twice_is_refused(tmp_path, make_png, column):
     "answers",
     [[None, "2"], [0, 3], [2.5, 1.0], [True, False], [[], ["two"]], [["two", "2"], ["3"]], [{"a": "b"}, {"a": None}]],
 )
-def test_an_answer_that_is_no_text_is_a_bad_row(tmp_path, make_png, answers):
+def test_an_answer_that_is_not_text_is_a_bad_row(tmp_path, make_png, answers):
     image = pa.array([{"bytes": make_png(i), "path": f"{i}.png"} for i in range(2)], IMAGE)
     pq.write_table(pa.table({"question": ["?"] * 2, "image": image, "answer": answers}), tmp_path / "train-0.parquet")
     source = ParquetQuestions(tmp_path)
@@ -184,14 +184,14 @@ def test_an_answer_that_is_no_text_is_a_bad_row(tmp_path, make_png, answers):
 
 
 @pytest.mark.parametrize("question", [None, 3])
-def test_a_question_that_is_no_text_is_a_bad_row(tmp_path, make_png, question):
+def test_a_question_that_is_not_text_is_a_bad_row(tmp_path, make_png, question):
     table = {"question": [question], "image": pa.array([{"bytes": make_png(0)}]), "answer": ["yes"]}
     pq.write_table(pa.table(table), tmp_path / "train-0.parquet")
     with pytest.raises(BadRow, match="row 0 .*question is"):
         ParquetQuestions(tmp_path)[0]
 
 
-def test_bytes_that_are_no_text_are_a_bad_row(tmp_path, make_png):
+def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path, make_png):
     broken = pa.array([b"yes \xff", b"no"], pa.binary()).view(pa.string())
     image = pa.array([{"bytes": make_png(i), "path": None} for i in range(2)], IMAGE)
     pq.write_table(pa.table({"question": ["?"] * 2, "image": image, "answer": broken}), tmp_path / "train-0.parquet")
@@ -202,12 +202,12 @@ def test_bytes_that_are_no_text_are_a_bad_row(tmp_path, make_png):
 
 
 def test_digests_are_kept_until_a_shard_changes(tmp_path, make_png, monkeypatch):
-    """Kept with size and time; a change of either reads the shards again."""
+    """They are stored with size and time; the shards are read again if either changes."""
     folder, cache = tmp_path / "data", tmp_path / "cache"
     rows = [("?", {"bytes": make_png(i), "path": "x.png"}, "yes") for i in range(2)]
     write_shards(folder, rows, shards=1)
-    reads, read = [], parquet._read_through
-    monkeypatch.setattr(parquet, "_read_through", lambda files: reads.append(files) or read(files))
+    reads, read = [], parquet._digest_shards
+    monkeypatch.setattr(parquet, "_digest_shards", lambda files: reads.append(files) or read(files))
     sources = [ParquetQuestions(folder, cache=cache) for _ in range(2)]
     assert len(reads) == 1 and sources[0].fingerprint == sources[1].fingerprint
     write_shards(folder, rows[:1] * 2, shards=1)

@@ -77,7 +77,7 @@ def test_official_wording(family, text):
     assert question_family(text) == family
 
 
-def test_every_family_is_covered_and_others_are_told_apart():
+def test_every_family_is_covered_and_other_texts_are_other():
     assert set(OFFICIAL_STYLE) == set(QUESTION_FAMILIES) and len(QUESTION_FAMILIES) == 13
     assert question_family("Why is the sky blue?") == OTHER
     assert question_family("") == OTHER

@@ -63,7 +63,7 @@ def test_a_fraction_is_of_questions_and_never_changes_the_tuning_set():
 
 @pytest.mark.parametrize("counts", [[1, 1], [4, 3, 3], [1, 0, 0, 1], [5] * 7])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
-def test_a_small_set_keeps_an_image_on_either_side(counts, share):
+def test_a_small_set_keeps_an_image_in_each_split(counts, share):
     train, tune = sources.training_and_tuning(rows(counts, first=3), settings(tune_fraction=share))
     assert len(train) and len(tune) and not images(train) & images(tune)
 
@@ -78,7 +78,7 @@ def test_a_small_set_keeps_an_image_on_either_side(counts, share):
         (rows([1, 1]), {"fraction": 0.0}, "data fraction is 0.0"),
     ],
 )
-def test_what_cannot_be_divided(source, changes, sentence):
+def test_splits_that_are_not_possible_are_refused(source, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         sources.training_and_tuning(source, settings(**changes))
 
@@ -107,7 +107,7 @@ def synthetic(tmp_path):
     )
 
 
-def test_synthetic_scenes_are_made_once(synthetic, monkeypatch):
+def test_synthetic_scenes_are_rendered_once(synthetic, monkeypatch):
     train = sources.open_source(synthetic, "train", silent)
     validation = sources.open_source(synthetic, "validation", silent)
     assert len(train) == 12 and len(validation) == 8
@@ -127,7 +127,7 @@ def test_another_generator_makes_another_set(synthetic, monkeypatch):
     assert sorted(Path(synthetic.cache_dir).iterdir()) == sorted([before, synthetic_source.synthetic_folder(synthetic)])
 
 
-def test_an_interrupted_preparation_goes_on(synthetic, monkeypatch):
+def test_an_interrupted_preparation_is_continued(synthetic, monkeypatch):
     """A split that is complete is not rendered again."""
     made = []
     real = synthetic_source.build_tree

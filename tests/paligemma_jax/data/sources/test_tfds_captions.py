@@ -1,4 +1,4 @@
-"""Captions of a data set that TFDS has prepared: rows, the order of captions, and what is refused."""
+"""Captions of a data set that TFDS has prepared: rows, the order of captions, and refused data."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from paligemma_jax.data.sources.tfds_captions import TfdsCaptions
 from train_jax.core.errors import UserError
 
 CAPTIONS = [["a duck"], ["a cat", "a grey cat", "an animal"], []]
-SEEDS = (0, 1, 0)  # of the pictures
+SEEDS = (0, 1, 0)  # of the images
 features = tfds.features
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Three pictures, two of them the same, with one, three and no captions, and a title each."""
+    """Three images, two of them equal, with one, three and no captions, and a title each."""
 
     name = "pictures"
     VERSION = tfds.core.Version("1.0.0")
@@ -60,7 +60,7 @@ def folder(prepared):
 def test_a_row_is_a_caption_of_an_example(folder, make_png):
     rows = TfdsCaptions(folder, "train", caption="captions/text", views=4)
     assert len(rows) == 12
-    found = {}
+    result = {}
     for index in range(12):
         try:
             record = rows[index]
@@ -69,10 +69,10 @@ def test_a_row_is_a_caption_of_an_example(folder, make_png):
             continue
         assert record.image == make_png(int("cat" in record.suffix or "animal" in record.suffix))
         assert record.image_index == rows.image_numbers()[index] and record.prefix == ""
-        found.setdefault(index % 3, []).append(record.suffix)
-    assert sorted(found.values()) == [["a cat", "a grey cat", "an animal", "a cat"], ["a duck"] * 4]
+        result.setdefault(index % 3, []).append(record.suffix)
+    assert sorted(result.values()) == [["a cat", "a grey cat", "an animal", "a cat"], ["a duck"] * 4]
     np.testing.assert_array_equal(rows.image_numbers(), np.tile(rows.image_numbers()[:3], 4))
-    assert sorted(np.bincount(rows.image_numbers()).tolist()) == [4, 8]  # two examples have one picture
+    assert sorted(np.bincount(rows.image_numbers()).tolist()) == [4, 8]  # two examples have equal images
 
 
 def test_a_single_text_is_a_caption_too(folder):
@@ -80,7 +80,7 @@ def test_a_single_text_is_a_caption_too(folder):
     assert sorted(rows[index].suffix for index in range(3)) == ["picture 0", "picture 1", "picture 2"]
 
 
-def test_the_fingerprint_is_of_what_rows_are(folder):
+def test_the_fingerprint_depends_on_the_rows(folder):
     def fingerprint(**options):
         return TfdsCaptions(folder, "train", **({"caption": "title"} | options)).fingerprint
 
@@ -97,18 +97,18 @@ def test_the_fingerprint_is_of_what_rows_are(folder):
         ({"caption": "title", "split": "test"}, r"has no split 'test', expected one of \['train'\]"),
     ],
 )
-def test_what_is_refused(folder, options, sentence):
+def test_missing_splits_and_features_are_refused(folder, options, sentence):
     with pytest.raises(UserError, match=sentence):
         TfdsCaptions(folder, **({"split": "train"} | options))
 
 
-def test_a_folder_without_data_is_told(tmp_path):
+def test_a_folder_without_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no dataset_info.json, expected a version folder of TFDS"):
         TfdsCaptions(tmp_path, "train")
 
 
 @pytest.mark.parametrize("caption", ["captions/id", "image"])
-def test_a_caption_that_is_no_text_is_a_bad_row(folder, caption):
+def test_a_caption_that_is_not_text_is_a_bad_row(folder, caption):
     rows = TfdsCaptions(folder, "train", caption=caption)
     for index in range(3):
         with pytest.raises(BadRow, match=f"train example {index} of .* caption"):

@@ -1,4 +1,4 @@
-"""The written tree: official layout, same bytes every time, disjoint splits, nothing half done."""
+"""The written tree: official layout, same bytes every time, disjoint splits, no incomplete results."""
 
 import hashlib
 import json
@@ -46,11 +46,11 @@ def test_layout(tree):
         assert image.size == (48, 32)
 
 
-def test_pictures_are_those_of_the_scenes(tree):
+def test_images_are_those_of_the_scenes(tree):
     scenes = json.loads((tree / "scenes" / "CLEVR_val_scenes.json").read_text())["scenes"]
     image = np.asarray(Image.open(tree / "images" / "val" / scenes[3]["image_filename"]))
     assert np.array_equal(image, render(split_scene(7, "val", 3), 48, 32))
-    assert np.array_equal(image, render(scenes[3], 48, 32))  # what is stored is enough to draw it again
+    assert np.array_equal(image, render(scenes[3], 48, 32))  # the stored scene is enough to render it again
     assert all(0 <= item["pixel_coords"][0] <= 48 for item in scenes[3]["objects"])
 
 
@@ -60,8 +60,8 @@ def test_same_bytes_whatever_the_workers(tree, tmp_path):
     assert bytes_of(tmp_path) == bytes_of(tree)
 
 
-def test_the_version_stands_for_what_is_generated(tree):
-    """Where this fails the generator has changed: raise `build.VERSION` and add its digest."""
+def test_the_version_changes_with_the_generated_data(tree):
+    """If this fails, the generator has changed: raise `build.VERSION` and add its digest."""
     digest = hashlib.sha256()
     for split in ("train", "val"):
         digest.update(

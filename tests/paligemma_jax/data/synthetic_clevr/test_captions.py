@@ -25,8 +25,8 @@ def pairs():
 
 
 def parse(text: str):
-    """Number told, [(count, attributes)] and (attributes, place, attributes) of a caption."""
-    told, _, rest = text.rpartition(": ")
+    """Returns the total, [(count, attributes)] and (attributes, place, attributes) of a caption."""
+    total, _, rest = text.rpartition(": ")
     relation = re.search(r", the (\w+ \w+) (left of|right of|in front of|behind) the (\w+ \w+)$", rest)
     groups = []
     for part in re.split(r", | and ", rest[: relation.start()] if relation else rest):
@@ -35,17 +35,17 @@ def parse(text: str):
         words[-1] = words[-1].removesuffix("s")
         groups.append((count, {name: word for word in words for name, known in WORDS.items() if word in known}))
         assert len(groups[-1][1]) == len(words)
-    return told, groups, relation
+    return total, groups, relation
 
 
 def test_captions_are_true(pairs):
     relations = 0
     for scene, text in pairs:
-        told, groups, relation = parse(text)
+        total, groups, relation = parse(text)
         objects = scene["objects"]
         assert sum(count for count, _ in groups) == len(objects)
-        if told:
-            assert told == f"{NUMBERS[len(objects)]} object{'s' if len(objects) > 1 else ''}"
+        if total:
+            assert total == f"{NUMBERS[len(objects)]} object{'s' if len(objects) > 1 else ''}"
         for count, words in groups:
             assert sum(words.items() <= item.items() for item in objects) >= count
         if relation:
@@ -61,7 +61,7 @@ def test_captions_are_true(pairs):
 
 
 def test_every_object_is_named_by_a_name_of_its_own(pairs):
-    """The names of a caption can be given to the objects one to one: their shapes are those of the scene."""
+    """The names of a caption match the objects one to one: their shapes are those of the scene."""
     for scene, text in pairs:
         shapes = Counter()
         for count, words in parse(text)[1]:
@@ -75,7 +75,7 @@ def test_a_seed_decides_the_caption(pairs):
     assert len({caption(scene, generator(seed)) for seed in range(20)}) > 5
 
 
-def test_two_of_a_batch_rarely_coincide():
+def test_captions_of_a_batch_are_rarely_equal():
     texts = [caption(sample_scene((6, index), (2, 6)), generator(index)) for index in range(500)]
     assert len(set(texts)) >= 495
 

@@ -1,4 +1,4 @@
-"""Classes of single objects: divided so that base classes know every value, described truly, shown by their scenes."""
+"""Classes of single objects: base classes have every value, descriptions are true, scenes show their class."""
 
 import itertools
 import re

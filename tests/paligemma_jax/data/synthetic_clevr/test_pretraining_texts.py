@@ -74,7 +74,7 @@ def test_the_questions_cover_yes_and_no_alike(segments):
 
 
 def test_plain_counts_colours_and_existence_are_true(segments):
-    """Read back by a parser of its own, for the plainest phrasings."""
+    """The plainest phrasings are checked by a separate parser."""
     word = {
         "ball": "sphere",
         "block": "cube",
@@ -94,18 +94,18 @@ def test_plain_counts_colours_and_existence_are_true(segments):
         for kind, form in (("number", r"number of (.*)"), ("any", r"any (.*)"), ("color", r"color of the (.*)")):
             match = re.fullmatch(f"answer en {form}", prefix)
             if match and NOUN_PHRASE.fullmatch(match[1]):
-                found = [item for item in scene["objects"] if fits(item, match[1])]
+                result = [item for item in scene["objects"] if fits(item, match[1])]
                 truth = {
-                    "number": str(len(found)),
-                    "any": "yes" if found else "no",
-                    "color": found and found[0]["color"],
+                    "number": str(len(result)),
+                    "any": "yes" if result else "no",
+                    "color": result and result[0]["color"],
                 }
                 assert truth[kind] == suffix, (prefix, suffix)
                 checked[kind] += 1
     assert len(checked) == 3
 
 
-def test_detections_are_the_boxes_of_what_is_asked(segments):
+def test_detections_are_the_boxes_of_the_described_objects(segments):
     seen = 0
     for scene, prefix, suffix in segments:
         if not prefix.startswith("detect "):
@@ -116,12 +116,12 @@ def test_detections_are_the_boxes_of_what_is_asked(segments):
                 np.minimum(boxes(scene) * 1024, 1023).astype(int).tolist(), scene["objects"], strict=True
             )
         }
-        found = re.findall(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})> ([a-z ]+?)(?: ;|$)", suffix)
-        assert len(found) == suffix.count(";") + 1
-        for *corners, name in found:
+        result = re.findall(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})> ([a-z ]+?)(?: ;|$)", suffix)
+        assert len(result) == suffix.count(";") + 1
+        for *corners, name in result:
             assert truth[tuple(map(int, corners))] == name
         if prefix == "detect object":
-            assert len(found) == len(truth)
+            assert len(result) == len(truth)
         seen += 1
     assert seen > 50
 
@@ -144,7 +144,7 @@ def test_single_objects_suffice():
     assert len(pairs) == 20 and all(prefix and suffix for prefix, suffix in pairs)
 
 
-def test_texts_are_not_taken_for_clevr_questions(segments):
+def test_texts_are_not_recognised_as_clevr_questions(segments):
     """`question_family` is for CLEVR's wording; most of these texts have none of its forms."""
     texts = [prefix.removeprefix("answer en ") for _, prefix, _ in segments if prefix.startswith("answer en ")]
     assert np.mean([question_family(text) == OTHER for text in texts]) > 0.8

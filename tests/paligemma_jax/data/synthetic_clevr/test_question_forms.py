@@ -1,4 +1,4 @@
-"""Which kinds of questions there are, read off the programs of those asked; and whose scenes they are about."""
+"""Kinds of questions, read from their programs; and disjoint scenes of pretraining and task."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from paligemma_jax.data.synthetic_clevr.build import split_scene
 ATTRIBUTES = ("size", "color", "material", "shape")
 SAME = tuple(f"same {name}" for name in ATTRIBUTES)
 HOPS = ("no hop", "one hop")
-# What the issue names: exist, count, compare number, query, compare attribute; one and two hops, and, or, same.
+# Required kinds: exist, count, compare number, query, compare attribute; one and two hops, and, or, same.
 EXPECTED = {
     *(("exist", form) for form in (*HOPS, "two hops", *SAME)),
     *(("count", form) for form in (*HOPS, "two hops", "and", "or", *SAME)),
@@ -24,7 +24,7 @@ EXPECTED = {
 
 
 def kind(program: list[dict]) -> tuple[str, str]:
-    """The answering function, and the form as its nodes tell it."""
+    """Returns the answering function and the form, read from the nodes."""
     functions = [node["function"] for node in program]
     same = [name.replace("_", " ") for name in functions if name.startswith("same_")]
     two = functions[-1].startswith("equal_") or functions[-1] in ("less_than", "greater_than")
@@ -44,12 +44,12 @@ def kind(program: list[dict]) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def programs():
-    """Of a split's questions, as `build_tree` asks them."""
-    balance, found = AnswerBalance(), []
+    """Programs of a split's questions, as `build_tree` generates them."""
+    balance, result = AnswerBalance(), []
     for index in range(60):
         questions = generate_questions(split_scene(0, "train", index), 10, (5, index), balance)
-        found += [(question["question_family_index"], question["program"]) for question in questions]
-    return found
+        result += [(question["question_family_index"], question["program"]) for question in questions]
+    return result
 
 
 def test_all_forms_are_asked_and_no_others(programs):
@@ -57,7 +57,7 @@ def test_all_forms_are_asked_and_no_others(programs):
 
 
 def test_the_families(programs):
-    """Fifty, with the equal shares that the README's scores by family rest on."""
+    """Fifty families with equal shares, as assumed by scores by family."""
     assert len(FAMILIES) == len(set(FAMILIES)) == 50
     forms = Counter(family.form for family in FAMILIES)
     assert forms == {"zero": 13, "one": 13, "two": 6, "and": 5, "or": 1, "same": 12}
@@ -72,16 +72,16 @@ def test_the_families(programs):
 
 
 def picture_of(scene: dict) -> str:
-    """A digest of all that the picture and the answers are made from."""
+    """Returns a digest of everything that determines image and answers."""
     shown = {name: scene[name] for name in ("objects", "view", "relationships")}
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
 def test_no_scene_of_pretraining_is_one_of_the_task():
-    """At the same seed and with the same range of objects, so that the split's name alone keeps them apart."""
+    """With the same seed and range of objects, so that only the split's name makes them differ."""
     names = ("pretraining", "pretraining-held-out", "train", "val", "test")
     scenes = {name: {picture_of(split_scene(0, name, i, (3, 5))) for i in range(100)} for name in names}
-    assert all(len(found) == 100 for found in scenes.values())
+    assert all(len(result) == 100 for result in scenes.values())
     assert len(set().union(*scenes.values())) == 500
     again = {picture_of(split_scene(0, "val", i, (3, 5))) for i in range(3)}
-    assert len(again & scenes["val"]) == 3  # the digest knows a scene again
+    assert len(again & scenes["val"]) == 3  # equal scenes have equal digests

@@ -1,4 +1,4 @@
-"""Questions are answered by their programs, need the picture, and are balanced over a split."""
+"""Questions are answered by their programs, need the image, and are balanced over a split."""
 
 import json
 from collections import Counter
@@ -52,7 +52,9 @@ def test_answers_are_those_of_the_programs_and_of_clevr(questions):
 def test_families_have_equal_shares(questions):
     shares = Counter(q["question_family_index"] for q in questions)
     assert set(shares) == set(range(len(FAMILIES)))
-    assert max(shares.values()) - min(shares.values()) <= 2  # a family that a scene cannot serve waits for the next
+    assert (
+        max(shares.values()) - min(shares.values()) <= 2
+    )  # a family without a question here is used in the next scene
     for q in questions:
         assert last_function(q["program"]) == FAMILIES[q["question_family_index"]].function
 
@@ -65,13 +67,13 @@ def test_no_answer_dominates_its_family(balance_and_questions):
         assert counts.most_common(1)[0][1] <= bound * counts.total(), (family, counts)
 
 
-def test_the_text_tells_the_family(questions):
+def test_the_family_is_recognised_from_the_text(questions):
     for q in questions:
         assert question_family(q["question"]) == last_function(q["program"]), q["question"]
 
 
-def test_the_asked_attribute_is_not_given_away(questions):
-    """A query never names in its referent what it asks, nor a comparison in either of its two."""
+def test_questions_do_not_name_the_attribute_asked_for(questions):
+    """A query never names the attribute asked for in its referent, nor a comparison in either of its two."""
     for q in questions:
         kind, _, name = last_function(q["program"]).partition("_")
         if name not in ATTRIBUTES:
@@ -87,7 +89,7 @@ def test_the_asked_attribute_is_not_given_away(questions):
 
 
 def test_every_hop_matters(questions):
-    """Leaving out the relation changes the set that the filters after it find."""
+    """Removing the relation changes the set that the filters after it select."""
     checked = 0
     for q in questions:
         nodes, scene = q["program"], SCENES[q["image_index"]]
@@ -114,8 +116,8 @@ def test_compared_sets_differ(questions):
             assert sets[0] != sets[1]
 
 
-def test_questions_need_the_picture():
-    """The same texts asked of other scenes get other answers, so the text alone does not tell them."""
+def test_questions_need_the_image():
+    """The same texts have other answers in other scenes, so the text alone does not give the answer."""
     mine = generate_questions(SCENES[0], 25, 5)
     changed = []
     for q in mine:

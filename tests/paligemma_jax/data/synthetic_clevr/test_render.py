@@ -1,4 +1,4 @@
-"""Pictures show what the scene says: colour, material, place, light."""
+"""Images show the scene's colours, materials, positions and lights."""
 
 import copy
 import hashlib
@@ -24,7 +24,7 @@ def patch(scene, size=64):
 
 
 def nearest_color(rgb, brightness=0.0):
-    """The name of CLEVR's colour that display values 0..1 are nearest to, by hue and, so far as wanted, brightness."""
+    """Returns the name of CLEVR's colour nearest to display values 0..1, by hue and optionally brightness."""
 
     def place(rgb):
         rgb = np.asarray(rgb, np.float64)
@@ -45,12 +45,12 @@ def test_bytes_are_a_function_of_the_scene():
 @pytest.mark.parametrize("shape", ["cube", "sphere", "cylinder"])
 @pytest.mark.parametrize("color", COLORS)
 def test_a_rubber_object_shows_its_colour(color, shape):
-    """The mean of its pixels, rid of brightness, is nearest to the colour it has."""
+    """The mean of its pixels, normalised by brightness, is nearest to its own colour."""
     assert nearest_color(patch(one_object(shape, color)).mean(axis=0), brightness=0.3) == color
 
 
 def whole_objects(size, scenes):
-    """Every object of some scenes that no other hides: its entry, its pixels, and those about its projected centre."""
+    """Yields unoccluded objects of some scenes: entry, pixels, and the pixels around the projected centre."""
     for seed in range(scenes):
         scene = sample_scene((7, seed))
         image, (ids, _, _) = render(scene, size, size) / 255.0, cast(scene, size, size)
@@ -64,7 +64,7 @@ def whole_objects(size, scenes):
 
 @pytest.mark.parametrize("size, scenes", [(64, 30), (224, 10)])
 def test_the_objects_of_a_scene_show_their_colours_where_they_project(size, scenes):
-    """Rubber at its centre, always. Metal mirrors what is around it: its middle pixel tells, at 64 nearly always."""
+    """Rubber shows it at its centre; metal, which mirrors its surroundings, does so nearly always at 64 pixels."""
     metal = []
     for item, pixels, centre in whole_objects(size, scenes):
         assert len(centre) > 3
@@ -93,7 +93,7 @@ def test_an_object_casts_a_shadow_and_covers_nothing_else():
     change = render(scene, 96, 64).astype(int).sum(axis=-1) - render(empty, 96, 64).astype(int).sum(axis=-1)
     ground = change[ids < 0]
     assert (ground < -40).sum() > 50  # darker near the object
-    assert (np.abs(ground) < 4).mean() > 0.5  # as before far from it
+    assert (np.abs(ground) < 4).mean() > 0.5  # unchanged far from it
     corners = change[[0, 0, -1, -1], [0, -1, 0, -1]]
     assert np.abs(corners).max() < 4
 
@@ -133,7 +133,7 @@ def test_supersampling_only_smooths():
     assert np.median(np.abs(coarse - fine)) <= 1.0
 
 
-def test_the_view_restyles_a_picture():
+def test_changing_the_view_restyles_an_image():
     scene = sample_scene(2)
     dark = scene | {"view": scene["view"] | {"ground": 0.3}}
     assert render(dark, 32, 32).mean() < render(scene, 32, 32).mean() - 20

@@ -44,8 +44,8 @@ def test_relations_are_exact_opposites_and_total():
         assert relationships(scene) == scene["relationships"]
 
 
-def test_relations_agree_with_the_picture():
-    """What is in front is nearer to the camera; what is left is left in the picture unless perspective is strong."""
+def test_relations_agree_with_the_image():
+    """Objects in front are nearer to the camera; those to the left are left in the image up to strong perspective."""
     agree = total = 0
     for scene in SCENES:
         pixels = np.array([item["pixel_coords"] for item in scene["objects"]])

@@ -1,4 +1,4 @@
-"""Styles change what a scene looks like and nothing of what it shows."""
+"""Styles change a scene's appearance and not its content."""
 
 import copy
 
@@ -18,7 +18,7 @@ def styled(name):
     return render_styled(SCENE, 64, 64, STYLES[name])
 
 
-def test_plain_is_the_renderers_own_picture():
+def test_the_plain_style_equals_the_renderer():
     np.testing.assert_array_equal(styled("plain"), PLAIN)
     np.testing.assert_array_equal(render(SCENE, 64, 64, light=(1.0, 1.0, 1.0)), PLAIN)
 
@@ -30,14 +30,14 @@ def test_pixels_differ_and_geometry_does_not(name):
     assert image.shape == PLAIN.shape and image.dtype == np.uint8
     np.testing.assert_array_equal(image, styled(name))
     assert np.abs(image.astype(int) - PLAIN).mean() > 1.0
-    assert before == SCENE  # the scene itself is left alone
+    assert before == SCENE  # the scene itself is unchanged
     after = _restyled(SCENE, STYLES[name])
     assert after["objects"] == SCENE["objects"] and after["view"]["camera"] == SCENE["view"]["camera"]
     np.testing.assert_array_equal(cast(after, 64, 64)[0], OBJECTS)
 
 
 def test_light_is_linear():
-    """Display values are roots of light, where no ray is too bright: a quarter of it halves them."""
+    """Display values are square roots of light unless clipped: a quarter of the light halves them."""
     plain = render(SCENE, 64, 64, supersample=1).astype(float)
     for light in ((0.25, 0.25, 0.25), (1.0, 0.9, 0.6)):
         image = render(SCENE, 64, 64, supersample=1, light=light)
@@ -52,11 +52,11 @@ def test_floors_change_the_floor():
         ratio = image[floor] / PLAIN[floor]
         inner = (PLAIN[floor] < 250) & (PLAIN[floor] > 30)
         for k in range(3):
-            found = np.median(ratio[:, k][inner[:, k]])
-            assert abs(found - tone[k] / 0.62) < 0.02
+            result = np.median(ratio[:, k][inner[:, k]])
+            assert abs(result - tone[k] / 0.62) < 0.02
 
 
-def test_noise_has_its_deviation_and_is_the_scenes_own():
+def test_noise_has_its_deviation_and_depends_on_the_scene():
     flat = (PLAIN > 60) & (PLAIN < 190)
     difference = styled("noise").astype(int) - PLAIN
     assert abs(difference[flat].std() - 25) < 1.0 and abs(difference[flat].mean()) < 1.0

@@ -1,4 +1,4 @@
-"""Added tokens and folders with a tokenizer.json alone, against transformers; and what the files may not say."""
+"""Added tokens and folders with only a tokenizer.json, compared with transformers; and invalid files."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ ANSWER = {
 
 
 def decoded(content, index=1792, **flags):
-    """What tokenizer_config.json says of one added token."""
+    """Returns the entry of one added token in tokenizer_config.json."""
     return {"added_tokens_decoder": {str(index): {"content": content} | FLAGS | flags}}
 
 
@@ -50,12 +50,12 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("case", CASES, ids=[repr(case["text"]) for case in CASES])
 def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(case):
-    """With tokens that take white space along, count as whole words only, or come after normalisation."""
+    """With tokens that include white space, match whole words only, or are matched after normalisation."""
     words = load_tokenizer(GEMMA)
     assert words.encode(case["text"], marks=True) == case["ids"]
 
 
-def test_paligemmas_tokens_follow_on_others_as_its_processor_adds_them():
+def test_paligemmas_tokens_follow_others_as_in_its_processor():
     words = load_tokenizer(GEMMA)  # transformers: image 336, <loc0000> 337, <seg127> 1488
     assert (words.image_id, words.loc(0), words.seg(127), words.vocab_size) == (336, 337, 1488, 1489)
 
@@ -81,12 +81,12 @@ def test_each_of_the_three_files_adds_tokens(folder, name, model, tmp_path_facto
     with pytest.raises(UserError, match="1,792 entries but the tokenizer needs 1,793"):
         words.fits(1792)
     run = tmp_path_factory.mktemp("run")
-    words.save(run)  # as a run puts it in its workdir
+    words.save(run)  # as a run saves it in its workdir
     assert load_tokenizer(run).encode("red<answer>\n") == words.encode("red<answer>\n")
 
 
-def test_ids_that_a_file_gives_locations_count(folder):
-    """As transformers' processor writes them where it had to add them itself: the image first."""
+def test_ids_of_locations_in_a_file_are_used(folder):
+    """As transformers' processor writes them if it adds them itself: the image first."""
     words = load_tokenizer(folder(added_tokens={"<image>": 566} | {f"<loc{i:04d}>": 567 + i for i in range(1024)}))
     assert (words.image_id, words.loc(0)) == (566, 567)
 
@@ -112,16 +112,16 @@ def test_ids_that_a_file_gives_locations_count(folder):
         ({"special_tokens_map": {"bos_token": {"content": "<s>"}}}, "special_tokens_map.json has bos_token = '<s>'"),
         ({"tokenizer_config": {"do_lower_case": True}}, "do_lower_case = True, expected false"),
         ({"tokenizer_config": {"clean_up_tokenization_spaces": True}}, "clean_up_tokenization_spaces = True"),
-        ({"tokenizer_config": {"novel": 3}}, "tokenizer_config.json has novel = 3, expected no key beyond"),
+        ({"tokenizer_config": {"novel": 3}}, "tokenizer_config.json has novel = 3, expected no unknown key"),
     ],
 )
-def test_files_that_contradict_are_refused(folder, files, sentence):
+def test_contradicting_files_are_refused(folder, files, sentence):
     with pytest.raises(UserError, match=sentence):
         load_tokenizer(folder(**files))
 
 
 @pytest.mark.parametrize("model", [True, False])
-def test_a_piece_that_is_added_with_its_own_id_cuts_texts(folder, model):
+def test_texts_are_split_at_a_piece_added_with_its_own_id(folder, model):
     """The ids are those of transformers 5.24."""
     words = load_tokenizer(folder(model, tokenizer_config=decoded("answer", 328)))
     assert words.encode("an answer") == [322, 261, 328]
@@ -141,8 +141,8 @@ LISTED = {  # what is listed, and transformers' ids of "cube red-red reared" and
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_texts_are_cut_at_pieces_that_are_listed_as_special(tmp_path, name):
-    """Or as a mark, as "!" pads in some CLIPs. The ids are those of transformers 5.24."""
+def test_texts_are_split_at_pieces_listed_as_special(tmp_path, name):
+    """Or as a special token, as "!" is the pad of some CLIPs. The ids are those of transformers 5.24."""
     files, *expected = LISTED[name]
     place = tmp_path / name
     if name == "tiny":
@@ -163,7 +163,7 @@ def test_texts_are_cut_at_pieces_that_are_listed_as_special(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["gemma", "siglip2", "clip"])
-def test_a_dual_encoders_added_tokens_are_no_pieces_of_another_id(tmp_path, name):
+def test_added_tokens_of_a_dual_encoder_may_not_be_other_pieces(tmp_path, name):
     place = tmp_path / name
     shutil.copytree(GOLDEN / name, place)
     vocab = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -180,7 +180,7 @@ def test_two_tokenizers_in_one_folder_are_refused(folder):
         load_tokenizer(place)
 
 
-def test_the_leftmost_and_longest_token_cuts():
+def test_splits_at_the_leftmost_longest_token():
     split = Splitter(
         [AddedToken(1, "ab"), AddedToken(2, "abc"), AddedToken(3, "bcd"), AddedToken(4, "e", normalized=True)]
     )
@@ -191,7 +191,7 @@ def test_the_leftmost_and_longest_token_cuts():
     assert word("a \n<x>\t <x> b") == ["a", 2, 2, "b"]
 
 
-def test_a_model_is_not_loaded_with_words_that_it_lacks(folder, tmp_path_factory):
+def test_a_model_without_rows_for_added_tokens_is_refused(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     pg.weights.save_hugging_face(pg.load("tiny"), place, tokenizer="tiny")  # rows beyond the last word are padding
     pg.load(place)
@@ -200,10 +200,10 @@ def test_a_model_is_not_loaded_with_words_that_it_lacks(folder, tmp_path_factory
         pg.load(place)
     assert pg.load(place, vocab_size=1793).config.decoder.vocab_size == 1793
     (place / "added_tokens.json").write_text(json.dumps({"<image>": 1718}))
-    pg.load(place)  # of the image no row is read
+    pg.load(place)  # the image's row is never read
 
 
-def test_a_damaged_tokenizer_is_told_when_a_model_is_loaded(tmp_path):
+def test_a_damaged_tokenizer_is_reported_when_a_model_is_loaded(tmp_path):
     pg.weights.save_hugging_face(pg.load("tiny"), tmp_path, tokenizer="tiny")
     (tmp_path / "tokenizer.model").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"tokenizer.model is no SentencePiece model"):
@@ -216,7 +216,7 @@ def test_a_damaged_tokenizer_is_told_when_a_model_is_loaded(tmp_path):
             pg.load(tmp_path)
 
 
-def test_any_number_of_marks_is_spelled_out(folder):
+def test_any_number_of_special_tokens_is_spelled_out(folder):
     words, plain = load_tokenizer(folder(model=False)), load_tokenizer("tiny")
     text = "<unk>" * 3000 + " a <bos>"
     assert words.encode(text) == plain.encode(text)

@@ -1,4 +1,4 @@
-"""PaliGemma's ids on a stand-in for Gemma's own tokenizer: as many pieces, laid out as there."""
+"""PaliGemma's ids with a stand-in for Gemma's own tokenizer of the same size and layout."""
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
@@ -55,7 +55,7 @@ def test_ids_of_an_unmodified_gemma_tokenizer(gemma):
     assert tokenizer.vocab_size == 257_152 and tokenizer.image_id == 257_152
 
 
-def test_texts_on_it(gemma):
+def test_texts_with_added_tokens_round_trip(gemma):
     tokenizer = Tokenizer(gemma)
     text = "red cube\n<loc0000><seg000>"
     ids = tokenizer.encode(text)
@@ -66,7 +66,7 @@ def test_texts_on_it(gemma):
     assert tokenizer.encode("\u00e9") == [FIRST_BYTE + 0xC3, FIRST_BYTE + 0xA9]
 
 
-def test_it_fits_the_released_tables_and_no_smaller_one(gemma):
+def test_vocabulary_fits_released_embeddings_and_no_smaller_one(gemma):
     tokenizer = Tokenizer(gemma)
     tokenizer.fits(257_152)  # big_vision
     tokenizer.fits(257_216)  # transformers, padded

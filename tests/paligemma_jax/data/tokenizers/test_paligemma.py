@@ -1,4 +1,4 @@
-"""Tokenizer: Gemma's layout with appended tokens, exact round trips, and what is refused."""
+"""Tokenizer: Gemma's layout with appended tokens, exact round trips, and refused files."""
 
 import pickle
 
@@ -21,7 +21,7 @@ def edited(edit):
     return proto.SerializeToString()
 
 
-def test_layout_counts_on_from_the_base_vocabulary():
+def test_added_ids_follow_the_base_vocabulary():
     tokenizer = Tokenizer(BASE)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id) == (0, 1, 2, 3)
     assert tokenizer.separator_ids == [4]
@@ -46,14 +46,14 @@ def test_control_pieces_cannot_be_typed():
         assert min(TINY.encode(text)) > 3 and TINY.decode(TINY.encode(text)) == text
 
 
-def test_a_model_that_holds_the_tokens_already_keeps_their_ids():
+def test_tokens_that_the_model_has_keep_their_ids():
     def add(proto):
         for piece in [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)] + ["tail"]:
             proto.pieces.add(piece=piece, score=0.0, type=proto.SentencePiece.USER_DEFINED)
 
     tokenizer = Tokenizer(edited(add))
     assert tokenizer.loc(5) == 266 + 5 and tokenizer.seg(127) == 266 + 1151
-    assert tokenizer.vocab_size == 266 + 1153  # the piece after them counts
+    assert tokenizer.vocab_size == 266 + 1153  # the piece after them has the largest id
     assert tokenizer.encode("red<loc0005>") == [*Tokenizer(BASE).encode("red"), 271]
     assert tokenizer.decode([271, 5 + 0x41]) == "<loc0005>A"
 

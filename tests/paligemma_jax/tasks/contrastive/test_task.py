@@ -264,7 +264,7 @@ def test_a_run_with_features(options, tmp_path):
 def test_features_that_cannot_be_kept(options, changes, sentence, monkeypatch):
     task = task_of(options, **LOCKED | changes)
     scenes = task_of(options).pairs.train()
-    monkeypatch.setattr(type(scenes), "num_pictures", 500)
+    monkeypatch.setattr(type(scenes), "num_images", 500)
     monkeypatch.setattr(task.pairs, "train", lambda: scenes)
     with pytest.raises(UserError, match=sentence):
         task.train_source()

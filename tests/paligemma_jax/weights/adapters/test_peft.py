@@ -1,4 +1,4 @@
-"""peft folders: parity with peft's logits, round trips both ways, every way to say what is adapted, hostile files."""
+"""peft folders: parity with peft's logits, round trips, all options of target modules, hostile files."""
 
 import json
 import math
@@ -71,15 +71,15 @@ def test_logits_and_merged_logits_equal_peft(golden, peft_case, name):
     if f"{name}_merged_q1" in peft_case.stored:
         kernel = merged.decoder.layers.self_attn.q_proj.kernel[...][1].reshape(64, 64).T
         np.testing.assert_allclose(kernel, peft_case.stored[f"{name}_merged_q1"], rtol=0, atol=1e-5)
-    found = logits(merged, peft_case.inputs)[real]
-    np.testing.assert_allclose(found, peft_case.stored[f"{name}_merged_logits"][:, text][real], rtol=0, atol=2e-4)
+    result = logits(merged, peft_case.inputs)[real]
+    np.testing.assert_allclose(result, peft_case.stored[f"{name}_merged_logits"][:, text][real], rtol=0, atol=2e-4)
 
 
 # Round trips.
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_theirs_to_ours_to_theirs(golden, hugging_face_model, tmp_path, name):
+def test_read_then_write_gives_back_the_file(golden, hugging_face_model, tmp_path, name):
     folder = golden / f"hf_peft_lora/adapter_{name}"
     save_peft(load_peft(nnx.clone(hugging_face_model), folder), tmp_path)
     assert_equal_content(folder, tmp_path)
@@ -87,7 +87,7 @@ def test_theirs_to_ours_to_theirs(golden, hugging_face_model, tmp_path, name):
 
 
 def drawn(model, seed=0):
-    """B and magnitudes drawn where they are used, so that the adapters do something."""
+    """Draws B and magnitudes, so that the adapters have an effect."""
     rng, arrays = np.random.default_rng(seed), {}
     for path, module in lora_projections(model).items():
         b = 0.1 * rng.standard_normal(module.lora_b.shape, np.float32)
@@ -130,7 +130,7 @@ OURS = {
     "case, release",
     [(case, None) for case in OURS] + [("one tower", "4.52"), ("all of it", "4.52"), ("all of it", "4.41")],
 )
-def test_ours_to_theirs_to_ours(hugging_face_model, tmp_path, case, release):
+def test_write_then_read_gives_back_the_adapter(hugging_face_model, tmp_path, case, release):
     model = drawn(attach_lora(nnx.clone(hugging_face_model), rngs=nnx.Rngs(0), **OURS[case]))
     save_peft(model, tmp_path / "a", base="base", release=release)
     read = load_peft(nnx.clone(hugging_face_model), tmp_path / "a")
@@ -176,7 +176,7 @@ def test_adapters_that_changed_since_they_were_read_get_a_new_config(golden, hug
     assert any("multi_modal_projector" in key for key in content(tmp_path)[1])
 
 
-# Files that a test makes: what they say is computed by hand on the base's weights.
+# Files made by a test, whose effect is computed by hand on the base's weights.
 
 
 def write_folder(folder, arrays, **options):
@@ -277,14 +277,14 @@ def test_names_of_every_release_load_the_same_and_are_written_as_they_were(
     }
 
 
-def test_a_regular_expression_speaks_of_the_names_of_its_release(hugging_face_model, tmp_path):
+def test_a_regular_expression_matches_the_names_of_its_release(hugging_face_model, tmp_path):
     arrays = q_pairs({0: 2, 1: 2, 2: 2}, "language_model.model.layers.{}.self_attn.q_proj")
     targets = r"language_model\.model\.layers\.\d+\.self_attn\.q_proj"
     model = load_peft(nnx.clone(hugging_face_model), write_folder(tmp_path, arrays, target_modules=targets))
     assert list(lora_projections(model)) == ["decoder/layers/self_attn/q_proj"]
 
 
-def test_arrays_keep_their_dtype_unless_another_is_asked_for(hugging_face_model, tmp_path):
+def test_arrays_keep_their_dtype_by_default(hugging_face_model, tmp_path):
     arrays = {key: array.astype(ml_dtypes.bfloat16) for key, array in q_pairs({0: 2, 1: 2, 2: 2}).items()}
     folder = write_folder(tmp_path / "a", arrays, exclude_modules=".*vision_tower.*")
     model = load_peft(nnx.clone(hugging_face_model), folder)
@@ -301,7 +301,7 @@ def test_detaching_gives_back_the_base(golden, hugging_face_model):
         assert nnx.graphdef(model) == nnx.graphdef(hugging_face_model)
 
 
-def test_leaves_go_where_shardings_say(golden):
+def test_leaves_are_placed_by_shardings(golden):
     device, asked = jax.devices()[-1], []
 
     def shardings(path, leaf):
@@ -313,19 +313,19 @@ def test_leaves_go_where_shardings_say(golden):
         assert path in asked and array.devices() == {device}
 
 
-# What does not fit.
+# Adapters that do not match.
 
 
 def refused(sentence, base, folder):
     model = nnx.clone(base)
     with pytest.raises(UserError, match=sentence) as info:
         load_peft(model, folder)
-    assert nnx.graphdef(model) == nnx.graphdef(base)  # nothing half loaded
+    assert nnx.graphdef(model) == nnx.graphdef(base)  # nothing partly loaded
     assert len(str(info.value).splitlines()) == 1
 
 
 def changed(golden, folder, name="qo", arrays=None, **options):
-    """A copy of a golden adapter with some options and arrays changed; an array None is left out."""
+    """A copy of a golden adapter with some options and arrays changed; an array None is removed."""
     config, stored = content(golden / f"hf_peft_lora/adapter_{name}")
     stored = {key: array for key, array in (stored | (arrays or {})).items() if array is not None}
     return write_folder(folder, stored, **config | options)
@@ -342,14 +342,14 @@ def changed(golden, folder, name="qo", arrays=None, **options):
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"an_option_of_tomorrow": 3}, "an_option_of_tomorrow=3"),
-        ({"r": 0}, "make no sense, r=0"),
-        ({"r": "8"}, "make no sense, r='8'"),
-        ({"lora_alpha": float("inf")}, "make no sense, lora_alpha=inf"),
-        ({"lora_dropout": 1.0}, "make no sense, lora_dropout=1.0"),
-        ({"target_modules": None}, "make no sense, target_modules=None"),
-        ({"target_modules": "(q_proj"}, "make no sense, target_modules='\\(q_proj'"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "make no sense, rank_pattern="),
-        ({"use_dora": "yes"}, "make no sense, use_dora='yes'"),
+        ({"r": 0}, "invalid values, r=0"),
+        ({"r": "8"}, "invalid values, r='8'"),
+        ({"lora_alpha": float("inf")}, "invalid values, lora_alpha=inf"),
+        ({"lora_dropout": 1.0}, "invalid values, lora_dropout=1.0"),
+        ({"target_modules": None}, "invalid values, target_modules=None"),
+        ({"target_modules": "(q_proj"}, "invalid values, target_modules='\\(q_proj'"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "invalid values, rank_pattern="),
+        ({"use_dora": "yes"}, "invalid values, use_dora='yes'"),
         ({"r": 4}, r"has shape \(8, 48\), expected \(4, 48\) for rank 4 \(adapter_config.json\) on vision/layers"),
         ({"rank_pattern": {"o_proj": 3}}, r"expected \(3, 64\) for rank 3"),
         ({"use_dora": True}, "missing .*lora_magnitude_vector"),
@@ -362,7 +362,7 @@ def changed(golden, folder, name="qo", arrays=None, **options):
         ({"layers_pattern": ["layers"]}, r"layers_pattern=\['layers'\] without layers_to_transform"),
     ],
 )
-def test_configs_that_do_not_fit(golden, hugging_face_model, tmp_path, options, sentence):
+def test_configs_that_do_not_match_are_refused(golden, hugging_face_model, tmp_path, options, sentence):
     refused(sentence, hugging_face_model, changed(golden, tmp_path, **options))
 
 
@@ -384,7 +384,7 @@ KEY = f"base_model.model.{Q.format(1)}.lora_A.weight"
         ),
     ],
 )
-def test_arrays_that_do_not_fit(golden, hugging_face_model, tmp_path, arrays, sentence):
+def test_arrays_that_do_not_match_are_refused(golden, hugging_face_model, tmp_path, arrays, sentence):
     changed(golden, tmp_path, arrays=arrays)
     refused(sentence, hugging_face_model, tmp_path)
 
@@ -423,7 +423,7 @@ def test_attaching_twice_is_refused(golden, hugging_face_model):
     refused("has a LoRA adapter already", model, golden / "hf_peft_lora/adapter_qo")
 
 
-def test_what_cannot_be_saved(hugging_face_model, tmp_path):
+def test_models_that_cannot_be_saved_are_refused(hugging_face_model, tmp_path):
     with pytest.raises(UserError, match="no LoRA adapters to save"):
         save_peft(nnx.clone(hugging_face_model), tmp_path / "a")
     model = attach_lora(nnx.clone(hugging_face_model), "decoder/.*/q_proj", rngs=nnx.Rngs(0))
@@ -441,7 +441,7 @@ def test_an_adapter_is_for_a_whole_model_and_a_checkpoint(golden):
         pg.load(path, adapter=golden / "hf_peft_lora/adapter_qo")
 
 
-def test_the_first_pattern_of_the_file_counts(tmp_path):
+def test_the_first_matching_pattern_of_the_file_is_used(tmp_path):
     """peft 0.21, get_pattern_key: the first key, in the file's order, that matches the end of the name."""
     values = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}
     wide, narrow = ("q_proj", 64), ("layers.1.self_attn.q_proj", 4)

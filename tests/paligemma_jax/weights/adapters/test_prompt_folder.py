@@ -1,4 +1,4 @@
-"""Prompts on disk: back on a fresh base to the bit, and what is refused."""
+"""Prompts on disk: restored on a fresh base bit for bit; errors."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_a_fresh_base_embeds_as_the_trained_one_to_the_bit(trained, saved, golde
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_folder_holds_what_trained_and_no_more(trained, saved):
+def test_the_folder_holds_only_the_trained_arrays(trained, saved):
     stored = load_file(saved / "adapter.safetensors")
     assert set(stored) == {path for path in param_tree.flatten(trained) if path.startswith("prompts/")}
     assert {file.name for file in saved.iterdir()} == {"adapter.json", "adapter.safetensors"}
@@ -69,13 +69,13 @@ def test_a_base_in_less_precision_is_the_same_base(saved, golden, tmp_path):
     pg.weights.load_prompts(pg.load(golden / "coprompt/base"), tmp_path)
 
 
-def test_another_base_of_the_same_sizes_is_told(saved, golden):
+def test_another_base_of_the_same_sizes_is_refused(saved, golden):
     base = pg.load(golden / "coprompt/base")
     base.text.position_embedding[...] += 0.1
     refused("was trained on another base: text/position_embedding differ", saved, base)
 
 
-def test_a_base_of_other_sizes_is_told_with_all_that_does_not_fit(saved, golden):
+def test_a_base_of_other_sizes_is_refused_with_all_mismatches(saved, golden):
     other = pg.load(golden / "hf_clip")
     names = (
         r"\(2, 64, 64\) for prompts/coupling/kernel where the model has \(2, \d+, \d+\), .*prompts/text_adapter/up_k"
@@ -83,11 +83,11 @@ def test_a_base_of_other_sizes_is_told_with_all_that_does_not_fit(saved, golden)
     refused(names, saved, other)
 
 
-def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model):
+def test_errors(trained, saved, golden, tmp_path, hugging_face_model):
     base = pg.load(golden / "coprompt/base")
     with pytest.raises(UserError, match="the model has no prompts"):
         pg.weights.save_prompts(base, tmp_path)
-    refused("adapter.json tells no prompts of a dual encoder", tmp_path, base)
+    refused("adapter.json holds no prompts of a dual encoder", tmp_path, base)
     refused("has prompts already", saved, trained)
     folder = shutil.copytree(saved, tmp_path / "changed")
     description = json.loads((saved / "adapter.json").read_text())
@@ -97,7 +97,7 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
         *(dict(base=value) for value in ([1], {MARK: "words"}, {MARK: [[1], [1, 2]]}, {MARK: {"a": 1}})),
     ):
         (folder / "adapter.json").write_text(json.dumps(description | change))
-        refused("tells no prompts of a dual encoder", folder, base)
+        refused("holds no prompts of a dual encoder", folder, base)
     for numbers in ([1, 2], [], 3.0):
         (folder / "adapter.json").write_text(json.dumps(description | {"base": {MARK: numbers}}))
         refused(f"was trained on another base: {MARK} differ", folder, base)
@@ -106,11 +106,11 @@ def test_mistakes_are_told(trained, saved, golden, tmp_path, hugging_face_model)
     refused("cannot be read", folder, base)
     save_adapter(attach_prefix(nnx.clone(hugging_face_model), 2, rngs=nnx.Rngs(0)), tmp_path / "prefix", "prefix", 2)
     refused("its method is 'prefix'", tmp_path / "prefix", base)
-    with pytest.raises(UserError, match="tells no method of bottleneck"):
+    with pytest.raises(UserError, match="names no method of bottleneck"):
         pg.load(golden / "hf_paligemma", adapter=saved)
 
 
-def test_no_format_of_whole_models_takes_them(trained, tmp_path):
+def test_formats_of_whole_models_refuse_prompts(trained, tmp_path):
     with pytest.raises(UserError, match="found prompts/coupling/bias"):
         pg.weights.save_hugging_face(trained, tmp_path / "a")
     with pytest.raises(UserError, match="found prompts/coupling/bias in it"):

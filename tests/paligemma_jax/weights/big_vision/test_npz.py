@@ -102,7 +102,7 @@ def test_objects_are_never_unpickled(tmp_path):
         refused("the array w cannot be read .it holds Python objects", call)
 
 
-def test_a_header_that_promises_more_than_there_is_allocates_nothing(tmp_path):
+def test_a_header_larger_than_its_data_allocates_nothing(tmp_path):
     honest = npy(np.zeros((2, 2), np.float32))
     lying = honest.replace(b"(2, 2), }", b"(1<<60,)}"[:9])
     huge = honest.replace(b"'shape': (2, 2), }                ", b"'shape': (2, 999999999999999), }  ")
@@ -113,7 +113,7 @@ def test_a_header_that_promises_more_than_there_is_allocates_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", npy(np.zeros(3))[:20]])
-def test_what_is_no_array_is_refused(tmp_path, content):
+def test_members_that_are_not_arrays_are_refused(tmp_path, content):
     refused("w cannot be read", lambda: archive(tmp_path / "x.npz", content)["w"])
 
 

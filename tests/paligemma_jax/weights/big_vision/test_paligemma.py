@@ -1,4 +1,4 @@
-"""Parity with big_vision on its golden case, and the npz reader's behaviour on odd and broken files."""
+"""Parity with big_vision on its golden case; odd and broken npz files."""
 
 import functools
 
@@ -97,7 +97,7 @@ def test_losses_equal_big_vision(loss_and_gradients, batch, big_vision_case):
 
 
 def their_layout(gradients):
-    """Gradients of ours under big_vision's names: parts joined again, the table read backwards."""
+    """Returns our gradients under big_vision's names, with parts joined, by the table's inverse."""
     out = {}
     for row in big_vision.rows():
         array = np.asarray(gradients[row.ours])
@@ -114,7 +114,7 @@ def test_gradients_of_all_parameters_equal_big_vision(loss_and_gradients, batch,
     norms = {k.removeprefix("grad_l2/"): v for k, v in big_vision_case.items() if k.startswith("grad_l2/")}
     assert set(norms) == set(gradients) == set(stored)
     for name, expected in norms.items():
-        # A shift of all keys leaves softmax as it is: the exact gradient of a key bias is 0.
+        # A shift of all keys does not change softmax: the exact gradient of a key bias is 0.
         tolerance = dict(rtol=0, atol=1e-6) if name.endswith("key/bias") else dict(rtol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(gradients[name]), expected, **tolerance, err_msg=name)
     full = {k.removeprefix("grad/"): v for k, v in big_vision_case.items() if k.startswith("grad/")}
@@ -218,7 +218,7 @@ def test_lists_missing_and_unused_arrays(tmp_path, stored):
     refused(tmp_path / "renamed.npz", "missing llm/final_norm/scale; not used llm/final_norm/weight")
 
 
-def test_counts_what_a_long_list_leaves_out(tmp_path, stored):
+def test_counts_the_names_that_a_long_list_omits(tmp_path, stored):
     np.savez(tmp_path / "extra.npz", **stored, **{f"extra_{i}": np.zeros(1) for i in range(11)})
     refused(tmp_path / "extra.npz", "missing nothing; not used extra_0, .* and 3 more")
 
@@ -252,13 +252,13 @@ def test_refuses_a_file_damaged_in_the_middle(tmp_path, golden):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"\x93NUMPY\x01\x00"])
-def test_refuses_what_is_no_archive(tmp_path, content):
+def test_refuses_a_file_that_is_not_an_archive(tmp_path, content):
     (tmp_path / "other.npz").write_bytes(content)
     refused(tmp_path / "other.npz", "other.npz cannot be read as npz")
 
 
 def test_refuses_a_single_array(tmp_path):
-    with open(tmp_path / "array.npz", "wb") as file:
+    with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     refused(tmp_path / "array.npz", "array.npz cannot be read as npz")
 
@@ -273,11 +273,11 @@ class Bomb:
 def test_never_unpickles(tmp_path, stored):
     np.savez(tmp_path / "objects.npz", **stored | {"img/head/bias": np.array([Bomb()], dtype=object)})
     refused(tmp_path / "objects.npz", "img/head/bias cannot be read")
-    with open(tmp_path / "pickled.npz", "wb") as file:
+    with (tmp_path / "pickled.npz").open("wb") as file:
         np.save(file, np.array([Bomb()], dtype=object))
     refused(tmp_path / "pickled.npz", "pickled.npz cannot be read as npz")
 
 
-def test_names_what_another_models_file_lacks(tmp_path):
+def test_names_the_arrays_that_another_models_file_lacks(tmp_path):
     np.savez(tmp_path / "mlp.npz", kernel=np.zeros((2, 2)))
     refused(tmp_path / "mlp.npz", "has no array .*: it is not a PaliGemma or SigLIP of big_vision")

@@ -45,7 +45,7 @@ def vision(**keys):
 
 
 SCALED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
-UNSCALED = {"rope_type": "default", "factor": 8.0, "original_max_position_embeddings": 64}  # no other key is read then
+UNSCALED = {"rope_type": "default", "factor": 8.0, "original_max_position_embeddings": 64}  # no other key is read
 
 # Read.
 
@@ -61,7 +61,7 @@ ACTIVATIONS = {  # our name, and whether the logits are compared
 
 
 def last_logits(model, golden, name):
-    """At the last real position of the golden's first row."""
+    """Returns the logits at the last real position of the golden's first row."""
     case = np.load(golden / name / "case.npz")
     real = int(case["attention_mask"][0].sum())
     kept = slice(model.config.vision.num_patches, real)
@@ -106,11 +106,11 @@ def test_keys_without_effect_change_nothing(changed, golden, name, keys):
     assert load(changed(name, **keys)).config == load(golden / name).config
 
 
-def test_dropout_that_training_here_lacks_is_told(changed, caplog):
+def test_dropout_that_training_here_lacks_is_logged(changed, caplog):
     with caplog.at_level("WARNING"):
         load(changed("hf_paligemma", **text(attention_dropout=0.1), **vision(attention_dropout=0.0)))
-    (told,) = (record.getMessage() for record in caplog.records)
-    assert "config.json has text_config.attention_dropout = 0.1, of training alone" in told
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "config.json has text_config.attention_dropout = 0.1 for training" in message
 
 
 FORMULAS = {  # of transformers' names in its ACT2FN
@@ -125,16 +125,16 @@ FORMULAS = {  # of transformers' names in its ACT2FN
 }
 
 
-def test_names_of_activations_stand_for_their_formulas():
+def test_activation_names_match_their_formulas():
     x = np.linspace(-8, 8, 1001)
     assert {name for names in FORMULAS for name in names} == set(config_values.ACTIVATIONS)
     for names, formula in FORMULAS.items():
         for name in names:
-            found = encoder_block.ACTIVATIONS[config_values.ACTIVATIONS[name]](jnp.asarray(x, jnp.float32))
-            np.testing.assert_allclose(found, formula(x), rtol=0, atol=2e-6, err_msg=name)
+            result = encoder_block.ACTIVATIONS[config_values.ACTIVATIONS[name]](jnp.asarray(x, jnp.float32))
+            np.testing.assert_allclose(result, formula(x), rtol=0, atol=2e-6, err_msg=name)
 
 
-def test_the_marks_of_generation_are_the_tokenizers(changed):
+def test_token_ids_of_generation_config_are_the_tokenizers(changed):
     folder = changed("hf_paligemma")
     file = folder / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [1], "max_length": 20, "do_sample": True}))
@@ -144,8 +144,8 @@ def test_the_marks_of_generation_are_the_tokenizers(changed):
         load(folder)
 
 
-def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
-    """transformers completes text_config_dict with the class's defaults, which go before text_config."""
+def test_missing_keys_of_a_clips_older_spelling_are_reset_to_defaults(changed, golden):
+    """transformers completes text_config_dict with the class's defaults, which take precedence over text_config."""
     stored = json.loads((golden / "hf_clip/config.json").read_text())["text_config"]
     older = {key: value for key, value in stored.items() if key not in ("hidden_act", "layer_norm_eps")}
     model = load(changed("hf_clip", text_config=dict(hidden_act="gelu", layer_norm_eps=0.1), text_config_dict=older))
@@ -210,16 +210,16 @@ def test_a_clips_older_spelling_sets_back_what_it_leaves_out(changed, golden):
         ("hf_clip", vision(hidden_size=64), "vision_config.hidden_size = 64, expected 48"),
     ],
 )  # fmt: skip
-def test_what_would_be_another_model_is_refused(changed, name, keys, sentence):
+def test_values_of_another_model_are_refused(changed, name, keys, sentence):
     with pytest.raises(UserError, match=rf"config.json has .*{sentence}") as info:
         load(changed(name, **keys))
     assert "\n" not in str(info.value)
 
 
-# Index files: transformers takes a single file where there is one.
+# Index files: transformers prefers a single file.
 
 
-def test_a_single_file_goes_before_an_index(changed, golden):
+def test_a_single_file_takes_precedence_over_an_index(changed, golden):
     folder = changed("hf_siglip")
     arrays = load_file(folder / "model.safetensors")
     stale = {name: array + 1 for name, array in arrays.items()}
@@ -232,7 +232,7 @@ def test_a_single_file_goes_before_an_index(changed, golden):
     for _ in range(2):
         for path, array in param_tree.flatten(load(folder)).items():
             np.testing.assert_array_equal(array, expected[path], err_msg=path)
-        (folder / "model-00001-of-00001.safetensors").unlink(missing_ok=True)  # an index whose shards are gone
+        (folder / "model-00001-of-00001.safetensors").unlink(missing_ok=True)  # an index whose shards are missing
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model-00001-of-00001.safetensors cannot be read"):
         load(folder)

@@ -83,8 +83,8 @@ def refused(sentence, function, *arguments, **options):
         function(*arguments, **options)
 
 
-def test_through_all_formats_it_stays_the_same_model(models, tmp_path):
-    """Of transformers, to big_vision, to ours, and back: the arrays, and so the embeddings, to the bit."""
+def test_round_trip_through_all_formats(models, tmp_path):
+    """From transformers to big_vision, to ours, and back: arrays and embeddings are equal bit for bit."""
     model = models["siglip"]
     save_big_vision(model, tmp_path / "a.npz")
     save_orbax(load(tmp_path / "a.npz"), tmp_path / "b")
@@ -172,8 +172,8 @@ def test_preprocessing_is_the_folders_own(folder, models):
     assert load(folder / "again").config.preprocessing == model.config.preprocessing
 
 
-def test_configs_that_name_only_what_differs_are_filled_up(tmp_path):
-    """As of SigLIP 2 B/16 at 512 pixels: model_type siglip, and two numbers."""
+def test_configs_with_missing_keys_get_defaults(tmp_path):
+    """As in SigLIP 2 B/16 at 512 pixels: model_type siglip, and two numbers."""
     config = {"model_type": "siglip", "text_config": {"vocab_size": 256_000}, "vision_config": {"image_size": 512}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for values in (read_config(tmp_path)[tower] for tower in ("text_config", "vision_config")):
@@ -195,7 +195,7 @@ def test_sizes_of_the_released_models():
     refused("variant 'siglip-b16-225' is unknown", load, "random:siglip-b16-225")
 
 
-def test_the_tiny_ones_vision_tower_and_words_are_the_tiny_paligemmas():
+def test_the_tiny_siglip_has_the_tiny_paligemmas_tower_and_vocabulary():
     config = variant("tiny")
     assert config.vision == paligemma_variant("tiny").vision
     load_text_tokenizer("tiny", config.text.length).fits(config.text.vocab_size)
@@ -225,15 +225,15 @@ def test_the_command_converts_with_the_tokenizer(golden, tmp_path, capsys, model
         tokens, _ = load_text_tokenizer(tmp_path / place, 12)(["a red cube"])
         np.testing.assert_array_equal(tokens, load_text_tokenizer(source, 12)(["a red cube"])[0])
     values = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
-    if kind == "siglip":  # what it says is read where nothing else is asked for
+    if kind == "siglip":  # its length is the default
         assert values["model_max_length"] == load_text_tokenizer(tmp_path / "hf").length == config.text.length
     assert values["tokenizer_class"] == ("SiglipTokenizer" if kind == "siglip" else "CLIPTokenizer")
     refused("no adapters for --format=peft", convert.convert, str(source), str(tmp_path / "p"), "peft")
 
 
-def test_what_a_dual_encoder_does_not_have(golden, tmp_path):
+def test_options_that_a_dual_encoder_lacks_are_refused(golden, tmp_path):
     refused("no decoder: leave out final_softcap", load, golden / "hf_clip", final_softcap=30.0)
-    refused("whose words stay", load, golden / "hf_clip", vocab_size=7)
+    refused("whose vocabulary is fixed", load, golden / "hf_clip", vocab_size=7)
     refused(
         "is a dual encoder, expected a whole model",
         pg.load,

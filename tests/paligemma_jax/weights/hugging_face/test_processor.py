@@ -1,4 +1,4 @@
-"""How folders say that images are prepared: both files' names, the defaults of a class, and what is refused."""
+"""Image preprocessing of folders: both files' names, the defaults of a class, and refused values."""
 
 import json
 
@@ -30,25 +30,25 @@ def read(tmp_path):
 
 
 def test_transformers_5_nests_it(read):
-    """What its processors' save_pretrained writes goes before the older file."""
+    """The file written by its processors' save_pretrained takes precedence over the older file."""
     assert read() is None
     assert read(preprocessor={}) == Preprocessing.siglip(224)
     nested = {"image_processor": IMAGENET | {"image_processor_type": SIGLIP}, "processor_class": "SiglipProcessor"}
-    found = read(processor=nested)
-    assert (found.mean, found.method, found.crop) == ((0.485, 0.456, 0.406), "bilinear", False)
+    result = read(processor=nested)
+    assert (result.mean, result.method, result.crop) == ((0.485, 0.456, 0.406), "bilinear", False)
     older = {"processor_class": "PaliGemmaProcessor", "image_seq_length": 256}  # of releases before
     assert read(processor=older) == Preprocessing.siglip(224)
 
 
 @pytest.mark.parametrize("key", ["image_processor_type", "feature_extractor_type"])
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
-def test_what_a_file_leaves_out_is_its_classes_default(read, key, suffix):
-    for family in (SIGLIP, CLIP):  # what the file names goes before the model's family
+def test_missing_keys_have_the_default_of_their_class(read, key, suffix):
+    for family in (SIGLIP, CLIP):  # the class named in the file takes precedence over the model's family
         assert read(family, {key: CLIP + suffix}) == Preprocessing.clip(224)
         assert read(family, {key: SIGLIP + suffix}) == Preprocessing.siglip(224)
         assert read(family, {}) == (Preprocessing.siglip(224) if family == SIGLIP else Preprocessing.clip(224))
-    found = read(CLIP, {"image_mean": [0.1, 0.2, 0.3], "image_std": None})
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), CLIP_STD)
+    result = read(CLIP, {"image_mean": [0.1, 0.2, 0.3], "image_std": None})
+    assert (result.mean, result.std) == ((0.1, 0.2, 0.3), CLIP_STD)
     assert read(SIGLIP, {"image_std": 0.25}).std == (0.25,) * 3 and HALF == read(SIGLIP, {}).mean != CLIP_MEAN
 
 
@@ -76,32 +76,32 @@ CROPPED = {  # transformers: the size that is resized to, and the left and upper
 
 @pytest.mark.parametrize("name", CROPPED)
 @pytest.mark.parametrize("family", [SIGLIP, CLIP])
-def test_the_centre_is_cut_out_of_what_is_resized(read, tmp_path, family, name):
+def test_the_centre_is_cropped_after_resizing(read, tmp_path, family, name):
     values, size, left, top = CROPPED[name]
     picture = PICTURE.swapaxes(0, 1) if name == "portrait" else PICTURE
-    found = read(family, {"do_center_crop": True, "crop_size": 224} | values)
+    result = read(family, {"do_center_crop": True, "crop_size": 224} | values)
     resized = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(found.resize(picture), resized[top : top + 224, left : left + 224])
-    assert Preprocessing.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-    write_preprocessing(tmp_path, found)
-    assert read(family) == found
-    assert found.at(448).resized == 2 * found.resized and found.at(448).at(224) == found
+    np.testing.assert_array_equal(result.resize(picture), resized[top : top + 224, left : left + 224])
+    assert Preprocessing.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    write_preprocessing(tmp_path, result)
+    assert read(family) == result
+    assert result.at(448).resized == 2 * result.resized and result.at(448).at(224) == result
 
 
 @pytest.mark.parametrize("factor", [0.00392157, 0.0039215686, 0.0039216, 0.003922, 0.00392])
-def test_a_rounded_rescale_factor_counts_as_it_stands(read, factor):
-    found = read(CLIP, {"rescale_factor": factor})
+def test_a_rounded_rescale_factor_is_used_as_given(read, factor):
+    result = read(CLIP, {"rescale_factor": factor})
     expected = (np.arange(256) * factor - CLIP_MEAN[0]) / CLIP_STD[0]
     pixels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-    np.testing.assert_allclose(found.normalize(pixels)[:, 0], expected, rtol=0, atol=2e-6)
-    assert (found == Preprocessing.clip(224)) == (abs(factor * 255 - 1) < 1e-6)
+    np.testing.assert_allclose(result.normalize(pixels)[:, 0], expected, rtol=0, atol=2e-6)
+    assert (result == Preprocessing.clip(224)) == (abs(factor * 255 - 1) < 1e-6)
 
 
 @pytest.mark.parametrize(
     "family, values, sentence",
     [
         (SIGLIP, {"size": {"height": 96, "width": 96}}, "size = {'height': 96, .*expected the 224 pixels a side"),
-        (SIGLIP, {"size": 224}, "size = 224, expected a height and a width"),  # transformers keeps pictures' shape
+        (SIGLIP, {"size": 224}, "size = 224, expected a height and a width"),  # transformers keeps the images' shape
         (SIGLIP, {"size": [224]}, r"size = \[224\], expected one square size"),
         (SIGLIP, {"size": {"height": [1], "width": None}}, "size = .*expected one square size"),
         (CLIP, {"size": {"shortest_edge": 224, "longest_edge": 448}}, "size = .*expected one square size"),
@@ -145,7 +145,7 @@ def test_unknown_parts_of_a_processor_are_refused(read):
         read(processor={"image_processor": [1]})
 
 
-def test_an_earlier_nested_file_does_not_go_before_what_is_saved(read, tmp_path):
+def test_saving_removes_an_earlier_processor_config(read, tmp_path):
     read(processor={"image_processor": IMAGENET})
     write_preprocessing(tmp_path, Preprocessing.clip(224), processor_class="CLIPProcessor")
     assert read(CLIP) == Preprocessing.clip(224)
