@@ -20,7 +20,7 @@ from paligemma_jax.data.few_shot.rows import LabelledRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
-from paligemma_jax.tasks.picture_sheet import save_sheet
+from paligemma_jax.tasks.image_sheet import save_sheet
 from train_jax.core import files
 
 SHOWN = 24  # pictures of the sheet of mistakes

@@ -33,7 +33,7 @@ from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks.picture_sheet import save_sheet
+from paligemma_jax.tasks.image_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest

@@ -35,7 +35,7 @@ from paligemma_jax.metrics.text import Accuracy, RougeSums, exact_match
 from paligemma_jax.tasks.vqa import forgetting
 from paligemma_jax.tasks.vqa.answer import Answer, question_of
 from paligemma_jax.tasks.vqa.evaluation import Evaluation, candidate_answers
-from paligemma_jax.tasks.vqa.pictures import save_sheet
+from paligemma_jax.tasks.vqa.figures import save_sheet
 from train_jax import loop
 from train_jax.core.errors import UserError
 from train_jax.core.files import to_json

@@ -28,7 +28,7 @@ from paligemma_jax.tasks.vqa import adapter as vqa_adapter
 from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import consistency
 from paligemma_jax.tasks.vqa import plan as vqa_plan
-from paligemma_jax.tasks.vqa.base_cache import shared
+from paligemma_jax.tasks.process_cache import shared
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references

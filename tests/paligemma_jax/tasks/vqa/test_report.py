@@ -13,10 +13,10 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax.data.records import Record
 from paligemma_jax.metrics.text import Accuracy, rouge
-from paligemma_jax.tasks.vqa import pictures as vqa_pictures
+from paligemma_jax.tasks.vqa import figures
 from paligemma_jax.tasks.vqa import report as vqa_report
 from paligemma_jax.tasks.vqa.answer import Answer, question_of
-from paligemma_jax.tasks.vqa.pictures import save_sheet
+from paligemma_jax.tasks.vqa.figures import save_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
 from train_jax.core import param_tree
 
@@ -69,7 +69,7 @@ def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
     with pytest.raises(error, match="a fault"):
         vqa_report.MajorityBaseline(task_with(rows))
     with pytest.raises(error, match="a fault"):
-        vqa_pictures._pictures(rows, {"x.png"})
+        figures._pictures(rows, {"x.png"})
 
 
 def test_the_best_of_the_controls():
