@@ -1,4 +1,4 @@
-"""What several tasks need: how parameters and rows lie on the mesh, where caches live, a progress bar."""
+"""Helpers that several tasks share: sharding rules of parameters, rows on the mesh, a progress bar."""
 
 import contextlib
 import sys
@@ -16,11 +16,11 @@ from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
-"""Values of the key model.remat, see models.stack.scan_stack."""
+"""Values of the config key model.remat, see models.stack.scan_stack."""
 
-WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays lie below the kernel's path, shaped as it is
+WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays: below the kernel's path, of its shape
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
-# adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
+# adapter is split like its base. Layers (axis 0 of stacked leaves), norms, biases and the rank are not split.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     *quantize.SHARDING_RULES,
     (r".*layers/self_attn/[qkv]_proj/kernel" + WITH_GATES, (None, "fsdp", "tensor", None)),
@@ -46,7 +46,7 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Rows [B, ...] that every process has, split over the mesh; B is a multiple of `row_parts(mesh)`."""
+    """Splits rows [B, ...] that every process holds over the mesh; B is a multiple of `row_parts(mesh)`."""
     size = len(next(iter(arrays.values())))
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
@@ -54,28 +54,28 @@ def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits rows."""
+    """Returns the number of parts into which the mesh splits rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `told(done, total)`: a bar with rate and time left on a terminal, else a line now and then."""
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `on_progress(done, total)`: a bar on a terminal, else a printed line every 10 seconds and at the end."""
     bar, last = None, time.monotonic()
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal bar, last
         if jax.process_index() != 0:
             return
         if sys.stderr.isatty():
-            bar = bar or tqdm(total=total, desc=what, dynamic_ncols=True)
+            bar = bar or tqdm(total=total, desc=description, dynamic_ncols=True)
             bar.update(done - bar.n)
         elif time.monotonic() - last > 10 or done == total:
             last = time.monotonic()
-            print(f"{what}: {done}/{total}", flush=True)
+            print(f"{description}: {done}/{total}", flush=True)
 
     try:
-        yield told
+        yield on_progress
     finally:
         if bar is not None:
             bar.close()

@@ -1,10 +1,13 @@
-"""Takes the model out of a pretraining run: python -m paligemma_jax.tasks.export RUN FOLDER [best|latest|STEP]
+"""Exports the model of a pretraining run.
+
+    python -m paligemma_jax.tasks.export RUN FOLDER [best|latest|STEP]
 
 Writes a folder as transformers saves it (config.json, model.safetensors in float16, preprocessor_config.json) with the
-tokenizer beside it, which `pg.load(FOLDER)` reads.
+tokenizer beside it. `pg.load(FOLDER)` reads it.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +26,10 @@ PREFIX = "model/"
 
 
 def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
-    """Writes a pretraining run's parameters (their moving average, where one was kept) to `folder`.
+    """Writes a pretraining run's parameters (their moving average, if the run has one) to `folder`.
 
     Raises:
-      UserError: `run` is no pretraining run, or has no such checkpoint.
+      UserError: `run` is not a pretraining run, or has no such checkpoint.
     """
     file = run / "config.json"
     if not file.is_file():
@@ -47,8 +50,8 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
     copy_tokenizer(settings.tokenizer, folder)
 
 
-def main(argv: list[str]) -> None:
-    """Command line of `export`."""
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line."""
     if len(argv) not in (3, 4):
         raise UserError("expected RUN FOLDER [best|latest|STEP]: give the workdir of a pretraining run and a folder.")
     export(Path(argv[1]), Path(argv[2]), *argv[3:])

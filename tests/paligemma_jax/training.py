@@ -51,7 +51,7 @@ class Training:
         task = self.task
         config, self.mesh = task.config, task.mesh
         task.base()
-        source = task.rows.guarded(rows, task.rows.image_and_text, max_bad_fraction=1.0)
+        source = task.processor.guarded(rows, task.processor.image_and_text, max_bad_fraction=1.0)
         self.batches = training_batches(config, source, num_steps=100)
         self.bundle = placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)

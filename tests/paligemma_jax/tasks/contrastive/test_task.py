@@ -263,9 +263,9 @@ def test_a_run_with_features(options, tmp_path):
 )
 def test_features_that_cannot_be_kept(options, changes, sentence, monkeypatch):
     task = task_of(options, **LOCKED | changes)
-    scenes = task_of(options).pairs.train()
+    scenes = task_of(options).data.train()
     monkeypatch.setattr(type(scenes), "num_pictures", 500)
-    monkeypatch.setattr(task.pairs, "train", lambda: scenes)
+    monkeypatch.setattr(task.data, "train", lambda: scenes)
     with pytest.raises(UserError, match=sentence):
         task.train_source()
 
@@ -274,7 +274,7 @@ def test_features_that_cannot_be_kept(options, changes, sentence, monkeypatch):
 def test_negatives_that_count(by):
     rng = np.random.default_rng(0)
     zimg, ztxt = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
-    mask = np.asarray(contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
+    mask = np.asarray(contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
     cosines = np.asarray(zimg @ ztxt.T)
     for row in range(6):
         assert mask[row, row] and mask[row].sum() == 3
@@ -282,7 +282,7 @@ def test_negatives_that_count(by):
         order = others[np.argsort(cosines[row, others])]
         if by != "random":
             assert set(np.flatnonzero(mask[row])) == {row, *(order[-2:] if by == "hard" else order[:2])}
-    other = contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
+    other = contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
     assert np.array_equal(mask, other) == (by != "random")
 
 
@@ -291,7 +291,7 @@ def test_chosen_negatives_are_the_loss_of_that_mask(options):
     model, batch = task.init(), batch_of(task)
     images = model.config.preprocessing.normalize(batch["image"])
     zimg, ztxt, _ = model(images, batch["tokens"], batch["mask"])
-    mask = contrastive.chosen_pairs(zimg, ztxt, 3, "hard", None)
+    mask = contrastive.select_negatives(zimg, ztxt, 3, "hard", None)
     expected = losses.sigmoid_loss(zimg, ztxt, model.logit_scale[...], model.logit_bias[...], mask=mask)
     np.testing.assert_allclose(task.loss(model, batch, None)[0], 8 * expected, rtol=1e-5)
 
@@ -384,14 +384,14 @@ def test_scenes_to_tune_by_are_others(options, run, tmp_path):
     task = task_of(options, **{"data.num_tuning": 6})
     scenes = [
         {json.dumps(scene) for scene in rows.scenes}
-        for rows in (task.pairs.train(), task.pairs.held_out(), task.pairs.tuning())
+        for rows in (task.data.train(), task.data.held_out(), task.data.tuning())
     ]
     assert len(set.union(*scenes)) == 8 + 6 + 6
     model = pg.load(run)
     found = task.evaluate(model, tmp_path)
     embedded, captions = (
-        zero_shot.embed(model, task.pairs.tuning()),
-        [task.pairs.tuning().text(row) for row in range(6)],
+        zero_shot.embed(model, task.data.tuning()),
+        [task.data.tuning().text(row) for row in range(6)],
     )
     assert found.pop("tuning_mean_r1") == zero_shot.retrieval(*embedded[:2], captions)["mean_r1"]
     assert found.items() <= json.loads((run / "eval.json").read_text()).items()

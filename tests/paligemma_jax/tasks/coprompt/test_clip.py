@@ -15,6 +15,7 @@ from paligemma_jax.models.variants import variant
 from paligemma_jax.tasks.coprompt.task import CoPrompt
 from tests.paligemma_jax.mini import config_of
 from tests.paligemma_jax.tasks.coprompt.test_task import CLASSES, CONFIG, IMAGES, batch_of, class_folders, tokens_of
+from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
 
@@ -47,10 +48,10 @@ def task_of(options, **changes):
 def test_the_loss_reads_texts_by_their_mask(options):
     """`coprompt_loss` with descriptions that are encoded in the step; the plan has a mask of the same shape."""
     task = task_of(options)
-    batch, model = batch_of(task), task.init()
+    batch, model = batch_of(task), task.init_for_training()
     tokens, mask = tokens_of(task.tokenizer, [f"a photo of a {name}." for name in task.protocol.tuned.classes])
-    np.testing.assert_array_equal(task.texts.tokens, tokens)
-    np.testing.assert_array_equal(task.texts.mask, mask)
+    np.testing.assert_array_equal(task.class_texts().tokens, tokens)
+    np.testing.assert_array_equal(task.class_texts().mask, mask)
     assert 0 < mask.sum(1).min() < mask.sum(1).max() < mask.shape[1]
     place = int(float(batch["draw"][0]) * 2)
     drawn = [(f"one {name}", f"it is a {name}.")[place] for name in task.protocol.tuned.classes]
@@ -62,8 +63,8 @@ def test_the_loss_reads_texts_by_their_mask(options):
     assert min(parts["text"], parts["image"]) > 1e-3
     found, _ = jax.jit(lambda model, batch: task.loss(model, batch, None))(model, batch)
     np.testing.assert_allclose(found / task.normalizer(batch), expected, rtol=1e-5)
-    planned = CoPrompt.blueprint(task.config, task.mesh).task.texts
-    assert planned.mask.shape == mask.shape and planned.tokens.shape == tokens.shape
+    planned = param_tree.abstract(CoPrompt.blueprint(task.config, task.mesh).model)
+    assert planned["class_texts/mask"].shape == mask.shape and planned["class_texts/tokens"].shape == tokens.shape
 
 
 @pytest.mark.parametrize("template", ["{} in a photo.", "a {}."])
@@ -78,4 +79,4 @@ def test_prompts_in_the_place_of_names_are_refused(options, template):
     with pytest.raises(UserError, match=sentence):
         task.validate(task.init())
     plain = task_of(options, template=template, method="zero_shot")  # without prompts nothing is replaced
-    assert plain.encode_texts(plain.init()).frozen is None
+    assert plain.class_texts().frozen is None

@@ -21,7 +21,7 @@ from paligemma_jax.inference.classify import classify
 from paligemma_jax.losses.coprompt import coprompt_loss
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import report as coprompt_report
-from paligemma_jax.tasks.coprompt.task import CoPrompt, Texts
+from paligemma_jax.tasks.coprompt.task import ClassTexts, CoPrompt
 from tests.paligemma_jax.adapt.few_shot.test_prompts_golden import attached, ours
 from tests.paligemma_jax.mini import ROOT, config_of, png, read_lines, save_small_siglip
 from tests.train_jax.runs import stored
@@ -198,7 +198,7 @@ def test_methods_train_what_they_say(options, method):
     shapes = param_tree.abstract(task.abstract())
     assert sum(shapes[path].size for path in task.trainable_paths()) == SIZES[method]
     assert task.weight == (1.0 if method == "coprompt" else 0.0)
-    assert task.train_source() is not None and (task.texts.frozen is None) == (method != "coprompt")
+    assert task.train_source() is not None and (task.class_texts().frozen is None) == (method != "coprompt")
 
 
 def test_zero_shot_is_the_base_and_trains_nothing(options, folder, tmp_path, capsys):
@@ -247,10 +247,10 @@ def test_the_golden_passes_through_the_code_that_trains(options, golden):
     model.config = dataclasses.replace(model.config, preprocessing=Prepared(28))
     task = task_of(options, **{"consistency.weight": float(case["lam"])})
     frozen, C = case["frozen_text"], len(case["tokens"])
-    task.texts = Texts(
+    texts = ClassTexts(
         case["tokens"].astype(np.int32), None, np.stack([0 * frozen, frozen], 1), np.full(C, 2, np.int32)
     )
-    model = task.texts.beside(model)
+    model = texts.attach_to(model)
     pixels = {ours: jnp.asarray(case[name].transpose(0, 2, 3, 1)) for ours, name in IMAGES.items()}
     B = len(case["labels"])
     batch = pixels | {"label": jnp.asarray(case["labels"], jnp.int32), "weight": jnp.ones(B), "draw": jnp.full(B, 0.7)}
@@ -274,7 +274,7 @@ IMAGES = {"image": "images", "image_augmented": "images_augmented"}
 def test_the_loss_is_coprompts_in_micro_batches_too(options):
     """Of the good rows: `coprompt_loss` with descriptions encoded in the step, by the base."""
     task = task_of(options, **{"consistency.weight": 2.0, "consistency.kind": "mse"})
-    batch, model = batch_of(task), task.init()
+    batch, model = batch_of(task), task.init_for_training()
     batch["weight"] = jnp.asarray([1.0, 0.0, 1.0, 1.0])
     parts = [jax.tree.map(lambda rows, at=at: rows[at : at + 2], batch) for at in (0, 2)]
     found = sum(task.loss(model, part, None)[0] for part in parts) / task.normalizer(batch)
@@ -295,7 +295,7 @@ def test_texts_are_arguments_of_the_step_and_do_not_train(options, method):
     """As constants of the program, a thousand classes' sentences would be compiled into it."""
     none = {"prompts.text_adapter": None, "prompts.image_adapter": None} if method == "full" else {}
     task = task_of(options, method=method, **none)
-    batch, model = batch_of(task), task.init()
+    batch, model = batch_of(task), task.init_for_training()
     graph, arrays = param_tree.split(model)
     held = {path for path in arrays if path.startswith("class_texts/")}
     assert {"class_texts/tokens", "class_texts/lengths"} <= held
@@ -311,16 +311,16 @@ def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):
     for perturb in (False, True):
         task = task_of(options, **nothing, **{"consistency.perturb": perturb})
         batch = batch_of(task)
-        _, metrics = task.loss(task.init(), batch, None)
+        _, metrics = task.loss(task.init_for_training(), batch, None)
         for side in ("text", "image"):
             assert (float(metrics[side][0]) > 1e-4) == perturb
 
 
 def test_a_draw_is_a_place_in_every_list():
     table = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    texts = Texts(np.zeros((2, 1), np.int32), None, table, np.array([2, 3], np.int32))
+    texts = ClassTexts(np.zeros((2, 1), np.int32), None, table, np.array([2, 3], np.int32))
     for draw, places in ((0.0, (0, 0)), (0.4, (0, 1)), (0.99, (1, 2))):
-        np.testing.assert_array_equal(texts.of_draw(jnp.float32(draw)), table[np.arange(2), list(places)])
+        np.testing.assert_array_equal(texts.frozen_sentences(jnp.float32(draw)), table[np.arange(2), list(places)])
 
 
 # Protocols, and what is refused.
@@ -515,7 +515,7 @@ def test_the_plan_is_of_the_shapes_of_a_batch(options):
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()} == {
         name: (array.shape[1:], array.dtype) for name, array in rows.items()
     }
-    assert blueprint.task.texts.tokens.shape == task.texts.tokens.shape
+    assert param_tree.abstract(blueprint.model)["class_texts/tokens"].shape == task.class_texts().tokens.shape
     planned = plan(task.config)
     assert [program.name for program in planned.programs] == ["training step", "evaluation: image embeddings"]
     planned = plan(task_of(options, method="zero_shot").config)

@@ -120,7 +120,7 @@ def test_the_plan_takes_a_folder_too(mini_options, folder):
 def no_pictures(monkeypatch):
     """They take longer than the steps."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
-    monkeypatch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
 
 
 def test_a_run_leaves_its_adapters_for_peft(mini_run, mini_folder):
@@ -152,7 +152,7 @@ def test_before_training_is_the_folders_model(mini_options, mini_folder, folder)
     task = task_of(mini_options | STEP | {"adapter.path": str(folder)})
     model = task.init()
     moved = param_tree.assign(model, {path: jnp.asarray(array) * 2 for path, array in adapters(model).items()})
-    assert_same(adapters(vqa_report._untrained(task, moved)), adapters(model))
+    assert_same(adapters(task._untrained(moved)), adapters(model))
 
 
 # Mistakes, all of them before the model is read.

@@ -44,7 +44,7 @@ def test_features_stand_in_for_images(source, mini_rows, mini_options):
     task = task_of(mini_options)
     model = task.base()
     batch = {"image": jnp.asarray(np.stack([with_images[i]["image"] for i in range(13)]))}
-    expected_features = np.asarray(task.features(model, batch))
+    expected_features = np.asarray(features.batch_features(model, batch))
     for i in range(13):
         row, expected = with_features[i], with_images[i]
         np.testing.assert_allclose(row.pop("features"), expected_features[i], atol=1e-5)
@@ -147,7 +147,7 @@ def test_black_images_are_encoded_once(source, broken, monkeypatch, mini_options
     # An unreadable image is bad all the same: the control trains on the rows of the run.
     assert [rows[i]["weight"] for i in range(13)] == [with_images[i]["weight"] for i in range(13)]
     task = task_of(mini_options)
-    black = task.features(task.base(), {"image": jnp.asarray(with_images[12]["image"][None])})[0]
+    black = features.batch_features(task.base(), {"image": jnp.asarray(with_images[12]["image"][None])})[0]
     for i in (0, 12):
         np.testing.assert_allclose(rows[i]["features"], black, atol=1e-5)
 

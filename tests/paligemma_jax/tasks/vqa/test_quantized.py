@@ -13,7 +13,6 @@ from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS
 from paligemma_jax.inference.answer import predict
 from paligemma_jax.tasks.vqa import report as vqa_report
-from paligemma_jax.tasks.vqa.evaluation import Evaluation
 from paligemma_jax.weights.reader import load
 from tests.paligemma_jax.mini import mistake, png, read_lines, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
@@ -51,7 +50,7 @@ def assert_same_arrays(found, expected):
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:  # they take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 
@@ -124,13 +123,13 @@ def test_a_run_merges_the_weights_that_it_was_trained_on(run, tmp_path, capsys):
 def test_the_split_of_outliers_is_of_evaluation_alone(mini_options):
     task = task_of(mini_options | STEP | {"model.quantize": "int8", "eval.int8_outliers": 6.0})
     model = task.init()
-    evaluated = Evaluation(task, model).model
+    evaluated = task.evaluation(model).model
     for each, threshold in ((model, None), (evaluated, 6.0)):
         assert {kernel.outlier_threshold for kernel in quantize.quantized_kernels(each).values()} == {threshold}
     assert largest_logit_gap(model, evaluated, **probe_inputs(model)) > 0
     ours, theirs = param_tree.flatten(model), param_tree.flatten(evaluated)
     assert all(theirs[path] is array for path, array in ours.items())  # no second copy
-    assert Evaluation(task_of(mini_options | STEP | {"model.quantize": "int8"}), model).model is model
+    assert task_of(mini_options | STEP | {"model.quantize": "int8"}).evaluation(model).model is model
 
 
 # The step.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from types import SimpleNamespace
 
 import matplotlib.axes
 import numpy as np
@@ -16,7 +15,7 @@ from paligemma_jax.metrics.text import Accuracy, rouge
 from paligemma_jax.tasks.vqa import figures
 from paligemma_jax.tasks.vqa import report as vqa_report
 from paligemma_jax.tasks.vqa.answer import Answer, question_of
-from paligemma_jax.tasks.vqa.figures import save_sheet
+from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
 from train_jax.core import param_tree
 
@@ -28,9 +27,7 @@ def answer(question, reference, prediction="", likeliest=None, image="0.png", nl
     return Answer(image, question, family, reference, prediction, likeliest, nll, tokens)
 
 
-def task_with(train, prompt="answer en {question}"):
-    data = SimpleNamespace(prompt=prompt)
-    return SimpleNamespace(split=lambda name: {"train": train}[name], config=SimpleNamespace(data=data))
+PROMPT = "answer en {question}"
 
 
 def test_question_of():
@@ -48,7 +45,7 @@ def test_the_most_frequent_training_answer_of_a_family():
 
     texts = [(COUNT, "9"), (COUNT, "2"), (COUNT, "3"), (COUNT, "2"), (COLOR, "red"), (COLOR, "blue"), (COLOR, "blue")]
     train = Faulty([Record(b"", "x.png", i, f"answer en {q}", a) for i, (q, a) in enumerate(texts)])
-    frequent = vqa_report.MajorityBaseline(task_with(train))
+    frequent = vqa_report.MajorityBaseline(train, PROMPT)
     assert frequent.guesses == {"count": "2", "query_color": "blue"}
     for one in (answer(COUNT, "2"), answer(COUNT, "9"), answer(COLOR, "blue"), answer(COLOR, "red")):
         frequent.add(one)
@@ -67,9 +64,9 @@ def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
 
     rows = Broken([Record(b"", "x.png", 0, "answer en Why?", "1")])
     with pytest.raises(error, match="a fault"):
-        vqa_report.MajorityBaseline(task_with(rows))
+        vqa_report.MajorityBaseline(rows, PROMPT)
     with pytest.raises(error, match="a fault"):
-        figures._pictures(rows, {"x.png"})
+        figures._images(rows, {"x.png"})
 
 
 def test_the_best_of_the_controls():
@@ -77,7 +74,9 @@ def test_the_best_of_the_controls():
     for right in (True, False, False, False):
         shuffled.add(right, "count")
     blank = {"accuracy": 0.5, "accuracy_by_family": {"count": 0.5}, "loss": 1.0}
-    found = vqa_report._best_of({"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None})
+    found = vqa_report._best_control(
+        {"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None}
+    )
     assert found == {
         "accuracy_blind": 0.5,
         "accuracy_shuffled": 0.25,
@@ -127,7 +126,7 @@ def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
     source.records[0] = dataclasses.replace(source.records[0], image=b"broken")
     monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
     answers = [answer(COUNT, "2", said, image=f"{i}.png") for i, said in ((3, "2"), (1, "$x_ costs $"))]
-    save_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
+    save_answer_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
     assert [np.asarray(picture)[0, 0].tolist() for picture in drawn] == [
         np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)[0, 0].tolist() for i in (3, 1)
     ]
@@ -142,7 +141,7 @@ def test_the_sheet_tells_two_pictures_of_one_name_apart(tmp_path, monkeypatch):
     answers = [dataclasses.replace(answer(COUNT, "2", "2", image="0001.png"), image_index=i) for i in (0, 1, 1, 2)]
     _, shown = vqa_report._score(answers, lambda answer: None, None)
     assert [one.image_index for one in shown] == [0, 1, 2]
-    save_sheet(source, shown[::-1], tmp_path / "scenes.png")
+    save_answer_sheet(source, shown[::-1], tmp_path / "scenes.png")
     firsts = [np.asarray(picture)[0, 0].tolist() for picture in drawn]
     assert firsts == [np.asarray(Image.open(io.BytesIO(png(i))))[0, 0].tolist() for i in (2, 1, 0)]
 
@@ -157,7 +156,7 @@ def test_the_model_before_training(mini_options, mini_run):
     """It is the base, which shares the run's frozen arrays."""
     task = task_of(mini_options)
     trained = pg.load(mini_run)
-    before = param_tree.flatten(vqa_report._untrained(task, trained))
+    before = param_tree.flatten(task._untrained(trained))
     base, after = param_tree.flatten(task.base()), param_tree.flatten(trained)
     assert before.keys() == base.keys() < after.keys()
     for path, array in base.items():
@@ -166,5 +165,5 @@ def test_the_model_before_training(mini_options, mini_run):
     changed = task_of(mini_options | {"adapter.name": "none", "cache_features": False})
     spoiled = nnx.clone(changed.base())
     spoiled.projector.linear.kernel[...] *= 0
-    again = param_tree.flatten(vqa_report._untrained(changed, spoiled))
+    again = param_tree.flatten(changed._untrained(spoiled))
     np.testing.assert_array_equal(again["projector/linear/kernel"], base["projector/linear/kernel"])

@@ -57,7 +57,7 @@ def compiled_alike(fast_compilation):
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:  # pictures take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.tasks.vqa import task as vqa
+from paligemma_jax.tasks.vqa.features import batch_features
 from paligemma_jax.tasks.vqa.task import VQA
 from paligemma_jax.weights import reader as load_module
 from tests.paligemma_jax.mini import config_of, task_of
@@ -50,7 +51,8 @@ def model(task):
 @pytest.fixture(scope="module")
 def batch(task, mini_rows):
     rows = [
-        task.rows.image(record) | task.rows.text(record) | {"weight": np.float32(1)} for record in mini_rows.records[:4]
+        task.processor.image(record) | task.processor.text(record) | {"weight": np.float32(1)}
+        for record in mini_rows.records[:4]
     ]
     return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -96,7 +98,7 @@ def test_the_loss_is_the_mean_over_answer_and_eos(task, model, batch):
 
 
 def test_features_in_the_batch_give_the_same_gradient(task, model, batch):
-    features = task.features(model, batch)
+    features = batch_features(model, batch)
     cached = {name: value for name, value in batch.items() if name != "image"} | {"features": features}
     assert_same(gradient(task, model, cached), gradient(task, model, batch))
 
@@ -140,7 +142,7 @@ def test_what_stands_on_pads_changes_nothing(task, model, batch):
 
 def test_prompts_are_the_beginning_of_training_rows(task, mini_rows):
     for record in mini_rows.records[:3]:
-        prompt, row = task.rows.prompt(record), task.rows.text(record)
+        prompt, row = task.processor.prompt(record), task.processor.text(record)
         length = int(prompt["mask_input"].sum())
         assert prompt["tokens"][:length].tolist() == row["tokens"][:length].tolist()
         assert not row["mask_loss"][:length].any() and row["mask_loss"][length]
