@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
+from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.stack import REMAT_POLICIES
 from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
@@ -51,6 +55,17 @@ def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
     return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
+
+
+def preprocessing_of(config: PaliGemmaConfig | DualEncoderConfig) -> Preprocessing:
+    """Returns how images are prepared for a model; only a model made by hand lacks it."""
+    assert config.preprocessing is not None
+    return config.preprocessing
+
+
+def normalize(model: PaliGemma | DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
+    """Converts images uint8 [..., I, I, 3] to float32 in the range of the model's tower."""
+    return jnp.asarray(preprocessing_of(model.config).normalize(images))
 
 
 def row_parts(mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.pretraining.task import Pretraining
 from paligemma_jax.weights.hugging_face import paligemma as hugging_face
 from paligemma_jax.weights.hugging_face.processor import write_preprocessing
@@ -46,7 +47,7 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
         checkpoints.close()
     params = {name.removeprefix(PREFIX): a.astype(np.float16) for name, a in arrays.items() if name.startswith(PREFIX)}
     hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
-    write_preprocessing(folder, task.model_config.preprocessing)
+    write_preprocessing(folder, preprocessing_of(task.model_config))
     copy_tokenizer(settings.tokenizer, folder)
 
 

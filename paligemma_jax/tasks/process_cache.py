@@ -52,7 +52,7 @@ def _weakly(model: Model) -> Callable[[], Model | None]:
     references = {path: weakref.ref(array) for path, array in arrays.items()}
 
     def restore() -> Any:
-        alive = {path: reference() for path, reference in references.items()}
+        alive: dict[str, Any] = {path: reference() for path, reference in references.items()}
         if any(array is None or array.is_deleted() for array in alive.values()):
             return None
         return param_tree.merge(graph, alive)

@@ -62,11 +62,13 @@ class Contrastive(Task):
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)
         self.config, self.mesh = config, mesh
-        self.model_config = vision_config_of(self._model_config(), config.init.vision)
+        model_config = vision_config_of(self._model_config(), config.init.vision)
+        assert isinstance(model_config, DualEncoderConfig)
+        self.model_config = model_config
         self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
         self.tokenizer.fits(self.model_config.text.vocab_size)
-        preprocessing, vision = self.model_config.preprocessing, self.model_config.vision
-        self.data = ContrastiveData(config.data, self.tokenizer, preprocessing, vision)
+        preprocessing = common.preprocessing_of(model_config)
+        self.data = ContrastiveData(config.data, self.tokenizer, preprocessing, model_config.vision)
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -132,7 +134,10 @@ class Contrastive(Task):
             assert isinstance(model, DualEncoder)  # as the constructor has checked
         else:
             model = DualEncoder(self.model_config, rngs=nnx.Rngs(config.seed))
-        return with_vision(model, config.init.vision) if config.init.vision else model
+        if config.init.vision:
+            model = with_vision(model, config.init.vision)
+            assert isinstance(model, DualEncoder)
+        return model
 
     def abstract(self) -> DualEncoder:
         """Returns the model with shapes in place of arrays."""
@@ -214,7 +219,7 @@ class Contrastive(Task):
             if FEATURES in rows:
                 images, _ = model.embed_features(rows[FEATURES])
             else:
-                images, _ = model.encode_image(model.config.preprocessing.normalize(rows["image"]))
+                images, _ = model.encode_image(common.normalize(model, rows["image"]))
             return images, model.encode_text(rows["tokens"], rows["mask"])[0]
 
         rows = {name: batch[name] for name in ("image", FEATURES, "tokens", "mask") if name in batch}
@@ -314,7 +319,7 @@ def _encode(scenes: CaptionedScenes, model: DualEncoder) -> Float[np.ndarray, "N
 @jax.jit
 def _tower_features(model: DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns features [B, P, D] of images uint8 [B, I, I, 3]."""
-    return model.vision(model.config.preprocessing.normalize(images))[0]
+    return model.vision(common.normalize(model, images))[0]
 
 
 def select_negatives(

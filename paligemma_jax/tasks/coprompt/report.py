@@ -19,6 +19,7 @@ from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import LabelledRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
 from paligemma_jax.tasks.image_sheet import save_image_sheet
 from train_jax.core import files
@@ -62,7 +63,7 @@ def score(
     """
     check_texts(model, tokenizer([fill(template, name) for name in data.classes])[0])
     texts = zero_shot.class_embeddings(model, tokenizer, data.classes, (template,))
-    source = LabelledRows(data, model.config.preprocessing, split, **bad_rows)
+    source = LabelledRows(data, preprocessing_of(model.config), split, **bad_rows)
     scores, labels, rows = [], [], []
     for start in range(0, len(source), zero_shot.AT_ONCE):
         numbers = np.arange(start, min(start + zero_shot.AT_ONCE, len(source)))
@@ -146,15 +147,14 @@ def save_confusion(by_set: Mapping[str, tuple[Scores, tuple[str, ...]]], workdir
     figure = Figure(figsize=(7.5 * len(by_set), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(by_set), squeeze=False)[0]
-    heat_map = None
     for axis, (name, (scores, classes)) in zip(axes, by_set.items(), strict=True):
-        heat_map = axis.imshow(confusion(scores.scores, scores.labels), cmap="viridis", vmin=0, vmax=1)
+        axis.imshow(confusion(scores.scores, scores.labels), cmap="viridis", vmin=0, vmax=1)
         axis.set_title(f"{name}: accuracy {scores.accuracy:.3f}", parse_math=False)
         axis.set(xlabel="predicted class", ylabel="class")
         if len(classes) <= 60:
             axis.set_yticks(range(len(classes)), classes, fontsize=5, parse_math=False)
             axis.set_xticks(range(len(classes)), classes, fontsize=5, rotation=90, parse_math=False)
-    figure.colorbar(heat_map, label="share of the class's images")
+    figure.colorbar(axes[-1].images[0], label="share of the class's images")
     figure.savefig(workdir / "confusion.png", dpi=110)
 
 
@@ -166,7 +166,7 @@ def save_mistakes(
     images_per_set = -(-SHOWN // len(by_set))
     for name, scores in by_set.items():
         data = protocol.tested[name]
-        source = LabelledRows(data, model.config.preprocessing, **bad_rows)
+        source = LabelledRows(data, preprocessing_of(model.config), **bad_rows)
         best = scores.scores.argmax(1)
         wrong = np.flatnonzero(best != scores.labels)
         for at in wrong[np.linspace(0, len(wrong) - 1, min(images_per_set, len(wrong))).astype(int)]:

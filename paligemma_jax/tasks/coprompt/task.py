@@ -256,16 +256,16 @@ class CoPrompt(Task):
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the loss times the number of valid images; the runtime normalizes."""
-        settings, normalize = self.config.consistency, model.config.preprocessing.normalize
-        texts = ClassTexts.of(model)
-        rows = {"images": normalize(batch["image"]), "labels": batch["label"], "weights": batch["weight"]}
+        settings, texts = self.config.consistency, ClassTexts.of(model)
+        images = common.normalize(model, batch["image"])
+        rows = {"images": images, "labels": batch["label"], "weights": batch["weight"]}
         rows |= {"tokens": texts.tokens}
         if texts.mask is not None:
             rows["text_mask"] = texts.mask
         if texts.frozen is not None:
             rows["frozen_text"] = texts.frozen_sentences(batch["draw"][0])
         if self.weight and settings.on != "text":
-            rows["images_augmented"] = normalize(batch["image_augmented"]) if settings.perturb else rows["images"]
+            rows["images_augmented"] = common.normalize(model, batch["image_augmented"]) if settings.perturb else images
         loss, parts = coprompt_loss(model, rows, self.weight, settings.kind, settings.on)
         count = batch["weight"].sum()
         right = (parts["logits"].argmax(-1) == batch["label"]) * batch["weight"]

@@ -14,6 +14,7 @@ from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.generation.generate import generate
 from paligemma_jax.metrics.boxes import match, parse_boxes
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.tasks.common import normalize
 
 BATCH = 20  # images
 MIN_IOU = 0.5  # of an object that counts as detected
@@ -43,7 +44,7 @@ def detection_scores(
     overlaps = []
     for start in range(0, len(texts), BATCH):
         part = [min(index, len(texts) - 1) for index in range(start, start + BATCH)]  # padded: one compiled program
-        pixels = model.config.preprocessing.normalize(np.stack([images[index] for index in part]))
+        pixels = normalize(model, np.stack([images[index] for index in part]))
         tokens, mask = (np.stack([rows[index][name] for index in part]) for name in ("tokens", "mask_input"))
         answers = np.asarray(generate(model, pixels, tokens, mask, max_new_tokens, tokenizer.eos_id))
         for index, answer in zip(range(start, min(start + BATCH, len(texts))), answers, strict=False):

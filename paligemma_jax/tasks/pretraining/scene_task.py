@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.loading import run_config
-from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.vision_start import vision_config_of, with_vision
@@ -73,7 +73,9 @@ class SceneTask(Task):
         sizes = sizes.replace(
             both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
-        self.model_config = vision_config_of(sizes, config.init.vision)
+        model_config = vision_config_of(sizes, config.init.vision)
+        assert isinstance(model_config, PaliGemmaConfig)
+        self.model_config = model_config
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
@@ -102,7 +104,7 @@ class SceneTask(Task):
         """
         model = self.new()
         if self.config.init.vision is not None:
-            model.model = with_vision(model.model, self.config.init.vision)
+            model.model = cast(PaliGemma, with_vision(model.model, self.config.init.vision))  # of the same class
         shapes = param_tree.abstract(model)
         for run in self.config.init_from:
             self._check_preprocessing(run)
@@ -114,7 +116,7 @@ class SceneTask(Task):
                     raise UserError(
                         f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
                     )
-            model = param_tree.assign(model, arrays)
+            model = cast(PretrainingModel, param_tree.assign(model, arrays))  # of the same class
         return model
 
     def _check_preprocessing(self, run: str) -> None:
@@ -148,7 +150,7 @@ class SceneTask(Task):
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Converts uint8 [0, 255] images to float32 in the tower's range."""
-        return self.model_config.preprocessing.normalize(images)
+        return jnp.asarray(common.preprocessing_of(self.model_config).normalize(images))
 
     def evaluate(
         self, model: PretrainingModel, workdir: Path, split: str | None = None, control_results=None

@@ -6,7 +6,7 @@ weights/adapters/peft.py; the other methods are in adapt/peft/methods.py.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -137,7 +137,7 @@ def attach(
         return method.attach(model, adapter.size or default_size, targets, nnx.Rngs(seed))
     if opened is not None:
         return load_peft(model, opened, dtype="float32", dropout=adapter.dropout, shardings=shardings)
-    return lora.attach_lora(
+    attached = lora.attach_lora(
         model,
         adapter.targets or DECODER_ATTENTION,
         adapter.rank,
@@ -150,6 +150,7 @@ def attach(
         alpha_pattern=dict(adapter.alpha_pattern),
         rngs=nnx.Rngs(seed),
     )
+    return cast(PaliGemma, attached)  # of the same class
 
 
 def trainable(adapter: ConfigDict) -> str:
@@ -157,13 +158,15 @@ def trainable(adapter: ConfigDict) -> str:
     if adapter.name == "lora":
         return lora.TRAINABLE
     method = METHODS[adapter.name]
-    return method.trainable or adapter.targets or method.targets
+    pattern = method.trainable or adapter.targets or method.targets
+    assert pattern is not None  # a method has one of these
+    return pattern
 
 
 def trained_paths(model: PaliGemma, adapter: ConfigDict, attach: Callable[[PaliGemma], PaliGemma]) -> list[str]:
     """Returns the paths of the parameters that train once adapters are attached; `model` is not changed."""
     graph, arrays = param_tree.split(model)
-    attached = nnx.eval_shape(lambda arrays: attach(param_tree.merge(graph, arrays)), arrays)
+    attached = nnx.eval_shape(lambda arrays: attach(cast(PaliGemma, param_tree.merge(graph, arrays))), arrays)
     return patterns.select(trainable(adapter), param_tree.abstract(attached), what="adapters")
 
 
@@ -193,10 +196,11 @@ def export(model: PaliGemma, folder: Path, adapter: ConfigDict, base: str) -> No
     """
     graph, arrays = param_tree.split(model)
     trained = patterns.select(trainable(adapter), arrays, what="adapters")
-    gathered = arrays | {path: sharding.to_host(arrays[path]) for path in trained}
+    gathered = arrays | {path: sharding.to_host(cast(jax.Array, arrays[path])) for path in trained}
     if jax.process_index() != 0:
         return
+    model = cast(PaliGemma, param_tree.merge(graph, gathered))
     if adapter.name == "lora":
-        save_peft(param_tree.merge(graph, gathered), folder, base=base)
+        save_peft(model, folder, base=base)
     else:
-        save_adapter(param_tree.merge(graph, gathered), folder, adapter.name, adapter.size, adapter.targets)
+        save_adapter(model, folder, adapter.name, adapter.size, adapter.targets)

@@ -168,8 +168,8 @@ class VQAEvaluation:
             programs["likelihood"] = self._score
         return {name: programs[name] for name in OUTPUTS if name in outputs and name in programs}
 
-    def _generate(self, model, batch) -> jax.Array:
-        return generate(
+    def _generate(self, model: PaliGemma, batch: Mapping[str, jax.Array]) -> jax.Array:
+        tokens = generate(
             model,
             None,
             batch["prompt"],
@@ -178,8 +178,10 @@ class VQAEvaluation:
             self.processor.tokenizer.eos_id,
             image_features=batch["features"],
         )
+        assert isinstance(tokens, jax.Array)  # without return_out
+        return tokens
 
-    def _score(self, model, batch) -> jax.Array:
+    def _score(self, model: PaliGemma, batch: Mapping[str, jax.Array]) -> jax.Array:
         prompt, mask = batch["prompt"], batch["prompt_mask"]
         chunks = self.config.loss.chunk_size, self.config.loss.vocab_chunk
         return score_candidates(

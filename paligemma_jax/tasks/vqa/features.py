@@ -25,7 +25,7 @@ Encode = Callable[[np.ndarray], np.ndarray]  # images uint8 [B, I, I, 3] -> feat
 @jax.jit
 def encode_images(model: PaliGemma, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns features float32 [B, P, D] of images uint8 [B, I, I, 3], normalized as the model's family does."""
-    return model.encode_image(model.config.preprocessing.normalize(images))[0]
+    return model.encode_image(common.normalize(model, images))[0]
 
 
 def batch_features(
@@ -34,7 +34,7 @@ def batch_features(
     """Returns the features that a batch holds, else those of its images; `keys` [B] are for the tower's dropout."""
     if FEATURES in batch:
         return batch[FEATURES]
-    return model.encode_image(model.config.preprocessing.normalize(batch["image"]), keys)[0]
+    return model.encode_image(common.normalize(model, batch["image"]), keys)[0]
 
 
 def encoder(model: PaliGemma, mesh: Mesh) -> Encode:

@@ -59,7 +59,7 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     return Blueprint(task, model, example, _programs(task, model))
 
 
-def _shapes(path: str, dtype: str, *, shardings, **options) -> PaliGemma:
+def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
     """Stands in for weights.reader.load under nnx.eval_shape; shapes have no shardings."""
     return new(path, dtype, **options)
 

@@ -7,7 +7,7 @@ the reported numbers and their controls in report.py. Axes: see models.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt.lora.adapter import detach_lora
+from paligemma_jax.adapt.peft.methods import base_of
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.data import prompts
 from paligemma_jax.data.records import GuardedSource, Source, spread
@@ -67,7 +67,7 @@ class VQA(Task):
 
     defaults = staticmethod(vqa_config.defaults)
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] | None = None):
+    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., nnx.Module] | None = None):
         """Checks the config and opens the tokenizer and the adapter; the base is read later.
 
         Args:
@@ -116,7 +116,8 @@ class VQA(Task):
                 key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
                 self._base = PROCESS_CACHE.model(key, self._read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            self._processor = RowProcessor(self.tokenizer, self._base.config.preprocessing, config.data)
+            preprocessing = common.preprocessing_of(self._base.config)
+            self._processor = RowProcessor(self.tokenizer, preprocessing, config.data)
         return self._base
 
     def _vision_digest(self) -> str | None:
@@ -143,7 +144,7 @@ class VQA(Task):
             )
         if config.init.vision is None or self._custom_read:
             return model
-        return with_vision(model, config.init.vision)
+        return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
     def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
         """Returns the sharding of a leaf of the model."""
@@ -396,6 +397,6 @@ class VQA(Task):
         It shares every frozen array; where a part of the base trained, the base is read again.
         """
         if self.config.adapter.name == "lora":
-            base = detach_lora(nnx.clone(model))
+            base = base_of(model, "lora")
             return base if self.config.adapter.path is None else self.attach(base)
         return self.base()

@@ -1,4 +1,4 @@
-"""Few-shot tuning of a CLIP: its texts have a mask, and prompts take the place of their first words."""
+"""Few-shot tuning of a CLIP: its texts have a mask, and prompts replace their first tokens."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(scope="module")
 def options(make_random, golden, tmp_path_factory):
-    """Of `:clip_b16` with a model of one layer a tower and the words of the golden tokenizer."""
+    """Of `:clip_b16` with a model of one layer a tower and the golden tokenizer."""
     root = tmp_path_factory.mktemp("clip")
     sizes = dict(width=16, depth=1, mlp_dim=24, num_heads=2)
     text = sizes | {"vocab_size": 607, "length": 20, "eos_token": 606}
@@ -54,21 +54,21 @@ def test_the_loss_reads_texts_by_their_mask(options):
     np.testing.assert_array_equal(task.class_texts().mask, mask)
     assert 0 < mask.sum(1).min() < mask.sum(1).max() < mask.shape[1]
     place = int(float(batch["draw"][0]) * 2)
-    drawn = [(f"one {name}", f"it is a {name}.")[place] for name in task.protocol.tuned.classes]
+    chosen = [(f"one {name}", f"it is a {name}.")[place] for name in task.protocol.tuned.classes]
     rows = {"tokens": tokens, "text_mask": mask, "labels": batch["label"]}
-    rows |= dict(zip(("descriptions", "description_mask"), tokens_of(task.tokenizer, drawn), strict=True))
+    rows |= dict(zip(("descriptions", "description_mask"), tokens_of(task.tokenizer, chosen), strict=True))
     normalize = model.config.preprocessing.normalize
     rows |= {ours: normalize(batch[name]) for name, ours in IMAGES.items()}
     expected, parts = jax.jit(lambda model, rows: coprompt_loss(model, rows, 1.0))(model, rows)
     assert min(parts["text"], parts["image"]) > 1e-3
-    found, _ = jax.jit(lambda model, batch: task.loss(model, batch, None))(model, batch)
-    np.testing.assert_allclose(found / task.normalizer(batch), expected, rtol=1e-5)
+    loss, _ = jax.jit(lambda model, batch: task.loss(model, batch, None))(model, batch)
+    np.testing.assert_allclose(loss / task.normalizer(batch), expected, rtol=1e-5)
     planned = param_tree.abstract(CoPrompt.blueprint(task.config, task.mesh).model)
     assert planned["class_texts/mask"].shape == mask.shape and planned["class_texts/tokens"].shape == tokens.shape
 
 
 @pytest.mark.parametrize("template", ["{} in a photo.", "a {}."])
-def test_prompts_in_the_place_of_names_are_refused(options, template):
+def test_prompts_that_would_replace_class_names_are_refused(options, template):
     """By training and by an evaluation alike, before either computes."""
     task, sentence = (
         task_of(options, template=template),

@@ -55,7 +55,7 @@ def assert_same(answers, expected):
         assert dataclasses.replace(one, nll=0.0) == dataclasses.replace(other, nll=0.0)
 
 
-def test_answers_are_of_their_rows(expected, mini_rows):
+def test_answers_belong_to_their_rows(expected, mini_rows):
     assert [one.image_name for one in expected] == [record.image_name for record in mini_rows.records]
     assert [one.reference for one in expected] == [record.suffix for record in mini_rows.records]
     assert [f"answer en {one.question}" for one in expected] == [record.prefix for record in mini_rows.records]
@@ -64,7 +64,7 @@ def test_answers_are_of_their_rows(expected, mini_rows):
     assert all(one.tokens == 2 for one in expected if one.reference in ("2", "red", "yes"))
 
 
-def test_an_answer_tells_its_image_and_whether_it_ended(answer, expected, mini_rows):
+def test_an_answer_has_its_image_and_whether_it_ended(answer, expected, mini_rows):
     """An answer that ends has EOS among its tokens; with room for one token, only the empty answer does."""
     assert [one.image_index for one in expected] == [record.image_index for record in mini_rows.records]
     short = answer(mini_rows, ("generate", "loss"), eval__max_new_tokens=1)
@@ -159,13 +159,13 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
     """It is the largest of 8, 4, 2, 1 whose compiled computations need no more than is free."""
     compiled = []
 
-    def told(step):
+    def step_memory_of(step):
         real = step_memory(step)
         assert real.temp > 0
         compiled.append(step)
         return real._replace(temp=8000 >> (len(compiled) - 1), output=0)
 
-    monkeypatch.setattr(vqa_evaluation, "step_memory", told)
+    monkeypatch.setattr(vqa_evaluation, "step_memory", step_memory_of)
     monkeypatch.setattr(vqa_evaluation, "device_memory_limit", lambda: 4000)
     task = task_of(options | {"eval.batch_size": 8})
     evaluation = task.evaluation(task.base())
@@ -195,15 +195,15 @@ def test_all_activations_are_more_than_any_compiler_plans(options, mini_rows, si
 
 
 def test_on_a_cpu_the_batch_is_fitted_to_the_hosts_memory(monkeypatch, options, expected, mini_rows, caplog):
-    """One byte too little for the 13 rows that there are, whatever is asked for."""
+    """One byte too little for the 13 rows that there are, whatever the batch size of the config."""
     task = task_of(options | {"eval.batch_size": 100_000})
     evaluation = task.evaluation(task.base())
     need = planned(evaluation, mini_rows, len(mini_rows), ("generate",))
     left = -(-(need - 1) * 8 * 4 // 3)  # 8 devices share three quarters of it
     monkeypatch.setattr(memory, "host_memory_left", lambda: left)
     assert memory.device_memory_limit() == need - 1
-    found = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
-    assert found == [one.prediction for one in expected]
+    predictions = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
+    assert predictions == [one.prediction for one in expected]
     assert evaluation._limit == 6
     assert f"with 6 questions at once: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
 
@@ -229,8 +229,8 @@ class Many(Rows):
 options, count = json.loads(sys.argv[1]), int(sys.argv[2])
 task = task_of(options)
 evaluation = task.evaluation(task.base())
-found = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
-assert found == count
+count_answers = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
+assert count_answers == count
 print(peak_memory_bytes().process)
 """
 
@@ -361,8 +361,8 @@ def test_the_cache_encodes_an_image_once_and_stays_small():
         return [np.full((2, 3), key, np.float32) for key in keys]
 
     cache = FeatureCache(encode, batch_size=4, max_bytes=3 * 2 * 3 * 4)
-    found = cache.get([5, 1, 5, 2, 1], fetch)
-    np.testing.assert_array_equal(found[:, 0, 0], [10, 2, 10, 4, 2])
+    features = cache.get([5, 1, 5, 2, 1], fetch)
+    np.testing.assert_array_equal(features[:, 0, 0], [10, 2, 10, 4, 2])
     assert fetched == [5, 1, 2] and encoded == [4]
     np.testing.assert_array_equal(cache.get([2, 5], fetch)[:, 0, 0], [4, 10])
     assert fetched == [5, 1, 2]

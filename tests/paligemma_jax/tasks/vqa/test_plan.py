@@ -30,7 +30,7 @@ def blueprint(options):
 
 
 @pytest.mark.parametrize("changes", [{"cache_features": False}, {"cache_features": True}, {"adapter.name": "none"}])
-def test_the_plan_is_the_run(mini_options, tmp_path, monkeypatch, changes):
+def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     """Every leaf, the batch, live bytes, and what the compiler plans for the step."""
     options = mini_options | {"cache_features": False} | changes
     seen, original = [], train_step.trace
@@ -59,7 +59,7 @@ def test_the_plan_is_the_run(mini_options, tmp_path, monkeypatch, changes):
     assert planned.programs[0].temp == memory.temp
 
 
-def test_nothing_is_read_and_nothing_is_left(mini_options, monkeypatch):
+def test_a_plan_reads_no_files_and_leaves_no_arrays(mini_options, monkeypatch):
     monkeypatch.setattr(loading, "read_rows", lambda *arguments: pytest.fail("weights were read"))
     monkeypatch.setattr(VQA, "split", lambda self, name: pytest.fail("data were opened"))
     before = len(live_arrays())
@@ -84,7 +84,7 @@ def test_a_released_model_is_known_by_its_name(mini_options, name, width, image)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
 
 
-def test_a_model_of_no_known_size_is_told(mini_options):
+def test_a_model_of_unknown_size_is_refused(mini_options):
     with pytest.raises(
         UserError, match=re.escape("no model at nowhere/at-all, and its name is not that of a released")
     ):

@@ -56,7 +56,7 @@ def test_the_most_frequent_training_answer_of_a_family():
 
 @pytest.mark.parametrize("error", [ValueError, KeyError])
 def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
-    """Bad rows are told by UserError and OSError; anything else passes through, in the counts and on the sheet."""
+    """Bad rows raise UserError or OSError; anything else passes through, in the counts and on the sheet."""
 
     class Broken(Rows):
         def __getitem__(self, index):
@@ -74,10 +74,10 @@ def test_the_best_of_the_controls():
     for right in (True, False, False, False):
         shuffled.add(right, "count")
     blank = {"accuracy": 0.5, "accuracy_by_family": {"count": 0.5}, "loss": 1.0}
-    found = vqa_report._best_control(
+    result = vqa_report._best_control(
         {"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None}
     )
-    assert found == {
+    assert result == {
         "accuracy_blind": 0.5,
         "accuracy_shuffled": 0.25,
         "accuracy_question_only": 0.5,
@@ -105,7 +105,7 @@ def test_scores_by_hand():
     assert results["rouge"] == expected and results["rougeL"] == expected["rougeL"]["f1"] == pytest.approx(2 / 3)
 
 
-def test_predictions_take_their_name_when_they_are_complete(tmp_path):
+def test_the_file_of_predictions_appears_when_it_is_complete(tmp_path):
     file = tmp_path / "run" / "predictions.jsonl"
     with pytest.raises(RuntimeError), vqa_report._writer(file) as write:
         write(answer(COUNT, "2", "2"))
@@ -121,28 +121,28 @@ def test_predictions_take_their_name_when_they_are_complete(tmp_path):
 
 
 def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
-    drawn = []
+    shown_images = []
     source = Rows([Record(png(i), f"{i}.png", i, COUNT, "2") for i in range(4)])
     source.records[0] = dataclasses.replace(source.records[0], image=b"broken")
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: shown_images.append(picture))
     answers = [answer(COUNT, "2", said, image=f"{i}.png") for i, said in ((3, "2"), (1, "$x_ costs $"))]
     save_answer_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
-    assert [np.asarray(picture)[0, 0].tolist() for picture in drawn] == [
+    assert [np.asarray(picture)[0, 0].tolist() for picture in shown_images] == [
         np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)[0, 0].tolist() for i in (3, 1)
     ]
     with Image.open(tmp_path / "scenes.png") as sheet:
         assert sheet.width > 300
 
 
-def test_the_sheet_tells_two_pictures_of_one_name_apart(tmp_path, monkeypatch):
-    drawn = []
+def test_the_sheet_distinguishes_images_of_the_same_name(tmp_path, monkeypatch):
+    shown_images = []
     source = Rows([Record(png(i), "0001.png", i, COUNT, "2") for i in range(3)])
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: shown_images.append(picture))
     answers = [dataclasses.replace(answer(COUNT, "2", "2", image="0001.png"), image_index=i) for i in (0, 1, 1, 2)]
     _, shown = vqa_report._score(answers, lambda answer: None, None)
     assert [one.image_index for one in shown] == [0, 1, 2]
     save_answer_sheet(source, shown[::-1], tmp_path / "scenes.png")
-    firsts = [np.asarray(picture)[0, 0].tolist() for picture in drawn]
+    firsts = [np.asarray(picture)[0, 0].tolist() for picture in shown_images]
     assert firsts == [np.asarray(Image.open(io.BytesIO(png(i))))[0, 0].tolist() for i in (2, 1, 0)]
 
 
