@@ -415,11 +415,8 @@ def test_data_of_a_complete_run_are_compared_by_their_bytes(options, tmp_path):
             image = task_of(changed).protocol.tested["base"].splits["test"][0].image
         (tmp_path / "toys" / image).write_bytes(png(1234))
         fingerprints.append((task_of(changed).train_records().fingerprint, task_of(changed).reported_data()))
-    assert (
-        fingerprints[2][0] != fingerprints[1][0]
-        and fingerprints[2][1] == fingerprints[1][1]
-        and fingerprints[3][1] != fingerprints[2][1]
-    )
+    (tuned, tested), (other_tuned, same_tested), (_, other_tested) = fingerprints[1:]
+    assert other_tuned != tuned and same_tested == tested and other_tested != tested
 
 
 def test_other_splits_than_the_test_images_are_refused(run, options):

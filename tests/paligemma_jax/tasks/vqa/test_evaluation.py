@@ -229,8 +229,8 @@ class Many(Rows):
 options, count = json.loads(sys.argv[1]), int(sys.argv[2])
 task = task_of(options)
 evaluation = task.evaluation(task.base())
-count_answers = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
-assert count_answers == count
+answered = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
+assert answered == count
 print(peak_memory_bytes().process)
 """
 

@@ -1,4 +1,4 @@
-"""Plans of VQA runs: shapes equal to the real run's; a model that is not there is known by its name."""
+"""Plans of VQA runs: shapes equal those of the run; sizes of a missing checkpoint follow from its name."""
 
 import re
 
@@ -20,8 +20,8 @@ from train_jax.system.memory import step_memory
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-class Stopped(Exception):
-    """The step has been traced."""
+class TracedError(Exception):
+    """Raised once the step has been traced."""
 
 
 def blueprint(options):
@@ -35,14 +35,14 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     options = mini_options | {"cache_features": False} | changes
     seen, original = [], train_step.trace
 
-    def traced(config, task, mesh, bundle, optimizer, schedule, start, batch):
-        step, _ = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
-        seen.append((start, bundle.frozen, batch, step_memory(step.lower().compile())))
-        raise Stopped
+    def traced(config, task, mesh, placed, optimizer, schedule, start, batch):
+        step, _ = original(config, task, mesh, placed, optimizer, schedule, start, batch)
+        seen.append((start, placed.frozen, batch, step_memory(step.lower().compile())))
+        raise TracedError
 
     with monkeypatch.context() as patch:
         patch.setattr(train_step, "trace", traced)
-        with pytest.raises(Stopped):
+        with pytest.raises(TracedError):
             loop.fit(config_of(options), tmp_path / "run", "none")
     ((start, frozen, batch, memory),) = seen
     task, model, example, _ = blueprint(options)
