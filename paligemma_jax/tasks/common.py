@@ -50,7 +50,7 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits rows [B, ...] that every process holds over the mesh; B is a multiple of `row_parts(mesh)`."""
+    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_parts(mesh)`."""
     size = len(next(iter(arrays.values())))
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}

@@ -29,7 +29,7 @@ def save_image_sheet(
     images_per_cell = 1 if real is None else 2
     figure = Figure(figsize=(1.5 * images_per_cell * columns, 1.9 * rows + 0.3), layout="constrained")
     if real is not None:
-        figure.suptitle("left: sample; right: a real picture", fontsize=9)
+        figure.suptitle("left: sample; right: a real image", fontsize=9)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for place, axes in enumerate(grid):
         axes.set_axis_off()

@@ -101,7 +101,7 @@ def report(
     metrics = _metrics(model, tokenizer, pairs, objects, embedded, captions)
     if model.logit_bias is not None:
         likelihoods = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
-        # A caption may be true of other images too; it is known to be true of those with an equal caption.
+        # A caption may be true of other images too; it is certainly true of those with an equal caption.
         equal = np.array(captions)[:, None] == np.array(captions)[None]
         bins = zero_shot.calibration(likelihoods.ravel(), equal.ravel())
         metrics["calibration_error"] = zero_shot.calibration_error(bins)
@@ -174,6 +174,6 @@ def save_neighbours(
             axis.imshow(image(int(index)))
             axis.set(xticks=[], yticks=[])
             if captions[index] == captions[query]:
-                for side in axis.spines.values():
-                    side.set(color="green", linewidth=4)
+                for spine in axis.spines.values():
+                    spine.set(color="green", linewidth=4)
     figure.savefig(file, dpi=100)

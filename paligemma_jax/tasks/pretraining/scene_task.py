@@ -114,7 +114,8 @@ class SceneTask(Task):
             for path, array in arrays.items():
                 if path not in shapes or shapes[path].shape != array.shape:
                     raise UserError(
-                        f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
+                        f"init_from: {run} has {path} of shape {array.shape}, which this model does not have: choose "
+                        "another run."
                     )
             model = cast(PretrainingModel, param_tree.assign(model, arrays))  # of the same class
         return model

@@ -2,8 +2,8 @@
 
 Logits of every token over the vocabulary (257,152 tokens) are never materialised: answers are generated with a KV
 cache, likelihoods and losses are computed in chunks, and only token ids and sums are kept of each batch. The batch
-starts at the size that the config allows, or that the compiler says the device can hold, and is halved whenever the
-device still runs out of memory.
+starts at the size that the config allows, or for which the device has memory according to the compiler, and is halved
+whenever the device still runs out of memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -68,7 +68,7 @@ class VQAEvaluation:
         """Tokenizes the candidate answers; nothing is computed yet.
 
         Args:
-          model: lies on the mesh.
+          model: on the mesh.
           config: of the run; `eval`, `loss` and `data` are read.
           mesh: of devices.
           processor: prepares the records.
@@ -78,7 +78,7 @@ class VQAEvaluation:
         self.config, self.mesh, self.processor = config, mesh, processor
         self.model = model
         if config.eval.int8_outliers is not None:
-            # The clone holds the same arrays, and training goes on with dequantised weights.
+            # The clone shares the arrays, and training goes on with dequantised weights.
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
         self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
@@ -89,7 +89,8 @@ class VQAEvaluation:
 
     def replace(self, model: PaliGemma | None = None, processor: RowProcessor | None = None) -> "VQAEvaluation":
         """Returns the same evaluation with another model or another processor."""
-        model, processor = model or self.model, processor or self.processor
+        model = self.model if model is None else model
+        processor = self.processor if processor is None else processor
         return VQAEvaluation(model, self.config, self.mesh, processor, self._token_loss, self._batch_bytes)
 
     def summary(self, source: Source) -> dict[str, float]:

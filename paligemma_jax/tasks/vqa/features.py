@@ -31,14 +31,14 @@ def encode_images(model: PaliGemma, images: jax.Array | np.ndarray) -> jax.Array
 def batch_features(
     model: PaliGemma, batch: Mapping[str, jax.Array], keys: jax.Array | None = None
 ) -> Float[jax.Array, "B P D"]:
-    """Returns the features that a batch holds, else those of its images; `keys` [B] are for the tower's dropout."""
+    """Returns the features of a batch, else those of its images; `keys` [B] are for the tower's dropout."""
     if FEATURES in batch:
         return batch[FEATURES]
     return model.encode_image(common.normalize(model, batch["image"]), keys)[0]
 
 
 def encoder(model: PaliGemma, mesh: Mesh) -> Encode:
-    """Returns `encode_images` on host arrays; every device encodes its share. The model lies on the mesh."""
+    """Returns `encode_images` on host arrays; every device encodes its share. The model is on the mesh."""
 
     def encode(images: np.ndarray) -> np.ndarray:
         return sharding.to_host(encode_images(model, common.to_mesh({"image": images}, mesh)["image"]))
@@ -96,7 +96,7 @@ class FeatureStore(DataSource):
         Args:
           source: the records.
           processor: prepares them.
-          model: holds the tower; lies on the mesh.
+          model: with the tower; on the mesh.
           mesh: of devices, which share the work.
           limit_mb: memory that the features may take, in MiB.
           progress: see tasks.common.progress.

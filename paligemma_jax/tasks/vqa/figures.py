@@ -19,7 +19,7 @@ def save_answer_sheet(
     """Saves a grid of the answers' scenes; correct answers are green, wrong ones red. Writes nothing without answers.
 
     Args:
-      source: the records answered, which hold the images.
+      source: the records answered, with their images.
       answers: one a scene, in the source's order.
       file: the PNG to write.
       columns: number of columns.

@@ -55,7 +55,7 @@ def report(
     question_only: ConfigDict | None,
     control_results: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Evaluates a model on a source; writes predictions.jsonl and scenes.png; returns what eval.json holds.
+    """Evaluates a model on a source; writes predictions.jsonl and scenes.png; returns the contents of eval.json.
 
     Args:
       evaluation: of the trained model.

@@ -110,7 +110,7 @@ class VQA(Task):
         if self._base is None:
             config = self.config
             if config.adapter.name == "none" or self._custom_read is not None:
-                self._base = self._read()  # trained arrays are donated, so nobody else may hold them
+                self._base = self._read()  # trained arrays are donated, so no other task may share them
             else:
                 options = tuple(leaves(config.model).items())
                 key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
@@ -315,7 +315,7 @@ class VQA(Task):
         }
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
-        """Returns the summed nll in nats and the number of supervised tokens of each row; never holds [b, T, V]."""
+        """Returns the summed nll in nats and the number of supervised tokens of each row; never makes [b, T, V]."""
         _, hidden, arrays, _ = self._forward(model, batch)
         scores = token_scores(hidden, targets=arrays["targets"], **self._lm_head(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
