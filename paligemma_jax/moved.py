@@ -85,8 +85,9 @@ tasks.coprompt_report              tasks.coprompt.report
 tasks.detection                    tasks.pretraining.detection
 tasks.features                     tasks.vqa.features
 tasks.judge                        tasks.text_to_image.judge
+tasks.picture_sheet                tasks.image_sheet
 tasks.scene_task                   tasks.pretraining.scene_task
-tasks.shared_base                  tasks.vqa.base_cache
+tasks.shared_base                  tasks.process_cache
 tasks.vision_pretraining           tasks.pretraining.vision
 tasks.vqa_adapter                  tasks.vqa.adapter
 tasks.vqa_answer                   tasks.vqa.answer
@@ -95,10 +96,12 @@ tasks.vqa_consistency              tasks.vqa.consistency
 tasks.vqa_evaluation               tasks.vqa.evaluation
 tasks.vqa_forgetting               tasks.vqa.forgetting
 tasks.vqa_lengths                  tasks.vqa.lengths
-tasks.vqa_pictures                 tasks.vqa.pictures
+tasks.vqa_pictures                 tasks.vqa.figures
 tasks.vqa_plan                     tasks.vqa.plan
 tasks.vqa_report                   tasks.vqa.report
 tasks.vqa_rows                     tasks.vqa.rows
+tasks.vqa.base_cache               tasks.process_cache
+tasks.vqa.pictures                 tasks.vqa.figures
 token_chunks                       losses.token_chunks
 token_divergence                   losses.chunked_kl
 token_losses                       losses.chunked_cross_entropy

@@ -29,7 +29,7 @@ QUICK = {"eval.controls": False, "eval.before": False, "eval.candidates": "", "c
 def no_pictures(monkeypatch):
     """They take longer than the runs."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
-    monkeypatch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class Step:
 
     def gradients(self, processes: int, *steps: int) -> list[tuple[float, dict[str, np.ndarray]]]:
         """Loss and gradient by path of one batch, with the keys of each of some steps."""
-        bundle = stirred(placement.build(self.task, self.mesh))
+        bundle = stirred(placement.build(self.task, self.mesh, training=True))
         start = placement.create_state(bundle, KEPT, self.mesh, ema=False, float16=False)
         rows = self.batch(self.config.micro_batch, processes)
         batch = sharding.to_global(rows, self.mesh, sharding.batch_sharding(self.mesh).spec)

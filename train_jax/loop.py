@@ -138,7 +138,7 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
         self.durations, self.checkpoints, self._began = durations, checkpoints, began
         self.pipeline = training_batches(config, source, durations.total)
-        self.model = placement.build(task, mesh)
+        self.model = placement.build(task, mesh, training=True)
         self.schedule = optimizers.make_schedule(config.optimizer, durations.total, durations.warmup)
         self.optimizer = optimizers.make_optimizer(config.optimizer, self.schedule, self.model.trainable)
         options = dict(ema=config.ema_decay is not None, float16=config.compute_dtype == "float16")

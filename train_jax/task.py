@@ -75,6 +75,13 @@ class Task(abc.ABC):
     def init(self) -> nnx.Module:
         """The model at the start of training, weights loaded and adapters attached; a function of the config."""
 
+    def init_for_training(self) -> nnx.Module:
+        """Returns the model that `loss` reads, before training: by default `init()`.
+
+        A task adds the frozen arrays here that its loss reads and its evaluation does not.
+        """
+        return self.init()
+
     @abc.abstractmethod
     def trainable(self) -> str | None:
         """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state.

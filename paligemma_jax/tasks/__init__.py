@@ -1,1 +1,1 @@
-"""Runs: each module holds a class that implements train_jax.task.Task."""
+"""Tasks: each module or package holds a class that extends train_jax.task.Task."""

@@ -1,8 +1,8 @@
-"""Zero-shot accuracy of a SigLIP or a CLIP on a folder of class folders:
+"""Measures the zero-shot accuracy of a SigLIP or a CLIP on a folder of class folders.
 
     python -m paligemma_jax.tasks.classify_folders siglip-base-patch16-224 my_images --template="a photo of a {}."
 
-`my_images/golden_retriever/0001.jpg`: the folders' names are the classes, with spaces for underscores.
+The names of the class folders are the classes, with spaces for underscores: my_images/golden_retriever/0001.jpg.
 """
 
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from paligemma_jax.data.few_shot.class_folders import class_folders
 from paligemma_jax.inference.classify import classify
@@ -18,11 +18,13 @@ from paligemma_jax.tasks.common import progress
 from train_jax.config import command_line
 
 
-def accuracies(scores: Float[np.ndarray, "N C"], right: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """`accuracy` of all images, `mean_class_accuracy`, and every class's own by name."""
-    hits = scores.argmax(1) == right
-    own = {name: float(hits[right == number].mean()) for number, name in enumerate(names)}
-    return {"accuracy": float(hits.mean()), "mean_class_accuracy": float(np.mean(list(own.values()))), **own}
+def accuracies(
+    scores: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"], names: Sequence[str]
+) -> dict[str, float]:
+    """Returns `accuracy` over all images, `mean_class_accuracy`, and the accuracy of every class by its name."""
+    hits = scores.argmax(1) == labels
+    by_class = {name: float(hits[labels == number].mean()) for number, name in enumerate(names)}
+    return {"accuracy": float(hits.mean()), "mean_class_accuracy": float(np.mean(list(by_class.values()))), **by_class}
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -32,16 +34,23 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Command line: accuracy on a folder of class folders."""
-    places, values = command_line.parse(argv, __doc__, _flags, "MODEL FOLDER")
-    model, folder = places
-    found = class_folders(folder)
-    files = [file for group in found.values() for file in group]
-    right = np.repeat(np.arange(len(found)), [len(group) for group in found.values()])
-    with progress("classifying") as told:
-        options = dict(model=model, tokenizer=values.tokenizer, dtype=values.dtype, on_progress=told)
-        scores = classify(files, list(found), values.template, **options)
-    for name, value in accuracies(scores, right, list(found)).items():
+    """Runs the command line."""
+    (model, folder), values = command_line.parse(argv, __doc__ or "", _flags, "MODEL FOLDER")
+    images_by_class = class_folders(folder)
+    names = list(images_by_class)
+    files = [file for images in images_by_class.values() for file in images]
+    labels = np.repeat(np.arange(len(names)), [len(images) for images in images_by_class.values()])
+    with progress("classifying") as on_progress:
+        scores = classify(
+            files,
+            names,
+            values.template,
+            model=model,
+            tokenizer=values.tokenizer,
+            dtype=values.dtype,
+            on_progress=on_progress,
+        )
+    for name, value in accuracies(scores, labels, names).items():
         print(f"{name:>30}  {value:.4f}")
 
 

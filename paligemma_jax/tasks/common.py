@@ -1,4 +1,4 @@
-"""What several tasks need: how parameters and rows lie on the mesh, where caches live, a progress bar."""
+"""Helpers that several tasks share: sharding rules of parameters, rows on the mesh, a progress bar."""
 
 import contextlib
 import sys
@@ -6,21 +6,25 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
+from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.stack import REMAT_POLICIES
 from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
-"""Values of the key model.remat, see models.stack.scan_stack."""
+"""Values of the config key model.remat, see models.stack.scan_stack."""
 
-WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays lie below the kernel's path, shaped as it is
+WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays: below the kernel's path, of its shape
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
-# adapter is split as its base. Layers (axis 0 of stacked leaves), norms, biases and the rank stay whole.
+# adapter is split like its base. Layers (axis 0 of stacked leaves), norms, biases and the rank are not split.
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     *quantize.SHARDING_RULES,
     (r".*layers/self_attn/[qkv]_proj/kernel" + WITH_GATES, (None, "fsdp", "tensor", None)),
@@ -46,36 +50,47 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Rows [B, ...] that every process has, split over the mesh; B is a multiple of `row_parts(mesh)`."""
+    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_parts(mesh)`."""
     size = len(next(iter(arrays.values())))
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
     return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
 
 
+def preprocessing_of(config: PaliGemmaConfig | DualEncoderConfig) -> Preprocessing:
+    """Returns how images are prepared for a model; only a model made by hand lacks it."""
+    assert config.preprocessing is not None
+    return config.preprocessing
+
+
+def normalize(model: PaliGemma | DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
+    """Converts images uint8 [..., I, I, 3] to float32 in the range of the model's tower."""
+    return jnp.asarray(preprocessing_of(model.config).normalize(images))
+
+
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts the mesh splits rows."""
+    """Returns the number of parts into which the mesh splits rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `told(done, total)`: a bar with rate and time left on a terminal, else a line now and then."""
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields `on_progress(done, total)`: a bar on a terminal, else a printed line every 10 seconds and at the end."""
     bar, last = None, time.monotonic()
 
-    def told(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal bar, last
         if jax.process_index() != 0:
             return
         if sys.stderr.isatty():
-            bar = bar or tqdm(total=total, desc=what, dynamic_ncols=True)
+            bar = bar or tqdm(total=total, desc=description, dynamic_ncols=True)
             bar.update(done - bar.n)
         elif time.monotonic() - last > 10 or done == total:
             last = time.monotonic()
-            print(f"{what}: {done}/{total}", flush=True)
+            print(f"{description}: {done}/{total}", flush=True)
 
     try:
-        yield told
+        yield on_progress
     finally:
         if bar is not None:
             bar.close()

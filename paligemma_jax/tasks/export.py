@@ -1,7 +1,9 @@
-"""Takes the model out of a pretraining run: python -m paligemma_jax.tasks.export RUN FOLDER [best|latest|STEP]
+"""Exports the model of a pretraining run.
+
+    python -m paligemma_jax.tasks.export RUN FOLDER [best|latest|STEP]
 
 Writes a folder as transformers saves it (config.json, model.safetensors in float16, preprocessor_config.json) with the
-tokenizer beside it, which `pg.load(FOLDER)` reads.
+tokenizer beside it. `pg.load(FOLDER)` reads it.
 """
 
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.pretraining.task import Pretraining
 from paligemma_jax.weights.hugging_face import paligemma as hugging_face
 from paligemma_jax.weights.hugging_face.processor import write_preprocessing
@@ -23,10 +26,10 @@ PREFIX = "model/"
 
 
 def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
-    """Writes a pretraining run's parameters (their moving average, where one was kept) to `folder`.
+    """Writes a pretraining run's parameters (their moving average, if the run has one) to `folder`.
 
     Raises:
-      UserError: `run` is no pretraining run, or has no such checkpoint.
+      UserError: `run` is not a pretraining run, or has no such checkpoint.
     """
     file = run / "config.json"
     if not file.is_file():
@@ -43,12 +46,12 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
         checkpoints.close()
     params = {name.removeprefix(PREFIX): a.astype(np.float16) for name, a in arrays.items() if name.startswith(PREFIX)}
     hugging_face.save(folder, task.model_config, params, task.tokenizer.image_id)
-    write_preprocessing(folder, task.model_config.preprocessing)
+    write_preprocessing(folder, preprocessing_of(task.model_config))
     copy_tokenizer(settings.tokenizer, folder)
 
 
 def main(argv: list[str]) -> None:
-    """Command line of `export`."""
+    """Runs the command line."""
     expected = "RUN FOLDER [best|latest|STEP]"
     (run, folder, *checkpoint), _ = command_line.parse(argv, __doc__, lambda values: None, expected, counts=(2, 3))
     export(Path(run), Path(folder), *checkpoint)

@@ -1,4 +1,4 @@
-"""The folders of synthetic scenes that tasks read: rendered on first use, kept in the cache."""
+"""Folders of synthetic scenes, rendered on first use and kept in the cache directory."""
 
 from pathlib import Path
 
@@ -12,16 +12,19 @@ from paligemma_jax.tasks import common
 def rendered(
     data: ConfigDict, stream: str, number: int, size: int, grid: int, num_objects: tuple[int, int] = (1, 10)
 ) -> Path:
-    """The folder of a stream's scenes, see pretraining_scenes.build.
+    """Returns the folder of a stream's scenes, see pretraining_scenes.build.
 
     Args:
-      data: has cache_dir and build_workers.
-      stream: names what the scenes are for; two streams share no scene.
-      number: of scenes.
-      size, grid: pixels and patches a side.
-      num_objects: fewest and most in a scene.
+      data: config with cache_dir and build_workers.
+      stream: name of a set of scenes; two streams share no scene.
+      number: number of scenes.
+      size: pixels a side.
+      grid: patches a side.
+      num_objects: smallest and largest number of objects in a scene.
     """
     low, high = num_objects
     folder = Path(data.cache_dir).expanduser() / f"{stream}-v{VERSION}-{size}-{low}to{high}-{number}"
-    with common.progress(f"rendering {number} {stream} scenes") as told:
-        return pretraining_scenes.build(folder, number, size, grid, stream, data.build_workers, told, num_objects)
+    with common.progress(f"rendering {number} {stream} scenes") as on_progress:
+        return pretraining_scenes.build(
+            folder, number, size, grid, stream, data.build_workers, on_progress, num_objects
+        )

@@ -146,8 +146,8 @@ def test_the_preprocessing_is_copied_with_the_tower(other_images, dual, mini_fol
 def test_tasks_prepare_images_as_the_tower_needs_them(other_images, mini_options):
     task = task_of(mini_options | {"init.vision": str(other_images)})
     model = task.base()
-    assert model.config.preprocessing == task.rows.preprocessing
-    assert task.rows.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert model.config.preprocessing == task.processor.preprocessing
+    assert task.processor.preprocessing.mean == (0.485, 0.456, 0.406)
 
 
 def test_a_new_models_config_has_the_towers_preprocessing(other_images):

@@ -51,16 +51,16 @@ class Training:
         task = self.task
         config, self.mesh = task.config, task.mesh
         task.base()
-        source = task.rows.guarded(rows, task.rows.image_and_text, max_bad_fraction=1.0)
+        source = task.processor.guarded(rows, task.processor.image_and_text, max_bad_fraction=1.0)
         self.batches = training_batches(config, source, num_steps=100)
-        self.bundle = placement.build(task, self.mesh)
+        self.placed = placement.build(task, self.mesh)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)
-        optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.bundle.trainable)
+        optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.placed.trainable)
         self._step = train_step.make_train_step(
-            self.bundle.merge, task.loss, task.normalizer, optimizer, schedule, seed=config.seed
+            self.placed.merge, task.loss, task.normalizer, optimizer, schedule, seed=config.seed
         )
         float16 = config.compute_dtype == "float16"
-        self.state = placement.create_state(self.bundle, optimizer, self.mesh, ema=False, float16=float16)
+        self.state = placement.create_state(self.placed, optimizer, self.mesh, ema=False, float16=float16)
         self._compiled = None
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -76,8 +76,8 @@ class Training:
             if self._compiled is None:
                 places = jax.tree.map(lambda leaf: leaf.sharding, (self.state, zeros))
                 jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
-                self._compiled = jitted.lower(self.state, zeros, self.bundle.frozen, batch).compile()
-            self.state, totals = self._compiled(self.state, zeros, self.bundle.frozen, batch)
+                self._compiled = jitted.lower(self.state, zeros, self.placed.frozen, batch).compile()
+            self.state, totals = self._compiled(self.state, zeros, self.placed.frozen, batch)
             found.append(metrics.means(totals))
         return found
 

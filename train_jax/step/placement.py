@@ -35,13 +35,13 @@ class PlacedModel:
         return self.merge((self.trainable if trained is None else trained) | self.frozen)
 
 
-def build(task: Task, mesh: Mesh) -> PlacedModel:
+def build(task: Task, mesh: Mesh, training: bool = False) -> PlacedModel:
     """Initialises the model and puts every leaf into its sharding.
 
     Raises:
       UserError: the trainable pattern matches nothing, or a leaf has no sharding rule.
     """
-    return _place(task, task.init(), mesh, jax.device_put)
+    return _place(task, task.init_for_training() if training else task.init(), mesh, jax.device_put)
 
 
 def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> PlacedModel:

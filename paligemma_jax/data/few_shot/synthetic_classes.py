@@ -64,15 +64,8 @@ def class_descriptions() -> dict[str, tuple[str, ...]]:
 
 
 def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: int, workers: int, progress) -> None:
-<<<<<<< HEAD
-    """Writes the set at once, so that a folder that exists is complete."""
-    with atomic(folder) as draft:
-=======
     """Writes the set to a temporary folder and renames it at the end, so that an existing folder is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
->>>>>>> weights
+    with atomic(folder) as draft:
         for values in CLASSES:
             (draft / "images" / _folder(values.name)).mkdir(parents=True)
         splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
@@ -89,15 +82,8 @@ def _build(folder: Path, size: int, numbers: dict[str, int], style: str, seed: i
             if progress:
                 progress(done, len(jobs))
         names = tuple(values.name for values in CLASSES)
-<<<<<<< HEAD
-        write_split_file(FewShot(folder.name, draft / "images", names, splits), draft)
-=======
         examples = {split: tuple(rows) for split, rows in splits.items()}
         write_split_file(FewShot(folder.name, draft / "images", names, examples), draft)
-        _publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
->>>>>>> weights
 
 
 def _render(size: int, style: str, scene: dict) -> bytes:
@@ -106,16 +92,3 @@ def _render(size: int, style: str, scene: dict) -> bytes:
 
 def _folder(name: str) -> str:
     return name.replace(" ", "_")
-<<<<<<< HEAD
-=======
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    """Renames the draft; if another process was first, its set, which is the same, stays."""
-    try:
-        draft.chmod(0o755)
-        draft.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
->>>>>>> weights

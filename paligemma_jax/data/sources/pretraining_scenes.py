@@ -50,8 +50,7 @@ def build(
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (num_scenes, size, size, 3))
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, (num_scenes, grid**2, 4))
     jobs = ((stream, index, size, grid, num_objects) for index in range(num_scenes))
-<<<<<<< HEAD
-    with atomic(folder / "scenes.jsonl") as draft:  # is there only beside arrays that are whole
+    with atomic(folder / "scenes.jsonl") as draft:  # exists only beside complete arrays
         with multiprocessing.get_context("spawn").Pool(workers) as pool, draft.open("w") as file:
             for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
                 images[index], patches[index] = image, labels
@@ -60,17 +59,6 @@ def build(
                     progress(index + 1, num_scenes)
         images.flush()
         patches.flush()
-=======
-    with multiprocessing.get_context("spawn").Pool(workers) as pool, (folder / ".scenes.tmp").open("w") as file:
-        for index, (scene, image, labels) in enumerate(pool.imap(_make, jobs, chunksize=16)):
-            images[index], patches[index] = image, labels
-            file.write(json.dumps(scene) + "\n")
-            if progress:
-                progress(index + 1, num_scenes)
-    images.flush()
-    patches.flush()
-    (folder / ".scenes.tmp").rename(folder / "scenes.jsonl")
->>>>>>> weights
     return folder
 
 

@@ -61,30 +61,17 @@ def build_tree(
 ) -> None:
     """Adds one split to `folder`: images/<split>/*.png, scenes/ and questions/CLEVR_<split>_*.json.
 
-<<<<<<< HEAD
-    The files are a function of the arguments, except of `progress` (called with scenes done and scenes in all) and
-    `workers` (processes that sample and render). `pixel_coords` refer to the written size. The images, the scenes and
-    the questions appear whole and in this order: where the questions file is, the split is complete (`is_built`).
+    The files are a function of the arguments except `progress` (called with scenes done and the total) and `workers`
+    (processes that sample and render). `pixel_coords` refer to the written size. The images, the scenes and the
+    questions are each renamed into place when complete, the questions last: if they exist, the split is complete
+    (`is_built`).
     """
     folder = Path(folder)
     images = folder / "images" / split
     scenes, questions, balance = [], [], AnswerBalance()
-    make = partial(_picture, seed, split, num_objects, width, height)
+    make = partial(_render_scene, seed, split, num_objects, width, height)
     with atomic(images) as draft:
         draft.mkdir()
-=======
-    The files are a function of the arguments except `progress` (called with scenes done and the total) and `workers`
-    (processes that sample and render). `pixel_coords` refer to the written size. All files are written to a temporary
-    folder and renamed at the end, the questions file last: if it exists, the split is complete (`is_built`).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder))
-    try:
-        (draft / "images").mkdir()
-        scenes, questions, balance = [], [], AnswerBalance()
-        make = partial(_render_scene, seed, split, num_objects, width, height)
->>>>>>> weights
         for scene, png in ordered_map(make, range(first_index, first_index + num_scenes), workers):
             (draft / scene["image_filename"]).write_bytes(png)
             stream = (*split_seed(seed, split), _QUESTION_STREAM, scene["image_index"])
@@ -128,23 +115,4 @@ def _in_pixels(scene: dict[str, Any], width: int, height: int) -> dict[str, Any]
         x, y, depth = item["pixel_coords"]
         return item | {"pixel_coords": [round(x * scale[0]), round(y * scale[1]), depth]}
 
-<<<<<<< HEAD
-    return scene | {"objects": [moved(item) for item in scene["objects"]]}
-=======
     return scene | {"objects": [scaled(item) for item in scene["objects"]]}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-
-
-def _publish(draft: Path, folder: Path, split: str) -> None:
-    for name in ("images", "scenes", "questions"):
-        (folder / name).mkdir(exist_ok=True)
-    images = folder / "images" / split
-    if images.exists():  # left by an interrupted call or an earlier build
-        shutil.rmtree(images)
-    (draft / "images").replace(images)
-    for name in ("scenes", "questions"):
-        (draft / f"{name}.json").replace(folder / name / f"CLEVR_{split}_{name}.json")
->>>>>>> weights

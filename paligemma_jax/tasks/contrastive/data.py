@@ -1,4 +1,4 @@
-"""Where the pairs of a contrastive run come from: synthetic scenes, a JSONL file, or a data set of TFDS."""
+"""Data of a contrastive run: synthetic scenes, a JSONL file, or a data set of TFDS."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_captions",
     "tfds": "paligemma_jax.data.sources.tfds_captions:open_captions",
 }
-"""Short names of `data.name` beside "scenes"; it may also be an import path, of a function of `data` and the split that
-returns records whose suffix is the caption."""
+"""Short names of `data.name` other than "scenes". It may also be the import path of a function that takes `data` and a
+split and returns records whose suffix is the caption."""
 
 
-class Pairs:
-    """The pairs that a config's `data` names, as rows for one model."""
+class ContrastiveData:
+    """Opens the pairs of images and captions that a config's `data` names, as rows for one model."""
 
     def __init__(self, data: ConfigDict, tokenizer: TextTokenizer, preprocessing: Preprocessing, vision: ViTConfig):
         self._data, self._tokenizer, self._preprocessing, self._vision = data, tokenizer, preprocessing, vision
 
     def train(self) -> CaptionedScenes | CaptionedRecords:
-        """To train on; rows are a function of their index."""
+        """Returns the training rows, each a function of its index."""
         data = self._data
         if data.name != "scenes":
             return self._records(self._source(data.split))
@@ -36,7 +36,7 @@ class Pairs:
         return CaptionedScenes(folder, self._tokenizer, data.views, data.noise, data.noise_share)
 
     def held_out(self) -> CaptionedScenes | CaptionedRecords:
-        """Never trained on; of several captions of a picture the first."""
+        """Returns rows that are never trained on, with the first caption of each image."""
         data = self._data
         if data.name == "scenes":
             folder = self._scenes("captions-held-out", data.num_held_out, data.num_objects)
@@ -46,25 +46,30 @@ class Pairs:
         return self._records(Subset(source, indices=np.sort(first)[: data.max_held_out]))
 
     def tuning(self) -> CaptionedScenes | None:
-        """Neither trained on nor held out: what settings are chosen by. None where none are asked for."""
+        """Returns rows to choose settings by, neither trained on nor held out; None if `data.num_tuning` is 0."""
         data = self._data
         if not data.num_tuning:
             return None
         return CaptionedScenes(self._scenes("captions-tuning", data.num_tuning, data.num_objects), self._tokenizer)
 
     def single_objects(self) -> CaptionedScenes | None:
-        """Scenes of one object each, to be classified; None where the data are no scenes."""
+        """Returns scenes of one object each for zero-shot classification; None for other data than scenes."""
         if self._data.name != "scenes":
             return None
         return CaptionedScenes(self._scenes("captions-single", self._data.num_held_out, (1, 1)), self._tokenizer)
 
     def _records(self, source: Source) -> CaptionedRecords:
-        bad = dict(on_error=self._data.on_error, max_bad_fraction=self._data.max_bad_fraction)
-        return CaptionedRecords(source, self._tokenizer, self._preprocessing, **bad)
+        return CaptionedRecords(
+            source,
+            self._tokenizer,
+            self._preprocessing,
+            on_error=self._data.on_error,
+            max_bad_fraction=self._data.max_bad_fraction,
+        )
 
     def _source(self, split: str) -> Source:
         return named("data.name", self._data.name, OPENERS)(self._data, split)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
-        """The folder of a stream's scenes, rendered on first use."""
+        """Returns the folder of a stream's scenes, rendered on first use."""
         return rendered(self._data, stream, number, self._vision.image_size, self._vision.grid, num_objects)

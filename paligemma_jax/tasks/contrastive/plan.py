@@ -1,4 +1,4 @@
-"""The shapes of a contrastive run for train_jax.plan: from the config alone, without data or a tokenizer."""
+"""The shapes of a contrastive run for train_jax.plan, from the config alone, without data or a tokenizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,19 @@ from train_jax.task import Blueprint
 
 
 def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Blueprint:
-    """See train_jax.task.Blueprint. `make` is the task's class, tasks.contrastive.Contrastive.
+    """Returns the blueprint of a run, see train_jax.task.Blueprint.
+
+    Args:
+      make: the task's class, tasks.contrastive.Contrastive.
+      config: of the run.
+      mesh: of devices.
 
     Raises:
       UserError: a config that cannot run.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.tokenizer = config.tokenizer or (None if config.model.path else TINY)  # not one of its words is read
+        config.tokenizer = config.tokenizer or (None if config.model.path else TINY)  # only its size matters
         if config.data.name != "scenes":
             config.data.source = config.data.source or "."
     task = make(config, mesh)

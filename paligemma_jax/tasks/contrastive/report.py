@@ -1,4 +1,4 @@
-"""What a contrastive run measures: retrieval, zero-shot classification of single objects, and pictures of both."""
+"""Metrics of a contrastive run (retrieval, zero-shot classification of single objects, calibration) and figures."""
 
 import textwrap
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from paligemma_jax.inference.attributes import TEMPLATES, attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
 
-RETRIEVAL = (*(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)), "mean_r1")
-COUNT_TEMPLATES = ("{}", "{}: a cube", "{}: a sphere and a cylinder")  # of pictures with several objects
+RETRIEVAL = (*(f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)), "mean_r1")
+COUNT_TEMPLATES = ("{}", "{}: a cube", "{}: a sphere and a cylinder")  # for images with several objects
 ZERO_SHOT = (*(f"zero_shot_{name}" for name in TEMPLATES), "zero_shot_count")
 
 
@@ -28,43 +28,55 @@ def measure(
     pairs: CaptionedScenes | CaptionedRecords,
     objects: CaptionedScenes | None,
 ) -> dict[str, float]:
-    """Recalls of `pairs` both ways and, of scenes, accuracies of what the single `objects` are and of their count."""
+    """Returns retrieval recalls in both directions and, for scenes, zero-shot accuracies.
+
+    Args:
+      model: to measure.
+      tokenizer: of the model.
+      pairs: images with captions.
+      objects: scenes with a single object, whose attributes are classified; None for data that are not scenes.
+    """
     embedded = zero_shot.embed(model, pairs)
-    return _measure(model, tokenizer, pairs, objects, embedded, [pairs.text(row) for row in embedded.rows])
+    return _metrics(model, tokenizer, pairs, objects, embedded, [pairs.text(row) for row in embedded.rows])
 
 
 def mean_r1(model: DualEncoder, pairs: CaptionedScenes) -> float:
-    """The mean of R@1 both ways."""
+    """Returns the mean of R@1 in both directions."""
     embedded = zero_shot.embed(model, pairs)
     captions = [pairs.text(row) for row in embedded.rows]
     return zero_shot.retrieval(embedded.images, embedded.texts, captions)["mean_r1"]
 
 
-def _measure(
-    model: DualEncoder, tokenizer: TextTokenizer, pairs, objects, embedded: Embedded, captions: list[str]
+def _metrics(
+    model: DualEncoder,
+    tokenizer: TextTokenizer,
+    pairs: CaptionedScenes | CaptionedRecords,
+    objects: CaptionedScenes | None,
+    embedded: Embedded,
+    captions: list[str],
 ) -> dict[str, float]:
-    found = dict(zero_shot.retrieval(embedded.images, embedded.texts, captions))
-    if objects is not None:
-        found |= _classified(model, tokenizer, pairs, embedded.images, objects)
-    return found
+    metrics = dict(zero_shot.retrieval(embedded.images, embedded.texts, captions))
+    if objects is not None and isinstance(pairs, CaptionedScenes):
+        metrics |= _zero_shot_metrics(model, tokenizer, pairs, embedded.images, objects)
+    return metrics
 
 
-def _classified(
+def _zero_shot_metrics(
     model: DualEncoder, tokenizer: TextTokenizer, pairs: CaptionedScenes, images: np.ndarray, objects: CaptionedScenes
 ) -> dict[str, float]:
-    """Zero-shot accuracies: attributes of single objects, and how many objects the pairs' `images` show."""
-    shown = [{name: scene["objects"][0][name] for name in TEMPLATES} for scene in objects.scenes]
-    right = attribute_hits(model, tokenizer, zero_shot.embed(model, objects).images, shown)
-    found = {f"zero_shot_{name}": float(values.mean()) for name, values in right.items()}
+    """Returns accuracies of the attributes of single objects, and of the number of objects in the pairs' images."""
+    labels = [{name: scene["objects"][0][name] for name in TEMPLATES} for scene in objects.scenes]
+    hits = attribute_hits(model, tokenizer, zero_shot.embed(model, objects).images, labels)
+    metrics = {f"zero_shot_{name}": float(values.mean()) for name, values in hits.items()}
     counts = np.array([len(scene["objects"]) for scene in pairs.scenes])
-    values = [_count(number) for number in range(1, counts.max() + 1)]
-    scores = images @ zero_shot.class_embeddings(model, tokenizer, values, COUNT_TEMPLATES).T
-    found["zero_shot_count"] = float((scores.argmax(1) + 1 == counts).mean())
-    return found
+    classes = [_count_phrase(number) for number in range(1, counts.max() + 1)]
+    scores = images @ zero_shot.class_embeddings(model, tokenizer, classes, COUNT_TEMPLATES).T
+    metrics["zero_shot_count"] = float((scores.argmax(1) + 1 == counts).mean())
+    return metrics
 
 
-def _count(number: int) -> str:
-    """As captions count."""
+def _count_phrase(number: int) -> str:
+    """Returns the phrase by which captions give a number of objects."""
     return f"{NUMBERS[number]} object{'s' if number > 1 else ''}"
 
 
@@ -75,10 +87,10 @@ def report(
     objects: CaptionedScenes | None,
     workdir: Path,
 ) -> dict[str, Any]:
-    """`measure`, and in `workdir` similarity.png and neighbours.png.
+    """Returns the metrics of `measure` and saves similarity.png and neighbours.png in `workdir`.
 
-    Of a model with a bias (SigLIP) also `calibration_error`, how far its likelihoods are from how often they come true
-    among all pairs of a picture and a text, and calibration.png.
+    For a model with a bias (SigLIP) also returns `calibration_error`, the difference between its likelihoods and the
+    share of pairs that are true, over all pairs of an image and a text, and saves calibration.png.
     """
     embedded = zero_shot.embed(model, pairs)
     images, texts, rows = embedded
@@ -86,19 +98,19 @@ def report(
     number = min(12, len(rows))
     save_similarity(images[:number] @ texts[:number].T, captions[:number], workdir / "similarity.png")
     save_neighbours(images @ texts.T, captions, lambda index: pairs.image(rows[index]), workdir / "neighbours.png")
-    found = _measure(model, tokenizer, pairs, objects, embedded, captions)
+    metrics = _metrics(model, tokenizer, pairs, objects, embedded, captions)
     if model.logit_bias is not None:
-        likely = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
-        # A caption may be true of other pictures too; of those with the very same one it is.
-        own = np.array(captions)
-        bins = zero_shot.calibration(likely.ravel(), (own[:, None] == own[None]).ravel())
-        found["calibration_error"] = zero_shot.calibration_error(bins)
+        likelihoods = np.asarray(jax.nn.sigmoid(model.logits(jnp.asarray(images), jnp.asarray(texts))))
+        # A caption may be true of other images too; it is certainly true of those with an equal caption.
+        equal = np.array(captions)[:, None] == np.array(captions)[None]
+        bins = zero_shot.calibration(likelihoods.ravel(), equal.ravel())
+        metrics["calibration_error"] = zero_shot.calibration_error(bins)
         save_calibration(bins, workdir / "calibration.png")
-    return found
+    return metrics
 
 
 def save_calibration(bins: zero_shot.Calibration, file: Path) -> None:
-    """How often pairs are true against how likely the model finds them, and how many pairs there are."""
+    """Plots the share of true pairs, and the number of pairs, against the likelihood that the model gives them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,30 +128,39 @@ def save_calibration(bins: zero_shot.Calibration, file: Path) -> None:
 
 
 def save_similarity(cosines: np.ndarray, captions: list[str], file: Path) -> None:
-    """A heat map of images (rows) against captions (columns); pairs are on the diagonal."""
+    """Plots a heat map of images (rows) against captions (columns); pairs are on the diagonal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    picture = axis.imshow(cosines, cmap="viridis")
+    heat_map = axis.imshow(cosines, cmap="viridis")
     axis.set_yticks(range(len(captions)), [f"image {number}" for number in range(len(captions))])
     short = [caption if len(caption) < 34 else f"{caption[:32]}..." for caption in captions]
     axis.set_xticks(range(len(captions)), short, rotation=45, ha="right", fontsize=7)
-    figure.colorbar(picture, label="cosine")
+    figure.colorbar(heat_map, label="cosine")
     figure.savefig(file, dpi=100)
 
 
 def save_neighbours(
     cosines: np.ndarray,
     captions: list[str],
-    picture: Callable[[int], np.ndarray],
+    image: Callable[[int], np.ndarray],
     file: Path,
     queries: int = 5,
     shown: int = 5,
 ) -> None:
-    """Captions and the pictures most like them, best first; those that it is the caption of have a green frame."""
+    """Plots captions with the images most similar to them, best first; the caption's own images have a green frame.
+
+    Args:
+      cosines: of every image (rows) with every caption (columns).
+      captions: one an image.
+      image: returns an image by its row.
+      file: the PNG to write.
+      queries: number of captions.
+      shown: number of images for each.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,9 +171,9 @@ def save_neighbours(
         part.suptitle(textwrap.fill(captions[query], 90), x=0.01, ha="left", fontsize=8, parse_math=False)
         best = np.argsort(-cosines[:, query], kind="stable")[:shown]
         for axis, index in zip(part.subplots(1, shown, squeeze=False)[0], best, strict=True):
-            axis.imshow(picture(int(index)))
+            axis.imshow(image(int(index)))
             axis.set(xticks=[], yticks=[])
             if captions[index] == captions[query]:
-                for side in axis.spines.values():
-                    side.set(color="green", linewidth=4)
+                for spine in axis.spines.values():
+                    spine.set(color="green", linewidth=4)
     figure.savefig(file, dpi=100)

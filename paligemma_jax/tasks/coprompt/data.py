@@ -1,4 +1,4 @@
-"""Which images a few-shot run is tuned on and tested on, and the sentences about its classes."""
+"""Data of a few-shot run: the images that it is tuned on and tested on, and the sentences about its classes."""
 
 import hashlib
 from pathlib import Path
@@ -23,40 +23,44 @@ FILE = "protocol.json"
 
 
 def read_data(config: ConfigDict, size: int) -> Protocol:
-    """The images of a config's protocol; shots are drawn by its seed. Synthetic ones are rendered on first use.
+    """Returns the images of a config's protocol, with shots drawn by its seed; synthetic images are rendered once.
 
     Args:
       config: of the task.
       size: pixels a side of synthetic images.
 
     Raises:
-      UserError: images that are not there, or that do not fit the protocol; further data sets of one name, or of one
-        that a number of the results has.
+      UserError: images are missing or do not fit the protocol; two further data sets have one name, or one has the
+        name of a number of eval.json.
     """
     source, targets = (_scenes if config.data.name == "scenes" else _images)(config, size)
-    drawn = dict(shots=config.shots, seed=config.seed)
+    draw = dict(shots=config.shots, seed=config.seed)
     if config.protocol == "cross_dataset":
-        return protocols.cross_dataset(source, targets, **drawn)
+        return protocols.cross_dataset(source, targets, **draw)
     if config.protocol == "domain_generalization":
-        return protocols.domain_generalization(source, targets, **drawn)
-    return getattr(protocols, config.protocol)(source, **drawn)
+        return protocols.domain_generalization(source, targets, **draw)
+    return getattr(protocols, config.protocol)(source, **draw)
 
 
 def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
+    """Returns synthetic classes in the style of the run, and by name in those that are only tested."""
     data = config.data
-    whole = dict(zip(SPLITS, data.per_class, strict=True))
-    renamed = data.words == IN_OTHERS
+    per_class: dict[str, int] = dict(zip(SPLITS, data.per_class, strict=True))
 
     def read(style: str, per_class: dict[str, int]) -> FewShot:
-        with progress(f"rendering {style} classes") as told:
-            found = synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, told)
-        found = found.ordered([values.name for values in in_halves(data.novel)])
-        return found.renamed({values.name: values.in_other_words for values in CLASSES}) if renamed else found
+        with progress(f"rendering {style} classes") as on_progress:
+            images = synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, on_progress)
+        images = images.ordered([values.name for values in in_halves(data.novel)])
+        if data.words == IN_OTHERS:
+            return images.renamed({values.name: values.in_other_words for values in CLASSES})
+        return images
 
-    return read(data.style, whole), {style: read(style, {"test": whole["test"]}) for style in data.target_styles}
+    test = {"test": per_class["test"]}
+    return read(data.style, per_class), {style: read(style, test) for style in data.target_styles}
 
 
 def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
+    """Returns the data set of image files that the run is tuned on, and by name those that are only tested."""
     targets: dict[str, FewShot] = {}
     for folder in config.data.targets:
         target = open_images(folder, cache=config.data.cache_dir)
@@ -70,7 +74,9 @@ def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]
 
 
 def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:
-    """What the frozen branch reads about each class: descriptions, or where inputs are not perturbed its text alone.
+    """Returns the sentences that the frozen branch reads about each class: descriptions, or only the class text.
+
+    It is the class text where inputs are not perturbed.
 
     Raises:
       UserError: see `read_descriptions`.
@@ -79,40 +85,41 @@ def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:
         return tuple((fill(config.template, name),) for name in classes)
     if config.data.descriptions is not None:
         return read_descriptions(config.data.descriptions, classes)
-    described = class_descriptions()
-    return tuple(described[name] for name in classes)
+    descriptions = class_descriptions()
+    return tuple(descriptions[name] for name in classes)
 
 
 def store(protocol: Protocol, workdir: Path) -> None:
-    """Writes a run's protocol.
+    """Writes a run's protocol to its workdir.
 
     Raises:
-      UserError: the workdir holds another one.
+      UserError: the workdir holds another protocol.
     """
     file = workdir / FILE
-    noted = _stored(file).get("digest")
-    if noted not in (None, protocol.digest):
+    digest = _stored(file).get("digest")
+    if digest not in (None, protocol.digest):
         raise UserError(
-            f"{file} is of other images (digest {noted}, now {protocol.digest}), expected those of this run: restore "
+            f"{file} is of other images (digest {digest}, now {protocol.digest}), expected those of this run: restore "
             "them, or choose another --workdir."
         )
     files.write_atomically(file, protocol.to_json())
 
 
 def tested_fingerprint(protocol: Protocol, cache: str | Path) -> str:
-    """A hash of what is tested on: names, classes, and the images by their bytes, whose digests `cache` keeps."""
+    """Returns a hash of the test sets: names, classes, and the bytes of the images, whose digests `cache` keeps."""
     images = [data.root / image for data in protocol.tested.values() for image, _ in data.splits["test"]]
-    found = digests.of_files(images, digests.place_of(cache, "tested", protocol.digest, images[0]), "test images")
-    return fingerprint_of(protocol=protocol.digest, images=hashlib.sha256(found.tobytes()).hexdigest())
+    file = digests.place_of(cache, "tested", protocol.digest, images[0])
+    digest = hashlib.sha256(digests.of_files(images, file, "test images").tobytes()).hexdigest()
+    return fingerprint_of(protocol=protocol.digest, images=digest)
 
 
 def check_unseen(protocol: Protocol, workdir: Path) -> None:
-    """Checks that nothing is tested on which the run of a workdir was tuned on, by the protocol that it stored.
+    """Checks by the stored protocol that no test image is one that the run of a workdir was tuned on.
 
-    An image that was added since divides class folders anew; one that was renamed is still what was tuned on.
+    An image that was added since then splits class folders anew, and an image that was renamed is still the same.
 
     Raises:
-      UserError: an image of both, or a stored protocol that is broken.
+      UserError: an image is in both, or the stored protocol is broken.
     """
     file = workdir / FILE
     stored = _stored(file)
@@ -128,32 +135,32 @@ def check_unseen(protocol: Protocol, workdir: Path) -> None:
         if data.name != tuned.name:
             continue
         tested = {image for image, _ in data.splits["test"]}
-        # Copies that were in both from the start are the data set's own (coop.read_coop).
+        # Copies that were in both from the start belong to the data set (coop.read_coop).
         new = sorted(tested - images - before[name])
-        shared = (images & tested) | _copies(sorted(images), new, data.root)
-        if shared:
+        seen = (images & tested) | _copies(sorted(images), new, data.root)
+        if seen:
             raise UserError(
-                f"{len(shared)} image(s) of {data.name} ({name}) would be tested that the run in {workdir} was tuned "
-                f"on (first: {min(shared)}), expected the images of its {FILE}: restore them."
+                f"{len(seen)} image(s) of {data.name} ({name}) would be tested that the run in {workdir} was tuned "
+                f"on (first: {min(seen)}), expected the images of its {FILE}: restore them."
             )
 
 
 def _tested(stored: dict[str, Any], name: str) -> set[str]:
-    """The images that a stored protocol tests under a name."""
+    """Returns the images of a test set of a stored protocol."""
     return {image for image, _ in stored["tested"].get(name, {}).get("splits", {}).get("test", ())}
 
 
 def _copies(images: list[str], others: list[str], root: Path) -> set[str]:
-    """Those of `others` whose bytes are those of one of `images`."""
+    """Returns those of `others` whose bytes equal those of one of `images`."""
     if not others:
         return set()
-    known, keys = (digests.keys(digests.of_files([root / name for name in part])) for part in (images, others))
-    seen = {key for key in known if key is not None}
-    return {name for key, name in zip(keys, others, strict=True) if key in seen}
+    ours, theirs = (digests.keys(digests.of_files([root / name for name in part])) for part in (images, others))
+    seen = {key for key in ours if key is not None}
+    return {name for key, name in zip(theirs, others, strict=True) if key in seen}
 
 
 def _stored(file: Path) -> dict[str, Any]:
-    """What a run stored; empty if there is no file."""
+    """Returns the protocol that a run stored; empty if there is no file."""
     try:
         stored = files.read_json(file)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The shapes of a few-shot run for train_jax.plan: from the config alone, whether or not model and images are there.
+"""The shapes of a few-shot run for train_jax.plan, from the config alone; model and images need not exist here.
 
-Sizes come from the checkpoint where it lies on this machine, else from its released name. The number of classes, whose
-texts are encoded in every step, comes from the images where they are there.
+Sizes come from the checkpoint if it is on this machine, else from its released name. The number of classes, whose texts
+are encoded in every step, comes from the images if they are on this machine.
 """
 
 from collections.abc import Callable
@@ -35,16 +35,21 @@ RELEASED = {
     "siglip-large-patch16-256": "siglip-l16-256",
     "siglip-so400m-patch14-384": "siglip-so400m14-384",
 }
-"""Names in the hub to those of our variants."""
-CLASSES_UNSEEN = 100  # of a data set that is not there
+"""Variants by their names in the hub."""
+DEFAULT_CLASSES = 100  # of a data set that is not on this machine
 SENTENCES = 50  # about a class, as in the released files
 
 
 def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Blueprint:
-    """See train_jax.task.Blueprint. `make` is the task's class, tasks.coprompt.CoPrompt.
+    """Returns the blueprint of a run, see train_jax.task.Blueprint.
+
+    Args:
+      make: the task's class, tasks.coprompt.CoPrompt.
+      config: of the run.
+      mesh: of devices.
 
     Raises:
-      UserError: a config that cannot run, or a model whose sizes are not known.
+      UserError: a config that cannot run, or a model of unknown size.
     """
     config = config.copy_and_resolve_references()
     classes = _classes(config)
@@ -55,33 +60,33 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
             config.data.source = config.data.source or "."
             config.data.descriptions = config.data.descriptions or "."
     task = make(config, mesh)
-    length, size = task.model_config.text.length, task.model_config.vision.image_size
+    size = task.model_config.vision.image_size
     frozen = coprompt_config.weight(config) and config.consistency.on != "image"
-    task.assume_texts(classes, SENTENCES if frozen else 0, length)
+    texts = task.blank_texts(classes, SENTENCES if frozen else 0)
     pixels = jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     label = jax.ShapeDtypeStruct((), jnp.int32)
     example = {"image": pixels, "image_augmented": pixels, "label": label, "weight": scalar, "draw": scalar}
     rows = jax.ShapeDtypeStruct((AT_ONCE, *pixels.shape), pixels.dtype, sharding=sharding.replicated(mesh))
-    return Blueprint(task, task.abstract(), example, {"image embeddings": (embed_pixels, (rows,))})
+    return Blueprint(task, task.abstract(texts), example, {"image embeddings": (embed_pixels, (rows,))})
 
 
 def _classes(config: ConfigDict) -> int:
-    """How many are tuned on."""
+    """Returns the number of classes that the run is tuned on."""
     data = config.data
     if data.name == "scenes":
-        found = len(CLASSES)
+        number = len(CLASSES)
     elif data.source and Path(data.source).expanduser().is_dir():
-        found = len(open_images(data.source).classes)
+        number = len(open_images(data.source).classes)
     else:
-        found = CLASSES_UNSEEN
-    return -(-found // 2) if config.protocol == "base_to_novel" else found
+        number = DEFAULT_CLASSES
+    return -(-number // 2) if config.protocol == "base_to_novel" else number
 
 
 def _known_path(path: str) -> str:
-    """A path that sizes can be read from, without fetching anything."""
-    there = path in SHIPPED or path.startswith(RANDOM)
-    if there or (not hub.is_remote(path) and Path(path).expanduser().exists()):
+    """Returns a path that sizes can be read from without fetching anything."""
+    local = path in SHIPPED or path.startswith(RANDOM)
+    if local or (not hub.is_remote(path) and Path(path).expanduser().exists()):
         return path
     name = Path(path).name
     if name not in RELEASED:
@@ -93,7 +98,7 @@ def _known_path(path: str) -> str:
 
 
 def _tokenizer(config: ConfigDict) -> str:
-    """Where the run's tokenizer lies, if it is on this machine; else the tiny model's, of which no word is read."""
+    """Returns the path of the run's tokenizer if it is on this machine, else the tiny model's: no text is read."""
     path = config.tokenizer or config.model.path
     if hub.is_remote(path):
         return TINY

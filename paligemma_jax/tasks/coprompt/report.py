@@ -1,4 +1,4 @@
-"""What a few-shot run measures: accuracy on every set of its protocol, and pictures of what is mistaken for what.
+"""Metrics of a few-shot run: accuracy on every set of its protocol; and figures of confusions and mistakes.
 
 Axes: N images, C classes.
 """
@@ -19,20 +19,21 @@ from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import LabelledRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
-from paligemma_jax.tasks.picture_sheet import save_sheet
+from paligemma_jax.tasks.image_sheet import save_image_sheet
 from train_jax.core import files
 
-SHOWN = 24  # pictures of the sheet of mistakes
+SHOWN = 24  # images of the figure of mistakes
 RESERVED = (
     *("source", "target_mean", "examples"),
     *("step", "seconds", "peak_memory_bytes", "step_temp_bytes", "trainable_parameters", "finished"),
 )
-"""Numbers of eval.json beside those of the sets: ours and the runtime's."""
+"""Names of other numbers of eval.json than the accuracies of the sets: this task's and the runtime's."""
 
 
-class Scored(NamedTuple):
-    """Cosines of the images of a set that can be read, their classes, and their rows."""
+class Scores(NamedTuple):
+    """Cosines of the readable images of a set with all classes, the images' labels, and their rows in the set."""
 
     scores: Float[np.ndarray, "N C"]
     labels: Int[np.ndarray, " N"]
@@ -40,33 +41,36 @@ class Scored(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """0 to 1; ties count against the model."""
+        """From 0 to 1; ties count as wrong."""
         return accuracy(self.scores, self.labels)
 
 
 def score(
-    model: DualEncoder, tokenizer: TextTokenizer, template: str, data: FewShot, split: str = "test", **bad: Any
-) -> Scored:
-    """How alike every image of a split is to every class.
+    model: DualEncoder, tokenizer: TextTokenizer, template: str, data: FewShot, split: str = "test", **bad_rows: Any
+) -> Scores:
+    """Returns the cosines of every image of a split with every class.
 
     Args:
       model: with prompts or without.
-      template: how classes are written.
-      bad: see `LabelledRows`.
+      tokenizer: of the model.
+      template: text of a class, with {} for its name.
+      data: the data set.
+      split: "val" or "test".
+      bad_rows: options of `LabelledRows` for images that cannot be read.
 
     Raises:
-      UserError: class texts that prompts would spoil, or too many images that cannot be read.
+      UserError: prompts would replace parts of the class texts, or too many images cannot be read.
     """
     check_texts(model, tokenizer([fill(template, name) for name in data.classes])[0])
     texts = zero_shot.class_embeddings(model, tokenizer, data.classes, (template,))
-    source = LabelledRows(data, model.config.preprocessing, split, **bad)
+    source = LabelledRows(data, preprocessing_of(model.config), split, **bad_rows)
     scores, labels, rows = [], [], []
     for start in range(0, len(source), zero_shot.AT_ONCE):
         numbers = np.arange(start, min(start + zero_shot.AT_ONCE, len(source)))
         part = [source[int(number)] for number in numbers]
         source.on_rows(numbers, np.array([row["bad"] for row in part]))
         pixels = np.stack([row["image"] for row in part])
-        # The last batch is filled up, so that one program does.
+        # The last batch is padded, so that one compiled program suffices.
         pixels = np.pad(pixels, [(0, zero_shot.AT_ONCE - len(part)), (0, 0), (0, 0), (0, 0)])
         embedded = np.asarray(zero_shot.embed_pixels(model, jnp.asarray(pixels)))[: len(part)]
         good = np.array([row["weight"] > 0 for row in part])
@@ -74,16 +78,16 @@ def score(
         labels.append(np.array([row["label"] for row in part], np.int32)[good])
         rows.append(numbers[good])
     source.check()
-    return Scored(np.concatenate(scores), np.concatenate(labels), np.concatenate(rows))
+    return Scores(np.concatenate(scores), np.concatenate(labels), np.concatenate(rows))
 
 
 def summarize(kind: str, accuracies: Mapping[str, float], tuned: str) -> dict[str, float]:
-    """The numbers of a protocol, 0 to 1.
+    """Returns the numbers of a protocol, 0 to 1.
 
     Args:
       kind: of the protocol.
-      accuracies: by the name of what was tested on.
-      tuned: of these, the data set that was tuned on.
+      accuracies: by the name of the test set.
+      tuned: name of the data set that the run was tuned on.
 
     Returns:
       base_to_novel: `base`, `novel`, `harmonic_mean`. few_shot: `accuracy`. The others: `source`, each further set
@@ -99,24 +103,25 @@ def summarize(kind: str, accuracies: Mapping[str, float], tuned: str) -> dict[st
 
 
 def report(
-    model: DualEncoder, tokenizer: TextTokenizer, template: str, protocol: Protocol, workdir: Path, **bad: Any
+    model: DualEncoder, tokenizer: TextTokenizer, template: str, protocol: Protocol, workdir: Path, **bad_rows: Any
 ) -> dict[str, Any]:
-    """`summarize` of the test images, and `examples` of each set; in `workdir` predictions.jsonl, confusion.png of
-    what is taken for what, and mistakes.png.
+    """Returns the numbers of `summarize` on the test sets, and `examples` of each set.
+
+    Writes predictions.jsonl, confusion.png and mistakes.png to `workdir`.
     """
-    scored = {name: score(model, tokenizer, template, data, **bad) for name, data in protocol.tested.items()}
-    write_predictions(scored, protocol, workdir / "predictions.jsonl")
-    save_confusion({name: (found, protocol.tested[name].classes) for name, found in scored.items()}, workdir)
-    save_mistakes(scored, protocol, model, workdir / "mistakes.png", **bad)
-    accuracies = {name: found.accuracy for name, found in scored.items()}
-    examples = {name: len(found.labels) for name, found in scored.items()}
+    by_set = {name: score(model, tokenizer, template, data, **bad_rows) for name, data in protocol.tested.items()}
+    write_predictions(by_set, protocol, workdir / "predictions.jsonl")
+    save_confusion({name: (scores, protocol.tested[name].classes) for name, scores in by_set.items()}, workdir)
+    save_mistakes(by_set, protocol, model, workdir / "mistakes.png", **bad_rows)
+    accuracies = {name: scores.accuracy for name, scores in by_set.items()}
+    examples = {name: len(scores.labels) for name, scores in by_set.items()}
     return summarize(protocol.kind, accuracies, protocol.tuned.name) | {"examples": examples}
 
 
-def write_predictions(scored: Mapping[str, Scored], protocol: Protocol, file: Path) -> None:
-    """A line for each test image: its set, its path, its class and the one that scored highest."""
+def write_predictions(by_set: Mapping[str, Scores], protocol: Protocol, file: Path) -> None:
+    """Writes a line for each test image: its set, its path, its class and the predicted class."""
     lines = []
-    for name, (scores, labels, rows) in scored.items():
+    for name, (scores, labels, rows) in by_set.items():
         data = protocol.tested[name]
         for best, label, row in zip(scores.argmax(1), labels, rows, strict=True):
             image = data.splits["test"][row].image
@@ -126,7 +131,7 @@ def write_predictions(scored: Mapping[str, Scored], protocol: Protocol, file: Pa
 
 
 def confusion(scores: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> Float[np.ndarray, "C C"]:
-    """Of the images of each class (rows) the share that is taken for each class (columns); NaN of one without any."""
+    """Returns the share of the images of each class (rows) predicted as each class (columns); NaN without images."""
     C = scores.shape[1]
     counts = np.zeros((C, C))
     np.add.at(counts, (labels, scores.argmax(1)), 1)
@@ -134,37 +139,38 @@ def confusion(scores: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -
         return counts / counts.sum(1, keepdims=True)
 
 
-def save_confusion(scored: Mapping[str, tuple[Scored, tuple[str, ...]]], workdir: Path) -> None:
-    """confusion.png: a heat map of `confusion` for each set; names where there are few classes."""
+def save_confusion(by_set: Mapping[str, tuple[Scores, tuple[str, ...]]], workdir: Path) -> None:
+    """Saves confusion.png: a heat map of `confusion` for each set, with class names for up to 60 classes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5 * len(scored), 6.5), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(by_set), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (name, (found, classes)) in zip(
-        figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True
-    ):
-        picture = axis.imshow(confusion(found.scores, found.labels), cmap="viridis", vmin=0, vmax=1)
-        axis.set_title(f"{name}: accuracy {found.accuracy:.3f}", parse_math=False)
-        axis.set(xlabel="taken for", ylabel="class")
+    axes = figure.subplots(1, len(by_set), squeeze=False)[0]
+    for axis, (name, (scores, classes)) in zip(axes, by_set.items(), strict=True):
+        axis.imshow(confusion(scores.scores, scores.labels), cmap="viridis", vmin=0, vmax=1)
+        axis.set_title(f"{name}: accuracy {scores.accuracy:.3f}", parse_math=False)
+        axis.set(xlabel="predicted class", ylabel="class")
         if len(classes) <= 60:
             axis.set_yticks(range(len(classes)), classes, fontsize=5, parse_math=False)
             axis.set_xticks(range(len(classes)), classes, fontsize=5, rotation=90, parse_math=False)
-    figure.colorbar(picture, label="share of the class's images")
+    figure.colorbar(axes[-1].images[0], label="share of the class's images")
     figure.savefig(workdir / "confusion.png", dpi=110)
 
 
-def save_mistakes(scored: Mapping[str, Scored], protocol: Protocol, model: DualEncoder, file: Path, **bad: Any) -> None:
-    """Pictures with what they show and what they are taken for, from all sets in turn; of no mistakes no file."""
+def save_mistakes(
+    by_set: Mapping[str, Scores], protocol: Protocol, model: DualEncoder, file: Path, **bad_rows: Any
+) -> None:
+    """Saves misclassified images of all sets with their class and the predicted one; no file without mistakes."""
     images, texts = [], []
-    each = -(-SHOWN // len(scored))
-    for name, found in scored.items():
+    images_per_set = -(-SHOWN // len(by_set))
+    for name, scores in by_set.items():
         data = protocol.tested[name]
-        source = LabelledRows(data, model.config.preprocessing, **bad)
-        best = found.scores.argmax(1)
-        wrong = np.flatnonzero(best != found.labels)
-        for at in wrong[np.linspace(0, len(wrong) - 1, min(each, len(wrong))).astype(int)]:
-            images.append(source[int(found.rows[at])]["image"])
-            texts.append(f"{data.classes[found.labels[at]]}, not {data.classes[best[at]]}")
+        source = LabelledRows(data, preprocessing_of(model.config), **bad_rows)
+        best = scores.scores.argmax(1)
+        wrong = np.flatnonzero(best != scores.labels)
+        for at in wrong[np.linspace(0, len(wrong) - 1, min(images_per_set, len(wrong))).astype(int)]:
+            images.append(source[int(scores.rows[at])]["image"])
+            texts.append(f"{data.classes[scores.labels[at]]}, not {data.classes[best[at]]}")
     if images:
-        save_sheet(images, texts, file)
+        save_image_sheet(images, texts, file)

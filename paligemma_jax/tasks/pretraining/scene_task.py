@@ -1,9 +1,10 @@
-"""What the two pretraining tasks share: synthetic scenes, the model with its patch heads, and the heads' loss."""
+"""The base of the two pretraining tasks: synthetic scenes, the model with its patch heads, and the heads' loss."""
 
+import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.loading import run_config
-from paligemma_jax.models.paligemma import PaliGemma, variant
+from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.vision_start import vision_config_of, with_vision
@@ -26,11 +27,12 @@ from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.metrics import Metrics
+from train_jax.parallel.sharding import Spec
 from train_jax.task import Blueprint, Task
 
 
 class PretrainingModel(nnx.Module):
-    """The model to keep, and the patch heads that only training uses."""
+    """The model to export, and the patch heads that only training uses."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
         self.model = PaliGemma(config, rngs=rngs)
@@ -78,7 +80,7 @@ class SceneKeys:
 
 
 class SceneTask(Task):
-    """A task over pictures of synthetic scenes. Subclasses add texts, or not, and the loss."""
+    """A task on images of synthetic scenes. Subclasses add the loss, and texts if they have any."""
 
     has_splits = False
     keys = SceneKeys
@@ -98,17 +100,19 @@ class SceneTask(Task):
         sizes = sizes.replace(
             both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
         )
-        self.model_config = vision_config_of(sizes, config.init.vision)
+        model_config = vision_config_of(sizes, config.init.vision)
+        assert isinstance(model_config, PaliGemmaConfig)
+        self.model_config = model_config
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
-        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        """Returns the shapes of a run, for the plan command; an evaluation needs less memory than a training step."""
         task = cls(config, mesh)
         example = {name: jax.ShapeDtypeStruct(np.shape(row), row.dtype) for name, row in task.blank_row().items()}
         return Blueprint(task, nnx.eval_shape(task.new), example, {})
 
     def blank_row(self) -> dict[str, np.ndarray]:
-        """A row of the training source that shows nothing, for its shapes."""
+        """Returns an empty row with the shapes of the training source."""
         vision = self.model_config.vision
         return {
             "image": np.zeros((vision.image_size, vision.image_size, 3), np.uint8),
@@ -116,75 +120,89 @@ class SceneTask(Task):
         }
 
     def new(self) -> PretrainingModel:
-        """A model that has learned nothing."""
+        """Returns an untrained model."""
         return PretrainingModel(self.model_config, rngs=nnx.Rngs(self.config.seed))
 
     def init(self) -> PretrainingModel:
-        """A new model, with the tower of `init.vision` and whatever the averages of the runs in `init_from` hold of it.
+        """Returns a new model with the tower of `init.vision` and the averaged parameters of the runs in `init_from`.
 
         Raises:
           UserError: a run without a checkpoint, or of a model of other sizes.
         """
         model = self.new()
         if self.config.init.vision is not None:
-            model.model = with_vision(model.model, self.config.init.vision)
+            model.model = cast(PaliGemma, with_vision(model.model, self.config.init.vision))  # of the same class
         shapes = param_tree.abstract(model)
         for run in self.config.init_from:
-            self._check_prepared(run)
+            self._check_preprocessing(run)
             checkpoints = Checkpoints(Path(run) / "checkpoints", read_only=True)
             arrays = checkpoints.restore_params(checkpoints.resolve("latest"), item="ema")
             checkpoints.close()
             for path, array in arrays.items():
                 if path not in shapes or shapes[path].shape != array.shape:
                     raise UserError(
-                        f"init_from: {run} holds {path} {array.shape}, which this model has not: choose another."
+                        f"init_from: {run} has {path} of shape {array.shape}, which this model does not have: choose "
+                        "another run."
                     )
-            model = param_tree.assign(model, arrays)
+            model = cast(PretrainingModel, param_tree.assign(model, arrays))  # of the same class
         return model
 
-    def _check_prepared(self, run: str) -> None:
-        """Refuses the tower of a run whose images are prepared in another way than this model's."""
+    def _check_preprocessing(self, run: str) -> None:
+        """Raises UserError if the run's images were prepared differently from this model's."""
         settings = run_config(run)
         vision = settings.get("init", {}).get("vision")
-        found = vision_config_of(variant(settings.model.variant), vision).preprocessing
-        if found != self.model_config.preprocessing:
+        preprocessing = vision_config_of(variant(settings.model.variant), vision).preprocessing
+        if preprocessing != self.model_config.preprocessing:
             raise UserError(
-                f"init_from: {run} trained on images by {found}, expected {self.model_config.preprocessing} as here: "
-                f"set init.vision to {vision!r}."
+                f"init_from: {run} trained on images by {preprocessing}, expected {self.model_config.preprocessing} as "
+                f"here: set init.vision to {vision!r}."
             )
 
     def trainable_paths(self) -> list[str]:
-        """Paths of the parameters that train."""
-        return patterns.select(
-            self.trainable(), param_tree.abstract(nnx.eval_shape(self.new)), what="trainable parameters"
-        )
+        """Returns the paths of the parameters that train."""
+        shapes = param_tree.abstract(nnx.eval_shape(self.new))
+        return patterns.select(self.trainable(), shapes, what="trainable parameters")
 
-    def sharding_rules(self):
+    @abc.abstractmethod
+    def trainable(self) -> str:
+        """Returns the pattern of the parameters that train."""
+
+    def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        """Returns the sharding rules of PaliGemma; the patch heads are replicated."""
         return common.SHARDING_RULES
 
     def rendered(self, stream: str, num_scenes: int) -> Path:
-        """The folder of a stream's scenes, rendered on first use."""
+        """Returns the folder of a stream's scenes, rendered on first use."""
         vision = self.model_config.vision
         return rendered(self.config.data, stream, num_scenes, vision.image_size, vision.grid)
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """uint8 [0, 255] to float32 in the tower's range."""
-        return self.model_config.preprocessing.normalize(images)
+        """Converts uint8 [0, 255] images to float32 in the tower's range."""
+        return jnp.asarray(common.preprocessing_of(self.model_config).normalize(images))
 
     def evaluate(
         self, model: PretrainingModel, workdir: Path, split: str | None = None, control_results=None
     ) -> dict[str, Any]:
+        """Returns the metrics of `validate`."""
         return self.validate(model)
 
 
 def patch_loss(heads: Mapping[str, nnx.Linear], tower: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy of what every patch shows, patches of objects weighing as much as all the background."""
+    """Returns the mean cross-entropy of the attributes of every patch, and accuracies on patches of objects.
+
+    Patches of objects together weigh as much as patches of the background.
+
+    Args:
+      heads: a linear layer for each attribute.
+      tower: features of the patches [..., P, D].
+      labels: int [..., P, number of attributes]; 0 for the background.
+    """
     loss, metrics = jnp.zeros(()), {}
     for index, name in enumerate(ATTRIBUTES):
         logits, label = heads[name](tower), labels[..., index]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        thing = (label > 0).astype(jnp.float32)
-        on, off = thing.sum() + 1e-6, (1 - thing).sum() + 1e-6
-        loss += 0.5 * ((nll * thing).sum() / on + (nll * (1 - thing)).sum() / off)
-        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * thing).sum(), on
+        is_object = (label > 0).astype(jnp.float32)
+        objects, background = is_object.sum() + 1e-6, (1 - is_object).sum() + 1e-6
+        loss += 0.5 * ((nll * is_object).sum() / objects + (nll * (1 - is_object)).sum() / background)
+        metrics[f"patch_{name}"] = ((logits.argmax(-1) == label) * is_object).sum(), objects
     return loss / len(ATTRIBUTES), metrics

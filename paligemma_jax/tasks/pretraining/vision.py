@@ -1,7 +1,7 @@
-"""The warm start of the small base's vision tower: every patch tells what it shows, without any text.
+"""Pretrains the small base's vision tower alone, to predict from every patch the attributes that it shows.
 
-A picture costs a fifth of what it costs with its texts (task.py), and the texts teach little before the
-tower can tell a cube from a cylinder; so the tower learns that first, on its own.
+An image takes a fifth of the time that it takes with its texts (task.py), and the texts teach little before the tower
+distinguishes a cube from a cylinder. So the tower learns that first.
 """
 
 import functools
@@ -20,7 +20,7 @@ from train_jax.core.metrics import Metrics
 
 
 class Patches(DataSource):
-    """Rows of one image and what each of its patches shows; every second view is mirrored, left for right."""
+    """Rows of one image and the attributes of its patches; every second view is mirrored left to right."""
 
     def __init__(self, scenes: PretrainingScenes, num_scenes: int):
         self._scenes, self._num_scenes = scenes, num_scenes
@@ -38,34 +38,39 @@ class Patches(DataSource):
 
 
 class VisionPretraining(SceneTask):
-    """The task; see the module. Its runs are what Pretraining's `init_from` names."""
+    """Pretrains the vision tower; see the module. `init_from` of Pretraining names runs of this task."""
 
     def trainable(self) -> str:
+        """Returns the pattern of the tower and the patch heads."""
         return r"model/vision/.*|patch_heads/.*"
 
     def _source(self, stream: str, num_scenes: int, views: int) -> Patches:
         scenes = PretrainingScenes(self.rendered(stream, num_scenes), views, num_segments=0)
         return Patches(scenes, num_scenes)
 
-    def train_source(self):
+    def train_source(self) -> Patches:
+        """Returns the training rows, each scene also mirrored."""
         return self._source("pretraining", self.config.data.num_scenes, views=2)
 
     def normalizer(self, batch) -> jax.Array:
+        """Returns the number of images."""
         A, b = batch["image"].shape[:2]
         return jnp.float32(A * b)
 
-    def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
+    def loss(self, model: PretrainingModel, batch, keys=None) -> tuple[jax.Array, Metrics]:
+        """Returns the patch loss times the number of images, and accuracies on patches of objects."""
         tower, _ = model.model.vision(self.normalize(batch["image"]))
         loss, metrics = patch_loss(model.patch_heads, tower, batch["patches"])
         return loss * len(tower), metrics
 
     def validate(self, model: PretrainingModel) -> dict[str, float]:
-        """Accuracy of the patch heads on held-out scenes, on patches that show an object."""
+        """Returns the accuracies of the patch heads on patches of objects, on held-out scenes."""
         source = self._source("pretraining-held-out", self.config.data.num_held_out, views=1)
         rows = [source[index] for index in range(len(source))]
-        return metrics.means(self._score(model, {name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return metrics.means(self._score(model, batch))
 
     @functools.cached_property
     def _score(self) -> Callable[..., Metrics]:
-        """The metrics of a batch; compiled once, however often the run evaluates."""
-        return jax.jit(lambda model, batch: self.loss(model, batch, None)[1])
+        """Returns the metrics of a batch; compiled once, however often the run evaluates."""
+        return jax.jit(lambda model, batch: self.loss(model, batch)[1])

@@ -33,7 +33,7 @@ from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks.picture_sheet import save_sheet
+from paligemma_jax.tasks.image_sheet import save_image_sheet
 from paligemma_jax.tasks.rendered import rendered
 from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest
@@ -215,7 +215,7 @@ class TextToImage(ImageFlowTask):
         model = load_run(workdir, config, flags["checkpoint"])
         images = cls(config, sharding.make_mesh(config.mesh)).draw(model, texts, flags["seed"])
         file = Path(flags["out"] or f"{workdir}/drawn.png")
-        save_sheet(list(images), texts, file)
+        save_image_sheet(list(images), texts, file)
         return [f"{len(images)} picture(s) in {file}"]
 
     def draw(self, model: ConditionTable, texts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N I I 3"]:
@@ -283,5 +283,5 @@ class TextToImage(ImageFlowTask):
         samples = [image for drawn in self.evaluation.sampler(model).batches(labels) for image in drawn.images]
         pictures = [held_out[row].pixels for row in rows]
         texts = [self.descriptions.texts[label] for label in labels]
-        save_sheet(samples, texts, workdir / "captions.png", pictures)
+        save_image_sheet(samples, texts, workdir / "captions.png", pictures)
         return results

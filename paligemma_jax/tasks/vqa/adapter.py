@@ -1,11 +1,12 @@
-"""The adapters of a VQA run: their config keys checked, attached new or read from a folder, and written at the end.
+"""Adapters of a VQA run: checks their config keys, attaches them (new or from a folder) and writes them at the end.
 
 The keys are in config.py. LoRA's arithmetic and layout are in adapt/lora/adapter.py, peft's files in
-weights/adapters/peft.py; the other methods are those of adapt/peft/methods.py.
+weights/adapters/peft.py; the other methods are in adapt/peft/methods.py.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -22,17 +23,17 @@ from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
 
 FOLDER = "adapter"
-"""Where in its workdir a run leaves its adapters, for peft and for the next run's adapter.path."""
+"""Folder of the workdir to which a run writes its adapters, for peft and for the adapter.path of another run."""
 
 FROM_FILES = ("targets", "rank", "alpha", "rslora", "dora", "layers", "rank_pattern", "alpha_pattern")
-"""Keys that the files of adapter.path decide."""
+"""Keys that the files of adapter.path determine."""
 
 DECODER_ATTENTION = r"decoder/.*/(q_proj|o_proj)"
-"""What LoRA adapts unless told."""
+"""Modules that LoRA adapts by default."""
 
-LORA_ALONE = ("rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
-DRAWN_ONCE = ("diff_pruning",)
-"""Methods whose noise belongs to a step and not to its rows."""
+LORA_ONLY = ("rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
+NOISE_PER_STEP = ("diff_pruning",)
+"""Methods that draw noise once a step, the same for all rows."""
 
 NAMES = ("lora", "none", *METHODS)
 
@@ -71,19 +72,19 @@ def use_method(config: ConfigDict, name: str, large: bool) -> None:
 
 
 def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
-    """Checks the keys below `adapter` on their own.
+    """Checks the keys of `adapter`, without the model.
 
     Args:
       adapter: the keys.
       defaults: their default values.
 
     Raises:
-      UserError: the first fault found.
+      UserError: the first fault.
     """
     changed = [key for key in (*FROM_FILES, "path") if adapter[key] != defaults[key]]
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"adapter.dropout is {adapter.dropout}, expected 0 or more and less than 1: change it.")
-    foreign = [key for key in LORA_ALONE if key in changed]
+    foreign = [key for key in LORA_ONLY if key in changed]
     if adapter.name != "lora" and foreign:
         raise UserError(
             f"adapter.{foreign[0]} is {adapter[foreign[0]]!r} beside adapter.name={adapter.name!r}, which has none, "
@@ -102,25 +103,29 @@ def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def _check_method(adapter: ConfigDict) -> None:
-    """Refuses what the method has no use for."""
-    method, found = METHODS.get(adapter.name), f"beside adapter.name={adapter.name!r}"
-    if adapter.size is not None and (method is None or method.size is None):
+    """Raises UserError for keys that the method does not have."""
+    method, name = METHODS.get(adapter.name), f"adapter.name={adapter.name!r}"
+    size = None if method is None else method.size
+    if adapter.size is not None and size is None:
         sized = ", ".join(name for name, method in METHODS.items() if method.size)
         raise UserError(
-            f"adapter.size is {adapter.size} {found}, which has none, expected one of {sized}: leave it out."
+            f"adapter.size is {adapter.size} beside {name}, which has none, expected one of {sized}: leave it out."
         )
-    if adapter.size is not None and adapter.size < 1:
-        raise UserError(f"adapter.size is {adapter.size} (the {method.size[0]}), expected 1 or more: raise it.")
+    if adapter.size is not None and size is not None and adapter.size < 1:
+        raise UserError(f"adapter.size is {adapter.size} (the {size[0]}), expected 1 or more: raise it.")
     if adapter.targets is not None and adapter.name != "lora" and (method is None or method.targets is None):
-        raise UserError(f"adapter.targets is {adapter.targets!r} {found}, which takes none: set adapter.targets=None.")
+        raise UserError(
+            f"adapter.targets is {adapter.targets!r} beside {name}, which takes none: set adapter.targets=None."
+        )
     if adapter.penalty < 0 or (adapter.penalty and adapter.name != "diff_pruning"):
         raise UserError(
-            f"adapter.penalty is {adapter.penalty} {found}, expected 0, or a positive number beside diff_pruning: "
-            "change one of the two."
+            f"adapter.penalty is {adapter.penalty} beside {name}, expected 0, or a positive number beside "
+            "diff_pruning: change one of the two."
         )
 
 
 def _check_layers(layers: tuple) -> None:
+    """Raises UserError unless the numbers are different and not negative."""
     valid = all(type(layer) is int and layer >= 0 for layer in layers)
     if not valid or len(set(layers)) != len(layers):
         raise UserError(
@@ -129,11 +134,12 @@ def _check_layers(layers: tuple) -> None:
         )
 
 
-def _check_pairs(key: str, pairs: tuple, wanted: str, valid) -> None:
+def _check_pairs(key: str, pairs: tuple, expected: str, valid: Callable[[Any], bool]) -> None:
+    """Raises UserError for an entry that is not a pair of a pattern and a valid value, which `expected` describes."""
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str) and valid(pair[1])):
             raise UserError(
-                f"adapter.{key} holds {pair!r}, expected pairs of a pattern and a {wanted}, such as "
+                f"adapter.{key} holds {pair!r}, expected pairs of a pattern and a {expected}, such as "
                 r"((r'decoder/layers/0/.*', 4),): correct it."
             )
         patterns.check_regex(pair[0])
@@ -142,25 +148,29 @@ def _check_pairs(key: str, pairs: tuple, wanted: str, valid) -> None:
 def attach(
     model: PaliGemma, adapter: ConfigDict, opened: Adapter | None, seed: int, shardings: Shardings | None = None
 ) -> PaliGemma:
-    """Gives a base the adapters that a run starts with, in float32; use what is returned.
+    """Attaches the adapters that a run starts with, in float32.
 
     Args:
-      model: without adapters.
+      model: the base, without adapters; changed in place.
       adapter: the keys.
       opened: the folder of adapter.path, None for new adapters.
-      seed: draws new ones.
-      shardings: where the arrays of a folder go, as of `load_peft`.
+      seed: of new adapters.
+      shardings: of the arrays of a folder, see `load_peft`.
+
+    Returns:
+      The model with adapters; use it in place of `model`.
 
     Raises:
       UserError: keys or a folder that do not fit the model.
     """
     if adapter.name in METHODS:
         method = METHODS[adapter.name]
-        size = adapter.size or (method.size and method.size[1])
-        return method.attach(model, size, adapter.targets or method.targets, nnx.Rngs(seed))
+        default_size = method.size[1] if method.size else 0
+        targets = adapter.targets or method.targets or ""
+        return method.attach(model, adapter.size or default_size, targets, nnx.Rngs(seed))
     if opened is not None:
         return load_peft(model, opened, dtype="float32", dropout=adapter.dropout, shardings=shardings)
-    return lora.attach_lora(
+    attached = lora.attach_lora(
         model,
         adapter.targets or DECODER_ATTENTION,
         adapter.rank,
@@ -173,30 +183,33 @@ def attach(
         alpha_pattern=dict(adapter.alpha_pattern),
         rngs=nnx.Rngs(seed),
     )
+    return cast(PaliGemma, attached)  # of the same class
 
 
 def trainable(adapter: ConfigDict) -> str:
-    """Pattern of the parameters that train."""
+    """Returns the pattern of the parameters that train."""
     if adapter.name == "lora":
         return lora.TRAINABLE
     method = METHODS[adapter.name]
-    return method.trainable or adapter.targets or method.targets
+    pattern = method.trainable or adapter.targets or method.targets
+    assert pattern is not None  # a method has one of these
+    return pattern
 
 
 def trained_paths(model: PaliGemma, adapter: ConfigDict, attach: Callable[[PaliGemma], PaliGemma]) -> list[str]:
-    """Paths of the parameters that train once the model is given its adapters; it stays as it is."""
+    """Returns the paths of the parameters that train once adapters are attached; `model` is not changed."""
     graph, arrays = param_tree.split(model)
-    attached = nnx.eval_shape(lambda arrays: attach(param_tree.merge(graph, arrays)), arrays)
+    attached = nnx.eval_shape(lambda arrays: attach(cast(PaliGemma, param_tree.merge(graph, arrays))), arrays)
     return patterns.select(trainable(adapter), param_tree.abstract(attached), what="adapters")
 
 
 def penalty(model: PaliGemma, adapter: ConfigDict) -> jax.Array | float:
-    """What the loss, a mean, has added: diff pruning's share of entries that change, times its weight."""
+    """Returns the penalty of a mean loss: diff pruning's expected share of changed entries, times its weight."""
     return adapter.penalty * diff_pruning.expected_share(model) if adapter.penalty else 0.0
 
 
 def describe(model: PaliGemma, adapter: ConfigDict) -> str:
-    """A line on what trains, or LoRA's table."""
+    """Returns LoRA's table, or a line about the parameters of another method."""
     if adapter.name == "lora":
         return lora.format_lora_table(lora.lora_table(model))
     arrays = param_tree.abstract(model)
@@ -206,20 +219,21 @@ def describe(model: PaliGemma, adapter: ConfigDict) -> str:
 
 
 def export(model: PaliGemma, folder: Path, adapter: ConfigDict, base: str) -> None:
-    """Writes what was trained as a folder, LoRA's as peft's; every process calls it, the first writes.
+    """Writes the trained parameters as a folder, LoRA's in peft's format; every process calls it, the first writes.
 
     Args:
       model: with adapters, on a mesh or not.
-      folder: made if missing.
+      folder: created if missing.
       adapter: the keys.
-      base: what peft's folder says that its base is.
+      base: path of the base, noted in peft's folder.
     """
     graph, arrays = param_tree.split(model)
     trained = patterns.select(trainable(adapter), arrays, what="adapters")
-    gathered = arrays | {path: sharding.to_host(arrays[path]) for path in trained}
+    gathered = arrays | {path: sharding.to_host(cast(jax.Array, arrays[path])) for path in trained}
     if jax.process_index() != 0:
         return
+    model = cast(PaliGemma, param_tree.merge(graph, gathered))
     if adapter.name == "lora":
-        save_peft(param_tree.merge(graph, gathered), folder, base=base)
+        save_peft(model, folder, base=base)
     else:
-        save_adapter(param_tree.merge(graph, gathered), folder, adapter.name, adapter.size, adapter.targets)
+        save_adapter(model, folder, adapter.name, adapter.size, adapter.targets)

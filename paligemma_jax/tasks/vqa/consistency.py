@@ -1,17 +1,18 @@
-"""`config.consistency`: the tuned model stays near the frozen one, so that it forgets less of what it is not tuned on.
+"""Consistency with the frozen model (`config.consistency`), which reduces forgetting while a model is tuned.
 
   L = L_answers + weight (C_answers + C_images)
-  C_answers   KL(frozen || tuned) of the next word, mean over the supervised tokens (losses/chunked_kl.py)
+  C_answers   KL(frozen || tuned) of the next token, mean over the supervised tokens (losses/chunked_kl.py)
   C_images    distance of tuned and frozen image features, mean over patches (losses/coprompt.py)
 
-The frozen branch is the model itself without its adapters: no second copy of the weights, and no activations of it are
-kept. With `prompts`, C_answers is of these texts behind the row's image in place of the row's own question; a row draws
-one in each step. In the mean a row weighs what its answer weighs in L_answers. Axes: see models.
+The frozen branch is the model itself without its adapters: there is no second copy of the weights, and none of its
+activations are stored. With `prompts`, C_answers is computed on these texts after the row's image in place of the row's
+own question; a row draws one text in each step. In the mean a row has the weight of its answer in L_answers. Axes: see
+models.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from paligemma_jax.losses import consistency_loss, token_divergence
 from paligemma_jax.losses.coprompt import KINDS
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.tasks.vqa.features import batch_features
 from train_jax.core import param_tree
 from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError, quoted
@@ -34,8 +36,8 @@ from train_jax.core.errors import UserError, quoted
 SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
 
 
-class Tuned(NamedTuple):
-    """What the loss has computed of the tuned model."""
+class TunedForward(NamedTuple):
+    """The forward pass of the tuned model, which the loss has already computed."""
 
     features: jax.Array  # [B, P, D]
     hidden: jax.Array  # [B, T, D]
@@ -59,10 +61,10 @@ class Keys:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the values on their own.
+    """Checks the values, without data or model.
 
     Raises:
-      UserError: the first fault found.
+      UserError: the first fault.
     """
     consistency, name = config.consistency, config.adapter.name
     for pair in consistency.prompts:
@@ -79,7 +81,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_paths(config: ConfigDict, trained: list[str]) -> None:
-    """Raises UserError for a consistency of image features that cannot change, given the paths that train."""
+    """Raises UserError if consistency of image features is asked for but none of the `trained` paths changes them."""
     on = config.consistency.on
     if config.consistency.weight and "images" in SIDES[on] and all(path.startswith("decoder/") for path in trained):
         raise UserError(
@@ -89,82 +91,93 @@ def check_paths(config: ConfigDict, trained: list[str]) -> None:
 
 
 def parts(consistency: ConfigDict) -> tuple[str, ...]:
-    """What of "answers" and "images" is computed."""
+    """Returns the terms that are computed, of "answers" and "images"."""
     return SIDES[consistency.on] if consistency.weight else ()
 
 
 class Consistency:
-    """The terms of a run whose weight is not 0."""
+    """Computes the terms of a run whose weight is not 0."""
 
-    def __init__(self, task):
-        """`task` is the VQA task."""
-        self._task, self._config = task, task.config.consistency
-        texts = self._config.prompts
-        self._prompts = _tokenized(task.tokenizer, texts) if texts else None
-
-    def terms(
-        self, model: PaliGemma, batch: Mapping[str, jax.Array], tuned: Tuned, weights: Float[Array, "B T"], keys
-    ) -> dict[str, Float[Array, ""]]:
-        """C_answers and C_images, those of `parts`, each times the sum of the weights.
+    def __init__(self, config: ConfigDict, adapter: str, tokenizer: Tokenizer):
+        """Tokenizes the prompts.
 
         Args:
-          model: the tuned one.
-          batch: of the loss.
-          tuned: what the loss computed of it.
-          weights: of the target tokens, as of the loss.
-          keys: one an example.
+          config: `config.consistency`.
+          adapter: `adapter.name`, one of `adapt.peft.methods.DETACH`.
+          tokenizer: of the model.
         """
-        base = family.base_of(model, self._task.config.adapter.name)
+        self._config, self._adapter = config, adapter
+        self._prompts = _tokenize(tokenizer, config.prompts) if config.prompts else None
+
+    def terms(
+        self,
+        model: PaliGemma,
+        batch: Mapping[str, jax.Array],
+        tuned: TunedForward,
+        weights: Float[Array, "B T"],
+        keys,
+        lm_head: Mapping[str, Any],
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns C_answers and C_images, those of `parts`, each times the sum of the weights.
+
+        Args:
+          model: the tuned model.
+          batch: of the loss.
+          tuned: the forward pass of `model` on `batch`.
+          weights: of the target tokens, as in the loss.
+          keys: one for each example.
+          lm_head: the vocabulary projection's arguments of `losses.token_divergence`.
+        """
+        base = family.base_of(model, self._adapter)
         features = tuned.features
-        if not _same_images(model, base):
-            features = self._task.features(base, batch)
+        if not _same_image_paths(model, base):
+            features = batch_features(base, batch)
         features, rows = lax.stop_gradient(features), weights.sum(axis=1)
         terms = {}
         for part in parts(self._config):
             if part == "images":
-                terms[part] = _images(tuned.features, features, rows, self._config.kind)
+                terms[part] = _image_term(tuned.features, features, rows, self._config.kind)
             elif self._prompts is None:
-                terms[part] = self._answers(model, base, tuned.hidden, features, tuned.arrays, weights)
+                terms[part] = self._answer_term(base, tuned.hidden, features, tuned.arrays, weights, lm_head)
             else:
-                arrays = _drawn(self._prompts, keys)
+                arrays = _draw(self._prompts, keys)
                 hidden = model.hidden_of_texts(tuned.features, arrays, tuned.keys)
                 share = arrays["weights"] / arrays["weights"].sum(axis=1, keepdims=True)
-                terms[part] = self._answers(model, base, hidden, features, arrays, rows[:, None] * share)
+                terms[part] = self._answer_term(base, hidden, features, arrays, rows[:, None] * share, lm_head)
         return terms
 
-    def _answers(self, model, base, hidden, features, arrays, weights) -> Float[Array, ""]:
+    def _answer_term(self, base, hidden, features, arrays, weights, lm_head) -> Float[Array, ""]:
         frozen = lax.stop_gradient(base.hidden_of_texts(features, arrays))
-        words, temperature = self._task.words(model), self._config.temperature
-        return token_divergence(hidden, frozen, weights=weights, temperature=temperature, **words)
+        return token_divergence(hidden, frozen, weights=weights, temperature=self._config.temperature, **lm_head)
 
 
-def _same_images(model: PaliGemma, base: PaliGemma) -> bool:
-    """Whether image features are those of the base: nothing is attached to the tower or to the projector."""
+def _same_image_paths(model: PaliGemma, base: PaliGemma) -> bool:
+    """Whether image features equal those of the base: nothing is attached to the tower or to the projector."""
     return all(
         param_tree.abstract(getattr(model, part)).keys() == param_tree.abstract(getattr(base, part)).keys()
         for part in ("vision", "projector")
     )
 
 
-def _images(
+def _image_term(
     tuned: Float[Array, "B P D"], frozen: Float[Array, "B P D"], rows: Float[Array, " B"], kind: str
 ) -> Float[Array, ""]:
-    """C_images times the sum of the rows' weights: a row's is that of each of its patches."""
+    """Returns C_images times the sum of the rows' weights; a patch has the weight of its row."""
     patches, width = tuned.shape[1:]
-    distance = consistency_loss(*(x.reshape(-1, width) for x in (tuned, frozen)), kind, jnp.repeat(rows, patches))
+    distance = consistency_loss(tuned.reshape(-1, width), frozen.reshape(-1, width), kind, jnp.repeat(rows, patches))
     return rows.sum() * distance
 
 
-def _tokenized(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """`training_arrays` of the texts, [K, T] each."""
+def _tokenize(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Returns `training_arrays` of the texts, [K, T] each."""
     lengths = [len(tokenizer.encode(prefix)) + len(tokenizer.encode(suffix)) for prefix, suffix in texts]
     length = 1 + max(lengths) + len(tokenizer.separator_ids)  # EOS is only a target
     examples = [make_example(tokenizer, prefix, suffix, length) for prefix, suffix in texts]
     return training_arrays({name: np.stack([example[name] for example in examples]) for name in examples[0]})
 
 
-def _drawn(texts: Mapping[str, np.ndarray], keys) -> dict[str, jax.Array]:
-    """One of the texts a row, [B, T], by the row's key alone."""
+def _draw(texts: Mapping[str, np.ndarray], keys) -> dict[str, jax.Array]:
+    """Draws one of the texts for each row, [B, T], a function of the row's key alone."""
     count = len(texts["tokens"])
     chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(fold_in_name(keys, "consistency"))
     return {name: jnp.asarray(array)[chosen] for name, array in texts.items()}

@@ -1,15 +1,14 @@
-"""Answers questions batch by batch, in memory that depends neither on their number nor on the batch asked for.
+"""Answers questions batch by batch, in memory that depends neither on their number nor on the batch size asked for.
 
-What training keeps whole and runs out of memory with (logits of every token over 257,152 words) is never made here:
-answers are generated with a cache, likelihoods and losses are computed in chunks, and of each batch only ids and sums
-survive. The batch starts as large as the config allows, or as the compiled step says the device can hold, and halves
-whenever the device runs out all the same.
+Logits of every token over the vocabulary (257,152 tokens) are never materialised: answers are generated with a KV
+cache, likelihoods and losses are computed in chunks, and only token ids and sums are kept of each batch. The batch
+starts at the size that the config allows, or for which the device has memory according to the compiler, and is halved
+whenever the device still runs out of memory.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.quantization.quantize import set_outlier_split
@@ -27,174 +27,207 @@ from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generation.candidate_scoring import score_candidates
 from paligemma_jax.generation.generate import generate
-from paligemma_jax.metrics.text import Accuracy, exact_match
+from paligemma_jax.metrics.text import Accuracy
+from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.vqa.answer import Answer, question_of
-from paligemma_jax.tasks.vqa.features import FeatureCache, encode_images, encoder, feature_shape
-from paligemma_jax.tasks.vqa.rows import Rows
+from paligemma_jax.tasks.vqa.answer import Answer, TokenLoss, question_of
+from paligemma_jax.tasks.vqa.features import Encode, FeatureCache, encode_images, encoder, feature_shape
+from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError, cut
 from train_jax.parallel import sharding
 from train_jax.system.memory import device_memory_limit, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
+TokenLossFunction = Callable[[PaliGemma, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 
 
 def candidate_answers(candidates: str) -> tuple[str, ...]:
-    """The answers of config.eval.candidates."""
+    """Returns the answers that config.eval.candidates stands for."""
     return ANSWERS if candidates == "clevr" else tuple(filter(None, candidates.split("|")))
 
 
-def rows_at_once(config: ConfigDict, mesh: Mesh) -> int:
-    """Rows of a batch at the start of an evaluation: `eval.batch_size`, as a multiple of the mesh's row parts."""
+def initial_batch_size(config: ConfigDict, mesh: Mesh) -> int:
+    """Returns `eval.batch_size`, rounded to a multiple of the parts into which the mesh splits rows."""
     parts = common.row_parts(mesh)
     return max(config.eval.batch_size // parts, 1) * parts
 
 
-class Evaluation:
-    """One model over any number of sources."""
+class VQAEvaluation:
+    """Answers the questions of any number of sources with one model."""
 
-    def __init__(self, task, model, rows: Rows | None = None):
-        """`rows` prepares the records, the task's own when None."""
-        self.task, self.config, self._rows = task, task.config, rows or task.rows
-        outliers = self.config.eval.int8_outliers
-        # A clone holds the same arrays: training goes on with dequantised weights.
-        self.model = model if outliers is None else set_outlier_split(nnx.clone(model), outliers)
-        self._parts = common.row_parts(task.mesh)
-        self._size = rows_at_once(self.config, task.mesh)
-        self._fitted = False
-        self._candidates = self._tokenize_candidates()
-
-    def summary(self, source: Source, wanted: tuple[str, ...]) -> dict[str, float]:
-        """Accuracy and token loss of a source, for the course of training."""
-        accuracy, nll, tokens = Accuracy(), 0.0, 0.0
-        for answer in self.answers(source, wanted):
-            accuracy.add(exact_match(answer.prediction, answer.reference))
-            nll, tokens = nll + answer.nll, tokens + answer.tokens
-        return {"accuracy": accuracy.overall, "loss": nll / max(tokens, 1.0), "examples": accuracy.examples}
-
-    def answers(self, source: Source, wanted: tuple[str, ...], shuffled: bool = False) -> Iterator[Answer]:
-        """Answers the good rows of a source, in order.
+    def __init__(
+        self,
+        model: PaliGemma,
+        config: ConfigDict,
+        mesh: Mesh,
+        processor: RowProcessor,
+        token_loss: TokenLossFunction,
+        batch_bytes: dict[tuple, int | None] | None = None,
+    ):
+        """Tokenizes the candidate answers; nothing is computed yet.
 
         Args:
-          source: the records; those that cannot be read or do not fit are left out, as the config's policy says.
-          wanted: what to compute, of OUTPUTS.
-          shuffled: show each question the image of another scene (all questions of an image the same one).
+          model: on the mesh.
+          config: of the run; `eval`, `loss` and `data` are read.
+          mesh: of devices.
+          processor: prepares the records.
+          token_loss: see VQA.token_loss, compiled.
+          batch_bytes: a dictionary that evaluations of one run share: the bytes that compiled batches need.
+        """
+        self.config, self.mesh, self.processor = config, mesh, processor
+        self.model = model
+        if config.eval.int8_outliers is not None:
+            # The clone shares the arrays, and training goes on with dequantised weights.
+            self.model = nnx.clone(model)
+            set_outlier_split(self.model, config.eval.int8_outliers)
+        self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
+        self._parts = common.row_parts(mesh)
+        self._limit = initial_batch_size(config, mesh)  # no batch is larger; lowered where the device has less memory
+        self._fitted = 0  # the largest batch known to fit
+        self._candidates = self._tokenize_candidates()
+
+    def replace(self, model: PaliGemma | None = None, processor: RowProcessor | None = None) -> "VQAEvaluation":
+        """Returns the same evaluation with another model or another processor."""
+        model = self.model if model is None else model
+        processor = self.processor if processor is None else processor
+        return VQAEvaluation(model, self.config, self.mesh, processor, self._token_loss, self._batch_bytes)
+
+    def summary(self, source: Source) -> dict[str, float]:
+        """Returns accuracy and token loss on a source, for validation during training."""
+        accuracy, loss = Accuracy(), TokenLoss()
+        for answer in self.answers(source, ("generate", "loss")):
+            accuracy.add(answer.correct)
+            loss.add(answer)
+        return {"accuracy": accuracy.overall, "loss": loss.mean, "examples": accuracy.examples}
+
+    def answers(self, source: Source, outputs: tuple[str, ...], shuffled: bool = False) -> Iterator[Answer]:
+        """Yields the answers to the good rows of a source, in order.
+
+        Args:
+          source: the records; bad rows are left out, as the config's policy says.
+          outputs: what to compute, of OUTPUTS.
+          shuffled: show each question the image of another scene (the same one for all questions of an image).
 
         Raises:
-          UserError: too many bad rows, no good one, or a device too small for a single question.
+          UserError: too many bad rows, no good row, or a device too small for a single question.
         """
-        good = 0
-        self._size = min(self._size, -(-len(source) // self._parts) * self._parts)  # a split may be smaller
-        encode = encoder(self.model, self.task.mesh)
-        with _Reader(self.config, self._rows, source, encode, self._size, shuffled) as reader:
-            self._fit(reader, wanted)
-            start = 0
+        start, good = 0, 0
+        size = min(self._limit, -(-len(source) // self._parts) * self._parts)  # a split may be smaller than a batch
+        encode, cache_bytes = encoder(self.model, self.mesh), self._cache_bytes()
+        with _Reader(self.processor, source, encode, size, cache_bytes, shuffled) as reader:
+            size = self._fit(reader, size, outputs)
+            reader.resize(size)
             while start < len(source):
-                rows = range(start, min(start + self._size, len(source)))
+                rows = range(start, min(start + size, len(source)))
                 try:
-                    found = self._batch(reader, rows, wanted)
+                    answers = self._batch(reader, rows, size, outputs)
                 except jax.errors.JaxRuntimeError as error:
-                    self._shrink(error)
-                    reader.resize(self._size)
+                    self._limit = size = self._shrink(error, size)
+                    reader.resize(size)
                     continue
-                start, good = start + len(rows), good + len(found)
-                yield from found
+                start, good = start + len(rows), good + len(answers)
+                yield from answers
             reader.check()
         if not good:
             raise UserError(f"none of the {len(source)} rows to evaluate can be used: mend the data.")
 
-    def _batch(self, reader: "_Reader", rows: range, wanted: tuple[str, ...]) -> list[Answer]:
-        """Reads, computes, and turns one batch into answers."""
-        records, arrays = reader.read(rows, self._size)
-        out = self._compute(arrays, wanted)
+    def _cache_bytes(self) -> int:
+        """Returns the bytes of image features to keep; none where several processes share the images of a batch."""
+        return self.config.eval.feature_cache_mb << 20 if jax.process_count() == 1 else 0
+
+    def _batch(self, reader: "_Reader", rows: range, size: int, outputs: tuple[str, ...]) -> list[Answer]:
+        """Reads and computes one batch, and returns the answers to its good rows."""
+        records, arrays = reader.read(rows, size)
+        out = self._compute(arrays, outputs)
         answers = []
         for i, record in enumerate(records):
             if arrays["weight"][i] == 0:
                 continue
             question = question_of(record.prefix, self.config.data.prompt)
-            values: dict[str, Any] = {}
+            values: dict[str, Any] = {"image_index": record.image_index}
             if "generate" in out:
-                ids = out["generate"][i].tolist()
-                values |= {
-                    "prediction": self.task.tokenizer.decode(ids),
-                    "ended": self.task.tokenizer.eos_id in ids,
-                }
+                tokenizer, ids = self.processor.tokenizer, out["generate"][i].tolist()
+                values |= {"prediction": tokenizer.decode(ids), "ended": tokenizer.eos_id in ids}
             if "likelihood" in out:
-                values["likeliest"] = self._candidates[0][int(out["likelihood"][i].argmax())]
+                values["likeliest"] = self._candidates.texts[int(out["likelihood"][i].argmax())]
             if "loss" in out:
                 values |= {"nll": float(out["loss"][0][i]), "tokens": float(out["loss"][1][i])}
-            values["image_index"] = record.image_index
             answers.append(Answer(record.image_name, question, question_family(question), record.suffix, **values))
         return answers
 
-    def _compute(self, arrays: dict[str, np.ndarray], wanted: tuple[str, ...]) -> dict[str, Any]:
-        """Device results of one batch, on the host."""
-        batch = common.to_mesh(arrays, self.task.mesh)
-        out = {name: program(self.model, batch) for name, program in self.programs(wanted).items()}
+    def _compute(self, arrays: dict[str, np.ndarray], outputs: tuple[str, ...]) -> dict[str, Any]:
+        """Runs the programs of one batch; returns their results on the host."""
+        batch = common.to_mesh(arrays, self.mesh)
+        out = {name: program(self.model, batch) for name, program in self.programs(outputs).items()}
         return jax.tree.map(sharding.to_host, out)
 
-    def programs(self, wanted: tuple[str, ...] = OUTPUTS) -> dict[str, Callable]:
-        """What of OUTPUTS is wanted and can be had, each a function of the model and a batch on the mesh."""
-        found: dict[str, Callable] = {"generate": self._generate, "loss": functools.partial(_token_loss, self.task)}
-        if self._candidates is not None:
-            found["likelihood"] = self._score
-        return {name: found[name] for name in OUTPUTS if name in wanted and name in found}
+    def programs(self, outputs: tuple[str, ...] = OUTPUTS) -> dict[str, Callable]:
+        """Returns functions of the model and a batch on the mesh by output; no likelihood without candidates."""
+        programs: dict[str, Callable] = {"generate": self._generate, "loss": self._token_loss}
+        if self._candidates.texts:
+            programs["likelihood"] = self._score
+        return {name: programs[name] for name in OUTPUTS if name in outputs and name in programs}
 
-    def _generate(self, model, batch) -> jax.Array:
-        return generate(
+    def _generate(self, model: PaliGemma, batch: Mapping[str, jax.Array]) -> jax.Array:
+        tokens = generate(
             model,
             None,
             batch["prompt"],
             batch["prompt_mask"],
             self.config.eval.max_new_tokens,
-            self.task.tokenizer.eos_id,
+            self.processor.tokenizer.eos_id,
             image_features=batch["features"],
         )
+        assert isinstance(tokens, jax.Array)  # without return_out
+        return tokens
 
-    def _score(self, model, batch) -> jax.Array:
-        _, ids, mask = self._candidates
+    def _score(self, model: PaliGemma, batch: Mapping[str, jax.Array]) -> jax.Array:
+        prompt, mask = batch["prompt"], batch["prompt_mask"]
         chunks = self.config.loss.chunk_size, self.config.loss.vocab_chunk
-        return score_candidates(model, batch["features"], batch["prompt"], batch["prompt_mask"], ids, mask, *chunks)
+        return score_candidates(
+            model, batch["features"], prompt, mask, self._candidates.ids, self._candidates.mask, *chunks
+        )
 
     # Memory.
 
-    def _fit(self, reader: "_Reader", wanted: tuple[str, ...]) -> None:
-        """Halves the batch until the compiled step fits what the device has left (where it tells)."""
+    def _fit(self, reader: "_Reader", size: int, outputs: tuple[str, ...]) -> int:
+        """Halves a batch size until the compiled batch fits into the free memory, where devices report that."""
         limit = _free_memory()
-        while limit is not None and not self._fitted and self._size > self._parts:
-            if self._all_activations() <= limit:  # spares the compiler, which takes half a minute on a CPU
+        while limit is not None and size > max(self._fitted, self._parts):
+            if self._all_activations(size) <= limit:  # saves a compilation, which takes half a minute on a CPU
                 break
-            most = need = self._need(*self._shapes(reader), wanted)
-            if need is None or need <= limit:
+            needed = self._need(*self._shapes(reader, size), outputs)
+            if needed is None or needed <= limit:
                 break
-            while need > limit and self._size > self._parts:  # about in proportion to the rows; compiled again to know
-                self._size, need = max(self._size // 2 // self._parts, 1) * self._parts, need // 2
+            need = needed
+            while need > limit and size > self._parts:  # memory is about proportional to the rows; compiled again
+                size, need = max(size // 2 // self._parts, 1) * self._parts, need // 2
+            self._limit = size
             logging.warning(
                 "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
-                self._size, most, limit,
+                size, needed, limit,
             )  # fmt: skip
-        self._fitted = True
-        reader.resize(self._size)
+        self._fitted = max(self._fitted, size)
+        return size
 
-    def _need(self, batch, images, wanted: tuple[str, ...]) -> int | None:
-        """Bytes that a batch of these shapes takes beside the model, as the compiler says; None where it does not.
+    def _need(self, batch, images, outputs: tuple[str, ...]) -> int | None:
+        """Returns the bytes that a batch of these shapes needs beside the model; None where the compiler has no number.
 
-        Evaluations of one run ask again and again, and are told what the first was.
+        Compiled once for all evaluations that share `batch_bytes`.
         """
-        key = wanted, str((batch, images)), str(param_tree.abstract(self.model))
-        if key not in self.task.evaluation_bytes:
-            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, wanted).compile()
+        key = outputs, str((batch, images)), str(param_tree.abstract(self.model))
+        if key not in self._batch_bytes:
+            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, outputs).compile()
             memory = step_memory(step)
-            self.task.evaluation_bytes[key] = None if memory is None else memory.temp + memory.output
-        return self.task.evaluation_bytes[key]
+            self._batch_bytes[key] = None if memory is None else memory.temp + memory.output
+        return self._batch_bytes[key]
 
-    def _all_activations(self) -> int:
-        """More bytes than a device needs for its rows: as if of no layer anything were freed, and all in float32."""
-        config, data, model = self.config, self._rows.data, self.model.config
+    def _all_activations(self, size: int) -> int:
+        """Returns an upper bound of the bytes of a batch on a device: all activations of all layers, in float32."""
+        config, data, model = self.config, self.processor.data, self.model.config
         vision, decoder = model.vision, model.decoder
-        candidates = 0 if self._candidates is None else self._candidates[1].size
-        tokens = data.prefix_length + max(data.suffix_length, config.eval.max_new_tokens, candidates)
+        tokens = data.prefix_length + max(data.suffix_length, config.eval.max_new_tokens, self._candidates.ids.size)
 
         def layers(tower, length, projected) -> int:  # residual stream, projections, scores, feed-forward
             wide = 8 * tower.width + 4 * projected + 4 * tower.mlp_dim
@@ -204,60 +237,68 @@ class Evaluation:
         row += layers(decoder, vision.num_patches + tokens, decoder.num_heads * decoder.head_dim)
         row += 4 * decoder.vocab_size + 4 * tokens * decoder.width + 6 * vision.image_size**2
         logits = 4 * config.loss.chunk_size * decoder.vocab_size
-        return 4 * (self._size // self._parts * row + logits)
+        return 4 * (size // self._parts * row + logits)
 
-    def _shapes(self, reader: "_Reader"):
-        """A batch and its images as shapes on the mesh."""
-        rows = sharding.batch_sharding(self.task.mesh, accumulate=False)
+    def _shapes(self, reader: "_Reader", size: int):
+        """Returns the shapes of a batch on the mesh and of its images."""
+        rows = sharding.batch_sharding(self.mesh, accumulate=False)
 
-        def shape(array) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((self._size, *array.shape), array.dtype, sharding=rows)
+        def shape(row: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *row.shape), row.dtype, sharding=rows)
 
         example = reader.blank()
         images = shape(example.pop("image"))
-        example["features"] = jax.ShapeDtypeStruct(feature_shape(self.model), np.float32)
-        return {name: shape(array) for name, array in example.items()}, images
+        features = jax.ShapeDtypeStruct(feature_shape(self.model), np.float32)
+        return {name: shape(row) for name, row in example.items()} | {"features": shape(features)}, images
 
-    def _everything(self, model, batch, images, wanted: tuple[str, ...]):
-        """All of a batch's computations in one program, to ask the compiler what they take."""
-        return [encode_images(model, images), *(run(model, batch) for run in self.programs(wanted).values())]
+    def _everything(self, model, batch, images, outputs: tuple[str, ...]):
+        """Computes all outputs of a batch in one program, for the compiler's memory analysis."""
+        return [encode_images(model, images), *(run(model, batch) for run in self.programs(outputs).values())]
 
-    def _shrink(self, error: Exception) -> None:
-        """Halves the batch after the device ran out of memory; raises as `smaller_batch`."""
+    def _shrink(self, error: Exception, size: int) -> int:
+        """Returns half the batch size after the device ran out of memory; raises as `smaller_batch`."""
         remedy = "use a device with more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype"
-        self._size = smaller_batch(error, self._size, self._parts, "eval.batch_size", remedy)
-        logging.warning("Evaluation goes on with %d questions at once: the device ran out of memory.", self._size)
+        size = smaller_batch(error, size, self._parts, "eval.batch_size", remedy)
+        logging.warning("Evaluation goes on with %d questions at once: the device ran out of memory.", size)
+        return size
 
-    def _tokenize_candidates(self):
-        """The candidates as texts, ids [C, M] and mask [C, M], each with its EOS; None without candidates."""
-        answers = candidate_answers(self.config.eval.candidates)
-        if not answers:
-            return None
-        tokenizer = self.task.tokenizer
-        special = self.config.data.get("special_tokens", "refuse")
-        rows = [[*encode(tokenizer, answer, special), tokenizer.eos_id] for answer in answers]
-        ids = np.full((len(rows), max(map(len, rows))), tokenizer.pad_id, np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        mask = np.arange(ids.shape[1])[None] < np.array([len(row) for row in rows])[:, None]
-        return answers, jnp.asarray(ids), jnp.asarray(mask)
+    def _tokenize_candidates(self) -> "_Candidates":
+        tokenizer, texts = self.processor.tokenizer, candidate_answers(self.config.eval.candidates)
+        special = self.config.data.get("special_tokens", "refuse")  # configs of older runs lack the key
+        rows = [[*encode(tokenizer, text, special), tokenizer.eos_id] for text in texts]
+        lengths = np.array([len(row) for row in rows], int)
+        ids = np.full((len(rows), lengths.max(initial=0)), tokenizer.pad_id, np.int32)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = tokens
+        mask = np.arange(ids.shape[1])[None] < lengths[:, None]
+        return _Candidates(texts, jnp.asarray(ids), jnp.asarray(mask))
+
+
+class _Candidates(NamedTuple):
+    """Candidate answers, each with its EOS; C and M are 0 without candidates."""
+
+    texts: tuple[str, ...]
+    ids: Int[jax.Array, "C M"]
+    mask: Bool[jax.Array, "C M"]
 
 
 class _Reader:
-    """Reads rows of a source as prompts, targets and features, bad ones with weight 0. A context: it has threads."""
+    """Reads rows of a source as prompts, targets and features, bad rows with weight 0; a context, as it has threads."""
 
-    def __init__(self, config: ConfigDict, rows: Rows, source: Source, encode, size: int, shuffled: bool):
-        self._config, self._make = config, rows
-        self._rows = rows.guarded(source, self._prepare)
-        # Shares are judged by row, in `_rows`: an image may have one question or many.
-        self._images = rows.guarded(source, rows.image, max_bad_fraction=1.0)
+    def __init__(
+        self, processor: RowProcessor, source: Source, encode: Encode, size: int, cache_bytes: int, shuffled: bool
+    ):
+        self._processor = processor
+        self._rows = processor.guarded(source, self._prepare)
+        # The share of bad rows is checked in `_rows`: an image may have one question or many.
+        self._images = processor.guarded(source, processor.image, max_bad_fraction=1.0)
         self._numbers = np.asarray(source.image_numbers())
         unique, first = np.unique(self._numbers, return_index=True)
-        self._row_of = dict(zip(unique.tolist(), first.tolist(), strict=True))
-        self._shown = other_images(unique) if shuffled else {number: number for number in self._row_of}
+        self._row_of_image = dict(zip(unique.tolist(), first.tolist(), strict=True))
+        self._shown = other_images(unique) if shuffled else {number: number for number in self._row_of_image}
         self._unusable: set[int] = set()
-        self._encode, self._pool = encode, ThreadPoolExecutor(2)
-        self.resize(size)
+        self._encode, self._cache_bytes, self._pool = encode, cache_bytes, ThreadPoolExecutor(2)
+        self._cache = FeatureCache(encode, size, cache_bytes)
 
     def __enter__(self) -> "_Reader":
         return self
@@ -266,61 +307,55 @@ class _Reader:
         self._pool.shutdown(wait=False)
 
     def resize(self, size: int) -> None:
-        """Another number of rows at once."""
-        megabytes = self._config.eval.feature_cache_mb if jax.process_count() == 1 else 0
-        self._cache = FeatureCache(self._encode, size, megabytes << 20)
+        """Changes the number of images encoded at once; empties the cache."""
+        self._cache = FeatureCache(self._encode, size, self._cache_bytes)
 
     def check(self) -> None:
-        """Judges the share of bad rows."""
+        """Raises UserError where too many rows were bad."""
         self._rows.check()
 
     def blank(self) -> dict[str, np.ndarray]:
-        """The arrays of a row that holds nothing, with its `image`."""
+        """Returns the arrays of an empty row, `image` among them."""
         record = blank_record()
-        example = self._prepare(record) | self._make.image(record) | {"weight": np.float32(0)}
+        example = self._prepare(record) | self._processor.image(record) | {"weight": np.asarray(0, np.float32)}
         return {name: value for name, value in example.items() if name != "record"}
 
     def _prepare(self, record: Record) -> dict[str, Any]:
         if record.weight and self._shown[record.image_index] in self._unusable:
             raise BadRow(f"the image for {cut(record.image_name)} cannot be used; replace the file.")
-        return {"record": record} | self._make.prompt_and_text(record)
+        return {"record": record} | self._processor.prompt_and_text(record)
 
     def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
-        """Records and arrays of some rows, filled up to `size` rows with copies of weight 0."""
-        keys = [self._shown[int(self._numbers[i])] for i in rows]
-        features = self._cache.get(keys, self._fetch)
-        examples = [self._rows[i] for i in rows]  # after the images: rows without a usable one are bad
+        """Returns records and arrays of some rows, padded to `size` rows with copies of weight 0."""
+        images = [self._shown[int(self._numbers[i])] for i in rows]
+        features = self._cache.get(images, self._fetch)
+        examples = [self._rows[i] for i in rows]  # after the images, as rows whose image cannot be used are bad
         records = [example.pop("record") for example in examples]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         self._rows.on_rows(rows, batch.pop("bad"))
         batch["features"] = features
-        missing = size - len(rows)
-        batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
+        padding = size - len(rows)
+        batch = {name: np.concatenate([array, np.repeat(array[:1], padding, 0)]) for name, array in batch.items()}
         batch["weight"][len(rows) :] = 0
         return records, batch
 
-    def _fetch(self, keys: list[int]) -> list[np.ndarray]:
-        """The images with these numbers, decoded in threads."""
-        rows = list(self._pool.map(lambda key: self._images[self._row_of[key]], keys))
-        self._unusable |= {key for key, row in zip(keys, rows, strict=True) if row["weight"] == 0}
+    def _fetch(self, numbers: list[int]) -> list[np.ndarray]:
+        """Decodes the images with these numbers in threads."""
+        rows = list(self._pool.map(lambda number: self._images[self._row_of_image[number]], numbers))
+        self._unusable |= {number for number, row in zip(numbers, rows, strict=True) if row["weight"] == 0}
         return [row["image"] for row in rows]
 
 
 def other_images(numbers: np.ndarray) -> dict[int, int]:
-    """For each of two or more different images another one: a random cycle, so that none keeps its own."""
+    """Maps each of two or more different images to another one: a random cycle, so that none is mapped to itself."""
     order = numbers[np.argsort(np.random.PCG64(0).random_raw(len(numbers)), kind="stable")]
     return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
 
 
 def _free_memory() -> int | None:
-    """Bytes free on the fullest device of all processes, in steps of 1 MiB; None where devices do not tell."""
+    """Returns the bytes free on the fullest device of all processes, in steps of 1 MiB; None where unknown."""
     limit = device_memory_limit()
     if limit is None or jax.process_count() == 1:
         return limit
-    # Every process must come to the same batch.
+    # Every process must choose the same batch size.
     return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _token_loss(task, model, batch):
-    return task.token_loss(model, batch)

@@ -1,33 +1,35 @@
-"""What a model forgets that is tuned on some families of questions (config.data.families): numbers of the report.
+"""Measures what a model forgets that is tuned on some families of questions (config.data.families).
 
-    accuracy_tuned, accuracy_untuned   mean over the tuned families, and over the others, of the accuracy by likelihood
-    change_tuned, change_untuned       these less the same of the model before training
+    accuracy_tuned, accuracy_untuned   mean likelihood accuracy over the tuned families, and over the others
+    change_tuned, change_untuned       the same minus that of the model before training
     caption_loss, caption_loss_before  nats a token of the scenes' captions, after and before training
-    change_captions                    caption_loss less caption_loss_before: positive where captions were forgotten
+    change_captions                    caption_loss minus caption_loss_before: positive where captions were forgotten
 
-Families weigh the same, however many questions they have. A number that needs what was not evaluated is null.
+Every family has the same weight, however many questions it has. A number that was not evaluated is null.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import BadRow, Source, Subset
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.sources.scene_captions import SceneCaptions
-from paligemma_jax.tasks.vqa.answer import question_of
-from paligemma_jax.tasks.vqa.rows import Rows
+from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.tasks.vqa.answer import TokenLoss, question_of
+from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
+from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core.errors import UserError
 
 
 def filter_by_family(source: Source, data: ConfigDict) -> Subset:
-    """The questions of the families that `data` names; every row is read once. Rows that cannot be read stay.
+    """Returns the questions of the families that `data` names. Reads every row once; unreadable rows are kept.
 
     Raises:
-      UserError: there is none.
+      UserError: no question is of these families.
     """
     chosen = [index for index in range(len(source)) if _family(source, index, data.prompt) in (*data.families, None)]
     if not chosen:
@@ -39,7 +41,7 @@ def filter_by_family(source: Source, data: ConfigDict) -> Subset:
 
 
 def _family(source: Source, index: int, prompt: str) -> str | None:
-    """Of a row, None where it cannot be read: its fault is told where it would train."""
+    """Returns the family of a row; None where the row cannot be read, which is reported when it is trained on."""
     try:
         return question_family(question_of(source[index].prefix, prompt))
     except (BadRow, OSError):
@@ -47,7 +49,7 @@ def _family(source: Source, index: int, prompt: str) -> str | None:
 
 
 def changes(tuned: Sequence[str], results: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracies of tuned and of other families, and how they changed, from what a report holds."""
+    """Returns accuracies of the tuned and of the other families and their changes, from the results of a report."""
     out: dict[str, float | None] = {}
     after, before = (results.get(f"accuracy_{name}_by_family") or {} for name in ("likelihood", "before"))
     for name, chosen in (("tuned", True), ("untuned", False)):
@@ -62,31 +64,38 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def captions(task, source: Source, model, before) -> dict[str, float | None]:
-    """Token loss of the captions of the source's scenes under both models; `before` may be None."""
-    records = SceneCaptions(source, task.config.data.scene_seed, task.config.eval.captions)
-    after, first = (None if each is None else _token_loss(task, each, records) for each in (model, before))
-    change = None if first is None else after - first
-    return {"caption_loss": after, "caption_loss_before": first, "change_captions": change}
+def captions(evaluation: VQAEvaluation, source: Source, untrained: PaliGemma | None) -> dict[str, float | None]:
+    """Returns the token loss of the captions of the source's scenes, after and before training.
+
+    Args:
+      evaluation: of the trained model.
+      source: questions about the scenes.
+      untrained: the model before training; None if that is not evaluated.
+    """
+    config = evaluation.config
+    records = SceneCaptions(source, config.data.scene_seed, config.eval.captions)
+    evaluation = evaluation.replace(processor=_caption_processor(evaluation.processor, records))
+    after = _token_loss(evaluation, records)
+    if untrained is None:
+        return {"caption_loss": after, "caption_loss_before": None, "change_captions": None}
+    before = _token_loss(evaluation.replace(untrained), records)
+    return {"caption_loss": after, "caption_loss_before": before, "change_captions": after - before}
 
 
-def _token_loss(task, model, records: SceneCaptions) -> float:
-    """Nats a token."""
-    from paligemma_jax.tasks.vqa.evaluation import Evaluation  # which imports what the task needs to start
+def _token_loss(evaluation: VQAEvaluation, records: SceneCaptions) -> float:
+    """Returns the mean loss in nats a token."""
+    loss = TokenLoss()
+    for answer in evaluation.answers(records, ("loss",)):
+        loss.add(answer)
+    return loss.mean
 
-    answers = list(Evaluation(task, model, _caption_rows(task, records)).answers(records, ("loss",)))
-    return sum(answer.nll for answer in answers) / sum(answer.tokens for answer in answers)
 
-
-def _caption_rows(task, records: SceneCaptions) -> Rows:
-    """Prepares rows as the task's do, long enough for these texts."""
-    texts = [records[index] for index in range(len(records))]
-    lengths = [
-        1 + int(np.max([len(task.tokenizer.encode(getattr(record, part))) for record in texts]))
-        for part in ("prefix", "suffix")
-    ]
-    data = task.config.data.copy_and_resolve_references()
+def _caption_processor(processor: RowProcessor, records: SceneCaptions) -> RowProcessor:
+    """Returns a processor whose rows are long enough for these texts."""
+    texts, tokenizer = [records[index] for index in range(len(records))], processor.tokenizer
+    data = processor.data.copy_and_resolve_references()
     with data.unlocked():
-        data.prefix_length = lengths[0] + len(task.tokenizer.separator_ids)
-        data.suffix_length = lengths[1]
-    return Rows(task.tokenizer, task.rows.preprocessing, data)
+        longest_prefix = max(len(tokenizer.encode(record.prefix)) for record in texts)
+        data.prefix_length = 1 + longest_prefix + len(tokenizer.separator_ids)
+        data.suffix_length = 1 + max(len(tokenizer.encode(record.suffix)) for record in texts)
+    return dataclasses.replace(processor, data=data)

@@ -1,8 +1,8 @@
-"""The shapes of a VQA run for train_jax.plan: from the config alone, whether or not the checkpoint is there.
+"""The shapes of a VQA run for train_jax.plan, from the config alone; the checkpoint need not exist on this machine.
 
-Sizes come from the checkpoint's config where it lies on this machine, else from the name of a released one
-("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's own tokenizer the tiny model's
-stands in: it decides the length of the candidate answers, nothing else.
+Sizes come from the checkpoint's config if it is on this machine, else from the name of a released checkpoint
+("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used:
+it decides the length of the candidate answers, nothing else.
 """
 
 import functools
@@ -22,8 +22,8 @@ from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.files import hub
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.vqa.evaluation import Evaluation, rows_at_once
-from paligemma_jax.tasks.vqa.features import ENCODED_AT_ONCE, FEATURES, encode_images, feature_shape
+from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, initial_batch_size
+from paligemma_jax.tasks.vqa.features import ENCODE_BATCH, FEATURES, encode_images, feature_shape
 from paligemma_jax.weights.reader import RANDOM, new
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -35,10 +35,15 @@ TINY = "tiny"
 
 
 def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Blueprint:
-    """See train_jax.task.Blueprint. `make` is the task's class, tasks.vqa.VQA.
+    """Returns the blueprint of a run, see train_jax.task.Blueprint.
+
+    Args:
+      make: the task's class, tasks.vqa.VQA.
+      config: of the run.
+      mesh: of devices.
 
     Raises:
-      UserError: a config that cannot run, or a model whose sizes are not known.
+      UserError: a config that cannot run, or a model of unknown size.
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -46,48 +51,48 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
         config.model.path = _known_path(config.model.path)
     task = make(config, mesh, read=_shapes)
     model = nnx.eval_shape(task.init)
-    arrays = task.rows.image_and_text(blank_record())
+    arrays = task.processor.image_and_text(blank_record())
     if config.cache_features:
-        arrays = task.rows.text(blank_record()) | {FEATURES: np.zeros(feature_shape(model), np.float32)}
+        arrays = task.processor.text(blank_record()) | {FEATURES: np.zeros(feature_shape(model), np.float32)}
     example = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in arrays.items()}
     example["weight"] = jax.ShapeDtypeStruct((), np.float32)
     return Blueprint(task, model, example, _programs(task, model))
 
 
-def _shapes(path: str, dtype: str, *, shardings, **options) -> PaliGemma:
-    """For weights.reader.load, under nnx.eval_shape: shapes lie nowhere."""
+def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
+    """Stands in for weights.reader.load under nnx.eval_shape; shapes have no shardings."""
     return new(path, dtype, **options)
 
 
 def _programs(task: Any, model: PaliGemma) -> dict[str, tuple]:
-    """What an evaluation computes, and the features that a run with cache_features starts with."""
+    """Returns the programs of an evaluation, and of encoding the training images under `cache_features`."""
     config, mesh, parts = task.config, task.mesh, common.row_parts(task.mesh)
     rows = sharding.batch_sharding(mesh, accumulate=False)
-    size = rows_at_once(config, mesh)
+    size = initial_batch_size(config, mesh)
 
     def shape(array: np.ndarray, count: int = size) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *array.shape), array.dtype, sharding=rows)
 
-    image = task.rows.image(blank_record())["image"]
-    arrays = task.rows.prompt_and_text(blank_record()) | {"weight": np.zeros((), np.float32)}
+    image = task.processor.image(blank_record())["image"]
+    arrays = task.processor.prompt_and_text(blank_record()) | {"weight": np.zeros((), np.float32)}
     batch = {name: shape(array) for name, array in arrays.items()}
     batch["features"] = jax.ShapeDtypeStruct((size, *feature_shape(model)), np.float32, sharding=rows)
     programs = {"image features": (encode_images, (shape(image),))}
     if config.cache_features:
-        count = -(-ENCODED_AT_ONCE // parts) * parts
+        count = -(-ENCODE_BATCH // parts) * parts
         programs["features of training images"] = (encode_images, (shape(image, count),))
-    names = ("generate", "likelihood", "loss") if config.eval.candidates else ("generate", "loss")
+    names = OUTPUTS if config.eval.candidates else ("generate", "loss")
     return programs | {NAMES[name]: (functools.partial(_evaluate, task, name), (batch,)) for name in names}
 
 
 def _evaluate(task: Any, name: str, model: PaliGemma, batch: dict[str, jax.Array]):
-    """One of the programs of an evaluation of this model."""
-    evaluation = Evaluation(task, model)
+    """Runs one of the programs of an evaluation of this model."""
+    evaluation = task.evaluation(model)
     return evaluation.programs()[name](evaluation.model, batch)
 
 
 def _known_path(path: str) -> str:
-    """A path that `weights.reader.new` can read sizes from, without fetching anything."""
+    """Returns a path that `weights.reader.new` can read sizes from without fetching anything."""
     if path == TINY or path.startswith(RANDOM) or (not hub.is_remote(path) and Path(path).expanduser().exists()):
         return path
     released = RELEASED.fullmatch(Path(path).name)
@@ -101,7 +106,7 @@ def _known_path(path: str) -> str:
 
 
 def _tokenizer(config: ConfigDict) -> str:
-    """Where the run's tokenizer lies, if it is on this machine; else the tiny model's."""
+    """Returns the path of the run's tokenizer if it is on this machine, else the tiny model's."""
     path = config.tokenizer or config.model.path
     if hub.is_remote(path):
         return TINY

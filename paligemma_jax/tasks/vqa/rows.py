@@ -1,4 +1,4 @@
-"""From a record to the arrays of a row; knows nothing of the weights, so that worker processes may have a copy."""
+"""Turns a record into the arrays of a row, without the weights, so that worker processes can have a copy."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from train_jax.core.errors import cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Prepares rows: tokenizer, preprocessing of the model's images, and the config's `data`."""
+class RowProcessor:
+    """Prepares rows with a tokenizer, the preprocessing of the model's images, and the config's `data`."""
 
     tokenizer: Tokenizer
     preprocessing: Preprocessing
     data: ConfigDict
 
     def text(self, record: Record) -> dict[str, np.ndarray]:
-        """Tokens [T + 1] and masks of a training row."""
+        """Returns tokens [T + 1] and masks of a training row."""
         prefix_length, suffix_length = self.data.prefix_length, self.data.suffix_length
         return prompts.make_example(
             self.tokenizer,
@@ -36,7 +36,7 @@ class Rows:
         )
 
     def prompt(self, record: Record) -> dict[str, np.ndarray]:
-        """Tokens [prefix_length] and masks of a row to be answered."""
+        """Returns tokens [prefix_length] and masks of a row to be answered."""
         length = self.data.prefix_length
         return prompts.make_example(
             self.tokenizer, record.prefix, None, length, prefix_length=length, special_tokens=self._special_tokens
@@ -44,15 +44,15 @@ class Rows:
 
     @property
     def _special_tokens(self) -> str:
-        return self.data.get("special_tokens", "refuse")  # older runs' configs lack the key
+        return self.data.get("special_tokens", "refuse")  # configs of older runs lack the key
 
     def prompt_and_text(self, record: Record) -> dict[str, np.ndarray]:
-        """A row to be answered whose answer is known: `prompt`, `prompt_mask`, and the training row's text."""
+        """Returns `prompt` and `prompt_mask` of a row to be answered, and the arrays of `text`."""
         prompt = self.prompt(record)
         return {"prompt": prompt["tokens"], "prompt_mask": prompt["mask_input"]} | self.text(record)
 
     def image(self, record: Record) -> dict[str, np.ndarray]:
-        """The record's picture, resized to the model's input, uint8 [I, I, 3]; black where the config says so."""
+        """Returns the record's image resized to the model's input, uint8 [I, I, 3]; black under `blank_images`."""
         try:
             pixels = self.preprocessing.resize(self.preprocessing.decode(record.image))
         except BadRow as error:
@@ -60,13 +60,19 @@ class Rows:
         return {"image": np.zeros_like(pixels) if self.data.blank_images else pixels}
 
     def image_and_text(self, record: Record) -> dict[str, np.ndarray]:
-        """A training row."""
+        """Returns all arrays of a training row."""
         return self.image(record) | self.text(record)
 
     def guarded(
         self, source: Source, prepare: Callable[[Record], dict[str, Any]], max_bad_fraction: float | None = None
     ) -> GuardedSource:
-        """A source whose bad rows keep their slot with weight 0 (or stop the run, as the config says)."""
+        """Returns a source whose bad rows keep their slot with weight 0, or stop the run under `on_error="raise"`.
+
+        Args:
+          source: the records.
+          prepare: turns a record into arrays.
+          max_bad_fraction: share of bad rows that is tolerated, in [0, 1]; None: as the config says.
+        """
         data = self.data
         return GuardedSource(
             source,

@@ -1,12 +1,13 @@
-"""Visual question answering: fine-tunes a PaliGemma on (image, prefix, suffix) rows, CLEVR's or a user's own.
+"""Visual question answering: fine-tunes a PaliGemma on (image, prefix, suffix) rows, of CLEVR or a user's own.
 
-The config's keys are in config.py. Rows are prepared in rows.py, for training and evaluation alike. Evaluation
-and its controls are in evaluation.py and report.py. Axes: see models.
+Config keys are in config.py. Rows of training and evaluation are prepared in rows.py. Evaluation is in evaluation.py,
+the reported numbers and their controls in report.py. Axes: see models.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +16,27 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.peft.methods import base_of
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import Source, spread
+from paligemma_jax.data.records import GuardedSource, Source, spread
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.inference import command
 from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
+from paligemma_jax.tasks.process_cache import PROCESS_CACHE
 from paligemma_jax.tasks.vqa import adapter as vqa_adapter
 from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import consistency
 from paligemma_jax.tasks.vqa import plan as vqa_plan
-from paligemma_jax.tasks.vqa.base_cache import shared
-from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore
+from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
+from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
-from paligemma_jax.tasks.vqa.rows import Rows
+from paligemma_jax.tasks.vqa.report import report
+from paligemma_jax.tasks.vqa.rows import RowProcessor
 from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights.adapters.peft import open_peft
 from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_digest, write_digest
@@ -48,48 +52,62 @@ from train_jax.task import Blueprint, Task
 
 
 class VQA(Task):
-    """The task; see the module."""
+    """Fine-tunes a PaliGemma on questions; see the module."""
 
     keys = vqa_config.Keys
     validation_metrics = ("accuracy", "loss", "examples")
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., PaliGemma] | None = None):
-        """`read` makes the base model in place of weights.reader.load, called as that is; its models are not shared."""
+    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., nnx.Module] | None = None):
+        """Checks the config and opens the tokenizer and the adapter; the base is read later.
+
+        Args:
+          config: of the run.
+          mesh: of devices.
+          read: makes the base in place of weights.reader.load, with the same arguments; such a base is not cached.
+        """
         vqa_config.check(config)
-        self.config, self.mesh, self._own_load = config, mesh, read
+        self.config, self.mesh, self._custom_read = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
-        # Opened here, so that its faults show before the base is read.
+        # Opened here, so that its faults are reported before the base is read.
         self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
+        self._consistency = None
+        if config.consistency.weight:
+            self._consistency = consistency.Consistency(config.consistency, config.adapter.name, self.tokenizer)
+        # Read or computed on first use.
         self._base: PaliGemma | None = None
-        self._consistency = consistency.Consistency(self) if config.consistency.weight else None
-        self._rows: Rows | None = None
+        self._processor: RowProcessor | None = None
         self._splits: dict[str, Source] = {}
-        self.evaluation_bytes: dict[tuple, int | None] = {}  # what compiled evaluations take, see Evaluation
+        self._batch_bytes: dict[tuple, int | None] = {}  # see VQAEvaluation
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
-        """Answers to prompts about images, in the run's template."""
+        """Returns answers to prompts about images, in the run's template."""
         return command.answer_lines(flags, workdir=workdir, config=config)
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
-        """Shapes of a run, for the plan command."""
+        """Returns the shapes of a run, for the plan command."""
         return vqa_plan.blueprint(cls, config, mesh)
 
     # Model.
 
     def base(self) -> PaliGemma:
-        """The model before training, without adapters, on the mesh; read once, and held in common if it is frozen."""
+        """Returns the model before training, without adapters, on the mesh.
+
+        It is read once; a frozen base is shared with the other tasks of this process. `init` hands it over, and a later
+        call reads it again.
+        """
         if self._base is None:
             config = self.config
-            if config.adapter.name == "none" or self._own_load is not None:
-                self._base = self._read()  # trained arrays are donated: nobody else may hold them
+            if config.adapter.name == "none" or self._custom_read is not None:
+                self._base = self._read()  # trained arrays are donated, so no other task may share them
             else:
                 options = tuple(leaves(config.model).items())
                 key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
-                self._base = shared(key, self._read)
+                self._base = PROCESS_CACHE.model(key, self._read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            self._rows = Rows(self.tokenizer, self._base.config.preprocessing, config.data)
+            preprocessing = common.preprocessing_of(self._base.config)
+            self._processor = RowProcessor(self.tokenizer, preprocessing, config.data)
         return self._base
 
     def _vision_digest(self) -> str | None:
@@ -98,7 +116,7 @@ class VQA(Task):
 
     def _read(self) -> PaliGemma:
         config = self.config
-        model = (self._own_load or load)(
+        model = (self._custom_read or load)(
             config.model.path,
             config.compute_dtype,
             image_size=config.model.image_size,
@@ -114,38 +132,42 @@ class VQA(Task):
             raise UserError(
                 f"model.path is {config.model.path}, which is no PaliGemma: give it as init.vision, perhaps."
             )
-        return model if config.init.vision is None or self._own_load else with_vision(model, config.init.vision)
+        if config.init.vision is None or self._custom_read:
+            return model
+        return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
     def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
-        """Where a leaf of the model lies."""
+        """Returns the sharding of a leaf of the model."""
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
 
     def _default_param_dtype(self) -> str:
         if self.config.adapter.name == "none":
             return "float32"
         if self.config.model.quantize:
-            # Not the compute dtype: a run is evaluated and merged in others too, on the very same quantised weights.
+            # Not the compute dtype: a run evaluated or merged in another dtype must have the same quantised weights.
             return stored_dtype(self.config.model.path)
         return self.config.compute_dtype
 
-    def init(self) -> nnx.Module:
+    def init(self) -> PaliGemma:
+        """Returns the base with the adapters that training starts with."""
         model = self.base()
         self._base = None  # adapters are attached in place
         return model if self.config.adapter.name == "none" else self.attach(model)
 
     def attach(self, model: PaliGemma) -> PaliGemma:
-        """Gives the base the adapters that training starts with; use what is returned."""
+        """Attaches the adapters that training starts with, in place; use the model returned."""
         return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._place)
 
     def trainable(self) -> str:
+        """Returns the pattern of the parameters that train."""
         adapter = self.config.adapter
         return self.config.trainable or r".*" if adapter.name == "none" else vqa_adapter.trainable(adapter)
 
     def trainable_paths(self) -> list[str]:
-        """Paths of the parameters that train.
+        """Returns the paths of the parameters that train.
 
         Raises:
-          UserError: a pattern that matches none, or features to be kept of a tower that trains.
+          UserError: a pattern that matches none, or `cache_features` with a tower that trains.
         """
         model, adapter = self.base(), self.config.adapter
         if adapter.name == "none":
@@ -162,31 +184,36 @@ class VQA(Task):
             )
         return paths
 
-    def sharding_rules(self):
+    def sharding_rules(self) -> Sequence[tuple[str, sharding.Spec]]:
+        """Returns the sharding rules of PaliGemma and its adapters."""
         return common.SHARDING_RULES
 
     def describe(self, model: PaliGemma) -> str:
-        """The adapter's table for the start-up report, and what the base is stored in."""
-        adapter = self.config.adapter
-        none = adapter.name == "none"
-        lines = [f"trains {self.trainable()!r}, no adapters" if none else vqa_adapter.describe(model, adapter)]
-        return "\n".join([*lines, quantize.describe(model)] if quantize.is_quantized(model) else lines)
+        """Returns the adapter's table and the base's quantisation, for the start-up report."""
+        if self.config.adapter.name == "none":
+            lines = [f"trains {self.trainable()!r}, no adapters"]
+        else:
+            lines = [vqa_adapter.describe(model, self.config.adapter)]
+        if quantize.is_quantized(model):
+            lines.append(quantize.describe(model))
+        return "\n".join(lines)
 
     def parameter_counts(self, model: PaliGemma) -> dict[str, int]:
-        """Weights behind the arrays of quantised kernels, for the start-up report."""
+        """Returns the number of weights in the arrays of quantised kernels, for the start-up report."""
         return quantize.parameter_counts(model)
 
     # Data.
 
     @property
-    def rows(self) -> Rows:
-        """What prepares rows for this model."""
-        if self._rows is None:
+    def processor(self) -> RowProcessor:
+        """Prepares rows for this model."""
+        if self._processor is None:
             self.base()
-        return self._rows
+            assert self._processor is not None
+        return self._processor
 
     def split(self, name: str) -> Source:
-        """Records of "train", "tune", or a split of the source."""
+        """Returns the records of "train", "tune", or a split of the source."""
         if name not in self._splits:
             data = self.config.data
             if name in ("train", "tune"):
@@ -203,20 +230,21 @@ class VQA(Task):
         """The split that a run reports."""
         return self.config.data.validation_split
 
-    def train_source(self):
-        self.trainable_paths()  # first, for what can be told of the model before images are rendered or encoded
+    def train_source(self) -> GuardedSource | FeatureStore:
+        """Returns the training rows, with image features under `cache_features`."""
+        self.trainable_paths()  # first, as its errors need no images to be rendered or encoded
         records = self.split("train")
-        self.split(self.config.data.validation_split)  # a run must not find out at its end that there is none
+        self.split(self.config.data.validation_split)  # so that a missing split is reported before training
         if self.config.cache_features:
             limit = self.config.cache_features_mb
-            source = FeatureStore(records, self.rows, self.base(), self.mesh, limit, common.progress)
+            source = FeatureStore(records, self.processor, self.base(), self.mesh, limit, common.progress)
         else:
-            source = self.rows.guarded(records, self.rows.image_and_text)
-        self._tell_cut_references()
+            source = self.processor.guarded(records, self.processor.image_and_text)
+        self._warn_of_cut_references()
         return source
 
-    def _tell_cut_references(self) -> None:
-        """Warns where references of what is evaluated do not fit into `eval.max_new_tokens`."""
+    def _warn_of_cut_references(self) -> None:
+        """Warns of evaluated references that do not fit into `eval.max_new_tokens`."""
         config = self.config.eval
         reported = spread(self.split(self.default_split), config.max_examples)
         if jax.process_index() == 0:
@@ -224,54 +252,51 @@ class VQA(Task):
                 warn_of_cut_references(self.tokenizer, source, name, config.max_new_tokens)
 
     def train_records(self) -> ExampleList:
-        """The rows that `train_source` prepares, told without the model."""
+        """Returns the records that `train_source` prepares, without reading the model."""
         return ExampleList(self.split("train"))
 
     def reported_data(self) -> str:
-        """Fingerprint of the split that a run reports."""
+        """Returns the fingerprint of the split that a run reports."""
         return self.split(self.default_split).fingerprint
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
-        """The rows of the first micro-batch, decoded, with their masks (--print_batch)."""
+        """Returns the rows of the first micro-batch, decoded, with their masks (--print_batch)."""
         first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES)}
         return prompts.format_batch(self.tokenizer, first)
 
     # Loss.
 
     def normalizer(self, batch) -> jax.Array:
+        """Returns the divisor of the summed loss: supervised tokens or rows, as `loss.reduction` says."""
         return self._weights(batch)[1]
 
     def _weights(self, batch) -> tuple[jax.Array, jax.Array]:
-        """Token weights and what their sum is divided by; rows of weight 0 count nothing."""
+        """Returns the weights of the target tokens and the normalizer; rows of weight 0 add nothing to either."""
         mask = batch["mask_loss"][..., 1:] * batch["weight"][..., None]
         return loss_weights(mask, self.config.loss.reduction)
 
-    def features(self, model: PaliGemma, batch, keys=None) -> jax.Array:
-        """Image features of a batch, from the store or the tower."""
-        if FEATURES in batch:
-            return batch[FEATURES]
-        return model.encode_image(model.config.preprocessing.normalize(batch["image"]), keys)[0]
-
     def loss(self, model: PaliGemma, batch, keys) -> tuple[jax.Array, Metrics]:
-        tuned = self._tuned(model, batch, keys)
+        """Returns the cross-entropy summed over answer tokens, with the terms of consistency, and metrics."""
+        tuned = self._forward(model, batch, keys)
         weights, normalizer = self._weights(batch)
-        loss = token_cross_entropy(tuned.hidden, targets=tuned.arrays["targets"], weights=weights, **self.words(model))
+        lm_head = self._lm_head(model)
+        loss = token_cross_entropy(tuned.hidden, targets=tuned.arrays["targets"], weights=weights, **lm_head)
         loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
-        metrics = {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # their share
+        metrics = {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # share of good rows
         if self._consistency is not None:
-            for part, term in self._consistency.terms(model, batch, tuned, weights, keys).items():
+            for part, term in self._consistency.terms(model, batch, tuned, weights, keys, lm_head).items():
                 loss += self.config.consistency.weight * term
                 metrics[f"consistency_{part}"] = term, normalizer
         return loss, metrics
 
-    def _tuned(self, model: PaliGemma, batch, keys=None) -> consistency.Tuned:
-        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.DRAWN_ONCE:
+    def _forward(self, model: PaliGemma, batch, keys=None) -> consistency.TunedForward:
+        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.NOISE_PER_STEP:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
-        arrays, features = prompts.training_arrays(batch), self.features(model, batch, keys)
-        return consistency.Tuned(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
+        arrays, features = prompts.training_arrays(batch), batch_features(model, batch, keys)
+        return consistency.TunedForward(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
 
-    def words(self, model: PaliGemma) -> dict[str, Any]:
-        """How hidden states become probabilities of words, for the functions of losses/__init__.py."""
+    def _lm_head(self, model: PaliGemma) -> dict[str, Any]:
+        """Returns the arguments of the token losses that turn hidden states into logits."""
         return {
             "embedding": model.decoder.embed_tokens.embedding[...],
             "chunk_size": self.config.loss.chunk_size,
@@ -280,40 +305,40 @@ class VQA(Task):
         }
 
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
-        """Summed nll in nats and number of supervised tokens, a row each [b]; never holds [b, T, V]."""
-        _, hidden, arrays, _ = self._tuned(model, batch)
-        scores = token_scores(hidden, targets=arrays["targets"], **self.words(model))
+        """Returns the summed nll in nats and the number of supervised tokens of each row; never makes [b, T, V]."""
+        _, hidden, arrays, _ = self._forward(model, batch)
+        scores = token_scores(hidden, targets=arrays["targets"], **self._lm_head(model))
         return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
 
     # Evaluation.
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the base, the adapters and the tower that the run is made of with what the workdir notes.
+        """Compares the base, the adapters and the tower that the run starts from with those noted in the workdir.
 
         Raises:
-          UserError: the workdir's run was made of others.
+          UserError: the workdir's run started from others.
         """
-        check_digest(workdir, *self._sources())
+        check_digest(workdir, *self._starting_weights())
 
     def start(self, workdir: Path) -> None:
-        """Puts the tokenizer beside the checkpoints, and the base's digest."""
+        """Writes the tokenizer and the digests of the starting weights to the workdir."""
         workdir.mkdir(parents=True, exist_ok=True)
-        write_digest(workdir, *self._sources())
+        write_digest(workdir, *self._starting_weights())
         self.tokenizer.save(workdir)
 
-    def _sources(self) -> tuple[str | None, ...]:
-        """Paths of the base, of the adapters that the run goes on from, and of the vision tower put in."""
+    def _starting_weights(self) -> tuple[str | None, ...]:
+        """Returns the paths of the base, of the adapters to go on from, and of the vision tower put in."""
         return self.config.model.path, self.config.adapter.path, self.config.init.vision
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
-        """Writes the adapters for peft, and for the adapter.path of another run."""
+        """Writes the adapters, for peft and for the adapter.path of another run."""
         if self.config.adapter.name != "none":
             vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
 
     def control_runs(self) -> dict[str, ConfigDict]:
-        """The question-only control: the same fine-tuning on black images."""
-        wanted = self.config.eval.controls and self.config.eval.question_only
-        if not wanted or self.config.data.blank_images:
+        """Returns the question-only control run: the same fine-tuning on black images."""
+        enabled = self.config.eval.controls and self.config.eval.question_only
+        if not enabled or self.config.data.blank_images:
             return {}
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
@@ -322,14 +347,46 @@ class VQA(Task):
             config.eval.captions = 0
         return {"question_only": config}
 
-    def validate(self, model: PaliGemma) -> dict[str, float]:
-        from paligemma_jax.tasks.vqa.evaluation import Evaluation
+    def evaluation(self, model: PaliGemma) -> VQAEvaluation:
+        """Returns the evaluation of a model by this task's config."""
+        shared = self._compiled_token_loss, self._batch_bytes
+        return VQAEvaluation(model, self.config, self.mesh, self.processor, *shared)
 
-        return Evaluation(self, model).summary(self.split("tune"), wanted=("generate", "loss"))
+    @functools.cached_property
+    def _compiled_token_loss(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """`token_loss`, compiled once, however often the run evaluates."""
+        return jax.jit(self.token_loss)
+
+    def validate(self, model: PaliGemma) -> dict[str, float]:
+        """Returns accuracy and loss on the tuning split."""
+        return self.evaluation(model).summary(self.split("tune"))
 
     def evaluate(
-        self, model: PaliGemma, workdir: Path, split: str | None = None, control_results: dict | None = None
+        self,
+        model: PaliGemma,
+        workdir: Path,
+        split: str | None = None,
+        control_results: Mapping[str, dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        from paligemma_jax.tasks.vqa.report import report
+        """Evaluates a model on a split, with its controls; see report.py."""
+        config, split = self.config.eval, split or self.default_split
+        return report(
+            self.evaluation(model),
+            spread(self.split(split), config.max_examples),
+            workdir,
+            split=None if split == self.default_split else split,
+            training=self.split("train") if config.controls else None,
+            untrained=lambda: self._untrained(model),
+            question_only=self.control_runs().get("question_only"),
+            control_results=control_results,
+        )
 
-        return report(self, model, workdir, split or self.default_split, control_results)
+    def _untrained(self, model: PaliGemma) -> PaliGemma:
+        """Returns the model before training: without adapters, or with those that the run started from.
+
+        It shares every frozen array; where a part of the base trained, the base is read again.
+        """
+        if self.config.adapter.name == "lora":
+            base = base_of(model, "lora")
+            return base if self.config.adapter.path is None else self.attach(base)
+        return self.base()

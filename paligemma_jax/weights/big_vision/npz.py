@@ -117,8 +117,7 @@ class Npz:
 
 
 def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-<<<<<<< HEAD
-    """Writes arrays one by one, names prefixed with `params/` as released files have them; whole, or not at all."""
+    """Writes arrays one by one, under `params/` as in released files; the file is complete or not written."""
     with atomic(file) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in arrays:
             array = np.asarray(array, order="C")
@@ -126,19 +125,3 @@ def write_npz(file: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
                 array = array.view(VOID16)
             with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
-=======
-    """Writes arrays one by one, under `params/` as in released files; the file is complete or not written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, array in arrays:
-                array = np.asarray(array, order="C")
-                if array.dtype == ml_dtypes.bfloat16:
-                    array = array.view(VOID16)
-                with archive.open(f"{PREFIX}{name}.npy", "w", force_zip64=True) as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
->>>>>>> weights

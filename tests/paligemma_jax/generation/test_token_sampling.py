@@ -76,8 +76,6 @@ def test_steps_and_rows_draw_apart():
     assert len(set(np.concatenate(draws).tolist())) > 110  # 128 draws of 1000: 120 different ones on average
     again = sample_tokens(make_sampler("temperature"), jnp.zeros((3, 1000)), keys[:3], 0)
     np.testing.assert_array_equal(again, draws[0][:3])
-        sample_tokens(make_sampler("temperature"), jnp.zeros((3, 1000)), keys[:3], 0), draws[0][:3]
-    )
 
 
 @pytest.mark.parametrize(

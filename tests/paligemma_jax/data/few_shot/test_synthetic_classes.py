@@ -42,7 +42,6 @@ def test_the_set_is_rendered_once(cache, plain, monkeypatch):
     assert synthetic_classes(cache, 16, FEW).digest == plain.digest
 
 
-<<<<<<< HEAD
 def test_of_two_processes_the_first_one_s_set_stays(tmp_path, plain, monkeypatch):
     folder = tmp_path / plain.root.parent.name
 
@@ -55,10 +54,7 @@ def test_of_two_processes_the_first_one_s_set_stays(tmp_path, plain, monkeypatch
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_splits_share_no_picture(plain):
-=======
 def test_splits_share_no_image(plain):
->>>>>>> weights
     pictures = [(plain.root / image).read_bytes() for rows in plain.splits.values() for image, _ in rows]
     assert len(set(pictures)) == len(pictures)
 

@@ -78,7 +78,7 @@ def batch_of(task, number=8):
     return {name: jnp.stack([jnp.asarray(row[name]) for row in rows]) for name in rows[0]}
 
 
-def test_a_run_measures_and_draws(run, options):
+def test_a_run_writes_results_and_figures(run, options):
     results = json.loads((run / "eval.json").read_text())
     names = task_of(options).validation_metrics
     assert set(names) <= results.keys()
@@ -88,15 +88,15 @@ def test_a_run_measures_and_draws(run, options):
         assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_is_a_model_with_a_tokenizer(run, options):
+def test_a_run_is_loaded_as_a_model_with_its_tokenizer(run, options):
     model = pg.load(run)
     assert isinstance(model, pg.DualEncoder)
     trained = loop.load_model(from_json((run / "config.json").read_text()), run, "best")
     for path, array in param_tree.flatten(trained).items():
         np.testing.assert_array_equal(param_tree.flatten(model)[path], array, err_msg=path)
-    words = pg.load_text_tokenizer(run, model.config.text.length)
+    tokenizer = pg.load_text_tokenizer(run, model.config.text.length)
     theirs = task_of(options).tokenizer
-    for ours, expected in zip(words(["a red Cube"]), theirs(["a red Cube"]), strict=True):
+    for ours, expected in zip(tokenizer(["a red Cube"]), theirs(["a red Cube"]), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -105,7 +105,7 @@ def _ids(batch):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softmax"])
-def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
+def test_the_loss_of_all_pairs_does_not_depend_on_the_embedding_micro_batch(options, name):
     """Against the loss of the embeddings, and its gradient with micro-batches against that without."""
     tasks = [task_of(options, **{"loss.name": name, "embed_micro_batch": size}) for size in (None, 2)]
     graph, arrays = param_tree.split(tasks[0].init())
@@ -130,7 +130,7 @@ def test_the_loss_is_of_all_pairs_whatever_is_embedded_at_once(options, name):
         assert np.abs(grad).max() > 0 or path.endswith("k_proj/bias"), path  # the softmax does not see it
 
 
-def test_a_caption_that_two_pictures_share_is_no_negative(options):
+def test_equal_captions_are_not_negatives(options):
     """With every caption the same, positives alone are left of the sigmoid loss."""
     task = task_of(options)
     model, batch = task.init(), batch_of(task)
@@ -142,7 +142,7 @@ def test_a_caption_that_two_pictures_share_is_no_negative(options):
     np.testing.assert_allclose(value, -positives.sum(), rtol=1e-5)
 
 
-def test_a_locked_image_tower_stays_as_it_is(options, tmp_path):
+def test_a_locked_image_tower_does_not_change(options, tmp_path):
     """LiT: nothing of it trains, the text tower does."""
     changed = options | {"trainable": "text.*|logit_.*", "optimizer.weight_decay_mask": ".*/kernel"}
     config = config_of(changed, CONFIG)
@@ -154,7 +154,7 @@ def test_a_locked_image_tower_stays_as_it_is(options, tmp_path):
         assert np.array_equal(array, after[path]) == locked, path
 
 
-def test_another_models_tower_is_where_it_starts(options, run):
+def test_training_starts_from_the_tower_of_another_model(options, run):
     """The tower goes in, the rest is new."""
     model, source = task_of(options, **{"init.vision": str(run), "seed": 3}).init(), pg.load(run)
     ours, theirs = param_tree.flatten(model), param_tree.flatten(source)
@@ -182,7 +182,7 @@ def test_another_models_tower_is_where_it_starts(options, run):
         ({"model.variant": "siglip-b16-224"}, "tokenizer is not set, expected the one for texts of siglip-b16-224"),
     ],
 )
-def test_what_is_refused(options, changes, sentence):
+def test_invalid_configs_are_refused(options, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         task_of(options, **changes)
 
@@ -191,7 +191,7 @@ def test_what_is_refused(options, changes, sentence):
     ("changes", "repair"),
     [({}, "leave --split out.$"), ({"data.name": "jsonl", "data.source": "x"}, "or name it by --config.data.valid")],
 )
-def test_what_is_held_out_is_the_only_split(options, tmp_path, changes, repair):
+def test_other_splits_than_the_held_out_data_are_refused(options, tmp_path, changes, repair):
     """Another's results would be those of this one under its name."""
     task = task_of(options, **changes)
     assert task.default_split == "validation"
@@ -261,20 +261,20 @@ def test_a_run_with_features(options, tmp_path):
         ({"cache_features_mb": 0, "data.num_scenes": 500}, "cache_features needs .* MiB of host memory for 500"),
     ],
 )
-def test_features_that_cannot_be_kept(options, changes, sentence, monkeypatch):
+def test_features_that_change_or_do_not_fit_are_refused(options, changes, sentence, monkeypatch):
     task = task_of(options, **LOCKED | changes)
-    scenes = task_of(options).pairs.train()
+    scenes = task_of(options).data.train()
     monkeypatch.setattr(type(scenes), "num_images", 500)
-    monkeypatch.setattr(task.pairs, "train", lambda: scenes)
+    monkeypatch.setattr(task.data, "train", lambda: scenes)
     with pytest.raises(UserError, match=sentence):
         task.train_source()
 
 
 @pytest.mark.parametrize("by", ["hard", "easy", "random"])
-def test_negatives_that_count(by):
+def test_selected_negatives(by):
     rng = np.random.default_rng(0)
     zimg, ztxt = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
-    mask = np.asarray(contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
+    mask = np.asarray(contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
     cosines = np.asarray(zimg @ ztxt.T)
     for row in range(6):
         assert mask[row, row] and mask[row].sum() == 3
@@ -282,16 +282,16 @@ def test_negatives_that_count(by):
         order = others[np.argsort(cosines[row, others])]
         if by != "random":
             assert set(np.flatnonzero(mask[row])) == {row, *(order[-2:] if by == "hard" else order[:2])}
-    other = contrastive.chosen_pairs(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
+    other = contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
     assert np.array_equal(mask, other) == (by != "random")
 
 
-def test_chosen_negatives_are_the_loss_of_that_mask(options):
+def test_the_loss_uses_the_mask_of_selected_negatives(options):
     task = task_of(options, **{"loss.negatives": 3, "loss.negatives_by": "hard", "loss.mask_duplicates": False})
     model, batch = task.init(), batch_of(task)
     images = model.config.preprocessing.normalize(batch["image"])
     zimg, ztxt, _ = model(images, batch["tokens"], batch["mask"])
-    mask = contrastive.chosen_pairs(zimg, ztxt, 3, "hard", None)
+    mask = contrastive.select_negatives(zimg, ztxt, 3, "hard", None)
     expected = losses.sigmoid_loss(zimg, ztxt, model.logit_scale[...], model.logit_bias[...], mask=mask)
     np.testing.assert_allclose(task.loss(model, batch, None)[0], 8 * expected, rtol=1e-5)
 
@@ -305,7 +305,7 @@ def test_without_a_bias(options):
     np.testing.assert_allclose(task.loss(model, batch, None)[0], zero.loss(zero.init(), batch, None)[0], rtol=1e-6)
 
 
-def test_a_model_that_is_there_is_gone_on_from(options, run, tmp_path):
+def test_training_continues_from_a_model(options, run, tmp_path):
     """With its own sizes, words, scale and bias."""
     convert.convert(str(run), str(tmp_path / "folder"), "hugging_face")
     convert.convert(str(run), str(tmp_path / "half"), "hugging_face", "float16")
@@ -319,7 +319,7 @@ def test_a_model_that_is_there_is_gone_on_from(options, run, tmp_path):
         task_of(options, **{"model.path": "random:clip-b32-224"})
 
 
-def test_the_plan_is_of_the_shapes_of_a_batch(options):
+def test_the_plan_has_the_shapes_of_a_batch(options):
     for changes in ({}, LOCKED):
         task = task_of(options, **changes)
         blueprint = Contrastive.blueprint(task.config, task.mesh)
@@ -370,7 +370,7 @@ def test_the_textbook_form_holds_a_matrix_of_all_pairs(options):
     assert matrix - chunks > 4 * 1024 * (1024 - 256)
 
 
-def test_cosines_of_a_batch_are_watched(options):
+def test_metrics_have_the_cosines_of_a_batch(options):
     task = task_of(options)
     batch, model = batch_of(task), task.init()
     zimg, ztxt = (np.asarray(z) for z in zero_shot.embed_rows(model, batch))
@@ -379,19 +379,19 @@ def test_cosines_of_a_batch_are_watched(options):
     np.testing.assert_allclose(metrics["cosine_mean"], (zimg @ ztxt.T).mean(), atol=1e-6)
 
 
-def test_scenes_to_tune_by_are_others(options, run, tmp_path):
-    """Their recall is told at the end, and what is held out does not change."""
+def test_tuning_scenes_are_separate(options, run, tmp_path):
+    """The report has their recall, and the results of the held-out data do not change."""
     task = task_of(options, **{"data.num_tuning": 6})
     scenes = [
         {json.dumps(scene) for scene in rows.scenes}
-        for rows in (task.pairs.train(), task.pairs.held_out(), task.pairs.tuning())
+        for rows in (task.data.train(), task.data.held_out(), task.data.tuning())
     ]
     assert len(set.union(*scenes)) == 8 + 6 + 6
     model = pg.load(run)
-    found = task.evaluate(model, tmp_path)
+    results = task.evaluate(model, tmp_path)
     embedded, captions = (
-        zero_shot.embed(model, task.pairs.tuning()),
-        [task.pairs.tuning().text(row) for row in range(6)],
+        zero_shot.embed(model, task.data.tuning()),
+        [task.data.tuning().text(row) for row in range(6)],
     )
-    assert found.pop("tuning_mean_r1") == zero_shot.retrieval(*embedded[:2], captions)["mean_r1"]
-    assert found.items() <= json.loads((run / "eval.json").read_text()).items()
+    assert results.pop("tuning_mean_r1") == zero_shot.retrieval(*embedded[:2], captions)["mean_r1"]
+    assert results.items() <= json.loads((run / "eval.json").read_text()).items()

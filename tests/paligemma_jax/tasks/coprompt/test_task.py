@@ -21,7 +21,7 @@ from paligemma_jax.inference.classify import classify
 from paligemma_jax.losses.coprompt import coprompt_loss
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import report as coprompt_report
-from paligemma_jax.tasks.coprompt.task import CoPrompt, Texts
+from paligemma_jax.tasks.coprompt.task import ClassTexts, CoPrompt
 from tests.paligemma_jax.adapt.few_shot.test_prompts_golden import attached, ours
 from tests.paligemma_jax.mini import ROOT, config_of, png, read_lines, save_small_siglip
 from tests.train_jax.runs import stored
@@ -86,8 +86,8 @@ def task_of(options, **changes):
     return CoPrompt(config, sharding.make_mesh(config.mesh))
 
 
-def tokens_of(words, texts):
-    return tuple(map(jnp.asarray, words(texts)))
+def tokens_of(tokenizer, texts):
+    return tuple(map(jnp.asarray, tokenizer(texts)))
 
 
 def without(options):
@@ -109,7 +109,7 @@ def run(options, tmp_path_factory):
     return workdir
 
 
-def test_a_run_measures_draws_and_stores(run, options):
+def test_a_run_writes_results_figures_and_its_protocol(run, options):
     results = json.loads((run / "eval.json").read_text())
     base, novel = results["base"], results["novel"]
     assert results["harmonic_mean"] == pytest.approx(2 * base * novel / (base + novel) if base + novel else 0)
@@ -129,7 +129,7 @@ def test_a_run_measures_draws_and_stores(run, options):
     assert any("eval/val_accuracy" in line for line in logged)
 
 
-def test_an_extended_run_is_the_run(run, options, tmp_path):
+def test_an_extended_run_equals_an_uninterrupted_run(run, options, tmp_path):
     """Two steps, then two more: views, draws and order are functions of the step."""
     fit(options, tmp_path / "run", total_steps=2)
     fit(options, tmp_path / "run")
@@ -139,13 +139,13 @@ def test_an_extended_run_is_the_run(run, options, tmp_path):
         np.testing.assert_array_equal(again[path], array, err_msg=path)
 
 
-def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_path):
+def test_the_adapter_on_a_fresh_base_equals_the_run(run, options, folder, tmp_path):
     """Scores and results equal to the bit; without the prompts the run's model is the base to the bit."""
     fresh, trained, base = pg.load(folder, adapter=run / "adapter"), pg.load(run), pg.load(folder)
     task = task_of(options)
-    found = coprompt_report.report(fresh, task.tokenizer, task.config.template, task.protocol, tmp_path)
+    report = coprompt_report.report(fresh, task.tokenizer, task.config.template, task.protocol, tmp_path)
     results = json.loads((run / "eval.json").read_text())
-    assert found == {name: results[name] for name in found}
+    assert report == {name: results[name] for name in report}
     assert read_lines(tmp_path / "predictions.jsonl") == read_lines(run / "predictions.jsonl")
     data = task.protocol.tested["novel"]
     ours, theirs = (coprompt_report.score(m, task.tokenizer, "a {}", data).scores for m in (fresh, trained))
@@ -160,8 +160,8 @@ def test_what_was_trained_on_a_fresh_base_is_the_run(run, options, folder, tmp_p
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_smoke_run_on_colors_of_their_own_in_other_words(folder, tmp_path):
-    """What `data.novel` and `data.words` say reaches the protocol: no novel class has a color of a base class."""
+def test_a_smoke_run_with_novel_colors_and_other_words(folder, tmp_path):
+    """`data.novel` and `data.words` reach the protocol: no novel class has a color of a base class."""
     options = {"model.path": str(folder), "mesh.data": 1, "data.cache_dir": str(tmp_path / "cache"), "data.threads": 0}
     options |= {
         "data.novel": "colors",
@@ -198,7 +198,7 @@ def test_methods_train_what_they_say(options, method):
     shapes = param_tree.abstract(task.abstract())
     assert sum(shapes[path].size for path in task.trainable_paths()) == SIZES[method]
     assert task.weight == (1.0 if method == "coprompt" else 0.0)
-    assert task.train_source() is not None and (task.texts.frozen is None) == (method != "coprompt")
+    assert task.train_source() is not None and (task.class_texts().frozen is None) == (method != "coprompt")
 
 
 def test_zero_shot_is_the_base_and_trains_nothing(options, folder, tmp_path, capsys):
@@ -207,11 +207,11 @@ def test_zero_shot_is_the_base_and_trains_nothing(options, folder, tmp_path, cap
     task = task_of(options, method="zero_shot")
     model = pg.load(folder)
     for name, data in task.protocol.tested.items():
-        found = coprompt_report.score(model, task.tokenizer, "a {}", data)
-        assert found.accuracy == results[name]
+        scores = coprompt_report.score(model, task.tokenizer, "a {}", data)
+        assert scores.accuracy == results[name]
         images = [read_pixels(str(data.root / image), model.config.preprocessing) for image, _ in data.splits["test"]]
         expected = zero_shot.zero_shot(model, task.tokenizer, np.stack(images), data.classes, ("a {}",))
-        np.testing.assert_allclose(found.scores, expected, atol=1e-6)
+        np.testing.assert_allclose(scores.scores, expected, atol=1e-6)
     capsys.readouterr()
     assert fit(options, tmp_path / "run", method="zero_shot") == results
     assert "is complete: nothing trains" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def batch_of(task, number=4):
     return {name: jnp.asarray(rows) for name, rows in source.get_batch(np.arange(number), 5).items() if name != "bad"}
 
 
-def test_the_golden_passes_through_the_code_that_trains(options, golden):
+def test_the_loss_equals_the_released_model(options, golden):
     """The released model's loss and gradients, by the task's loss as the runtime differentiates it."""
     case = dict(np.load(golden / "coprompt/case.npz"))
     model = attached(pg.load(golden / "coprompt/base"), case)
@@ -247,10 +247,10 @@ def test_the_golden_passes_through_the_code_that_trains(options, golden):
     model.config = dataclasses.replace(model.config, preprocessing=Prepared(28))
     task = task_of(options, **{"consistency.weight": float(case["lam"])})
     frozen, C = case["frozen_text"], len(case["tokens"])
-    task.texts = Texts(
+    texts = ClassTexts(
         case["tokens"].astype(np.int32), None, np.stack([0 * frozen, frozen], 1), np.full(C, 2, np.int32)
     )
-    model = task.texts.beside(model)
+    model = texts.attach_to(model)
     pixels = {ours: jnp.asarray(case[name].transpose(0, 2, 3, 1)) for ours, name in IMAGES.items()}
     B = len(case["labels"])
     batch = pixels | {"label": jnp.asarray(case["labels"], jnp.int32), "weight": jnp.ones(B), "draw": jnp.full(B, 0.7)}
@@ -271,31 +271,31 @@ def test_the_golden_passes_through_the_code_that_trains(options, golden):
 IMAGES = {"image": "images", "image_augmented": "images_augmented"}
 
 
-def test_the_loss_is_coprompts_in_micro_batches_too(options):
+def test_the_loss_equals_coprompt_loss_in_micro_batches_too(options):
     """Of the good rows: `coprompt_loss` with descriptions encoded in the step, by the base."""
     task = task_of(options, **{"consistency.weight": 2.0, "consistency.kind": "mse"})
-    batch, model = batch_of(task), task.init()
+    batch, model = batch_of(task), task.init_for_training()
     batch["weight"] = jnp.asarray([1.0, 0.0, 1.0, 1.0])
     parts = [jax.tree.map(lambda rows, at=at: rows[at : at + 2], batch) for at in (0, 2)]
-    found = sum(task.loss(model, part, None)[0] for part in parts) / task.normalizer(batch)
+    loss = sum(task.loss(model, part, None)[0] for part in parts) / task.normalizer(batch)
     written = json.loads(Path(options["data.descriptions"]).read_text())
     sentences = [written[name] for name in task.protocol.tuned.classes]
-    drawn = [group[int(float(batch["draw"][0]) * len(group))] for group in sentences]
+    chosen = [group[int(float(batch["draw"][0]) * len(group))] for group in sentences]
     good, normalize = np.array([0, 2, 3]), model.config.preprocessing.normalize
     tokens, mask = tokens_of(task.tokenizer, [f"a {name}" for name in task.protocol.tuned.classes])
     rows = {"tokens": tokens, "text_mask": mask, "labels": batch["label"][good]}
-    rows |= dict(zip(("descriptions", "description_mask"), tokens_of(task.tokenizer, drawn), strict=True))
+    rows |= dict(zip(("descriptions", "description_mask"), tokens_of(task.tokenizer, chosen), strict=True))
     rows |= {ours: normalize(batch[name][good]) for name, ours in IMAGES.items()}
     expected, _ = coprompt_loss(model, rows, 2.0, "mse")
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["coprompt", "full"])
-def test_texts_are_arguments_of_the_step_and_do_not_train(options, method):
+def test_texts_are_arguments_of_the_step_and_are_frozen(options, method):
     """As constants of the program, a thousand classes' sentences would be compiled into it."""
     none = {"prompts.text_adapter": None, "prompts.image_adapter": None} if method == "full" else {}
     task = task_of(options, method=method, **none)
-    batch, model = batch_of(task), task.init()
+    batch, model = batch_of(task), task.init_for_training()
     graph, arrays = param_tree.split(model)
     held = {path for path in arrays if path.startswith("class_texts/")}
     assert {"class_texts/tokens", "class_texts/lengths"} <= held
@@ -311,16 +311,16 @@ def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):
     for perturb in (False, True):
         task = task_of(options, **nothing, **{"consistency.perturb": perturb})
         batch = batch_of(task)
-        _, metrics = task.loss(task.init(), batch, None)
+        _, metrics = task.loss(task.init_for_training(), batch, None)
         for side in ("text", "image"):
             assert (float(metrics[side][0]) > 1e-4) == perturb
 
 
-def test_a_draw_is_a_place_in_every_list():
+def test_a_draw_selects_a_sentence_of_every_class():
     table = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    texts = Texts(np.zeros((2, 1), np.int32), None, table, np.array([2, 3], np.int32))
+    texts = ClassTexts(np.zeros((2, 1), np.int32), None, table, np.array([2, 3], np.int32))
     for draw, places in ((0.0, (0, 0)), (0.4, (0, 1)), (0.99, (1, 2))):
-        np.testing.assert_array_equal(texts.of_draw(jnp.float32(draw)), table[np.arange(2), list(places)])
+        np.testing.assert_array_equal(texts.frozen_sentences(jnp.float32(draw)), table[np.arange(2), list(places)])
 
 
 # Protocols, and what is refused.
@@ -334,11 +334,11 @@ def test_numbers_of_each_protocol():
     assert numbers == {"source": 0.5, "cars": 0.25, "pets": 0.75, "target_mean": 0.5}
 
 
-def test_confusion_by_hand():
+def test_confusion_worked_out():
     scores = np.array([[2, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 3]], np.float32)
-    found = coprompt_report.confusion(scores, np.array([0, 0, 1, 1], np.int32))
-    np.testing.assert_array_equal(found[:2], [[0.5, 0.5, 0], [0.5, 0, 0.5]])
-    assert np.isnan(found[2]).all()
+    confusion = coprompt_report.confusion(scores, np.array([0, 0, 1, 1], np.int32))
+    np.testing.assert_array_equal(confusion[:2], [[0.5, 0.5, 0], [0.5, 0, 0.5]])
+    assert np.isnan(confusion[2]).all()
 
 
 @pytest.mark.parametrize("protocol", ["cross_dataset", "domain_generalization"])
@@ -361,7 +361,7 @@ def test_other_images_in_the_same_workdir_are_refused(run, options, tmp_path):
         fit(options, tmp_path / "run", total_steps=5)
 
 
-def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
+def test_training_images_of_a_run_are_refused_as_test_images(run, options, tmp_path):
     """An image that is added divides its class anew; the evaluation of the run would then flatter it."""
     shutil.copytree(options["data.source"], tmp_path / "toys")
     shutil.copytree(run, tmp_path / "run")
@@ -384,7 +384,7 @@ def test_what_a_run_was_tuned_on_is_not_tested_on(run, options, tmp_path):
         again.evaluate(again.abstract(), tmp_path / "run")
 
 
-def test_a_renamed_picture_is_still_what_was_tuned_on(run, options, tmp_path):
+def test_a_renamed_training_image_is_recognised(run, options, tmp_path):
     """And other pictures under the names of those tested are other data."""
     shutil.copytree(options["data.source"], tmp_path / "toys")
     changed = options | {"data.source": str(tmp_path / "toys")}
@@ -403,27 +403,30 @@ def test_a_renamed_picture_is_still_what_was_tuned_on(run, options, tmp_path):
         coprompt_data.check_unseen(protocol, run)
 
 
-def test_data_of_a_complete_run_go_by_their_bytes(options, tmp_path):
+def test_data_of_a_complete_run_are_compared_by_their_bytes(options, tmp_path):
     shutil.copytree(options["data.source"], tmp_path / "toys")
     changed = options | {"data.source": str(tmp_path / "toys")}
-    found = [(task_of(each).train_records().fingerprint, task_of(each).reported_data()) for each in (options, changed)]
-    assert found[0] == found[1]
+    fingerprints = [
+        (task_of(each).train_records().fingerprint, task_of(each).reported_data()) for each in (options, changed)
+    ]
+    assert fingerprints[0] == fingerprints[1]
     for image in (task_of(changed).protocol.tuned.splits["train"][0].image, "tested"):
         if image == "tested":
             image = task_of(changed).protocol.tested["base"].splits["test"][0].image
         (tmp_path / "toys" / image).write_bytes(png(1234))
-        found.append((task_of(changed).train_records().fingerprint, task_of(changed).reported_data()))
-    assert found[2][0] != found[1][0] and found[2][1] == found[1][1] and found[3][1] != found[2][1]
+        fingerprints.append((task_of(changed).train_records().fingerprint, task_of(changed).reported_data()))
+    (tuned, tested), (other_tuned, same_tested), (_, other_tested) = fingerprints[1:]
+    assert other_tuned != tuned and same_tested == tested and other_tested != tested
 
 
-def test_the_test_images_are_the_only_split(run, options):
+def test_other_splits_than_the_test_images_are_refused(run, options):
     for split in ("val", "novel"):
         with pytest.raises(UserError, match=f"split is '{split}', expected 'test', of which results are"):
             loop.evaluate(task_of(options).config, run, split)
 
 
 @pytest.mark.parametrize("names", [("a/cars", "b/cars"), ("a/cars", "target_mean"), ("examples",), ("a/step",)])
-def test_names_of_further_sets_are_their_own(options, tmp_path, names):
+def test_names_of_further_sets_must_be_unique(options, tmp_path, names):
     folders = tuple(str(class_folders(tmp_path / name, ("car", "van"))) for name in names)
     task = task_of(options, protocol="cross_dataset", **{"data.targets": repr(folders)})
     with pytest.raises(
@@ -469,7 +472,7 @@ def test_names_of_further_sets_are_their_own(options, tmp_path, names):
         ({"views.tuned.crop": 0.0}, "an augmentation has crop=0.0"),
     ],
 )
-def test_what_is_refused(options, changes, sentence):
+def test_invalid_configs_are_refused(options, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         task_of(options, **changes)
 
@@ -487,7 +490,7 @@ def test_what_is_refused(options, changes, sentence):
         ({"data.per_class": "(1, 1)"}, r"data.per_class is \(1, 1\), expected three numbers"),
     ],
 )
-def test_what_is_refused_of_synthetic_classes(options, changes, sentence):
+def test_invalid_configs_of_synthetic_classes_are_refused(options, changes, sentence):
     scenes = {"data.name": "scenes", "data.source": None, "data.descriptions": None}
     with pytest.raises(UserError, match=sentence):
         task_of(options, **scenes, **changes)
@@ -498,31 +501,31 @@ def test_what_is_refused_of_synthetic_classes(options, changes, sentence):
 
 def test_a_run_classifies_with_its_prompts(run, options):
     files = [f"{options['data.source']}/red/{index}.png" for index in range(2)]
-    found = classify(files, ["red", "blue"], model=run)
+    scores = classify(files, ["red", "blue"], model=run)
     model = pg.load(run)
-    words = pg.load_text_tokenizer(run, model.config.text.length)
+    tokenizer = pg.load_text_tokenizer(run, model.config.text.length)
     pixels = jnp.asarray(np.stack([read_pixels(file, model.config.preprocessing) for file in files]))
-    logits = model.logits(*model(pixels, *tokens_of(words, ["a red", "a blue"]))[:2])
-    np.testing.assert_allclose(found, jax.nn.sigmoid(logits), rtol=1e-5, atol=1e-6)
+    logits = model.logits(*model(pixels, *tokens_of(tokenizer, ["a red", "a blue"]))[:2])
+    np.testing.assert_allclose(scores, jax.nn.sigmoid(logits), rtol=1e-5, atol=1e-6)
     base = classify(files, ["red", "blue"], ["a {}"], model=options["model.path"])
-    assert np.abs(found - base).max() > 1e-4
+    assert np.abs(scores - base).max() > 1e-4
 
 
-def test_the_plan_is_of_the_shapes_of_a_batch(options):
+def test_the_plan_has_the_shapes_of_a_batch(options):
     task = task_of(options)
     blueprint = CoPrompt.blueprint(task.config, task.mesh)
     rows = batch_of(task)
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()} == {
         name: (array.shape[1:], array.dtype) for name, array in rows.items()
     }
-    assert blueprint.task.texts.tokens.shape == task.texts.tokens.shape
+    assert param_tree.abstract(blueprint.model)["class_texts/tokens"].shape == task.class_texts().tokens.shape
     planned = plan(task.config)
     assert [program.name for program in planned.programs] == ["training step", "evaluation: image embeddings"]
     planned = plan(task_of(options, method="zero_shot").config)
     assert [program.name for program in planned.programs] == ["evaluation: image embeddings"]
 
 
-def test_released_names_are_planned_without_their_files(options):
+def test_released_models_are_planned_without_their_files(options):
     changes = {"model.path": "hf://openai/clip-vit-base-patch16", "template": "a photo of a {}."}
     config = config_of(options | changes | {"prompts.text_adapter": None, "prompts.image_adapter": None}, CONFIG)
     blueprint = CoPrompt.blueprint(config, sharding.make_mesh(config.mesh))

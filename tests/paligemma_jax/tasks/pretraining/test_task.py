@@ -58,22 +58,22 @@ def test_rows_as_in_the_docstring():
         assert row["segment"][part].tolist() == [number] * n
         assert row["suffix"][part].tolist() == [0] * len(head) + [1] * len(tail)
         assert row["offset"][part].tolist() == list(range(n))
-        asked = [0] * (len(head) - 1) + [1] * (len(tail) + 1)
-        np.testing.assert_allclose(row["weight"][part], WEIGHTS[prefix.split()[0]] * np.array(asked))
+        supervised = [0] * (len(head) - 1) + [1] * (len(tail) + 1)
+        np.testing.assert_allclose(row["weight"][part], WEIGHTS[prefix.split()[0]] * np.array(supervised))
         assert {pretraining.TASKS[kind] for kind in row["kind"][part]} == {prefix.split()[0]}
         at += n
     assert not any(values[at:].any() for values in row.values())
     assert {len(values) for values in row.values()} == {40}
 
 
-def test_a_text_without_room_leaves_it_to_a_shorter_one():
+def test_a_shorter_text_fills_the_room_that_a_longer_one_exceeds():
     first = int((packed(TEXTS[:1])["segment"] > 0).sum())
     last = int((packed(TEXTS[2:])["segment"] > 0).sum())
     row = packed([TEXTS[0], ("caption en", "a red cube and " * 10), TEXTS[2]], first + last)
     assert set(row["segment"].tolist()) == {1, 3}
 
 
-def test_who_reads_whom():
+def test_the_attention_mask_of_packed_texts():
     segment, suffix = jnp.array([[1, 1, 1, 2, 2, 0]]), jnp.array([[0, 0, 1, 0, 1, 0]])
     expected = """
         11 000000
@@ -157,35 +157,35 @@ def test_an_evaluation_is_compiled_once(task, module, monkeypatch, scenes):
     assert sorted(traced) == ["_score", "loss"]
 
 
-def test_what_detect_finds(module, monkeypatch):
+def test_detection_scores(module, monkeypatch):
     """Answers made to be exact; to have one box of two, shifted by a quarter; and to hold no box at all."""
     texts = [
         ("detect object", "<loc0000><loc0000><loc0400><loc0400> red cube ; <loc0500><loc0500><loc0900><loc0900> ball")
     ]
     images = [np.zeros((24, 24, 3), np.uint8)]
-    found = {
+    scores_by_answer = {
         texts[0][1]: (1.0, 1.0),
         "<loc0000><loc0100><loc0400><loc0500> red cube": (0.6 / 2, 0.5),
         "<loc0000><loc0000><loc0400><loc0400> blue cube": (0.0, 0.0),
         "a red cube": (0.0, 0.0),
     }
-    asked = []
+    calls = []
 
     def generate(*given):
-        asked.append(given)
-        ids = [*TOKENIZER.encode(list(found)[len(asked) - 1]), TOKENIZER.eos_id]
+        calls.append(given)
+        ids = [*TOKENIZER.encode(list(scores_by_answer)[len(calls) - 1]), TOKENIZER.eos_id]
         return np.tile(np.array(ids), (20, 1))
 
     monkeypatch.setattr(detection, "generate", generate)
-    for iou, recall in found.values():
+    for iou, recall in scores_by_answer.values():
         scores = detection.detection_scores(module.model, TOKENIZER, images, texts)
         assert scores == pytest.approx({"detect_mean_iou": iou, "detect_recall_50": recall})
-    model, pixels, tokens, mask, room, eos = asked[0]
+    model, pixels, tokens, mask, room, eos = calls[0]
     assert pixels.shape == (20, 24, 24, 3) and room == len(TOKENIZER.encode(texts[0][1])) + 1
     assert tokens[0].tolist() == [TOKENIZER.bos_id, *TOKENIZER.encode("detect object"), *TOKENIZER.separator_ids]
 
 
-def test_every_picture_is_compared_with_its_own_boxes(module, monkeypatch):
+def test_every_image_is_compared_with_its_own_boxes(module, monkeypatch):
     """23 pictures, answered 20 at a time: each is answered with its own box, but for the last."""
     texts = [("detect object", f"<loc0000><loc0000><loc0500><loc{100 + 10 * n:04d}> cube") for n in range(23)]
     ids = np.array([TOKENIZER.encode(suffix) for _, suffix in texts])
@@ -204,7 +204,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("argument", ["", ":vision"])
-def test_the_plan_is_of_the_rows_that_are_trained_on(scenes, monkeypatch, argument):
+def test_the_plan_has_the_shapes_of_the_training_rows(scenes, monkeypatch, argument):
     monkeypatch.setattr(scene_task, "variant", lambda name: MINI)
     monkeypatch.setattr(scene_task.SceneTask, "rendered", lambda self, stream, number: scenes)
     config = config_of({"init_from": "()", "mesh.data": 1}, config=str(ROOT / "configs/pretrain.py") + argument)
@@ -303,7 +303,7 @@ def test_an_unknown_remat_is_refused():
     )
 
 
-def test_what_trains_is_known_before_scenes_are_rendered(task, module):
+def test_trained_paths_are_known_before_scenes_are_rendered(task, module):
     assert set(task.trainable_paths()) == param_tree.flatten(module).keys()
 
 
@@ -356,7 +356,7 @@ def config_of_run(run):
     return export_module.config.from_json((run / "config.json").read_text())
 
 
-def test_what_cannot_be_exported(run, tmp_path, mini_run):
+def test_other_runs_are_not_exported(run, tmp_path, mini_run):
     with pytest.raises(UserError, match="has no config.json, expected the workdir of configs/pretrain.py"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="is a run of paligemma_jax.tasks.vqa:VQA"):

@@ -40,17 +40,17 @@ def adapters(model) -> dict[str, np.ndarray]:
     return {path: np.asarray(array) for path, array in param_tree.flatten(model).items() if "/lora_" in path}
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for path, array in found.items():
+def assert_same(arrays, expected):
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path, strict=True)
 
 
 def test_every_key_reaches_the_adapters(mini_options):
     model = task_of(mini_options | MANY).init()
-    found = lora_projections(model)
-    assert list(found) == ["decoder/layers/mlp/down_proj", "decoder/layers/self_attn/q_proj"]  # no layer 1 elsewhere
-    down, q = found.values()
+    modules = lora_projections(model)
+    assert list(modules) == ["decoder/layers/mlp/down_proj", "decoder/layers/self_attn/q_proj"]  # no layer 1 elsewhere
+    down, q = modules.values()
     assert down.lora_spec.ranks == (0, 2) and q.lora_spec.ranks == (0, 5)
     assert down.scale.tolist() == [0.0, 16.0] and q.scale.tolist() == pytest.approx([0.0, 7 / 5])
     norms = np.linalg.norm(np.asarray(down.kernel[...])[1], axis=0)
@@ -58,20 +58,21 @@ def test_every_key_reaches_the_adapters(mini_options):
 
 
 @pytest.mark.parametrize("quantize", ["", "nf4"])
-def test_what_trains_is_known_before_it_is_attached(mini_options, quantize):
+def test_trained_paths_are_known_before_adapters_are_attached(mini_options, quantize):
     task = task_of(mini_options | MANY | {"model.quantize": quantize})
-    told = task.trainable_paths()
-    assert told == sorted(told) and {path.rpartition("/")[2] for path in told} == {"lora_a", "lora_b", "lora_magnitude"}
-    assert told == sorted(placement.build(task, task.mesh).trainable)
+    paths = task.trainable_paths()
+    assert paths == sorted(paths)
+    assert {path.rpartition("/")[2] for path in paths} == {"lora_a", "lora_b", "lora_magnitude"}
+    assert paths == sorted(placement.build(task, task.mesh).trainable)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_dora_on_a_quantised_base_starts_at_its_norms_and_trains(mini_options, quantize):
     training = Training(mini_options | SMOOTH | MANY | STEP | {"model.quantize": quantize}, long_answers())
     before = training.trained()
-    kernel = training.bundle.model().decoder.layers.mlp.down_proj.kernel
-    found = before["decoder/layers/mlp/down_proj/lora_magnitude"]
-    np.testing.assert_allclose(found[1], np.linalg.norm(np.asarray(kernel.dequantize())[1], axis=0), rtol=1e-6)
+    kernel = training.placed.model().decoder.layers.mlp.down_proj.kernel
+    magnitude = before["decoder/layers/mlp/down_proj/lora_magnitude"]
+    np.testing.assert_allclose(magnitude[1], np.linalg.norm(np.asarray(kernel.dequantize())[1], axis=0), rtol=1e-6)
     training.run(2)
     after = training.trained()
     assert all(np.isfinite(array).all() and (array[1] != before[path][1]).any() for path, array in after.items())
@@ -96,7 +97,7 @@ def folder(mini_options, tmp_path_factory):
     return place
 
 
-def test_a_folder_is_where_training_starts(mini_options, mini_folder, folder):
+def test_training_starts_from_the_adapters_of_a_folder(mini_options, mini_folder, folder):
     options = mini_options | SMOOTH | STEP | {"adapter.path": str(folder)}
     expected = adapters(load_peft(load(mini_folder), folder))
     training = Training(options, long_answers())
@@ -120,10 +121,10 @@ def test_the_plan_takes_a_folder_too(mini_options, folder):
 def no_pictures(monkeypatch):
     """They take longer than the steps."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
-    monkeypatch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
 
 
-def test_a_run_leaves_its_adapters_for_peft(mini_run, mini_folder):
+def test_a_run_writes_its_adapters_for_peft(mini_run, mini_folder):
     written = json.loads((mini_run / "adapter/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(mini_folder) and written["r"] == 8
     exported = load_peft(load(mini_folder), mini_run / "adapter")
@@ -131,7 +132,7 @@ def test_a_run_leaves_its_adapters_for_peft(mini_run, mini_folder):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_run_goes_on_from_anothers_adapters(mini_options, mini_run, mini_folder, tmp_path):
+def test_a_run_continues_from_the_adapters_of_another(mini_options, mini_run, mini_folder, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(mini_run / "adapter", start)
     options = mini_options | SHORT | {"adapter.path": str(start), "optimizer.learning_rate": 0.0}
@@ -148,11 +149,11 @@ def test_a_run_goes_on_from_anothers_adapters(mini_options, mini_run, mini_folde
         pg.load(tmp_path / "run")
 
 
-def test_before_training_is_the_folders_model(mini_options, mini_folder, folder):
+def test_the_untrained_model_has_the_adapters_of_the_folder(mini_options, mini_folder, folder):
     task = task_of(mini_options | STEP | {"adapter.path": str(folder)})
     model = task.init()
     moved = param_tree.assign(model, {path: jnp.asarray(array) * 2 for path, array in adapters(model).items()})
-    assert_same(adapters(vqa_report._untrained(task, moved)), adapters(model))
+    assert_same(adapters(task._untrained(moved)), adapters(model))
 
 
 # Mistakes, all of them before the model is read.
@@ -191,7 +192,7 @@ def test_mistakes_are_one_sentence_before_the_model_is_read(
         ({"adapter.path": "adapter_of_another_model"}, "does not fit this model"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_model_is_told_before_data_are_prepared(
+def test_adapters_that_do_not_fit_are_refused_before_data_are_prepared(
     capsys, mini_options, golden, tmp_path, monkeypatch, changes, sentence
 ):
     monkeypatch.setattr("paligemma_jax.tasks.vqa.task.VQA.split", lambda *args: pytest.fail("data were prepared"))

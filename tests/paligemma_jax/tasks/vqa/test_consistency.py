@@ -54,7 +54,7 @@ def moved(options):
     return training, training.run(1)[0], training.run(1)[0]
 
 
-def test_adapters_that_do_nothing_yet_are_at_no_distance(moved):
+def test_new_adapters_have_zero_distance(moved):
     _, first, second = moved
     for part in ("answers", "images"):
         assert abs(first[f"consistency_{part}"]) < 1e-6 < second[f"consistency_{part}"]
@@ -62,7 +62,7 @@ def test_adapters_that_do_nothing_yet_are_at_no_distance(moved):
 
 def test_terms_equal_plain_ones(moved):
     training = moved[0]
-    model, batch = training.bundle.model(training.state.params), micro_batch(training)
+    model, batch = training.placed.model(training.state.params), micro_batch(training)
     keys = randomness.row_keys(0, jnp.int32(0), len(batch["weight"]))
     loss, metrics = jax.jit(training.task.loss)(model, batch, keys)
     base = base_of(model, "lora")
@@ -79,11 +79,11 @@ def test_terms_equal_plain_ones(moved):
     np.testing.assert_allclose(loss - alone, 0.5 * (answers + distance), rtol=1e-3)
 
 
-def test_weight_zero_is_the_program_without(options):
+def test_weight_zero_gives_the_program_without_consistency(options):
     """Whatever else is set: compared with the loss written out."""
     task = task_of(options | BOTH | {"consistency.weight": 0.0})
     training = Training(options | {"adapter.targets": ".*"}, long_answers())
-    model, batch = training.bundle.model(training.state.params), micro_batch(training)
+    model, batch = training.placed.model(training.state.params), micro_batch(training)
     graph, arrays = param_tree.split(model)
 
     def loss(arrays, batch, keys):
@@ -116,19 +116,19 @@ def test_the_frozen_branch_is_the_base_to_the_bit(options, name):
     start = training.trained()
     training.run(1)
     assert any((array != start[path]).any() for path, array in training.trained().items())
-    model = training.bundle.model(training.state.params)
+    model = training.placed.model(training.state.params)
     frozen = param_tree.flatten(base_of(model, name))
     assert frozen.keys() == base.keys()
     for path, array in frozen.items():
         np.testing.assert_array_equal(array, base[path], err_msg=path)
-    held = {id(leaf) for leaf in training.bundle.frozen.values()}
+    held = {id(leaf) for leaf in training.placed.frozen.values()}
     assert all(id(leaf) in held for leaf in frozen.values())
 
 
 def test_no_gradient_goes_through_the_frozen_branch(moved):
     """Were it not stopped, the base's own weights would have another gradient: theirs is of the tuned branch alone."""
     training = moved[0]
-    model, batch = training.bundle.model(training.state.params), micro_batch(training)
+    model, batch = training.placed.model(training.state.params), micro_batch(training)
     graph, arrays = param_tree.split(model)
     keys = randomness.row_keys(0, jnp.int32(0), len(batch["weight"]))
     base = base_of(model, "lora")
@@ -163,9 +163,9 @@ def test_two_steps_are_the_same_in_micro_batches_on_a_mesh(with_prompts):
     given, expected, trained = with_prompts
     parts = {"micro_batch": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
     training = Training(given | parts, long_answers())
-    for found, wanted in zip(training.run(2), expected, strict=True):
+    for result, reference in zip(training.run(2), expected, strict=True):
         for name in ("loss", "consistency_answers", "consistency_images"):
-            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(result[name], reference[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert expected[1]["consistency_answers"] > 1e-5
     for path, array in training.trained().items():
         np.testing.assert_allclose(array, trained[path], rtol=1e-3, atol=2e-5, err_msg=path)
@@ -180,13 +180,13 @@ def test_steps_in_float16_are_clean_and_near_float32(with_prompts):
     np.testing.assert_allclose(losses, [means["loss"] for means in expected], rtol=0.01)
 
 
-def test_prompts_are_drawn_by_the_key_of_the_row_alone_and_ask_for_what_follows_them(options):
+def test_prompts_are_drawn_by_the_key_of_the_row_alone(options):
     from paligemma_jax.tasks.vqa.consistency import _drawn, _tokenized
 
     task = task_of(options)
     texts = _tokenized(task.tokenizer, TEXTS)
-    words = [len(task.tokenizer.encode(suffix)) for _, suffix in TEXTS]
-    assert texts["weights"].sum(1).tolist() == [count + 1 for count in words]  # after every word, and before the first
+    lengths = [len(task.tokenizer.encode(suffix)) for _, suffix in TEXTS]
+    assert texts["weights"].sum(1).tolist() == [count + 1 for count in lengths]  # one more than the tokens
     keys = randomness.row_keys(0, jnp.int32(3), 64)
     whole, part = _drawn(texts, keys), _drawn(texts, keys[10:20])
     for name, rows in whole.items():
@@ -213,9 +213,11 @@ def abstract_model(vocab: int, **sizes: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("vocab", "sizes"), [(257_152, {}), (1792, {"width": 256, "depth": 8, "mlp_dim": 1024})], ids=["words", "layers"]
+    ("vocab", "sizes"),
+    [(257_152, {}), (1792, {"width": 256, "depth": 8, "mlp_dim": 1024})],
+    ids=["vocabulary", "layers"],
 )
-def test_a_step_takes_less_than_half_as_much_memory_again(mini_options, vocab, sizes):
+def test_memory_of_a_step_grows_by_less_than_half(mini_options, vocab, sizes):
     """Where logits, and where the layers' activations are most of it; the weights are there once."""
     given = mini_options | PLAIN | {"data.prefix_length": 64, "data.suffix_length": 32, "loss.chunk_size": 64}
     plain, consistent = (

@@ -15,7 +15,7 @@ from flax import nnx
 from paligemma_jax.data.records import Record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.tasks.vqa import evaluation as vqa_evaluation
-from paligemma_jax.tasks.vqa.evaluation import Evaluation, candidate_answers, other_images
+from paligemma_jax.tasks.vqa.evaluation import candidate_answers, other_images
 from paligemma_jax.tasks.vqa.features import FeatureCache
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
 from train_jax.core.errors import UserError
@@ -37,9 +37,9 @@ def options(mini_options):
 def answer(options):
     """Answers the rows by an evaluation with other settings."""
 
-    def answers(rows, wanted=ALL, shuffled=False, **changes):
+    def answers(rows, outputs=ALL, shuffled=False, **changes):
         task = task_of(options | {key.replace("__", "."): value for key, value in changes.items()})
-        return list(Evaluation(task, task.base()).answers(rows, wanted, shuffled))
+        return list(task.evaluation(task.base()).answers(rows, outputs, shuffled))
 
     return answers
 
@@ -55,7 +55,7 @@ def assert_same(answers, expected):
         assert dataclasses.replace(one, nll=0.0) == dataclasses.replace(other, nll=0.0)
 
 
-def test_answers_are_of_their_rows(expected, mini_rows):
+def test_answers_belong_to_their_rows(expected, mini_rows):
     assert [one.image_name for one in expected] == [record.image_name for record in mini_rows.records]
     assert [one.reference for one in expected] == [record.suffix for record in mini_rows.records]
     assert [f"answer en {one.question}" for one in expected] == [record.prefix for record in mini_rows.records]
@@ -64,7 +64,7 @@ def test_answers_are_of_their_rows(expected, mini_rows):
     assert all(one.tokens == 2 for one in expected if one.reference in ("2", "red", "yes"))
 
 
-def test_an_answer_tells_its_image_and_whether_it_ended(answer, expected, mini_rows):
+def test_an_answer_has_its_image_and_whether_it_ended(answer, expected, mini_rows):
     """An answer that ends has EOS among its tokens; with room for one token, only the empty answer does."""
     assert [one.image_index for one in expected] == [record.image_index for record in mini_rows.records]
     short = answer(mini_rows, ("generate", "loss"), eval__max_new_tokens=1)
@@ -84,7 +84,7 @@ def test_loss_chunks_change_nothing(answer, expected, mini_rows):
 def test_devices_change_nothing(options, expected, mini_rows, mesh):
     task = task_of(options | {key.replace("__", "."): value for key, value in mesh.items()})
     model = placement.build(task, task.mesh).model()
-    assert_same(list(Evaluation(task, model).answers(mini_rows, ALL)), expected)
+    assert_same(list(task.evaluation(model).answers(mini_rows, ALL)), expected)
 
 
 def test_the_likeliest_candidate(options, expected, mini_rows):
@@ -92,8 +92,8 @@ def test_the_likeliest_candidate(options, expected, mini_rows):
     task = task_of(options)
     losses = []
     for candidate in ANSWERS:
-        rows = [task.rows.text(dataclasses.replace(record, suffix=candidate)) for record in mini_rows.records]
-        images = np.stack([task.rows.image(record)["image"] for record in mini_rows.records])
+        rows = [task.processor.text(dataclasses.replace(record, suffix=candidate)) for record in mini_rows.records]
+        images = np.stack([task.processor.image(record)["image"] for record in mini_rows.records])
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"image": images}
         losses.append(_loss(task, task.base(), batch))
     losses = np.stack(losses)
@@ -103,7 +103,7 @@ def test_the_likeliest_candidate(options, expected, mini_rows):
 
 
 def _loss(task, model, batch):
-    return np.asarray(vqa_evaluation._token_loss(task, model, batch)[0])
+    return np.asarray(task._compiled_token_loss(model, batch)[0])
 
 
 def test_candidates():
@@ -159,55 +159,52 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
     """It is the largest of 8, 4, 2, 1 whose compiled computations need no more than is free."""
     compiled = []
 
-    def told(step):
+    def step_memory_of(step):
         real = step_memory(step)
         assert real.temp > 0
         compiled.append(step)
         return real._replace(temp=8000 >> (len(compiled) - 1), output=0)
 
-    monkeypatch.setattr(vqa_evaluation, "step_memory", told)
+    monkeypatch.setattr(vqa_evaluation, "step_memory", step_memory_of)
     monkeypatch.setattr(vqa_evaluation, "device_memory_limit", lambda: 4000)
     task = task_of(options | {"eval.batch_size": 8})
-    evaluation = Evaluation(task, task.base())
+    evaluation = task.evaluation(task.base())
     assert_same(list(evaluation.answers(mini_rows, ALL)), expected)
-    assert evaluation._size == 4 and len(compiled) == 2
+    assert evaluation._limit == 4 and len(compiled) == 2
     list(evaluation.answers(mini_rows, ("generate",), shuffled=True))
     assert len(compiled) == 2  # once an evaluation
-    again = Evaluation(task, task.base())
+    again = task.evaluation(task.base())
     assert_same(list(again.answers(mini_rows, ALL)), expected)
-    assert again._size == 4 and len(compiled) == 2  # and a run evaluates many times
+    assert again._limit == 4 and len(compiled) == 2  # and a run evaluates many times
 
 
-def planned(evaluation, rows, wanted=ALL):
-    """What the compiler plans for one batch, beside the model and what it is given."""
-    task, encode = evaluation.task, lambda images: images
-    with vqa_evaluation._Reader(task.config, task.rows, rows, encode, evaluation._size, False) as reader:
-        batch, images = evaluation._shapes(reader)
-    step = jax.jit(evaluation._everything, static_argnums=3).lower(evaluation.model, batch, images, wanted).compile()
-    found = step_memory(step)
-    return found.temp + found.output
+def planned(evaluation, rows, size, outputs=ALL):
+    """Bytes that the compiler plans for one batch, beside the model and the inputs."""
+    with vqa_evaluation._Reader(evaluation.processor, rows, lambda images: images, size, 0, False) as reader:
+        batch, images = evaluation._shapes(reader, size)
+    step = jax.jit(evaluation._everything, static_argnums=3).lower(evaluation.model, batch, images, outputs).compile()
+    memory = step_memory(step)
+    return memory.temp + memory.output
 
 
 @pytest.mark.parametrize("size, changes", [(64, {}), (2, {"data.prefix_length": 200, "eval.candidates": ""})])
 def test_all_activations_are_more_than_any_compiler_plans(options, mini_rows, size, changes):
     task = task_of(options | changes)
-    evaluation = Evaluation(task, task.base())
-    evaluation._size = size
-    assert planned(evaluation, mini_rows) < evaluation._all_activations()
+    evaluation = task.evaluation(task.base())
+    assert planned(evaluation, mini_rows, size) < evaluation._all_activations(size)
 
 
 def test_on_a_cpu_the_batch_is_fitted_to_the_hosts_memory(monkeypatch, options, expected, mini_rows, caplog):
-    """One byte too little for the 13 rows that there are, whatever is asked for."""
+    """One byte too little for the 13 rows that there are, whatever the batch size of the config."""
     task = task_of(options | {"eval.batch_size": 100_000})
-    evaluation = Evaluation(task, task.base())
-    evaluation._size = len(mini_rows)
-    need, evaluation._size = planned(evaluation, mini_rows, ("generate",)), 100_000
+    evaluation = task.evaluation(task.base())
+    need = planned(evaluation, mini_rows, len(mini_rows), ("generate",))
     left = -(-(need - 1) * 8 * 4 // 3)  # 8 devices share three quarters of it
     monkeypatch.setattr(memory, "host_memory_left", lambda: left)
     assert memory.device_memory_limit() == need - 1
-    found = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
-    assert found == [one.prediction for one in expected]
-    assert evaluation._size == 6
+    predictions = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
+    assert predictions == [one.prediction for one in expected]
+    assert evaluation._limit == 6
     assert f"with 6 questions at once: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
 
 
@@ -216,7 +213,6 @@ import itertools, json, sys
 import numpy as np
 from tests.paligemma_jax.mini import Rows, png, task_of
 from paligemma_jax.data.records import Record
-from paligemma_jax.tasks.vqa.evaluation import Evaluation
 from train_jax.system.memory import peak_memory_bytes
 
 class Many(Rows):
@@ -232,9 +228,9 @@ class Many(Rows):
 
 options, count = json.loads(sys.argv[1]), int(sys.argv[2])
 task = task_of(options)
-evaluation = Evaluation(task, task.base())
-found = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
-assert found == count
+evaluation = task.evaluation(task.base())
+answered = sum(1 for _ in evaluation.answers(Many(count), ("generate", "likelihood", "loss")))
+assert answered == count
 print(peak_memory_bytes().process)
 """
 
@@ -261,14 +257,15 @@ def reader(options):
 
     def make(rows, size, shuffled=False, **changes):
         task = task_of(options | {key.replace("__", "."): value for key, value in changes.items()})
+        cache_bytes = task.config.eval.feature_cache_mb << 20
         encode = lambda images: images.astype(np.float32)  # noqa: E731
-        return vqa_evaluation._Reader(task.config, task.rows, rows, encode, size, shuffled)
+        return vqa_evaluation._Reader(task.processor, rows, encode, size, cache_bytes, shuffled)
 
     return make
 
 
 def pixels(task, record):
-    return task.rows.image(record)["image"].astype(np.float32)
+    return task.processor.image(record)["image"].astype(np.float32)
 
 
 def test_the_last_batch_is_padded_with_weight_zero(reader, mini_rows):
@@ -308,8 +305,8 @@ def test_a_cycle_of_images(count):
 
 def test_a_question_only_run_sees_black(options, mini_rows):
     task = task_of(options | {"data.blank_images": True})
-    assert not any(task.rows.image(record)["image"].any() for record in mini_rows.records)
-    assert any(task_of(options).rows.image(record)["image"].any() for record in mini_rows.records)
+    assert not any(task.processor.image(record)["image"].any() for record in mini_rows.records)
+    assert any(task_of(options).processor.image(record)["image"].any() for record in mini_rows.records)
 
 
 # Bad rows
@@ -364,8 +361,8 @@ def test_the_cache_encodes_an_image_once_and_stays_small():
         return [np.full((2, 3), key, np.float32) for key in keys]
 
     cache = FeatureCache(encode, batch_size=4, max_bytes=3 * 2 * 3 * 4)
-    found = cache.get([5, 1, 5, 2, 1], fetch)
-    np.testing.assert_array_equal(found[:, 0, 0], [10, 2, 10, 4, 2])
+    features = cache.get([5, 1, 5, 2, 1], fetch)
+    np.testing.assert_array_equal(features[:, 0, 0], [10, 2, 10, 4, 2])
     assert fetched == [5, 1, 2] and encoded == [4]
     np.testing.assert_array_equal(cache.get([2, 5], fetch)[:, 0, 0], [4, 10])
     assert fetched == [5, 1, 2]
@@ -397,7 +394,7 @@ def test_features_are_those_of_the_tower(options, mini_rows):
 
     task = task_of(options)
     model = task.base()
-    images = np.stack([task.rows.image(record)["image"] for record in mini_rows.records[:4]])
+    images = np.stack([task.processor.image(record)["image"] for record in mini_rows.records[:4]])
     prepared = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     expected, _ = nnx.jit(lambda model, x: model.encode_image(x))(model, prepared)
     np.testing.assert_allclose(encode_images(model, images), expected, atol=1e-5)

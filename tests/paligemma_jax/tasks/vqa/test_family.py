@@ -32,15 +32,15 @@ def options(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_trains_is_known_before_it_is_attached_and_nothing_else_moves(mini_options, name):
+def test_trained_paths_are_known_before_adapters_are_attached_and_nothing_else_changes(mini_options, name):
     training = Training(mini_options | SMOOTH | STEP | options(name) | {"cache_features": False}, long_answers())
-    told = training.task.trainable_paths()
-    frozen = {path: np.array(leaf) for path, leaf in training.bundle.frozen.items()}
+    paths = training.task.trainable_paths()
+    frozen = {path: np.array(leaf) for path, leaf in training.placed.frozen.items()}
     before = training.trained()
-    assert sorted(before) == sorted(told) and not set(told) & set(frozen)
+    assert sorted(before) == sorted(paths) and not set(paths) & set(frozen)
     training.run(2)
     assert any((array != before[path]).any() for path, array in training.trained().items())
-    for path, leaf in training.bundle.frozen.items():
+    for path, leaf in training.placed.frozen.items():
         np.testing.assert_array_equal(leaf, frozen[path], err_msg=path)
 
 
@@ -65,7 +65,7 @@ def test_a_run_is_saved_and_read_again(mini_options, tmp_path, name):
     )
 
 
-def test_before_is_the_base_and_not_the_method_at_its_start(mini_options, tmp_path):
+def test_the_untrained_model_is_the_base_without_a_new_adapter(mini_options, tmp_path):
     """A new prefix changes answers; what it is compared with has none."""
     scores = []
     for name in ("prefix", "bottleneck"):  # a new bottleneck changes nothing
@@ -74,7 +74,7 @@ def test_before_is_the_base_and_not_the_method_at_its_start(mini_options, tmp_pa
     assert scores[0] == scores[1]
 
 
-def test_the_penalty_is_of_the_mean_loss(mini_options):
+def test_the_penalty_is_added_to_the_mean_loss(mini_options):
     losses = []
     for penalty in (0.0, 0.5):
         given = mini_options | SMOOTH | STEP | options("diff_pruning") | {"adapter.penalty": penalty}
@@ -119,15 +119,15 @@ def test_a_run_by_another_method_becomes_a_plain_model(mini_options, tmp_path, f
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
 
 
-def test_what_takes_the_place_of_kernels_is_split_as_they_are(mini_options):
+def test_arrays_that_replace_kernels_are_sharded_like_them(mini_options):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     kernels = {
         path: leaf for path, leaf in param_tree.flatten(task_of(mini_options).base()).items() if "kernel" in path
     }
-    wanted = shardings(mesh, SHARDING_RULES, kernels)[0]
+    expected = shardings(mesh, SHARDING_RULES, kernels)[0]
     gated = shardings(mesh, SHARDING_RULES, {f"{path}/difference": leaf for path, leaf in kernels.items()})[0]
-    assert {path.removesuffix("/difference"): place for path, place in gated.items()} == wanted
+    assert {path.removesuffix("/difference"): place for path, place in gated.items()} == expected
     last = {path.replace("decoder/layers", "decoder/last_layers"): path for path in kernels if "decoder/layers" in path}
     moved = shardings(mesh, SHARDING_RULES, {new: kernels[path] for new, path in last.items()})[0]
-    assert {last[path]: place for path, place in moved.items()} == {path: wanted[path] for path in last.values()}
-    assert any(place.spec != PartitionSpec() for place in wanted.values())
+    assert {last[path]: place for path, place in moved.items()} == {path: expected[path] for path in last.values()}
+    assert any(place.spec != PartitionSpec() for place in expected.values())

@@ -37,14 +37,14 @@ def broken(mini_rows):
     return Rows(records)
 
 
-def test_features_stand_in_for_images(source, mini_rows, mini_options):
+def test_features_replace_images(source, mini_rows, mini_options):
     with_images, with_features = source(cache_features=False), source(cache_features=True)
     assert len(with_images) == len(with_features) == 13
     assert with_images.fingerprint == with_features.fingerprint
     task = task_of(mini_options)
     model = task.base()
     batch = {"image": jnp.asarray(np.stack([with_images[i]["image"] for i in range(13)]))}
-    expected_features = np.asarray(task.features(model, batch))
+    expected_features = np.asarray(features.batch_features(model, batch))
     for i in range(13):
         row, expected = with_features[i], with_images[i]
         np.testing.assert_allclose(row.pop("features"), expected_features[i], atol=1e-5)
@@ -71,7 +71,7 @@ def test_bad_rows_keep_their_places(source, broken, cache, caplog):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_the_share_of_bad_rows_is_judged_by_row(source, broken, cache):
+def test_the_share_of_bad_rows_is_counted_by_row(source, broken, cache):
     rows = source(broken, cache_features=cache, data__max_bad_fraction=0.3, data__on_truncation="skip")
     marks = np.array([rows[i]["bad"] for i in range(13)])
     assert sum(marks) == 4
@@ -97,7 +97,7 @@ def test_truncation_has_a_policy_of_its_own(source, broken, on_error):
     assert skipped[3]["weight"] == 0 and skipped[2]["weight"] == 1
 
 
-def test_a_bad_first_row_of_a_file_spoils_no_image(source, tmp_path):
+def test_a_bad_first_row_of_a_file_makes_no_image_bad(source, tmp_path):
     """A malformed line is nobody's image, though it comes first."""
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "b.png").write_bytes(png(1))
@@ -147,7 +147,7 @@ def test_black_images_are_encoded_once(source, broken, monkeypatch, mini_options
     # An unreadable image is bad all the same: the control trains on the rows of the run.
     assert [rows[i]["weight"] for i in range(13)] == [with_images[i]["weight"] for i in range(13)]
     task = task_of(mini_options)
-    black = task.features(task.base(), {"image": jnp.asarray(with_images[12]["image"][None])})[0]
+    black = features.batch_features(task.base(), {"image": jnp.asarray(with_images[12]["image"][None])})[0]
     for i in (0, 12):
         np.testing.assert_allclose(rows[i]["features"], black, atol=1e-5)
 

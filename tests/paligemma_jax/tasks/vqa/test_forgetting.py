@@ -27,13 +27,15 @@ def test_only_these_families_train_and_all_are_reported(mini_options):
     prompt = task.config.data.prompt
     for name in ("train", "tune"):
         assert families(task.split(name), prompt) <= set(TUNED) and len(task.split(name))
-    wanted = sum(families([record], prompt) <= set(TUNED) for name in ("train", "tune") for record in whole.split(name))
-    assert wanted == len(task.split("train")) + len(task.split("tune"))
+    expected = sum(
+        families([record], prompt) <= set(TUNED) for name in ("train", "tune") for record in whole.split(name)
+    )
+    assert expected == len(task.split("train")) + len(task.split("tune"))
     assert task.split("validation").fingerprint == whole.split("validation").fingerprint
     assert task.split("train").fingerprint != whole.split("train").fingerprint
 
 
-def test_a_row_that_cannot_be_read_stays_to_be_told(mini_options, mini_rows):
+def test_unreadable_rows_are_kept(mini_options, mini_rows):
     from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 
     class Torn(Rows):
@@ -61,16 +63,16 @@ def test_captions_are_of_the_scene_in_the_picture(mini_options):
     assert SceneCaptions(source, 0, 2).fingerprint != captions.fingerprint
 
 
-def test_families_weigh_the_same():
+def test_families_have_equal_weight():
     results = {
         "accuracy_likelihood_by_family": {"count": 0.9, "exist": 0.5, "query_size": 0.25},
         "accuracy_before_by_family": {"count": 0.5, "exist": 0.75, "query_size": 0.75},
     }
-    found = changes(("count",), results)
-    assert found == {"accuracy_tuned": 0.9, "change_tuned": pytest.approx(0.4), "accuracy_untuned": 0.375,
+    result = changes(("count",), results)
+    assert result == {"accuracy_tuned": 0.9, "change_tuned": pytest.approx(0.4), "accuracy_untuned": 0.375,
                      "change_untuned": -0.375}  # fmt: skip
     del results["accuracy_before_by_family"]
-    assert changes(("count",), results) == found | {"change_tuned": None, "change_untuned": None}
+    assert changes(("count",), results) == result | {"change_tuned": None, "change_untuned": None}
 
 
 def test_a_run_reports_what_it_forgot(mini_options, tmp_path):

@@ -1,4 +1,4 @@
-"""References that an answer cannot hold are told before a run trains."""
+"""A warning before training about references that do not fit into an answer."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def rows(*texts):
     return Rows([Record(b"", "x.png", 0, "answer en What?", text) for text in texts])
 
 
-def test_the_longest_and_how_many_are_told(caplog):
+def test_the_warning_has_the_longest_reference_and_their_number(caplog):
     texts = ["red", "two red cubes", "two red cubes", "two red cubes and a ball " * 20]
     lengths = [len(TINY.encode(text)) for text in texts]
     warn_of_cut_references(TINY, rows(*texts), "validation", lengths[1] - 1)
@@ -24,7 +24,7 @@ def test_the_longest_and_how_many_are_told(caplog):
     assert f"eval.max_new_tokens={lengths[3] + 1} or more" in line and len(line) < 400
 
 
-def test_references_that_fit_and_bad_rows_are_nothing_to_tell(caplog):
+def test_references_that_fit_and_bad_rows_give_no_warning(caplog):
     class Faulty(Rows):
         def __getitem__(self, index):
             if index == 1:
@@ -36,21 +36,21 @@ def test_references_that_fit_and_bad_rows_are_nothing_to_tell(caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("most, told", [(1, ["tune", "validation"]), (4, [])])
-def test_a_run_tells_before_it_trains(mini_options, monkeypatch, caplog, most, told):
+@pytest.mark.parametrize("max_new_tokens, splits", [(1, ["tune", "validation"]), (4, [])])
+def test_a_run_warns_before_it_trains(mini_options, monkeypatch, caplog, max_new_tokens, splits):
     source = rows("red", "two red cubes")
     monkeypatch.setattr(VQA, "split", lambda task, name: source)
-    task_of(mini_options | {"eval.max_new_tokens": most}).train_source()
-    assert [name for name in ("train", "tune", "validation") if f"references of '{name}'" in caplog.text] == told
+    task_of(mini_options | {"eval.max_new_tokens": max_new_tokens}).train_source()
+    assert [name for name in ("train", "tune", "validation") if f"references of '{name}'" in caplog.text] == splits
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_the_rows_are_told_without_the_model(mini_options, monkeypatch, mini_rows, features):
+def test_training_records_are_opened_without_the_model(mini_options, monkeypatch, mini_rows, features):
     """Of the length and the fingerprint of what trains, by which a complete run is compared."""
     monkeypatch.setattr(VQA, "split", lambda task, name: mini_rows)
     trained = task_of(mini_options | {"cache_features": features}).train_source()
     task = task_of(mini_options)
     monkeypatch.setattr(VQA, "base", lambda task: pytest.fail("the model was read"))
-    told = task.train_records()
-    assert (len(told), told.fingerprint) == (len(trained), trained.fingerprint)
+    records = task.train_records()
+    assert (len(records), records.fingerprint) == (len(trained), trained.fingerprint)
     assert task.reported_data() == mini_rows.fingerprint

@@ -10,7 +10,6 @@ from flax import nnx
 
 from paligemma_jax.adapt.lora.adapter import attach_lora
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks.vqa.evaluation import Evaluation
 from tests.paligemma_jax.mini import MINI, task_of
 from tests.paligemma_jax.training import planned_memory
 from train_jax.core import param_tree
@@ -47,10 +46,10 @@ def training_temp(task, vocab: int) -> int:
     return planned_memory(task, *abstract_model(vocab), MICRO, ROWS).temp
 
 
-def evaluation_temp(task, vocab: int, wanted: tuple[str, ...]) -> int:
+def evaluation_temp(task, vocab: int, outputs: tuple[str, ...]) -> int:
     """Of one program with all that a batch of an evaluation computes."""
     model = param_tree.merge(*abstract_model(vocab))
-    evaluation = Evaluation(task, model)
+    evaluation = task.evaluation(model)
     length = task.config.data.prefix_length
     row = functools.partial(jax.ShapeDtypeStruct, (ROWS, length + task.config.data.suffix_length))
     batch = {"tokens": row(jnp.int32), "mask_ar": row(jnp.int32), "mask_input": row(bool), "mask_loss": row(bool)}
@@ -59,13 +58,13 @@ def evaluation_temp(task, vocab: int, wanted: tuple[str, ...]) -> int:
     batch |= {"prompt_mask": jax.ShapeDtypeStruct((ROWS, length), bool)}
     batch |= {"features": jax.ShapeDtypeStruct((ROWS, 4, 32), np.float32)}
     images = jax.ShapeDtypeStruct((ROWS, 24, 24, 3), jnp.uint8)
-    program = jax.jit(evaluation._everything, static_argnums=3).lower(model, batch, images, wanted)
+    program = jax.jit(evaluation._everything, static_argnums=3).lower(model, batch, images, outputs)
     return step_memory(program.compile()).temp
 
 
 TEMP = {
     "training": training_temp,
-    "evaluation": functools.partial(evaluation_temp, wanted=("generate", "likelihood", "loss")),
+    "evaluation": functools.partial(evaluation_temp, outputs=("generate", "likelihood", "loss")),
 }
 
 
@@ -76,7 +75,7 @@ def test_growth_with_the_vocabulary_is_that_of_one_chunk(mini_options, program):
     assert 0.9 * CHUNK * VOCABULARY * 4 <= growth <= 1.5 * CHUNK * VOCABULARY * 4
 
 
-@pytest.mark.parametrize("program", [training_temp, functools.partial(evaluation_temp, wanted=("likelihood", "loss"))])
+@pytest.mark.parametrize("program", [training_temp, functools.partial(evaluation_temp, outputs=("likelihood", "loss"))])
 def test_memory_is_flat_in_the_vocabulary_with_vocabulary_chunks(mini_options, program):
     """31 blocks of words and a remainder against 2 blocks and the same remainder.
 

@@ -1,4 +1,4 @@
-"""Plans of VQA runs: shapes equal to the real run's; a model that is not there is known by its name."""
+"""Plans of VQA runs: shapes equal those of the run; sizes of a missing checkpoint follow from its name."""
 
 import re
 
@@ -20,8 +20,8 @@ from train_jax.system.memory import step_memory
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
-class Stopped(Exception):
-    """The step has been traced."""
+class TracedError(Exception):
+    """Raised once the step has been traced."""
 
 
 def blueprint(options):
@@ -30,19 +30,19 @@ def blueprint(options):
 
 
 @pytest.mark.parametrize("changes", [{"cache_features": False}, {"cache_features": True}, {"adapter.name": "none"}])
-def test_the_plan_is_the_run(mini_options, tmp_path, monkeypatch, changes):
+def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     """Every leaf, the batch, live bytes, and what the compiler plans for the step."""
     options = mini_options | {"cache_features": False} | changes
     seen, original = [], train_step.trace
 
-    def traced(config, task, mesh, bundle, optimizer, schedule, start, batch):
-        step, _ = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
-        seen.append((start, bundle.frozen, batch, step_memory(step.lower().compile())))
-        raise Stopped
+    def traced(config, task, mesh, placed, optimizer, schedule, start, batch):
+        step, _ = original(config, task, mesh, placed, optimizer, schedule, start, batch)
+        seen.append((start, placed.frozen, batch, step_memory(step.lower().compile())))
+        raise TracedError
 
     with monkeypatch.context() as patch:
         patch.setattr(train_step, "trace", traced)
-        with pytest.raises(Stopped):
+        with pytest.raises(TracedError):
             loop.fit(config_of(options), tmp_path / "run", "none")
     ((start, frozen, batch, memory),) = seen
     task, model, example, _ = blueprint(options)
@@ -59,7 +59,7 @@ def test_the_plan_is_the_run(mini_options, tmp_path, monkeypatch, changes):
     assert planned.programs[0].temp == memory.temp
 
 
-def test_nothing_is_read_and_nothing_is_left(mini_options, monkeypatch):
+def test_a_plan_reads_no_files_and_leaves_no_arrays(mini_options, monkeypatch):
     monkeypatch.setattr(loading, "read_rows", lambda *arguments: pytest.fail("weights were read"))
     monkeypatch.setattr(VQA, "split", lambda self, name: pytest.fail("data were opened"))
     before = len(live_arrays())
@@ -84,7 +84,7 @@ def test_a_released_model_is_known_by_its_name(mini_options, name, width, image)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values())
 
 
-def test_a_model_of_no_known_size_is_told(mini_options):
+def test_a_model_of_unknown_size_is_refused(mini_options):
     with pytest.raises(
         UserError, match=re.escape("no model at nowhere/at-all, and its name is not that of a released")
     ):

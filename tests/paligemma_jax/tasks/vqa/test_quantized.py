@@ -13,7 +13,6 @@ from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS
 from paligemma_jax.inference.answer import predict
 from paligemma_jax.tasks.vqa import report as vqa_report
-from paligemma_jax.tasks.vqa.evaluation import Evaluation
 from paligemma_jax.weights.reader import load
 from tests.paligemma_jax.mini import mistake, png, read_lines, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
@@ -38,9 +37,9 @@ def arrays_of(model) -> dict[str, np.ndarray]:
     return {path: np.asarray(array) for path, array in param_tree.flatten(model).items()}
 
 
-def assert_same_arrays(found, expected):
-    assert found.keys() == expected.keys()
-    for path, array in found.items():
+def assert_same_arrays(arrays, expected):
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path, strict=True)
 
 
@@ -51,7 +50,7 @@ def assert_same_arrays(found, expected):
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:  # they take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 
@@ -88,7 +87,7 @@ def test_a_run_learns_and_answers(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_off_goes_on_bit_for_bit(run, run_options, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(run, run_options, tmp_path):
     kind, straight = run
     options = run_options(kind)
     train_main(tmp_path, options | {"total_steps": 6})
@@ -112,8 +111,8 @@ def test_a_run_merges_the_weights_that_it_was_trained_on(run, tmp_path, capsys):
     assert 0 <= gap < rounded_gap / 10
     capsys.readouterr()
     convert.convert(str(workdir), str(tmp_path / "out"), "orbax")
-    said = capsys.readouterr().out
-    assert f"dequantised: 14 kernels in {kind}" in said and "logits move by at most" in said
+    described = capsys.readouterr().out
+    assert f"dequantised: 14 kernels in {kind}" in described and "logits move by at most" in described
     expected = {path: array.astype(np.float32) for path, array in arrays_of(merged).items()}
     assert_same_arrays(arrays_of(load(tmp_path / "out")), expected)
 
@@ -121,16 +120,16 @@ def test_a_run_merges_the_weights_that_it_was_trained_on(run, tmp_path, capsys):
 # Evaluation.
 
 
-def test_the_split_of_outliers_is_of_evaluation_alone(mini_options):
+def test_outliers_are_split_in_evaluation_only(mini_options):
     task = task_of(mini_options | STEP | {"model.quantize": "int8", "eval.int8_outliers": 6.0})
     model = task.init()
-    evaluated = Evaluation(task, model).model
+    evaluated = task.evaluation(model).model
     for each, threshold in ((model, None), (evaluated, 6.0)):
         assert {kernel.outlier_threshold for kernel in quantize.quantized_kernels(each).values()} == {threshold}
     assert largest_logit_gap(model, evaluated, **probe_inputs(model)) > 0
     ours, theirs = param_tree.flatten(model), param_tree.flatten(evaluated)
     assert all(theirs[path] is array for path, array in ours.items())  # no second copy
-    assert Evaluation(task_of(mini_options | STEP | {"model.quantize": "int8"}), model).model is model
+    assert task_of(mini_options | STEP | {"model.quantize": "int8"}).evaluation(model).model is model
 
 
 # The step.
@@ -155,12 +154,12 @@ def training(mini_options):
 def test_two_steps_on_a_mesh_equal_one_device(training, kind, mesh):
     one, expected = training(kind)
     many, means = training(kind, mesh)
-    for found, wanted in zip(means, expected, strict=True):
-        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
-        np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-4)
+    for result, reference in zip(means, expected, strict=True):
+        np.testing.assert_allclose(result["loss"], reference["loss"], rtol=1e-5)
+        np.testing.assert_allclose(result["grad_norm"], reference["grad_norm"], rtol=1e-4)
     for path, array in many.trained().items():
         np.testing.assert_allclose(array, one.trained()[path], rtol=1e-3, atol=2e-5, err_msg=path)
-    frozen = many.bundle.frozen
+    frozen = many.placed.frozen
     for path in ("mlp/gate_proj", "self_attn/q_proj", "mlp/down_proj"):  # cut as the plain kernels are
         codes = frozen[f"decoder/layers/{path}/kernel/codes"]
         parts = {"1x8x1": 8, "2x2x2": 4}[mesh]
@@ -168,9 +167,9 @@ def test_two_steps_on_a_mesh_equal_one_device(training, kind, mesh):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_leaves_the_base_as_it_was_read(training, mini_folder, kind):
+def test_training_does_not_change_the_base(training, mini_folder, kind):
     steps, _ = training(kind)
-    frozen = {path: np.asarray(array) for path, array in steps.bundle.frozen.items()}
+    frozen = {path: np.asarray(array) for path, array in steps.placed.frozen.items()}
     assert any(re.fullmatch(quantize.FROZEN, path) for path in frozen)
     double = OPTIONS[kind].get("model.quantize_double", False)
     assert_same_arrays(frozen, arrays_of(load(mini_folder, quantize=kind, double=double)))
@@ -180,17 +179,17 @@ def test_training_leaves_the_base_as_it_was_read(training, mini_folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_counts_weights_and_true_bytes(training, mini_folder, kind):
     steps, _ = training(kind)
-    task, bundle = steps.task, steps.bundle
-    counts = task.parameter_counts(bundle.model(steps.state.params))
-    rows = startup.count_parameters({}, bundle.frozen, (), counts)
+    task, placed = steps.task, steps.placed
+    counts = task.parameter_counts(placed.model(steps.state.params))
+    rows = startup.count_parameters({}, placed.frozen, (), counts)
     plain = startup.count_parameters({}, param_tree.flatten(load(mini_folder)), ())
     assert {tower: row["frozen"][0] for tower, row in rows.items()} == {
         tower: row["frozen"][0] for tower, row in plain.items()
     }
-    assert sum(row["frozen"][1] for row in rows.values()) == sum(leaf.nbytes for leaf in bundle.frozen.values())
-    weights = sum(module.size for module in quantize.quantized_kernels(bundle.model(steps.state.params)).values())
-    said = task.describe(bundle.model(steps.state.params)).splitlines()[-1]
-    assert said.startswith(f"14 kernels in {kind}: {weights:,} weights of ")
+    assert sum(row["frozen"][1] for row in rows.values()) == sum(leaf.nbytes for leaf in placed.frozen.values())
+    weights = sum(module.size for module in quantize.quantized_kernels(placed.model(steps.state.params)).values())
+    described = task.describe(placed.model(steps.state.params)).splitlines()[-1]
+    assert described.startswith(f"14 kernels in {kind}: {weights:,} weights of ")
 
 
 def test_quantised_arrays_are_saved_and_restored_bit_for_bit(mini_options, tmp_path):
@@ -199,10 +198,10 @@ def test_quantised_arrays_are_saved_and_restored_bit_for_bit(mini_options, tmp_p
     saved, placed = (param_tree.flatten(task_of(options | MESHES[mesh]).base()) for mesh in ("1x8x1", "2x2x2"))
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, saved, {"step": jnp.int32(1)}, {})
-    found = checkpoints.restore_params(1, placed)
+    arrays = checkpoints.restore_params(1, placed)
     checkpoints.close()
-    assert {array.dtype.name for array in found.values()} == {"uint8", "float32"}
-    for path, array in found.items():
+    assert {array.dtype.name for array in arrays.values()} == {"uint8", "float32"}
+    for path, array in arrays.items():
         assert array.sharding == placed[path].sharding and array.dtype == saved[path].dtype
         np.testing.assert_array_equal(array, saved[path], err_msg=path)
 

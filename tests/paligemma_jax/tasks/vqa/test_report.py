@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from types import SimpleNamespace
 
 import matplotlib.axes
 import numpy as np
@@ -13,10 +12,10 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax.data.records import Record
 from paligemma_jax.metrics.text import Accuracy, rouge
-from paligemma_jax.tasks.vqa import pictures as vqa_pictures
+from paligemma_jax.tasks.vqa import figures
 from paligemma_jax.tasks.vqa import report as vqa_report
 from paligemma_jax.tasks.vqa.answer import Answer, question_of
-from paligemma_jax.tasks.vqa.pictures import save_sheet
+from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
 from train_jax.core import param_tree
 
@@ -28,9 +27,7 @@ def answer(question, reference, prediction="", likeliest=None, image="0.png", nl
     return Answer(image, question, family, reference, prediction, likeliest, nll, tokens)
 
 
-def task_with(train, prompt="answer en {question}"):
-    data = SimpleNamespace(prompt=prompt)
-    return SimpleNamespace(split=lambda name: {"train": train}[name], config=SimpleNamespace(data=data))
+PROMPT = "answer en {question}"
 
 
 def test_question_of():
@@ -48,7 +45,7 @@ def test_the_most_frequent_training_answer_of_a_family():
 
     texts = [(COUNT, "9"), (COUNT, "2"), (COUNT, "3"), (COUNT, "2"), (COLOR, "red"), (COLOR, "blue"), (COLOR, "blue")]
     train = Faulty([Record(b"", "x.png", i, f"answer en {q}", a) for i, (q, a) in enumerate(texts)])
-    frequent = vqa_report.MajorityBaseline(task_with(train))
+    frequent = vqa_report.MajorityBaseline(train, PROMPT)
     assert frequent.guesses == {"count": "2", "query_color": "blue"}
     for one in (answer(COUNT, "2"), answer(COUNT, "9"), answer(COLOR, "blue"), answer(COLOR, "red")):
         frequent.add(one)
@@ -59,7 +56,7 @@ def test_the_most_frequent_training_answer_of_a_family():
 
 @pytest.mark.parametrize("error", [ValueError, KeyError])
 def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
-    """Bad rows are told by UserError and OSError; anything else passes through, in the counts and on the sheet."""
+    """Bad rows raise UserError or OSError; anything else passes through, in the counts and on the sheet."""
 
     class Broken(Rows):
         def __getitem__(self, index):
@@ -67,9 +64,9 @@ def test_faults_of_the_program_are_not_taken_for_bad_rows(error):
 
     rows = Broken([Record(b"", "x.png", 0, "answer en Why?", "1")])
     with pytest.raises(error, match="a fault"):
-        vqa_report.MajorityBaseline(task_with(rows))
+        vqa_report.MajorityBaseline(rows, PROMPT)
     with pytest.raises(error, match="a fault"):
-        vqa_pictures._pictures(rows, {"x.png"})
+        figures._images(rows, {"x.png"})
 
 
 def test_the_best_of_the_controls():
@@ -77,8 +74,10 @@ def test_the_best_of_the_controls():
     for right in (True, False, False, False):
         shuffled.add(right, "count")
     blank = {"accuracy": 0.5, "accuracy_by_family": {"count": 0.5}, "loss": 1.0}
-    found = vqa_report._best_of({"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None})
-    assert found == {
+    result = vqa_report._best_control(
+        {"accuracy_shuffled": shuffled, "accuracy_question_only": blank, "accuracy_x": None}
+    )
+    assert result == {
         "accuracy_blind": 0.5,
         "accuracy_shuffled": 0.25,
         "accuracy_question_only": 0.5,
@@ -106,7 +105,7 @@ def test_scores_by_hand():
     assert results["rouge"] == expected and results["rougeL"] == expected["rougeL"]["f1"] == pytest.approx(2 / 3)
 
 
-def test_predictions_take_their_name_when_they_are_complete(tmp_path):
+def test_the_file_of_predictions_appears_when_it_is_complete(tmp_path):
     file = tmp_path / "run" / "predictions.jsonl"
     with pytest.raises(RuntimeError), vqa_report._writer(file) as write:
         write(answer(COUNT, "2", "2"))
@@ -122,28 +121,28 @@ def test_predictions_take_their_name_when_they_are_complete(tmp_path):
 
 
 def test_the_sheet_shows_the_scenes_of_the_answers(tmp_path, monkeypatch):
-    drawn = []
+    shown_images = []
     source = Rows([Record(png(i), f"{i}.png", i, COUNT, "2") for i in range(4)])
     source.records[0] = dataclasses.replace(source.records[0], image=b"broken")
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: shown_images.append(picture))
     answers = [answer(COUNT, "2", said, image=f"{i}.png") for i, said in ((3, "2"), (1, "$x_ costs $"))]
-    save_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
-    assert [np.asarray(picture)[0, 0].tolist() for picture in drawn] == [
+    save_answer_sheet(source, answers, tmp_path / "scenes.png", view_ratio=1.5)
+    assert [np.asarray(picture)[0, 0].tolist() for picture in shown_images] == [
         np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)[0, 0].tolist() for i in (3, 1)
     ]
     with Image.open(tmp_path / "scenes.png") as sheet:
         assert sheet.width > 300
 
 
-def test_the_sheet_tells_two_pictures_of_one_name_apart(tmp_path, monkeypatch):
-    drawn = []
+def test_the_sheet_distinguishes_images_of_the_same_name(tmp_path, monkeypatch):
+    shown_images = []
     source = Rows([Record(png(i), "0001.png", i, COUNT, "2") for i in range(3)])
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: drawn.append(picture))
+    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", lambda axis, picture, **options: shown_images.append(picture))
     answers = [dataclasses.replace(answer(COUNT, "2", "2", image="0001.png"), image_index=i) for i in (0, 1, 1, 2)]
     _, shown = vqa_report._score(answers, lambda answer: None, None)
     assert [one.image_index for one in shown] == [0, 1, 2]
-    save_sheet(source, shown[::-1], tmp_path / "scenes.png")
-    firsts = [np.asarray(picture)[0, 0].tolist() for picture in drawn]
+    save_answer_sheet(source, shown[::-1], tmp_path / "scenes.png")
+    firsts = [np.asarray(picture)[0, 0].tolist() for picture in shown_images]
     assert firsts == [np.asarray(Image.open(io.BytesIO(png(i))))[0, 0].tolist() for i in (2, 1, 0)]
 
 
@@ -157,7 +156,7 @@ def test_the_model_before_training(mini_options, mini_run):
     """It is the base, which shares the run's frozen arrays."""
     task = task_of(mini_options)
     trained = pg.load(mini_run)
-    before = param_tree.flatten(vqa_report._untrained(task, trained))
+    before = param_tree.flatten(task._untrained(trained))
     base, after = param_tree.flatten(task.base()), param_tree.flatten(trained)
     assert before.keys() == base.keys() < after.keys()
     for path, array in base.items():
@@ -166,5 +165,5 @@ def test_the_model_before_training(mini_options, mini_run):
     changed = task_of(mini_options | {"adapter.name": "none", "cache_features": False})
     spoiled = nnx.clone(changed.base())
     spoiled.projector.linear.kernel[...] *= 0
-    again = param_tree.flatten(vqa_report._untrained(changed, spoiled))
+    again = param_tree.flatten(changed._untrained(spoiled))
     np.testing.assert_array_equal(again["projector/linear/kernel"], base["projector/linear/kernel"])

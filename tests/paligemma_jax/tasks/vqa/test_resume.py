@@ -57,7 +57,7 @@ def compiled_alike(fast_compilation):
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:  # pictures take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 
@@ -72,7 +72,7 @@ def run_until_killed(workdir, options) -> None:
 
 
 def measured(workdir) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock told."""
+    """The lines of metrics.jsonl without times."""
     lines = read_lines(workdir / "metrics.jsonl")
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
@@ -97,14 +97,14 @@ def test_kill_9_changes_no_bit(runs, tmp_path):
     assert (resumed / "predictions.jsonl").read_bytes() == (straight / "predictions.jsonl").read_bytes()
 
 
-def test_eight_devices_go_on_where_one_was_killed(runs, tmp_path):
+def test_eight_devices_resume_the_run_of_one(runs, tmp_path):
     options, straight, killed = runs
     resumed = shutil.copytree(killed, tmp_path / "resumed")
     train_main(resumed, options | {"mesh.data": 8})
-    found, expected = logged(resumed), logged(straight)
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
-    assert found != expected  # it did run elsewhere
+    result, expected = logged(resumed), logged(straight)
+    assert result.keys() == expected.keys()
+    np.testing.assert_allclose(list(result.values()), list(expected.values()), rtol=1e-4)
+    assert result != expected  # it did run elsewhere
 
 
 def test_dropout_is_on(mini_options, tmp_path):

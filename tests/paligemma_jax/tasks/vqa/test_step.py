@@ -46,10 +46,10 @@ def on_mesh(options, request):
 def test_two_steps_on_a_mesh_equal_one_device(on_mesh, one_device):
     _, training, means = on_mesh
     expected, trained, start = one_device
-    for found, wanted in zip(means, expected, strict=True):
-        assert found["good_rows"] == wanted["good_rows"]
-        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
-        np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-4)
+    for result, reference in zip(means, expected, strict=True):
+        assert result["good_rows"] == reference["good_rows"]
+        np.testing.assert_allclose(result["loss"], reference["loss"], rtol=1e-5)
+        np.testing.assert_allclose(result["grad_norm"], reference["grad_norm"], rtol=1e-4)
     assert {path.split("/")[0] for path in trained} == {"vision", "projector", "decoder"}
     assert all(not np.array_equal(array, start[path]) for path, array in trained.items())  # both halves moved
     for path, array in training.trained().items():
@@ -76,8 +76,8 @@ def kernel_parts(mesh: str, path: str) -> int:
 
 def test_base_bytes_on_each_device(on_mesh):
     mesh, training, _ = on_mesh
-    frozen = training.bundle.frozen
-    modules = projections(training.bundle.model(training.state.params))
+    frozen = training.placed.frozen
+    modules = projections(training.placed.model(training.state.params))
     assert len(modules) == 15
     for path in modules:
         kernel = frozen[f"{path}/kernel"]
@@ -87,11 +87,11 @@ def test_base_bytes_on_each_device(on_mesh):
     assert embedding.nbytes == 4 * 1792 * 32 and shard_bytes(embedding) == embedding.nbytes // parts
 
 
-def test_adapters_are_cut_as_their_base(on_mesh):
+def test_adapters_are_sharded_like_their_base(on_mesh):
     """The inputs of A as those of the kernel, the outputs of B as those of the kernel, the rank never."""
     _, training, _ = on_mesh
-    arrays, frozen = training.state.params, training.bundle.frozen
-    for path, module in projections(training.bundle.model(arrays)).items():
+    arrays, frozen = training.state.params, training.placed.frozen
+    for path, module in projections(training.placed.model(arrays)).items():
         kernel = frozen[f"{path}/kernel"]
         cut = kernel.sharding.shard_shape(kernel.shape)
         stack = len(cut) - len(module.in_shape) - len(module.out_shape)
@@ -102,7 +102,7 @@ def test_adapters_are_cut_as_their_base(on_mesh):
             assert shard_bytes(adapter) == 4 * math.prod((*cut[:stack], *shape))
 
 
-def test_moments_lie_as_their_parameters(on_mesh):
+def test_moments_are_sharded_like_their_parameters(on_mesh):
     """Two float32 moments an adapter, none for the base; after a step they are still in their places."""
     _, training, _ = on_mesh
     moments = [leaf for leaf in jax.tree.leaves(training.state.opt_state) if leaf.ndim > 0]
@@ -120,11 +120,11 @@ def test_four_micro_batches_of_eight_equal_a_batch_of_32(options, reduction):
     whole = Training(options | changes, long_answers())
     parts = Training(options | changes | {"micro_batch": 8}, long_answers())
     start = whole.trained()
-    expected, found = whole.run(2), parts.run(2)
+    expected, means = whole.run(2), parts.run(2)
     batch = parts.batch(0)
     tokens = (batch["mask_loss"] * batch["weight"][..., None]).sum((1, 2))
     assert batch["tokens"].shape[:2] == (4, 8) and len(set(tokens.tolist())) > 1  # a mean of means would differ
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(means, expected, strict=True):
         np.testing.assert_allclose([one["loss"], one["grad_norm"]], [other["loss"], other["grad_norm"]], rtol=1e-5)
     assert largest_change(whole.trained(), start) > 0.01
     for path, array in parts.trained().items():
@@ -156,7 +156,7 @@ def test_five_steps_in_half_precision(losses_of, float32_losses, dtype, toleranc
     guard = jax.device_get(training.state.guard)
     assert guard.total == 0 and guard.scale_skips == 0 and training.state.updates == 5
     assert {leaf.dtype.name for leaf in training.state.params.values()} == {"float32"}
-    assert training.bundle.frozen["decoder/embed_tokens/embedding"].dtype == dtype
+    assert training.placed.frozen["decoder/embed_tokens/embedding"].dtype == dtype
     np.testing.assert_allclose(losses, float32_losses, rtol=tolerance)
     assert losses != float32_losses  # it did compute in another precision
     assert float32_losses[-1] < float32_losses[0] - 0.05

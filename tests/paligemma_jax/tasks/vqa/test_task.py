@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.tasks.vqa import task as vqa
+from paligemma_jax.tasks.vqa.features import batch_features
 from paligemma_jax.tasks.vqa.task import VQA
 from paligemma_jax.weights import reader as load_module
 from tests.paligemma_jax.mini import config_of, task_of
@@ -50,7 +51,8 @@ def model(task):
 @pytest.fixture(scope="module")
 def batch(task, mini_rows):
     rows = [
-        task.rows.image(record) | task.rows.text(record) | {"weight": np.float32(1)} for record in mini_rows.records[:4]
+        task.processor.image(record) | task.processor.text(record) | {"weight": np.float32(1)}
+        for record in mini_rows.records[:4]
     ]
     return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -67,10 +69,10 @@ def gradient(task, model, batch):
     return jax.jit(jax.value_and_grad(loss))(trained)
 
 
-def assert_same(found, expected, rtol=1e-4):
-    np.testing.assert_allclose(found[0], expected[0], rtol=rtol)
+def assert_same(result, expected, rtol=1e-4):
+    np.testing.assert_allclose(result[0], expected[0], rtol=rtol)
     for path, array in expected[1].items():
-        np.testing.assert_allclose(found[1][path], array, rtol=rtol, atol=1e-4, err_msg=path)
+        np.testing.assert_allclose(result[1][path], array, rtol=rtol, atol=1e-4, err_msg=path)
 
 
 def test_it_is_a_task(task):
@@ -96,7 +98,7 @@ def test_the_loss_is_the_mean_over_answer_and_eos(task, model, batch):
 
 
 def test_features_in_the_batch_give_the_same_gradient(task, model, batch):
-    features = task.features(model, batch)
+    features = batch_features(model, batch)
     cached = {name: value for name, value in batch.items() if name != "image"} | {"features": features}
     assert_same(gradient(task, model, cached), gradient(task, model, batch))
 
@@ -133,20 +135,20 @@ def test_padding_changes_nothing(task, model, batch):
     assert_same(gradient(task, model, longer), gradient(task, model, batch))
 
 
-def test_what_stands_on_pads_changes_nothing(task, model, batch):
+def test_token_ids_of_padding_change_nothing(task, model, batch):
     noise = jnp.where(batch["mask_input"], batch["tokens"], 77)
     assert_same(gradient(task, model, batch | {"tokens": noise}), gradient(task, model, batch))
 
 
 def test_prompts_are_the_beginning_of_training_rows(task, mini_rows):
     for record in mini_rows.records[:3]:
-        prompt, row = task.rows.prompt(record), task.rows.text(record)
+        prompt, row = task.processor.prompt(record), task.processor.text(record)
         length = int(prompt["mask_input"].sum())
         assert prompt["tokens"][:length].tolist() == row["tokens"][:length].tolist()
         assert not row["mask_loss"][:length].any() and row["mask_loss"][length]
 
 
-def test_the_base_is_read_once_and_given_away(mini_options, monkeypatch):
+def test_the_base_is_read_once_and_handed_over(mini_options, monkeypatch):
     """Nothing keeps a second copy of the weights while training reads images."""
     task = task_of(mini_options | {"cache_features": False})
     source = task.train_source()
@@ -177,20 +179,20 @@ def own_base(mini_folder, mini_options, tmp_path):
     return mini_options | {"model.path": str(tmp_path / "base"), "cache_features": False}
 
 
-def test_a_control_run_holds_the_arrays_of_the_run(own_base, reads):
+def test_a_control_run_shares_the_arrays_of_the_run(own_base, reads):
     task = task_of(own_base)
-    bundle = placement.build(task, task.mesh)
-    companion = VQA(task.control_runs()["question_only"], task.mesh)
-    base = param_tree.flatten(companion.base())
-    assert len(reads) == 1 and base.keys() == bundle.frozen.keys()
-    assert all(array is bundle.frozen[path] for path, array in base.items())
-    other = placement.build(companion, companion.mesh)
-    assert all(array is bundle.frozen[path] for path, array in other.frozen.items())
-    assert not any(array is bundle.trainable[path] for path, array in other.trainable.items())
+    placed = placement.build(task, task.mesh)
+    control = VQA(task.control_runs()["question_only"], task.mesh)
+    base = param_tree.flatten(control.base())
+    assert len(reads) == 1 and base.keys() == placed.frozen.keys()
+    assert all(array is placed.frozen[path] for path, array in base.items())
+    other = placement.build(control, control.mesh)
+    assert all(array is placed.frozen[path] for path, array in other.frozen.items())
+    assert not any(array is placed.trainable[path] for path, array in other.trainable.items())
     assert len(reads) == 1
 
 
-def test_a_base_is_shared_only_while_it_is_held_and_the_same(own_base, reads):
+def test_a_base_is_shared_while_it_is_alive_and_equal(own_base, reads):
     first = task_of(own_base).base()
     task_of(own_base | {"model.remat": "block"}).base()  # compiled otherwise: the structure differs
     task_of(own_base | {"adapter.name": "none"}).base()  # will be donated
@@ -209,7 +211,7 @@ def test_a_base_is_shared_only_while_it_is_held_and_the_same(own_base, reads):
     assert len(reads) == 6
 
 
-def test_no_key_that_changes_the_choice_may_change_on_resuming(mini_options):
+def test_keys_that_change_the_best_checkpoint_are_not_resume_safe(mini_options):
     """Validation generates answers: their length matters, how many at once does not."""
     old = config_of(mini_options)
     free = {"eval.batch_size": 3, "eval.max_examples": 2, "eval.candidates": "", "eval.feature_cache_mb": 1}
@@ -228,7 +230,7 @@ def test_no_key_that_changes_the_choice_may_change_on_resuming(mini_options):
         check_resume(old, config_of(mini_options | {"eval.int8_outliers": 6.0}))
 
 
-def test_it_tells_what_it_measures(task, model, mini_rows, monkeypatch):
+def test_validate_returns_the_validation_metrics(task, model, mini_rows, monkeypatch):
     monkeypatch.setattr(VQA, "split", lambda task, name: mini_rows)
     assert tuple(task.validate(model)) == VQA.validation_metrics
 
@@ -262,10 +264,10 @@ def test_weights_go_straight_into_their_shardings(mini_options, monkeypatch):
         {"adapter.name": "none", "trainable": "decoder/.*/mlp/.*"},
     ],
 )
-def test_what_trains_is_known_before_the_model_is_built(mini_options, changes):
+def test_trained_paths_are_known_before_the_model_is_built(mini_options, changes):
     task = task_of(mini_options | changes | {"cache_features": False})
-    told = task.trainable_paths()
-    assert sorted(told) == sorted(placement.build(task, task.mesh).trainable)
+    paths = task.trainable_paths()
+    assert sorted(paths) == sorted(placement.build(task, task.mesh).trainable)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_what_trains_is_known_before_the_model_is_built(mini_options, changes):
         ({"weight_decay_mask": ".*/kernel"}, "weight_decay_mask of weight_decay=0.01: '.*/kernel' matches none of 4"),
     ],
 )
-def test_patterns_of_the_optimizer_are_judged_before_scenes_are_rendered(
+def test_optimizer_patterns_are_checked_before_scenes_are_rendered(
     mini_options, tmp_path, monkeypatch, changes, sentence
 ):
     monkeypatch.setattr(VQA, "split", lambda *args: pytest.fail("data were prepared"))
