@@ -1,8 +1,9 @@
-"""Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
+"""Evaluates a checkpoint of a run, or a base model.
 
-The config is the workdir's own config.json. With --config=FILE and no workdir, evaluates the base model of that config,
-as it is before training, into runs/<config>-base. The work is done by train_jax.loop.evaluate(config, workdir, split,
-checkpoint).
+    python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
+
+The config is the workdir's config.json. With --config=FILE and no workdir, evaluates the model of that config before
+training and writes to runs/<config>-base. Calls train_jax.loop.evaluate(config, workdir, split, checkpoint).
 """
 
 from absl import flags
@@ -19,9 +20,9 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags and calls the loop."""
-    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: after mistakes in the flags have been told
+    """Parses the flags and evaluates."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
+    from train_jax import loop  # slow to import, so only after the flags have been checked
 
     distributed.start_from_flags(values)
     if values.workdir is None:

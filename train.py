@@ -1,7 +1,9 @@
-"""Trains as a config says: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+"""Trains a model and evaluates it.
 
-The work is done by train_jax.loop.fit(config, workdir), which a notebook may call as well; of a config that is a sweep
-by train_jax.sweep.fit(config, workdir).
+    python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+
+Calls train_jax.loop.fit(config, workdir), or train_jax.sweep.fit(config, workdir) if the config defines a sweep. A
+notebook can call the same functions.
 """
 
 from absl import flags
@@ -14,15 +16,15 @@ from train_jax.system import clock
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("progress", "auto", ["auto", "bar", "plain", "none"], "how to show progress", flag_values=values)
     flags.DEFINE_bool(
-        "print_batch", False, "show a decoded training batch with its masks, and stop", flag_values=values
+        "print_batch", False, "print a decoded training batch with its masks and exit", flag_values=values
     )
     distributed.define_flags(values)
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags and calls the loop."""
-    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: after mistakes in the flags have been told
+    """Parses the flags and trains."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
+    from train_jax import loop  # slow to import, so only after the flags have been checked
 
     distributed.start_from_flags(values)
     if values.print_batch:

@@ -37,9 +37,9 @@ from flow_jax.data import toys
 from flow_jax.tasks.plane import PlaneFlow
 from train_jax.config.base import base_config
 from train_jax.core import metrics, param_tree
+from train_jax.data.pipeline import training_batches
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.run_state import training_batches
 from train_jax.step import placement, train_step
 
 NOISE, DATA, POINTS = "8gaussians", "moons", 200_000

@@ -13,8 +13,7 @@ from tests.paligemma_jax.mini import config_of
 from train_jax.config.base import task_class
 from train_jax.core import param_tree, row_sharding
 from train_jax.parallel import sharding
-from train_jax.plan import flops, hlo
-from train_jax.plan import programs as planning
+from train_jax.plan import flops, hlo, planning
 from train_jax.system.memory import step_memory
 
 ONE = {"data": 1, "fsdp": 1}

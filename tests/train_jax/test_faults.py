@@ -29,7 +29,7 @@ def test_one_fault_stops_the_run(tmp_path, capsys):
     file = workdir / "bad_batch_5.npz"
     assert line == (
         "train.py: error: the loss or its gradient was non-finite in 1 update(s) in a row from step 5 on "
-        f"(max_bad_steps=1); the checkpoint of step 4 is kept and the batch is in {file}: look at it; or lower "
+        f"(max_bad_steps=1); the checkpoint of step 4 is kept and the batch is in {file}: inspect it, or lower "
         "optimizer.learning_rate or set optimizer.grad_clip_norm in another --workdir."
     )
     assert steps_kept(workdir) == [4]

@@ -133,7 +133,7 @@ def test_a_complete_run_is_compared_with_the_data_it_was_measured_on(tmp_path, m
     assert fit(tmp_path)["data"] == "held out" and fit(tmp_path)["step"] == 8
     monkeypatch.setattr(Toy, "reported_data", lambda self: "others")
     capsys.readouterr()
-    with pytest.raises(UserError, match="are not those that it was measured on .fingerprint held out, now others"):
+    with pytest.raises(UserError, match="have changed .fingerprint held out, now others"):
         fit(tmp_path)
     assert "is complete" not in capsys.readouterr().out
 
@@ -308,7 +308,7 @@ def test_a_metric_that_the_task_does_not_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Toy, "validation_metrics", ("loss", "score"), raising=False)
     assert fails(capsys, tmp_path / "run", {"mesh.data": 1, "best_metric": "scor"}) == (
         2,
-        "train.py: error: config.best_metric='scor' is not measured in the course of training, expected one of loss, "
+        "train.py: error: config.best_metric='scor' is not measured during training, expected one of loss, "
         "score: change it; did you mean 'score'?",
     )
     assert not (tmp_path / "run").exists()

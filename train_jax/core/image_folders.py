@@ -1,10 +1,10 @@
-"""Which files of a folder are pictures: the one list of endings and the one way down the folders, for every reader.
+"""Finds the image files in a folder of class folders.
 
-root/cats/1.png           a picture of the class "cats"
-root/cats/more/2.png      another: folders within a class folder belong to it
-root/3.png                a picture of no class
-root/.cache/4.png         hidden, as is whatever begins with a dot: left out
-root/cats/notes.txt       left out
+root/cats/1.png           an image of the class "cats"
+root/cats/more/2.png      another: folders in a class folder belong to the class
+root/3.png                an image without a class
+root/.cache/4.png         left out: hidden, like every name that begins with a dot
+root/cats/notes.txt       left out: not an image
 """
 
 import os
@@ -17,17 +17,17 @@ from absl import logging
 from train_jax.core.errors import quoted
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-_HIDDEN, _OTHER = "hidden", "without an ending of pictures"
-_LOOP, _CLOSED = "in a folder that links lead back to", "that cannot be opened"
+_HIDDEN, _OTHER = "hidden", "without an image extension"
+_LOOP, _UNREADABLE = "linked to a parent folder", "that cannot be opened"
 
 
-class Found(NamedTuple):
-    """What lies below a folder; paths are relative to it, with forward slashes, in the order of their names.
+class ImageFiles(NamedTuple):
+    """The image files below a folder, as sorted relative paths with forward slashes.
 
     Attributes:
-      classes: pictures by the folder right below that they lie in; a folder without any is none.
-      loose: pictures beside these folders.
-      left_out: what is no picture that could be read, by the reason; of a hidden folder the folder alone.
+      classes: images by class folder, for class folders with images.
+      loose: images directly in the folder.
+      left_out: other paths, by the reason; a hidden folder counts as one path.
     """
 
     classes: Mapping[str, list[str]]
@@ -35,48 +35,52 @@ class Found(NamedTuple):
     left_out: Mapping[str, list[str]]
 
 
-def pictures_below(root: str | Path) -> Found:
-    """Looks through a folder, links followed; what is left out is logged in one line. Of no folder nothing is found."""
-    root, left_out = Path(root), {}
-    found = sorted(_below(root, "", left_out, (os.path.realpath(root),))) if root.is_dir() else []
+def find_images(root: str | Path) -> ImageFiles:
+    """Finds the images below a folder, following links, and logs in one line what it leaves out.
+
+    If there is no such folder, there are no images.
+    """
+    root = Path(root)
+    left_out: dict[str, list[str]] = {}
+    images = sorted(_images_below(root, "", left_out, (os.path.realpath(root),))) if root.is_dir() else []
     classes: dict[str, list[str]] = {}
-    for path in found:
+    for path in images:
         if "/" in path:
             classes.setdefault(path.partition("/")[0], []).append(path)
     if left_out:
         parts = (f"{len(names)} {reason} (first: {quoted(min(names))})" for reason, names in left_out.items())
-        logging.warning("Of %s is left out: %s.", root, ", ".join(parts))
-    return Found(dict(sorted(classes.items())), [path for path in found if "/" not in path], left_out)
+        logging.warning("%s: left out %s.", root, ", ".join(parts))
+    return ImageFiles(dict(sorted(classes.items())), [path for path in images if "/" not in path], left_out)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one; what leads nowhere, or to itself, is none."""
+    """Whether an entry is a folder or a link to one; False for a broken link or a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
         return False
 
 
-def _below(root: Path, folder: str, left_out: dict[str, list[str]], above: tuple[str, ...]) -> list[str]:
-    """Pictures below root/folder; `above` are the folders that lead there, of which a link may be to one."""
+def _images_below(root: Path, folder: str, left_out: dict[str, list[str]], parents: tuple[str, ...]) -> list[str]:
+    """Returns the images below root/folder; `parents` are the real paths of its parents, to detect circular links."""
     try:
         entries = list(os.scandir(root / folder))
     except OSError:
-        left_out.setdefault(_CLOSED, []).append(folder)
+        left_out.setdefault(_UNREADABLE, []).append(folder)
         return []
-    found = []
+    images = []
     for entry in entries:
         path = f"{folder}{entry.name}"
         if entry.name.startswith("."):
             left_out.setdefault(_HIDDEN, []).append(path)
         elif _is_folder(entry):
             real = os.path.realpath(entry.path)
-            if real in above:
+            if real in parents:
                 left_out.setdefault(_LOOP, []).append(path)
             else:
-                found += _below(root, f"{path}/", left_out, (*above, real))
+                images += _images_below(root, f"{path}/", left_out, (*parents, real))
         elif entry.name.lower().endswith(ENDINGS):
-            found.append(path)
+            images.append(path)
         else:
             left_out.setdefault(_OTHER, []).append(path)
-    return found
+    return images

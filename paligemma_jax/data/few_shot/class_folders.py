@@ -9,7 +9,7 @@ from paligemma_jax.data.few_shot.dataset import Example, FewShot, drawing_order
 from paligemma_jax.data.paths import inside
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.picture_folders import ENDINGS, pictures_below
+from train_jax.core.image_folders import ENDINGS, find_images
 
 SHARES = (0.5, 0.2)  # of a class's images for training and validation, as CoOp divides what comes undivided
 
@@ -18,13 +18,13 @@ def class_folders(folder: str | Path) -> dict[str, list[Path]]:
     """The image files of a folder of class folders, by class; both in the order of their names.
 
     What is left out (hidden names, files that are no images or lie in no class folder) is logged, see
-    train_jax.core.picture_folders.
+    train_jax.core.image_folders.
 
     Raises:
       UserError: fewer than two folders with images, or two of one class.
     """
     root = Path(folder).expanduser()
-    below = pictures_below(root)
+    below = find_images(root)
     if below.loose:
         logging.warning("Of %s is left out: %d in no class folder (first: %s).", root, len(below.loose), below.loose[0])
     found: dict[str, list[Path]] = {}

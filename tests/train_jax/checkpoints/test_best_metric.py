@@ -28,7 +28,7 @@ def test_a_metric_that_is_not_measured_and_the_nearest():
     with pytest.raises(UserError) as error:
         check_metric("acuracy", ("loss", "accuracy"))
     assert str(error.value) == (
-        "config.best_metric='acuracy' is not measured in the course of training, expected one of accuracy, loss: "
+        "config.best_metric='acuracy' is not measured during training, expected one of accuracy, loss: "
         "change it; did you mean 'accuracy'?"
     )
     with pytest.raises(UserError, match="'loss' is not measured .* expected one of accuracy: change it"):

@@ -1,8 +1,8 @@
-"""Which files of a folder are pictures: nested ones are, hidden ones are not, and what is left out is told."""
+"""Images are found in nested folders; hidden names and other files are left out and logged."""
 
 import pytest
 
-from train_jax.core.picture_folders import ENDINGS, pictures_below
+from train_jax.core.image_folders import ENDINGS, find_images
 
 
 @pytest.fixture
@@ -16,32 +16,32 @@ def write(tmp_path):
     return files
 
 
-def test_every_ending_and_depth_is_found_and_the_rest_told(write, caplog):
+def test_every_extension_and_depth_is_found_and_the_rest_is_logged(write, caplog):
     names = [f"a/{number}{ending}" for number, ending in enumerate(ENDINGS)]
     root = write(*names, "a/x/y/deep.PNG", "b/1.png", "top.png", "c/notes.txt", ".d/1.png", "b/.1.png", "b/.x/2.png")
-    found = pictures_below(root)
+    found = find_images(root)
     assert found.classes == {"a": sorted([*names, "a/x/y/deep.PNG"]), "b": ["b/1.png"]} and found.loose == ["top.png"]
     assert sum(map(len, found.left_out.values())) == 4  # a hidden folder counts once
     (line,) = caplog.messages
-    assert "is left out: " in line and "3 hidden (first: '.d')" in line
-    assert "1 without an ending of pictures (first: 'c/notes.txt')" in line
+    assert "left out " in line and "3 hidden (first: '.d')" in line
+    assert "1 without an image extension (first: 'c/notes.txt')" in line
 
 
-def test_nothing_left_out_is_nothing_told(write, caplog):
-    assert pictures_below(write("a/1.png")).left_out == {} and not caplog.messages
-    assert pictures_below(write() / "absent") == ({}, [], {})
+def test_nothing_is_logged_if_nothing_is_left_out(write, caplog):
+    assert find_images(write("a/1.png")).left_out == {} and not caplog.messages
+    assert find_images(write() / "absent") == ({}, [], {})
 
 
-def test_links_in_a_circle_end(write):
+def test_circular_links_are_left_out(write):
     root = write("a/1.png", "a/b/2.png")
     (root / "a/b/back").symlink_to(root / "a")
-    found = pictures_below(root)
+    found = find_images(root)
     assert found.classes == {"a": ["a/1.png", "a/b/2.png"]} and list(found.left_out.values()) == [["a/b/back"]]
 
 
-def test_a_picture_that_is_a_link_to_itself_is_for_its_reader_to_tell(write):
+def test_an_image_that_links_to_itself_is_reported_by_its_reader(write):
     root = write("a/1.png")
     (root / "a/2.png").symlink_to("2.png")
     (root / "a/x").symlink_to("x")
-    found = pictures_below(root)
+    found = find_images(root)
     assert found.classes == {"a": ["a/1.png", "a/2.png"]} and list(found.left_out.values()) == [["a/x"]]

@@ -283,7 +283,7 @@ def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
 
 
 def test_groups_that_do_not_fill_a_batch_are_refused():
-    with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, which the training data"):
+    with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, in which the training"):
         Pipeline(Grouped(3), 8, num_steps=1)
 
 

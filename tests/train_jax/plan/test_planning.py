@@ -15,9 +15,9 @@ from tests.train_jax.toy_task import Toy, toy_config
 from train_jax import loop
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
-from train_jax.plan import programs as plan_command
+from train_jax.plan import planning as plan_command
 from train_jax.plan.hlo import COLLECTIVES
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 from train_jax.plan.report import GB, cards_table, report
 from train_jax.step import train_step
 from train_jax.system.memory import format_bytes, step_memory
@@ -200,7 +200,7 @@ import json, re, sys
 import jax, jax.numpy as jnp
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.plan import programs as plan
+from train_jax.plan import planning as plan
 from train_jax.step import placement, train_step
 from tests.train_jax.toy_task import toy_config
 
