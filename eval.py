@@ -6,6 +6,8 @@ The config is the workdir's config.json. With --config=FILE and no workdir, eval
 training and writes to runs/<config>-base. Calls train_jax.loop.evaluate(config, workdir, split, checkpoint).
 """
 
+from collections.abc import Sequence
+
 from absl import flags
 
 from train_jax.config import command_line
@@ -19,7 +21,7 @@ def _flags(values: flags.FlagValues) -> None:
     distributed.define_flags(values)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Parses the flags and evaluates."""
     config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
     from train_jax import loop  # slow to import, so only after the flags have been checked

@@ -20,7 +20,7 @@ generates images with a run of configs/flow_clevr.py (--out defaults to DIR/draw
 --config.eval.guidance=2 follows the prompt more closely.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
@@ -33,7 +33,7 @@ from train_jax.core.errors import UserError
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    options = dict(flag_values=values)
+    options: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "a run of train.py", **options)
     flags.DEFINE_string("model", None, "a base model instead of a run", **options)
     flags.DEFINE_string("tokenizer", None, "tokenizer.model or its folder; the model's folder if absent", **options)
@@ -59,7 +59,7 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Parses the flags and prints one line for each answer."""
     values = _flags()
     try:

@@ -6,6 +6,8 @@ Calls train_jax.loop.fit(config, workdir), or train_jax.sweep.fit(config, workdi
 notebook can call the same functions.
 """
 
+from collections.abc import Sequence
+
 from absl import flags
 
 from train_jax.config import command_line
@@ -21,7 +23,7 @@ def _flags(values: flags.FlagValues) -> None:
     distributed.define_flags(values)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Parses the flags and trains."""
     config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
     from train_jax import loop  # slow to import, so only after the flags have been checked

@@ -265,7 +265,8 @@ class Trainer:
         """Writes the first bad batch to a file and raises RunStopped; checkpoints are not changed."""
         process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""  # each has its own rows
         file = self.workdir / f"bad_batch_{first_bad}{process}.npz"
-        np.savez(file, **self.pipeline.batch_at(first_bad))
+        batch: dict[str, Any] = self.pipeline.batch_at(first_bad)
+        np.savez(file, **batch)
         latest = self.checkpoints.latest_step()
         saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is kept"
         raise RunStopped(
@@ -311,7 +312,7 @@ class Trainer:
         del self.state.train  # frees the memory of the optimizer state
         self.task.export(model, self.workdir)
         controls = self._control_runs(progress)
-        results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
+        results: dict[str, Any] = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
         results |= self.task.evaluate(model, self.workdir, control_results=controls)
         results |= complete.data_entry(self.task)
         if self.state.step_temp_bytes is not None:

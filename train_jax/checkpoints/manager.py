@@ -183,7 +183,7 @@ class Checkpoints:
             return
         trees = {"params": dict(params), "opt_state": flatten(opt_state)} | ({"ema": dict(ema)} if ema else {})
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(files.plain({"meta": meta, "metrics": metrics}))
         with self._explain_full_disk(step):
             self._scores[step] = score

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROW_AXES = ("data", "fsdp")
@@ -64,7 +65,7 @@ def pin_rows(tree: T, axes: Any = 0) -> T:
     """
 
     def pin(axis: int, x: jax.Array) -> jax.Array:
-        if row_parts(x.shape[axis]) == 1 or not isinstance(x, jax.core.Tracer):
+        if row_parts(x.shape[axis]) == 1 or not isinstance(x, Tracer):
             return x
         return lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, ROW_AXES))
 
@@ -132,7 +133,7 @@ def gather(module: T) -> T:
 def gathered(variable: nnx.Variable) -> jax.Array:
     """Returns the array of one Variable, gathered."""
     value, spec = variable.get_value(), variable.get_metadata().get(_METADATA)
-    if spec is None or not gathers() or not isinstance(value, jax.core.Tracer):
+    if spec is None or not gathers() or not isinstance(value, Tracer):
         return value
     return lax.with_sharding_constraint(value, PartitionSpec(*spec[len(spec) - value.ndim :]))
 

@@ -20,10 +20,12 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
             "~/tensorflow_datasets/coco_captions/2014/1.1.0: correct the path."
         )
     builder = tfds.builder_from_directory(folder)
-    if builder.info.file_format.value != "array_record":
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        name = "unknown files" if file_format is None else file_format.value
         raise UserError(
-            f"{folder} is stored as {builder.info.file_format.value}, which has no random access, expected "
-            "array_record; convert it once with paligemma_jax.data.tfrecord.convert_tfrecord."
+            f"{folder} is stored as {name}, which has no random access, expected array_record; convert it once with "
+            "paligemma_jax.data.tfrecord.convert_tfrecord."
         )
     return builder
 
@@ -38,4 +40,5 @@ def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, enco
         raise UserError(
             f"{folder} has no split {split!r}, expected one of {sorted(builder.info.splits)}; choose one of them."
         )
-    return builder.as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})
+    as_data_source: Any = builder.as_data_source  # a decorator of TFDS hides its signature
+    return as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})

@@ -170,7 +170,7 @@ def scale_by_adam_8bit(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         bias1, bias2 = _one_minus_power(b1, count), _one_minus_power(b2, count)
 
         def update_leaf(gradient, stored_mu, stored_nu):

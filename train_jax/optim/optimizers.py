@@ -233,7 +233,9 @@ def _match(config: ConfigDict, paths: list[str]) -> tuple[dict[str, bool], dict[
             what = f"weight_decay_mask of weight_decay={config.weight_decay}"
             matched = select(config.weight_decay_mask, paths, what=what)
         decayed |= dict.fromkeys(matched, True)
-    rules = [(pattern, (*rate, None)[:2]) for pattern, *rate in config.rates or ()]
+    rules: list[tuple[str, Rate]] = [
+        (pattern, (factor, warmup[0] if warmup else None)) for pattern, factor, *warmup in config.rates or ()
+    ]
     return decayed, cover([*rules, (".*", (1.0, None))], paths)
 
 

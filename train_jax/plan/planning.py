@@ -8,6 +8,8 @@ common accelerators have enough memory. `--devices` plans for N (CPU) devices in
 arguments are those of train.py. Plans every run of a sweep, but only one of runs that differ in their seed.
 """
 
+from collections.abc import Sequence
+
 import jax
 from absl import flags
 from jax.sharding import Mesh
@@ -134,7 +136,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("mesh", [], "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Parses the flags and prints the plans."""
     config, _, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
     sizes = dict(size.partition("=")[::2] for size in values.mesh)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ def own_copy(model: nnx.Module) -> nnx.Module:
     if jax.process_count() == 1:
         return model
     graph, arrays = param_tree.split(model)
-    return param_tree.merge(graph, {path: jnp.asarray(sharding.to_host(array)) for path, array in arrays.items()})
+    copies = {path: jnp.asarray(sharding.to_host(cast(jax.Array, array))) for path, array in arrays.items()}
+    return param_tree.merge(graph, copies)
 
 
 def create_state(
