@@ -41,12 +41,12 @@ def test_each_function_calls_the_next(what, line):
     assert len(dict.fromkeys(files[start:])) <= 3, f"{what}: more than two jumps"
 
 
-def test_the_lines_are_all_there():
+def test_the_page_has_every_jump():
     named = {"loss of the main job", "the step", "LoRA forward", "the flow loss", "sharding rules", "the SigLIP loss"}
     assert {what for what, _ in LINES} == named
 
 
-def test_the_readme_names_the_files_to_begin_with():
+def test_the_readme_has_the_reading_path():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     path = text.partition("## Reading path")[2].partition("\n## ")[0]
     assert all(f"`{file}`" in path and (ROOT / file).is_file() for file in README)

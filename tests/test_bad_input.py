@@ -151,7 +151,7 @@ def test_an_image_path_that_leaves_the_folder(own_options, own_rows, tmp_path, c
     )
 
 
-def test_a_suffix_that_would_lose_its_eos_stops_the_run(own_options, own_rows, tmp_path, capsys):
+def test_a_suffix_that_is_too_long_stops_the_run(own_options, own_rows, tmp_path, capsys):
     rows = read_lines(own_rows / "train.jsonl")
     for row in rows:
         row["suffix"] = "red red red red red"
@@ -262,14 +262,14 @@ def test_ctrl_c_before_the_first_step(own_options, tmp_path, capsys, monkeypatch
         (["--chekpoint=best"], "unknown argument '--chekpoint=best'; did you mean 'checkpoint'?"),
     ],
 )
-def test_mistakes_in_eval(mini_run, capsys, more, sentence):
+def test_errors_of_eval(mini_run, capsys, more, sentence):
     before = (mini_run / "eval.json").read_bytes()
     status, lines, _ = ends(capsys, eval_script.main, ["eval.py", f"--workdir={mini_run}", *more])
     assert status == 2 and len(lines) == 1 and lines[0].startswith("eval.py: error: ") and sentence in lines[0]
     assert (mini_run / "eval.json").read_bytes() == before
 
 
-def test_eval_of_a_folder_that_is_no_run(tmp_path, capsys):
+def test_eval_of_a_folder_without_a_run(tmp_path, capsys):
     status, lines, _ = ends(capsys, eval_script.main, ["eval.py", f"--workdir={tmp_path}"])
     assert (status, lines) == (
         2,
@@ -280,7 +280,7 @@ def test_eval_of_a_folder_that_is_no_run(tmp_path, capsys):
     )
 
 
-def test_predict_of_a_checkpoint_that_is_not_there(mini_run, capsys):
+def test_predict_with_a_missing_checkpoint(mini_run, capsys):
     words = [f"--workdir={mini_run}", "--checkpoint=7", "--image=x.png", "--prompt=x"]
     status, lines, _ = ends(capsys, predict_script.main, ["predict.py", *words])
     assert status == 2 and len(lines) == 1 and lines[0].startswith("predict.py: error: checkpoint '7' not found in ")

@@ -68,7 +68,7 @@ def evaluate(capsys, *more):
     return capsys.readouterr().out
 
 
-def test_what_a_run_leaves(mini_run, mini_options):
+def test_the_files_of_a_run(mini_run, mini_options):
     stored = json.loads((mini_run / "config.json").read_text())
     assert stored["batch_size"] == 8 and stored["data"]["num_train_scenes"] == 8
     lines = read_lines(mini_run / "metrics.jsonl")
@@ -122,7 +122,7 @@ def test_checkpoints_hold_adapters_alone(mini_run):
     assert any(np.abs(array).max() > 0 for path, array in saved.items() if path.endswith("lora_b"))
 
 
-def test_the_same_command_again_says_complete(mini_run, mini_options, capsys):
+def test_the_same_command_again_reports_a_complete_run(mini_run, mini_options, capsys):
     before = (mini_run / "eval.json").read_bytes()
     train_main(mini_run, mini_options)
     assert f"{mini_run} is complete: 12 steps" in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_predict(mini_run, mini_folder, pictures, capsys):
     assert both[0].startswith(f"{pictures[0]}  caption en  ->  ") and both[1:] == alone
 
 
-def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
+def test_predict_with_another_prompt_template(mini_run, pictures, capsys):
     question = "How many red cubes are there?"
     more = (f"--workdir={mini_run}", f"--image={pictures[0]}", "--max_new_tokens=4")
     usual = ask(capsys, *more, f"--prompt={question}")[0].rpartition("  ->  ")[2]
@@ -237,14 +237,14 @@ def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
     assert "give either --workdir=DIR (a run) or --model" in refused(capsys, *more, "--prompt=x", "--model=tiny")
 
 
-def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
+def test_predict_prints_one_line_for_each_answer(capsys, monkeypatch):
     answers = [("a.png", "p", "two\nlines\r"), ("b.png", "q\nr", "one")]
     monkeypatch.setattr("paligemma_jax.inference.answer.predict", lambda *args, **options: answers)
     lines = ask(capsys, "--model=tiny", "--image=a.png", "--prompt=p")
     assert lines == ["a.png  p  ->  two\\nlines\\r", "b.png  q\\nr  ->  one"]
 
 
-def test_predict_draws_anew_after_sixteen_prompts(mini_folder, pictures, capsys):
+def test_predict_samples_differ_across_batches_of_prompts(mini_folder, pictures, capsys):
     prompts = ["--prompt=caption en"] * 18
     sampler = ("--sampler=temperature", "--temperature=2.0", "--max_new_tokens=4")
     lines = ask(capsys, f"--model={mini_folder}", f"--image={pictures[0]}", *prompts, *sampler)
@@ -278,7 +278,7 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
         (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
     ],
 )
-def test_mistakes_in_predict(capsys, more, sentence):
+def test_errors_of_predict(capsys, more, sentence):
     assert sentence in refused(capsys, *more)
 
 
@@ -323,7 +323,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         ({"data.validation_split": "val"}, "no split 'val'"),
     ],
 )  # fmt: skip
-def test_mistakes_in_train(mini_options, tmp_path, capsys, monkeypatch, changes, sentence):
+def test_errors_of_train(mini_options, tmp_path, capsys, monkeypatch, changes, sentence):
     monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     assert sentence in mistake(capsys, mini_options | changes, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
@@ -340,7 +340,7 @@ def test_a_tokenizer_too_large_for_the_model(mini_options, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("arg", ["fp16", "fp16,smoke", "3b,smoke"])
-def test_arguments_of_the_config_that_mean_nothing(arg):
+def test_contradicting_arguments_of_the_config(arg):
     with pytest.raises(UserError, match="stands? (without|together)"):
         command_line.load_config(f"{ROOT / 'configs/clevr.py'}:{arg}")
 

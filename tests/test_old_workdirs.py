@@ -35,7 +35,7 @@ def test_an_old_run_evaluates(folder):
     same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["eval"])
 
 
-def test_an_old_run_goes_on(folder):
+def test_an_old_run_resumes(folder):
     stored = from_json((folder / "run/config.json").read_text())
     config = folder / "longer.py"
     config.write_text(

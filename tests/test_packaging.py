@@ -88,7 +88,7 @@ def test_ci_runs_the_readmes_test_command():
     assert all(re.search(rf"^{re.escape(step)}(\s|$)", ci, re.MULTILINE) for step in steps[2:])
 
 
-def test_every_extra_that_a_person_is_told_of_exists():
+def test_every_documented_extra_exists():
     """In documents and in sentences of the packages: `[tf]`, ".[parquet]", paligemma-jax[hub]."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     code = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]

@@ -37,7 +37,7 @@ def test_public_names_stay():
     assert found == LINES
 
 
-def test_no_submodule_bears_the_name_of_an_exported_function():
+def test_no_submodule_has_the_name_of_an_exported_function():
     for package in (pg, fj, pg.losses, pg.metrics, pg.weights, fj.couplings, fj.metrics, fj.paths, fj.models):
         functions = {name for name in package.__all__ if inspect.isfunction(getattr(package, name))}
         inside = {path.stem for path in Path(package.__file__).parent.iterdir()}

@@ -131,7 +131,7 @@ def test_every_task_has_a_case():
 
 
 @pytest.mark.parametrize(("task", "name"), ALL)
-def test_what_is_read_does_not_depend_on_who_reads_it(case_of, task, name):
+def test_batches_do_not_depend_on_the_reading_process(case_of, task, name):
     step = Step(case_of(task, name).make(**ONE))
     rows = step.batch(None, 1)
     for micro, processes in itertools.product((None, 4, 2), PROCESSES):

@@ -50,7 +50,7 @@ def test_a_fault_before_any_checkpoint(tmp_path):
     assert steps_kept(tmp_path) == []
 
 
-def test_fewer_faults_than_allowed_are_reported_and_survived(tmp_path, capsys):
+def test_fewer_faults_than_max_bad_steps_do_not_stop_the_run(tmp_path, capsys):
     fit(tmp_path / "bad", data__nan_steps=(5, 6), max_bad_steps=3)
     printed = capsys.readouterr().out
     assert "1 update(s) up to step 6 had a non-finite loss or gradient and were skipped" in printed
@@ -65,19 +65,19 @@ def test_fewer_faults_than_allowed_are_reported_and_survived(tmp_path, capsys):
     assert records[8]["loss"] != good[8]  # two updates fewer
 
 
-def test_three_faults_in_a_row_are_too_many(tmp_path):
+def test_too_many_faults_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="non-finite in 3 update.* from step 5 on .*max_bad_steps=3.*step 4 is kept"):
         fit(tmp_path, data__nan_steps=(5, 6, 7), max_bad_steps=3)
 
 
-def test_only_a_clean_state_is_saved(tmp_path, capsys):
+def test_no_checkpoint_is_saved_after_a_bad_step(tmp_path, capsys):
     run = {"data__nan_steps": (7,), "max_bad_steps": 3, "eval_steps": 12}
     fit(tmp_path, **run, total_steps=9)
     assert "step 8 is not saved: the last 1 update(s) were non-finite" in capsys.readouterr().out
     assert steps_kept(tmp_path) == [9]
 
 
-def test_faults_are_told_once_across_a_resume(tmp_path, capsys):
+def test_faults_are_reported_once_across_a_resume(tmp_path, capsys):
     run = {"data__nan_steps": (2,), "max_bad_steps": 2}
     fit(tmp_path, **run, total_steps=4)
     assert "1 update(s) up to step 3" in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_float16_overflow_through_a_run_and_its_resume(tmp_path, monkeypatch):
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
-def test_bad_rows_keep_their_slots(tmp_path):
+def test_bad_rows_keep_their_place_in_the_batch(tmp_path):
     fit(tmp_path / "bad", data__corrupt_steps=(3, 9), data__max_bad_fraction=0.5, data__threads=0)
     fit(tmp_path / "good")
     bad, good = logged(tmp_path / "bad"), logged(tmp_path / "good")
@@ -117,14 +117,14 @@ def test_bad_rows_keep_their_slots(tmp_path):
     assert len(set(bad) ^ set(good)) == 0
 
 
-def test_a_bad_row_ends_the_run_where_asked(tmp_path, capsys):
+def test_a_bad_row_stops_the_run_with_on_error_raise(tmp_path, capsys):
     run = {"mesh.data": 1, "data.on_error": "raise", "data.corrupt_steps": "(2,)"}
     status, line = fails(capsys, tmp_path / "run", run)
     assert status == 2
     assert line.startswith("train.py: error: row") and line.endswith(".png is cut off")
 
 
-def test_too_many_bad_rows_end_the_run(tmp_path, capsys):
+def test_too_many_bad_rows_stop_the_run(tmp_path, capsys):
     run = {"mesh.data": 1, "data.examples": 16, "data.corrupt_steps": "(0,)"}
     status, line = fails(capsys, tmp_path / "run", run)
     assert status == 2
@@ -140,7 +140,7 @@ def test_bad_rows_of_all_workers_are_counted_together(tmp_path, capsys):
     assert logged(tmp_path, "bad_rows") == {4: 4, 8: 8, 12: 12}
 
 
-def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch):
+def test_frozen_parameters_do_not_change_and_are_not_saved(tmp_path, monkeypatch):
     """The model that is evaluated after training holds the frozen leaves bit for bit."""
     seen = []
     from tests.train_jax.toy_task import Toy

@@ -14,15 +14,15 @@ def test_larger_scores_are_better_in_either_mode():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_what_is_not_finite_never_ranks(value, mode):
+def test_nonfinite_values_have_no_rank(value, mode):
     assert score({"loss": value}, "loss", mode) == -math.inf
 
 
-def test_without_evaluation_or_metric_nothing_ranks():
+def test_without_results_or_metric_there_is_no_rank():
     assert score(None, "loss", "max") == score({"loss": 1.0}, None, "max") == -math.inf
 
 
-def test_a_metric_that_is_not_measured_and_the_nearest():
+def test_an_unknown_metric_suggests_the_nearest():
     check_metric(None, ["loss"])
     check_metric("loss", ("accuracy", "loss"))
     with pytest.raises(UserError) as error:

@@ -49,7 +49,7 @@ def checkpoints(tmp_path):
     opened.close()
 
 
-def test_round_trip_is_bitwise_and_gives_named_tuples_back(checkpoints):
+def test_round_trip_is_bitwise_and_restores_named_tuples(checkpoints):
     params, opt_state = make_state(7)
     ema = jax.tree.map(lambda leaf: 2 * leaf, params)
     meta = {"step": 7, "config": {"lr": 1e-5, "rates": ("a", 2)}, "patience": None}
@@ -114,7 +114,7 @@ def test_without_a_metric_only_the_latest_is_kept(tmp_path):
     checkpoints.close()
 
 
-def test_saving_a_step_again_keeps_its_arrays_and_takes_the_new_words(checkpoints):
+def test_saving_a_step_again_replaces_only_its_json(checkpoints):
     save(checkpoints, 4, patience=0)
     assert checkpoints.best_step() is None
     save(checkpoints, 4, accuracy=0.25, seed=99, patience=1)
@@ -148,7 +148,7 @@ def test_restores_onto_eight_devices_and_back(checkpoints):
     assert_bitwise_equal(on_one[:2], (params, opt_state))
 
 
-def test_a_mismatch_is_one_sentence_with_every_path(checkpoints):
+def test_a_mismatch_lists_every_path(checkpoints):
     save(checkpoints, 1)
     params, opt_state = make_state(1)
     params["decoder/layers/self_attn/q_proj/kernel"] = jnp.zeros((2, 8, 5))
@@ -169,7 +169,7 @@ def test_a_mismatch_is_one_sentence_with_every_path(checkpoints):
     assert "\n" not in sentence
 
 
-def test_mistakes_are_sentences(tmp_path, checkpoints):
+def test_checkpoint_errors(tmp_path, checkpoints):
     with pytest.raises(UserError, match="no checkpoint in .*; train first"):
         checkpoints.resolve("latest")
     with pytest.raises(UserError, match="best_metric='accuracy' is not measured .*, expected one of loss, rouge1"):
@@ -221,7 +221,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path, caplog):
 
 @pytest.mark.filterwarnings("ignore:coroutine")  # the one that "at once" cuts off
 @pytest.mark.parametrize("where", ["background", "at once", "annotation"])
-def test_a_full_disk_is_one_sentence_and_costs_no_earlier_step(tmp_path, monkeypatch, caplog, where):
+def test_a_full_disk_is_one_error_and_keeps_earlier_steps(tmp_path, monkeypatch, caplog, where):
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder, "accuracy")
     save(checkpoints, 1, accuracy=0.9)

@@ -9,7 +9,7 @@ from train_jax.core import files
 from train_jax.core.errors import UserError
 
 
-def test_to_json_is_valid_whatever_the_numbers():
+def test_to_json_is_valid_for_nonfinite_numbers():
     value = {"a": float("nan"), "b": [np.float32(1.5), jnp.int32(3)], 7: {"c": np.inf, "d": (True, None, "é")}}
     expected = {"a": None, "b": [1.5, 3], "7": {"c": None, "d": [True, None, "é"]}}
     assert json.loads(files.to_json(value)) == expected

@@ -15,7 +15,7 @@ class Stack(nnx.Module):
         self.last = nnx.Dict(scale=nnx.Param(jnp.float32(-1)))
 
 
-def test_lists_of_more_than_ten_come_back_in_their_order():
+def test_lists_of_more_than_ten_keep_their_order():
     """Sorted as text, "10" stands before "2", and layers of one shape would change places without an error."""
     graph, arrays = param_tree.split(Stack())
     assert arrays["layers/10"] == 10 and arrays["last/scale"] == -1

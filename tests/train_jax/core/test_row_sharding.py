@@ -66,14 +66,14 @@ def test_values_and_gradients_are_those_of_one_device_and_no_activation_is_excha
     assert shapes <= {(), *(array.shape for array in arrays.values())}
 
 
-def test_without_a_mesh_nothing_is_changed(mesh):
+def test_without_a_mesh_arrays_are_returned_unchanged(mesh):
     graph, arrays, x = placed(mesh)
     assert row_sharding.row_parts(ROWS) == 1 and row_sharding.pin_rows(x) is x
     jaxpr = jax.make_jaxpr(lambda arrays, x: loss(graph, arrays, x))(arrays, x)
     assert "sharding_constraint" not in str(jaxpr) and "remat" not in str(jaxpr)
 
 
-def test_rows_that_do_not_divide_stay_as_they_are(mesh):
+def test_rows_that_the_mesh_does_not_divide_are_not_pinned(mesh):
     with row_sharding.over(mesh):
         assert row_sharding.row_parts(16) == 8 and row_sharding.row_parts(12) == 1
         pinned = jax.make_jaxpr(row_sharding.pin_rows)
@@ -81,7 +81,7 @@ def test_rows_that_do_not_divide_stay_as_they_are(mesh):
         assert "sharding_constraint" not in str(pinned(jnp.zeros((12, 3))))
 
 
-def test_rows_may_lie_on_another_axis(mesh):
+def test_rows_may_be_on_another_axis(mesh):
     pin = row_sharding.within(mesh, lambda tree: row_sharding.pin_rows(tree, (0, 1)))
     x = jax.device_put(np.zeros((16, 8)), NamedSharding(mesh, P()))
     first, (second, nothing) = jax.jit(pin)((x, (x, None)))

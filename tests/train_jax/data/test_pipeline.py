@@ -38,7 +38,7 @@ def reference():
     return ids(pipeline().iterate()).reshape(12, 8)
 
 
-def test_each_epoch_holds_every_example_once_in_another_order():
+def test_each_epoch_is_a_new_permutation():
     stream = ids(Pipeline(Numbers(), batch_size=N, num_steps=4, seed=1).iterate()).reshape(4, N)
     for epoch in stream:
         assert sorted(epoch) == list(range(N))
@@ -52,14 +52,14 @@ def test_epochs_are_shuffled_across_batches():
     assert sorted(stream[N : 2 * N]) == list(range(N))
 
 
-def test_seed_decides_the_order():
+def test_the_order_depends_on_the_seed():
     assert (ids(pipeline(seed=5).iterate()) == ids(pipeline(seed=5).iterate())).all()
     # No epoch of a seed is an epoch of the next one, as it would be with order(seed + epoch).
     orders = [ids(Pipeline(Numbers(), N, num_steps=3, seed=seed).iterate()).reshape(3, N) for seed in (5, 6)]
     assert all((one != other).any() for one in orders[0] for other in orders[1])
 
 
-def test_unshuffled_reads_in_order_again_and_again():
+def test_without_shuffle_the_order_repeats():
     stream = ids(pipeline(shuffle=False).iterate()).ravel()
     assert (stream == np.arange(12 * 8) % N).all()
 
@@ -111,7 +111,7 @@ class Marked(Numbers):
 @pytest.mark.parametrize(
     "options", [{}, {"micro_batch": 4, "threads": 0}, pytest.param({"workers": 2}, marks=pytest.mark.slow)]
 )
-def test_rows_are_counted_as_their_batches_are_handed_out(options):
+def test_rows_are_counted_when_their_batch_is_used(options):
     """Those and no others, whatever is read ahead and by whom."""
     source = Marked()
     batches = Pipeline(source, **dict(batch_size=8, num_steps=12, seed=5, threads=2) | options).iterate(start_step=3)
@@ -124,7 +124,7 @@ def test_rows_are_counted_as_their_batches_are_handed_out(options):
         batches.close()
 
 
-def test_a_batch_that_is_only_looked_at_is_not_counted():
+def test_batch_at_does_not_count_rows():
     source = Marked()
     assert Pipeline(source, 8, num_steps=2).batch_at(1).keys() == {"id", "row"} and not source.counted
 
@@ -137,7 +137,7 @@ class Handlers(Numbers):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_workers_at_work():
+def test_workers_ignore_ctrl_c():
     """A terminal sends it to them too, and the run still needs what they read."""
     batches = Pipeline(Handlers(), 4, num_steps=1, workers=1).iterate()
     try:
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_workers_at_work():
         batches.close()
 
 
-def test_a_source_that_cannot_be_sent_to_workers_is_refused():
+def test_a_source_that_cannot_be_pickled_is_refused():
     source = Numbers()
     source.lock = threading.Lock()
     with pytest.raises(UserError) as error:
@@ -179,11 +179,11 @@ def test_seek_reads_only_what_it_returns():
     assert read == batch["id"].ravel().tolist()
 
 
-def test_resuming_at_the_end_yields_nothing():
+def test_resuming_after_the_last_step_yields_no_batches():
     assert list(pipeline().iterate(12)) == []
 
 
-def test_reading_ahead_is_bounded():
+def test_prefetching_is_bounded():
     read, lock = [], threading.Lock()
 
     class Counting(Numbers):
@@ -215,7 +215,7 @@ def test_wait_is_measured():
     assert batches.wait_seconds < slow
 
 
-def test_fingerprint_follows_the_stream_alone():
+def test_the_fingerprint_depends_on_the_stream_only():
     base = pipeline().fingerprint
     assert pipeline(micro_batch=2, threads=0, process_count=2, num_steps=99).fingerprint == base
     for change in ({"seed": 6}, {"batch_size": 4}, {"shuffle": False}):
@@ -223,13 +223,13 @@ def test_fingerprint_follows_the_stream_alone():
     assert Pipeline(Numbers(N + 1), 8, num_steps=12, seed=5).fingerprint != base
 
 
-def test_fingerprint_holds_the_source_s():
+def test_the_fingerprint_includes_that_of_the_source():
     source = Numbers()
     source.fingerprint = "v1"
     assert Pipeline(source, 8, num_steps=1).fingerprint["source"] == "v1"
 
 
-def test_errors_of_the_source_reach_the_reader():
+def test_errors_of_the_source_are_raised():
     class Broken(Numbers):
         def __getitem__(self, index):
             raise UserError("row 3 of x.jsonl is bad")
@@ -266,7 +266,7 @@ class Grouped(Numbers):
 
 
 @pytest.mark.parametrize(("group", "read"), [(1, 2), (2, 4), (4, 8), (None, 8)])
-def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
+def test_rows_of_a_group_are_read_together(group, read):
     """Two micro-batches of four over four processes: a row of each for every process."""
     source = Grouped(group)
     whole = Pipeline(source, 8, num_steps=4, seed=5).batch_at(3)
@@ -282,7 +282,7 @@ def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
         np.testing.assert_array_equal(found, values)
 
 
-def test_groups_that_do_not_fill_a_batch_are_refused():
+def test_groups_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, in which the training"):
         Pipeline(Grouped(3), 8, num_steps=1)
 

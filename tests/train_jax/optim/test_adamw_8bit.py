@@ -93,7 +93,7 @@ def test_each_step_of_bitsandbytes_from_its_stored_state(step):
     assert np.mean((adam.nu.codes != expected[1]) & ~raised) <= 1e-3
 
 
-def test_small_leaves_have_float32_moments_and_equal_bitsandbytes():
+def test_small_leaves_have_float32_moments_as_in_bitsandbytes():
     params = jnp.asarray(GOLDEN["adamw8/small_p0"])
     state = ADAMW.init(params)
     for gradient, expected in zip(GOLDEN["adamw8/small_grads"], GOLDEN["adamw8/after/small_p"], strict=True):
@@ -107,7 +107,7 @@ def test_small_leaves_have_float32_moments_and_equal_bitsandbytes():
     assert isinstance(scale_by_adam_8bit(min_8bit_size=256).init(jnp.zeros((16, 16))).nu, Quantized)
 
 
-def test_no_step_explodes_where_a_second_moment_is_tiny_beside_its_neighbours():
+def test_a_tiny_second_moment_in_a_block_does_not_explode():
     """bitsandbytes' own run of the golden is 0.15 away from float32 AdamW by its fifth step, at a rate of 0.01."""
     params, state = jnp.asarray(GOLDEN["adamw8/p0"]), golden_state(0)
     theirs, ours = [], []
@@ -145,7 +145,7 @@ def test_rounding_is_to_the_nearest_level_of_the_block(shape, signed):
         assert (np.abs(block - found) <= np.maximum(best * (1 + 1e-4), lowest) + 1e-6 * absmax).all()
 
 
-def test_a_block_of_zeros_stays_zeros():
+def test_a_block_of_zeros_stays_zero():
     values = jnp.zeros(512).at[300].set(2.0)
     for signed in (True, False):
         np.testing.assert_array_equal(there_and_back(values, signed), values)
@@ -178,7 +178,7 @@ def regression(seed, rows=512, features=64, outputs=80):
     return x, y + 0.01 * jax.random.normal(keys[2], y.shape)
 
 
-def test_converges_as_float32_adamw_does():
+def test_converges_like_float32_adamw():
     x, y = regression(0)
 
     def loss(kernel):
@@ -205,7 +205,7 @@ def test_converges_as_float32_adamw_does():
     ("shape", "spec"),
     [((64, 80), ("fsdp", "tensor")), ((8, 1024), (None, "fsdp")), ((2, 8, 512), (None, "fsdp", "tensor"))],
 )
-def test_codes_lie_on_a_mesh_as_their_parameter_and_do_not_depend_on_it(shape, spec):
+def test_codes_are_sharded_like_their_parameter(shape, spec):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     gradients = jax.random.normal(jax.random.key(0), (3, *shape))
     optimizer = scale_by_adam_8bit()
@@ -234,7 +234,7 @@ def test_codes_lie_on_a_mesh_as_their_parameter_and_do_not_depend_on_it(shape, s
         assert "all-to-all" not in program and "collective-permute" not in program
 
 
-def test_a_stack_of_layers_steps_as_its_layers_do_and_needs_their_memory_one_at_a_time():
+def test_a_stack_is_updated_one_layer_at_a_time():
     optimizer, shape = scale_by_adam_8bit(), (16, 64, 1024)
     update = jax.jit(lambda gradient, state: optimizer.update(gradient, state), donate_argnums=1)
     gradients = jax.random.normal(jax.random.key(0), (2, *shape))
@@ -271,7 +271,7 @@ def train(micro_batches, x, y, steps=3):
     return state, lambda state, batch: step(state, totals, {}, batch)[0], batch
 
 
-def test_accumulated_gradients_give_the_same_steps():
+def test_accumulated_gradients_give_equal_steps():
     x, y = regression(0)
     whole, parts = (train(micro_batches, x, y)[0] for micro_batches in (1, 4))
     np.testing.assert_allclose(parts.params["kernel"], whole.params["kernel"], atol=1e-4)
@@ -280,7 +280,7 @@ def test_accumulated_gradients_give_the_same_steps():
     assert np.mean(codes != expected) < 0.01
 
 
-def test_a_masked_step_leaves_codes_and_scales_as_they_are():
+def test_a_masked_step_does_not_change_codes_and_scales():
     state, step, batch = train(1, *regression(0))
     before = jax.tree.map(np.asarray, (state.params, state.opt_state))
     after = step(state, batch | {"x": batch["x"].at[0, 0, 0].set(jnp.nan)})
@@ -291,7 +291,7 @@ def test_a_masked_step_leaves_codes_and_scales_as_they_are():
     assert np.mean(np.asarray(again.opt_state[0].mu["kernel"].codes) != before[1][0].mu["kernel"].codes) > 0.1
 
 
-def test_checkpoints_give_the_state_back_bit_for_bit(tmp_path):
+def test_checkpoints_restore_the_state_exactly(tmp_path):
     state = train(1, *regression(0))[0]
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state.params, state.opt_state, {"step": 3})

@@ -44,7 +44,7 @@ def run_both(workdir, changes: dict) -> list[tuple[int, str]]:
 @pytest.mark.timeout(2 * SECONDS + 600)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_runs")
-def test_two_processes_train_save_and_restore_as_one(tmp_path):
+def test_two_processes_train_save_and_restore_one_run(tmp_path):
     for run in ({"total_steps": 3}, {}):  # trained, then restored and trained on
         results = run_both(tmp_path / "two", run)
         assert [status for status, _ in results] == [0, 0], "\n".join(output for _, output in results)

@@ -78,7 +78,7 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
-def test_what_the_compiler_writes_is_read(kind):
+def test_collectives_of_the_compiler_are_parsed(kind):
     function, spec_in, spec_out, size = COLLECTIVES[kind]
     assert hlo.collective_bytes(compiled(function, spec_in, spec_out, (16, 3))) == {kind: size}
 
@@ -121,6 +121,6 @@ def test_copies_of_stacked_weights_are_found():
 
 
 @pytest.mark.parametrize("unchanged", ["f32[6,64,128]{2,1,0} parameter", "s8[6,64,128]{2,1,0} parameter"])
-def test_a_copy_of_an_argument_that_is_not_half_precision_is_none(unchanged):
+def test_copies_of_other_arguments_do_not_count(unchanged):
     text = COPIED.replace("bf16[6,64,128]{2,1,0} parameter", unchanged).replace("x.1 = bf16", "x.1 = f32")
     assert hlo.float32_copies(hlo.parse(text)) == 4 * 6 * 128 * 64

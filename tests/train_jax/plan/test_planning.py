@@ -72,7 +72,7 @@ def bytes_on_first_device(tree) -> int:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_the_plan_is_the_run(real, changes):
+def test_the_plan_equals_the_run(real, changes):
     """Live arrays to the byte; the step's temporaries; nothing is left on a device by the planning."""
     before = len(live_arrays())
     planned = plan(config(**changes))
@@ -141,13 +141,13 @@ def test_cards_fit_or_do_not():
     assert "no, 954 MiB too much" in cards_table(large) and large.peak == 20 * GB
 
 
-def test_a_task_without_a_blueprint_is_told(monkeypatch):
+def test_a_task_without_a_blueprint_is_refused(monkeypatch):
     monkeypatch.delattr(Toy, "blueprint")
     with pytest.raises(UserError, match="has no blueprint, expected one to plan by"):
         plan(config())
 
 
-def test_of_a_sweep_every_run_is_planned_once():
+def test_every_run_of_a_sweep_is_planned_once():
     sweep = tuple((f"{width}-{seed}", {"model.width": width, "seed": seed}) for seed in (0, 1) for width in (8, 16))
     single = config()
     assert plan_command.runs(single) == [("", single)]
@@ -174,7 +174,7 @@ def file(tmp_path):
         (["--devices=0"], "correct the flag"),
     ],
 )
-def test_each_mistake_is_one_sentence(file, capsys, flags, sentence):
+def test_errors_of_the_command(file, capsys, flags, sentence):
     with pytest.raises(SystemExit):
         command_line.run(plan_command.main, ["plan", f"--config={file}", *flags])
     error = capsys.readouterr().err
@@ -188,7 +188,7 @@ def run(*command, **environment) -> str:
     return done.stdout
 
 
-def test_devices_are_made_up(file):
+def test_devices_are_simulated(file):
     text = run(
         "-m", "train_jax.plan", f"--config={file}", "--devices=6", "--mesh=fsdp=2,tensor=3", "--config.batch_size=6"
     )
@@ -230,7 +230,7 @@ print(json.dumps({"planned": planned.programs[0].total, "resident": peak() - bef
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset a peak")
-def test_resident_memory_is_what_was_planned():
+def test_resident_memory_equals_the_plan():
     found = json.loads(run("-c", RESIDENT, JAX_PLATFORMS="cpu").splitlines()[-1])
     assert found["planned"] > 200e6
     assert found["resident"] == pytest.approx(found["planned"], rel=0.15)

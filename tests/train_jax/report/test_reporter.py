@@ -80,7 +80,7 @@ def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     assert read(tmp_path) == []
 
 
-def test_plain_lines_tell_rate_examples_and_time_left(tmp_path, capsys, clock):
+def test_plain_lines_have_rate_and_remaining_time(tmp_path, capsys, clock):
     reporter = Reporter(tmp_path, 100, examples_per_step=8, progress="plain")
     clock.now += 60  # compiles
     reporter.tick(1)
@@ -97,7 +97,7 @@ def test_plain_lines_tell_rate_examples_and_time_left(tmp_path, capsys, clock):
     reporter.close()
 
 
-def test_a_bar_when_forced_and_none_off_a_terminal(tmp_path, capsys, monkeypatch):
+def test_a_bar_is_shown_if_requested_or_on_a_terminal(tmp_path, capsys, monkeypatch):
     reporter = Reporter(tmp_path, 100, start_step=50, examples_per_step=2, progress="bar")
     for step in (51, 52):
         reporter.tick(step)

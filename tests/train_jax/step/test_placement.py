@@ -69,7 +69,7 @@ def shards(leaf) -> int:
     return leaf.size // math.prod(leaf.addressable_shards[0].data.shape)
 
 
-def test_parameters_lie_in_memory_once():
+def test_parameters_are_in_memory_once():
     config = mesh_config((1, 1, 1))
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)
@@ -82,7 +82,7 @@ def test_parameters_lie_in_memory_once():
         np.testing.assert_array_equal(leaf, before[path])
 
 
-def test_a_dimension_that_does_not_divide_stays_whole_and_is_noted():
+def test_an_indivisible_dimension_is_not_split_and_is_noted():
     config = mesh_config((1, 8, 1), model__width=12)
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)

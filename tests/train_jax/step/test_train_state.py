@@ -94,7 +94,7 @@ def test_accumulation_equals_the_big_batch():
     assert abs(np.mean([value / count for value, count in means]) / metrics["loss"][0] - 1) > 0.05
 
 
-def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
+def test_dropout_depends_on_row_and_step_only():
     keys = jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 8))
     assert len(np.unique(keys, axis=0)) == 8
     assert_equal(keys[:4], jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 4)))
@@ -103,7 +103,7 @@ def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
         assert not (keys == other).all(axis=1).any()
 
 
-def test_rows_of_a_batch_tell_their_number_and_step():
+def test_batches_have_row_numbers_and_the_step():
     found = randomness.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
     assert found["x"].shape == (2, 3, 5)
     np.testing.assert_array_equal(found[randomness.ROW], [[0, 1, 2], [3, 4, 5]])
@@ -116,7 +116,7 @@ def bad_batch():
     return batch(x=x)
 
 
-def test_a_fault_leaves_parameters_and_optimizer_untouched():
+def test_a_bad_step_changes_neither_parameters_nor_optimizer():
     steps = make_steps(max_bad_steps=2, ema_decay=0.9)
     good, _ = steps(steps.state, batch())
     after, metrics = steps(good, bad_batch())
@@ -131,7 +131,7 @@ def test_a_fault_leaves_parameters_and_optimizer_untouched():
     assert int(recovered.updates) == 2
 
 
-def test_the_guard_latches_until_the_host_looks():
+def test_the_guard_stays_latched():
     steps = make_steps(max_bad_steps=2, ema_decay=0.9)
     after = steps.state
     for _ in range(2):
@@ -155,7 +155,7 @@ def spike():
     return batch(y=y)
 
 
-def test_float16_overflow_halves_the_scale_and_is_no_fault():
+def test_float16_overflow_halves_the_scale():
     steps = make_steps(compute_dtype="float16")
     after, metrics = steps(steps.state, spike())
     assert float(after.loss_scale.value) == 2.0**14
@@ -196,7 +196,7 @@ def test_the_scale_doubles_after_its_interval(monkeypatch):
     assert values == [8, 8, 16, 16, 16, 8, 8, 8, 16]
 
 
-def test_average_without_bias():
+def test_debias_ema_equals_its_definition():
     """Against the definition, at a decay for which 1 - decay loses its digits in float32."""
     decay = 0.9999
     steps = make_steps(ema_decay=decay, model__dropout=0.0)
@@ -238,7 +238,7 @@ def test_frozen_leaves_have_no_optimizer_state():
     assert set(steps.frozen) == {"tower/kernel", "tower/bias"}
 
 
-def test_merge_gives_the_model_back():
+def test_merge_returns_the_model():
     config = toy_config()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     task = task_class(config.task)(config, mesh)

@@ -34,7 +34,7 @@ def host(tmp_path):
     return made
 
 
-def test_without_groups_it_is_what_the_machine_has_available(host):
+def test_without_groups_it_is_the_available_memory(host):
     assert host.left() == 8 * GIB
     host.member("0::/", "4:memory:/")
     assert host.left() == 8 * GIB
@@ -75,13 +75,13 @@ def test_version_1(host):
     assert host.left() == GIB + GIB // 2
 
 
-def test_a_limit_above_what_is_available_does_not_count(host):
+def test_a_limit_above_the_available_memory_has_no_effect(host):
     host.member("0::/box")
     host.write(host.groups / "box", memory__max=60 * GIB, memory__current=GIB)
     assert host.left() == 8 * GIB
 
 
-def test_a_group_beyond_its_limit_has_nothing(host):
+def test_a_group_beyond_its_limit_has_no_memory_left(host):
     host.member("0::/box")
     host.write(host.groups / "box", memory__max=GIB, memory__current=GIB + 4096)
     assert host.left() == 0
