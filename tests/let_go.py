@@ -1,8 +1,8 @@
-"""Memory of finished tests is let go, so that a whole run fits a laptop of 8 GB.
+"""Frees the memory of finished tests, so that the whole suite fits a laptop with 8 GB.
 
-A plugin (see conftest.py). JAX keeps every program that it compiled for as long as a process lives, and each module
-compiles programs of its own. Those that modules share are compiled anew after a clearing, so that is done only once a
-process has grown: a little at the end of a module, much between the tests of one.
+A plugin (see conftest.py). JAX keeps every compiled program for the lifetime of a process. After clearing, programs
+that several modules share are compiled again, so caches are cleared only once a process has grown above a limit, which
+is lower at the end of a module than between its tests.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ BETWEEN_TESTS = 1408 << 20
 
 
 def resident_bytes() -> int | None:
-    """What this process holds in memory; None where the system does not tell (it is Linux that does)."""
+    """Returns the resident memory of this process; None on systems other than Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -26,17 +26,17 @@ def resident_bytes() -> int | None:
 
 
 def let_go() -> None:
-    """Drops compiled programs and unreachable arrays, and gives free memory back to the system."""
+    """Frees compiled programs and unreachable arrays, and returns free memory to the system."""
     jax.clear_caches()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, which otherwise keeps it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc otherwise keeps free memory
     if trim is not None:
         trim(0)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
-    """After the fixtures that this test was the last to use."""
+    """Frees memory after the teardown of the test and its fixtures."""
     yield
     last = nextitem is None or nextitem.path != item.path
     held = resident_bytes()

@@ -1,4 +1,4 @@
-"""Import paths of before lead to the modules as they are now, with a warning."""
+"""Old import paths import the moved modules, with a warning."""
 
 import importlib
 import re
@@ -20,8 +20,8 @@ ROWS = [
 def test_an_old_path_imports_the_moved_module(old, new):
     sys.modules.pop(old, None)
     with pytest.warns(DeprecationWarning, match=f"^{re.escape(old)} has moved: import {re.escape(new)}$"):
-        found = importlib.import_module(old)
-    assert found is importlib.import_module(new) and found.__name__ == found.__spec__.name == new
+        result = importlib.import_module(old)
+    assert result is importlib.import_module(new) and result.__name__ == result.__spec__.name == new
     sys.modules.pop(old, None)
 
 

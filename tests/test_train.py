@@ -1,4 +1,4 @@
-"""Mistakes on the command line of train.py: one sentence, exit status 2, before anything is compiled."""
+"""Errors on the command line of train.py: one sentence, exit status 2, before anything is compiled."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from train_jax.step import placement
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """Neither a model is made nor a step compiled."""
+    """Fails the test if a model is made or a step compiled."""
 
     def compiled(*args, **options):
         raise AssertionError("the run went on")
@@ -107,7 +107,7 @@ def test_print_batch(tmp_path, capsys):
 
 
 def test_no_traceback_from_the_real_command(tmp_path):
-    """One mistake in a process of its own: stderr is one line, and the status is the shell's."""
+    """Runs one error in a subprocess: stderr is one line."""
     command = [sys.executable, *arguments(tmp_path / "run", {"batch_sise": 4})]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and done.stdout == ""

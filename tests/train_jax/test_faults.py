@@ -1,4 +1,4 @@
-"""Faults while a run is under way: what is printed, what is kept, and the exit status."""
+"""Non-finite updates and bad rows during a run: messages, checkpoints and exit status."""
 
 import json
 
@@ -21,7 +21,7 @@ def fit(workdir, **changes):
 
 
 def test_one_fault_stops_the_run(tmp_path, capsys):
-    """The NaN is met in step 5, found at the log of step 8, before anything of step 8 is saved."""
+    """A NaN in step 5 is detected at the log of step 8, before step 8 is saved."""
     workdir = tmp_path / "run"
     run = {"mesh.data": 1, "total_steps": 12, "log_steps": 8, "data.nan_steps": "(5,)"}
     status, line = fails(capsys, workdir, run)
@@ -39,7 +39,7 @@ def test_one_fault_stops_the_run(tmp_path, capsys):
         }  # fmt: skip
         assert np.isnan(batch["x"]).sum() == 1
     assert metrics(workdir)[-1]["step"] == 8 and metrics(workdir)[-1]["bad_steps"] == 1
-    # The same command meets the same fault, from the checkpoint.
+    # The same command resumes from the checkpoint and stops at the same step.
     assert fails(capsys, workdir, run) == (1, line)
     assert steps_kept(workdir) == [4]
 
@@ -110,10 +110,10 @@ def test_bad_rows_keep_their_place_in_the_batch(tmp_path):
     assert [bad[step] == good[step] for step in range(1, 6)] == [True, True, True, False, False]
     counts = {step: 1 if step < 10 else 2 for step in range(4, 13)}
     assert logged(tmp_path / "bad", "bad_rows") == counts
-    # However far threads read ahead.
+    # For any amount of prefetching.
     fit(tmp_path / "ahead", data__corrupt_steps=(3, 9), data__max_bad_fraction=0.5, data__threads=3)
     assert logged(tmp_path / "ahead", "bad_rows") == counts
-    # The batch of step 3 is the good run's but for one weight.
+    # The batch of step 3 equals that of the good run except for one weight.
     assert len(set(bad) ^ set(good)) == 0
 
 
@@ -133,7 +133,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bad_rows_of_all_workers_are_counted_together(tmp_path, capsys):
-    """12 of 96 rows are bad, of which each of two workers reads about half, and this process none."""
+    """12 of 96 rows are bad; each of two workers reads about half of them, and this process none."""
     run = {"data__workers": 2, "data__corrupt_steps": tuple(range(12)), "log_steps": 4, "eval_steps": 12}
     with pytest.raises(UserError, match=r"12 of 96 rows read were bad \(12.5%; first: row\d+.png, row\d+.png, "):
         fit(tmp_path, **run, data__max_bad_fraction=0.1)
@@ -141,7 +141,7 @@ def test_bad_rows_of_all_workers_are_counted_together(tmp_path, capsys):
 
 
 def test_frozen_parameters_do_not_change_and_are_not_saved(tmp_path, monkeypatch):
-    """The model that is evaluated after training holds the frozen leaves bit for bit."""
+    """The model evaluated after training has the same frozen parameters, bit for bit."""
     seen = []
     from tests.train_jax.toy_task import Toy
     from train_jax.core import param_tree

@@ -1,4 +1,4 @@
-"""The contract of a workdir, and what the durations, the evaluations and the checkpoints of a run are."""
+"""Workdirs, durations, evaluations and checkpoints of a run."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def fit(workdir, **changes):
 
 
 def eval_steps(workdir, name="loss"):
-    """Steps at which the run was evaluated."""
+    """Returns the steps at which the run was evaluated."""
     return [record["step"] for record in metrics(workdir) if f"eval/{name}" in record]
 
 
@@ -37,7 +37,7 @@ def trained_steps(workdir):
 
 @pytest.fixture(scope="module")
 def finished(fast_runs, tmp_path_factory):
-    """A run of 8 steps, and what `fit` returned."""
+    """The workdir of a run of 8 steps, and the results of `fit`."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_curves", plots.plot_curves)
@@ -46,7 +46,7 @@ def finished(fast_runs, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run."""
+    """A copy of the finished run's workdir."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -71,7 +71,7 @@ def test_the_files_of_a_run(finished):
 
 
 def test_the_model_learns(tmp_path):
-    """From weighted examples; the best constant has a loss of about 0.5."""
+    """From weighted examples; the best constant prediction has a loss of about 0.5."""
     run = {"total_steps": 100, "eval_steps": 100, "log_steps": 100, "model__dropout": 0.0}
     assert fit(tmp_path, **run)["loss"] < 0.25
 
@@ -102,7 +102,7 @@ def test_a_changed_config_is_refused_with_the_difference(run):
 
 @pytest.fixture
 def nothing_prepared(monkeypatch):
-    """Neither data nor a model are there yet."""
+    """Fails the test if data or a model are prepared."""
     for name in ("train_source", "init"):
         monkeypatch.setattr(Toy, name, lambda self: pytest.fail("something was prepared"))
 
@@ -112,11 +112,11 @@ def test_a_used_workdir_is_checked_before_data_are_prepared(run, capsys):
     with pytest.raises(UserError, match="another config .model.width: 8 -> 16"):
         fit(run, model__width=16)
     with pytest.raises(UserError, match="holds a run of 8 steps .* asks for 6"):
-        fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, as the checkpoint knows
+        fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, a number that the checkpoint stores
 
 
 def test_the_data_of_a_complete_run_are_checked_without_a_model(run, monkeypatch, capsys):
-    """Those that it trained on, and where the task tells them those that it was measured on."""
+    """Both the training data and, if the task has a fingerprint for them, the evaluation data."""
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a model was made"))
     assert fit(run)["step"] == 8 and "is complete" in capsys.readouterr().out
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
@@ -151,7 +151,7 @@ def test_the_evaluation_data_of_a_complete_run_are_checked(tmp_path, monkeypatch
     ],
 )
 def test_optimizer_errors_are_raised_before_data_are_prepared(tmp_path, monkeypatch, changes, sentence):
-    """Patterns too, by a task that knows its parameters by then."""
+    """Including patterns, for a task that knows its parameter paths early."""
     monkeypatch.setattr(Toy, "trainable_paths", lambda task: ["head/kernel", "head/bias"], raising=False)
     with pytest.raises(UserError, match=sentence):
         fit(tmp_path / "run", **{f"optimizer__{key}": value for key, value in changes.items()})
@@ -159,7 +159,7 @@ def test_optimizer_errors_are_raised_before_data_are_prepared(tmp_path, monkeypa
 
 
 def test_resume_safe_keys_may_change(run, capsys):
-    """The run goes on under another mesh, micro-batch and intervals, and learns the same."""
+    """A run resumes with another mesh, micro-batch and intervals and has the same losses."""
     fit(
         run, total_steps=12, mesh__data=2, micro_batch=4, log_steps=2, eval_steps=3, checkpoint_steps=5, data__threads=1
     )
@@ -176,7 +176,7 @@ def test_resume_safe_keys_may_change(run, capsys):
 
 
 def test_extending_a_run_removes_its_results(run, monkeypatch):
-    """Killed after its last step, it must not pass for complete with the old results."""
+    """If killed after its last step, it must not count as complete with the old results."""
     monkeypatch.setattr(loop.Trainer, "finish", lambda *args: {})
     fit(run, total_steps=12)
     assert not (run / "eval.json").exists()
@@ -188,7 +188,7 @@ def test_a_shorter_run_is_refused(run):
 
 
 def test_other_data_is_refused(run, monkeypatch):
-    """The same config, and files that have changed."""
+    """The same config with changed files."""
     from tests.train_jax.toy_task import Rows
 
     monkeypatch.setattr(Rows, "__len__", lambda self: 999)
@@ -253,10 +253,10 @@ def test_early_stopping_loads_the_best_checkpoint(tmp_path, capsys):
         f"score (patience=2), see {tmp_path / 'eval.json'}; to train on, raise config.patience or set it to None.\n"
     )
     assert capsys.readouterr().out == complete
-    # A longer run is not what it lacks.
+    # Extending the run does not resume it.
     assert fit(tmp_path, **run | {"total_steps": 30}) == results
     assert capsys.readouterr().out == complete
-    # With more patience it goes on, and gives up later.
+    # With more patience it resumes and stops later.
     results = fit(tmp_path, **run | {"patience": 3, "scores": (0.95, 0.7)})
     assert results["step"] == 10 and steps_kept(tmp_path) == [10, 16]
 
@@ -297,7 +297,7 @@ def test_a_nan_is_never_best(tmp_path):
 
 
 def test_an_unknown_best_metric(tmp_path):
-    """Where the task does not say what it measures, its first evaluation does."""
+    """If the task does not list its metrics, the first evaluation detects it."""
     with pytest.raises(UserError, match=r"best_metric='accuracy' is not measured .*, expected one of loss: change it"):
         fit(tmp_path, best_metric="accuracy")
     assert eval_steps(tmp_path) == [4]
@@ -315,7 +315,7 @@ def test_an_unknown_best_metric_is_refused_early(tmp_path, capsys, monkeypatch):
 
 
 def test_the_moving_average_is_evaluated_and_saved(tmp_path):
-    """After one update the average is that update; later it lags behind."""
+    """After one update the average equals the parameters; later it lags behind them."""
     fit(tmp_path, total_steps=1, ema_decay=0.99)
     first = stored(tmp_path, 1)
     results = fit(tmp_path, total_steps=6, ema_decay=0.99)
@@ -350,7 +350,7 @@ def test_evaluate_a_checkpoint(two_checkpoints, which, step):
 
 
 def test_evaluate_a_missing_checkpoint(two_checkpoints, tmp_path, monkeypatch):
-    """Told before the model is read."""
+    """It is refused before the model is loaded."""
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("the model was read"))
     run_config, workdir = two_checkpoints
     with pytest.raises(UserError, match="checkpoint '5' not found .* choose 'best', 'latest' or a step of 4, 8"):
@@ -413,7 +413,7 @@ def test_control_runs_have_their_own_workdirs(tmp_path, monkeypatch):
     results = fit(tmp_path, total_steps=2)
     assert results["seed"] == 0 and results["control_results"]["blind"]["seed"] == 1
     assert from_json((tmp_path / "blind" / "config.json").read_text()).seed == 1
-    # Of a control run that was trained by an earlier process the time counts as well.
+    # The time of a control run that an earlier process trained counts too.
     (tmp_path / "eval.json").unlink()
     blind = tmp_path / "blind" / "eval.json"
     blind.write_text(json.dumps(json.loads(blind.read_text()) | {"seconds": 1000.0}))
@@ -421,7 +421,7 @@ def test_control_runs_have_their_own_workdirs(tmp_path, monkeypatch):
 
 
 def test_seconds_count_from_began_and_across_a_resume(tmp_path):
-    """100 s before the call, 50 s before the one that goes on: no second counts twice, none is lost."""
+    """`began` is 100 s before the first call and 50 s before the second; every second counts once."""
     before = time.perf_counter()
     first = loop.fit(config(total_steps=4), tmp_path, "none", before - 100)["seconds"]
     assert 100 < first < 100 + time.perf_counter() - before
@@ -433,7 +433,7 @@ def test_seconds_count_from_began_and_across_a_resume(tmp_path):
 
 @pytest.mark.slow
 def test_workers_and_threads_read_the_same_batches(tmp_path):
-    """A bad row too."""
+    """Including a bad row."""
     run = {"data__corrupt_steps": (2,), "data__max_bad_fraction": 0.5}
     fit(tmp_path / "workers", data__workers=2, **run)
     fit(tmp_path / "threads", **run)

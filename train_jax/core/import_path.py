@@ -33,25 +33,25 @@ def imported(key: str, path: str | None, form: str = "package.module:function") 
     return getattr(module, name)
 
 
-def named(key: str, name: str, known: Mapping[str, str]) -> Any:
-    """Imports what a config key names by a short name in `known` or by an import path.
+def named(key: str, name: str, short_names: Mapping[str, str]) -> Any:
+    """Imports what a config key names by a short name in `short_names` or by an import path.
 
     Args:
       key: of the config, for messages.
       name: value of the key.
-      known: {short name: import path}.
+      short_names: {short name: import path}.
 
     Raises:
       UserError: `name` is neither, or as `imported`.
     """
-    check_named(key, name, known)
-    return imported(key, known.get(name, name))
+    check_named(key, name, short_names)
+    return imported(key, short_names.get(name, name))
 
 
-def check_named(key: str, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if `name` is neither a short name in `known` nor an import path; imports nothing."""
-    if name not in known and ":" not in str(name):
+def check_named(key: str, name: str, short_names: Iterable[str]) -> None:
+    """Raises UserError if `name` is neither a short name in `short_names` nor an import path; imports nothing."""
+    if name not in short_names and ":" not in str(name):
         raise UserError(
-            f"{key} is {name!r}, expected one of {', '.join(known)}, or an import path such as "
-            f"'my_package.my_module:function'{did_you_mean(str(name), known)}: change it."
+            f"{key} is {name!r}, expected one of {', '.join(short_names)}, or an import path such as "
+            f"'my_package.my_module:function'{did_you_mean(str(name), short_names)}: change it."
         )

@@ -8,8 +8,8 @@ from train_jax.core.errors import UserError
 
 def test_larger_scores_are_better_in_either_mode():
     results = [{"accuracy": 0.25}, {"accuracy": 0.75}]
-    assert [score(found, "accuracy", "max") for found in results] == [0.25, 0.75]
-    assert [score(found, "accuracy", "min") for found in results] == [-0.25, -0.75]
+    assert [score(result, "accuracy", "max") for result in results] == [0.25, 0.75]
+    assert [score(result, "accuracy", "min") for result in results] == [-0.25, -0.75]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])

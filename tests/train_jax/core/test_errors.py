@@ -1,4 +1,4 @@
-"""What a message quotes of a user's."""
+"""Values quoted in messages."""
 
 import json
 

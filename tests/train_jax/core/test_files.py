@@ -35,11 +35,11 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         files.write_atomically(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(path.parent) == ["config.json"]
+    assert list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
     files.write_atomically(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(path.parent) == ["config.json"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):

@@ -19,9 +19,9 @@ def write(tmp_path):
 def test_every_extension_and_depth_is_found_and_the_rest_is_logged(write, caplog):
     names = [f"a/{number}{ending}" for number, ending in enumerate(ENDINGS)]
     root = write(*names, "a/x/y/deep.PNG", "b/1.png", "top.png", "c/notes.txt", ".d/1.png", "b/.1.png", "b/.x/2.png")
-    found = find_images(root)
-    assert found.classes == {"a": sorted([*names, "a/x/y/deep.PNG"]), "b": ["b/1.png"]} and found.loose == ["top.png"]
-    assert sum(map(len, found.left_out.values())) == 4  # a hidden folder counts once
+    result = find_images(root)
+    assert result.classes == {"a": sorted([*names, "a/x/y/deep.PNG"]), "b": ["b/1.png"]} and result.loose == ["top.png"]
+    assert sum(map(len, result.left_out.values())) == 4  # a hidden folder counts as one
     (line,) = caplog.messages
     assert "left out " in line and "3 hidden (first: '.d')" in line
     assert "1 without an image extension (first: 'c/notes.txt')" in line
@@ -35,13 +35,13 @@ def test_nothing_is_logged_if_nothing_is_left_out(write, caplog):
 def test_circular_links_are_left_out(write):
     root = write("a/1.png", "a/b/2.png")
     (root / "a/b/back").symlink_to(root / "a")
-    found = find_images(root)
-    assert found.classes == {"a": ["a/1.png", "a/b/2.png"]} and list(found.left_out.values()) == [["a/b/back"]]
+    result = find_images(root)
+    assert result.classes == {"a": ["a/1.png", "a/b/2.png"]} and list(result.left_out.values()) == [["a/b/back"]]
 
 
 def test_an_image_that_links_to_itself_is_reported_by_its_reader(write):
     root = write("a/1.png")
     (root / "a/2.png").symlink_to("2.png")
     (root / "a/x").symlink_to("x")
-    found = find_images(root)
-    assert found.classes == {"a": ["a/1.png", "a/2.png"]} and list(found.left_out.values()) == [["a/x"]]
+    result = find_images(root)
+    assert result.classes == {"a": ["a/1.png", "a/2.png"]} and list(result.left_out.values()) == [["a/x"]]

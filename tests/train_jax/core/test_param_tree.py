@@ -8,7 +8,7 @@ from train_jax.core import param_tree
 
 
 class Stack(nnx.Module):
-    """Twelve layers of one shape in a list."""
+    """Twelve layers of equal shape in a list."""
 
     def __init__(self):
         self.layers = nnx.List([nnx.Param(jnp.float32(number)) for number in range(12)])
@@ -16,7 +16,7 @@ class Stack(nnx.Module):
 
 
 def test_lists_of_more_than_ten_keep_their_order():
-    """Sorted as text, "10" stands before "2", and layers of one shape would change places without an error."""
+    """Sorted as text, "10" precedes "2", and layers of equal shape would be permuted without an error."""
     graph, arrays = param_tree.split(Stack())
     assert arrays["layers/10"] == 10 and arrays["last/scale"] == -1
     for order in (sorted(arrays), sorted(arrays, reverse=True)):

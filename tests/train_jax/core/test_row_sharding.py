@@ -1,4 +1,4 @@
-"""Rows pinned to devices and weights gathered, read off the programs that JAX compiles."""
+"""Rows pinned to devices and weights gathered, as seen in compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def loss(graph, arrays, x):
 
 
 def exchanged(compiled) -> set[tuple[str, tuple[int, ...]]]:
-    found = hlo.collectives(hlo.parse(compiled.as_text()))
-    return {(kind, shape) for kind, type_ in found for shape in hlo.shapes(type_)}
+    result = hlo.collectives(hlo.parse(compiled.as_text()))
+    return {(kind, shape) for kind, type_ in result for shape in hlo.shapes(type_)}
 
 
 def test_values_and_gradients_are_those_of_one_device_and_no_activation_is_exchanged(mesh):
@@ -93,14 +93,14 @@ def test_gathered_weights_stay_split_over_other_axes():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     graph, arrays, _ = placed(mesh)
     gather = lambda arrays: param_tree.flatten(row_sharding.gather(param_tree.merge(graph, arrays)))  # noqa: E731
-    found = jax.jit(row_sharding.within(mesh, gather))(arrays)
-    assert found["hidden/kernel"].sharding.spec == P(None, "tensor")
-    assert found["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)
-    np.testing.assert_array_equal(found["hidden/kernel"], arrays["hidden/kernel"])
+    result = jax.jit(row_sharding.within(mesh, gather))(arrays)
+    assert result["hidden/kernel"].sharding.spec == P(None, "tensor")
+    assert result["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)
+    np.testing.assert_array_equal(result["hidden/kernel"], arrays["hidden/kernel"])
 
 
 def test_a_function_by_rows(mesh):
-    """Its rows come back in order, and its sums are over all of them."""
+    """Rows keep their order, and sums are over all rows."""
 
     def function(x, scale):
         return scale * x, {"total": (scale * x).sum()}

@@ -13,7 +13,7 @@ N = 23  # no multiple of any batch below
 
 
 class Numbers(DataSource):
-    """Example i holds i and a row of i's."""
+    """Example i has the number i and an array filled with i."""
 
     def __init__(self, size=N):
         self.size = size
@@ -54,7 +54,7 @@ def test_epochs_are_shuffled_across_batches():
 
 def test_the_order_depends_on_the_seed():
     assert (ids(pipeline(seed=5).iterate()) == ids(pipeline(seed=5).iterate())).all()
-    # No epoch of a seed is an epoch of the next one, as it would be with order(seed + epoch).
+    # No epoch of a seed equals an epoch of the next seed, as it would with order(seed + epoch).
     orders = [ids(Pipeline(Numbers(), N, num_steps=3, seed=seed).iterate()).reshape(3, N) for seed in (5, 6)]
     assert all((one != other).any() for one in orders[0] for other in orders[1])
 
@@ -95,7 +95,7 @@ def test_order_does_not_depend_on_workers():
 
 
 class Marked(Numbers):
-    """Every fifth row is bad; a copy in a worker process counts in vain."""
+    """Every fifth row is bad; counts of a copy in a worker process are lost."""
 
     def __init__(self, size=N):
         super().__init__(size)
@@ -112,7 +112,7 @@ class Marked(Numbers):
     "options", [{}, {"micro_batch": 4, "threads": 0}, pytest.param({"workers": 2}, marks=pytest.mark.slow)]
 )
 def test_rows_are_counted_when_their_batch_is_used(options):
-    """Those and no others, whatever is read ahead and by whom."""
+    """Prefetched rows do not count, in any process."""
     source = Marked()
     batches = Pipeline(source, **dict(batch_size=8, num_steps=12, seed=5, threads=2) | options).iterate(start_step=3)
     try:
@@ -130,7 +130,7 @@ def test_batch_at_does_not_count_rows():
 
 
 class Handlers(Numbers):
-    """Tells how the process that reads takes Ctrl-C."""
+    """Examples have the reading process's handler of Ctrl-C."""
 
     def __getitem__(self, index):
         return {"ignores": np.bool_(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)}
@@ -138,7 +138,7 @@ class Handlers(Numbers):
 
 @pytest.mark.slow
 def test_workers_ignore_ctrl_c():
-    """A terminal sends it to them too, and the run still needs what they read."""
+    """A terminal sends Ctrl-C to workers too, and the run still needs their rows."""
     batches = Pipeline(Handlers(), 4, num_steps=1, workers=1).iterate()
     try:
         assert next(batches)["ignores"].all()
@@ -195,7 +195,7 @@ def test_prefetching_is_bounded():
     batches = Pipeline(Counting(), 8, num_steps=1000, threads=2).iterate()
     next(batches)
     batches.close()
-    assert len(read) <= (1 + 3) * 8  # the batch itself, and threads + 1 ahead
+    assert len(read) <= (1 + 3) * 8  # the batch itself, and threads + 1 more
 
 
 def test_wait_is_measured():
@@ -248,7 +248,7 @@ def test_ragged_examples_are_named():
 
 
 class Grouped(Numbers):
-    """Tells of every row the numbers that it was read with."""
+    """Examples have the arguments with which they were read."""
 
     def __init__(self, group):
         super().__init__()
@@ -267,7 +267,7 @@ class Grouped(Numbers):
 
 @pytest.mark.parametrize(("group", "read"), [(1, 2), (2, 4), (4, 8), (None, 8)])
 def test_rows_of_a_group_are_read_together(group, read):
-    """Two micro-batches of four over four processes: a row of each for every process."""
+    """Two micro-batches of four rows over four processes: each process has one row of each."""
     source = Grouped(group)
     whole = Pipeline(source, 8, num_steps=4, seed=5).batch_at(3)
     assert source.read == [8] and (whole["row"] == np.arange(8)).all() and (whole["id"][0] == reference()[3]).all()
@@ -278,8 +278,8 @@ def test_rows_of_a_group_are_read_together(group, read):
         assert (pipeline.rows_at(3) == parts[-1]["id"]).all()
     assert source.read[1:] == [read] * 4
     for name, values in whole.items():
-        found = np.concatenate([part[name] for part in parts], axis=1).reshape(values.shape)
-        np.testing.assert_array_equal(found, values)
+        result = np.concatenate([part[name] for part in parts], axis=1).reshape(values.shape)
+        np.testing.assert_array_equal(result, values)
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused():
@@ -297,7 +297,7 @@ def test_impossible_batches_are_refused():
 
 
 class Together(Numbers):
-    """All examples of a step at once, in the order of their numbers."""
+    """Reads all examples of a step at once, in the order of their indices."""
 
     def get_batch(self, indices, step, rows):
         return {"id": np.sort(indices), "step": np.full(len(indices), step)}

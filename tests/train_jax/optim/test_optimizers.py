@@ -174,10 +174,10 @@ def test_adamw_8bit_keeps_large_moments_in_8_bits_and_follows_adamw():
     gradients = [jax.tree.map(lambda leaf, i=i: jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape), params)
                  for i in range(3)]  # fmt: skip
     changes = dict(weight_decay=0.1, rates=((".*/bias", 0.5),))
-    found, state = train(config(name="adamw_8bit", **changes), gradients, params)
+    result, state = train(config(name="adamw_8bit", **changes), gradients, params)
     expected, _ = train(config(name="adamw", **changes), gradients, params)
-    np.testing.assert_allclose(found["decoder/bias"], expected["decoder/bias"], rtol=1e-5)
-    assert 0 < jnp.abs(found["decoder/kernel"] - expected["decoder/kernel"]).max() < 0.2 * 0.1
+    np.testing.assert_allclose(result["decoder/bias"], expected["decoder/bias"], rtol=1e-5)
+    assert 0 < jnp.abs(result["decoder/kernel"] - expected["decoder/kernel"]).max() < 0.2 * 0.1
 
     def codes(state):
         return sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8)

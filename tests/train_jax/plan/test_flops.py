@@ -50,7 +50,7 @@ def test_convolutions(groups):
 
 
 def test_padding_does_not_count():
-    """A kernel of 3 on 5 pixels padded to 7: 13 of its 15 positions lie on the image; so in each direction."""
+    """A kernel of 3 on 5 pixels padded to 7: in each direction, 13 of its 15 positions are in the image."""
     image, kernel = jax.ShapeDtypeStruct((2, 4, 5, 5), jnp.float32), jax.ShapeDtypeStruct((6, 4, 3, 3), jnp.float32)
     same = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME")  # noqa: E731
     assert flops(same, image, kernel) == 2 * 2 * 6 * 4 * 13 * 13
@@ -66,7 +66,7 @@ def test_branches_count_the_largest_and_unknown_loops_once():
 
 @pytest.mark.parametrize("spec, share", [(P("data"), 8), (P(), 1)])
 def test_a_device_counts_its_own_rows(spec, share):
-    """Rows over 8 devices take an eighth each; where every device computes everything, all of it."""
+    """With rows over 8 devices each has an eighth; if every device computes everything, each has all."""
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
     x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh, spec))
     w = jax.ShapeDtypeStruct((64, 64), X.dtype, sharding=NamedSharding(mesh, P()))
@@ -74,7 +74,7 @@ def test_a_device_counts_its_own_rows(spec, share):
 
 
 def test_products_in_gpu_and_tpu_programs():
-    """As a GPU's and a TPU's compiler write them."""
+    """In the text of the GPU's and the TPU's compiler."""
     text = """\
 ENTRY %main (a: bf16[32,64], b: bf16[64,128]) -> f32[32,128] {
   %a = bf16[32,64]{1,0} parameter(0)

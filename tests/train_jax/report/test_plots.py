@@ -40,7 +40,7 @@ def test_panels_join_losses_and_scores_and_leave_details_out(tmp_path):
 def test_every_panel_has_a_curve(tmp_path):
     plots.plot_curves(write(tmp_path, RECORDS), tmp_path / "curves.png", title="a run")
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
-    coloured = (pixels.max(-1) - pixels.min(-1)) > 60  # lines and points; frames and words are grey
+    coloured = (pixels.max(-1) - pixels.min(-1)) > 60  # lines and points; frames and text are grey
     height, width = coloured.shape
     assert width > height > 400
     cells = [coloured[row * height // 3 : (row + 1) * height // 3] for row in range(3)]

@@ -1,4 +1,4 @@
-import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_accelerator_hint(monkeypatch, gpu, tpu, platforms, expected):
     assert startup.accelerator_hint() is None
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU's device file is present")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU's device file is present")
 @pytest.mark.parametrize(("script", "present"), [("echo 'GPU 0: H200'", True), ("exit 9", False), (None, False)])
 def test_gpus_are_found_by_nvidia_smi(tmp_path, monkeypatch, script, present):
     if script is not None:
@@ -88,7 +88,7 @@ def test_gpus_are_found_by_nvidia_smi(tmp_path, monkeypatch, script, present):
     assert startup.gpu_present() is present
 
 
-@pytest.mark.skipif(os.path.exists("/dev/accel0"), reason="a TPU's device file is present")
+@pytest.mark.skipif(Path("/dev/accel0").exists(), reason="a TPU's device file is present")
 def test_tpus_are_found_by_environment_variables(monkeypatch):
     for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""How parameters and optimizer state lie on a mesh, and that the mesh does not change what is learnt."""
+"""Shardings of parameters and optimizer state; the result of training does not depend on the mesh."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_a_mesh_learns_what_one_device_learns(shape, one_device, tmp_path):
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_bytes_per_device(shape):
-    """Kernels are split over fsdp and tensor, and each moment lies as its parameter."""
+    """Kernels are split over fsdp and tensor, and moments are sharded like their parameters."""
     config = mesh_config(shape)
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)
@@ -65,7 +65,7 @@ def test_bytes_per_device(shape):
 
 
 def shards(leaf) -> int:
-    """Into how many parts an array is cut."""
+    """Returns the number of parts of an array."""
     return leaf.size // math.prod(leaf.addressable_shards[0].data.shape)
 
 

@@ -8,7 +8,7 @@ from train_jax.system import disk
 
 
 def chain(first):
-    """An error raised while `first` was handled, as libraries wrap them."""
+    """Returns an error raised while `first` was handled, as in libraries."""
     try:
         try:
             raise first

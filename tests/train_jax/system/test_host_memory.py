@@ -1,4 +1,4 @@
-"""The memory a host has left, from files as Linux writes them."""
+"""The free memory of a host, from files like those of Linux."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ GIB = 2**30
 
 @pytest.fixture
 def host(tmp_path):
-    """Writes files below proc and groups; `left()` reads them. 8 GiB are available."""
+    """Writes files below proc and groups, which `left()` reads; 8 GiB are available."""
 
     class Host:
         proc, groups = tmp_path / "proc", tmp_path / "groups"
@@ -46,7 +46,7 @@ def test_no_linux(host):
 
 
 def test_a_containers_limit(host):
-    """Version 2: the cache of files counts as used, and is given back."""
+    """In version 2 the page cache counts as used but can be freed."""
     host.member("0::/pod/box")
     stat = f"anon {GIB}\nfile {3 * GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}\nshmem {GIB}"
     host.write(host.groups / "pod/box", memory__max=6 * GIB, memory__current=4 * GIB, memory__stat=stat)

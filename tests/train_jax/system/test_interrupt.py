@@ -1,4 +1,4 @@
-"""A run that is interrupted, in whatever way, ends as one that was not."""
+"""An interrupted run has the same result as an uninterrupted one."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def straight(fast_runs, tmp_path_factory):
-    """40 steps without a break: dropout on, average kept."""
+    """A run of 40 steps without interruption, with dropout and a moving average."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     loop.fit(config(), workdir, "none")
     return workdir
@@ -52,7 +52,7 @@ def test_sigterm_saves_and_the_same_command_resumes(straight, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     (saved,) = steps_kept(workdir)
-    assert 0 < saved <= 13  # rows are read ahead of their step
+    assert 0 < saved <= 13  # rows are prefetched
     assert f"interrupted: saved at step {saved}; run the same command to resume." in output
     assert "Traceback" not in output
     assert max(logged(workdir)) == saved

@@ -30,11 +30,11 @@ def test_peak_rises_with_an_allocation_and_stays_and_is_not_the_parents():
     assert 50e6 < int(before) < large.nbytes / 2
     assert abs(int(during) - int(before) - 2**26) < 2**22
     assert abs(int(after) - int(during)) < 2**22  # the kernel counts by core, some pages at a time
-    assert devices == ["None"] * 3  # the CPU does not tell
+    assert devices == ["None"] * 3  # a CPU does not report it
 
 
 def test_windows_has_no_resource_module(monkeypatch):
-    """The module is read anew as there; what it cannot tell is 0."""
+    """Without the module the peaks are 0."""
     monkeypatch.setitem(sys.modules, "resource", None)
     spec = importlib.util.spec_from_file_location("memory_on_windows", memory.__file__)
     there = importlib.util.module_from_spec(spec)
@@ -59,12 +59,12 @@ def test_the_peak_of_a_child_is_reported_separately():
     before, none, after, children, reported = map(int, done.stdout.split())
     assert none == 0
     assert 512 << 20 <= children < 640 << 20
-    assert after - before < 2**24  # what a child takes is not this process's
+    assert after - before < 2**24  # the memory of a child does not count for this process
     assert after < children == reported
 
 
 def test_a_smaller_child_does_not_count():
-    """It begins as a copy of its parent, so its peak is never told as more than that."""
+    """A child begins as a copy of its parent, so its peak is not reported as more than that."""
     code = PARENT.replace("512 << 20", "1").replace(
         "import subprocess", "large = b'x' * (512 << 20); import subprocess"
     )
@@ -97,7 +97,7 @@ def test_an_evaluation_of_one_row_that_runs_out_raises(monkeypatch):
 
 
 def test_running_out_with_several_processes_raises(monkeypatch):
-    """The others are within the same program: none hears of a smaller batch."""
+    """The other processes are inside the same program and cannot be told a smaller batch."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError) as error:
         memory.smaller_batch(OUT, 48, 8, "eval.batch_size", "shorten the prompt")
@@ -119,7 +119,7 @@ def test_the_peak_is_that_of_the_fullest_device(monkeypatch):
 
 
 def test_free_memory_of_devices_or_else_of_the_host(monkeypatch):
-    """The CPU's devices have their parts of three quarters of the host's memory."""
+    """CPU devices share three quarters of the host's free memory."""
     monkeypatch.setattr(memory, "host_memory_left", lambda: 8 * 4000)
     assert jax.local_device_count() == 8 and memory.device_memory_limit() == 3000
     monkeypatch.setattr(memory, "host_memory_left", lambda: None)
