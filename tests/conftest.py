@@ -19,4 +19,4 @@ COMPUTING = {f"paligemma_jax.{path.stem}" for path in PACKAGE.iterdir()} - {"pal
 install_import_hook(["train_jax", "flow_jax", *COMPUTING], "beartype.beartype")
 
 # Plugins: exhaustive cases, fast compilation, freeing memory, and fixtures of a small model and its runs.
-pytest_plugins = ["tests.exhaustive", "tests.fast_compile", "tests.let_go", "tests.paligemma_jax.mini"]
+pytest_plugins = ["tests.exhaustive", "tests.fast_compile", "tests.free_memory", "tests.paligemma_jax.mini"]

@@ -25,7 +25,7 @@ def resident_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def let_go() -> None:
+def free_memory() -> None:
     """Frees compiled programs and unreachable arrays, and returns free memory to the system."""
     jax.clear_caches()
     gc.collect()
@@ -41,4 +41,4 @@ def pytest_runtest_teardown(item, nextitem):
     last = nextitem is None or nextitem.path != item.path
     held = resident_bytes()
     if last if held is None else held > (BETWEEN_MODULES if last else BETWEEN_TESTS):
-        let_go()
+        free_memory()
