@@ -1,15 +1,15 @@
-"""Opens what save_hugging_face and save_peft wrote with transformers and peft, as it is, and compares logits with ours.
+"""Loads exports of save_hugging_face and save_peft with transformers and peft, and compares logits with ours.
 
     python benchmarks/check_exports.py [FOLDER ...]
 
-Needs torch, transformers and peft (the extra [bench]); run by hand (docs/weights.md has the output). Without arguments
-it exports to a temporary folder: the models of the tests' golden cases (PaliGemma 1 and 2, a file of big_vision) and
-"tiny", in one file and in shards; models of random weights and other sizes, one with a vocabulary of 257,152 rows
-padded to 257,216; and, on PaliGemma 1 and 2, adapters of every kind that save_peft writes.
+Needs torch, transformers and peft (the extra [bench]); run it by hand (docs/weights.md has the output). Without
+arguments it exports to a temporary folder: the models of the tests' golden cases (PaliGemma 1 and 2, a big_vision file)
+and "tiny", in one file and in shards; models of other sizes with random weights, one with a vocabulary of 257,152 rows
+padded to 257,216; and, for PaliGemma 1 and 2, every kind of adapter that save_peft writes.
 
-For each folder it prints the largest logit difference (float32), whether 8 greedy tokens are equal, and what
-AutoProcessor makes of a prompt against our own prompt; for each adapter the largest difference, that to the base, and
-what peft warned of. It exits with status 1 if anything differs.
+Prints for each folder the largest logit difference (float32), whether 8 greedy tokens are equal, and whether
+AutoProcessor and our preprocessing of a prompt agree; for each adapter the largest logit difference, the change from
+the base, and peft's warnings. Exits with status 1 if anything differs.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ RANDOM = {
         query_scale=20**-0.5,
     ),
 }
-PADDED = GemmaConfig(**SIZES | {"vocab_size": 257_152, "depth": 1})  # as big_vision's files; transformers' have 257,216
+PADDED = GemmaConfig(**SIZES | {"vocab_size": 257_152, "depth": 1})  # as in big_vision; transformers has 257,216
 ATTENTION = r"decoder/.*/(q_proj|o_proj)"
 ADAPTERS = {
     "LoRA": dict(targets=ATTENTION, rank=4, alpha=8.0),
@@ -71,12 +71,12 @@ ADAPTERS = {
     "DoRA": dict(targets=r".*(_proj|fc1|fc2|linear)", rank=4, alpha=8.0, dora=True),
     "DoRA, ranks": dict(targets=r".*/(q_proj|fc1)", rank=4, alpha=8.0, dora=True, rank_pattern={".*/1/.*/fc1": 1}),
 }
-TOLERANCE = 2e-4  # as the golden READMEs ask of float32
+TOLERANCE = 2e-4  # as in the golden READMEs, for float32
 PROMPT, SUFFIX, NEW_TOKENS = 6, 4, 8
 
 
 def random_model(decoder: GemmaConfig) -> PaliGemma:
-    """Of random weights, norm scales and biases too."""
+    """Returns a model with random weights, norm scales and biases."""
     preprocessing = Preprocessing.siglip(VISION.image_size)
     image_token = decoder.vocab_size - 1
     config = PaliGemmaConfig(vision=VISION, decoder=decoder, preprocessing=preprocessing, image_token=image_token)
@@ -88,7 +88,7 @@ def random_model(decoder: GemmaConfig) -> PaliGemma:
 
 
 def export(folder: Path) -> list[Path]:
-    """Writes every source; the first one in shards as well."""
+    """Exports every source, the first one in shards too; returns the folders."""
     folders = []
     for name, decoder in RANDOM.items():
         save_hugging_face(random_model(decoder), folder / name)
@@ -109,7 +109,7 @@ def export(folder: Path) -> list[Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Two images with prompts and answers, for a model of ours and one of theirs."""
+    """Two images with prompts and answers, for our model and that of transformers."""
 
     images: np.ndarray
     tokens: np.ndarray
@@ -119,7 +119,7 @@ class Batch:
 
     @classmethod
     def of(cls, model: PaliGemma) -> "Batch":
-        """Random ones that fit the model."""
+        """Returns a random batch for a model."""
         config, rng = model.config, np.random.default_rng(0)
         size = config.vision.image_size
         images = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
@@ -131,7 +131,7 @@ class Batch:
         return cls(images, tokens, suffix, config.vision.num_patches, config.image_token)
 
     def theirs(self, length: int = PROMPT + SUFFIX) -> dict:
-        """Arguments of their model, up to a length of text."""
+        """Returns the arguments of the transformers model, for the first `length` text tokens."""
         import torch
 
         image = np.full((2, self.patches), self.image_token)
@@ -141,20 +141,20 @@ class Batch:
         return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), token_type_ids=types)
 
     def logits(self, theirs) -> np.ndarray:
-        """Of their model at the text positions."""
+        """Returns the logits of the transformers model at the text positions."""
         import torch
 
         with torch.no_grad():
             return theirs(**self.theirs()).logits[:, self.patches :].numpy()
 
     def gap(self, ours: PaliGemma, theirs) -> float:
-        """Largest difference of a logit."""
+        """Returns the largest logit difference."""
         logits, _ = ours(self.images, self.tokens, self.suffix)
         return float(np.abs(np.asarray(logits) - self.logits(theirs)).max())
 
 
-def opened(folder: Path):
-    """Their model, and what was left over."""
+def load_theirs(folder: Path):
+    """Loads a folder with transformers; returns the model and the keys that are missing or unused."""
     import torch
     from transformers import PaliGemmaForConditionalGeneration
 
@@ -165,11 +165,11 @@ def opened(folder: Path):
 
 
 def compare(folder: Path) -> bool:
-    """Prints one line about a folder; whether both agree."""
+    """Prints a line for a folder; returns whether the implementations agree."""
     import torch
 
     ours = pg.load(folder)
-    theirs, leftover = opened(folder)
+    theirs, leftover = load_theirs(folder)
     batch = Batch.of(ours)
     gap = batch.gap(ours, theirs)
     options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
@@ -178,19 +178,19 @@ def compare(folder: Path) -> bool:
     prompts = batch.tokens[:, :PROMPT]
     greedy = np.asarray(pg.generate(ours, batch.images, prompts, max_new_tokens=NEW_TOKENS, eos_id=-1))
     same = bool((greedy == generated).all())
-    words = compare_processor(folder, batch.patches) if (folder / "tokenizer.model").exists() else "no tokenizer"
-    keys, tokens_are = leftover or "all used", "equal" if same else "DIFFERS"
-    print(f"{folder.name:<12} logit gap {gap:.1e}  greedy {tokens_are}  keys {keys}  processor {words}")
-    return gap <= TOLERANCE and same and not leftover and words in ("equal", "no tokenizer")
+    processor = compare_processor(folder, batch.patches) if (folder / "tokenizer.model").exists() else "no tokenizer"
+    keys, greedy = leftover or "all used", "equal" if same else "DIFFERS"
+    print(f"{folder.name:<12} logit gap {gap:.1e}  greedy {greedy}  keys {keys}  processor {processor}")
+    return gap <= TOLERANCE and same and not leftover and processor in ("equal", "no tokenizer")
 
 
 def compare_adapter(base: Path, name: str, folder: Path) -> bool:
-    """Writes one kind of adapter with random weights, opens it with peft, prints one line; whether both agree."""
+    """Exports an adapter with random weights, loads it with peft and prints a line; returns whether they agree."""
     from peft import PeftModel
 
     ours, rng = pg.attach_lora(pg.load(base), **ADAPTERS[name], rngs=nnx.Rngs(0)), np.random.default_rng(4)
     for module in lora_projections(ours).values():
-        used = np.asarray(module.lora_a[...]) != 0  # zero where a layer has a lower rank, or none
+        used = np.asarray(module.lora_a[...]) != 0  # zero beyond the rank of a layer
         used = used.reshape(*used.shape[: used.ndim - len(module.in_shape) - 1], -1, used.shape[-1]).any(axis=-2)
         b = module.lora_b[...]
         mask = used.reshape(*used.shape, *[1] * (b.ndim - used.ndim))
@@ -198,20 +198,20 @@ def compare_adapter(base: Path, name: str, folder: Path) -> bool:
         if module.lora_magnitude is not None:
             module.lora_magnitude[...] *= jnp.asarray(rng.uniform(0.5, 2.0, module.lora_magnitude.shape), jnp.float32)
     save_peft(ours, folder)
-    theirs, _ = opened(base)
+    theirs, _ = load_theirs(base)
     batch = Batch.of(ours)
     before = batch.logits(theirs)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(theirs, folder).eval()
-    told = [str(warning.message).splitlines()[0] for warning in told if "adapter" in str(warning.message)]
-    gap, moved = batch.gap(ours, adapted), float(np.abs(batch.logits(adapted) - before).max())
-    print(f"{base.name:<12} {name:<14} logit gap {gap:.1e}  to the base {moved:.1e}  warnings {told or 'none'}")
-    return gap <= TOLERANCE and moved > 100 * TOLERANCE and not told
+    messages = [str(warning.message).splitlines()[0] for warning in caught if "adapter" in str(warning.message)]
+    gap, change = batch.gap(ours, adapted), float(np.abs(batch.logits(adapted) - before).max())
+    print(f"{base.name:<12} {name:<14} logit gap {gap:.1e}  to the base {change:.1e}  warnings {messages or 'none'}")
+    return gap <= TOLERANCE and change > 100 * TOLERANCE and not messages
 
 
 def compare_processor(folder: Path, patches: int) -> str:
-    """Whether transformers' processor makes the ids and pixels of a prompt that ours does."""
+    """Compares the token ids and pixels of transformers' processor with ours; returns "equal" or the difference."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -221,16 +221,16 @@ def compare_processor(folder: Path, patches: int) -> str:
     batch = AutoProcessor.from_pretrained(folder)(images=image, text=prompt, return_tensors="np")
     tokenizer = pg.load_tokenizer(folder)
     expected = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.separator_ids]
-    found = batch["input_ids"][0].tolist()
-    if found != [tokenizer.image_id] * patches + expected:
-        return f"DIFFERS: {found[patches:]} against {expected}"
+    ids = batch["input_ids"][0].tolist()
+    if ids != [tokenizer.image_id] * patches + expected:
+        return f"DIFFERS: {ids[patches:]} against {expected}"
     pixels = pg.load(folder).config.preprocessing.apply(np.asarray(image))
     gap = np.abs(batch["pixel_values"][0].transpose(1, 2, 0) - pixels).max()
     return "equal" if gap <= 1 / 127 else f"DIFFERS: pixels by {gap:.3f}"
 
 
 def main(folders: list[str]) -> int:
-    """Exit status."""
+    """Compares folders, or all exports if none is given; returns the exit status."""
     packages = ("torch", "transformers", "peft", "safetensors", "jax", "flax")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages))
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,8 +238,7 @@ def main(folders: list[str]) -> int:
         agree = [compare(path) for path in [Path(folder) for folder in folders] or export(root)]
         if not folders:
             bases = [root / "random 1", root / "random 2", root / "paligemma"]
-            places = ((base, name, root / f"{base.name}, {name}") for base in bases for name in ADAPTERS)
-            agree += [compare_adapter(*each) for each in places]
+            agree += [compare_adapter(base, name, root / f"{base.name}, {name}") for base in bases for name in ADAPTERS]
     return 0 if all(agree) else 1
 
 

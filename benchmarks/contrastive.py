@@ -1,10 +1,10 @@
-"""Temporary memory and time of the contrastive losses, forward and backward on one device, beside the full matrix's.
+"""Temporary memory and time of the contrastive losses and gradients on one device, compared with the full matrix.
 
     python benchmarks/contrastive.py [--batch=8192] [--width=768] [--chunks=256] [--dtype=float32] [--rounds=5]
         [--losses=sigmoid,softmax]
 
-"temporary" is what the compiler adds to arguments and results. Rounds take turns, so that a load of the machine meets
-all rows alike, and the fastest round of each is told. Ratios are those of the full matrix to the chunks.
+"temporary" is the memory that the compiler plans beside arguments and results. The losses take turns, so that other
+load on the machine affects all alike; prints the fastest round of each. Ratios are full matrix / chunks.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from train_jax.system.memory import format_bytes, step_memory
 
 
 def full_softmax(zimg, ztxt, log_scale, bias) -> jax.Array:
-    """`contrastive_reference.softmax_loss` with the arguments of the others."""
+    """Calls `contrastive_reference.softmax_loss`, with the signature of the other losses."""
     return contrastive_reference.softmax_loss(zimg, ztxt, log_scale)
 
 
 def chunked_softmax(zimg, ztxt, log_scale, bias, chunk_size: int) -> jax.Array:
-    """`softmax_loss` with the arguments of the others."""
+    """Calls `softmax_loss`, with the signature of the other losses."""
     return softmax_loss(zimg, ztxt, log_scale, chunk_size=chunk_size)
 
 
@@ -34,14 +34,14 @@ LOSSES = {"sigmoid": (contrastive_reference.sigmoid_loss, sigmoid_loss), "softma
 
 
 def make_arguments(batch: int, width: int, dtype: str) -> tuple[jax.Array, ...]:
-    """Unit embeddings [batch, width], and SigLIP's first scale and bias."""
+    """Returns unit embeddings [batch, width] of images and texts, and SigLIP's initial log scale and bias."""
     zimg, ztxt = jax.random.normal(jax.random.key(0), (2, batch, width))
     unit = [(rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)).astype(dtype) for rows in (zimg, ztxt)]
     return *unit, jnp.log(10.0), jnp.float32(-10.0)
 
 
 def fastest(steps: list[Callable], arguments: tuple[jax.Array, ...], rounds: int) -> list[float]:
-    """Seconds of the fastest of some rounds of each step, after one that does not count."""
+    """Returns the seconds of the fastest round of each step, after one round of warm-up."""
     best = [float("inf")] * len(steps)
     for number in range(rounds + 1):
         for index, step in enumerate(steps):
@@ -53,7 +53,7 @@ def fastest(steps: list[Callable], arguments: tuple[jax.Array, ...], rounds: int
 
 
 def main() -> None:
-    """Prints two rows or more for each loss."""
+    """Prints a row for each loss and chunk size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--width", type=int, default=768)
@@ -76,10 +76,10 @@ def main() -> None:
         ]
         memory = [step_memory(step) for step in steps]
         seconds = fastest(steps, arguments, options.rounds)
-        for row, used, taken in zip(losses, memory, seconds, strict=True):
+        for row, planned, time_taken in zip(losses, memory, seconds, strict=True):
             print(
-                f"{row:<22} {format_bytes(used.temp):>10} {memory[0].temp / used.temp:>7.1f} "
-                f"{1e3 * taken:>9.1f} {seconds[0] / taken:>7.2f}",
+                f"{row:<22} {format_bytes(planned.temp):>10} {memory[0].temp / planned.temp:>7.1f} "
+                f"{1e3 * time_taken:>9.1f} {seconds[0] / time_taken:>7.2f}",
                 flush=True,
             )
 

@@ -1,9 +1,9 @@
-"""Seconds of an exact minibatch coupling: ours, scipy's solver on the plain cost, and POT's where it is installed.
+"""Times exact minibatch couplings: ours, scipy's solver, and POT's if it is installed.
 
     OMP_NUM_THREADS=1 python benchmarks/coupling.py [--sizes=256,1024,2048] [--repeats=3]
 
-All solve one assignment, of normal noise to eight clusters in the plane or to data of low rank in 3,072 dimensions,
-in float64 from the same cost; the least of the repeats is told, and that the costs agree.
+All solve the same assignment in float64: normal noise to eight clusters in 2D, or to data of low rank in 3,072
+dimensions. Prints the minimum seconds over repeats and checks that the costs agree.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from flow_jax.couplings.pairings import host_cost
 
 
 def make_cost(n: int, dim: int, seed: int = 0) -> np.ndarray:
-    """The cost between noise and data, [n, n]."""
+    """Returns the cost between noise and data, [n, n]."""
     rng = np.random.default_rng(seed)
     x_0 = rng.normal(size=(n, dim))
     if dim == 2:
@@ -31,17 +31,18 @@ def make_cost(n: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 def solvers() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Name -> cost to the columns of the rows."""
-    found = {"ours": assign, "scipy": lambda cost: linear_sum_assignment(cost)[1]}
+    """Returns solvers by name; each returns for a cost the column assigned to each row."""
+    solvers = {"ours": assign, "scipy": lambda cost: linear_sum_assignment(cost)[1]}
     try:
         pot = importlib.import_module("ot")
     except ImportError:
-        return found
-    # Without its cap on iterations, which stops short of the optimum at 4,096 rows.
-    return found | {"pot": lambda cost: pot.emd([], [], cost, numItermax=10**9).argmax(axis=1)}
+        return solvers
+    # The default limit on iterations stops before the optimum at 4,096 rows.
+    return solvers | {"pot": lambda cost: pot.emd([], [], cost, numItermax=10**9).argmax(axis=1)}
 
 
 def main() -> None:
+    """Prints a row for each dimension and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="256,1024,2048")
     parser.add_argument("--repeats", type=int, default=3)

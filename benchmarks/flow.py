@@ -1,16 +1,16 @@
-"""Flow matching in the plane beside torchcfm and torchdiffeq: training steps, exact couplings, sampling.
+"""Compares 2D flow matching with torchcfm and torchdiffeq: training steps, exact couplings, sampling.
 
     pip install -e ".[bench]"
     taskset -c 0,1 python benchmarks/flow.py [--steps=200] [--rounds=5] [--cases=step,coupled,sample] [--check]
 
-Both sides do the same work in the same process on all cores that it may use, in turns, and medians of the rounds'
-wall time are told. `step` and `coupled` are training on 8 Gaussians to moons, torchcfm's tutorial: an MLP of 3 x 256
-(SELU, t beside x), Adam, sigma 0.1, a training set of 200,000 points and fresh noise in every step. Ours is what
-train.py runs, the compiled step of train_jax with its guard and its metrics and batches read ahead by threads that
-start in the timed part; theirs is the tutorial's loop. `coupled` pairs every batch by an exact coupling. `sample`
-integrates one trained field by Dopri5 at 1e-5, with the weights of one side copied to the other.
+Both implementations do the same work in one process on all of its cores, in turns. Prints the median wall time over
+rounds. `step` and `coupled` train from 8 Gaussians to moons, as in torchcfm's tutorial: an MLP of 3 x 256 (SELU, input
+x and t), Adam, sigma 0.1, a training set of 200,000 points and new noise in every step. Ours is the compiled step of
+train.py with its guard, metrics and prefetching threads, which start in the timed part; theirs is the loop of the
+tutorial. `coupled` pairs every batch by an exact coupling. `sample` integrates one trained field with Dopri5 at 1e-5,
+with our weights copied to their model.
 
---check exits with status 1 where a ratio is below its bar.
+--check exits with status 1 if a ratio is below its minimum.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from flow_jax.data import toys
 from flow_jax.tasks.plane import PlaneFlow
 from train_jax.config.base import base_config
 from train_jax.core import metrics, param_tree
+from train_jax.data.pipeline import training_batches
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.run_state import training_batches
 from train_jax.step import placement, train_step
 
 NOISE, DATA, POINTS = "8gaussians", "moons", 200_000
@@ -49,17 +49,17 @@ PACKAGES = ("jax", "flax", "diffrax", "torch", "torchcfm", "torchdiffeq", "POT",
 
 
 class Case(NamedTuple):
-    """One comparison: what a round of each side runs, and the ratio that ours should reach."""
+    """A comparison: one round of each implementation, and the minimum speedup of ours."""
 
     title: str
     ours: Callable[[], None]
     theirs: Callable[[], None]
-    work: int  # steps or samplings of a round
-    bar: float
+    work: int  # steps or samplings in a round
+    min_ratio: float
 
 
 class Ours:
-    """A training run of train_jax without its log, evaluations and checkpoints."""
+    """A training run of train_jax without logging, evaluation and checkpoints."""
 
     def __init__(self, batch_size: int, coupling: str, threads: int):
         self.config = make_config(batch_size, coupling, threads)
@@ -78,10 +78,11 @@ class Ours:
         self.totals = jax.device_put(metrics.zeros_like(totals), sharding.replicated(self.mesh))
 
     def pipeline(self, num_steps: int):
+        """Returns the training batches of the first `num_steps` steps."""
         return training_batches(self.config, self.source, num_steps)
 
     def train(self, steps: int) -> None:
-        """Some more steps, from empty queues to the end of the last (as train_jax.loop.Run.train)."""
+        """Runs more steps, starting with an empty prefetch queue (as train_jax.loop.Trainer.train)."""
         batches = self.pipeline(self.done + steps).iterate(self.done)
         for _ in range(steps):
             batch = sharding.to_global(next(batches), self.mesh, self.place)
@@ -91,19 +92,19 @@ class Ours:
         self.done += steps
 
     def model(self) -> nnx.Module:
-        """The model as it is now; later steps take its arrays over."""
+        """Returns a copy of the current model; later steps donate the original arrays."""
         return self.placed.model({path: leaf.copy() for path, leaf in self.state.params.items()})
 
 
 def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
-    """What a user would write into a config file."""
+    """Returns the config of the comparison."""
     config = base_config("flow_jax.tasks.plane:PlaneFlow")
     config.batch_size, config.data.threads = batch_size, threads
     config.data.noise, config.data.name, config.data.num_examples = NOISE, DATA, POINTS
     config.model.update({"width": WIDTH, "depth": 3, "activation": "selu", "time_width": 0})
     config.path.name, config.path.sigma = "cfm", SIGMA
     config.coupling.name = coupling
-    config.optimizer.learning_rate = RATE  # of adamw, whose decay is 0
+    config.optimizer.learning_rate = RATE  # of adamw without weight decay
     return config
 
 
@@ -120,6 +121,7 @@ class Theirs:
         self.centres = 5 * torch.stack([angle.cos(), angle.sin()], 1)
 
     def train(self, steps: int) -> None:
+        """Runs more steps."""
         n = self.batch_size
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -132,22 +134,24 @@ class Theirs:
 
 
 def step_case(ours: Ours, steps: int) -> Case:
+    """Returns the comparison of training steps."""
     theirs = Theirs(ours.config.batch_size, ConditionalFlowMatcher(SIGMA))
     sizes = [sum(leaf.size for leaf in param_tree.flatten(ours.model()).values())]
     sizes.append(sum(leaf.numel() for leaf in theirs.net.parameters()))
     assert sizes[0] == sizes[1], f"the models have {sizes} parameters"
-    print(f"MLP of {sizes[0]:,} parameters on both sides")
+    print(f"both models are MLPs with {sizes[0]:,} parameters")
     return Case("step", lambda: ours.train(steps), lambda: theirs.train(steps), steps, 1.15)
 
 
 def coupled_case(steps: int, threads: int) -> Case:
+    """Returns the comparison of training steps with exact couplings."""
     ours = Ours(1024, "exact", threads)
     theirs = Theirs(1024, ExactOptimalTransportConditionalFlowMatcher(SIGMA))
     return Case("coupled", lambda: ours.train(steps), lambda: theirs.train(steps), steps, 1.2)
 
 
 def sample_case(ours: Ours, solves: int) -> Case:
-    """Both integrate the field that `ours` has learned in some steps, from the same 10,000 points."""
+    """Returns the comparison of sampling: both integrate the field that `ours` has learned, from 10,000 points."""
     ours.train(max(0, 1500 - ours.done))
     model, net = ours.model(), MLP(dim=2, w=WIDTH, time_varying=True)
     layers = [layer for layer in net.net if isinstance(layer, torch.nn.Linear)]
@@ -173,12 +177,12 @@ def sample_case(ours: Ours, solves: int) -> Case:
         velocity = field(torch.tensor(0.5), torch.from_numpy(x_0)).numpy()
     np.testing.assert_allclose(np.asarray(model(0.5, x_0)), velocity, rtol=1e-4, atol=1e-4)
     calls[0] = 0
-    found, expected = our_sample(), their_sample().numpy()
-    nfe = int(found.nfe), calls[0]
-    gap = np.abs(np.asarray(found.x) - expected)
-    print(f"Dopri5 at {TOLERANCE:g}: {nfe[0]} evaluations, torchdiffeq {nfe[1]}; outputs differ by {gap.mean():.1e} in "
-          f"the mean, {gap.max():.1e} at most")  # fmt: skip
-    assert gap.mean() < 100 * TOLERANCE, "the two sides sample different points"  # local errors add up
+    result, expected = our_sample(), their_sample().numpy()
+    nfe = int(result.nfe), calls[0]
+    gap = np.abs(np.asarray(result.x) - expected)
+    print(f"Dopri5 at {TOLERANCE:g}: {nfe[0]} evaluations, torchdiffeq {nfe[1]}; outputs differ by {gap.mean():.1e} on "
+          f"average, {gap.max():.1e} at most")  # fmt: skip
+    assert gap.mean() < 100 * TOLERANCE, "the implementations sample different points"  # local errors accumulate
 
     def repeat(function):
         for _ in range(solves):
@@ -188,35 +192,35 @@ def sample_case(ours: Ours, solves: int) -> Case:
 
 
 def compare(case: Case, rounds: int) -> bool:
-    """Runs the rounds, of which one before does not count, prints the row; whether the bar is met."""
+    """Runs the rounds after one of warm-up and prints a row; returns whether the ratio reaches its minimum."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(-1, rounds):
-        for side in (0, 1) if number % 2 else (1, 0):
-            time.sleep(0.2)  # threads of the other side go to sleep
+        for index in (0, 1) if number % 2 else (1, 0):
+            time.sleep(0.2)  # lets the threads of the other implementation go idle
             began = time.perf_counter()
-            (case.ours, case.theirs)[side]()
+            (case.ours, case.theirs)[index]()
             if number >= 0:
-                seconds[side].append((time.perf_counter() - began) / case.work)
-    ours, theirs = (1e3 * statistics.median(side) for side in seconds)
+                seconds[index].append((time.perf_counter() - began) / case.work)
+    ours, theirs = (1e3 * statistics.median(times) for times in seconds)
     ratios = [b / a for a, b in zip(*seconds, strict=True)]
-    met = theirs / ours >= case.bar
+    reached = theirs / ours >= case.min_ratio
     print(
         f"{case.title:<9} {ours:>9.2f} {theirs:>9.2f} {theirs / ours:>7.2f} {min(ratios):>7.2f} {max(ratios):>7.2f} "
-        f"{case.bar:>6.2f} {'' if met else 'below'}",
+        f"{case.min_ratio:>8.2f} {'' if reached else 'too low'}",
         flush=True,
     )
-    return met
+    return reached
 
 
 def main() -> int:
-    """Prints a row for each case."""
+    """Prints a row for each case and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of a round of training")
+    parser.add_argument("--steps", type=int, default=200, help="training steps in a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--solves", type=int, default=5, help="samplings of a round")
+    parser.add_argument("--solves", type=int, default=5, help="samplings in a round")
     parser.add_argument("--cases", default="step,coupled,sample", help="separated by commas")
-    parser.add_argument("--threads", type=int, default=2, help="our data.threads, which read and couple ahead")
-    parser.add_argument("--check", action="store_true", help="status 1 where a ratio is below its bar")
+    parser.add_argument("--threads", type=int, default=2, help="our data.threads, which read and couple batches")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a ratio is below its minimum")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     jax.config.update("jax_platforms", "cpu")
@@ -233,10 +237,10 @@ def main() -> int:
     if unknown := set(names) - set(makers):
         parser.error(f"--cases has {', '.join(sorted(unknown))}, expected some of {', '.join(makers)}")
     cases = [makers[name]() for name in names]
-    print(f"{'':<9} {'ours, ms':>9} {'theirs':>9} {'ratio':>7} {'least':>7} {'most':>7} {'bar':>6}")
-    met = [compare(case, options.rounds) for case in cases]
+    print(f"{'':<9} {'ours, ms':>9} {'theirs':>9} {'ratio':>7} {'min':>7} {'max':>7} {'required':>8}")
+    reached = [compare(case, options.rounds) for case in cases]
     print(f"load {os.getloadavg()[0]:.1f} at the end")
-    return int(options.check and not all(met))
+    return int(options.check and not all(reached))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""LoRA of PaliGemma-3B on a GPU: what train.py takes of time and memory, beside transformers with peft.
+"""Time and memory of LoRA on PaliGemma-3B on a GPU, compared with transformers and peft.
 
     python benchmarks/lora_3b.py [--kinds=bfloat16,int8,nf4] [--steps=40] [--text=511] [--peer] [--folder=runs/lora_3b]
 
-Weights are random, of the released sizes, and scenes synthetic, so a loss means nothing; shapes and programs are those
-of `configs/clevr.py:3b`. `--text` is the number of text tokens. Times are those of the last steps; peaks are the
-allocator's, of training and of an evaluation of 60 questions. XLA_PYTHON_CLIENT_MEM_FRACTION caps them as on a smaller
-card.
+Weights are random with the released sizes and scenes are synthetic, so losses have no meaning; shapes and programs are
+those of `configs/clevr.py:3b`. `--text` is the number of text tokens. Times are for the last steps. Peaks are those of
+the allocator, over training and an evaluation of 60 questions. XLA_PYTHON_CLIENT_MEM_FRACTION limits the memory to that
+of a smaller card.
 
-`--peer` times the same step by transformers and peft (`pip install -e ".[bench]"`), eager, with gradient checkpointing:
-bfloat16 weights, float32 adapters, batch 4 in two parts, AdamW; without LoRA's dropout, which ours has. Its peak is of
-training alone.
+`--peer` times the same step with transformers and peft (`pip install -e ".[bench]"`), eager, with gradient
+checkpointing: bfloat16 weights, float32 adapters, batch 4 in two micro-batches, AdamW; without LoRA dropout, which ours
+has. Its peak is for training only.
 """
 
 import argparse
@@ -40,12 +40,13 @@ BATCH, MICRO = 4, 2  # of :3b
 
 
 def main() -> None:
+    """Prints a row for each base."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kinds", default=",".join(KINDS), help="bases to train on: bfloat16, int8, nf4")
     parser.add_argument("--steps", type=int, default=40, help="4 or more; a quarter of them is timed")
-    parser.add_argument("--text", type=int, default=511, help="text tokens; a question has up to 128 of them, or half")
-    parser.add_argument("--peer", action="store_true", help="transformers and peft as well")
-    parser.add_argument("--folder", type=Path, default=Path("runs/lora_3b"), help="where runs go")
+    parser.add_argument("--text", type=int, default=511, help="text tokens, of which up to 128 or half are questions")
+    parser.add_argument("--peer", action="store_true", help="also time transformers and peft")
+    parser.add_argument("--folder", type=Path, default=Path("runs/lora_3b"), help="folder of the runs")
     arguments = parser.parse_args()
     kinds = [kind for kind in arguments.kinds.split(",") if kind]
     if not set(kinds) <= set(KINDS):
@@ -53,9 +54,9 @@ def main() -> None:
     if arguments.steps < 4:
         parser.error(f"--steps is {arguments.steps}, expected 4 or more")
     workdirs = {kind: arguments.folder.absolute() / f"{kind}-{arguments.text}" for kind in kinds}
-    made = [str(workdir) for workdir in workdirs.values() if workdir.exists()]
-    if made:
-        parser.error(f"{made[0]} is there from an earlier call, expected a new run: remove it or change --folder")
+    existing = [str(workdir) for workdir in workdirs.values() if workdir.exists()]
+    if existing:
+        parser.error(f"{existing[0]} exists from an earlier call, expected a new run: remove it or change --folder")
     print("| run | seconds a step | peak memory |")
     print("|---|---|---|")
     for kind, workdir in workdirs.items():
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def ours(kind: str, workdir: Path, steps: int, text: int) -> None:
-    """One run of train.py, and its row of the table."""
+    """Runs train.py and prints a row of the table."""
     prefix = min(128, (text + 1) // 2)
     keys = OVERRIDES | {"total_steps": steps, "log_steps": steps // 4, "data.prefix_length": prefix}
     keys |= {"data.suffix_length": text + 1 - prefix}
@@ -81,7 +82,7 @@ def ours(kind: str, workdir: Path, steps: int, text: int) -> None:
 
 
 def transformers_and_peft(steps: int, text: int) -> None:
-    """The same step by transformers and peft."""
+    """Times the same step with transformers and peft and prints a row of the table."""
     import peft
     import torch
     import transformers

@@ -1,9 +1,9 @@
-"""A PaliGemma of about 40 M parameters, trained and evaluated by train.py on bases in bfloat16, int8 and NF4.
+"""Trains LoRA on a PaliGemma of about 40 M parameters with the base in bfloat16, int8 and NF4.
 
     python benchmarks/mid_size.py [--folder=runs/mid_size]
 
-The base is random, written once as a Hugging Face folder: its loss falls to that of guessing by the question. What is
-to be seen is that the three agree, and what each takes. A finished run is not made again.
+The base has random weights and is written once as a Hugging Face folder, so its loss only falls to that of guessing
+from the question. Compares losses, memory and speed of the three. A complete run is not repeated.
 """
 
 import argparse
@@ -43,8 +43,9 @@ OVERRIDES = {
 
 
 def main() -> None:
+    """Prints a row for each base."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/mid_size"), help="where base and runs go")
+    parser.add_argument("--folder", type=Path, default=Path("runs/mid_size"), help="folder of the base and the runs")
     folder = parser.parse_args().folder.absolute()
     base = folder / "base"
     if not base.is_dir():
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def run(base: Path, workdir: Path, kind: str) -> None:
-    """One run of train.py and its row of the table."""
+    """Runs train.py and prints a row of the table."""
     keys = OVERRIDES | {"model.path": base, "model.quantize": kind}
     command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'configs/clevr.py'}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in keys.items()]

@@ -1,9 +1,9 @@
-"""Bytes of state, planned memory and time of a step of each optimizer, for a given number of parameters.
+"""Optimizer state, planned memory and time of a step of each optimizer, for a given number of parameters.
 
     python benchmarks/optimizers.py [--millions=16] [--width=1024] [--steps=10] [--names=adamw,adamw_8bit]
 
-The parameters are a float32 stack of layers [layers, width, 4 * width], the gradients are made in the step, and the
-state and the parameters are donated, as in training. "temporary" is what the compiler adds to arguments.
+Parameters are a float32 stack of layers [layers, width, 4 * width]. The step computes gradients, and state and
+parameters are donated, as in training. "temporary" is the memory that the compiler plans beside arguments.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from train_jax.config.base import runtime_defaults
 from train_jax.optim.optimizers import make_optimizer, make_schedule
 from train_jax.system.memory import format_bytes, step_memory
 
-# Settings of each row; momentum is what makes a fair comparison with Adam's first moment.
+# Settings of each row; with momentum they compare with Adam, which has a first moment.
 OPTIMIZERS = {
     "adamw": dict(name="adamw"),
     "adamw_8bit": dict(name="adamw_8bit"),
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def make_params(count: int, width: int) -> dict[str, jax.Array]:
-    """`count` normal numbers as one stack of layers [layers, width, 4 * width], and what is left over as a vector."""
+    """Returns `count` random numbers as a stack of layers [layers, width, 4 * width] and a vector of the rest."""
     layers, rest = divmod(count, 4 * width * width)
     shapes = {"layers/kernel": (layers, width, 4 * width), "rest/kernel": (rest,)}
     keys = jax.random.split(jax.random.key(0), 2)
@@ -40,7 +40,7 @@ def make_params(count: int, width: int) -> dict[str, jax.Array]:
 
 
 def measure(settings: dict, count: int, width: int, steps: int) -> tuple[int, str, float]:
-    """Bytes of the state, the compiler's temporary memory ("unknown" where it does not say), and seconds a step."""
+    """Returns the bytes of the state, the planned temporary memory (or "unknown"), and the seconds of a step."""
     config = runtime_defaults().optimizer
     config.update(settings, weight_decay=0.01)
     params = make_params(count, width)

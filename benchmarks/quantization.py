@@ -1,10 +1,10 @@
-"""How far each way of storing kernels in few bits is from the kernels themselves.
+"""Quantization error of each codec.
 
     python benchmarks/quantization.py [--model=tiny]
 
-For every codec: bits a weight (constants included) and the root of the mean squared error over the root mean square of
-the weights, on normal numbers (16 matrices of 1024 x 1024, seed 0) and on all projections of a model, by default of the
-shipped one. Errors are summed over all weights, so large kernels count for more.
+Prints for every codec the bits per weight (with constants) and the relative error (root mean squared error / root mean
+square), for normal random numbers (16 matrices of 1024 x 1024, seed 0) and for all projections of a model, by default
+the shipped one. Errors are summed over all weights, so larger kernels count more.
 """
 
 import argparse
@@ -29,12 +29,12 @@ CODECS = {
 
 
 def normal_kernels() -> list[tuple]:
-    """Stacked normal numbers, with the shapes of inputs and outputs."""
+    """Returns one stack of normal random kernels, with its input and output shapes."""
     return [(jax.random.normal(jax.random.key(0), (16, 1024, 1024)), (1024,), (1024,))]
 
 
 def model_kernels(path: str) -> list[tuple]:
-    """The kernels that `quantize` quantises by default."""
+    """Returns the kernels that `quantize` quantizes by default, with their input and output shapes."""
     modules = projections(load(path, "float32"))
     return [
         (modules[name].kernel[...], modules[name].in_shape, modules[name].out_shape)
@@ -43,7 +43,7 @@ def model_kernels(path: str) -> list[tuple]:
 
 
 def measure(kernels: list[tuple], codec) -> tuple[float, float]:
-    """Bits a weight and the relative error over all kernels."""
+    """Returns the bits per weight and the relative error over all kernels."""
     error = power = weights = size = 0.0
     for kernel, in_shape, out_shape in kernels:
         stored = QuantizedKernel.of(kernel, codec, in_shape, out_shape)
@@ -57,14 +57,14 @@ def measure(kernels: list[tuple], codec) -> tuple[float, float]:
 def main() -> None:
     """Prints a row for each codec."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help="whatever pg.load reads")
+    parser.add_argument("--model", default="tiny", help="path or name for pg.load")
     options = parser.parse_args()
     cases = {"normal": normal_kernels(), options.model: model_kernels(options.model)}
     print(f"{'':<24}" + "".join(f" {f'bits, {name}':>14} {f'error, {name}':>14}" for name in cases))
     for name, settings in CODECS.items():
         codec = make_codec(*settings)
-        found = [measure(kernels, codec) for kernels in cases.values()]
-        print(f"{name:<24}" + "".join(f" {bits:>14.3f} {error:>14.4f}" for bits, error in found), flush=True)
+        results = [measure(kernels, codec) for kernels in cases.values()]
+        print(f"{name:<24}" + "".join(f" {bits:>14.3f} {error:>14.4f}" for bits, error in results), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Leaves out the cases that exhaustive.txt lists, so that the suite is quick enough to be run before every commit.
+"""Deselects the cases listed in exhaustive.txt, so that the suite is fast enough to run before every commit.
 
-A plugin (see conftest.py). In a pattern `*` stands for anything and `[01]` for one of these digits.
+A plugin (see conftest.py). In a pattern, `*` matches anything and `[01]` one of these digits.
 """
 
 import re
@@ -16,7 +16,7 @@ def pytest_addoption(parser):
 
 
 def patterns() -> list[re.Pattern]:
-    """Of node ids."""
+    """Returns the patterns of node ids in exhaustive.txt."""
     lines = [line.strip() for line in LIST.read_text(encoding="utf-8").splitlines()]
     return [_compiled(line) for line in lines if line and not line.startswith("#")]
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--exhaustive"):
         return
     listed = patterns()
-    out = [item for item in items if any(pattern.fullmatch(item.nodeid) for pattern in listed)]
-    if len(out) < len(items):  # a case that is asked for by its name alone runs
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in set(out)]
+    deselected = [item for item in items if any(pattern.fullmatch(item.nodeid) for pattern in listed)]
+    if len(deselected) < len(items):  # otherwise all were requested by name, and run
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]

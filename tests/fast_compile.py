@@ -1,6 +1,6 @@
-"""Quick compilation for tests that compile much and compute little: few optimizations, and each program once.
+"""Fast compilation for tests that compile much and compute little: few optimizations, and a cache of programs.
 
-A plugin (see conftest.py): its fixtures are there for every test.
+A plugin (see conftest.py): its fixtures are available to every test.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextlib.contextmanager
 def compiling_fast(folder: str) -> Iterator[None]:
-    """Compiles with few optimizations and keeps what is compiled in `folder`.
+    """Compiles with few optimizations and caches programs in `folder`.
 
-    Processes started in the meantime do so as well: they read these settings from the environment.
+    This applies to subprocesses too, which read the settings from the environment.
     """
     settings = {
         "jax_compilation_cache_dir": folder,
@@ -37,17 +37,17 @@ def compiling_fast(folder: str) -> Iterator[None]:
 def _configure(settings: dict) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX asks once in a process whether there is a cache
+    compilation_cache.reset_cache()  # JAX checks only once in a process whether there is a cache
 
 
 @pytest.fixture(scope="session")
 def compiled_folder(tmp_path_factory) -> str:
-    """Where the programs of all tests are kept."""
+    """The folder of the compiled programs of all tests."""
     return str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
 def fast_compilation(compiled_folder) -> Iterator[None]:
-    """Quick compilation for the tests of a module."""
+    """Fast compilation for the tests of a module."""
     with compiling_fast(compiled_folder):
         yield

@@ -1,4 +1,4 @@
-"""What is alive on the devices, leftovers of earlier tests aside."""
+"""Live arrays on the devices."""
 
 import gc
 
@@ -6,6 +6,6 @@ import jax
 
 
 def live_arrays() -> list[jax.Array]:
-    """All arrays on devices once unreachable ones are gone: cycles keep those of earlier tests until a collection."""
+    """Returns the live arrays after a garbage collection, which frees those in reference cycles of earlier tests."""
     gc.collect()
     return jax.live_arrays()

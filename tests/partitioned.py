@@ -1,5 +1,6 @@
-"""Reading programs as the compiler divides them over 8 devices: no activation is exchanged, nothing is computed twice,
-and memory is divided. That values and gradients are those of one device is tested where the tasks are.
+"""Checks of programs partitioned over 8 devices: no activation is exchanged, compute and memory are divided.
+
+Tests of the tasks check that values and gradients equal those of one device.
 """
 
 import collections
@@ -13,25 +14,24 @@ from tests.paligemma_jax.mini import config_of
 from train_jax.config.base import task_class
 from train_jax.core import param_tree, row_sharding
 from train_jax.parallel import sharding
-from train_jax.plan import flops, hlo
-from train_jax.plan import programs as planning
+from train_jax.plan import flops, hlo, planning
 from train_jax.system.memory import step_memory
 
 ONE = {"data": 1, "fsdp": 1}
 MESHES = {"data": {"data": 8, "fsdp": 1}, "fsdp": {"data": 1, "fsdp": 8}, "both": {"data": 2, "fsdp": 4}}
 DEVICES = 8
-Sizes = tuple[int, ...]  # of an array's axes, sorted, without those of 1
+Sizes = tuple[int, ...]  # sorted sizes of an array's axes, without 1s
 
 
 class Case(NamedTuple):
-    """A run.
+    """A run to check.
 
     Attributes:
       config: file and argument.
-      options: by dotted key; rows enough for activations to outweigh what does not grow with them.
-      exchanged: what its loss exchanges beside weights, gradients and metrics: embeddings, a coupling's rows.
-      evaluates: whether programs of evaluation are looked at too.
-      passes: of the training step through the model: forwards and backwards, once a micro-batch.
+      options: by dotted key; with enough rows that activations are larger than everything else.
+      exchanged: arrays that its loss exchanges beside weights, gradients and metrics: embeddings, rows of a coupling.
+      evaluates: whether to check the programs of evaluation too.
+      passes: number of times that the training step gathers the weights: forward and backward, for each micro-batch.
     """
 
     config: str
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 class Divided(NamedTuple):
-    """One program on one device: how often it exchanges what, FLOPs, and temporary bytes."""
+    """A program on one device: {(kind of collective, sizes): count}, FLOPs, and bytes of temporary memory."""
 
     exchanged: dict[tuple[str, Sizes], int]
     flops: int
@@ -63,7 +63,7 @@ def read(compiled: jax.stages.Compiled) -> Divided:
 
 
 def kept(mesh: jax.sharding.Mesh, loss: Callable, arguments: tuple) -> list[jax.ShapeDtypeStruct]:
-    """What the backward pass of a loss in its first two arguments is given, over a mesh."""
+    """Returns the shapes of residuals of a loss's gradient in its first two arguments, on a mesh."""
 
     def forward(first, second, *rest):
         return jax.vjp(lambda first, second: loss(first, second, *rest), first, second)[1]
@@ -72,11 +72,11 @@ def kept(mesh: jax.sharding.Mesh, loss: Callable, arguments: tuple) -> list[jax.
 
 
 def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided]:
-    """The training step and the programs of evaluation, by name."""
-    found, original = {}, planning.program_of
+    """Returns the training step and the programs of evaluation, by name."""
+    result, original = {}, planning.program_of
 
     def program_of(name, compiled, *rest):
-        found[name] = read(compiled)
+        result[name] = read(compiled)
         return original(name, compiled, *rest)
 
     with monkeypatch.context() as patch:
@@ -84,18 +84,18 @@ def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided
         if not case.evaluates:
             patch.setattr(planning, "_evaluations", lambda *_: [])
         planning.plan(_config(case, mesh))
-    return found
+    return result
 
 
 def parameters(case: Case) -> dict[str, Sizes]:
-    """Shapes by path."""
+    """Returns shapes by path."""
     config = _config(case, ONE)
     blueprint = task_class(config.task).blueprint(config, sharding.make_mesh(config.mesh))
     return {path: leaf.shape for path, leaf in param_tree.flatten(blueprint.model).items()}
 
 
 def held_share(case: Case, mesh: str) -> float:
-    """Bytes of the parameters that a device holds, in units of its part of them."""
+    """Returns the bytes of a device's parameters, relative to its equal part of all parameters."""
     config = _config(case, MESHES[mesh])
     devices = sharding.make_mesh(config.mesh)
     blueprint = task_class(config.task).blueprint(config, devices)
@@ -110,12 +110,12 @@ def _config(case: Case, mesh: dict[str, int]):
 
 
 def layers_of(shapes: dict[str, Sizes]) -> dict[str, list[Sizes]]:
-    """What is gathered at a time, by name: the arrays of a layer of each stack, and what is in no stack."""
-    found = collections.defaultdict(list)
+    """Returns the arrays that are gathered together, by name: one layer of each stack, and arrays outside stacks."""
+    result = collections.defaultdict(list)
     for path, shape in shapes.items():
         stack, in_stack, _ = path.partition("layers/")
-        found[stack if in_stack else path].append(shape[1:] if in_stack else shape)
-    return found
+        result[stack if in_stack else path].append(shape[1:] if in_stack else shape)
+    return result
 
 
 def check(case: Case, mesh: str, monkeypatch) -> None:
@@ -144,11 +144,11 @@ def check(case: Case, mesh: str, monkeypatch) -> None:
 
 
 def arrays_of(shapes: dict[str, Sizes]) -> dict[Sizes, int]:
-    """How many arrays of the same sizes a pass uses, those of every layer counted."""
-    found = collections.Counter()
+    """Returns the number of arrays of each size that a pass gathers, over all layers."""
+    result = collections.Counter()
     for path, shape in shapes.items():
         if "layers/" in path:
-            found[sizes(shape[1:])] += shape[0]
+            result[sizes(shape[1:])] += shape[0]
         else:
-            found[sizes(shape)] += 1
-    return found
+            result[sizes(shape)] += 1
+    return result

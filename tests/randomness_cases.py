@@ -1,6 +1,6 @@
-"""Small configs of every task, with all that is random in it switched on, for tests/test_randomness.py.
+"""Small configs of every task with all of its randomness switched on, for tests/test_randomness.py.
 
-A new task needs a case here: the test fails as long as it has none.
+A new task needs a case here, or the test fails.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ class Case:
 
     Attributes:
       options: of the config by dotted key.
-      config: its file in configs/, with its argument; "" for the toy.
-      whole: for a loss that needs all rows of a batch at once, a part of the sentence that refuses micro-batches.
-      elsewhere: further options of what is computed otherwise than at once on one device.
-      drawn: whether the step itself draws something, beside what the data bring.
+      config: its file in configs/, with its argument; "" for the toy task.
+      whole: part of the message that refuses micro-batches, for a loss that needs all rows of a batch.
+      elsewhere: more options for computations other than in one batch on one device.
+      random_step: whether the step uses random keys, and not only the data.
     """
 
     options: dict[str, Any]
     config: str = ""
     whole: str = ""
     elsewhere: dict[str, Any] = dataclasses.field(default_factory=dict)
-    drawn: bool = True
+    random_step: bool = True
 
     def make(self, **changes: Any) -> ConfigDict:
-        """The config with further changes by dotted key."""
+        """Returns the config with changes by dotted key."""
         options = {"batch_size": BATCH, "data.threads": 0} | self.options | changes
         if self.config:
             return config_of(options, str(ROOT / "configs" / self.config))
@@ -56,8 +56,8 @@ class Case:
 
 
 def task_paths() -> set[str]:
-    """Import paths of all tasks of the packages."""
-    found = {PATH}
+    """Returns the import paths of all tasks in the packages."""
+    result = {PATH}
     for package in (flow_jax, paligemma_jax):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if module.name.endswith("__main__"):
@@ -65,8 +65,8 @@ def task_paths() -> set[str]:
             for name, value in vars(importlib.import_module(module.name)).items():
                 own = inspect.isclass(value) and value.__module__ == module.name and not inspect.isabstract(value)
                 if own and issubclass(value, Task):
-                    found.add(f"{module.name.removesuffix('.task')}:{name}")  # packages export their task
-    return found
+                    result.add(f"{module.name.removesuffix('.task')}:{name}")  # packages export their task
+    return result
 
 
 FLOW = {"model.width": 16, "model.depth": 2, "data.num_examples": 100}
@@ -132,26 +132,26 @@ CASES = {
         "gates": Case(GATES, "clevr.py"),
     },
     "paligemma_jax.tasks.pretraining:Pretraining": {
-        "texts": Case(SCENES | TEXTS, "pretrain.py", "the loss of the patch heads is a mean", drawn=False),
+        "texts": Case(SCENES | TEXTS, "pretrain.py", "the loss of the patch heads is a mean", random_step=False),
     },
     "paligemma_jax.tasks.pretraining.vision:VisionPretraining": {
-        "patches": Case(SCENES, "pretrain.py:vision", "the loss of the patch heads is a mean", drawn=False),
+        "patches": Case(SCENES, "pretrain.py:vision", "the loss of the patch heads is a mean", random_step=False),
     },
     "paligemma_jax.tasks.contrastive:Contrastive": {
         "some negatives": Case(
             PAIRS | {"loss.negatives": 3, "init.bias": 0.0}, "siglip.py", "the loss is of all pairs", IN_PARTS
         ),
         "softmax": Case(
-            PAIRS | {"loss.name": "softmax"}, "siglip.py", "the loss is of all pairs", IN_PARTS, drawn=False
+            PAIRS | {"loss.name": "softmax"}, "siglip.py", "the loss is of all pairs", IN_PARTS, random_step=False
         ),
     },
-    "paligemma_jax.tasks.coprompt:CoPrompt": {"views and sentences": Case(FEW, "coprompt.py", drawn=False)},
+    "paligemma_jax.tasks.coprompt:CoPrompt": {"views and sentences": Case(FEW, "coprompt.py", random_step=False)},
 }
 
 
 @contextlib.contextmanager
 def small_models() -> Iterator[None]:
-    """Models of the new kind are smaller than "tiny" in the meantime."""
+    """Makes new models smaller than "tiny" within the context."""
     small = variant("tiny").replace(vision=SMALL | {"image_size": 24}, text=SMALL, embed_dim=16)
     small = dataclasses.replace(small, preprocessing=dataclasses.replace(small.preprocessing, size=24))
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +161,7 @@ def small_models() -> Iterator[None]:
 
 
 def places(task: str, folder: Path, mini_options: dict) -> dict[str, Any]:
-    """Options that name the files of a task, which are written if need be."""
+    """Returns options that name the files of a task, and writes the files if necessary."""
     if task.endswith(":VQA"):
         return mini_options
     if task.endswith(":CoPrompt"):
@@ -170,7 +170,7 @@ def places(task: str, folder: Path, mini_options: dict) -> dict[str, Any]:
 
 
 def few_images(folder: Path) -> dict[str, str]:
-    """Classes with sentences about each, and a model to tune on them."""
+    """Writes classes with descriptions, and a model to tune on them."""
     save_small_siglip(randomised, folder / "siglip")
     classes = ("red", "green ball", "blue", "gray cube")
     for number, name in enumerate(classes):

@@ -1,4 +1,4 @@
-"""docs/architecture.md says where things are: each function that it names exists and calls the next."""
+"""Checks docs/architecture.md: each function that it names exists and calls the next."""
 
 import ast
 import re
@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINES = re.findall(r"^(\S.*?) {2,}(\S+:\S+ > .*)$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
 README = ("train_jax/loop.py", "paligemma_jax/models/gemma.py", "flow_jax/tasks/flow_task.py")
-"""Files of the README's reading path, from which everything is at most two files away."""
+"""Files of the README's reading path; everything is at most two jumps from one of them."""
 
 
 def function_of(place: str) -> ast.AST:
-    """A function, given as file:Class.function."""
+    """Returns the syntax tree of a function given as file:Class.function."""
     file, _, path = place.partition(":")
     node = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     for name in path.split("."):
@@ -23,7 +23,7 @@ def function_of(place: str) -> ast.AST:
 
 
 def names_in(function: ast.AST) -> set[str]:
-    """Names and attributes in its code; what only a docstring or a comment says is none."""
+    """Returns the names and attributes in a function's code, without docstrings and comments."""
     names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     return names | {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
 
@@ -41,12 +41,12 @@ def test_each_function_calls_the_next(what, line):
     assert len(dict.fromkeys(files[start:])) <= 3, f"{what}: more than two jumps"
 
 
-def test_the_lines_are_all_there():
+def test_the_page_has_every_jump():
     named = {"loss of the main job", "the step", "LoRA forward", "the flow loss", "sharding rules", "the SigLIP loss"}
     assert {what for what, _ in LINES} == named
 
 
-def test_the_readme_names_the_files_to_begin_with():
+def test_the_readme_has_the_reading_path():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     path = text.partition("## Reading path")[2].partition("\n## ")[0]
     assert all(f"`{file}`" in path and (ROOT / file).is_file() for file in README)

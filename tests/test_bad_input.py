@@ -1,4 +1,4 @@
-"""What a person reads when files are bad or the run is disturbed: one sentence, the exit status, no traceback."""
+"""Messages for bad files and interrupted runs: one sentence and an exit status, no traceback."""
 
 import json
 import os
@@ -27,7 +27,7 @@ QUICK = {"eval.controls": False, "eval.before": False, "eval.candidates": "", "c
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """They take longer than the runs."""
+    """Skips TensorBoard and curves, which take longer than the runs."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
     monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
 
@@ -38,7 +38,7 @@ def nothing_trains(monkeypatch):
 
 
 def ends(capsys, main, argv) -> tuple[int, list[str], str]:
-    """Exit status, lines of stderr that the script itself wrote, and stdout."""
+    """Returns the exit status, the script's own lines on stderr, and stdout."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command_line.run(main, argv)
@@ -53,7 +53,7 @@ def ends(capsys, main, argv) -> tuple[int, list[str], str]:
 
 @pytest.fixture
 def model_folder(mini_folder, tmp_path):
-    """A copy of the model to break."""
+    """A copy of the model for a test to damage."""
     return shutil.copytree(mini_folder, tmp_path / "model")
 
 
@@ -74,7 +74,7 @@ def test_every_weight_is_accounted_for_both_ways(mini_options, model_folder, tmp
 
 
 class Harmful:
-    """Unpickling it would leave a file."""
+    """An object that creates a file when unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -114,7 +114,7 @@ def test_a_shard_outside_its_folder(mini_options, model_folder, tmp_path, capsys
 
 @pytest.fixture
 def own_rows(tmp_path):
-    """Twenty training rows on as many images and four of validation."""
+    """Twenty training rows and four validation rows, each with its own image."""
     folder = tmp_path / "data"
     folder.mkdir()
     for split, numbers in (("train", range(20)), ("validation", range(20, 24))):
@@ -151,7 +151,7 @@ def test_an_image_path_that_leaves_the_folder(own_options, own_rows, tmp_path, c
     )
 
 
-def test_a_suffix_that_would_lose_its_eos_stops_the_run(own_options, own_rows, tmp_path, capsys):
+def test_a_suffix_that_is_too_long_stops_the_run(own_options, own_rows, tmp_path, capsys):
     rows = read_lines(own_rows / "train.jsonl")
     for row in rows:
         row["suffix"] = "red red red red red"
@@ -178,7 +178,7 @@ def test_a_broken_image_is_named_and_counted_and_the_run_goes_on(
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_complete_run_whose_images_changed(own_options, own_rows, tmp_path, capsys, split):
-    """The same names, other bytes: neither is the run called complete, nor is anything written."""
+    """With the same names and other bytes, the run is not reported as complete and nothing is written."""
     train_main(tmp_path / "run", own_options, config=OWN_DATA)
     train_main(tmp_path / "run", own_options, config=OWN_DATA)
     assert f"{tmp_path / 'run'} is complete: 4 steps trained" in capsys.readouterr().out
@@ -201,10 +201,10 @@ def test_too_many_broken_images_stop_the_run(own_options, own_rows, tmp_path, ca
     assert not (tmp_path / "run/eval.json").exists()
 
 
-# Disturbances.
+# Interruptions.
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")  # the one that the full disk cuts off
+@pytest.mark.filterwarnings("ignore:coroutine")  # one that the full disk interrupts
 def test_a_full_disk(own_options, tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -249,7 +249,7 @@ def test_ctrl_c_before_the_first_step(own_options, tmp_path, capsys, monkeypatch
     assert lines == ["train.py: interrupted; the same command goes on from the last save."]
 
 
-# Evaluating and asking a run.
+# eval.py and predict.py.
 
 
 @pytest.mark.parametrize(
@@ -262,14 +262,14 @@ def test_ctrl_c_before_the_first_step(own_options, tmp_path, capsys, monkeypatch
         (["--chekpoint=best"], "unknown argument '--chekpoint=best'; did you mean 'checkpoint'?"),
     ],
 )
-def test_mistakes_in_eval(mini_run, capsys, more, sentence):
+def test_errors_of_eval(mini_run, capsys, more, sentence):
     before = (mini_run / "eval.json").read_bytes()
     status, lines, _ = ends(capsys, eval_script.main, ["eval.py", f"--workdir={mini_run}", *more])
     assert status == 2 and len(lines) == 1 and lines[0].startswith("eval.py: error: ") and sentence in lines[0]
     assert (mini_run / "eval.json").read_bytes() == before
 
 
-def test_eval_of_a_folder_that_is_no_run(tmp_path, capsys):
+def test_eval_of_a_folder_without_a_run(tmp_path, capsys):
     status, lines, _ = ends(capsys, eval_script.main, ["eval.py", f"--workdir={tmp_path}"])
     assert (status, lines) == (
         2,
@@ -280,7 +280,7 @@ def test_eval_of_a_folder_that_is_no_run(tmp_path, capsys):
     )
 
 
-def test_predict_of_a_checkpoint_that_is_not_there(mini_run, capsys):
+def test_predict_with_a_missing_checkpoint(mini_run, capsys):
     words = [f"--workdir={mini_run}", "--checkpoint=7", "--image=x.png", "--prompt=x"]
     status, lines, _ = ends(capsys, predict_script.main, ["predict.py", *words])
     assert status == 2 and len(lines) == 1 and lines[0].startswith("predict.py: error: checkpoint '7' not found in ")

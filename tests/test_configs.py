@@ -140,8 +140,8 @@ def test_the_settings_of_the_report(argument):
         "best_metric": "loss",
         "best_mode": "min",
     }
-    found = leaves(config)
-    assert {key: found[key] for key in expected} == expected
+    result = leaves(config)
+    assert {key: result[key] for key in expected} == expected
     assert config.batch_size // config.micro_batch == 2  # accumulation
     epoch = {"batch_size": config.batch_size, "epoch_examples": 6650}
     total = steps(config, "total", **epoch)
@@ -164,8 +164,8 @@ LARGE = {
 
 @pytest.mark.parametrize(("argument", "dtype"), [("3b", "bfloat16"), ("3b,fp16", "float16"), ("3b,report", "float16")])
 def test_the_large_model_has_the_reports_data_and_lengths(argument, dtype):
-    found = leaves(load("clevr", argument))
-    assert {key: found[key] for key in LARGE} == LARGE and found["compute_dtype"] == dtype
+    result = leaves(load("clevr", argument))
+    assert {key: result[key] for key in LARGE} == LARGE and result["compute_dtype"] == dtype
 
 
 def test_3b_differs_from_the_report_in_what_it_rounds_adapts_and_chooses_by():
@@ -264,8 +264,8 @@ def test_the_settings_of_coprompts_released_code(dataset):
         "optimizer.warmup_constant": 1e-5,
         "log_steps": 20,
     }
-    found = leaves(config)
-    assert {key: found[key] for key in expected} == expected
+    result = leaves(config)
+    assert {key: result[key] for key in expected} == expected
     method = coprompt_config.method(config, variant_of_dual("clip-b16-224"))
     assert method.prompts == PromptConfig(*COPROMPT.get(dataset, (2,))[:1] * 2, method.prompts.depth, **ADAPTERS)
     row = method.prompts.text_tokens, method.prompts.depth, coprompt_config.weight(config), config.total_epochs
@@ -289,12 +289,12 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     towers = variant_of_dual("clip-b16-224")
     for run in sweep.expand(one_device(config)):
         coprompt_config.check(run.config)
-        found = coprompt_config.method(run.config, towers)
+        result = coprompt_config.method(run.config, towers)
         if run.config.method != "coprompt":
-            assert found == few_shot_method(run.config.method)
+            assert result == few_shot_method(run.config.method)
         elif run.name.startswith("both-"):
             assert float(run.name.split("-")[1]) == coprompt_config.weight(run.config)
-            assert found.prompts.depth == (12 if dataset else 9)
+            assert result.prompts.depth == (12 if dataset else 9)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
     for run in tried:
         key = run.config.loss.name, run.config.batch_size
         rates.setdefault(key, set()).add(run.config.optimizer.learning_rate)
-    assert len({frozenset(found) for found in rates.values()}) == 1
+    assert len({frozenset(result) for result in rates.values()}) == 1
     by_name = {run.name: run for run in tried}
     for run in ablation:
         assert run.config.optimizer.learning_rate in rates[run.config.loss.name, run.config.batch_size]
@@ -365,8 +365,8 @@ def test_the_default_of_each_config_is_the_shipped_model():
 def commands(page: str) -> list[list[str]]:
     """The calls of our entry points in a page: argument lists, continued lines joined."""
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"python3? ((?:train|eval|predict)\.py [^\n`&|]*)", text)
-    return [shlex.split(command.partition(" # ")[0]) for command in found]
+    result = re.findall(r"python3? ((?:train|eval|predict)\.py [^\n`&|]*)", text)
+    return [shlex.split(command.partition(" # ")[0]) for command in result]
 
 
 NAMED = [(page, shlex.join(words)) for page in PAGES for words in commands(page)]

@@ -1,4 +1,4 @@
-"""train.py, eval.py and predict.py end to end on a small model: what they leave, and that they agree."""
+"""End-to-end tests of train.py, eval.py and predict.py on a small model: their files, and that they agree."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def evaluate(capsys, *more):
     return capsys.readouterr().out
 
 
-def test_what_a_run_leaves(mini_run, mini_options):
+def test_the_files_of_a_run(mini_run, mini_options):
     stored = json.loads((mini_run / "config.json").read_text())
     assert stored["batch_size"] == 8 and stored["data"]["num_train_scenes"] == 8
     lines = read_lines(mini_run / "metrics.jsonl")
@@ -122,7 +122,7 @@ def test_checkpoints_hold_adapters_alone(mini_run):
     assert any(np.abs(array).max() > 0 for path, array in saved.items() if path.endswith("lora_b"))
 
 
-def test_the_same_command_again_says_complete(mini_run, mini_options, capsys):
+def test_the_same_command_again_reports_a_complete_run(mini_run, mini_options, capsys):
     before = (mini_run / "eval.json").read_bytes()
     train_main(mini_run, mini_options)
     assert f"{mini_run} is complete: 12 steps" in capsys.readouterr().out
@@ -143,7 +143,7 @@ def test_evaluating_again_gives_the_same_numbers(mini_run, mini_options, capsys)
 
 
 def _close(workdir, before):
-    """Whether predictions differ in nothing but the last digits of the losses."""
+    """Whether predictions are equal up to the last digits of the losses."""
     rows, others = read_lines(workdir / "predictions.jsonl"), [json.loads(line) for line in before.splitlines()]
     for row, other in zip(rows, others, strict=True):
         np.testing.assert_allclose(row.pop("nll"), other.pop("nll"), rtol=1e-4)
@@ -216,14 +216,14 @@ def test_predict(mini_run, mini_folder, pictures, capsys):
     question = "How many red cubes are there?"
     lines = ask(capsys, f"--workdir={mini_run}", *images, f"--prompt={question}", "--max_new_tokens=4")
     assert [line.partition("  ->  ")[0] for line in lines] == [f"{file}  {question}" for file in pictures]
-    # A base model gets the prompt as it stands: with the template written out and untrained adapters it is the same.
+    # A base model receives the prompt unchanged; with the template written out and untrained adapters it is the same.
     base = [f"--model={mini_folder}", images[0], "--max_new_tokens=4"]
     both = ask(capsys, *base, "--prompt=caption en", f"--prompt=answer en {question}")
     alone = ask(capsys, *base, f"--prompt=answer en {question}")
     assert both[0].startswith(f"{pictures[0]}  caption en  ->  ") and both[1:] == alone
 
 
-def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
+def test_predict_with_another_prompt_template(mini_run, pictures, capsys):
     question = "How many red cubes are there?"
     more = (f"--workdir={mini_run}", f"--image={pictures[0]}", "--max_new_tokens=4")
     usual = ask(capsys, *more, f"--prompt={question}")[0].rpartition("  ->  ")[2]
@@ -237,14 +237,14 @@ def test_predict_of_a_run_in_other_words(mini_run, pictures, capsys):
     assert "give either --workdir=DIR (a run) or --model" in refused(capsys, *more, "--prompt=x", "--model=tiny")
 
 
-def test_predict_writes_a_line_an_answer(capsys, monkeypatch):
+def test_predict_prints_one_line_for_each_answer(capsys, monkeypatch):
     answers = [("a.png", "p", "two\nlines\r"), ("b.png", "q\nr", "one")]
     monkeypatch.setattr("paligemma_jax.inference.answer.predict", lambda *args, **options: answers)
     lines = ask(capsys, "--model=tiny", "--image=a.png", "--prompt=p")
     assert lines == ["a.png  p  ->  two\\nlines\\r", "b.png  q\\nr  ->  one"]
 
 
-def test_predict_draws_anew_after_sixteen_prompts(mini_folder, pictures, capsys):
+def test_predict_samples_differ_across_batches_of_prompts(mini_folder, pictures, capsys):
     prompts = ["--prompt=caption en"] * 18
     sampler = ("--sampler=temperature", "--temperature=2.0", "--max_new_tokens=4")
     lines = ask(capsys, f"--model={mini_folder}", f"--image={pictures[0]}", *prompts, *sampler)
@@ -256,8 +256,8 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
     (tmp_path / "model/tokenizer.model").rename(tmp_path / "words.model")
     more = (f"--image={pictures[0]}", "--prompt=caption en", "--max_new_tokens=3")
     assert "No tokenizer at" in refused(capsys, f"--model={tmp_path / 'model'}", *more)
-    found = ask(capsys, f"--model={tmp_path / 'model'}", f"--tokenizer={tmp_path / 'words.model'}", *more)
-    assert found == ask(capsys, f"--model={mini_folder}", *more)
+    result = ask(capsys, f"--model={tmp_path / 'model'}", f"--tokenizer={tmp_path / 'words.model'}", *more)
+    assert result == ask(capsys, f"--model={mini_folder}", *more)
     (tmp_path / "large.model").write_bytes(build_model([f"word{i}" for i in range(400)]))
     tokenizer = f"--tokenizer={tmp_path / 'large.model'}"
     assert "the tokenizer needs" in refused(capsys, f"--model={tmp_path / 'model'}", tokenizer, *more)
@@ -278,7 +278,7 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
         (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
     ],
 )
-def test_mistakes_in_predict(capsys, more, sentence):
+def test_errors_of_predict(capsys, more, sentence):
     assert sentence in refused(capsys, *more)
 
 
@@ -289,7 +289,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         assert str(tmp_path / name) in sentence and reason in sentence
 
 
-# DESIGN 6: one sentence, status 2, before anything is compiled.
+# Errors: one sentence, status 2, before anything is compiled.
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         ({"data.validation_split": "val"}, "no split 'val'"),
     ],
 )  # fmt: skip
-def test_mistakes_in_train(mini_options, tmp_path, capsys, monkeypatch, changes, sentence):
+def test_errors_of_train(mini_options, tmp_path, capsys, monkeypatch, changes, sentence):
     monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     assert sentence in mistake(capsys, mini_options | changes, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
@@ -340,7 +340,7 @@ def test_a_tokenizer_too_large_for_the_model(mini_options, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("arg", ["fp16", "fp16,smoke", "3b,smoke"])
-def test_arguments_of_the_config_that_mean_nothing(arg):
+def test_contradicting_arguments_of_the_config(arg):
     with pytest.raises(UserError, match="stands? (without|together)"):
         command_line.load_config(f"{ROOT / 'configs/clevr.py'}:{arg}")
 
@@ -354,7 +354,7 @@ def test_the_config_of_the_report():
 
 
 def test_own_data(mini_options, tmp_path, capsys, monkeypatch):
-    """The sample of ten rows trains, with every answer in eval.json that has a meaning there."""
+    """The sample of ten rows trains; eval.json has every result that is defined for it."""
     options = {key: value for key, value in mini_options.items() if key.split(".")[0] in ("model", "mesh")}
     options |= {"data.source": str(ROOT / "docs/sample_data"), "total_steps": 4, "batch_size": 4, "data.threads": 0}
     options |= {"eval.max_new_tokens": 4}
@@ -362,19 +362,19 @@ def test_own_data(mini_options, tmp_path, capsys, monkeypatch):
     reads, load = [], vqa.load
     monkeypatch.setattr(vqa, "load", lambda *args, **more: reads.append(args) or load(*args, **more))
     train.main(arguments(tmp_path / "run", options, "--progress=none", config=config))
-    assert len(reads) == 1  # its companion holds the same frozen weights
+    assert len(reads) == 1  # the control run shares the frozen weights
     results = results_of(tmp_path / "run")
     assert results["examples"] == 3
     assert results["accuracy_shuffled"] is None  # one image
     assert results["accuracy_likelihood"] is None and results["accuracy_before"] is None  # no candidates
     rows = read_lines(ROOT / "docs/sample_data/validation.jsonl")
-    found = read_lines(tmp_path / "run/predictions.jsonl")
-    assert [row["reference"] for row in found] == [row["suffix"] for row in rows]
-    # Its rows bring whole prompts, so `predict` puts none around those it is given.
+    result = read_lines(tmp_path / "run/predictions.jsonl")
+    assert [row["reference"] for row in result] == [row["suffix"] for row in rows]
+    # Its rows have whole prompts, so `predict` uses no template.
     file = f"--image={ROOT / 'docs/sample_data' / rows[0]['image']}"
     capsys.readouterr()
     lines = ask(capsys, f"--workdir={tmp_path / 'run'}", file, f"--prompt={rows[0]['prefix']}", "--max_new_tokens=4")
-    assert lines == [f"{file.removeprefix('--image=')}  {rows[0]['prefix']}  ->  {_escaped(found[0]['prediction'])}"]
+    assert lines == [f"{file.removeprefix('--image=')}  {rows[0]['prefix']}  ->  {_escaped(result[0]['prediction'])}"]
 
 
 def _escaped(text):

@@ -1,4 +1,4 @@
-"""eval.py on a user's data: memory that does not depend on how many questions there are, and where results go."""
+"""eval.py on a user's data: memory does not depend on the number of questions, and results have their files."""
 
 import json
 import os
@@ -57,10 +57,10 @@ def evaluate(folder, workdir, options: dict) -> dict:
 def test_memory_of_an_evaluation_is_that_of_its_batches(mini_options, rows, tmp_path):
     """Generation, likelihoods, losses, ROUGE, the shuffled control; a batch before compiles, which takes memory."""
     evaluate(rows[SMALL], tmp_path / "compiled", mini_options | {"eval.max_examples": 50})
-    found = {count: evaluate(folder, tmp_path / str(count), mini_options) for count, folder in rows.items()}
-    assert [found[count]["examples"] for count in rows] == [SMALL, LARGE]
-    assert all(found[count]["accuracy_shuffled"] is not None for count in rows)
-    growth = found[LARGE]["peak_memory_bytes"] - found[SMALL]["peak_memory_bytes"]
+    result = {count: evaluate(folder, tmp_path / str(count), mini_options) for count, folder in rows.items()}
+    assert [result[count]["examples"] for count in rows] == [SMALL, LARGE]
+    assert all(result[count]["accuracy_shuffled"] is not None for count in rows)
+    growth = result[LARGE]["peak_memory_bytes"] - result[SMALL]["peak_memory_bytes"]
     assert abs(growth) < 50 * 2**20
 
 

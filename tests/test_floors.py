@@ -78,7 +78,7 @@ UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", 
 """Modules of Python that Windows has not."""
 
 
-def test_what_windows_lacks_is_imported_with_a_guard():
+def test_modules_missing_on_windows_are_imported_with_a_guard():
     """Below `try`, never at the left margin."""
     for name, file in modules_of(ROOT).items():
         top = ast.parse(file.read_text(encoding="utf-8")).body
@@ -142,7 +142,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_import_runs_up():
+def test_imports_follow_the_floors():
     graph = graph_of(ROOT)
     assert {"train_jax.loop", "paligemma_jax.models.paligemma", "flow_jax"} <= set(graph)
     assert violations(graph) == []

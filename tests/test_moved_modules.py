@@ -1,4 +1,4 @@
-"""Import paths of before lead to the modules as they are now, with a warning."""
+"""Old import paths import the moved modules, with a warning."""
 
 import importlib
 import re
@@ -17,15 +17,15 @@ ROWS = [
 
 
 @pytest.mark.parametrize("old, new", ROWS)
-def test_an_old_path_is_the_module_as_it_is_now(old, new):
+def test_an_old_path_imports_the_moved_module(old, new):
     sys.modules.pop(old, None)
     with pytest.warns(DeprecationWarning, match=f"^{re.escape(old)} has moved: import {re.escape(new)}$"):
-        found = importlib.import_module(old)
-    assert found is importlib.import_module(new) and found.__name__ == found.__spec__.name == new
+        result = importlib.import_module(old)
+    assert result is importlib.import_module(new) and result.__name__ == result.__spec__.name == new
     sys.modules.pop(old, None)
 
 
-def test_what_a_package_exports_is_not_replaced():
+def test_exported_functions_are_not_replaced_by_old_modules():
     """`paligemma_jax.generate` was a module, and `pg.generate` is a function."""
     imports = "; ".join(f"import {old}" for old, _ in ROWS)
     packages = "pg, fj, pg.losses, pg.metrics, pg.weights, fj.couplings, fj.metrics, fj.paths, fj.models"
@@ -38,6 +38,6 @@ assert [n for (p, n), value in was.items() if getattr(p, n) is not value] == []
     subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], cwd=ROOT, check=True)
 
 
-def test_nothing_of_ours_imports_an_old_path():
+def test_our_packages_do_not_import_old_paths():
     code = "import paligemma_jax, flow_jax, train_jax.loop, paligemma_jax.tasks.vqa, paligemma_jax.tasks.text_to_image"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], cwd=ROOT, check=True)

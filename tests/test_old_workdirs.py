@@ -1,4 +1,4 @@
-"""Workdirs of earlier releases: their configs are read, and they evaluate and resume to the same digits."""
+"""Workdirs of earlier releases can be read, evaluated and resumed, with the same digits."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A copy of the golden folder, as the current one: paths in it are relative."""
+    """Copies the golden folder and makes the copy the current directory, since its paths are relative."""
     shutil.copytree(GOLDEN, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
 
 
-def same(found: dict, expected: dict) -> None:
-    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+def same(result: dict, expected: dict) -> None:
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_old_run_evaluates(folder):
@@ -35,7 +35,7 @@ def test_an_old_run_evaluates(folder):
     same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["eval"])
 
 
-def test_an_old_run_goes_on(folder):
+def test_an_old_run_resumes(folder):
     stored = from_json((folder / "run/config.json").read_text())
     config = folder / "longer.py"
     config.write_text(
@@ -45,8 +45,8 @@ def test_an_old_run_goes_on(folder):
     train.main(["train.py", f"--config={config}", "--workdir=run", "--config.total_steps=6", "--progress=none"])
     assert stored.total_steps == 4
     rows = [row for row in read_lines(folder / "run/metrics.jsonl") if row["step"] > 4]
-    for found, expected in zip(rows, EXPECTED["continued_metrics"], strict=True):
-        same(found, expected)
+    for result, expected in zip(rows, EXPECTED["continued_metrics"], strict=True):
+        same(result, expected)
     same(json.loads((folder / "run/eval.json").read_text()), EXPECTED["continued_eval"])
 
 

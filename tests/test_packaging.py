@@ -1,4 +1,4 @@
-"""What a built wheel holds, and that CI runs what the README tells a user to run."""
+"""The contents of a built wheel, and that CI runs the commands of the README."""
 
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ TESTS = 'python3 -m venv .venv && . .venv/bin/activate && pip install -e ".[dev]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built offline from a copy, so that neither a stale build/ nor the checkout is touched."""
+    """A wheel built offline from a copy, so that the checkout is not changed and a stale build/ not used."""
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -42,13 +42,13 @@ def wheel(tmp_path_factory):
 
 
 def sources(*suffixes):
-    """Files of the packages as the wheel names them."""
+    """Returns the files of the packages, named as in the wheel."""
     files = [file for package in PACKAGES for suffix in suffixes for file in (ROOT / package).rglob(f"*{suffix}")]
     return {str(file.relative_to(ROOT)) for file in files}
 
 
 def shipped():
-    """Files of the models that ship, as the wheel names them."""
+    """Returns the files of the shipped models, named as in the wheel."""
     return {str(file.relative_to(ROOT)): file for folder in SHIPPED.values() for file in folder.iterdir()}
 
 
@@ -109,8 +109,8 @@ def test_ci_runs_the_readmes_test_command():
     assert all(re.search(rf"^{re.escape(step)}(\s|$)", ci, re.MULTILINE) for step in steps[2:])
 
 
-def test_every_extra_that_a_person_is_told_of_exists():
-    """In documents and in sentences of the packages: `[dev]`, ".[parquet]", paligemma-jax[hub]."""
+def test_every_documented_extra_exists():
+    """In documents and in messages of the packages: `[dev]`, ".[parquet]", paligemma-jax[hub]."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     code = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
     told = set()

@@ -1,7 +1,7 @@
-"""Public names stay at their address with their parameters: tests/public_api.txt holds them.
+"""Public names keep their address and their parameters, which tests/public_api.txt lists.
 
-A line is a name and its parameters, with defaults; "!" marks one that is given by name alone. To take a name up, add
-its line; a line that goes is a breaking change.
+A line has a name and its parameters with defaults; "!" marks a keyword-only parameter. Add a line for a new public
+name; removing a line is a breaking change.
 """
 
 import inspect
@@ -14,7 +14,7 @@ LINES = (Path(__file__).parent / "public_api.txt").read_text(encoding="utf-8").s
 
 
 def parameters(function) -> str:
-    """As in a line of the file."""
+    """Formats the parameters of a function as in the file."""
     return f"({', '.join(map(parameter, inspect.signature(function).parameters.values()))})"
 
 
@@ -27,17 +27,17 @@ def parameter(one: inspect.Parameter) -> str:
 
 
 def test_public_names_stay():
-    found = []
+    result = []
     for line in LINES:
         name, _, rest = line.partition("(")
         value = {"pg": pg, "fj": fj}[name.partition(".")[0]]
         for part in name.split(".")[1:]:
             value = getattr(value, part)
-        found.append(f"{name}{parameters(value)}" if rest else name)
-    assert found == LINES
+        result.append(f"{name}{parameters(value)}" if rest else name)
+    assert result == LINES
 
 
-def test_no_submodule_bears_the_name_of_an_exported_function():
+def test_no_submodule_has_the_name_of_an_exported_function():
     for package in (pg, fj, pg.losses, pg.metrics, pg.weights, fj.couplings, fj.metrics, fj.paths, fj.models):
         functions = {name for name in package.__all__ if inspect.isfunction(getattr(package, name))}
         inside = {path.stem for path in Path(package.__file__).parent.iterdir()}

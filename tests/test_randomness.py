@@ -49,7 +49,7 @@ def _small():
 
 @pytest.fixture(scope="module")
 def case_of(mini_options, tmp_path_factory):
-    """The case of a task by name, with its files."""
+    """Returns the case of a task by name, and writes its files."""
     root = tmp_path_factory.mktemp("randomness")
 
     @functools.cache
@@ -61,7 +61,7 @@ def case_of(mini_options, tmp_path_factory):
 
 
 class Step:
-    """The global step of a config: what is read for it, and its loss and gradient."""
+    """A training step of a config: its batch, its loss and its gradient."""
 
     def __init__(self, config):
         validate(config)
@@ -70,7 +70,7 @@ class Step:
         self.source = self.task.train_source()
 
     def batch(self, micro_batch: int | None, processes: int) -> dict[str, np.ndarray]:
-        """[A, b, ...]: of every micro-batch the rows of each process one after another."""
+        """Returns the batch [A, b, ...], with the rows of all processes concatenated in every micro-batch."""
         options = {"num_steps": STEP + 1, "seed": self.config.seed, "threads": 0, "process_count": processes}
         parts = [
             Pipeline(self.source, BATCH, micro_batch, process_index=index, **options).batch_at(STEP)
@@ -79,23 +79,23 @@ class Step:
         return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
     def gradients(self, processes: int, *steps: int) -> list[tuple[float, dict[str, np.ndarray]]]:
-        """Loss and gradient by path of one batch, with the keys of each of some steps."""
+        """Returns the loss and the gradient by path of one batch, with the random keys of several steps."""
         bundle = stirred(placement.build(self.task, self.mesh, training=True))
         start = placement.create_state(bundle, KEPT, self.mesh, ema=False, float16=False)
         rows = self.batch(self.config.micro_batch, processes)
         batch = sharding.to_global(rows, self.mesh, sharding.batch_sharding(self.mesh).spec)
         schedule = optimizers.make_schedule(self.config.optimizer, 100, 0)
         traced, totals = train_step.trace(self.config, self.task, self.mesh, bundle, KEPT, schedule, start, batch)
-        compiled, found = traced.lower().compile(), []
+        compiled, result = traced.lower().compile(), []
         for step in steps:
             zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)
             number = jax.device_put(jnp.int32(step), start.step.sharding)
             start, sums = compiled(dataclasses.replace(start, step=number), zeros, bundle.frozen, batch)
-            found.append((float(sums["loss"][0]), {path: np.array(leaf) for path, leaf in start.opt_state.items()}))
-        return found
+            result.append((float(sums["loss"][0]), {path: np.array(leaf) for path, leaf in start.opt_state.items()}))
+        return result
 
 
-# "Optimizes" by keeping the gradient as its state.
+# An optimizer whose state is the gradient.
 KEPT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
@@ -103,7 +103,7 @@ KEPT = optax.GradientTransformation(
 
 
 def stirred(bundle: placement.PlacedModel) -> placement.PlacedModel:
-    """Parameters that hide nothing of what is drawn, as those that start at zero would."""
+    """Returns random parameters, since those that start at zero would hide the effect of random keys."""
     rng = np.random.default_rng(0)
     noise = {path: 0.1 * rng.standard_normal(bundle.trainable[path].shape) for path in sorted(bundle.trainable)}
     moved = {
@@ -113,13 +113,13 @@ def stirred(bundle: placement.PlacedModel) -> placement.PlacedModel:
     return dataclasses.replace(bundle, trainable=moved)
 
 
-def assert_same(found, wanted) -> None:
-    """Loss and gradient to 1e-5 relative."""
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
-    assert found[1].keys() == wanted[1].keys()
+def assert_same(result, wanted) -> None:
+    """Asserts equal losses and gradients to a relative error of 1e-5."""
+    np.testing.assert_allclose(result[0], wanted[0], rtol=1e-5)
+    assert result[1].keys() == wanted[1].keys()
     whole = norm(*wanted[1].values())
     for path, leaf in wanted[1].items():  # a leaf of no gradient to speak of holds rounding alone
-        assert norm(found[1][path] - leaf) <= 1e-5 * max(norm(leaf), 1e-2 * whole), path
+        assert norm(result[1][path] - leaf) <= 1e-5 * max(norm(leaf), 1e-2 * whole), path
 
 
 def norm(*arrays: np.ndarray) -> float:
@@ -131,7 +131,7 @@ def test_every_task_has_a_case():
 
 
 @pytest.mark.parametrize(("task", "name"), ALL)
-def test_what_is_read_does_not_depend_on_who_reads_it(case_of, task, name):
+def test_batches_do_not_depend_on_the_reading_process(case_of, task, name):
     step = Step(case_of(task, name).make(**ONE))
     rows = step.batch(None, 1)
     for micro, processes in itertools.product((None, 4, 2), PROCESSES):
@@ -147,11 +147,11 @@ def test_what_is_read_does_not_depend_on_who_reads_it(case_of, task, name):
 
 @pytest.mark.parametrize(("task", "name"), ALL)
 def test_a_step_does_not_depend_on_who_computes_it(case_of, task, name):
-    """In micro-batches, where they are allowed, on all axes of a mesh, read by four processes."""
+    """With micro-batches if the task allows them, on all axes of a mesh, read by four processes."""
     case = case_of(task, name)
     wanted, other = Step(case.make(**ONE)).gradients(1, STEP, STEP + 1)
     difference = norm(*(other[1][path] - leaf for path, leaf in wanted[1].items())) / norm(*wanted[1].values())
-    assert difference > 1e-3 if case.drawn else difference == 0  # what the step draws, its gradient shows
+    assert difference > 1e-3 if case.random_step else difference == 0  # random keys change the gradient
     cut = Step(case.make(**ALL_AXES, **case.elsewhere, micro_batch=None if case.whole else 4))
     assert_same(cut.gradients(4, STEP)[0], wanted)
 

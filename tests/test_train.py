@@ -1,4 +1,4 @@
-"""Mistakes on the command line of train.py: one sentence, exit status 2, before anything is compiled."""
+"""Errors on the command line of train.py: one sentence, exit status 2, before anything is compiled."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from train_jax.step import placement
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """Neither a model is made nor a step compiled."""
+    """Fails the test if a model is made or a step compiled."""
 
     def compiled(*args, **options):
         raise AssertionError("the run went on")
@@ -53,13 +53,13 @@ def nothing_runs(monkeypatch):
          "longer"),
     ],
 )  # fmt: skip
-def test_a_config_that_cannot_run(tmp_path, capsys, changes, sentence):
+def test_an_invalid_config(tmp_path, capsys, changes, sentence):
     assert fails(capsys, tmp_path / "run", changes) == (2, f"train.py: error: {sentence}")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_a_workdir_that_cannot_be_made(tmp_path, capsys):
+def test_a_workdir_that_cannot_be_created(tmp_path, capsys):
     (tmp_path / "file").touch()
     sentence = f"{tmp_path / 'file'} cannot be made (File exists), expected a folder: choose another."
     assert fails(capsys, tmp_path / "file", {}) == (2, f"train.py: error: {sentence}")
@@ -77,7 +77,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path, capsys):
         ({"data.examples": 0}, "the training data has no examples, expected at least one"),
     ],
 )  # fmt: skip
-def test_a_model_or_optimizer_that_cannot_be(tmp_path, capsys, monkeypatch, changes, sentence):
+def test_an_invalid_model_or_optimizer(tmp_path, capsys, monkeypatch, changes, sentence):
     monkeypatch.setattr(loop.Trainer, "train", lambda *args: pytest.fail("the run went on"))
     status, line = fails(capsys, tmp_path / "run", changes)
     assert status == 2 and line.startswith(f"train.py: error: {sentence}")
@@ -107,7 +107,7 @@ def test_print_batch(tmp_path, capsys):
 
 
 def test_no_traceback_from_the_real_command(tmp_path):
-    """One mistake in a process of its own: stderr is one line, and the status is the shell's."""
+    """Runs one error in a subprocess: stderr is one line."""
     command = [sys.executable, *arguments(tmp_path / "run", {"batch_sise": 4})]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and done.stdout == ""

@@ -1,4 +1,4 @@
-"""Several processes of this machine as one run."""
+"""Runs several processes on this machine as one run."""
 
 import contextlib
 import socket
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-GRACE = 120  # seconds that the others have once one has failed, whom they may wait for much longer
+GRACE = 120  # seconds until the other processes are killed after one has failed
 
 
 @contextlib.contextmanager
 def coordinator() -> Iterator[str]:
-    """An address for process 0 to listen at, which nobody else is given until it does.
+    """Yields an address for process 0 whose port no other program can take.
 
-    The port stays bound here, without listening: gRPC asks the system to share its port, as this socket does.
+    The port stays bound by a socket that does not listen; gRPC can still use it, since both set SO_REUSEPORT.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -24,12 +24,12 @@ def coordinator() -> Iterator[str]:
 
 
 def run_together(commands: Sequence[list[str]], folder: Path, seconds: float, **options: Any) -> list[tuple[int, str]]:
-    """Runs commands side by side; status and output of each. None survives the call.
+    """Runs commands in parallel; returns status and output of each. No process outlives the call.
 
     Args:
-      commands: one a process.
-      folder: takes their outputs; a pipe that nobody reads would stop whoever fills it, and with it all others.
-      seconds: after which those that are left are killed (status -9).
+      commands: one for each process.
+      folder: for their outputs; with pipes, one that is not read would block its process and thus all others.
+      seconds: time limit after which the remaining processes are killed (status -9).
       options: of `subprocess.Popen`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def run_together(commands: Sequence[list[str]], folder: Path, seconds: float, **
 
 
 def _wait(processes: list[subprocess.Popen], deadline: float) -> None:
-    """Returns when all have ended, at the deadline, or `GRACE` after the first that failed."""
+    """Returns when all have ended, at the deadline, or `GRACE` seconds after the first failure."""
     failed = False
     while time.monotonic() < deadline:
         statuses = [process.poll() for process in processes]

@@ -1,3 +1,3 @@
-"""The runtime: one training loop for any task; knows nothing of images, text or flows."""
+"""The runtime: one training loop for every task, independent of images, text and flows."""
 
-from train_jax import moved as _moved  # noqa: F401  (old import paths)
+from train_jax import moved as _moved  # noqa: F401  (registers old import paths)

@@ -1,4 +1,4 @@
-"""Whether a complete run is still what its command asks for: its data are compared before that is said."""
+"""Checks that the data of a complete run have not changed since."""
 
 from pathlib import Path
 
@@ -12,29 +12,31 @@ from train_jax.data.pipeline import training_batches
 from train_jax.parallel import sharding
 from train_jax.task import Task, make_task
 
-DATA = "data"  # of eval.json: the fingerprint of what a run was measured on
+DATA = "data"  # key of eval.json: fingerprint of the evaluation data
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
-    """Opens the data of a complete run; no model is read where the task tells its rows without one.
+    """Compares the data of a complete run with their stored fingerprints.
+
+    Writes nothing, and loads no model if the task opens its records without one (`Task.train_records`).
 
     Raises:
-      UserError: other data than the run was trained on or measured on; nothing was written.
+      UserError: the training data or the evaluation data have changed.
     """
     task = make_task(config, sharding.make_mesh(config.mesh))
     latest = metadata.read_latest(workdir / "checkpoints")
-    if latest is not None:  # something trained
+    if latest is not None:
         source = task.train_records()
         check_data(latest[1]["fingerprint"], training_batches(config, source, num_steps=1).fingerprint, workdir)
-    noted, found = files.read_json(workdir / "eval.json").get(DATA), of_results(task).get(DATA)
-    if noted is not None and noted != found:
+    stored, current = files.read_json(workdir / "eval.json").get(DATA), data_entry(task).get(DATA)
+    if stored is not None and stored != current:
         raise UserError(
-            f"the data of {workdir / 'eval.json'} are not those that it was measured on (fingerprint {noted}, now "
-            f"{found}): restore the data, evaluate again with eval.py --workdir={workdir}, or choose another --workdir."
+            f"the evaluation data of {workdir / 'eval.json'} have changed (fingerprint {stored}, now {current}): "
+            f"restore the data, evaluate again with eval.py --workdir={workdir}, or choose another --workdir."
         )
 
 
-def of_results(task: Task) -> dict[str, str]:
-    """What eval.json notes of the data that a task reports on, where it tells."""
-    found = task.reported_data()
-    return {} if found is None else {DATA: found}
+def data_entry(task: Task) -> dict[str, str]:
+    """Returns the entry of eval.json with the fingerprint of a task's evaluation data; empty if it has none."""
+    fingerprint = task.reported_data()
+    return {} if fingerprint is None else {DATA: fingerprint}

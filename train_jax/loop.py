@@ -1,13 +1,13 @@
-"""The one training loop: `fit(config, workdir)` trains and evaluates, `evaluate(config, workdir)` evaluates again.
+"""The training loop: `fit(config, workdir)` trains and evaluates, `evaluate(config, workdir)` evaluates a finished run.
 
-Read `fit` first, then `Trainer.train`: they are the order in which things happen. The step is in step/train_step.py and
-calls the loss of the task; what a checkpoint holds is in run_state.py. A workdir holds config.json, metrics.jsonl,
-eval.json, checkpoints/, tensorboard/, and what the task adds.
+Read `fit` first, then `Trainer.train`; both are in order of execution. step/train_step.py defines the step, which calls
+the task's loss, and run_state.py defines the contents of a checkpoint. A workdir holds config.json, metrics.jsonl,
+eval.json, checkpoints/, tensorboard/ and the task's own files.
 """
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from train_jax.config.validate import validate
 from train_jax.core import files, metrics, row_sharding
 from train_jax.core.data_source import DataSource
 from train_jax.core.errors import RunStopped
+from train_jax.core.metrics import Metrics
 from train_jax.data.pipeline import training_batches
 from train_jax.evaluate import evaluate, load_model, print_results, resolve, write_results
 from train_jax.optim import optimizers
@@ -39,24 +40,29 @@ from train_jax.task import Task, make_task
 
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
 
+T = TypeVar("T")
+
 
 def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: float | None = None) -> dict[str, Any]:
-    """Trains as `config` says, resuming what the workdir holds, then evaluates; returns what `eval.json` holds.
+    """Trains a model, resuming from the workdir's latest checkpoint if there is one, and evaluates it.
 
     Args:
       config: see config.base_config.
-      workdir: folder of the run; made if missing.
+      workdir: folder of the run; created if missing.
       progress: "auto", "bar", "plain" or "none", see reporter.Reporter.
-      began: the time (of `time.perf_counter`) from which on the `seconds` of the results count, those of earlier
-        processes of the same run beside; None = now.
+      began: time (`time.perf_counter`) from which this process counts the `seconds` of the results; None = now. A
+        resumed run adds the seconds of its earlier processes.
+
+    Returns:
+      The contents of `eval.json`.
 
     Raises:
-      UserError: a config that cannot run or is a sweep, or a workdir of another run or that cannot be made, before data
-        are prepared or the model is read; a complete run of other data; patterns that match no parameter, before data
-        are prepared (where the task tells its parameters in time); data or a model that do not fit the config, before
-        anything is compiled.
+      UserError: before data are prepared or the model is loaded, if the config is invalid or a sweep, or the workdir
+        cannot be created or belongs to another run; if the data of a complete run have changed; before data are
+        prepared, if a pattern matches no parameter (for tasks that define `trainable_paths`); before anything is
+        compiled, if the data or the model do not fit the config.
       RunStopped: too many non-finite updates in a row.
-      SystemExit: Ctrl-C or SIGTERM, with status 128 + signal, after saving.
+      SystemExit: after Ctrl-C or SIGTERM, once the state is saved; the status is 128 + signal.
     """
     began = time.perf_counter() if began is None else began
     validate(config)
@@ -67,7 +73,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         if existing.results is not None:
             complete.check(config, workdir)
         for note in existing.notes:
-            _say(note)
+            _print_once(note)
         if existing.results is not None:
             return existing.results
     mesh = sharding.make_mesh(config.mesh)
@@ -76,7 +82,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
 
 
 def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: float) -> dict[str, Any]:
-    """The run itself, of a config that can run."""
+    """Runs a validated config."""
     task = make_task(config, mesh)
     task.check_workdir(workdir)
     if task.validation_metrics is not None:
@@ -97,7 +103,7 @@ def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: fl
             task.start(workdir)
         with Interrupt() as interrupt:
             trainer.train(progress, interrupt)
-            if interrupt.requested(agree=True):  # during the last evaluation of the training, whose state is saved
+            if interrupt.requested(agree=True):  # a signal during the last evaluation; the state is saved already
                 checkpoints.wait()
                 interrupt.leave(checkpoints.latest_step())
         return trainer.finish(progress)
@@ -106,10 +112,10 @@ def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: fl
 
 
 def describe_batch(config: ConfigDict) -> str:
-    """The first training batch as the task shows it to a person.
+    """Returns the task's description of the first training batch.
 
     Raises:
-      UserError: a config that cannot run.
+      UserError: the config is invalid.
     """
     validate(config)
     task = make_task(config, sharding.make_mesh(config.mesh))
@@ -117,7 +123,7 @@ def describe_batch(config: ConfigDict) -> str:
 
 
 class Trainer:
-    """A run under way: a task's model on a mesh, its data, and its state; steps, reports, evaluates, saves."""
+    """Trains a task's model on a mesh: runs steps, logs metrics, evaluates and saves checkpoints."""
 
     def __init__(
         self,
@@ -130,10 +136,20 @@ class Trainer:
         checkpoints: Checkpoints,
         began: float,
     ):
-        """Builds model and state, and takes over the latest checkpoint; `began` is when `seconds` starts to count.
+        """Builds the model and the train state and restores the latest checkpoint, if there is one.
+
+        Args:
+          config: validated.
+          workdir: folder of the run.
+          mesh: from `sharding.make_mesh`.
+          task: defines the model and its loss.
+          source: training examples.
+          durations: of the run, in steps.
+          checkpoints: of the run.
+          began: time (`time.perf_counter`) from which `seconds` counts.
 
         Raises:
-          UserError: the model, the optimizer or the mesh cannot be, or the checkpoint is of other data.
+          UserError: the model, the optimizer or the mesh is invalid, or the checkpoint was trained on other data.
         """
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
         self.durations, self.checkpoints, self._began = durations, checkpoints, began
@@ -144,35 +160,35 @@ class Trainer:
         options = dict(ema=config.ema_decay is not None, float16=config.compute_dtype == "float16")
         self.state = RunState(placement.create_state(self.model, self.optimizer, mesh, **options))
         self.state.restore(checkpoints, self.pipeline.fingerprint, config.patience, workdir)
-        self._faults_told = int(self.state.train.guard.total)
+        self._reported_bad_steps = int(self.state.train.guard.total)
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run: of this process, and of earlier ones up to the last save of each."""
+        """Wall time of the run: that of this process, and of earlier ones up to the last save of each."""
         return self.state.earlier_seconds + time.perf_counter() - self._began
 
     @property
-    def over(self) -> bool:
-        """Whether no step is left."""
+    def done(self) -> bool:
+        """Whether no step remains."""
         return self.state.step >= self.durations.total or self.state.stopped_early
 
     def train(self, progress: str, interrupt: Interrupt) -> None:
-        """Runs the steps that are left."""
+        """Runs the remaining steps."""
         state, durations = self.state, self.durations
-        if self.over:
+        if self.done:
             return
         batches = self.pipeline.iterate(state.step)
-        if jax.process_index() == 0:  # of a shorter run that is being extended
+        if jax.process_index() == 0:  # the results of a shorter run that is being extended
             (self.workdir / "eval.json").unlink(missing_ok=True)
         reporter = Reporter(self.workdir, durations.total, state.step, self.config.batch_size, progress)
         try:
             step, zeros = self._compile(reporter)
             batch_spec = sharding.batch_sharding(self.mesh).spec
             synchronous = jax.process_count() > 1 and jax.default_backend() == "cpu"  # gloo hangs when steps queue up
-            totals, waited = _copy(zeros), 0.0
-            while not self.over:
+            totals, wait_seconds = _copy(zeros), 0.0
+            while not self.done:
                 batch = sharding.to_global(next(batches), self.mesh, batch_spec)
-                waited += batches.wait_seconds
+                wait_seconds += batches.wait_seconds
                 state.train, totals = step(state.train, totals, self.model.frozen, batch)
                 state.step += 1
                 if synchronous:
@@ -180,8 +196,8 @@ class Trainer:
                 last = state.step == durations.total
                 interrupted = interrupt.requested(state.step % durations.log == 0)
                 if state.step % durations.log == 0 or last or interrupted:
-                    self._log(reporter, totals, waited)
-                    totals, waited = _copy(zeros), 0.0
+                    self._log(reporter, totals, wait_seconds)
+                    totals, wait_seconds = _copy(zeros), 0.0
                 reporter.tick(state.step)
                 with reporter.paused():
                     if state.step % durations.eval == 0 or last:
@@ -195,8 +211,8 @@ class Trainer:
             batches.close()
             reporter.close()
 
-    def _compile(self, reporter: Reporter):
-        """The compiled step and its zero totals; prints the start-up report."""
+    def _compile(self, reporter: Reporter) -> tuple[jax.stages.Compiled, Metrics]:
+        """Returns the compiled step and metrics of zero; prints the start-up report."""
         state = self.state.train
         batch = sharding.to_global(self.pipeline.batch_at(0), self.mesh, sharding.batch_sharding(self.mesh).spec)
         traced, totals = train_step.trace(
@@ -210,19 +226,19 @@ class Trainer:
         model = self.model.model(state.params)
         counts = self.task.parameter_counts(model)
         reporter.say(startup_report(state.params, self.model.frozen, state.opt_state, compiled, counts))
-        described = self.task.describe(model)
-        for text in (*self.model.notes, *([] if described is None else [described])):
+        description = self.task.describe(model)
+        for text in (*self.model.notes, *([] if description is None else [description])):
             reporter.say(text)
         resumed = f", resuming at step {self.state.step}" if self.state.step else ""
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.durations.total} steps{resumed}")
         return compiled, zeros
 
-    def _log(self, reporter: Reporter, totals, waited: float) -> None:
-        """Reads the metrics of the interval from the device, and looks at the guard."""
+    def _log(self, reporter: Reporter, totals: Metrics, wait_seconds: float) -> None:
+        """Reads the metrics of the interval from the device, logs them and checks the guard."""
         train, step = self.state.train, self.state.step
         means = metrics.means(totals)
         guard = jax.device_get(train.guard)
-        means["data_wait_seconds"] = waited
+        means["data_wait_seconds"] = wait_seconds
         if train.loss_scale is not None:
             means |= {"loss_scale": float(train.loss_scale.value), "loss_scale_skips": int(guard.scale_skips)}
         if self.pipeline.source.bad_rows:
@@ -230,36 +246,37 @@ class Trainer:
         if guard.total:
             means["bad_steps"] = int(guard.total)
         reporter.write(step, means)
-        if guard.total > self._faults_told:
+        if guard.total > self._reported_bad_steps:
             reporter.say(
-                f"{int(guard.total) - self._faults_told} update(s) up to step {step} had a non-finite loss or "
+                f"{int(guard.total) - self._reported_bad_steps} update(s) up to step {step} had a non-finite loss or "
                 f"gradient and were skipped"
             )
-            self._faults_told = int(guard.total)
+            self._reported_bad_steps = int(guard.total)
         self._check_guard()
 
     def _check_guard(self) -> train_state.Guard:
-        """The guard, read from the device; ends the run if it has latched."""
+        """Reads the guard from the device; stops the run if it has latched."""
         guard = jax.device_get(self.state.train.guard)
         if guard.stopped:
             self._stop(int(guard.first_bad), int(guard.in_a_row))
         return guard
 
-    def _stop(self, first_bad: int, in_a_row: int) -> None:
-        """Writes the first bad batch out and gives up; checkpoints stay as they are."""
-        process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""  # each has rows of its own
+    def _stop(self, first_bad: int, in_a_row: int) -> NoReturn:
+        """Writes the first bad batch to a file and raises RunStopped; checkpoints are not changed."""
+        process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""  # each has its own rows
         file = self.workdir / f"bad_batch_{first_bad}{process}.npz"
-        np.savez(file, **self.pipeline.batch_at(first_bad))
-        kept = self.checkpoints.latest_step()
-        kept = "no checkpoint was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
+        batch: dict[str, Any] = self.pipeline.batch_at(first_bad)
+        np.savez(file, **batch)
+        latest = self.checkpoints.latest_step()
+        saved = "no checkpoint was saved yet" if latest is None else f"the checkpoint of step {latest} is kept"
         raise RunStopped(
             f"the loss or its gradient was non-finite in {in_a_row} update(s) in a row from step {first_bad} on "
-            f"(max_bad_steps={self.config.max_bad_steps}); {kept} and the batch is in {file}: look at it; or lower "
+            f"(max_bad_steps={self.config.max_bad_steps}); {saved} and the batch is in {file}: inspect it, or lower "
             f"optimizer.learning_rate or set optimizer.grad_clip_norm in another --workdir."
         )
 
     def _validate(self, reporter: Reporter) -> None:
-        """Evaluates, ranks, saves."""
+        """Evaluates the model, ranks the result and saves a checkpoint."""
         self._check_guard()
         state, config = self.state, self.config
         results = self.task.validate(self.model.model(state.parameters(config.ema_decay)))
@@ -274,7 +291,7 @@ class Trainer:
         self._save(reporter, results)
 
     def _save(self, reporter: Reporter, results: dict[str, float] | None = None) -> None:
-        """Saves the state, unless its guard is not clean; `results` are those of an evaluation of it."""
+        """Saves the state unless its last update was bad; `results` are those of its evaluation, if there was one."""
         guard, state = self._check_guard(), self.state
         if guard.in_a_row:
             if state.step == self.durations.total:
@@ -285,19 +302,19 @@ class Trainer:
         state.save(self.checkpoints, self.pipeline.fingerprint, self.seconds, ema, results)
 
     def finish(self, progress: str) -> dict[str, Any]:
-        """Trains the control runs, evaluates the chosen checkpoint, writes results and curves."""
+        """Trains the control runs, evaluates the chosen checkpoint, and writes results and curves."""
         self.pipeline.source.check()
         self.checkpoints.wait()
         step = resolve(self.checkpoints, "best" if self.config.load_best_at_end else "latest")
         item = "ema" if self.config.ema_decay is not None else "params"
         trained = self.checkpoints.restore_params(step, self.state.train.params, item)
         model = self.model.model(trained)
-        self.state.train = None  # moments are not needed any more; their memory is
+        del self.state.train  # frees the memory of the optimizer state
         self.task.export(model, self.workdir)
         controls = self._control_runs(progress)
-        results = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
+        results: dict[str, Any] = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
         results |= self.task.evaluate(model, self.workdir, control_results=controls)
-        results |= complete.of_results(self.task)
+        results |= complete.data_entry(self.task)
         if self.state.step_temp_bytes is not None:
             results["step_temp_bytes"] = self.state.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": self.seconds, "finished": True}
@@ -307,28 +324,28 @@ class Trainer:
             print_results(results)
             print(
                 f"{self.workdir}: {results['seconds']:.0f} s wall time, peak memory "
-                f"{results['peak_memory_bytes'] / 2**30:.2f} GiB; see eval.json, curves.png and the pictures there."
+                f"{results['peak_memory_bytes'] / 2**30:.2f} GiB; see eval.json, curves.png and the figures there."
             )
         return results
 
     def _control_runs(self, progress: str) -> dict[str, dict[str, Any]]:
-        """{name: results} of the task's control runs, each in a folder of its name."""
+        """Trains the task's control runs, each in a folder of its name; returns {name: results}."""
         results = {}
         for name, config in self.task.control_runs().items():
-            _say(f"control run {name} in {self.workdir / name}")
+            _print_once(f"control run {name} in {self.workdir / name}")
             began = time.perf_counter()
             results[name] = fit(config, self.workdir / name, progress, began)
-            # What earlier processes spent on it is part of this run too, and is recorded there alone.
+            # Time that earlier processes spent on a control run counts too; only its own results record it.
             here = time.perf_counter() - began
             self.state.earlier_seconds += max(results[name]["seconds"] - here, 0.0)
         return results
 
 
-def _say(text: str) -> None:
-    """Tells a person something, once however many processes there are."""
+def _print_once(text: str) -> None:
+    """Prints text in the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
-def _copy(tree):
+def _copy(tree: T) -> T:
     return jax.tree.map(lambda x: x.copy(), tree)

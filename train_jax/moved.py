@@ -1,6 +1,6 @@
-"""Where the modules of train_jax were before the packages were laid out anew: import paths of before still work.
+"""Old import paths of modules that have moved. They still work, with a DeprecationWarning.
 
-They give a DeprecationWarning, and go with the release after the next.
+They will be removed in the release after the next.
 """
 
 from train_jax.core.moved_modules import install
@@ -14,6 +14,8 @@ checkpoint_files                   checkpoints.metadata
 checkpoint_trees                   checkpoints.trees
 clock                              system.clock
 command_line                       config.command_line
+core.picture_folders               core.formats.image_folders
+core.tfds                          core.formats.tfds
 disk                               system.disk
 distributed                        parallel.distributed
 durations                          config.durations
@@ -32,6 +34,7 @@ optimizers                         optim.optimizers
 order                              data.shuffle
 params                             core.param_tree
 patterns                           core.patterns
+plan.programs                      plan.planning
 plan_report                        plan.report
 plots                              report.plots
 ranking                            checkpoints.best_metric

@@ -1,4 +1,4 @@
-"""What changes while a run trains, and how a checkpoint holds it: arrays, the step, and what patience counts."""
+"""The state of a run, and how checkpoints store it: arrays, the step, and the counters of early stopping."""
 
 import dataclasses
 import math
@@ -15,16 +15,16 @@ from train_jax.step.train_state import Params, TrainState, debias_ema
 
 @dataclasses.dataclass
 class RunState:
-    """The state of a run under way.
+    """The state of a run.
 
     Attributes:
       train: parameters, optimizer state, moving average and guard, on the devices.
       step: updates attempted so far.
-      best_score: of the evaluations so far, by `best_metric`; larger is better in either mode.
-      without_improvement: evaluations in a row that were no better than that.
-      stopped_early: whether patience has ended the run.
+      best_score: best `best_metric` so far, negated in mode "min", so that larger is better.
+      without_improvement: consecutive evaluations since the best one.
+      stopped_early: whether early stopping has ended the run.
       earlier_seconds: wall time of earlier processes of this run, up to the last save of each.
-      step_temp_bytes: temporary memory of the compiled step, on a device; None where that is not known.
+      step_temp_bytes: temporary memory of the compiled step on one device; None if unknown.
     """
 
     train: TrainState
@@ -36,7 +36,7 @@ class RunState:
     step_temp_bytes: int | None = None
 
     def rank(self, score: float, patience: int | None, last: bool) -> None:
-        """Counts an evaluation for patience; that of the `last` step ends nothing."""
+        """Updates the counters of early stopping with an evaluation; that of the `last` step never stops the run."""
         if score > self.best_score:
             self.best_score, self.without_improvement = score, 0
         else:
@@ -44,7 +44,7 @@ class RunState:
         self.stopped_early |= patience is not None and self.without_improvement >= patience and not last
 
     def parameters(self, ema_decay: float | None) -> Params:
-        """The trainable parameters to evaluate: their moving average, if one is kept."""
+        """Returns the trainable parameters to evaluate: their moving average if the run keeps one."""
         train = self.train
         if train.ema is None:
             return train.params
@@ -58,14 +58,14 @@ class RunState:
         ema: Params | None,
         results: dict[str, float] | None = None,
     ) -> None:
-        """Saves all of it.
+        """Saves the state as a checkpoint.
 
         Args:
           checkpoints: of the run.
-          fingerprint: of the data, which a resumed run must have too.
+          fingerprint: of the data; a resumed run must have the same.
           seconds: wall time of the run so far.
-          ema: the moving average to evaluate, if one is kept.
-          results: of an evaluation of this state.
+          ema: the debiased moving average, if the run keeps one.
+          results: of the evaluation of this state, if there was one.
         """
         meta = {
             "step": self.step,
@@ -77,22 +77,22 @@ class RunState:
             "step_temp_bytes": self.step_temp_bytes,
             "versions": {"jax": jax.__version__},
         }
-        checkpoints.save(self.step, self.train.params, _beside_parameters(self.train), meta, results, ema)
+        checkpoints.save(self.step, self.train.params, _without_params(self.train), meta, results, ema)
 
     def restore(
         self, checkpoints: Checkpoints, fingerprint: dict[str, Any], patience: int | None, workdir: Path
     ) -> None:
-        """Takes over the latest checkpoint, if there is one.
+        """Restores the latest checkpoint, if there is one.
 
         Raises:
-          UserError: the data of the checkpoint are not the data of this run.
+          UserError: the checkpoint was trained on other data.
         """
         latest = checkpoints.latest_step()
         if latest is None:
             return
         meta = checkpoints.read_meta(latest)
         check_data(meta["fingerprint"], fingerprint, workdir)
-        restored = checkpoints.restore(latest, self.train.params, _beside_parameters(self.train))
+        restored = checkpoints.restore(latest, self.train.params, _without_params(self.train))
         rest = restored.opt_state
         self.train = TrainState(
             rest["step"], restored.params, rest["optimizer"], rest["raw_ema"], rest["guard"], rest["loss_scale"]
@@ -105,8 +105,8 @@ class RunState:
         self.step_temp_bytes = meta.get("step_temp_bytes")
 
 
-def _beside_parameters(train: TrainState) -> dict[str, Any]:
-    """What a resumed run needs beside the parameters, under the names that checkpoints have."""
+def _without_params(train: TrainState) -> dict[str, Any]:
+    """Returns the fields of a train state other than the parameters, under their names in checkpoints."""
     return {
         "optimizer": train.opt_state,
         "guard": train.guard,

@@ -1,4 +1,4 @@
-"""What a run must provide: `Task`, an abstract base class. A config names its task by import path."""
+"""`Task`, the abstract base class of what a run trains. A config names its task by import path."""
 
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +20,14 @@ from train_jax.parallel.sharding import Spec
 
 
 class Blueprint(NamedTuple):
-    """What a run computes, in shapes: made from the config alone, without weights, without data, nothing allocated.
+    """The computations of a run in abstract arrays, made from the config alone without weights or data.
 
     Attributes:
-      task: its `trainable`, `sharding_rules`, `normalizer` and `loss` are used.
-      model: as `init` returns it, its arrays `jax.ShapeDtypeStruct` (nnx.eval_shape).
-      example: shapes and dtypes of a training example, as `train_source()[i]` is.
-      programs: what an evaluation computes: name -> (function, arguments), called as `function(model, *arguments)`;
-        arguments are shapes with the shardings they have.
+      task: only its `trainable`, `sharding_rules`, `normalizer` and `loss` are called.
+      model: the module that `init` returns, with `jax.ShapeDtypeStruct` for arrays (nnx.eval_shape).
+      example: shapes and dtypes of a training example `train_source()[i]`.
+      programs: the functions of an evaluation: name -> (function, arguments), called as `function(model, *arguments)`;
+        arguments are shapes with shardings.
     """
 
     task: "Task"
@@ -37,43 +37,44 @@ class Blueprint(NamedTuple):
 
 
 class Task(abc.ABC):
-    """A model, its data and its loss; everything the loop does not know.
+    """A model, its data and its loss.
 
-    A task is constructed as `Class(config, mesh)` with the validated config; the constructor checks whatever can be
-    checked without computing (files, vocabularies, patterns) and raises UserError. The abstract methods are what a run
-    needs; every other one is a hook with a default.
+    The runtime constructs a task as `Class(config, mesh)` with the validated config. The constructor should check what
+    it can without computing (files, vocabularies, patterns) and raise UserError. A task implements the abstract
+    methods; all other methods are hooks with a default.
 
     Attributes:
-      config, mesh: of the run.
+      config: the config of the run.
+      mesh: the mesh of the run.
     """
 
     keys: type | None = None
     """Dataclass of the task's own config keys, beside the runtime's (train_jax/core/config_keys.py)."""
 
     resume_safe_keys: Sequence[str] = ()
-    """Patterns of further keys that a resumed run may change, where `defaults` returns some that are not declared."""
+    """Patterns of keys that a resumed run may change, for keys that `defaults` returns without a declaration."""
 
     architecture_keys: Sequence[str] = ()
-    """Patterns of further keys that shape the model and that an evaluation may not change, likewise."""
+    """Patterns of keys that shape the model and that an evaluation may not change, likewise."""
 
     validation_metrics: Sequence[str] | None = None
-    """Names of all that `validate` measures: with them a misspelt `best_metric` is found before anything is prepared.
-    None: at the first evaluation."""
+    """Names of the metrics that `validate` returns, to reject a misspelt `best_metric` before data are prepared.
+    With None it is rejected at the first evaluation."""
 
     default_split: str | None = None
-    """The data split that `evaluate` reports when none is asked for."""
+    """The data split that `evaluate` uses for split None."""
 
     has_splits: bool = True
-    """False where `evaluate` has nothing to choose from, and --split is refused."""
+    """Whether `evaluate` accepts a split; if False, --split is refused."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
 
-    # What every task defines.
+    # Abstract methods, which every task defines.
 
     @abc.abstractmethod
     def init(self) -> nnx.Module:
-        """The model at the start of training, weights loaded and adapters attached; a function of the config."""
+        """Returns the model before training, with weights loaded and adapters attached; depends on the config alone."""
 
     def init_for_training(self) -> nnx.Module:
         """Returns the model that `loss` reads, before training: by default `init()`.
@@ -84,22 +85,22 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def trainable(self) -> str | None:
-        """Pattern of the parameter paths that train; all others are frozen: no gradient, no optimizer state.
+        """Returns the pattern of trainable parameter paths; all others are frozen, without gradient or optimizer state.
 
-        None: nothing trains, as in a baseline that is only measured; the run is its evaluation (evaluate_only.py).
+        None means that nothing trains, as in a baseline: the run is an evaluation (evaluate_only.py).
         """
 
     @abc.abstractmethod
     def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
-        """(pattern, spec) pairs for every parameter, see sharding.shardings."""
+        """Returns (pattern, spec) pairs that cover every parameter, see sharding.shardings."""
 
     @abc.abstractmethod
     def train_source(self) -> DataSource:
-        """Random access to training examples of fixed shapes."""
+        """Returns the training examples, which have fixed shapes."""
 
     @abc.abstractmethod
     def normalizer(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """What the summed loss of a whole batch [A, b, ...] is divided by (the supervised tokens, say): a scalar.
+        """Returns the scalar that divides the summed loss of a batch [A, b, ...], such as its number of target tokens.
 
         It depends on the batch alone, so gradients of micro-batches add up to the gradient of the whole batch.
         """
@@ -109,17 +110,17 @@ class Task(abc.ABC):
         """Returns the loss of one micro-batch [b, ...], summed over its rows, and its metrics as sums and counts.
 
         Args:
-          model: parameters in place.
-          batch: rows on the leading axis; beside what the source gives, randomness.ROW and randomness.STEP, int32 [b]:
-            the row's number in the global batch, and the step's.
-          keys: one key an example, a function of (seed, step, row), for dropout and noise. Whatever is random must
-            come from these (or of what rows have in common from randomness.step_key), so that a batch may be cut into
-            any micro-batches, on any number of processes and devices.
+          model: the model with its current parameters.
+          batch: rows on the leading axis: the arrays of the source, and randomness.ROW and randomness.STEP, int32 [b],
+            the row's index in the global batch and the step.
+          keys: one key for each row, a function of (seed, step, row), for dropout and noise. All randomness must come
+            from these keys, or from randomness.step_key if rows share it. Results then do not depend on the
+            micro-batch or on the number of processes and devices.
         """
 
     @abc.abstractmethod
     def validate(self, model: nnx.Module) -> dict[str, float]:
-        """Cheap evaluation in the course of training; its metrics choose the best checkpoint."""
+        """Returns the metrics of a cheap evaluation during training; `best_metric` is one of them."""
 
     @abc.abstractmethod
     def evaluate(
@@ -129,76 +130,76 @@ class Task(abc.ABC):
         split: str | None = None,
         control_results: Mapping[str, dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """The reported evaluation: writes predictions and pictures into `workdir`, returns what `eval.json` holds.
+        """Evaluates the model for the report: writes predictions and figures, returns the contents of `eval.json`.
 
         Args:
-          model: of the checkpoint to report.
-          workdir: of the run.
-          split: of the data; None is `default_split`.
-          control_results: {name: results} of `control_runs`, of a run that has some.
+          model: the model of the checkpoint to report.
+          workdir: folder to write to.
+          split: data split; None is `default_split`.
+          control_results: {name: results} of the finished `control_runs`; None if there are none.
         """
 
     # Hooks, in the order in which a run calls them.
 
     @classmethod
     def defaults(cls) -> ConfigDict:
-        """The task's own config keys with their default values: by default those of `keys`."""
+        """Returns the task's own config keys with their default values: by default those of `keys`."""
         return ConfigDict() if cls.keys is None else config_dict(cls.keys)
 
     def check_workdir(self, workdir: Path) -> None:
-        """Refuses a workdir whose run was made of other weights than the config's, with a UserError.
+        """Raises UserError if the run in `workdir` started from other weights than the config's.
 
-        Called by every process before data are prepared or the model is read, in training and in evaluation.
+        Called by every process, in training and evaluation, before data are prepared or the model is loaded.
         """
 
     def trainable_paths(self) -> Sequence[str] | None:
-        """Paths of the parameters that train, told without data; None if they are not known then.
+        """Returns the paths of the trainable parameters, or None if they are not known without data.
 
-        With it a pattern of the optimizer that matches none is found before data are prepared.
+        With them, an optimizer pattern that matches none is refused before data are prepared.
         """
 
     def start(self, workdir: Path) -> None:
-        """Puts files of its own into a workdir; called once, by process 0, before training."""
+        """Writes the task's own files to the workdir; called once before training, by process 0."""
 
     def train_records(self) -> DataSource:
-        """What `train_source` prepares, of its length and fingerprint, opened without the model if that can be.
+        """Returns a source with the length and fingerprint of `train_source`, if possible without loading the model.
 
-        The data of a complete run are compared by it.
+        Used to check that the data of a complete run have not changed.
         """
         return self.train_source()
 
     def reported_data(self) -> str | None:
-        """Fingerprint of what `evaluate` measures on by default, noted in eval.json; None if it has none."""
+        """Returns a fingerprint of the data that `evaluate` uses by default, for eval.json; None if there is none."""
 
     def describe(self, model: nnx.Module) -> str | None:
-        """Lines for the start-up report."""
+        """Returns lines for the start-up report."""
 
     def parameter_counts(self, model: nnx.Module) -> dict[str, int]:
-        """{path: number} where an array stands for another number of parameters than its size: packed, quantised."""
+        """Returns {path: number of parameters} for arrays whose size differs from it, such as packed 4-bit weights."""
         return {}
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
-        """A training batch as a person reads it (train.py --print_batch): of each array its shape, by default."""
+        """Returns a readable description of a training batch (train.py --print_batch), by default dtypes and shapes."""
         return "\n".join(f"{name}: {values.dtype} {list(values.shape)}" for name, values in batch.items())
 
     def export(self, model: nnx.Module, workdir: Path) -> None:
-        """Writes the chosen model in other formats; called once at the end of training, by every process."""
+        """Writes the chosen model in other formats; called once after training, by every process."""
 
     def control_runs(self) -> dict[str, ConfigDict]:
-        """{name: config} of runs to compare with, trained in `workdir/name` before the evaluation."""
+        """Returns {name: config} of runs to compare with, which are trained in `workdir/name` before the evaluation."""
         return {}
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
-        """The lines that predict.py prints for a run of this task.
+        """Returns the lines that predict.py prints for a run of this task.
 
         Args:
-          config: of the run, with what the command line changes.
-          workdir: of the run; loop.load_model has its model.
-          flags: of predict.py, by name: images, prompts and so on.
+          config: of the run, with the command line's overrides.
+          workdir: of the run; loop.load_model loads its model.
+          flags: values of predict.py's flags by name.
 
         Raises:
-          UserError: the task does not define it, or flags that it has no use for.
+          UserError: the task does not define this method, or does not accept one of the flags.
         """
         raise UserError(
             f"{config.task} does not predict, expected a task with that method: add it (see train_jax/task.py), or "
@@ -207,10 +208,10 @@ class Task(abc.ABC):
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
-        """Shapes of a run, for the plan command.
+        """Returns the computations of a run in abstract arrays, for the plan command.
 
         Raises:
-          UserError: the task does not define it.
+          UserError: the task does not define this method.
         """
         raise UserError(
             f"{config.task} has no blueprint, expected one to plan by: add that method (see train_jax/task.py)"
@@ -218,5 +219,5 @@ class Task(abc.ABC):
 
 
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:
-    """The task of a config."""
+    """Returns the task of a config."""
     return task_class(config.task)(config, mesh)

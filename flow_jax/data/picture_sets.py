@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from flow_jax.data import picture_files
 from train_jax.core import digests
 from train_jax.core.errors import UserError
-from train_jax.core.formats.picture_folders import ENDINGS, pictures_below
+from train_jax.core.formats.image_folders import ENDINGS, find_images
 from train_jax.core.formats.tfds import open_builder, open_split
 from train_jax.core.row_errors import BadRow
 
@@ -70,7 +70,7 @@ class FolderPictures:
     """Picture files below a folder, in the order of their names; classes are the folders right below it, by name.
 
     Args:
-      folder: of class folders, or of files without classes, see train_jax.core.formats.picture_folders.
+      folder: of class folders, or of files without classes, see train_jax.core.formats.image_folders.
       size, channels: of the pictures as they are read.
       cache: folder that keeps digests of the files; None computes them anew.
 
@@ -86,7 +86,7 @@ class FolderPictures:
         self.folder, self._size, self._channels = Path(folder).expanduser(), size, channels
         if not self.folder.is_dir():
             raise UserError(f"there is no folder {self.folder}: correct data.folder or data.held_out_folder.")
-        found = pictures_below(self.folder)
+        found = find_images(self.folder)
         self.left_out = found.left_out
         self._files = sorted([*found.loose, *(file for group in found.classes.values() for file in group)])
         if not self._files:

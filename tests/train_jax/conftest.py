@@ -8,8 +8,8 @@ from train_jax import loop
 
 @pytest.fixture(scope="module")
 def fast_runs(fast_compilation):
-    """Runs share what they compile, those in processes of their own too, and no run draws its curves."""
-    # What earlier tests compiled with all optimizations differs in the last bit from what a new process compiles.
+    """All runs, also those in subprocesses, share compiled programs, and no run plots curves."""
+    # Programs that earlier tests compiled with all optimizations differ in the last bit from those of a new process.
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_curves", lambda *paths: None)

@@ -1,4 +1,4 @@
-"""Running the toy task by `train.py`, here or in a process of its own, and reading what it leaves."""
+"""Runs the toy task with `train.py`, in this process or a subprocess, and reads its files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def get_config():
 
 
 def arguments(workdir: Path, config: dict, *more: str) -> list[str]:
-    """Command line of a run; `config` holds changes by dotted key."""
+    """Returns the command line of a run; `config` has changes by dotted key."""
     file = workdir.parent / "toy.py"
     file.write_text(CONFIG)
     overrides = [f"--config.{key}={value}" for key, value in config.items()]
@@ -32,17 +32,17 @@ def arguments(workdir: Path, config: dict, *more: str) -> list[str]:
 
 
 def command(workdir: Path, config: dict, *more: str) -> list[str]:
-    """`train.py` for a process of its own."""
+    """Returns the command of `train.py` for a subprocess."""
     return [sys.executable, *arguments(workdir, config, *more)]
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of such a process: JAX's settings of this one (`fast_runs`) hold there too."""
+    """Returns the environment of a subprocess, with JAX's settings of this process (`fast_runs`)."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def start(workdir: Path, config: dict, *more: str) -> subprocess.Popen:
-    """`train.py` in a process of its own with 8 devices."""
+    """Runs `train.py` in a subprocess with 8 devices."""
     return subprocess.Popen(
         command(workdir, config, *more),
         env=environment(8),
@@ -54,7 +54,7 @@ def start(workdir: Path, config: dict, *more: str) -> subprocess.Popen:
 
 
 def fails(capsys, workdir: Path, config: dict, *more: str) -> tuple[int, str]:
-    """`train.py` in this process: its exit status and the one line that it prints to stderr."""
+    """Runs `train.py` in this process; returns its exit status and the one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         command_line.run(train.main, arguments(workdir, config, *more))
@@ -65,33 +65,33 @@ def fails(capsys, workdir: Path, config: dict, *more: str) -> tuple[int, str]:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """Every line of metrics.jsonl."""
+    """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """One metric by step; each step must stand there once."""
+    """Returns one metric by step; each step must occur once."""
     values = [(record["step"], record[name]) for record in metrics(workdir) if name in record]
     assert len(dict(values)) == len(values)
     return dict(values)
 
 
 def stored(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by item and path."""
+    """Returns the arrays of a checkpoint by item and path."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     items = [item for item in ("params", "ema", "opt_state") if (workdir / "checkpoints" / str(step) / item).is_dir()]
-    found = {item: checkpoints.restore_params(step, item=item) for item in items}
+    result = {item: checkpoints.restore_params(step, item=item) for item in items}
     checkpoints.close()
-    return {f"{item}:{path}": np.asarray(leaf) for item, tree in found.items() for path, leaf in tree.items()}
+    return {f"{item}:{path}": np.asarray(leaf) for item, tree in result.items() for path, leaf in tree.items()}
 
 
 def steps_kept(workdir: Path) -> list[int]:
-    """The checkpoints there are."""
+    """Returns the steps with checkpoints."""
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
 
 
 def assert_same_run(workdir: Path, other: Path, step: int, **tolerance: float) -> None:
-    """Equal losses at every step and equal state at `step`: bit for bit, or within `tolerance` (rtol, atol)."""
+    """Asserts equal losses at every step and equal state at `step`, exactly or within `tolerance` (rtol, atol)."""
     losses, others = logged(workdir), logged(other)
     assert losses.keys() == others.keys()
     arrays, expected = stored(workdir, step), stored(other, step)

@@ -1,4 +1,4 @@
-"""Faults while a run is under way: what is printed, what is kept, and the exit status."""
+"""Non-finite updates and bad rows during a run: messages, checkpoints and exit status."""
 
 import json
 
@@ -21,7 +21,7 @@ def fit(workdir, **changes):
 
 
 def test_one_fault_stops_the_run(tmp_path, capsys):
-    """The NaN is met in step 5, found at the log of step 8, before anything of step 8 is saved."""
+    """A NaN in step 5 is detected at the log of step 8, before step 8 is saved."""
     workdir = tmp_path / "run"
     run = {"mesh.data": 1, "total_steps": 12, "log_steps": 8, "data.nan_steps": "(5,)"}
     status, line = fails(capsys, workdir, run)
@@ -29,7 +29,7 @@ def test_one_fault_stops_the_run(tmp_path, capsys):
     file = workdir / "bad_batch_5.npz"
     assert line == (
         "train.py: error: the loss or its gradient was non-finite in 1 update(s) in a row from step 5 on "
-        f"(max_bad_steps=1); the checkpoint of step 4 is kept and the batch is in {file}: look at it; or lower "
+        f"(max_bad_steps=1); the checkpoint of step 4 is kept and the batch is in {file}: inspect it, or lower "
         "optimizer.learning_rate or set optimizer.grad_clip_norm in another --workdir."
     )
     assert steps_kept(workdir) == [4]
@@ -39,7 +39,7 @@ def test_one_fault_stops_the_run(tmp_path, capsys):
         }  # fmt: skip
         assert np.isnan(batch["x"]).sum() == 1
     assert metrics(workdir)[-1]["step"] == 8 and metrics(workdir)[-1]["bad_steps"] == 1
-    # The same command meets the same fault, from the checkpoint.
+    # The same command resumes from the checkpoint and stops at the same step.
     assert fails(capsys, workdir, run) == (1, line)
     assert steps_kept(workdir) == [4]
 
@@ -50,7 +50,7 @@ def test_a_fault_before_any_checkpoint(tmp_path):
     assert steps_kept(tmp_path) == []
 
 
-def test_fewer_faults_than_allowed_are_reported_and_survived(tmp_path, capsys):
+def test_fewer_faults_than_max_bad_steps_do_not_stop_the_run(tmp_path, capsys):
     fit(tmp_path / "bad", data__nan_steps=(5, 6), max_bad_steps=3)
     printed = capsys.readouterr().out
     assert "1 update(s) up to step 6 had a non-finite loss or gradient and were skipped" in printed
@@ -65,19 +65,19 @@ def test_fewer_faults_than_allowed_are_reported_and_survived(tmp_path, capsys):
     assert records[8]["loss"] != good[8]  # two updates fewer
 
 
-def test_three_faults_in_a_row_are_too_many(tmp_path):
+def test_too_many_faults_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="non-finite in 3 update.* from step 5 on .*max_bad_steps=3.*step 4 is kept"):
         fit(tmp_path, data__nan_steps=(5, 6, 7), max_bad_steps=3)
 
 
-def test_only_a_clean_state_is_saved(tmp_path, capsys):
+def test_no_checkpoint_is_saved_after_a_bad_step(tmp_path, capsys):
     run = {"data__nan_steps": (7,), "max_bad_steps": 3, "eval_steps": 12}
     fit(tmp_path, **run, total_steps=9)
     assert "step 8 is not saved: the last 1 update(s) were non-finite" in capsys.readouterr().out
     assert steps_kept(tmp_path) == [9]
 
 
-def test_faults_are_told_once_across_a_resume(tmp_path, capsys):
+def test_faults_are_reported_once_across_a_resume(tmp_path, capsys):
     run = {"data__nan_steps": (2,), "max_bad_steps": 2}
     fit(tmp_path, **run, total_steps=4)
     assert "1 update(s) up to step 3" in capsys.readouterr().out
@@ -103,28 +103,28 @@ def test_float16_overflow_through_a_run_and_its_resume(tmp_path, monkeypatch):
     assert logged(tmp_path / "resumed") == logged(tmp_path / "straight")
 
 
-def test_bad_rows_keep_their_slots(tmp_path):
+def test_bad_rows_keep_their_place_in_the_batch(tmp_path):
     fit(tmp_path / "bad", data__corrupt_steps=(3, 9), data__max_bad_fraction=0.5, data__threads=0)
     fit(tmp_path / "good")
     bad, good = logged(tmp_path / "bad"), logged(tmp_path / "good")
     assert [bad[step] == good[step] for step in range(1, 6)] == [True, True, True, False, False]
     counts = {step: 1 if step < 10 else 2 for step in range(4, 13)}
     assert logged(tmp_path / "bad", "bad_rows") == counts
-    # However far threads read ahead.
+    # For any amount of prefetching.
     fit(tmp_path / "ahead", data__corrupt_steps=(3, 9), data__max_bad_fraction=0.5, data__threads=3)
     assert logged(tmp_path / "ahead", "bad_rows") == counts
-    # The batch of step 3 is the good run's but for one weight.
+    # The batch of step 3 equals that of the good run except for one weight.
     assert len(set(bad) ^ set(good)) == 0
 
 
-def test_a_bad_row_ends_the_run_where_asked(tmp_path, capsys):
+def test_a_bad_row_stops_the_run_with_on_error_raise(tmp_path, capsys):
     run = {"mesh.data": 1, "data.on_error": "raise", "data.corrupt_steps": "(2,)"}
     status, line = fails(capsys, tmp_path / "run", run)
     assert status == 2
     assert line.startswith("train.py: error: row") and line.endswith(".png is cut off")
 
 
-def test_too_many_bad_rows_end_the_run(tmp_path, capsys):
+def test_too_many_bad_rows_stop_the_run(tmp_path, capsys):
     run = {"mesh.data": 1, "data.examples": 16, "data.corrupt_steps": "(0,)"}
     status, line = fails(capsys, tmp_path / "run", run)
     assert status == 2
@@ -133,15 +133,15 @@ def test_too_many_bad_rows_end_the_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bad_rows_of_all_workers_are_counted_together(tmp_path, capsys):
-    """12 of 96 rows are bad, of which each of two workers reads about half, and this process none."""
+    """12 of 96 rows are bad; each of two workers reads about half of them, and this process none."""
     run = {"data__workers": 2, "data__corrupt_steps": tuple(range(12)), "log_steps": 4, "eval_steps": 12}
     with pytest.raises(UserError, match=r"12 of 96 rows read were bad \(12.5%; first: row\d+.png, row\d+.png, "):
         fit(tmp_path, **run, data__max_bad_fraction=0.1)
     assert logged(tmp_path, "bad_rows") == {4: 4, 8: 8, 12: 12}
 
 
-def test_frozen_leaves_stay_and_only_the_trained_are_saved(tmp_path, monkeypatch):
-    """The model that is evaluated after training holds the frozen leaves bit for bit."""
+def test_frozen_parameters_do_not_change_and_are_not_saved(tmp_path, monkeypatch):
+    """The model evaluated after training has the same frozen parameters, bit for bit."""
     seen = []
     from tests.train_jax.toy_task import Toy
     from train_jax.core import param_tree

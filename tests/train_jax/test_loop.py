@@ -1,4 +1,4 @@
-"""The contract of a workdir, and what the durations, the evaluations and the checkpoints of a run are."""
+"""Workdirs, durations, evaluations and checkpoints of a run."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def fit(workdir, **changes):
 
 
 def eval_steps(workdir, name="loss"):
-    """Steps at which the run was evaluated."""
+    """Returns the steps at which the run was evaluated."""
     return [record["step"] for record in metrics(workdir) if f"eval/{name}" in record]
 
 
@@ -37,7 +37,7 @@ def trained_steps(workdir):
 
 @pytest.fixture(scope="module")
 def finished(fast_runs, tmp_path_factory):
-    """A run of 8 steps, and what `fit` returned."""
+    """The workdir of a run of 8 steps, and the results of `fit`."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_curves", plots.plot_curves)
@@ -46,7 +46,7 @@ def finished(fast_runs, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run."""
+    """A copy of the finished run's workdir."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -54,7 +54,7 @@ def run(finished, tmp_path):
 # The workdir.
 
 
-def test_what_a_run_leaves(finished):
+def test_the_files_of_a_run(finished):
     workdir, results = finished
     assert {file.name for file in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "eval.json", "checkpoints", "tensorboard", "curves.png"
@@ -71,12 +71,12 @@ def test_what_a_run_leaves(finished):
 
 
 def test_the_model_learns(tmp_path):
-    """From weighted examples; the best constant has a loss of about 0.5."""
+    """From weighted examples; the best constant prediction has a loss of about 0.5."""
     run = {"total_steps": 100, "eval_steps": 100, "log_steps": 100, "model__dropout": 0.0}
     assert fit(tmp_path, **run)["loss"] < 0.25
 
 
-def test_the_same_config_again_retrains_nothing(run, capsys):
+def test_a_complete_run_is_not_trained_again(run, capsys):
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
     results = fit(run)
     assert f"{run} is complete: 8 steps trained and evaluated, see {run / 'eval.json'}." in capsys.readouterr().out
@@ -102,21 +102,21 @@ def test_a_changed_config_is_refused_with_the_difference(run):
 
 @pytest.fixture
 def nothing_prepared(monkeypatch):
-    """Neither data nor a model are there yet."""
+    """Fails the test if data or a model are prepared."""
     for name in ("train_source", "init"):
         monkeypatch.setattr(Toy, name, lambda self: pytest.fail("something was prepared"))
 
 
 @pytest.mark.usefixtures("nothing_prepared")
-def test_a_used_workdir_is_judged_before_anything_is_prepared(run, capsys):
+def test_a_used_workdir_is_checked_before_data_are_prepared(run, capsys):
     with pytest.raises(UserError, match="another config .model.width: 8 -> 16"):
         fit(run, model__width=16)
     with pytest.raises(UserError, match="holds a run of 8 steps .* asks for 6"):
-        fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, as the checkpoint knows
+        fit(run, total_steps=None, total_epochs=0.05)  # of 1000 examples, a number that the checkpoint stores
 
 
-def test_a_complete_run_is_compared_with_the_data_and_no_model_is_made(run, monkeypatch, capsys):
-    """Those that it trained on, and where the task tells them those that it was measured on."""
+def test_the_data_of_a_complete_run_are_checked_without_a_model(run, monkeypatch, capsys):
+    """Both the training data and, if the task has a fingerprint for them, the evaluation data."""
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a model was made"))
     assert fit(run)["step"] == 8 and "is complete" in capsys.readouterr().out
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
@@ -128,12 +128,12 @@ def test_a_complete_run_is_compared_with_the_data_and_no_model_is_made(run, monk
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_a_complete_run_is_compared_with_the_data_it_was_measured_on(tmp_path, monkeypatch, capsys):
+def test_the_evaluation_data_of_a_complete_run_are_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Toy, "reported_data", lambda self: "held out", raising=False)
     assert fit(tmp_path)["data"] == "held out" and fit(tmp_path)["step"] == 8
     monkeypatch.setattr(Toy, "reported_data", lambda self: "others")
     capsys.readouterr()
-    with pytest.raises(UserError, match="are not those that it was measured on .fingerprint held out, now others"):
+    with pytest.raises(UserError, match="have changed .fingerprint held out, now others"):
         fit(tmp_path)
     assert "is complete" not in capsys.readouterr().out
 
@@ -150,16 +150,16 @@ def test_a_complete_run_is_compared_with_the_data_it_was_measured_on(tmp_path, m
         ({"weight_decay": 0.1, "weight_decay_mask": "tower/.*"}, "weight_decay_mask .* matches none of 2 paths"),
     ],
 )
-def test_mistakes_in_the_optimizer_are_told_before_anything_is_prepared(tmp_path, monkeypatch, changes, sentence):
-    """Patterns too, by a task that knows its parameters by then."""
+def test_optimizer_errors_are_raised_before_data_are_prepared(tmp_path, monkeypatch, changes, sentence):
+    """Including patterns, for a task that knows its parameter paths early."""
     monkeypatch.setattr(Toy, "trainable_paths", lambda task: ["head/kernel", "head/bias"], raising=False)
     with pytest.raises(UserError, match=sentence):
         fit(tmp_path / "run", **{f"optimizer__{key}": value for key, value in changes.items()})
     assert not (tmp_path / "run").exists()
 
 
-def test_what_does_not_change_the_mathematics_is_free(run, capsys):
-    """The run goes on under another mesh, micro-batch and intervals, and learns the same."""
+def test_resume_safe_keys_may_change(run, capsys):
+    """A run resumes with another mesh, micro-batch and intervals and has the same losses."""
     fit(
         run, total_steps=12, mesh__data=2, micro_batch=4, log_steps=2, eval_steps=3, checkpoint_steps=5, data__threads=1
     )
@@ -175,8 +175,8 @@ def test_what_does_not_change_the_mathematics_is_free(run, capsys):
     assert from_json((run / "config.json").read_text()).total_steps == 12
 
 
-def test_a_longer_run_forgets_the_results_of_the_shorter(run, monkeypatch):
-    """Killed after its last step, it must not pass for complete with the old results."""
+def test_extending_a_run_removes_its_results(run, monkeypatch):
+    """If killed after its last step, it must not count as complete with the old results."""
     monkeypatch.setattr(loop.Trainer, "finish", lambda *args: {})
     fit(run, total_steps=12)
     assert not (run / "eval.json").exists()
@@ -188,7 +188,7 @@ def test_a_shorter_run_is_refused(run):
 
 
 def test_other_data_is_refused(run, monkeypatch):
-    """The same config, and files that have changed."""
+    """The same config with changed files."""
     from tests.train_jax.toy_task import Rows
 
     monkeypatch.setattr(Rows, "__len__", lambda self: 999)
@@ -237,7 +237,7 @@ def test_schedule_and_warm_up(tmp_path):
 # Evaluations.
 
 
-def test_patience_keeps_and_loads_the_best(tmp_path, capsys):
+def test_early_stopping_loads_the_best_checkpoint(tmp_path, capsys):
     run = {"total_steps": 20, "eval_steps": 2, "checkpoint_steps": 1, "patience": 2}
     run |= {"best_metric": "score", "load_best_at_end": True, "scores": (0.5, 0.9, 0.8, 0.9, 0.99)}
     results = fit(tmp_path, **run)
@@ -253,15 +253,15 @@ def test_patience_keeps_and_loads_the_best(tmp_path, capsys):
         f"score (patience=2), see {tmp_path / 'eval.json'}; to train on, raise config.patience or set it to None.\n"
     )
     assert capsys.readouterr().out == complete
-    # A longer run is not what it lacks.
+    # Extending the run does not resume it.
     assert fit(tmp_path, **run | {"total_steps": 30}) == results
     assert capsys.readouterr().out == complete
-    # With more patience it goes on, and gives up later.
+    # With more patience it resumes and stops later.
     results = fit(tmp_path, **run | {"patience": 3, "scores": (0.95, 0.7)})
     assert results["step"] == 10 and steps_kept(tmp_path) == [10, 16]
 
 
-def test_a_run_that_gave_up_and_was_not_evaluated_only_evaluates(tmp_path, capsys):
+def test_an_early_stopped_run_without_results_is_only_evaluated(tmp_path, capsys):
     run = {"total_steps": 20, "eval_steps": 2, "patience": 1, "best_metric": "score", "scores": (0.9, 0.5)}
     fit(tmp_path, **run)
     (tmp_path / "eval.json").unlink()
@@ -275,14 +275,14 @@ def test_a_run_that_gave_up_and_was_not_evaluated_only_evaluates(tmp_path, capsy
     assert max(trained_steps(tmp_path)) == 4
 
 
-def test_a_resume_in_the_midst_of_patience(tmp_path):
+def test_a_resume_continues_early_stopping(tmp_path):
     run = {"eval_steps": 2, "patience": 2, "best_metric": "score", "load_best_at_end": True}
     fit(tmp_path, **run, total_steps=6, scores=(0.5, 0.9, 0.8))
     results = fit(tmp_path, **run, total_steps=20, scores=(0.85, 0.95))
     assert eval_steps(tmp_path) == [2, 4, 6, 8] and results["step"] == 4
 
 
-def test_best_may_be_the_smallest(tmp_path):
+def test_best_mode_min(tmp_path):
     results = fit(
         tmp_path, eval_steps=2, best_metric="score", best_mode="min", load_best_at_end=True, scores=(3.0, 1.0, 2.0, 1.5)
     )
@@ -296,26 +296,26 @@ def test_a_nan_is_never_best(tmp_path):
     assert results["step"] == 8 and eval_steps(tmp_path) == [2, 4, 6, 8]
 
 
-def test_a_metric_that_is_not_measured(tmp_path):
-    """Where the task does not say what it measures, its first evaluation does."""
+def test_an_unknown_best_metric(tmp_path):
+    """If the task does not list its metrics, the first evaluation detects it."""
     with pytest.raises(UserError, match=r"best_metric='accuracy' is not measured .*, expected one of loss: change it"):
         fit(tmp_path, best_metric="accuracy")
     assert eval_steps(tmp_path) == [4]
 
 
 @pytest.mark.usefixtures("nothing_prepared")
-def test_a_metric_that_the_task_does_not_name(tmp_path, capsys, monkeypatch):
+def test_an_unknown_best_metric_is_refused_early(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Toy, "validation_metrics", ("loss", "score"), raising=False)
     assert fails(capsys, tmp_path / "run", {"mesh.data": 1, "best_metric": "scor"}) == (
         2,
-        "train.py: error: config.best_metric='scor' is not measured in the course of training, expected one of loss, "
+        "train.py: error: config.best_metric='scor' is not measured during training, expected one of loss, "
         "score: change it; did you mean 'score'?",
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_the_average_is_evaluated_and_saved(tmp_path):
-    """After one update the average is that update; later it lags behind."""
+def test_the_moving_average_is_evaluated_and_saved(tmp_path):
+    """After one update the average equals the parameters; later it lags behind them."""
     fit(tmp_path, total_steps=1, ema_decay=0.99)
     first = stored(tmp_path, 1)
     results = fit(tmp_path, total_steps=6, ema_decay=0.99)
@@ -349,8 +349,8 @@ def test_evaluate_a_checkpoint(two_checkpoints, which, step):
     assert results["split"] == "tune"
 
 
-def test_evaluate_a_checkpoint_that_is_not_there(two_checkpoints, tmp_path, monkeypatch):
-    """Told before the model is read."""
+def test_evaluate_a_missing_checkpoint(two_checkpoints, tmp_path, monkeypatch):
+    """It is refused before the model is loaded."""
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("the model was read"))
     run_config, workdir = two_checkpoints
     with pytest.raises(UserError, match="checkpoint '5' not found .* choose 'best', 'latest' or a step of 4, 8"):
@@ -367,7 +367,7 @@ def test_evaluate_the_model_before_training(tmp_path):
     assert json.loads((tmp_path / "base" / "eval.json").read_text()) == results
 
 
-def test_where_nothing_trains_the_run_is_its_evaluation(tmp_path, capsys, monkeypatch):
+def test_a_run_without_trainable_parameters_is_an_evaluation(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Toy, "trainable", lambda self: None)
     untouched = loop.evaluate(config(), tmp_path / "base")
     results = fit(tmp_path / "run")
@@ -401,7 +401,7 @@ def test_print_batch_shows_the_first_batch():
     assert text != loop.describe_batch(config(seed=1))
 
 
-def test_control_runs_are_runs_of_their_own(tmp_path, monkeypatch):
+def test_control_runs_have_their_own_workdirs(tmp_path, monkeypatch):
     def control_runs(self):
         return {} if self.config.seed else {"blind": config(seed=1, total_steps=2)}
 
@@ -413,15 +413,15 @@ def test_control_runs_are_runs_of_their_own(tmp_path, monkeypatch):
     results = fit(tmp_path, total_steps=2)
     assert results["seed"] == 0 and results["control_results"]["blind"]["seed"] == 1
     assert from_json((tmp_path / "blind" / "config.json").read_text()).seed == 1
-    # Of a control run that was trained by an earlier process the time counts as well.
+    # The time of a control run that an earlier process trained counts too.
     (tmp_path / "eval.json").unlink()
     blind = tmp_path / "blind" / "eval.json"
     blind.write_text(json.dumps(json.loads(blind.read_text()) | {"seconds": 1000.0}))
     assert 1000 < fit(tmp_path, total_steps=2)["seconds"] < 1100
 
 
-def test_seconds_count_from_where_the_caller_says_and_across_a_resume(tmp_path):
-    """100 s before the call, 50 s before the one that goes on: no second counts twice, none is lost."""
+def test_seconds_count_from_began_and_across_a_resume(tmp_path):
+    """`began` is 100 s before the first call and 50 s before the second; every second counts once."""
     before = time.perf_counter()
     first = loop.fit(config(total_steps=4), tmp_path, "none", before - 100)["seconds"]
     assert 100 < first < 100 + time.perf_counter() - before
@@ -432,8 +432,8 @@ def test_seconds_count_from_where_the_caller_says_and_across_a_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_read_what_threads_read(tmp_path):
-    """A bad row too."""
+def test_workers_and_threads_read_the_same_batches(tmp_path):
+    """Including a bad row."""
     run = {"data__corrupt_steps": (2,), "data__max_bad_fraction": 0.5}
     fit(tmp_path / "workers", data__workers=2, **run)
     fit(tmp_path / "threads", **run)

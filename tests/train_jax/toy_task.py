@@ -28,12 +28,12 @@ FEATURES = 8
 
 
 def record(index: int, weight: float) -> Record:
-    """A row of the data: its number and its weight."""
+    """A row of the data: its index and its weight."""
     return Record(b"", f"row{index}.png", index, "", "", weight)
 
 
 class Rows:
-    """Seeded rows whose weights span two orders of magnitude, as numbers of answer tokens do."""
+    """Random rows with weights over two orders of magnitude, like numbers of answer tokens."""
 
     def __init__(self, seed: int, length: int):
         self.seed, self.length = seed, length
@@ -72,10 +72,10 @@ class Toy(Task):
                     "spike_steps": (),
                     "corrupt_steps": (),
                     "delay": 0.0,  # seconds a row takes to read
-                    "signal_step": -1,  # a signal reaches this process when a row of this step is read
+                    "signal_step": -1,  # this process receives a signal when a row of this step is read
                     "signal_number": int(signal.SIGTERM),
                 },
-                "scores": (),  # what the evaluations in the course of training measure, one after another
+                "scores": (),  # scores of the evaluations during training, in order
             }
         )
 
@@ -127,7 +127,7 @@ class Toy(Task):
         )
 
     def _indices(self, steps: tuple[int, ...]) -> frozenset[int]:
-        """The rows that a run meets first in its batches of some steps."""
+        """Returns the first row of the batches of the given steps."""
         if not steps:
             return frozenset()
         indices = ExampleList([{"index": np.int64(index)} for index in range(self.config.data.examples)])
@@ -150,7 +150,7 @@ class Toy(Task):
     def validate(self, model) -> dict[str, float]:
         scores, self.validations = self.config.scores, self.validations + 1
         results = {"loss": self._held_out_loss(model)}
-        # Numbered by the evaluations of this process: a resumed run is given what is left.
+        # Indexed by the evaluations of this process: a resumed run is passed the remaining scores.
         return results | ({"score": float(scores[min(self.validations, len(scores)) - 1])} if scores else {})
 
     def evaluate(self, model, workdir, split=None, control_results=None):
@@ -170,7 +170,7 @@ class Toy(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """From a record to arrays; the faults are in here."""
+    """Makes arrays from a record, with the faults of the config."""
 
     seed: int
     delay: float = 0.0
@@ -198,7 +198,7 @@ class Prepare:
 
 
 class Linear(nnx.Module):
-    """kernel [*stacked, inputs, outputs] and bias [*stacked, outputs], used in the dtype of the input."""
+    """A linear layer with kernel [*stacked, inputs, outputs] and bias [*stacked, outputs], in the input's dtype."""
 
     def __init__(self, *shape: int, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / shape[-2] ** 0.5)
@@ -222,7 +222,7 @@ class Network(nnx.Module):
         self.head = Linear(width, 1, rngs=rngs)
 
     def __call__(self, x, keys=None, dropout=0.0):
-        """x [b, FEATURES] -> [b] in x's dtype; one key a row switches dropout on."""
+        """x [b, FEATURES] -> [b] in x's dtype; with keys, one for each row, dropout is on."""
         hidden = jnp.tanh(affine(x, self.tower.weights(x.dtype)))
         if keys is not None and dropout:
             keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout, hidden.shape[1:]))(keys)
@@ -237,12 +237,12 @@ class Network(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(graph, arrays, x):
-    """Outside the class, so that runs on the same mesh share its compilation."""
+    """A function outside the class, so that runs on the same mesh share its compiled program."""
     return nnx.merge(graph, arrays)(x)
 
 
 def toy_config(**changes) -> ConfigDict:
-    """The toy's config with values by dotted key, "." written "__": `toy_config(data__seed=3)`."""
+    """Returns the toy's config with values by dotted key, with "__" for ".": `toy_config(data__seed=3)`."""
     config = base_config(PATH)
     with config.unlocked():
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written, listed, ranked and restored."""
+"""Checkpoints of a run: saving, listing, ranking and restoring."""
 
 from train_jax.checkpoints.manager import Checkpoints
 

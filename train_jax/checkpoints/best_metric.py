@@ -1,4 +1,4 @@
-"""Which of two evaluations is better by `config.best_metric`: one answer for the best checkpoint and for patience."""
+"""Ranks evaluations by `config.best_metric`, for the best checkpoint and for early stopping."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,24 +8,30 @@ from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean
 
 
-def check_metric(metric: str | None, measured: Iterable[str]) -> None:
-    """Checks that an evaluation measures the metric that decides (None: nothing is decided).
+def check_metric(metric: str | None, names: Iterable[str]) -> None:
+    """Checks that the evaluations during training have the metric `metric`, if it is not None.
+
+    Args:
+      metric: `config.best_metric`.
+      names: of all metrics of an evaluation.
 
     Raises:
-      UserError: it does not; the sentence names the nearest metric and all of them.
+      UserError: they do not; the message lists all metrics and suggests the nearest.
     """
-    names = sorted(measured)
+    names = sorted(names)
     if metric is not None and metric not in names:
-        found = f"config.best_metric={metric!r} is not measured in the course of training"
-        raise UserError(f"{found}, expected one of {', '.join(names)}: change it{did_you_mean(metric, names)}")
+        raise UserError(
+            f"config.best_metric={metric!r} is not measured during training, expected one of "
+            f"{', '.join(names)}: change it{did_you_mean(metric, names)}"
+        )
 
 
 def score(results: Mapping[str, Any] | None, metric: str | None, mode: str) -> float:
-    """Larger is better; -inf where nothing ranks: without results or a metric, or for a value that is not finite.
+    """Returns the score of an evaluation, larger is better; -inf without results, metric or a finite value.
 
     Args:
-      results: of an evaluation; None where there was none.
-      metric: the name in `results` that decides.
+      results: metrics of an evaluation; None if there was none.
+      metric: name of the metric that ranks.
       mode: "max" or "min".
 
     Raises:
@@ -35,6 +41,6 @@ def score(results: Mapping[str, Any] | None, metric: str | None, mode: str) -> f
         return -math.inf
     check_metric(metric, results)
     value = results[metric]
-    if value is None or not math.isfinite(value):  # None is how JSON holds a NaN
+    if value is None or not math.isfinite(value):  # in JSON a NaN is null
         return -math.inf
     return float(value) if mode == "max" else -float(value)

@@ -1,9 +1,13 @@
-"""Evaluates: python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
+"""Evaluates a checkpoint of a run, or a base model.
 
-The config is the workdir's config.json. With --config=FILE and no workdir, the base model of that config is evaluated,
-as it is before training, into runs/<config>-base. The installed `paligemma-jax eval` does the same. The work is done by
+    python eval.py --workdir=DIR [--split=validation] [--checkpoint=best|latest|STEP] [--config.key=value ...]
+
+The config is the workdir's config.json. With --config=FILE and no workdir, evaluates the model of that config before
+training and writes to runs/<config>-base. The installed `paligemma-jax eval` does the same. Calls
 train_jax.loop.evaluate(config, workdir, split, checkpoint).
 """
+
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -18,10 +22,10 @@ def _flags(values: flags.FlagValues) -> None:
     distributed.define_flags(values)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and calls the loop."""
-    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: mistakes in the flags are reported first
+def main(argv: Sequence[str]) -> None:
+    """Parses the flags and evaluates."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
+    from train_jax import loop  # slow to import, so only after the flags have been checked
 
     distributed.start_from_flags(values)
     if values.workdir is None:

@@ -1,8 +1,12 @@
-"""Trains by a config: python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+"""Trains a model and evaluates it.
 
-The installed `paligemma-jax train` does the same. The work is done by train_jax.loop.fit(config, workdir), and for a
-sweep by train_jax.sweep.fit(config, workdir), which a notebook may call as well.
+    python train.py --config=configs/clevr.py [--workdir=DIR] [--config.key=value ...]
+
+The installed `paligemma-jax train` does the same. Calls train_jax.loop.fit(config, workdir), or
+train_jax.sweep.run.fit(config, workdir) if the config defines a sweep. A notebook can call the same functions.
 """
+
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -14,15 +18,15 @@ from train_jax.system import clock
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("progress", "auto", ["auto", "bar", "plain", "none"], "how to show progress", flag_values=values)
     flags.DEFINE_bool(
-        "print_batch", False, "show a decoded training batch with its masks, and stop", flag_values=values
+        "print_batch", False, "print a decoded training batch with its masks and exit", flag_values=values
     )
     distributed.define_flags(values)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and calls the loop, or the sweep."""
-    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    from train_jax import loop  # slow to import: mistakes in the flags are reported first
+def main(argv: Sequence[str]) -> None:
+    """Parses the flags and trains."""
+    config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
+    from train_jax import loop  # slow to import, so only after the flags have been checked
 
     distributed.start_from_flags(values)
     if values.print_batch:

@@ -1,1 +1,1 @@
-"""What every package may import: errors, patterns, parameter trees, files, metrics. It knows nothing of runs."""
+"""Definitions that every package may import: errors, patterns, parameter trees, files, metrics, data sources."""

@@ -1,4 +1,4 @@
-"""Where training examples come from: `DataSource`, which the input pipeline reads."""
+"""`DataSource`, the interface from which the input pipeline reads training examples."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,16 @@ BAD = "bad"  # key of an example, see DataSource
 
 
 class DataSource(abc.ABC):
-    """Random access to examples; reads happen in several threads (or worker processes) at once.
+    """Random access to examples; several threads or worker processes may read at once.
 
-    Every example has the same keys, shapes and dtypes. A bad row keeps its place: it comes with weight 0. It may be
-    marked by the key "bad" (bool scalar, False in good ones), which batches do not hold; `on_rows` is told of it.
+    All examples have the same keys, shapes and dtypes. A bad row (one that cannot be used) keeps its index and has
+    weight 0. The source may mark it with the key "bad" (bool scalar, False for good rows); the pipeline removes that
+    key from batches and passes the marks to `on_rows`.
 
     Attributes:
-      fingerprint: stable hash of what the examples are and of their order; None if it has none. A run may only resume
-        on an equal one.
-      group: see `get_batch`.
-      bad_rows: name by row number of the bad rows counted so far.
+      fingerprint: stable hash of the examples and their order, or None. A run may only resume with an equal one.
+      group: number of rows that are read together, see `get_batch`.
+      bad_rows: {index: name} of the bad rows counted so far.
     """
 
     fingerprint: str | None = None
@@ -36,39 +36,39 @@ class DataSource(abc.ABC):
     def __getitem__(self, index: int) -> Example: ...
 
     def get_batch(self, indices: np.ndarray, step: int, rows: np.ndarray) -> Batch:
-        """The examples of a step that this process reads at once, stacked in the order of `indices`.
+        """Reads the examples of a step that this process needs, stacked in the order of `indices`.
 
-        For examples that depend on the step (random views), on the row of the global batch (fresh noise) or on other
-        rows (which noise goes with which image). Rows [k group, (k + 1) group) come together (None: the whole batch;
-        1: each for itself), also to processes that have a part of them alone, which drop the rest. So a batch does
-        not depend on who reads which rows of it. By default the examples, whatever step and row.
+        Override it if examples depend on the step (random augmentation), on the row of the global batch (noise) or on
+        other rows (coupling of noise and images). The rows [k group, (k + 1) group) are always passed together (group
+        None: the whole batch; 1: no grouping), also to a process that needs only some of them and drops the rest.
+        So a batch does not depend on which process reads which rows. By default the examples depend on `indices` alone.
 
         Args:
-          indices: int [n], numbers of the examples.
+          indices: int [n], indices of the examples.
           step: of the run.
-          rows: int [n], increasing: rows of the global batch, 0 ... batch_size - 1.
+          rows: int [n], ascending rows of the global batch, 0 ... batch_size - 1.
         """
         del step, rows
         return stack([self[int(index)] for index in indices])
 
     def on_rows(self, indices: np.ndarray, bad: np.ndarray) -> None:
-        """Counts rows of a batch as it is handed out: called in the training process, whoever read them.
+        """Counts the rows of a batch; called in the training process when the batch is used, wherever it was read.
 
         Args:
-          indices: int [n], numbers of the examples.
+          indices: int [n], indices of the examples.
           bad: bool [n].
 
         Raises:
-          UserError: too many bad ones.
+          UserError: the fraction of bad rows is too large.
         """
 
     def check(self) -> None:
-        """Checks the share of bad rows among all counted so far; called at the end of a run. Raises UserError."""
+        """Checks the fraction of bad rows among all counted rows; called at the end of a run. Raises UserError."""
 
 
 @runtime_checkable
 class Indexed(Protocol):
-    """What has a length and an entry for each number."""
+    """A sequence that can be indexed by integers."""
 
     def __len__(self) -> int: ...
 
@@ -76,7 +76,7 @@ class Indexed(Protocol):
 
 
 class ExampleList(DataSource):
-    """A sequence of examples as a DataSource."""
+    """A DataSource over a sequence of examples."""
 
     def __init__(self, examples: Indexed):
         self._examples = examples
@@ -90,7 +90,7 @@ class ExampleList(DataSource):
 
 
 def stack(examples: Sequence[Example]) -> Batch:
-    """Stacks examples on a new first axis; examples that differ in keys or shapes are a fault of the source."""
+    """Stacks examples with equal keys and shapes along a new first axis."""
     batch = {}
     for name in examples[0]:
         values = [np.asarray(example[name]) for example in examples]

@@ -1,4 +1,4 @@
-"""Import paths of before: a module that has moved is found under its old name, with a DeprecationWarning."""
+"""Imports moved modules under their old names, with a DeprecationWarning."""
 
 import importlib
 import importlib.abc
@@ -9,11 +9,11 @@ from types import ModuleType
 
 
 def install(package: str, table: str) -> None:
-    """Makes old import paths of a package lead to the modules as they are now.
+    """Makes old import paths of a package import the moved modules.
 
     Args:
-      package: its name.
-      table: a line for each module, its old and its new path below the package.
+      package: name of the package.
+      table: one line for each module, with its old and new path below the package.
     """
     rows = (line.split() for line in table.strip().splitlines())
     sys.modules[package].__class__ = _Package
@@ -21,7 +21,10 @@ def install(package: str, table: str) -> None:
 
 
 class _Package(ModuleType):
-    """Keeps the functions that it exports: an import binds a module to its last name, `pg.generate` among them."""
+    """A package whose exported functions are not overwritten when a submodule of the same name is imported.
+
+    For example, importing the old module `paligemma_jax.generate` does not replace the function `pg.generate`.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
@@ -29,16 +32,18 @@ class _Package(ModuleType):
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what no other finder has found, by its new name."""
+    """Finds and loads moved modules by their old names, after all other finders have failed."""
 
     def __init__(self, moved: dict[str, str]):
         self._moved = moved
         self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
 
     def find_spec(self, fullname, path=None, target=None):
+        """Returns a spec for a moved module, None for any other."""
         return importlib.machinery.ModuleSpec(fullname, self) if fullname in self._moved else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Imports the module under its new name and warns."""
         new = self._moved[spec.name]
         warnings.warn(f"{spec.name} has moved: import {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
@@ -46,5 +51,6 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module is as it was imported under its new name, and describes itself so."""
+        """Restores the spec that the module has under its new name; it has been executed already."""
+        assert module.__spec__ is not None, "the import system sets the spec of the old name"
         module.__spec__ = self._specs.pop(module.__spec__.name)

@@ -1,6 +1,6 @@
 """A Flax NNX module as a graph and a flat dictionary of arrays by path ("decoder/layers/self_attn/q_proj/kernel").
 
-Everything outside the models (optimizers, sharding rules, checkpoints, freezing, weight tables) speaks in these paths.
+Optimizers, sharding rules, checkpoints, freezing and weight tables all use these paths.
 """
 
 from collections.abc import Mapping
@@ -13,33 +13,33 @@ Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
-    """The module's structure and its arrays by path (shapes, of an abstract module); `merge` is the inverse."""
+    """Splits a module into its graph and its arrays (or shapes, for an abstract module) by path; inverse of `merge`."""
     graph, state = nnx.split(model)
     return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graph: nnx.GraphDef, arrays: Mapping[str, Any]) -> nnx.Module:
-    """The module again; under jit this only rebuilds Python objects."""
+    """Returns the module of a graph and arrays by path; under jit this only builds Python objects."""
     return nnx.merge(graph, nnx.from_flat_state([(_parts(path), leaf) for path, leaf in arrays.items()]))
 
 
 def flatten(model: nnx.Module) -> dict[str, Leaf]:
-    """Every array of a module by path."""
+    """Returns the arrays of a module by path."""
     return split(model)[1]
 
 
 def abstract(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of a module, which may be abstract itself (`nnx.eval_shape`)."""
+    """Returns the shape and dtype of every array of a module, which may be abstract (`nnx.eval_shape`)."""
     leaves = nnx.to_flat_state(nnx.state(model))
     return {_join(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def assign(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """The module with arrays replaced by path; paths that `arrays` lacks keep what they hold.
+    """Returns the module with some arrays replaced, by path.
 
     Raises:
-      KeyError: a path the module does not have.
-      ValueError: an array of another shape.
+      KeyError: the module has no such path.
+      ValueError: an array has another shape than the one it replaces.
     """
     shapes = abstract(model)
     for path, array in arrays.items():
@@ -55,5 +55,5 @@ def _join(path: tuple) -> str:
 
 
 def _parts(path: str) -> tuple[str | int, ...]:
-    """The inverse of `_join`: entries of a list are numbers, which NNX sorts as such ("10" would come before "2")."""
+    """Inverts `_join`. Indices of a list become integers, since NNX sorts keys and "10" would precede "2"."""
     return tuple(int(part) if part.isdecimal() else part for part in path.split("/"))

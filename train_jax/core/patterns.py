@@ -1,8 +1,7 @@
-"""Regular expressions over "/"-joined parameter paths: the one way this project names groups of leaves.
+"""Regular expressions over "/"-joined parameter paths, which select groups of parameters everywhere in this project.
 
-A pattern matches a whole path (`re.fullmatch`), so `decoder/.*/q_proj` does not reach `decoder/0/q_proj_norm` by
-accident. Of several rules the first that matches wins. A pattern that matches nothing is a mistake, and is reported
-with the paths that look most like it.
+A pattern matches a whole path (`re.fullmatch`), so `decoder/.*/q_proj` does not match `decoder/0/q_proj_norm`. The
+first of several rules that matches wins. A pattern that matches nothing is an error that lists the most similar paths.
 """
 
 import difflib
@@ -16,12 +15,12 @@ T = TypeVar("T")
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Returns up to `n` of `names` that look like `name`, best first; empty when nothing does."""
+    """Returns up to `n` of `names` that are similar to `name`, most similar first."""
     return difflib.get_close_matches(name, list(names), n=n, cutoff=0.5)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns "; did you mean X?" for the nearest of `names`, or "" when none is near, to end a `UserError` with."""
+    """Returns "; did you mean X?" for the most similar of `names`, or "", for the end of a message."""
     close = nearest(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -34,7 +33,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def check_regex(pattern: str) -> None:
-    """Raises UserError if a pattern is not a regular expression; whether it matches anything, `select` tells."""
+    """Raises UserError if a pattern is not a regular expression."""
     _compile(pattern)
 
 
@@ -44,10 +43,10 @@ def cover(rules: Sequence[tuple[str, T]], paths: Iterable[str], allow_unused: bo
     Args:
       rules: (pattern, value) pairs, the first match wins.
       paths: "/"-joined paths; each must match at least one rule.
-      allow_unused: accept a rule that matches no path at all (a rule shadowed by earlier ones counts as used).
+      allow_unused: accept a rule that matches no path (one that only loses to earlier rules counts as used).
 
     Raises:
-      UserError: paths without a rule, or a rule without a path.
+      UserError: a path matches no rule, or a rule matches no path.
     """
     paths = list(paths)
     compiled = [(_compile(pattern), value) for pattern, value in rules]
@@ -73,10 +72,10 @@ def select(pattern: str, paths: Iterable[str], what: str = "pattern") -> list[st
     Args:
       pattern: a regular expression.
       paths: "/"-joined paths.
-      what: what the pattern chooses, for the error ("lora targets").
+      what: what the pattern selects, for the message ("lora targets").
 
     Raises:
-      UserError: nothing matches; the message names the nearest paths.
+      UserError: no path matches; the message lists the most similar paths.
     """
     paths = list(paths)
     compiled = _compile(pattern)

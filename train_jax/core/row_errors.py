@@ -1,4 +1,4 @@
-"""What becomes of rows of the training data that cannot be used: told by name, counted, and judged by their share."""
+"""Rows of the training data that cannot be used: logged by name, counted, and limited to a fraction of all rows."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,24 +11,24 @@ from train_jax.core.errors import UserError
 
 
 class BadRow(UserError):
-    """One row of a data set cannot be used (corrupt image, malformed line); the message names the row."""
+    """A row of a data set cannot be used (corrupt image, malformed line); the message names the row."""
 
 
 class BadRows:
-    """The bad rows of a source, which keep their slot with weight 0 (see train_jax.data.pipeline.Source).
+    """Counts the bad rows of a source, which keep their index with weight 0 (see data_source.DataSource).
 
-    Reading only meets them (`skip`), since worker processes may do it, each with a copy; whoever takes their examples
-    counts them (`count`). Their share among those counted so far is judged once `MIN_BAD` of them were met, and when as
-    many rows were counted as the source has; `check` judges at any time. Threads may call all of it; it can be pickled.
+    `skip` is called where a row is read, possibly in a worker process with a copy of this object; `count` is called
+    where its batch is used. The fraction of bad rows is checked from the `MIN_BAD`-th bad row on, and once as many rows
+    were counted as the source has. Thread-safe and picklable.
 
     Args:
       size: rows of the source.
-      on_error: "skip" as described, "raise" to stop at the first bad row.
-      max_bad_fraction: largest share of bad rows that is tolerated, 0 to 1.
-      policies: what to do instead, "skip" or "raise", for some kinds of error.
+      on_error: "skip" as described, or "raise" to stop at the first bad row.
+      max_bad_fraction: largest allowed fraction of bad rows, 0 to 1.
+      policies: "skip" or "raise" for certain types of error, instead of `on_error`.
 
     Raises:
-      UserError: an unknown `on_error`, or a share outside 0 to 1.
+      UserError: `on_error` is unknown, or the fraction is not in 0 to 1.
     """
 
     MIN_BAD = 20
@@ -49,17 +49,17 @@ class BadRows:
         self.seen, self.bad = 0, 0  # rows counted
         self._size, self._policies = size, dict(policies or {})
         self._lock = threading.Lock()
-        self._told: set[int] = set()  # rows whose fault was logged
-        self._names: dict[int, str] = {}  # row number -> name, in the order counted
+        self._logged: set[int] = set()  # indices
+        self._names: dict[int, str] = {}  # index -> name, in the order counted
 
     def skip(self, index: int, name: str, error: Exception) -> None:
-        """Logs a bad row, once in this process. Raises the error itself where that is the policy."""
+        """Logs a bad row, once in this process; raises `error` if the policy for its type is "raise"."""
         policies = (policy for kind, policy in self._policies.items() if isinstance(error, kind))
         if next(policies, self.on_error) == "raise":
             raise error
         with self._lock:
-            new = index not in self._told
-            self._told.add(index)
+            new = index not in self._logged
+            self._logged.add(index)
         if new:
             logging.warning("Bad row %d (%s) skipped with weight 0: %s", index, name, error)
 
@@ -69,33 +69,38 @@ class BadRows:
         bad: Sequence[bool | np.bool_] | np.ndarray,
         name_of: Callable[[int], str],
     ) -> None:
-        """Counts rows that were read, here or by a copy: their numbers, and which of them were bad.
+        """Counts rows, and checks the fraction of bad ones when it is due.
 
-        `name_of` is asked for the name of a bad row that is new. Raises UserError as `check`, where the share is to be
-        judged.
+        Args:
+          indices: int [n], indices of the rows.
+          bad: bool [n], which of them are bad.
+          name_of: returns the name of a row; called once for each bad row.
+
+        Raises:
+          UserError: as `check`.
         """
-        for index, marked in zip(map(int, indices), bad, strict=True):
-            name = name_of(index) if marked and index not in self._names else None
+        for index, is_bad in zip(map(int, indices), bad, strict=True):
+            name = name_of(index) if is_bad and index not in self._names else None
             with self._lock:
                 self.seen += 1
-                self.bad += bool(marked)
+                self.bad += bool(is_bad)
                 if name is not None:
                     self._names[index] = name
-                due = marked and self.bad >= self.MIN_BAD or self.seen == self._size
+                due = is_bad and self.bad >= self.MIN_BAD or self.seen == self._size
             if due:
                 self.check()
 
     @property
     def names(self) -> dict[int, str]:
-        """Name by row number of the bad rows counted so far, in that order; a row counted twice stands once."""
+        """{index: name} of the bad rows counted so far, in order; a row counted twice is listed once."""
         with self._lock:
             return dict(self._names)
 
     def check(self) -> None:
-        """Judges the share of bad rows among all counted so far; call it at the end of a pass.
+        """Checks the fraction of bad rows among all counted rows; call it at the end of a pass.
 
         Raises:
-          UserError: the share is exceeded, with count, share and the first names.
+          UserError: the fraction is too large; the message has counts, the fraction and the first names.
         """
         with self._lock:
             seen, bad, names = self.seen, self.bad, list(self._names.values())

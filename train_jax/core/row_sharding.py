@@ -1,13 +1,13 @@
-"""How a model lies on a mesh while it runs: rows stay on their devices, and weights come to the rows.
+"""Sharding constraints of a model on a mesh: activations stay on the devices of their rows, weights are gathered.
 
-A batch is split by rows over the axes "data" and "fsdp", and "fsdp" splits parameters as well. From that alone the
-compiler may compute partial products of every row on every device and sum them, which multiplies the compute by the
-number of devices and exchanges activations. So a model pins its activations to rows at the edges of its blocks, and
-gathers a block's weights where it uses them: fully sharded data parallelism (Rajbhandari et al. 2020, stage 3,
+A batch is split by rows over the axes "data" and "fsdp", and "fsdp" also splits parameters. From these shardings alone,
+the compiler may compute partial products of every row on every device and sum them, which multiplies the compute by the
+number of devices and exchanges activations. Models therefore pin their activations to rows at the boundaries of blocks,
+and gather the weights of a block where they are used: fully sharded data parallelism (Rajbhandari et al. 2020, stage 3,
 https://arxiv.org/abs/1910.02054; Xu et al. 2021, https://arxiv.org/abs/2105.04663).
 
-A model names the axis of its rows and no more. The mesh is that of the context in which a program is traced (`over`);
-without one, and for arrays outside of `jax.jit`, every function here returns what it is given.
+A model only names the axis of its rows. The mesh is that of the context in which a program is traced (`over`). Without
+one, and for arrays outside `jax.jit`, every function here returns its argument.
 """
 
 import contextlib
@@ -19,26 +19,27 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 ROW_AXES = ("data", "fsdp")
-_WEIGHTS = "fsdp"  # the axis that `gather` undoes
-_PRODUCTS = ("dot_general", "conv_general_dilated", "pallas_call")  # not cheap to compute again
-_METADATA = "gathered_spec"  # of a Variable that "fsdp" splits: its spec without it
+_WEIGHTS = "fsdp"  # the axis over which `gather` gathers
+_PRODUCTS = ("dot_general", "conv_general_dilated", "pallas_call")  # expensive to recompute
+_METADATA = "gathered_spec"  # metadata of a Variable that "fsdp" splits: its spec without "fsdp"
 
 T = TypeVar("T")
 
 
 def over(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """The context in which programs are traced for a mesh with the axes ROW_AXES.
+    """Returns the context in which programs are traced for a mesh with the axes ROW_AXES.
 
-    Nothing is moved: arrays that programs are given within it, a model's first of all, must lie on this mesh.
+    It moves no arrays: the arguments of programs, in particular models, must be on this mesh.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def within(mesh: Mesh, function: Callable) -> Callable:
-    """`function` for `jax.jit`, traced for a mesh."""
+    """Returns `function` for `jax.jit`, traced for a mesh."""
 
     @functools.wraps(function)
     def traced(*arguments, **options):
@@ -49,22 +50,22 @@ def within(mesh: Mesh, function: Callable) -> Callable:
 
 
 def row_parts(rows: int) -> int:
-    """Into how many parts the context's mesh splits so many rows: 1 without a mesh, or if it does not divide them."""
+    """Returns the number of parts into which the context's mesh splits rows; 1 without a mesh or an even split."""
     mesh = _mesh()
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES)
     return parts if rows % parts == 0 else 1
 
 
 def pin_rows(tree: T, axes: Any = 0) -> T:
-    """The arrays of a tree, split over ROW_AXES by rows and not split otherwise.
+    """Constrains the arrays of a tree to be split over ROW_AXES by rows only.
 
     Args:
-      tree: arrays of any rank; one whose rows the mesh does not divide stays as it is.
-      axes: where the rows are, one number for all arrays or a prefix of the tree with one for each part.
+      tree: arrays of any rank; one whose rows the mesh does not divide is not constrained.
+      axes: axis of the rows, for all arrays or as a prefix of the tree.
     """
 
     def pin(axis: int, x: jax.Array) -> jax.Array:
-        if row_parts(x.shape[axis]) == 1 or not isinstance(x, jax.core.Tracer):
+        if row_parts(x.shape[axis]) == 1 or not isinstance(x, Tracer):
             return x
         return lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, ROW_AXES))
 
@@ -72,16 +73,15 @@ def pin_rows(tree: T, axes: Any = 0) -> T:
 
 
 def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
-    """`function` of arrays, called by every device with its own rows: a loss or a choice that needs no others.
+    """Maps `function` over devices, each with its own rows; for losses and samplers that are independent across rows.
 
     Args:
-      function: of arrays or trees of them; it returns arrays of as many rows, and sums over rows.
-      rows: which of its arguments have rows, on axis 0: True or False, a prefix of the arguments; the others come whole
-        (they are gathered, once).
-      out_rows: the same of its results; what has no rows is summed over devices.
+      function: of arrays or trees; returns arrays with the same rows, or sums over rows.
+      rows: whether each argument has rows on axis 0, as a prefix of the arguments; others are gathered.
+      out_rows: the same for results; results without rows are summed over devices.
 
     Returns:
-      A function of the whole arrays. Not meant to be differentiated.
+      A function of the whole arrays. It cannot be differentiated.
     """
 
     def summed(*arguments):
@@ -92,22 +92,27 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
         lengths = lambda has_rows, part: [len(x) for x in jax.tree.leaves(part)] if has_rows else []  # noqa: E731
         if 1 in map(row_parts, jax.tree.leaves(jax.tree.map(lengths, rows, arguments))):
             return function(*arguments)
-        places = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
-        options = dict(axis_names=set(ROW_AXES), check_vma=False)  # nothing is differentiated through it
-        return jax.shard_map(summed, in_specs=places(rows), out_specs=places(out_rows), **options)(*arguments)
+        specs = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
+        return jax.shard_map(
+            summed,
+            in_specs=specs(rows),
+            out_specs=specs(out_rows),
+            axis_names=set(ROW_AXES),
+            check_vma=False,  # needed for derivatives only
+        )(*arguments)
 
     return mapped
 
 
-def mark(model: nnx.Module, places: Mapping[str, NamedSharding]) -> nnx.Module:
-    """Notes at every Variable that "fsdp" splits how it lies when gathered; returns the model, changed in place.
+def mark(model: nnx.Module, shardings: Mapping[str, NamedSharding]) -> nnx.Module:
+    """Stores in every Variable that "fsdp" splits its gathered sharding; changes the model in place and returns it.
 
     Args:
-      model: its arrays may be shapes.
-      places: shardings by "/"-joined path.
+      model: with arrays or shapes.
+      shardings: by "/"-joined path.
     """
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        spec = places["/".join(map(str, path))].spec
+        spec = shardings["/".join(map(str, path))].spec
         parts = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
         if any(_WEIGHTS in part for part in parts):
             variable.set_metadata(_METADATA, tuple(tuple(a for a in part if a != _WEIGHTS) or None for part in parts))
@@ -115,10 +120,10 @@ def mark(model: nnx.Module, places: Mapping[str, NamedSharding]) -> nnx.Module:
 
 
 def gather(module: T) -> T:
-    """A copy of a module, or of a state of one, whose arrays "fsdp" no longer splits; other axes still do.
+    """Returns a copy of a module or state with arrays gathered over "fsdp"; other axes still split them.
 
-    Of a stack of layers one layer may be given. Differentiated, this belongs within `apply_block` or
-    `recompute_gathered`: else they are kept whole for the backward pass.
+    The argument may be one layer of a stack. To differentiate through it, use it within `apply_block` or
+    `recompute_gathered`; otherwise the gathered arrays are saved for the backward pass.
     """
     if not gathers():
         return module
@@ -126,25 +131,26 @@ def gather(module: T) -> T:
 
 
 def gathered(variable: nnx.Variable) -> jax.Array:
-    """The array of one Variable, gathered."""
+    """Returns the array of one Variable, gathered."""
     value, spec = variable.get_value(), variable.get_metadata().get(_METADATA)
-    if spec is None or not gathers() or not isinstance(value, jax.core.Tracer):
+    if spec is None or not gathers() or not isinstance(value, Tracer):
         return value
     return lax.with_sharding_constraint(value, PartitionSpec(*spec[len(spec) - value.ndim :]))
 
 
 def gathers() -> bool:
-    """Whether the context's mesh splits parameters by rows."""
+    """Whether the context's mesh splits parameters over "fsdp"."""
     mesh = _mesh()
     return mesh is not None and mesh.shape[_WEIGHTS] > 1
 
 
 def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -> Callable:
-    """`function`, whose backward pass gathers weights again instead of keeping them; all else is kept.
+    """Returns `function` with a backward pass that gathers weights again; all other intermediates are saved.
 
     Args:
-      function: it gathers the weights that it uses.
-      state, stacked: see `without_weights`.
+      function: a function that gathers its weights.
+      state: see `without_weights`.
+      stacked: see `without_weights`.
     """
     if not gathers() or not _weight_sizes(state, stacked):
         return function
@@ -154,37 +160,37 @@ def recompute_gathered(function: Callable, state: nnx.State, *, stacked: bool) -
 
 
 def without_weights(policy: Callable, state: nnx.State, *, stacked: bool) -> Callable:
-    """A policy of `jax.checkpoint` that keeps what `policy` keeps, but nothing of the size of a gathered weight.
+    """Returns a `jax.checkpoint` policy that saves what `policy` saves, except arrays of the size of a gathered weight.
 
-    That is weights, and what adapters and codecs make of them: a sum W + z d, a product A B, a cast. What rows make is
-    kept, but for cheap results that happen to have such a size: policies see sizes, not where arrays come from.
+    These are weights, and arrays that adapters and codecs compute from them: a sum W + z d, a product A B, a cast.
+    Activations are saved, except for cheap results that have such a size by chance: a policy sees sizes, not origins.
 
     Args:
       policy: of `jax.checkpoint`.
-      state: of the module, before it is gathered.
-      stacked: whether arrays have a leading axis of layers, of which the function is given one in a scan.
+      state: of the module, before gathering.
+      stacked: whether arrays have a leading axis of layers, which a scan passes to the function one at a time.
     """
     sizes = _weight_sizes(state, stacked) if gathers() else set()
 
-    def may_be_kept(primitive, *operands, **parameters):
+    def saveable(primitive, *operands, **parameters):
         if not policy(primitive, *operands, **parameters):
             return False
         if primitive.name in _PRODUCTS or "call_jaxpr" in parameters:
             return not _is_low_rank_update(primitive, operands, parameters, sizes)
         return sizes.isdisjoint(x.size for x in _results(primitive, operands, parameters))
 
-    return may_be_kept if sizes else policy
+    return saveable if sizes else policy
 
 
 def _weight_sizes(state: nnx.State, stacked: bool) -> set[int]:
-    """Of one layer's weights that "fsdp" splits; bytes may be two codes each, of as many weights."""
+    """Returns the sizes of one layer's weights that "fsdp" splits; a uint8 array may hold two 4-bit codes in a byte."""
     variables = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _METADATA in leaf.get_metadata()]
-    whole = {(math.prod(leaf.shape[stacked:]), leaf.dtype == "uint8") for leaf in variables}
-    return {size for size, _ in whole} | {2 * size for size, packed in whole if packed}
+    sizes = {(math.prod(leaf.shape[stacked:]), leaf.dtype == "uint8") for leaf in variables}
+    return {size for size, _ in sizes} | {2 * size for size, packed in sizes if packed}
 
 
 def _is_low_rank_update(primitive: Any, operands: tuple, parameters: dict[str, Any], sizes: set[int]) -> bool:
-    """Whether this is a product A B of a weight's size with more entries than either factor, which few of rows are."""
+    """Whether an operation is a product A B of a weight's size that is larger than A and B, as few activations are."""
     if primitive.name != "dot_general" or any(parameters["dimension_numbers"][1]):
         return False
     (result,) = _results(primitive, operands, parameters)
@@ -192,18 +198,18 @@ def _is_low_rank_update(primitive: Any, operands: tuple, parameters: dict[str, A
 
 
 def _results(primitive: Any, operands: tuple, parameters: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
-    """What an operation returns."""
+    """Returns the shapes of an operation's results."""
     return jax.tree.leaves(jax.eval_shape(functools.partial(primitive.bind, **parameters), *operands))
 
 
 def apply_block(block: nnx.Module, *inputs: Any, call: Callable | None = None, remat: bool = False) -> Any:
-    """`block(*inputs)` of a block that stands alone, in no stack: weights gathered, its output pinned to rows.
+    """Applies a block that is not part of a stack: gathers its weights and pins its output to rows.
 
     Args:
-      block: its parameters are not changed by the call.
-      inputs: arrays with rows on axis 0, or None.
-      call: what is computed instead, of the gathered block and the inputs.
-      remat: recompute all of it in the backward pass; else weights alone are gathered again.
+      block: a module whose call does not change its parameters.
+      *inputs: arrays with rows on axis 0, or None.
+      call: function of the gathered block and the inputs; None calls the block.
+      remat: recompute everything in the backward pass; otherwise only weights are gathered again.
     """
     graph, state = nnx.split(block)
 
@@ -220,7 +226,7 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _mesh() -> AbstractMesh | None:
-    """The mesh of the context, if it splits rows and no `shard_map` has done so."""
+    """Returns the mesh of the context if it splits rows and no enclosing `shard_map` does; None otherwise."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(axis not in mesh.shape for axis in ROW_AXES):
         return None

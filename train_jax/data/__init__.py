@@ -1,1 +1,1 @@
-"""From a random-access source to a stream of batches that is a pure function of (seed, step)."""
+"""The input pipeline: batches from a random-access source, a pure function of (seed, step)."""

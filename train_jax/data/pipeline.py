@@ -1,13 +1,13 @@
-"""Input: a random-access source becomes a stream of batches that is a pure function of (seed, step).
+"""Input pipeline: turns a random-access source into a stream of batches that is a pure function of (seed, step).
 
-The stream of global batches does not depend on the number of processes, workers or threads, nor on the micro-batch, and
-neither does what a source makes of a row (DataSource.get_batch):
+The global batches, and the examples that a source makes from a row (DataSource.get_batch), do not depend on the number
+of processes, workers or threads, nor on the micro-batch:
 
     position k of the stream = step * batch_size + row,    example = order(seed, k)
 
-where `order` is grain's global shuffle, another permutation in every epoch, computed for a step at a time (shuffle.py).
-So seeking to any step costs nothing, and a run resumes from the step number alone (grain's own iterator state breaks
-when the number of workers changes). Axes: A micro-batches, b rows of a micro-batch.
+where `order` is grain's global shuffle, a new permutation in every epoch, computed one step at a time (shuffle.py).
+Seeking to any step is free, and a run resumes from the step alone (grain's iterator state is invalid when the number of
+workers changes). Axes: A micro-batches, b rows of a micro-batch.
 """
 
 import os
@@ -15,6 +15,7 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -31,18 +32,18 @@ from train_jax.parallel.sharding import local_rows
 
 
 class Batches(Iterator[Batch]):
-    """An iterator over batches that are read ahead in the background.
+    """An iterator over batches that are prefetched in the background.
 
     Attributes:
-      wait_seconds: how long the latest `next()` waited for its batch; near 0 when input keeps up.
+      wait_seconds: time that the latest `next()` waited for its batch; near 0 if the input keeps up.
     """
 
-    def __init__(self, batches: "_Steps", threads: int, workers: int):
-        # As many batches ahead as there are threads, and one: memory is bounded whatever the size of the source.
+    def __init__(self, batches: "_StepBatches", threads: int, workers: int):
+        # Prefetches one batch more than there are threads, so memory does not grow with the size of the source.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
         if workers:
-            # grain's workers read absl's global flags, which nobody has parsed in a notebook or in pytest.
+            # grain's workers read absl's global flags, which are not parsed in a notebook or in pytest.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             _check_picklable(batches)
@@ -55,14 +56,14 @@ class Batches(Iterator[Batch]):
         batch = next(self._iterator)
         self.wait_seconds = time.perf_counter() - start
         self._next += 1
-        return self._batches.counted(self._next - 1, batch)
+        return self._batches.count_rows(self._next - 1, batch)
 
     def close(self) -> None:
-        """Stops reading ahead and ends the threads and workers."""
+        """Stops prefetching and ends the threads and workers."""
         self._iterator.close()
 
 
-class _Steps:
+class _StepBatches:
     """Random access to the batches of steps `start`, `start + 1`, ... of one process."""
 
     def __init__(self, pipeline: "Pipeline", start: int):
@@ -75,8 +76,8 @@ class _Steps:
     def __getitem__(self, index: int) -> Batch:
         return self._pipeline.read(self._start + index)
 
-    def counted(self, index: int, batch: Batch) -> Batch:
-        """The batch without its marks of bad rows, which the source has counted. Raises what that raises."""
+    def count_rows(self, index: int, batch: Batch) -> Batch:
+        """Passes the marks of bad rows to the source, which may raise; returns the batch without them."""
         bad = batch.pop(BAD, None)
         if bad is not None:
             self._pipeline.source.on_rows(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
@@ -84,11 +85,11 @@ class _Steps:
 
 
 class Pipeline:
-    """The training batches of one process: {name: [A, b_local, ...]}, shuffled and repeated without end of epoch.
+    """The training batches of one process: {name: [A, b_local, ...]}, shuffled, across epochs without a gap.
 
     Attributes:
       source: the examples.
-      num_steps: the number of updates, at which iteration ends.
+      num_steps: number of updates, after which iteration ends.
       micro_batch: b, rows of a micro-batch over all processes.
     """
 
@@ -106,22 +107,22 @@ class Pipeline:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        """Prepares the stream; nothing is read yet.
+        """Prepares the stream without reading examples.
 
         Args:
           source: the examples.
           batch_size: examples of one update, over all micro-batches and processes.
           micro_batch: examples computed at once over all processes, a divisor of `batch_size`; None = all.
-          num_steps: the number of updates.
+          num_steps: number of updates.
           seed: of the shuffle.
-          shuffle: False reads the source in order, again and again.
-          threads: of this process (or of each worker) that read batches ahead; 0 reads when asked.
+          shuffle: False repeats the source in order.
+          threads: threads of this process (or of each worker) that prefetch batches; 0 reads on demand.
           workers: processes that read; 0 reads in this process, which is faster unless decoding holds the GIL.
-          process_index: which process this is.
-          process_count: how many processes share every batch.
+          process_index: index of this process.
+          process_count: number of processes that share every batch.
 
         Raises:
-          UserError: an empty source, or a batch that does not divide into micro-batches, processes and groups.
+          UserError: the source is empty, or the batch does not divide into micro-batches, processes and groups.
         """
         if not len(source):
             raise UserError("the training data has no examples, expected at least one: check config.data")
@@ -137,40 +138,39 @@ class Pipeline:
         self._threads, self._workers = threads, workers
         rows = local_rows(process_index, process_count, self.micro_batch)
         self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
-        self._read = _whole_groups(self._rows, batch_size, self.source.group)
+        self._read_rows = _whole_groups(self._rows, batch_size, self.source.group)
         self._order = Order(len(source), seed if shuffle else None)
 
     def iterate(self, start_step: int = 0) -> Batches:
-        """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1; seeking costs nothing."""
-        return Batches(_Steps(self, start_step), self._threads, self._workers)
+        """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1."""
+        return Batches(_StepBatches(self, start_step), self._threads, self._workers)
 
     def batch_at(self, step: int) -> Batch:
-        """Returns the batch of one step, read now and not counted: {name: [A, b_local, ...]}."""
+        """Reads the batch of one step without counting its bad rows: {name: [A, b_local, ...]}."""
         return {name: values for name, values in self.read(step).items() if name != BAD}
 
     def read(self, step: int) -> Batch:
-        """Returns the batch of one step as its examples are, marks of bad rows included."""
+        """Reads the batch of one step, with the marks of bad rows."""
         batch, shape = self._examples(step), self._rows.shape
-        if len(self._read) > self._rows.size:  # of groups that other processes have a part of
-            own = np.searchsorted(self._read, self._rows.ravel())
+        if len(self._read_rows) > self._rows.size:  # some groups are shared with other processes
+            own = np.searchsorted(self._read_rows, self._rows.ravel())
             batch = {name: values[own] for name, values in batch.items()}
         return {name: values.reshape(shape + values.shape[1:]) for name, values in batch.items()}
 
     def _examples(self, step: int) -> Batch:
-        """The examples of a step that are read here, [n, ...]."""
-        indices = self._order.at(step * self._batch_size + self._read)
-        return self.source.get_batch(indices, step, self._read)
+        """Reads the examples of a step that this process needs, [n, ...]."""
+        indices = self._order.at(step * self._batch_size + self._read_rows)
+        return self.source.get_batch(indices, step, self._read_rows)
 
     def rows_at(self, step: int) -> np.ndarray:
-        """Returns the numbers in the source of the rows of one step, int [A, b_local]."""
+        """Returns the source indices of this process's rows of one step, int [A, b_local]."""
         return self._order.at(step * self._batch_size + self._rows)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the stream depends on, as JSON: a run may only resume on an equal one.
+        """Everything that determines the stream, as JSON; a run may only resume with an equal fingerprint.
 
-        Holds the beginning of the order itself, so that a change of how it shuffles is noticed, and the source's own
-        `fingerprint` where it has one.
+        Includes a checksum of the first indices, to detect a change of the shuffle, and the source's `fingerprint`.
         """
         head = self._order.at(np.arange(min(len(self.source), 256)))
         return {
@@ -184,28 +184,28 @@ class Pipeline:
 
 
 def _whole_groups(rows: np.ndarray, batch_size: int, group: int | None) -> np.ndarray:
-    """The rows of a batch that lie in one group with any of `rows`, in increasing order; see DataSource.get_batch."""
+    """Returns the rows of a batch that share a group with any of `rows`, ascending; see DataSource.get_batch."""
     group = group or batch_size
     if batch_size % group:
         raise UserError(
-            f"batch_size={batch_size} does not divide into groups of {group} rows, which the training data are read "
-            "in: choose a group that divides it"
+            f"batch_size={batch_size} does not divide into groups of {group} rows, in which the training data are "
+            "read: choose a group that divides it"
         )
     return (np.unique(rows // group)[:, None] * group + np.arange(group)[None]).ravel()
 
 
 def _ignore_ctrl_c(worker_index: int, worker_count: int) -> None:
-    """For a worker process: a terminal sends Ctrl-C to it too, and the run needs its rows to finish the step."""
+    """Makes a worker ignore Ctrl-C, which a terminal sends to all processes: the run still needs rows for its step."""
     del worker_index, worker_count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _check_picklable(batches: _Steps) -> None:
-    """Raises UserError if worker processes cannot be given a source; pickles as grain does, and keeps nothing."""
+def _check_picklable(batches: _StepBatches) -> None:
+    """Raises UserError if the source cannot be pickled for worker processes, which grain does with cloudpickle."""
     try:
-        with open(os.devnull, "wb") as nowhere:
-            cloudpickle.dump(batches, nowhere)
-    except Exception as error:  # each class refuses in its own way
+        with Path(os.devnull).open("wb") as null:
+            cloudpickle.dump(batches, null)
+    except Exception as error:  # a class may raise any exception
         raise UserError(
             f"data.workers is above 0, and the training data cannot be sent to worker processes "
             f"({type(error).__name__}: {error}): set data.workers=0 to read with threads, or make the source picklable"
@@ -213,7 +213,7 @@ def _check_picklable(batches: _Steps) -> None:
 
 
 def training_batches(config: ConfigDict, source: DataSource, num_steps: int) -> Pipeline:
-    """This process's share of the training batches of a run."""
+    """Returns the pipeline of this process for a run's training batches."""
     return Pipeline(
         source,
         config.batch_size,

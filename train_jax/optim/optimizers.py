@@ -1,13 +1,13 @@
 """Learning-rate schedules and optax chains from a config, for flat parameters `{"decoder/layers/.../kernel": array}`.
 
-The order of a chain is fixed: gradients to float32, one global-norm clip over all of them, the optimizer's own
-statistics, decoupled weight decay, and last the rate (with a sign), which may differ by path:
+The stages of a chain have a fixed order: cast gradients to float32, clip their global norm, compute the optimizer's
+direction, add decoupled weight decay, and multiply by the negative learning rate, which may depend on the path:
 
     update = -rate(path, step) * (direction + weight_decay * parameter)
 
-so the decay is multiplied by the rate, as in torch's and optax's AdamW (decoupled from the gradient statistics as in
-Loshchilov and Hutter, 2019, arXiv 1711.05101). big_vision adds it after the rate instead, and its default mask matches
-no kernel of Gemma; the default here matches them all.
+The decay is multiplied by the learning rate, as in torch's and optax's AdamW (decoupled from the gradient statistics as
+in Loshchilov and Hutter, 2019, arXiv 1711.05101). big_vision adds the decay after the rate, and its default mask
+matches no kernel of Gemma; the default mask here matches all kernels.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ from train_jax.core.errors import UserError
 from train_jax.core.patterns import check_regex, cover, did_you_mean, select
 from train_jax.optim.adamw_8bit import scale_by_adam_8bit
 
-# Matrices of the model and of adapters; biases, norm scales, logit scales and position embeddings are left alone.
+# Matrices of the model and of adapters; not biases, norm scales, logit scales or position embeddings.
 DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(\w*kernel|embedding|lora_a|lora_b|difference)"
 
 Step = int | Array  # number of updates made so far
-Rate = tuple[float, int | None]  # factor and own warm-up (None: the schedule's)
+Rate = tuple[float, int | None]  # factor, and warm-up in steps (None: the schedule's)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """An optax schedule: linear warm-up from 0, or one at a constant rate, then decay from `peak`.
+    """An optax schedule: a warm-up (linear from 0, or constant), then decay from `peak`.
 
     Attributes:
       peak: learning rate at the end of the warm-up.
       decay: factor of the peak as a function of the updates made since the warm-up ended (0 or more).
       warmup_steps: length of the warm-up in updates; 0 starts at the peak.
-      constant: learning rate all through the warm-up; None: a ramp.
+      constant: learning rate during the warm-up; None warms up linearly.
     """
 
     peak: float
@@ -50,7 +50,7 @@ class Schedule:
     constant: float | None = None
 
     def __call__(self, step: Step, warmup_steps: int | None = None) -> Float[Array, ""]:
-        """Rate of the update after `step` updates; `warmup_steps` replaces the warm-up (the decay keeps its place)."""
+        """Returns the learning rate after `step` updates; `warmup_steps` replaces the warm-up but not the decay."""
         step = jnp.asarray(step, jnp.float32)
         warmup_steps = self.warmup_steps if warmup_steps is None else warmup_steps
         ramp = jnp.minimum(step / max(warmup_steps, 1), 1.0) if warmup_steps and self.constant is None else 1.0
@@ -58,7 +58,7 @@ class Schedule:
         return rate if self.constant is None else jnp.where(step < warmup_steps, self.constant, rate)
 
 
-# The decays by name: factor of the peak at t, the updates made since the warm-up ended (float32).
+# Decay functions by name: factor of the peak at t, the updates made since the warm-up ended (float32).
 SCHEDULES: dict[str, Callable] = {
     "constant": lambda t, span, end, timescale: jnp.ones_like(t),
     "linear": lambda t, span, end, timescale: 1.0 + (end - 1.0) * jnp.minimum(t / span, 1.0),
@@ -70,14 +70,14 @@ SCHEDULES: dict[str, Callable] = {
 
 
 def check(config: ConfigDict, paths: Iterable[str] | None = None) -> None:
-    """Refuses what `make_schedule` and `make_optimizer` would, before there are data, steps or parameters.
+    """Checks a config for `make_schedule` and `make_optimizer` before data or parameters exist.
 
     Args:
-      config: of the optimizer, see these two.
-      paths: of the trainable parameters, where they are known: a pattern that matches none is refused too.
+      config: of the optimizer, see these functions.
+      paths: of the trainable parameters, if known, to check that every pattern matches one.
 
     Raises:
-      UserError: the first fault found.
+      UserError: the config is invalid.
     """
     _check_schedule(config)
     _check_optimizer(config)
@@ -98,17 +98,18 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
 
     After the warm-up the rate is `learning_rate` times
       constant: 1
-      linear:   1 to `end_factor` in a straight line, reached at `total_steps`
-      cosine:   1 to `end_factor` along half a cosine, reached at `total_steps` (Loshchilov and Hutter, 2017)
-      rsqrt:    1 / sqrt(1 + t / `rsqrt_timescale`), t updates after the warm-up (Zhai et al., 2022), knows no end
+      linear:   1 to `end_factor`, linearly, reached at `total_steps`
+      cosine:   1 to `end_factor`, along half a cosine, reached at `total_steps` (Loshchilov and Hutter, 2017)
+      rsqrt:    1 / sqrt(1 + t / `rsqrt_timescale`), t updates after the warm-up (Zhai et al., 2022); has no end
 
     Args:
-      config: `learning_rate`, `schedule`, `warmup_constant`, `end_factor`, `rsqrt_timescale` are read.
+      config: `learning_rate`, `schedule`, `warmup_constant`, `end_factor` and `rsqrt_timescale` are read.
       total_steps: updates of the whole run.
-      warmup_steps: updates of the warm-up (linear, or constant at `warmup_constant`), contained in `total_steps`.
+      warmup_steps: updates of the warm-up (linear, or constant at `warmup_constant`), included in `total_steps`.
 
     Raises:
-      UserError: unknown schedule, negative rate, a warm-up longer than the run, or an end factor that has no meaning.
+      UserError: the schedule is unknown, a rate is negative, the warm-up is longer than the run, or `end_factor` has no
+        meaning for the schedule.
     """
     _check_schedule(config)
     check_warmup(warmup_steps, total_steps)
@@ -118,7 +119,7 @@ def make_schedule(config: ConfigDict, total_steps: int, warmup_steps: int) -> Sc
 
 
 def _check_schedule(config: ConfigDict) -> None:
-    """Refuses what no schedule can be made of."""
+    """Raises UserError if the config defines no valid schedule."""
     _check_choice("schedule", config.schedule, SCHEDULES)
     if not config.learning_rate >= 0:
         raise UserError(f"learning_rate is {config.learning_rate}, expected 0 or more; change optimizer.learning_rate")
@@ -136,21 +137,22 @@ def _check_schedule(config: ConfigDict) -> None:
 
 
 def make_optimizer(config: ConfigDict, schedule: Schedule, paths: Iterable[str]) -> optax.GradientTransformation:
-    """Builds the optax chain of a run; its state is float32 whatever the parameters' dtype (8 bits: adamw_8bit's).
+    """Builds the optax chain of a run; its state is float32 for parameters of any dtype (adamw_8bit: 8 bits).
 
     Args:
-      config: `name` (adamw, adam, sgd, adafactor, lion, adamw_8bit); `b1`, `b2`, `eps` (Adam's kinds; lion has no
-        `eps`, and its authors' `b2` is 0.99); `min_8bit_size` (adamw_8bit: smaller leaves keep float32 moments);
-        `momentum` (0 for none: sgd's sums gradients, adafactor's averages its updates); `weight_decay` and the pattern
-        `weight_decay_mask` of the paths it reaches (None for matrices and embeddings); `grad_clip_norm` (None for no
-        clipping); `rates`, entries `(pattern, factor)` or `(pattern, factor, warmup_steps)`: the first pattern that
-        matches a whole path multiplies its rate and may replace its warm-up, e.g. `(("vision/.*", 0.3, 1000),)`; paths
-        without a match keep the schedule.
+      config: `name` (adamw, adam, sgd, adafactor, lion, adamw_8bit); `b1`, `b2` and `eps` of the Adam variants (lion
+        has no `eps`, and its authors use `b2` = 0.99); `min_8bit_size` (adamw_8bit: smaller leaves keep float32
+        moments); `momentum` (sgd accumulates gradients, adafactor averages updates; 0 for none); `weight_decay`, and
+        the pattern `weight_decay_mask` of the paths that it applies to (None for matrices and embeddings);
+        `grad_clip_norm` (None for no clipping); `rates`, entries `(pattern, factor)` or
+        `(pattern, factor, warmup_steps)`: the first pattern that matches a whole path multiplies its learning rate and
+        may replace its warm-up, e.g. `(("vision/.*", 0.3, 1000),)`; other paths follow the schedule.
       schedule: from `make_schedule`.
       paths: of the trainable parameters, or the flat parameters themselves.
 
     Raises:
-      UserError: unknown optimizer, a pattern that matches no path, a factor of 0, decay where it has no meaning.
+      UserError: the optimizer is unknown, a pattern matches no path, a factor is 0 or less, or the optimizer has no
+        weight decay.
     """
     _check_optimizer(config)
     decayed, rates = _match(config, sorted(paths))
@@ -171,14 +173,14 @@ def _sgd(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
-    """Shazeer and Stern (2018), arXiv 1804.04235, with the parts that optax.adafactor has by default."""
+    """Shazeer and Stern (2018), arXiv 1804.04235, with the default stages of optax.adafactor."""
     average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
     return optax.chain(
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
     )
 
 
-# The optimizers by name: from gradients to a direction of ascent, before decay and rate.
+# Optimizers by name: from gradients to a direction of ascent, before weight decay and learning rate.
 OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
     "adamw": _adam,
     "adam": _adam,
@@ -190,7 +192,7 @@ OPTIMIZERS: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
 
 
 def _check_optimizer(config: ConfigDict) -> None:
-    """Refuses what no chain can be made of, whatever the parameters are called."""
+    """Raises UserError if the config defines no valid chain for any parameter paths."""
     _check_choice("name", config.name, OPTIMIZERS)
     if config.grad_clip_norm is not None and not config.grad_clip_norm > 0:
         raise UserError(f"grad_clip_norm is {config.grad_clip_norm}, expected a norm above 0, or None for no clip")
@@ -213,7 +215,7 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 
 def _is_rate(entry: Any) -> bool:
-    """Whether an entry of `rates` has the form of one."""
+    """Whether an entry of `rates` is valid."""
     if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
         return False
     pattern, factor, warmup = (*entry, None)[:3]
@@ -222,21 +224,23 @@ def _is_rate(entry: Any) -> bool:
 
 
 def _match(config: ConfigDict, paths: list[str]) -> tuple[dict[str, bool], dict[str, Rate]]:
-    """Whether each path decays, and its rate; refuses a pattern that reaches nothing."""
+    """Returns by path whether it decays, and its rate; raises UserError for a pattern that matches nothing."""
     decayed = dict.fromkeys(paths, False)
     if config.weight_decay:
-        if config.weight_decay_mask is None:  # may match none: norms and biases alone do not decay
-            reached = [path for path in paths if re.fullmatch(DEFAULT_WEIGHT_DECAY_MASK, path)]
+        if config.weight_decay_mask is None:  # may match none, if only norms and biases train
+            matched = [path for path in paths if re.fullmatch(DEFAULT_WEIGHT_DECAY_MASK, path)]
         else:
             what = f"weight_decay_mask of weight_decay={config.weight_decay}"
-            reached = select(config.weight_decay_mask, paths, what=what)
-        decayed |= dict.fromkeys(reached, True)
-    rules = [(pattern, (*rate, None)[:2]) for pattern, *rate in config.rates or ()]
+            matched = select(config.weight_decay_mask, paths, what=what)
+        decayed |= dict.fromkeys(matched, True)
+    rules: list[tuple[str, Rate]] = [
+        (pattern, (factor, warmup[0] if warmup else None)) for pattern, factor, *warmup in config.rates or ()
+    ]
     return decayed, cover([*rules, (".*", (1.0, None))], paths)
 
 
 def _scale_by_rates(schedule: Schedule, rates: dict[str, Rate]) -> optax.GradientTransformation:
-    """Multiplies by minus the rate of each path; counts the updates made."""
+    """Multiplies updates by the negative learning rate of their paths; its state counts the updates."""
 
     def init(params):
         del params
@@ -252,7 +256,7 @@ def _scale_by_rates(schedule: Schedule, rates: dict[str, Rate]) -> optax.Gradien
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on float32 copies of gradients and parameters: bfloat16 moments would stop moving (b2 = 0.999)."""
+    """Runs `inner` on float32 copies of gradients and parameters: bfloat16 moments would not change (b2 = 0.999)."""
 
     def to_float32(tree):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
@@ -267,7 +271,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _check_choice(field: str, name: str, choices: Iterable[str]) -> None:
-    """Refuses a name that does not exist, with those that do and the nearest of them."""
+    """Raises UserError for an unknown name; the message lists the choices and suggests the nearest."""
     if name not in choices:
         advice = did_you_mean(name, choices) or "; correct it"
         raise UserError(f"optimizer.{field} is '{name}', expected one of {', '.join(choices)}{advice}")

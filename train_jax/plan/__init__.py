@@ -1,1 +1,1 @@
-"""What a run will take, from its compiled programs: python -m train_jax.plan --config=FILE."""
+"""The memory, compute and communication of a run, read from its compiled programs."""

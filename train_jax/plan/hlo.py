@@ -1,7 +1,7 @@
-"""What the text of a compiled program tells that its statistics do not: bytes of collectives, copies of operands.
+"""Parses the text of a compiled program, to count the bytes of collectives and of copied operands.
 
-The text is XLA's (`compiled.as_text()`), after partitioning: shapes are those of one device. A loop's body stands there
-once; how often it runs is in the loop's `known_trip_count`, and a loop of unknown length counts once.
+The text is XLA's (`compiled.as_text()`) after partitioning, so shapes are those of one device. It contains the body of
+a loop once; the loop's `known_trip_count` is its number of iterations. A loop of unknown length counts once.
 """
 
 import functools
@@ -22,7 +22,7 @@ _HALF = ("bf16", "f16")
 
 
 class Instruction(NamedTuple):
-    """One line: `%name = type opcode(rest`."""
+    """An instruction, from a line `%name = type opcode(rest`."""
 
     name: str
     type: str
@@ -31,14 +31,14 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """Instructions by computation, and the name of the one that runs."""
+    """Instructions by computation, and the name of the entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
 
 
 def parse(text: str) -> Module:
-    """Splits the text into computations and instructions."""
+    """Parses the text of a program into computations and instructions."""
     computations: dict[str, list[Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -47,13 +47,13 @@ def parse(text: str) -> Module:
             current = header[2]
             computations[current] = []
             entry = current if header[1] else entry
-        elif current and (found := _INSTRUCTION.match(line)):
-            computations[current].append(Instruction(*found.groups()))
+        elif current and (match := _INSTRUCTION.match(line)):
+            computations[current].append(Instruction(match[1], match[2], match[3], match[4]))
     return Module(computations, entry)
 
 
 def type_bytes(text: str) -> int:
-    """Bytes of a type such as `f32[8,64]{1,0}` or of all members of a tuple; layouts and padding do not count."""
+    """Returns the bytes of a type such as `f32[8,64]{1,0}`, or of all elements of a tuple, without padding."""
     bits = 0
     for kind, width, dims in _SHAPE.findall(text):
         bits += (8 if kind == "pred" else int(width or 0)) * math.prod(map(int, filter(None, dims.split(","))))
@@ -61,44 +61,44 @@ def type_bytes(text: str) -> int:
 
 
 def dimensions(text: str) -> tuple[int, ...]:
-    """Sizes of the axes of an array's type."""
+    """Returns the shape of an array type."""
     return shapes(text)[0]
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:
-    """Sizes of the axes of every array of a type, which may be a tuple."""
-    return [tuple(int(size) for size in found[2].split(",") if size) for found in _SHAPE.findall(text)]
+    """Returns the shapes of all arrays in a type, which may be a tuple."""
+    return [tuple(int(size) for size in dims.split(",") if size) for _, _, dims in _SHAPE.findall(text)]
 
 
-def collectives(module: Module) -> Counter:
-    """How often one execution exchanges what: {(kind of COLLECTIVES, type of the result): times}, loops counted."""
+def collectives(module: Module) -> Counter[tuple[str, str]]:
+    """Counts collectives in one execution, with loop iterations: {(kind in COLLECTIVES, type of result): count}."""
 
     @functools.cache
-    def of(name: str) -> Counter:
-        total = Counter()
+    def computation_collectives(name: str) -> Counter[tuple[str, str]]:
+        total: Counter[tuple[str, str]] = Counter()
         for instruction in module.computations.get(name, ()):
-            kind = instruction.opcode.removesuffix("-done")  # the result of one that was started before
+            kind = instruction.opcode.removesuffix("-done")  # the end of an asynchronous collective
             if kind in COLLECTIVES:
                 total[kind, instruction.type] += 1
             elif not instruction.opcode.endswith(("-done", "-update")):
                 for called, times in calls(instruction):
-                    for found, count in of(called).items():
-                        total[found] += times * count
+                    for key, count in computation_collectives(called).items():
+                        total[key] += times * count
         return total
 
-    return of(module.entry)
+    return computation_collectives(module.entry)
 
 
 def collective_bytes(module: Module) -> dict[str, int]:
-    """Bytes that each kind of collective leaves on one device in one execution, loops counted; kinds that occur."""
-    total = Counter()
+    """Returns the bytes of results of each kind of collective on one device in one execution; only kinds that occur."""
+    total: Counter[str] = Counter()
     for (kind, type_), times in collectives(module).items():
         total[kind] += times * type_bytes(type_)
     return {kind: total[kind] for kind in COLLECTIVES if total[kind]}
 
 
 def calls(instruction: Instruction) -> list[tuple[str, int]]:
-    """Computations that an instruction runs, and how often."""
+    """Returns the computations that an instruction calls, and how often."""
     trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
     names = _CALLED.findall(instruction.rest)
     for branches in _BRANCHES.findall(instruction.rest):
@@ -107,12 +107,12 @@ def calls(instruction: Instruction) -> list[tuple[str, int]]:
 
 
 def float32_copies(module: Module) -> int:
-    """Bytes of whole float32 copies of the program's bfloat16 or float16 arguments (weights, that is).
+    """Returns the bytes of float32 copies of the program's bfloat16 or float16 arguments, which are weights.
 
-    The CPU backend multiplies in float32 and makes such a copy for a product, outside of the loop over layers; a GPU or
-    a TPU does not. An argument counts at most once, whatever the order of its dimensions in the copy.
+    The CPU backend computes products in float32 and makes these copies outside the loop over layers; a GPU or TPU does
+    not. An argument counts at most once, and a copy may permute its dimensions.
     """
-    arguments: Counter = Counter()
+    arguments: Counter[tuple[int, ...]] = Counter()
     for instruction in module.computations[module.entry]:
         if instruction.opcode == "parameter" and (dims := _dims(instruction.type, _HALF)):
             arguments[dims] += 1
@@ -120,21 +120,23 @@ def float32_copies(module: Module) -> int:
     for name in _executed(module):
         for instruction in module.computations[name]:
             dims = _dims(instruction.type, ("f32",))
-            if instruction.opcode in ("convert", "fusion") and "convert" in instruction.name and dims in arguments:
+            if dims is None or dims not in arguments:
+                continue
+            if instruction.opcode in ("convert", "fusion") and "convert" in instruction.name:
                 copies[dims] += 1
     return sum(min(count, arguments[dims]) * 4 * math.prod(dims) for dims, count in copies.items())
 
 
-def _dims(text: str, kinds: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The sorted dimensions, 1s left out, of an array of one of these kinds; None for another type and for a scalar."""
-    found = _SHAPE.match(text)
-    if found is None or found[1] + found[2] not in kinds:
+def _dims(text: str, dtypes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Returns the sorted dimensions, without 1s, of an array of one of the dtypes; None for other types and scalars."""
+    match = _SHAPE.match(text)
+    if match is None or match[1] + match[2] not in dtypes:
         return None
-    return tuple(sorted(int(size) for size in found[3].split(",") if size not in ("", "1"))) or None
+    return tuple(sorted(int(size) for size in match[3].split(",") if size not in ("", "1"))) or None
 
 
 def _executed(module: Module) -> set[str]:
-    """Computations whose instructions have buffers of their own: the entry, loop bodies, calls; not what is fused."""
+    """Returns the computations whose instructions have their own buffers: entry, loop bodies and calls, not fusions."""
     reached, todo = set(), [module.entry]
     while todo:
         name = todo.pop()

@@ -1,4 +1,4 @@
-"""A run's plan and how it is printed: what a device holds, what each program takes, the cards that have the memory."""
+"""The plan of a run, and its text: memory of the state and of each program, and accelerators with enough memory."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from train_jax.plan.hlo import COLLECTIVES
 from train_jax.system.memory import format_bytes
 
 GB = 10**9
-# Memory that a program can use, in GB.
+# Usable memory of accelerators, in GB.
 CARDS = {"T4": 15, "TPU v5e": 16, "L4": 22, "TPU v4": 32, "A100 40": 40, "A100 80": 80, "H200": 140}
 
 
@@ -14,12 +14,13 @@ class Program(NamedTuple):
     """A compiled program on one device; sizes in bytes.
 
     Attributes:
-      held: arrays that are there while it runs: parameters, optimizer state, its own inputs.
-      temp: what it needs beside them.
-      output: its results, but for those in the place of donated arguments.
-      copies: the part of `temp`, at most, that are float32 copies of half-precision weights (CPU backend alone).
+      name: of the program.
+      held: arrays in memory while it runs: parameters, optimizer state and its inputs.
+      temp: temporary memory.
+      output: results that do not reuse donated arguments.
+      copies: upper bound of the float32 copies of half-precision weights in `temp` (CPU backend only).
       flops: of matrix products.
-      collectives: bytes received by kind.
+      collectives: bytes received, by kind.
     """
 
     name: str
@@ -32,11 +33,12 @@ class Program(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Memory in use while the program runs."""
         return self.held + self.temp + self.output
 
 
 class RunPlan(NamedTuple):
-    """What a run takes on one device, in bytes; the first program is the training step, if anything trains."""
+    """Memory of a run on one device, in bytes; the first program is the training step, if anything trains."""
 
     device: str
     mesh: dict[str, int]
@@ -48,19 +50,20 @@ class RunPlan(NamedTuple):
 
     @property
     def peak(self) -> int:
+        """Largest total of a program."""
         return max(program.total for program in self.programs)
 
     @property
     def peak_without_copies(self) -> int:
-        """As on a GPU or a TPU, where these copies are not made."""
+        """Largest total without `copies`, which a GPU or TPU does not make."""
         return max(program.total - program.copies for program in self.programs)
 
 
 def report(plan: RunPlan) -> str:
-    """The plan as text, all numbers of one device."""
+    """Returns the text of a plan; all numbers are for one device."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [
-        f"compiled for {plan.device}, mesh {mesh}; all numbers are of one device",
+        f"compiled for {plan.device}, mesh {mesh}; all numbers are for one device",
         "",
         f"parameters       {format_bytes(plan.trainable + plan.frozen):>9}"
         f"  (trainable {format_bytes(plan.trainable)}, frozen {format_bytes(plan.frozen)})",
@@ -73,28 +76,28 @@ def report(plan: RunPlan) -> str:
     if copies:
         lines += [
             "",
-            "float32 copies of half-precision weights, which the CPU backend makes for its products and a GPU or TPU "
-            f"does not: up to {format_bytes(copies)} of temp",
+            f"up to {format_bytes(copies)} of temp are float32 copies of half-precision weights, which only the CPU "
+            "backend makes",
         ]
     return "\n".join([*lines, "", cards_table(plan)])
 
 
 def programs_table(plan: RunPlan) -> str:
-    """A row a program; FLOPs are of matrix products, collectives the bytes received."""
+    """Returns a table with one row for each program: memory, FLOPs of products, and bytes received by collectives."""
     kinds = [kind for kind in COLLECTIVES if any(kind in program.collectives for program in plan.programs)]
-    copied = any(program.copies for program in plan.programs)
-    head = ["", "held", "temp", "output", "total", *["CPU's f32 copies"] * copied, "FLOPs", *kinds]
+    with_copies = any(program.copies for program in plan.programs)
+    head = ["", "held", "temp", "output", "total", *["CPU's f32 copies"] * with_copies, "FLOPs", *kinds]
     rows = [head]
     for program in plan.programs:
-        sizes = [program.held, program.temp, program.output, program.total, *[program.copies] * copied]
-        exchanged = [format_bytes(program.collectives.get(kind, 0)) for kind in kinds]
-        rows.append([program.name, *map(format_bytes, sizes), f"{program.flops:.3g}", *exchanged])
+        sizes = [program.held, program.temp, program.output, program.total, *[program.copies] * with_copies]
+        received = [format_bytes(program.collectives.get(kind, 0)) for kind in kinds]
+        rows.append([program.name, *map(format_bytes, sizes), f"{program.flops:.3g}", *received])
     text = _aligned(rows)
     return text if kinds else f"{text}\nno collectives"
 
 
 def cards_table(plan: RunPlan) -> str:
-    """Whether the largest total fits the memory of common cards; where only the CPU's copies are too much, that."""
+    """Returns a table of common accelerators: whether the peak fits, perhaps only without the CPU's copies."""
     rows = [["card", "memory", "fits"]]
     for card, size in CARDS.items():
         if plan.peak <= size * GB:

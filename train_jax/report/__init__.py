@@ -1,1 +1,1 @@
-"""What a run prints, logs and draws."""
+"""Reports of a run: printed text, logged metrics and figures."""

@@ -1,20 +1,20 @@
-"""Curves of a run as one PNG, drawn from its `metrics.jsonl`."""
+"""Plots the curves of a run from its `metrics.jsonl`."""
 
 import json
 from pathlib import Path
 
-EVALUATION = "eval/"  # prefix of what an evaluation measured
-RATE = "learning_rate"
-# Not drawn.
+EVALUATION = "eval/"  # prefix of evaluation metrics
+LEARNING_RATE = "learning_rate"
+# Metrics without a curve.
 BOOKKEEPING = ("steps_per_second", "examples_per_second", "seconds", "examples", "good_rows", "peak_memory_bytes")
 
 Curve = tuple[list[int], list[int | float]]
 
 
 def read_curves(metrics_jsonl: str | Path) -> dict[str, Curve]:
-    """`{name: (steps, values)}` of every number in the file, in its order; null (a non-finite value) leaves a gap."""
+    """Returns `{name: (steps, values)}` for every number in the file; null (a non-finite value) leaves a gap."""
     curves: dict[str, Curve] = {}
-    with open(metrics_jsonl, encoding="utf-8") as file:
+    with Path(metrics_jsonl).open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             for name, value in record.items():
@@ -26,20 +26,19 @@ def read_curves(metrics_jsonl: str | Path) -> dict[str, Curve]:
 
 
 def panels(curves: dict[str, Curve]) -> dict[str, list[str]]:
-    """Which curves share an axis: `{title: names}`, in the order drawn.
+    """Groups curves by panel: returns `{title: names}` in the order of the panels.
 
-    Losses of training and evaluation share one, evaluation's scores in [0, 1] (accuracies, F1) another, and every
-    other metric has its own. What an evaluation measured in more detail (`eval/accuracy_by_family/...`) is left to
-    the files.
+    The losses of training and evaluation share a panel, evaluation scores in [0, 1] (accuracies, F1) share another, and
+    every other metric has its own. Detailed evaluation metrics (`eval/accuracy_by_family/...`) are not plotted.
     """
     grouped: dict[str, list[str]] = {"loss": [], "evaluation scores": [], "learning rate": []}
     for name, (_, values) in curves.items():
-        measured = name.removeprefix(EVALUATION)
-        if "/" in measured or measured in BOOKKEEPING:
+        metric = name.removeprefix(EVALUATION)
+        if "/" in metric or metric in BOOKKEEPING:
             continue
-        if measured.endswith("loss"):
+        if metric.endswith("loss"):
             grouped["loss"].append(name)
-        elif name == RATE:
+        elif name == LEARNING_RATE:
             grouped["learning rate"].append(name)
         elif name.startswith(EVALUATION) and all(0 <= value <= 1 for value in values):
             grouped["evaluation scores"].append(name)
@@ -49,14 +48,14 @@ def panels(curves: dict[str, Curve]) -> dict[str, list[str]]:
 
 
 def plot_curves(metrics_jsonl: str | Path, png: str | Path, title: str = "") -> None:
-    """Draws training and evaluation curves against the step; writes nothing while no metric has been logged.
+    """Plots training and evaluation curves against the step; writes no file if no metric has been logged.
 
     Args:
       metrics_jsonl: written by `train_jax.report.reporter.Reporter`.
       png: path to write.
-      title: heading, e.g. the run's name.
+      title: title of the figure, e.g. the run's name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import, needed once at the end of a run
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes 0.5 s to import, used once per run
     from matplotlib.figure import Figure
 
     curves = read_curves(metrics_jsonl)
@@ -78,7 +77,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path, title: str = "") -> 
 
 
 def _draw(axis, heading: str, curves: dict[str, Curve]) -> None:
-    """One panel; evaluations, which are few, show their points."""
+    """Draws one panel; evaluations, which are few, have markers."""
     for name, (steps, values) in curves.items():
         few = name.startswith(EVALUATION) or len(steps) == 1
         axis.plot(steps, values, marker="o" if few else "", markersize=4, linewidth=1.5 if few else 1.0, label=name)
@@ -86,5 +85,5 @@ def _draw(axis, heading: str, curves: dict[str, Curve]) -> None:
     axis.grid(alpha=0.3)
     if heading == "learning rate":
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    if list(curves) != [heading.replace(" ", "_")]:  # else the heading is the name already
+    if list(curves) != [heading.replace(" ", "_")]:  # otherwise the heading is the name
         axis.legend(fontsize="small")

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: progress, `metrics.jsonl`, TensorBoard.
+"""Reports of a run during training: progress, `metrics.jsonl` and TensorBoard.
 
-Only the primary process writes; the others may call everything. No method waits for the device or reads from it unless
-it is given a device array.
+All processes may call the methods; only the primary one writes. No method waits for the device unless it is passed a
+device array.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ PROGRESS = ("auto", "bar", "plain", "none")
 
 
 class Reporter:
-    """Reports of one run into its workdir."""
+    """Prints the progress of a run and logs its metrics in its workdir."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Reporter:
         Args:
           workdir: folder of the run, created if missing.
           total_steps: last step of the run.
-          start_step: the step resumed from, 0 for a new run. Lines of later steps, which the interrupted run had
-            written beyond its last checkpoint, are dropped, so that the file tells of every step once.
-          examples_per_step: global batch size, for the examples per second; 0 leaves them out.
+          start_step: the step resumed from, 0 for a new run. Removes the lines of later steps, which an interrupted run
+            wrote after its last checkpoint, so that the file has every step once.
+          examples_per_step: global batch size, to report examples per second; 0 leaves them out.
           progress: "bar", "plain" (one line per `write`), "none", or "auto": a bar on a terminal, else plain.
 
         Raises:
-          UserError: another `progress`.
+          UserError: `progress` has another value.
         """
         if progress not in PROGRESS:
             raise UserError(f"progress is '{progress}', expected one of {', '.join(PROGRESS)}; correct it")
@@ -55,35 +55,32 @@ class Reporter:
         workdir = Path(workdir)
         self._is_primary = jax.process_index() == 0
         self._total_steps, self._examples_per_step = total_steps, examples_per_step
-        self._clock = _Clock(start_step)
-        self._plain, self._bar, self._board, self._metrics = False, None, None, None
+        self._clock = _StepClock(start_step)
+        self._plain = self._is_primary and progress == "plain"
+        self._bar: tqdm | None = None
+        self._files: _MetricFiles | None = None
         if not self._is_primary:
             return
-        self._plain = progress == "plain"
         if progress == "bar":
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
-        workdir.mkdir(parents=True, exist_ok=True)
-        _keep_until(workdir / "metrics.jsonl", start_step)
-        self._metrics = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        purge = start_step + 1 if start_step else 0  # TensorBoard's way to drop later steps of earlier files
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        self._files = _MetricFiles(workdir, start_step)
 
     def say(self, text: str) -> None:
-        """Prints text for the person who watches, without tearing the progress bar."""
+        """Prints text without breaking the progress bar."""
         if self._bar is not None:
             self._bar.write(text)
         elif self._is_primary:
             print(text, flush=True)
 
     def tick(self, step: int) -> None:
-        """Moves the bar to `step`; to be called after each step. The first call starts the clock of the rate."""
+        """Moves the progress bar to `step`. Call it after each step; the first call starts the clock of the rate."""
         self._clock.start(step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time inside (an evaluation, a save) out of the rate and of the time left."""
+        """Excludes the time inside the context (an evaluation, a save) from the rate and the remaining time."""
         began = time.perf_counter()
         try:
             yield
@@ -91,63 +88,77 @@ class Reporter:
             self._clock.skip(time.perf_counter() - began)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs metrics of a training interval that ends at `step`, with the rate since the last call, to all places.
+        """Logs the metrics of a training interval that ends at `step`, and the rate since the last call.
 
-        A non-finite value is null in `metrics.jsonl` (JSON has no NaN), and its name stands in the list `nonfinite`.
+        A non-finite value is null in `metrics.jsonl` (JSON has no NaN), and its name is in the list `nonfinite`.
         """
-        if not self._is_primary:
+        if self._files is None:
             return
         rate = self._clock.lap(step)
         speeds = {} if rate is None else {"steps_per_second": rate}
         if rate is not None and self._examples_per_step:
             speeds["examples_per_second"] = rate * self._examples_per_step
-        numbers = self._log(step, dict(metrics) | speeds)
-        text = _show({name: value for name, value in numbers.items() if name not in speeds})
-        spoken = [f"{value:.3g} {name.replace('_per_second', '/s')}" for name, value in speeds.items()]
-        if self._bar is not None:  # shows steps per second and the time left by itself
-            self._bar.set_postfix_str(", ".join([text, *spoken[1:]]))
+        numbers = self._files.log(step, dict(metrics) | speeds)
+        text = _format({name: value for name, value in numbers.items() if name not in speeds})
+        rates = [f"{value:.3g} {name.replace('_per_second', '/s')}" for name, value in speeds.items()]
+        if self._bar is not None:  # which shows steps per second and the remaining time itself
+            self._bar.set_postfix_str(", ".join([text, *rates[1:]]))
         elif self._plain:
-            share = 100 * step / max(self._total_steps, 1)
+            percent = 100 * step / max(self._total_steps, 1)
             left = [f"{tqdm.format_interval((self._total_steps - step) / rate)} left"] if rate else []
-            self.say("  ".join([f"step {step}/{self._total_steps} ({share:.0f} %)", text, *spoken, *left]))
+            self.say("  ".join([f"step {step}/{self._total_steps} ({percent:.0f} %)", text, *rates, *left]))
 
     def write_validation(self, step: int, results: Mapping[str, Any]) -> None:
-        """Logs the numbers of an evaluation during training as `eval/<name>`; nested dicts become longer names.
+        """Logs the numbers of an evaluation during training as `eval/<name>`; nested names are joined by "/".
 
-        The progress shows the top level alone.
+        The progress shows only the top level.
         """
-        if not self._is_primary:
+        if self._files is None:
             return
         flat = files.flatten(results, "eval")
-        numbers = self._log(step, {name: value for name, value in flat.items() if _is_number(value)})
+        numbers = self._files.log(step, {name: value for name, value in flat.items() if _is_number(value)})
         if self._plain or self._bar is not None:
             top = {name: value for name, value in numbers.items() if name.count("/") == 1}
-            self.say(f"step {step}/{self._total_steps}  {_show(top)}")
+            self.say(f"step {step}/{self._total_steps}  {_format(top)}")
 
     def close(self) -> None:
-        """Closes files and bar; safe to call twice."""
+        """Closes the files and the progress bar; can be called twice."""
         if self._bar is not None:
             self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
-            self._board.close()
+        if self._files is not None:
+            self._files.close()
 
-    def _log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """One line of JSON and a TensorBoard point each; returns the metrics as Python numbers, NaN kept."""
+
+class _MetricFiles:
+    """`metrics.jsonl` and the TensorBoard files of a workdir."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        workdir.mkdir(parents=True, exist_ok=True)
+        _truncate_after(workdir / "metrics.jsonl", start_step)
+        self._lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        purge_step = start_step + 1 if start_step else 0  # TensorBoard drops these steps of earlier files
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes a line of JSON and a TensorBoard point per metric; returns the metrics as Python numbers, with NaN."""
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         record: dict[str, Any] = {"step": int(step)} | numbers
         nonfinite = [name for name, value in numbers.items() if not math.isfinite(value)]
         if nonfinite:
             record["nonfinite"] = nonfinite
-        self._metrics.write(files.to_json(record) + "\n")
-        self._metrics.flush()
+        self._lines.write(files.to_json(record) + "\n")
+        self._lines.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
         return numbers
 
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
 
-class _Clock:
-    """Steps per second between two laps, without the first step (which compiles) and without pauses."""
+
+class _StepClock:
+    """Measures steps per second between two laps, without the first step (which compiles) and pauses."""
 
     def __init__(self, step: int):
         self._step, self._time, self._running = step, time.perf_counter(), False
@@ -166,24 +177,24 @@ class _Clock:
         return steps / seconds if self._running and steps > 0 and seconds > 0 else None
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, a last line cut off by a kill, and with step 0 everything."""
+def _truncate_after(path: Path, step: int) -> None:
+    """Removes the lines of later steps and a line cut off by a kill; step 0 removes everything."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if 0 < step >= record["step"]:
-            kept.append(line + "\n")
-    files.write_atomically(path, "".join(kept))
+            lines.append(line + "\n")
+    files.write_atomically(path, "".join(lines))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number | jax.Array) and not isinstance(value, bool)
 
 
-def _show(numbers: Mapping[str, float]) -> str:
+def _format(numbers: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())

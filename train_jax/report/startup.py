@@ -1,4 +1,4 @@
-"""The start-up report: what trains, what it takes, and on which devices."""
+"""The start-up report: trainable parameters, memory and devices."""
 
 import os
 import shutil
@@ -22,12 +22,13 @@ def startup_report(
     compiled: jax.stages.Compiled | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> str:
-    """Text of the report: table of parameters, memory of the compiled training step, devices, and a hint if any.
+    """Returns the report: a table of parameters, the memory of the compiled training step, devices, and a hint if any.
 
     Args:
-      trainable, frozen: flat dicts of arrays or `jax.ShapeDtypeStruct`.
-      opt_state: the optimizer's state over `trainable`.
-      compiled: the training step; its memory is left out when None.
+      trainable: arrays or `jax.ShapeDtypeStruct` by path.
+      frozen: arrays or `jax.ShapeDtypeStruct` by path.
+      opt_state: the optimizer's state for `trainable`.
+      compiled: the training step; None leaves out its memory.
       counts: see `count_parameters`.
     """
     lines = [parameter_table(trainable, frozen, opt_state, counts)]
@@ -46,10 +47,13 @@ def startup_report(
 def parameter_table(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
 ) -> str:
-    """Parameters and bytes per tower (first part of the path); optimizer state counts where its parameter does."""
+    """Returns a table of parameters and bytes for each tower, the first part of a path; arguments as above."""
     towers = count_parameters(trainable, frozen, opt_state, counts)
-    totals = {kind: tuple(sum(row[kind][i] for row in towers.values()) for i in (0, 1)) for kind in KINDS}
-    rows = [("", *KINDS)]
+    totals = {
+        kind: (sum(row[kind][0] for row in towers.values()), sum(row[kind][1] for row in towers.values()))
+        for kind in KINDS
+    }
+    rows: list[tuple[str, ...]] = [("", *KINDS)]
     for tower, row in [*sorted(towers.items()), ("total", totals)]:
         rows.append((tower, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in KINDS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -62,13 +66,15 @@ def parameter_table(
 def count_parameters(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """`{tower: {kind: (elements, bytes)}}`, kinds "trainable", "frozen" and "optimizer", over all devices together.
+    """Returns `{tower: {kind: (elements, bytes)}}` over all devices; kinds are "trainable", "frozen" and "optimizer".
 
-    Step counters and other state that belongs to no parameter stand under the tower "other".
+    Optimizer state belongs to the tower of its parameter; state without a parameter, such as step counters, to "other".
 
     Args:
-      trainable, frozen, opt_state: as of `startup_report`.
-      counts: how many parameters an array stands for, by path, where that is not its size (two 4-bit weights a byte).
+      trainable: arrays or `jax.ShapeDtypeStruct` by path.
+      frozen: arrays or `jax.ShapeDtypeStruct` by path.
+      opt_state: the optimizer's state for `trainable`.
+      counts: number of parameters by path, for arrays whose size differs from it (two 4-bit weights in a byte).
     """
     towers: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(KINDS, (0, 0)))
     counts = counts or {}
@@ -87,26 +93,26 @@ def count_parameters(
 
 
 def device_summary() -> str:
-    """E.g. "8 x NVIDIA H200, 1 process"."""
+    """Returns a summary such as "8 x NVIDIA H200, 1 process"."""
     kinds = defaultdict(int)
     for device in jax.devices():
         kinds[device.device_kind] += 1
     processes = jax.process_count()
-    found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return f"{found}, {processes} process{'es' if processes > 1 else ''}"
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{devices}, {processes} process{'es' if processes > 1 else ''}"
 
 
 def accelerator_hint() -> str | None:
-    """One sentence when a GPU or a TPU is present and JAX computes on the CPU all the same; None otherwise."""
+    """Returns a hint if a GPU or TPU is present but JAX computes on the CPU; None otherwise."""
     if jax.default_backend() != "cpu":
         return None
     for name, present, extra in (("GPU", gpu_present, "cuda"), ("TPU", tpu_present, "tpu")):
         if not present():
             continue
-        found = f"a {name} is present but JAX runs on the CPU"
+        fact = f"a {name} is present but JAX runs on the CPU"
         if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
-            return f'{found} because JAX_PLATFORMS="{os.environ["JAX_PLATFORMS"]}": unset it to use the {name}'
-        return f'{found}: stop and run pip install -e ".[{extra}]" to use it'
+            return f'{fact} because JAX_PLATFORMS="{os.environ["JAX_PLATFORMS"]}": unset it to use the {name}'
+        return f'{fact}: stop and run pip install -e ".[{extra}]" to use it'
     return None
 
 
@@ -123,5 +129,5 @@ def gpu_present() -> bool:
 
 
 def tpu_present() -> bool:
-    """Whether this looks like a TPU machine: its device file or the variables that its image sets."""
+    """Whether this seems to be a TPU machine, by its device file or environment variables."""
     return Path("/dev/accel0").exists() or any(name in os.environ for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"))

@@ -1,1 +1,1 @@
-"""One training step: the train state, where its arrays lie, and the pure function that the loop compiles."""
+"""One training step: the train state, its sharding, and the pure function that the loop compiles."""

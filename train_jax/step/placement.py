@@ -1,8 +1,8 @@
-"""From a task's module to sharded arrays: what trains, what is frozen, and how every leaf lies on the mesh."""
+"""Splits a task's model into trainable and frozen arrays and puts them on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from train_jax.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class PlacedModel:
-    """A model as the loop holds it."""
+    """A model as trainable and frozen arrays, each with its sharding."""
 
     graph: nnx.GraphDef
     trainable: dict[str, param_tree.Leaf]
@@ -26,93 +26,113 @@ class PlacedModel:
     shardings: dict[str, NamedSharding]  # of all paths
     notes: list[str]  # dimensions that could not be split
 
-    def merge(self, arrays: dict[str, jax.Array]) -> nnx.Module:
-        """All parameters by path -> the model."""
+    def merge(self, arrays: Mapping[str, param_tree.Leaf]) -> nnx.Module:
+        """Returns the model with the given arrays, by path; all must be given."""
         return param_tree.merge(self.graph, arrays)
 
-    def model(self, trained: dict[str, jax.Array] | None = None) -> nnx.Module:
-        """The model with some trained parameters (those of the start when None)."""
-        return self.merge((self.trainable if trained is None else trained) | self.frozen)
+    def model(self, trained: Mapping[str, param_tree.Leaf] | None = None) -> nnx.Module:
+        """Returns the model with trained parameters by path; None uses the initial ones."""
+        return self.merge({**(self.trainable if trained is None else trained), **self.frozen})
 
 
 def build(task: Task, mesh: Mesh, training: bool = False) -> PlacedModel:
-    """Initialises the model and puts every leaf into its sharding.
+    """Initializes the model and puts every array onto the mesh.
+
+    Args:
+      task: defines the model.
+      mesh: from `sharding.make_mesh`.
+      training: initialize the model that `Task.loss` reads (`Task.init_for_training`).
 
     Raises:
-      UserError: the trainable pattern matches nothing, or a leaf has no sharding rule.
+      UserError: the trainable pattern matches nothing, or a path has no sharding rule.
     """
     return _place(task, task.init_for_training() if training else task.init(), mesh, jax.device_put)
 
 
 def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> PlacedModel:
-    """As `build`, of a model that holds shapes: nothing is allocated.
+    """Returns what `build` does for an abstract model, without allocating arrays.
 
     Args:
-      model: as `task.init` returns it, made by `nnx.eval_shape`.
+      task: of the model.
+      model: the module that `task.init` returns, made by `nnx.eval_shape`.
+      mesh: from `sharding.make_mesh`.
     """
-    return _place(task, model, mesh, lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+    return _place(
+        task, model, mesh, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    )
 
 
 def _place(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> PlacedModel:
+    """Splits a model by the trainable pattern; `put(array, sharding)` returns each array with its sharding."""
     arrays = param_tree.flatten(model)
     pattern = task.trainable()
-    trains = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
-    places, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
-    graph, _ = param_tree.split(row_sharding.mark(model, places))
-    placed = {path: put(array, places[path]) for path, array in arrays.items()}
+    trainable = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
+    shardings, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
+    graph, _ = param_tree.split(row_sharding.mark(model, shardings))
+    placed = {path: put(array, shardings[path]) for path, array in arrays.items()}
     return PlacedModel(
         graph,
-        {path: array for path, array in placed.items() if path in trains},
-        {path: array for path, array in placed.items() if path not in trains},
-        places,
+        {path: array for path, array in placed.items() if path in trainable},
+        {path: array for path, array in placed.items() if path not in trainable},
+        shardings,
         notes,
     )
 
 
 def own_copy(model: nnx.Module) -> nnx.Module:
-    """A model that this process can run alone: of arrays that several processes share, a copy in its own memory."""
+    """Returns a model that this process can run alone: arrays shared by several processes are copied to its memory."""
     if jax.process_count() == 1:
         return model
     graph, arrays = param_tree.split(model)
-    return param_tree.merge(graph, {path: jnp.asarray(sharding.to_host(array)) for path, array in arrays.items()})
+    copies = {path: jnp.asarray(sharding.to_host(cast(jax.Array, array))) for path, array in arrays.items()}
+    return param_tree.merge(graph, copies)
 
 
 def create_state(
     placed: PlacedModel, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> train_state.TrainState:
-    """The state before the first step, moments sharded as their parameters.
+    """Returns the state before the first step; optimizer moments are sharded like their parameters.
 
-    Takes over the trainable arrays of the model (they are donated), so that they lie in memory once.
+    Donates the trainable arrays of `placed`, so that only one copy is in memory.
+
+    Args:
+      placed: from `build`.
+      optimizer: over the trainable parameters.
+      mesh: of the model.
+      **options: of `train_state.create`.
     """
 
     def make(trainable):
         return train_state.create(trainable, optimizer, **options)
 
-    places = state_shardings(make, placed, mesh)
-    return jax.jit(make, out_shardings=places, donate_argnums=0)(placed.trainable)
+    shardings = state_shardings(make, placed, mesh)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(placed.trainable)
 
 
 def abstract_state(
     placed: PlacedModel, optimizer: optax.GradientTransformation, mesh: Mesh, **options: Any
 ) -> train_state.TrainState:
-    """As `create_state`, of an abstract model."""
+    """Returns what `create_state` does for an abstract model, as shapes with shardings."""
 
     def make(trainable):
         return train_state.create(trainable, optimizer, **options)
 
-    shapes, places = jax.eval_shape(make, placed.trainable), state_shardings(make, placed, mesh)
+    shapes, shardings = jax.eval_shape(make, placed.trainable), state_shardings(make, placed, mesh)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 
 def state_shardings(make: Callable, placed: PlacedModel, mesh: Mesh) -> Any:
-    """A sharding for every leaf of a state: that of the parameter whose path and shape it has, else replicated."""
+    """Returns a sharding for every leaf of `make(trainable)`.
 
-    def place(keys, leaf):
+    A leaf with the path and shape of a parameter has that parameter's sharding; all others are replicated.
+    """
+
+    def sharding_of(keys, leaf):
         path = next((key.key for key in keys if getattr(key, "key", None) in placed.trainable), None)
         if path is not None and leaf.shape == placed.trainable[path].shape:
             return placed.shardings[path]
         return sharding.replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, placed.trainable))
+    return jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(make, placed.trainable))

@@ -1,60 +1,67 @@
-"""What a training step changes: parameters, optimizer state, moving average, and the guard against faults.
+"""The state that a training step changes: parameters, optimizer state, moving average, and the guard.
 
-Faults are handled on the device, without asking the host:
+The guard handles non-finite values on the device, without a transfer to the host:
 
-  - a non-finite loss or gradient masks the update: parameters and optimizer state stay as they are;
-  - after `max_bad_steps` faults in a row the guard latches, and every later step is masked too, until the host looks;
-  - in float16 a non-finite gradient under a finite loss halves the loss scale instead, and is counted apart.
+  - a non-finite loss or gradient masks the update: parameters and optimizer state do not change;
+  - after `max_bad_steps` bad steps in a row the guard latches and masks every later step, until the host reads it;
+  - in float16, a non-finite gradient with a finite loss halves the loss scale instead and is counted separately.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import optax
 
 Params = dict[str, jax.Array]
-Leaf = Any  # an array; or whatever JAX puts in its place in a tree: shapes, shardings, "unspecified"
+StateLeaf = Any  # an array, or what JAX puts in place of arrays in a tree: shapes, shardings, "unspecified"
 
 
+@dataclass_transform(frozen_default=True)
 def _pytree(cls):
-    """A frozen dataclass whose fields are pytree children."""
+    """Makes a frozen dataclass whose fields are pytree children."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     return jax.tree_util.register_dataclass(cls, [field.name for field in dataclasses.fields(cls)], [])
 
 
 @_pytree
 class Guard:
-    """Faults seen so far; int32 scalars."""
+    """Counts of bad steps; int32 scalars."""
 
-    in_a_row: Leaf
-    total: Leaf
-    first_bad: Leaf  # step of the first fault of the current row, -1 for none
-    stopped: Leaf  # bool: too many in a row, all further updates are masked
-    scale_skips: Leaf  # updates skipped because the float16 loss scale was too large
+    in_a_row: StateLeaf
+    total: StateLeaf
+    first_bad: StateLeaf  # first of the latest consecutive bad steps, -1 if the last step was good
+    stopped: StateLeaf  # bool: too many in a row, all further updates are masked
+    scale_skips: StateLeaf  # updates skipped because the float16 loss scale was too large
 
     @classmethod
     def clean(cls) -> "Guard":
-        zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  (one buffer each: donated arrays must not alias)
+        """Returns the guard before the first step."""
+
+        def zero():  # a new buffer each time: donated arrays must not alias
+            return jnp.zeros((), jnp.int32)
+
         return cls(zero(), zero(), zero() - 1, jnp.zeros((), bool), zero())
 
 
 @_pytree
 class LossScale:
-    """Dynamic loss scale of float16 (Micikevicius et al. 2018): doubles after INTERVAL good steps or halves."""
+    """Dynamic loss scale of float16 (Micikevicius et al. 2018): doubles after INTERVAL good steps, or halves."""
 
-    value: Leaf  # float32
-    good_steps: Leaf  # int32, since the last change
+    value: StateLeaf  # float32
+    good_steps: StateLeaf  # int32, since the last change
 
     INTERVAL = 1000
     SMALLEST = 1.0
 
     @classmethod
     def start(cls, value: float = 2.0**15) -> "LossScale":
+        """Returns the loss scale before the first step."""
         return cls(jnp.float32(value), jnp.zeros((), jnp.int32))
 
     def update(self, finite: jax.Array) -> "LossScale":
+        """Returns the loss scale after a step whose gradient was finite or not (bool scalar)."""
         good = jnp.where(finite, self.good_steps + 1, 0)
         grow = good >= self.INTERVAL
         value = jnp.where(finite, jnp.where(grow, self.value * 2, self.value), self.value / 2)
@@ -63,23 +70,30 @@ class LossScale:
 
 @_pytree
 class TrainState:
-    """Everything a step changes. Frozen parameters are not part of it."""
+    """Everything that a step changes; frozen parameters are not part of it."""
 
-    step: Leaf  # int32, updates attempted so far
-    params: Leaf | dict[str, Leaf]  # trainable
+    step: StateLeaf  # int32, updates attempted so far
+    params: StateLeaf | dict[str, StateLeaf]  # trainable
     opt_state: Any
-    ema: Leaf | dict[str, Leaf] | None  # moving average of params, not yet debiased
-    guard: Leaf | Guard
-    loss_scale: Leaf | LossScale | None  # float16 only
+    ema: StateLeaf | dict[str, StateLeaf] | None  # moving average of params, not yet debiased
+    guard: StateLeaf | Guard
+    loss_scale: StateLeaf | LossScale | None  # float16 only
 
     @property
     def updates(self) -> jax.Array:
-        """Updates applied so far (while the guard has not stopped), which the optimizer's schedule counts too."""
+        """Number of updates applied before the guard stopped, which is also the count of the optimizer's schedule."""
         return self.step - self.guard.total - self.guard.scale_skips
 
 
 def create(params: Params, optimizer: optax.GradientTransformation, *, ema: bool, float16: bool) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step.
+
+    Args:
+      params: trainable parameters by path.
+      optimizer: over `params`.
+      ema: whether to keep a moving average of the parameters.
+      float16: whether to scale the loss.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -91,12 +105,12 @@ def create(params: Params, optimizer: optax.GradientTransformation, *, ema: bool
 
 
 def debias_ema(ema: Params, decay: float, updates: int | jax.Array, params: Params) -> Params:
-    """The moving average without its bias towards the zero start, in the parameters' dtypes.
+    """Returns the moving average corrected for its start at zero, in the parameters' dtypes.
 
     Args:
       ema: sum over updates i of `(1 - decay) * decay ** (updates - i) * params_i`.
-      decay: a Python number: 1 - 0.9999 taken in float32 would be wrong by 5e-4.
-      updates: how many were applied; before the first the average is that of `params` alone.
+      decay: a Python float: 1 - 0.9999 computed in float32 would have a relative error of 5e-4.
+      updates: number of updates applied; before the first the result is `params`.
       params: the current parameters.
     """
     weight = -jnp.expm1(updates * jnp.log1p(decay - 1.0))  # 1 - decay ** updates
@@ -107,7 +121,17 @@ def debias_ema(ema: Params, decay: float, updates: int | jax.Array, params: Para
 def update_guard(
     state: TrainState, finite_loss: jax.Array, finite_grads: jax.Array, max_bad_steps: int
 ) -> tuple[Guard, LossScale | None, jax.Array]:
-    """What the step's loss and gradient norm mean: the new guard, the new loss scale, whether to apply the update."""
+    """Updates the guard and the loss scale after a step's loss and gradient.
+
+    Args:
+      state: before the step.
+      finite_loss: bool scalar, whether the loss is finite.
+      finite_grads: bool scalar, whether the gradient is finite.
+      max_bad_steps: consecutive bad steps after which the guard latches.
+
+    Returns:
+      The new guard, the new loss scale, and whether to apply the update (bool scalar).
+    """
     guard, scale = state.guard, state.loss_scale
     overflow = jnp.zeros((), bool)
     if scale is not None:
@@ -127,5 +151,5 @@ def update_guard(
 
 
 def where(condition: jax.Array, new, old):
-    """Leaf by leaf: `new` if the condition holds, else `old`."""
+    """Returns `new` if the condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

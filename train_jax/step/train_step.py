@@ -1,8 +1,8 @@
-"""The training step: gradients of the task's loss over micro-batches, the guard, the update, metrics.
+"""The training step: gradients of the task's loss over micro-batches, the guard, the update and the metrics.
 
-`make_train_step` is the mathematics, a pure function (state, totals, frozen, batch) -> (state, totals); `trace` puts it
-on a mesh, over arrays for the loop and over shapes for the plan command. Randomness is a function of (seed, step, row),
-so a resumed run, another micro-batch or another number of devices draws the same noise.
+`make_train_step` returns the pure function (state, totals, frozen, batch) -> (state, totals). `trace` traces it on a
+mesh, with arrays for the loop or shapes for the plan command. Random keys are a function of (seed, step, row), so the
+noise does not change when a run resumes or uses another micro-batch or number of devices.
 """
 
 from collections.abc import Callable
@@ -37,16 +37,17 @@ def make_train_step(
     ema_decay: float | None = None,
     max_bad_steps: int = 1,
 ) -> Callable:
-    """Builds the step.
+    """Builds the training step.
 
     Args:
-      merge: all parameters by path -> the model.
-      loss, normalizer: the task's.
+      merge: returns the model for all parameters by path.
+      loss: `Task.loss`.
+      normalizer: `Task.normalizer`.
       optimizer: over the trainable parameters.
       schedule: learning rate by step, for the metrics.
-      seed: of the noise.
-      ema_decay: of the moving average, None for none.
-      max_bad_steps: faults in a row after which the guard latches.
+      seed: of the random keys.
+      ema_decay: decay of the moving average; None keeps no average.
+      max_bad_steps: consecutive bad steps after which the guard latches.
 
     Returns:
       `step(state, totals, frozen, batch) -> (state, totals)`, to be jitted with the first two donated. `totals` are
@@ -61,7 +62,7 @@ def make_train_step(
         return jax.grad(scaled, has_aux=True)(params)
 
     def accumulate(state, frozen, batch):
-        """Gradient of the whole batch, its loss, and its metrics."""
+        """Returns the gradient, the loss and the metrics of the whole batch."""
         first = jax.tree.leaves(batch)[0]
         keys = row_keys(seed, state.step, first.shape[0] * first.shape[1]).reshape(first.shape[:2])
         scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
@@ -91,12 +92,14 @@ def make_train_step(
         params, opt_state = where(apply, (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
         if ema is not None:
-            moved = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(jnp.float32), ema, params)
-            ema = where(apply, moved, ema)
+            assert ema_decay is not None, "a state with a moving average needs its decay"
+            decay = ema_decay
+            new_ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(jnp.float32), ema, params)
+            ema = where(apply, new_ema, ema)
         one = jnp.float32(1)
         rate = schedule(state.updates)
         metrics = metrics | {"loss": (value, one), "grad_norm": (norm, one), "learning_rate": (rate, one)}
-        # A masked step leaves no trace in the means either.
+        # A masked step does not count in the metrics.
         metrics = where(apply, metrics, metrics_lib.zeros_like(metrics))
         new = TrainState(state.step + 1, params, opt_state, ema, guard, loss_scale)
         return new, metrics_lib.add(totals, metrics)
@@ -114,15 +117,21 @@ def trace(
     start: TrainState,
     batch: dict[str, Any],
 ) -> tuple[jax.stages.Traced, dict[str, Any]]:
-    """The step of a task, traced for its model on a mesh.
+    """Traces the training step of a task.
 
     Args:
-      start: the state, arrays or shapes with their shardings.
-      batch: arrays or shapes [A, b, ...] with their shardings.
+      config: of the run.
+      task: defines the loss and its normalizer.
+      mesh: of the model.
+      placed: the model.
+      optimizer: over the trainable parameters.
+      schedule: learning rate by step, for the metrics.
+      start: the state, as arrays or as shapes with shardings.
+      batch: arrays [A, b, ...], or shapes with shardings.
 
     Returns:
-      The traced step, called as `step(state, totals, placed.frozen, batch)`, whose results lie as its arguments do;
-      and the shapes of `totals` (metrics.Metrics).
+      The traced step, called as `step(state, totals, placed.frozen, batch)`, whose results have the shardings of its
+      arguments; and `totals` (metrics.Metrics) as shapes.
     """
     step = make_train_step(
         placed.merge,
@@ -135,15 +144,15 @@ def trace(
         max_bad_steps=config.max_bad_steps,
     )
 
-    def measured(start, frozen, batch):
+    def task_metrics(start, frozen, batch):
         first = jax.tree.map(lambda x: x[0], numbered(batch, start.step))
         keys = row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
         return task.loss(placed.merge(start.params | frozen), first, keys)[1]
 
-    names = jax.eval_shape(row_sharding.within(mesh, measured), start, placed.frozen, batch)
+    names = jax.eval_shape(row_sharding.within(mesh, task_metrics), start, placed.frozen, batch)
     names = [*names, "loss", "grad_norm", "learning_rate"]
-    whole = sharding.replicated(mesh)
-    totals = sharding.with_shardings(jax.eval_shape(lambda: metrics_lib.zeros_like(names)), lambda leaf: whole)
-    places = jax.tree.map(lambda leaf: leaf.sharding, (start, totals))
-    jitted = jax.jit(row_sharding.within(mesh, step), donate_argnums=(0, 1), out_shardings=places)
+    replicated = sharding.replicated(mesh)
+    totals = sharding.with_shardings(jax.eval_shape(lambda: metrics_lib.zeros_like(names)), lambda leaf: replicated)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (start, totals))
+    jitted = jax.jit(row_sharding.within(mesh, step), donate_argnums=(0, 1), out_shardings=shardings)
     return jitted.trace(start, totals, placed.frozen, batch), totals

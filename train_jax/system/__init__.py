@@ -1,1 +1,1 @@
-"""The machine a run is on: memory, clock, disk, signals."""
+"""The machine of a run: memory, clock, disk and signals."""

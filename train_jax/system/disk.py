@@ -1,13 +1,13 @@
-"""How a full disk shows itself in errors of other libraries."""
+"""Detects a full disk in errors of other libraries."""
 
 import errno
 import logging
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that led to it, says that no space (or quota) is left.
+    """Whether the error or one of its causes reports that no space or quota is left.
 
-    TensorStore tells it in words alone, inside a ValueError.
+    TensorStore reports it only in the message of a ValueError.
     """
     if error is None:
         return False
@@ -17,5 +17,5 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def is_other_than_full(record: logging.LogRecord) -> bool:
-    """A logging filter that holds back tracebacks about a full disk, for a caller who tells of it in a sentence."""
+    """A logging filter that drops tracebacks of a full disk, for callers that report it in one sentence."""
     return not (record.exc_info and is_full(record.exc_info[1]))

@@ -1,21 +1,23 @@
-"""The memory that a host has left for this process, as Linux tells it."""
+"""The free memory of the host, as reported by Linux."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of version 2 and 1 of control groups: where a group's folder lies, its files of limit and use, and the names under
-# which its statistics have the pages of files, which the kernel takes back when somebody needs memory.
+# For versions 2 and 1 of control groups: the folder of the hierarchy, the files with a group's limit and use, and the
+# statistics of its page cache, which the kernel frees on demand.
 _V2 = ("", "memory.max", "memory.current", ("inactive_file", "active_file"))
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def host_memory_left(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that may still be taken without swapping; None where the system does not tell (no Linux).
+    """Returns the bytes that can be allocated without swapping; None on systems other than Linux.
 
-    What the machine has available, or what the limit of a control group (a container's, say) leaves if that is less.
+    This is the available memory of the machine, or what the limit of a control group (such as a container's) leaves if
+    that is less.
 
     Args:
-      proc, groups: where the kernel's files are.
+      proc: mount point of procfs.
+      groups: mount point of cgroupfs.
     """
     available = _fields(proc / "meminfo").get("MemAvailable:")
     if available is None:
@@ -24,7 +26,7 @@ def host_memory_left(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cg
 
 
 def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
-    """What the limit of each group leaves that this process is in, from its own to the outermost."""
+    """Yields the free bytes of each control group of this process, from the innermost to the outermost."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -33,8 +35,8 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        place, limit, used, cached = _V1 if controllers else _V2
-        root = groups / place
+        hierarchy, limit, used, cached = _V1 if controllers else _V2
+        root = groups / hierarchy
         own = root / path.lstrip("/")
         for folder in (own, *own.parents):  # a container may see its own group as the root
             if root in (folder, *folder.parents):
@@ -42,18 +44,18 @@ def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
 
 
 def _left(folder: Path, limit: str, used: str, cached: tuple[str, ...]) -> Iterator[int]:
-    """Limit less use of one group; nothing where it has no limit."""
+    """Yields the free bytes of one control group; nothing if it has no limit."""
     try:
-        most, taken = ((folder / name).read_text().strip() for name in (limit, used))
+        limit_text, used_text = ((folder / name).read_text().strip() for name in (limit, used))
     except OSError:
         return
-    if most != "max":
+    if limit_text != "max":
         stat = _fields(folder / "memory.stat")
-        yield int(most) - int(taken) + sum(stat.get(name, 0) for name in cached)
+        yield int(limit_text) - int(used_text) + sum(stat.get(name, 0) for name in cached)
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Numbers by name, of lines "name number ..."; none where the file is not there."""
+    """Returns numbers by name from lines "name number ..."; empty if the file cannot be read."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

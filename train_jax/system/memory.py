@@ -1,4 +1,4 @@
-"""Memory, in bytes: what a run took, what a compiled step takes, and the way on for an evaluation that runs out."""
+"""Memory in bytes: peaks of a run, plans of compiled functions, and a smaller batch after running out."""
 
 import sys
 from pathlib import Path
@@ -16,13 +16,13 @@ except ImportError:  # on Windows
 
 
 class PeakMemory(NamedTuple):
-    """Highest use so far, in bytes.
+    """Peak memory so far, in bytes.
 
     Attributes:
       process: resident memory of this process.
-      children: of the largest process that this one started and that has ended (render and reader processes, and what
-        they started in turn); 0 where there was none. One still at work does not count yet.
-      device: of the fullest local device; None where it does not tell (CPU).
+      children: resident memory of the largest descendant process that has ended, such as a renderer or reader; 0 if
+        there is none. Running processes do not count yet.
+      device: memory of the fullest local device; None if it is not reported (CPU).
     """
 
     process: int
@@ -31,8 +31,9 @@ class PeakMemory(NamedTuple):
 
 
 class StepMemory(NamedTuple):
-    """Memory of one compiled function on one device, in bytes: `alias` is the part of `output` that reuses donated
-    arguments, so that the device holds `argument + output - alias + temp` while it runs.
+    """Memory of one compiled function on one device, in bytes.
+
+    `alias` is the part of `output` that reuses donated arguments.
     """
 
     argument: int
@@ -42,29 +43,31 @@ class StepMemory(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Memory in use while the function runs."""
         return self.argument + self.output - self.alias + self.temp
 
 
 def peak_memory_bytes() -> PeakMemory:
-    """Peak resident memory of this process and of its children (0 on Windows), and that on its fullest accelerator."""
+    """Returns the peak memory of this process, of its children (both 0 on Windows), and of its fullest device."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     return PeakMemory(_peak_process_bytes(), _peak_rusage_bytes("RUSAGE_CHILDREN"), max(peaks, default=None))
 
 
 def reported_peak() -> int:
-    """The one number that a run reports, in bytes: the peak of its fullest device; where devices do not tell, that of
-    the largest single process, be it this one or one of its children.
+    """Returns the `peak_memory_bytes` of a run's results.
 
-    Peaks of processes are not added: they need not fall together, and the kernel tells the largest child alone.
+    This is the peak of the fullest device or, if devices do not report it, that of the largest process: this one or one
+    of its children. Peaks of processes are not added, since they need not coincide and the kernel reports only the
+    largest child.
     """
     peak = peak_memory_bytes()
     return peak.device or max(peak.process, peak.children)
 
 
 def _peak_process_bytes() -> int:
-    # Linux's ru_maxrss survives exec: a process started by a large one would report the large one's peak. VmHWM is
-    # this program's own.
+    # Linux keeps ru_maxrss across exec, so a process started by a larger one would report that one's peak. VmHWM
+    # belongs to this program alone.
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -74,16 +77,16 @@ def _peak_process_bytes() -> int:
 
 
 def _peak_rusage_bytes(who: str) -> int:
-    """Of a constant of `resource`; 0 on Windows, which has no such module."""
+    """Returns the peak for a constant of `resource`; 0 on Windows, which lacks the module."""
     if resource is None:
         return 0
-    # A child counts from its fork on, when it shares all memory of this process: never more than this one's own peak.
+    # A child counts from its fork on, when it shares the memory of this process, so its peak may be this process's.
     peak = resource.getrusage(getattr(resource, who)).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def step_memory(compiled: jax.stages.Compiled) -> StepMemory | None:
-    """Memory that the compiler planned for `jax.jit(f).lower(...).compile()`; None where the backend does not tell."""
+    """Returns the memory that the compiler planned for a compiled function; None if the backend does not report it."""
     analysis: Any = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -96,7 +99,7 @@ def step_memory(compiled: jax.stages.Compiled) -> StepMemory | None:
 
 
 def format_bytes(size: int | float) -> str:
-    """Three figures with a binary unit: 1536 is "1.50 KiB"."""
+    """Formats bytes with three digits and a binary unit: 1536 is "1.50 KiB"."""
     power = 0
     while size >= 1000 and power < 4:
         size, power = size / 1024, power + 1
@@ -105,23 +108,22 @@ def format_bytes(size: int | float) -> str:
 
 
 def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str) -> int:
-    """How many rows at once to go on with, after `error` ended an evaluation of `size` rows: about half of them.
+    """Returns the batch size to retry with, about half, after an evaluation ran out of device memory.
+
+    With several processes there is no retry: a batch is one program over all devices, and the other processes are still
+    inside it, waiting for the one that failed. They cannot be told a smaller size, so the run ends with an error. All
+    processes can only agree on a size chosen in advance from the memory that the compiler plans.
 
     Args:
-      error: what the computation raised.
+      error: the exception of the computation.
       size: rows of the batch over all devices, a multiple of `parts`.
-      parts: devices that share a batch; the answer is a multiple of it, at least `parts`.
-      key: the config key that says how many rows, for the sentence to several processes.
-      remedy: what to change where not even one row a device fits, the end of that sentence.
-
-    Several processes never go on: a batch is one program over the devices of all, and the others are in the midst of
-    it, waiting for what the one that failed does not send any more. They cannot hear of a smaller batch, so the run
-    ends with a sentence (and JAX ends the processes that wait). What processes can agree on is a size chosen before
-    anything runs, by what the compiler says that it takes.
+      parts: devices that share a batch; the result is a multiple of it, at least `parts`.
+      key: config key of the batch size, for the message with several processes.
+      remedy: what to change if one row on each device does not fit, the end of that message.
 
     Raises:
-      UserError: one row a device does not fit, or there are several processes.
-      Exception: `error` itself, if it is not about the device's memory.
+      UserError: one row on each device does not fit, or there are several processes.
+      Exception: `error` itself, if it is not an out-of-memory error.
     """
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
@@ -141,10 +143,10 @@ def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str
 
 
 def device_memory_limit() -> int | None:
-    """Bytes still free on the fullest local device; None where nobody tells.
+    """Returns the free bytes of the fullest local device; None if they are not reported.
 
-    CPU devices do not: each is given its part of three quarters of what the host has left. The last quarter is for
-    other programs, and for what a computation takes beside what the compiler planned.
+    CPU devices do not report memory; each gets an equal part of three quarters of the host's free memory. The last
+    quarter is left for other programs and for memory that the compiler does not plan.
     """
     devices = jax.local_devices()
     stats = [device.memory_stats() or {} for device in devices]

@@ -9,7 +9,7 @@ from paligemma_jax.data.few_shot.dataset import Example, FewShot, drawing_order
 from paligemma_jax.data.paths import inside
 from train_jax.core import digests
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.formats.picture_folders import ENDINGS, pictures_below
+from train_jax.core.formats.image_folders import ENDINGS, find_images
 
 SHARES = (0.5, 0.2)  # of a class's images for training and validation, as CoOp divides data without splits
 
@@ -18,13 +18,13 @@ def class_folders(folder: str | Path) -> dict[str, list[Path]]:
     """Returns the image files of a folder of class folders, by class; both sorted by name.
 
     Skipped files (hidden names, files that are no images or are in no class folder) are logged, see
-    train_jax.core.formats.picture_folders.
+    train_jax.core.formats.image_folders.
 
     Raises:
       UserError: fewer than two folders with images, or two of one class.
     """
     root = Path(folder).expanduser()
-    below = pictures_below(root)
+    below = find_images(root)
     if below.loose:
         logging.warning("Skipped in %s: %d in no class folder (first: %s).", root, len(below.loose), below.loose[0])
     classes: dict[str, list[Path]] = {}

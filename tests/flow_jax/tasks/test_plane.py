@@ -20,7 +20,7 @@ from train_jax.core.errors import UserError
 from train_jax.data.pipeline import Pipeline
 from train_jax.evaluate import evaluate as run_evaluation
 from train_jax.parallel import sharding
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 from train_jax.task import make_task
 
 FLOW = str(ROOT / "configs/flow_2d.py")
@@ -154,7 +154,7 @@ def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
     )
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["nll"] is None and not (tmp_path / "density.png").exists()
-    with pytest.raises(UserError, match="split is 'val', but what this run is measured on has no splits"):
+    with pytest.raises(UserError, match="split is 'val', but the evaluation data of this run have no splits"):
         run_evaluation(stored_config(tmp_path), tmp_path, "val")
 
 

@@ -18,7 +18,7 @@ from train_jax.core.errors import UserError
 
 
 def make_state(seed):
-    """Parameters of several dtypes and an optimizer state with named tuples in it."""
+    """Returns parameters of several dtypes and an optimizer state with named tuples."""
     keys = jax.random.split(jax.random.key(seed), 2)
     params = {
         "decoder/layers/self_attn/q_proj/kernel": jax.random.normal(keys[0], (2, 8, 4)),
@@ -29,11 +29,16 @@ def make_state(seed):
     return params, {"optimizer": moments, "guard": jnp.int32(seed), "codes": jnp.arange(5, dtype=jnp.uint8)}
 
 
-def assert_bitwise_equal(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_bitwise_equal(result, expected):
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    for new, old in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert new.dtype == old.dtype
         assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+
+
+def names(folder):
+    """Returns the sorted names in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def save(checkpoints, step, accuracy=None, seed=None, **meta):
@@ -49,12 +54,12 @@ def checkpoints(tmp_path):
     opened.close()
 
 
-def test_round_trip_is_bitwise_and_gives_named_tuples_back(checkpoints):
+def test_round_trip_is_bitwise_and_restores_named_tuples(checkpoints):
     params, opt_state = make_state(7)
     ema = jax.tree.map(lambda leaf: 2 * leaf, params)
     meta = {"step": 7, "config": {"lr": 1e-5, "rates": ("a", 2)}, "patience": None}
     checkpoints.save(7, params, opt_state, meta, {"accuracy": 0.5}, ema=ema)
-    other_params, other_state = make_state(8)  # only shapes and structure may be taken from here
+    other_params, other_state = make_state(8)  # only its shapes and structure may be used
     restored = checkpoints.restore(7, other_params, other_state, abstract_ema=other_params)
     assert_bitwise_equal(restored.params, params)
     assert_bitwise_equal(restored.opt_state, opt_state)
@@ -88,8 +93,8 @@ def test_latest_and_best_are_kept(tmp_path):
         for step, accuracy in enumerate(accuracies, start=1):
             save(checkpoints, step, accuracy)
         checkpoints.wait()
-        assert checkpoints.all_steps() == [2, 5]  # of the two best the earlier
-        assert sorted(os.listdir(tmp_path / mode)) == ["2", "5"]
+        assert checkpoints.all_steps() == [2, 5]  # the earlier of the two best
+        assert names(tmp_path / mode) == ["2", "5"]
         save(checkpoints, 6)  # not evaluated: replaces the latest, not the best
         save(checkpoints, 7, float("nan"))
         checkpoints.close()
@@ -114,14 +119,14 @@ def test_without_a_metric_only_the_latest_is_kept(tmp_path):
     checkpoints.close()
 
 
-def test_saving_a_step_again_keeps_its_arrays_and_takes_the_new_words(checkpoints):
+def test_saving_a_step_again_replaces_only_its_json(checkpoints):
     save(checkpoints, 4, patience=0)
     assert checkpoints.best_step() is None
     save(checkpoints, 4, accuracy=0.25, seed=99, patience=1)
     assert_bitwise_equal(checkpoints.restore_params(4), make_state(4)[0])
     assert checkpoints.read_meta(4) == {"step": 4, "patience": 1}
     assert checkpoints.best_step() == 4
-    save(checkpoints, 4, patience=2)  # words without numbers leave the numbers
+    save(checkpoints, 4, patience=2)  # a save without metrics keeps the metrics
     assert checkpoints.read_meta(4)["patience"] == 2
     assert checkpoints.read_metrics(4) == {"accuracy": 0.25}
 
@@ -148,7 +153,7 @@ def test_restores_onto_eight_devices_and_back(checkpoints):
     assert_bitwise_equal(on_one[:2], (params, opt_state))
 
 
-def test_a_mismatch_is_one_sentence_with_every_path(checkpoints):
+def test_a_mismatch_lists_every_path(checkpoints):
     save(checkpoints, 1)
     params, opt_state = make_state(1)
     params["decoder/layers/self_attn/q_proj/kernel"] = jnp.zeros((2, 8, 5))
@@ -169,7 +174,7 @@ def test_a_mismatch_is_one_sentence_with_every_path(checkpoints):
     assert "\n" not in sentence
 
 
-def test_mistakes_are_sentences(tmp_path, checkpoints):
+def test_checkpoint_errors(tmp_path, checkpoints):
     with pytest.raises(UserError, match="no checkpoint in .*; train first"):
         checkpoints.resolve("latest")
     with pytest.raises(UserError, match="best_metric='accuracy' is not measured .*, expected one of loss, rouge1"):
@@ -190,7 +195,7 @@ checkpoints = Checkpoints(sys.argv[1], "accuracy")
 small = {"kernel": np.arange(4.0, dtype=np.float32)}
 checkpoints.save(1, small, {"count": np.int32(1)}, {"step": 1}, {"accuracy": 0.5})
 checkpoints.wait()
-# Random numbers do not compress: the background write outlasts the return of save by far.
+# Random numbers do not compress, so the background write ends long after save returns.
 large = {"kernel": np.random.default_rng(0).normal(size=2**25).astype(np.float32)}
 checkpoints.save(2, large, {"count": np.int32(2)}, {"step": 2}, {"accuracy": 0.9})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -202,11 +207,11 @@ def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path, caplog):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", KILLED, folder], env=environment, capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert any("tmp" in name for name in os.listdir(folder))  # the save really was under way
+    assert any("tmp" in name for name in names(folder))  # the save had begun
 
     looking = Checkpoints(folder, "accuracy", read_only=True)
     assert looking.all_steps() == [1]
-    assert any("tmp" in name for name in os.listdir(folder))  # reading leaves a save of a living run alone
+    assert any("tmp" in name for name in names(folder))  # a reader does not remove the save of a running process
     assert "read only" not in caplog.text
     looking.close()
 
@@ -216,12 +221,12 @@ def test_kill_in_the_middle_of_a_save_leaves_the_earlier_step(tmp_path, caplog):
     save(checkpoints, 2, accuracy=0.9)
     assert_bitwise_equal(checkpoints.restore_params(2), make_state(2)[0])
     checkpoints.close()
-    assert os.listdir(folder) == ["2"]
+    assert names(folder) == ["2"]
 
 
 @pytest.mark.filterwarnings("ignore:coroutine")  # the one that "at once" cuts off
 @pytest.mark.parametrize("where", ["background", "at once", "annotation"])
-def test_a_full_disk_is_one_sentence_and_costs_no_earlier_step(tmp_path, monkeypatch, caplog, where):
+def test_a_full_disk_is_one_error_and_keeps_earlier_steps(tmp_path, monkeypatch, caplog, where):
     folder = tmp_path / "checkpoints"
     checkpoints = Checkpoints(folder, "accuracy")
     save(checkpoints, 1, accuracy=0.9)
@@ -248,12 +253,12 @@ def test_a_full_disk_is_one_sentence_and_costs_no_earlier_step(tmp_path, monkeyp
     assert not [record for record in caplog.records if record.exc_info]  # no traceback before the sentence
     assert checkpoints.all_steps() == [1, 2]
     assert_bitwise_equal(checkpoints.restore_params(2), make_state(2)[0])
-    checkpoints.close()  # says nothing a second time
+    checkpoints.close()  # does not raise a second time
 
-    monkeypatch.undo()  # space again
+    monkeypatch.undo()  # the disk has space again
     checkpoints = Checkpoints(folder, "accuracy")
     assert checkpoints.all_steps() == [1, 2]
     save(checkpoints, 3, accuracy=0.2)
     checkpoints.close()
-    assert sorted(os.listdir(folder)) == ["1", "3"]
+    assert names(folder) == ["1", "3"]
     assert json.loads((folder / "3/meta/meta.json").read_text())["metrics"] == {"accuracy": 0.2}

@@ -9,7 +9,7 @@ def test_the_latest_step_is_read_as_orbax_wrote_it(tmp_path):
     assert read_latest(folder) is None and not folder.exists()
     checkpoints = Checkpoints(folder, "accuracy")
     assert read_latest(folder) is None
-    for step, accuracy in [(9, 0.9), (10, 0.1)]:  # as text 9 would be the larger
+    for step, accuracy in [(9, 0.9), (10, 0.1)]:  # as text, 9 would be larger
         checkpoints.save(
             step,
             {"kernel": jnp.zeros(2)},
@@ -18,7 +18,7 @@ def test_the_latest_step_is_read_as_orbax_wrote_it(tmp_path):
             {"accuracy": accuracy},
         )
     checkpoints.close()
-    (folder / "11.orbax-checkpoint-tmp-1").mkdir()  # of a save that was killed
+    (folder / "11.orbax-checkpoint-tmp-1").mkdir()  # from a killed save
     assert read_latest(folder) == (10, {"step": 10, "tries": 3})
     assert read_json(folder, 9) == {"meta": {"step": 9, "tries": 3}, "metrics": {"accuracy": 0.9}}
     assert meta_path(folder, 9).is_file()

@@ -15,7 +15,7 @@ class Moments(NamedTuple):
 TREE = (Moments({"a/b": np.float32(1), "c": np.float32(2)}, np.int32(3)), {"guard": [np.int32(4)]})
 
 
-def test_a_tree_becomes_paths_and_a_tree_again():
+def test_flatten_and_unflatten_are_inverses():
     flat = flatten(TREE)
     assert flat == {"0/mu/a/b": 1, "0/mu/c": 2, "0/count": 3, "1/guard/0": 4}
     again = unflatten(dict(reversed(flat.items())), jax.tree.map(np.zeros_like, TREE))  # by name, not by place
@@ -27,7 +27,7 @@ def test_two_leaves_of_one_path_are_refused():
         flatten({"a": {"b": 1}, "a/b": 2})
 
 
-def test_each_difference_is_a_phrase():
+def test_differences_are_described():
     saved = {"same": np.zeros(2), "shape": np.zeros(2), "dtype": np.zeros(2), "gone": np.zeros(())}
     wanted = {"same": np.ones(2), "shape": np.zeros(3), "dtype": np.zeros(2, np.int8), "new": np.zeros((1, 2))}
     assert differences(saved, wanted, "params") == [

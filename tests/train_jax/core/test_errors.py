@@ -1,4 +1,4 @@
-"""What a message quotes of a user's."""
+"""Values quoted in messages."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from train_jax.core.errors import cut, quoted
 
 
-def test_long_values_are_cut_and_their_length_told():
+def test_long_values_are_shortened_with_their_length():
     assert cut("a" * 80) == "a" * 80 and cut("a" * 8000) == "a" * 80 + "... (8,000 characters)"
     assert quoted("a" * 80) == repr("a" * 80) and quoted("a" * 8000) == f"'{'a' * 80}'... (8,000 characters)"
     assert quoted(bytes(100)).endswith("... (100 bytes)") and quoted([0] * 5) == "[0, 0, 0, 0, 0]"
@@ -15,11 +15,11 @@ def test_long_values_are_cut_and_their_length_told():
 
 
 @pytest.mark.parametrize("text", ["half \ud83d", "line\nbreak", "bell\a"])
-def test_what_no_terminal_prints_is_spelled_out(text):
+def test_unprintable_characters_are_escaped(text):
     assert quoted(text).isprintable() and quoted(text).encode()
 
 
-def test_nested_values_are_cut_too():
+def test_nested_values_are_shortened():
     deep = json.loads("[" * 900 + "]" * 900)
     assert len(quoted(deep)) < 120
     for _ in range(10**5):

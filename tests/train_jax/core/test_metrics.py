@@ -32,5 +32,5 @@ def test_add_refuses_different_names():
         metrics.add(loss, accuracy)
 
 
-def test_nothing_counted_is_nan_and_not_zero():
+def test_the_mean_of_nothing_is_nan():
     assert math.isnan(metrics.means({"accuracy": pair(0.0, 0)})["accuracy"])

@@ -8,15 +8,15 @@ from train_jax.core import param_tree
 
 
 class Stack(nnx.Module):
-    """Twelve layers of one shape in a list."""
+    """Twelve layers of equal shape in a list."""
 
     def __init__(self):
         self.layers = nnx.List([nnx.Param(jnp.float32(number)) for number in range(12)])
         self.last = nnx.Dict(scale=nnx.Param(jnp.float32(-1)))
 
 
-def test_lists_of_more_than_ten_come_back_in_their_order():
-    """Sorted as text, "10" stands before "2", and layers of one shape would change places without an error."""
+def test_lists_of_more_than_ten_keep_their_order():
+    """Sorted as text, "10" precedes "2", and layers of equal shape would be permuted without an error."""
     graph, arrays = param_tree.split(Stack())
     assert arrays["layers/10"] == 10 and arrays["last/scale"] == -1
     for order in (sorted(arrays), sorted(arrays, reverse=True)):

@@ -21,7 +21,7 @@ def test_patterns_match_whole_paths():
         patterns.cover([("vision/norm", 1), ("norm/scale", 2)], ["vision/norm/scale"])
 
 
-def test_cover_gives_each_path_its_rule():
+def test_cover_returns_the_rule_of_each_path():
     rules = [("vision/.*", "a"), ("decoder/.*", "b")]
     assert patterns.cover(rules, PATHS) == dict(zip(PATHS, "bbaa", strict=True))
 
@@ -47,7 +47,7 @@ def test_select_keeps_order_and_scope():
     assert patterns.select(r".*/q_proj/.*", PATHS) == [PATHS[0], PATHS[2]]
 
 
-def test_select_names_what_and_nearest():
+def test_select_suggests_the_nearest_paths():
     with pytest.raises(UserError, match="lora targets: 'vision/norms/scale' matches none .*vision/norm/scale"):
         patterns.select("vision/norms/scale", PATHS, what="lora targets")
 

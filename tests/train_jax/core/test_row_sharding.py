@@ -1,4 +1,4 @@
-"""Rows pinned to devices and weights gathered, read off the programs that JAX compiles."""
+"""Rows pinned to devices and weights gathered, as seen in compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ def loss(graph, arrays, x):
 
 
 def exchanged(compiled) -> set[tuple[str, tuple[int, ...]]]:
-    found = hlo.collectives(hlo.parse(compiled.as_text()))
-    return {(kind, shape) for kind, type_ in found for shape in hlo.shapes(type_)}
+    result = hlo.collectives(hlo.parse(compiled.as_text()))
+    return {(kind, shape) for kind, type_ in result for shape in hlo.shapes(type_)}
 
 
 def test_values_and_gradients_are_those_of_one_device_and_no_activation_is_exchanged(mesh):
@@ -66,14 +66,14 @@ def test_values_and_gradients_are_those_of_one_device_and_no_activation_is_excha
     assert shapes <= {(), *(array.shape for array in arrays.values())}
 
 
-def test_without_a_mesh_nothing_is_changed(mesh):
+def test_without_a_mesh_arrays_are_returned_unchanged(mesh):
     graph, arrays, x = placed(mesh)
     assert row_sharding.row_parts(ROWS) == 1 and row_sharding.pin_rows(x) is x
     jaxpr = jax.make_jaxpr(lambda arrays, x: loss(graph, arrays, x))(arrays, x)
     assert "sharding_constraint" not in str(jaxpr) and "remat" not in str(jaxpr)
 
 
-def test_rows_that_do_not_divide_stay_as_they_are(mesh):
+def test_rows_that_the_mesh_does_not_divide_are_not_pinned(mesh):
     with row_sharding.over(mesh):
         assert row_sharding.row_parts(16) == 8 and row_sharding.row_parts(12) == 1
         pinned = jax.make_jaxpr(row_sharding.pin_rows)
@@ -81,7 +81,7 @@ def test_rows_that_do_not_divide_stay_as_they_are(mesh):
         assert "sharding_constraint" not in str(pinned(jnp.zeros((12, 3))))
 
 
-def test_rows_may_lie_on_another_axis(mesh):
+def test_rows_may_be_on_another_axis(mesh):
     pin = row_sharding.within(mesh, lambda tree: row_sharding.pin_rows(tree, (0, 1)))
     x = jax.device_put(np.zeros((16, 8)), NamedSharding(mesh, P()))
     first, (second, nothing) = jax.jit(pin)((x, (x, None)))
@@ -93,14 +93,14 @@ def test_gathered_weights_stay_split_over_other_axes():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     graph, arrays, _ = placed(mesh)
     gather = lambda arrays: param_tree.flatten(row_sharding.gather(param_tree.merge(graph, arrays)))  # noqa: E731
-    found = jax.jit(row_sharding.within(mesh, gather))(arrays)
-    assert found["hidden/kernel"].sharding.spec == P(None, "tensor")
-    assert found["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)
-    np.testing.assert_array_equal(found["hidden/kernel"], arrays["hidden/kernel"])
+    result = jax.jit(row_sharding.within(mesh, gather))(arrays)
+    assert result["hidden/kernel"].sharding.spec == P(None, "tensor")
+    assert result["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)
+    np.testing.assert_array_equal(result["hidden/kernel"], arrays["hidden/kernel"])
 
 
 def test_a_function_by_rows(mesh):
-    """Its rows come back in order, and its sums are over all of them."""
+    """Rows keep their order, and sums are over all rows."""
 
     def function(x, scale):
         return scale * x, {"total": (scale * x).sum()}

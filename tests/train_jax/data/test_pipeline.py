@@ -13,7 +13,7 @@ N = 23  # no multiple of any batch below
 
 
 class Numbers(DataSource):
-    """Example i holds i and a row of i's."""
+    """Example i has the number i and an array filled with i."""
 
     def __init__(self, size=N):
         self.size = size
@@ -38,7 +38,7 @@ def reference():
     return ids(pipeline().iterate()).reshape(12, 8)
 
 
-def test_each_epoch_holds_every_example_once_in_another_order():
+def test_each_epoch_is_a_new_permutation():
     stream = ids(Pipeline(Numbers(), batch_size=N, num_steps=4, seed=1).iterate()).reshape(4, N)
     for epoch in stream:
         assert sorted(epoch) == list(range(N))
@@ -52,14 +52,14 @@ def test_epochs_are_shuffled_across_batches():
     assert sorted(stream[N : 2 * N]) == list(range(N))
 
 
-def test_seed_decides_the_order():
+def test_the_order_depends_on_the_seed():
     assert (ids(pipeline(seed=5).iterate()) == ids(pipeline(seed=5).iterate())).all()
-    # No epoch of a seed is an epoch of the next one, as it would be with order(seed + epoch).
+    # No epoch of a seed equals an epoch of the next seed, as it would with order(seed + epoch).
     orders = [ids(Pipeline(Numbers(), N, num_steps=3, seed=seed).iterate()).reshape(3, N) for seed in (5, 6)]
     assert all((one != other).any() for one in orders[0] for other in orders[1])
 
 
-def test_unshuffled_reads_in_order_again_and_again():
+def test_without_shuffle_the_order_repeats():
     stream = ids(pipeline(shuffle=False).iterate()).ravel()
     assert (stream == np.arange(12 * 8) % N).all()
 
@@ -95,7 +95,7 @@ def test_order_does_not_depend_on_workers():
 
 
 class Marked(Numbers):
-    """Every fifth row is bad; a copy in a worker process counts in vain."""
+    """Every fifth row is bad; counts of a copy in a worker process are lost."""
 
     def __init__(self, size=N):
         super().__init__(size)
@@ -111,8 +111,8 @@ class Marked(Numbers):
 @pytest.mark.parametrize(
     "options", [{}, {"micro_batch": 4, "threads": 0}, pytest.param({"workers": 2}, marks=pytest.mark.slow)]
 )
-def test_rows_are_counted_as_their_batches_are_handed_out(options):
-    """Those and no others, whatever is read ahead and by whom."""
+def test_rows_are_counted_when_their_batch_is_used(options):
+    """Prefetched rows do not count, in any process."""
     source = Marked()
     batches = Pipeline(source, **dict(batch_size=8, num_steps=12, seed=5, threads=2) | options).iterate(start_step=3)
     try:
@@ -124,21 +124,21 @@ def test_rows_are_counted_as_their_batches_are_handed_out(options):
         batches.close()
 
 
-def test_a_batch_that_is_only_looked_at_is_not_counted():
+def test_batch_at_does_not_count_rows():
     source = Marked()
     assert Pipeline(source, 8, num_steps=2).batch_at(1).keys() == {"id", "row"} and not source.counted
 
 
 class Handlers(Numbers):
-    """Tells how the process that reads takes Ctrl-C."""
+    """Examples have the reading process's handler of Ctrl-C."""
 
     def __getitem__(self, index):
         return {"ignores": np.bool_(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)}
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_workers_at_work():
-    """A terminal sends it to them too, and the run still needs what they read."""
+def test_workers_ignore_ctrl_c():
+    """A terminal sends Ctrl-C to workers too, and the run still needs their rows."""
     batches = Pipeline(Handlers(), 4, num_steps=1, workers=1).iterate()
     try:
         assert next(batches)["ignores"].all()
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_workers_at_work():
         batches.close()
 
 
-def test_a_source_that_cannot_be_sent_to_workers_is_refused():
+def test_a_source_that_cannot_be_pickled_is_refused():
     source = Numbers()
     source.lock = threading.Lock()
     with pytest.raises(UserError) as error:
@@ -179,11 +179,11 @@ def test_seek_reads_only_what_it_returns():
     assert read == batch["id"].ravel().tolist()
 
 
-def test_resuming_at_the_end_yields_nothing():
+def test_resuming_after_the_last_step_yields_no_batches():
     assert list(pipeline().iterate(12)) == []
 
 
-def test_reading_ahead_is_bounded():
+def test_prefetching_is_bounded():
     read, lock = [], threading.Lock()
 
     class Counting(Numbers):
@@ -195,7 +195,7 @@ def test_reading_ahead_is_bounded():
     batches = Pipeline(Counting(), 8, num_steps=1000, threads=2).iterate()
     next(batches)
     batches.close()
-    assert len(read) <= (1 + 3) * 8  # the batch itself, and threads + 1 ahead
+    assert len(read) <= (1 + 3) * 8  # the batch itself, and threads + 1 more
 
 
 def test_wait_is_measured():
@@ -215,7 +215,7 @@ def test_wait_is_measured():
     assert batches.wait_seconds < slow
 
 
-def test_fingerprint_follows_the_stream_alone():
+def test_the_fingerprint_depends_on_the_stream_only():
     base = pipeline().fingerprint
     assert pipeline(micro_batch=2, threads=0, process_count=2, num_steps=99).fingerprint == base
     for change in ({"seed": 6}, {"batch_size": 4}, {"shuffle": False}):
@@ -223,13 +223,13 @@ def test_fingerprint_follows_the_stream_alone():
     assert Pipeline(Numbers(N + 1), 8, num_steps=12, seed=5).fingerprint != base
 
 
-def test_fingerprint_holds_the_source_s():
+def test_the_fingerprint_includes_that_of_the_source():
     source = Numbers()
     source.fingerprint = "v1"
     assert Pipeline(source, 8, num_steps=1).fingerprint["source"] == "v1"
 
 
-def test_errors_of_the_source_reach_the_reader():
+def test_errors_of_the_source_are_raised():
     class Broken(Numbers):
         def __getitem__(self, index):
             raise UserError("row 3 of x.jsonl is bad")
@@ -248,7 +248,7 @@ def test_ragged_examples_are_named():
 
 
 class Grouped(Numbers):
-    """Tells of every row the numbers that it was read with."""
+    """Examples have the arguments with which they were read."""
 
     def __init__(self, group):
         super().__init__()
@@ -266,8 +266,8 @@ class Grouped(Numbers):
 
 
 @pytest.mark.parametrize(("group", "read"), [(1, 2), (2, 4), (4, 8), (None, 8)])
-def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
-    """Two micro-batches of four over four processes: a row of each for every process."""
+def test_rows_of_a_group_are_read_together(group, read):
+    """Two micro-batches of four rows over four processes: each process has one row of each."""
     source = Grouped(group)
     whole = Pipeline(source, 8, num_steps=4, seed=5).batch_at(3)
     assert source.read == [8] and (whole["row"] == np.arange(8)).all() and (whole["id"][0] == reference()[3]).all()
@@ -278,12 +278,12 @@ def test_rows_of_a_group_come_together_whoever_reads_them(group, read):
         assert (pipeline.rows_at(3) == parts[-1]["id"]).all()
     assert source.read[1:] == [read] * 4
     for name, values in whole.items():
-        found = np.concatenate([part[name] for part in parts], axis=1).reshape(values.shape)
-        np.testing.assert_array_equal(found, values)
+        result = np.concatenate([part[name] for part in parts], axis=1).reshape(values.shape)
+        np.testing.assert_array_equal(result, values)
 
 
-def test_groups_that_do_not_fill_a_batch_are_refused():
-    with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, which the training data"):
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match="batch_size=8 does not divide into groups of 3 rows, in which the training"):
         Pipeline(Grouped(3), 8, num_steps=1)
 
 
@@ -297,7 +297,7 @@ def test_impossible_batches_are_refused():
 
 
 class Together(Numbers):
-    """All examples of a step at once, in the order of their numbers."""
+    """Reads all examples of a step at once, in the order of their indices."""
 
     def get_batch(self, indices, step, rows):
         return {"id": np.sort(indices), "step": np.full(len(indices), step)}

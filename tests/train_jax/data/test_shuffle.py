@@ -1,4 +1,4 @@
-"""The order of examples against grain's, which computes it one place at a time."""
+"""The order of examples against grain's, which computes one index at a time."""
 
 import grain
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from train_jax.data.shuffle import Order
 
-# Around powers of two, where a block gets two bits more, and 1, which has nothing to shuffle.
+# Sizes near powers of two, where a block has two more bits, and 1.
 SIZES = (1, 2, 3, 23, 256, 65_535, 65_536, 65_538, 200_000, 2**17 + 1, 2**31, 3 * 10**9)
 
 
@@ -15,8 +15,8 @@ SIZES = (1, 2, 3, 23, 256, 65_535, 65_536, 65_538, 200_000, 2**17 + 1, 2**31, 3 
 def test_the_order_is_that_of_grain(size, seed):
     reference = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     places = np.r_[np.arange(40), size - 1, size, size + 1, 3 * size + np.arange(20)]
-    found = Order(size, seed).at(places)
-    assert found.dtype == np.int64 and found.tolist() == [int(reference[int(place)]) for place in places]
+    result = Order(size, seed).at(places)
+    assert result.dtype == np.int64 and result.tolist() == [int(reference[int(place)]) for place in places]
 
 
 @pytest.mark.parametrize("size", [1, 300, 65_537])

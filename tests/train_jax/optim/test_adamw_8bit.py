@@ -33,7 +33,7 @@ UNSIGNED_ZERO, LOWEST = 0, 1
 
 
 def adamw():
-    """Golden hyper-parameters; the whole of AdamW."""
+    """Returns AdamW with the golden hyper-parameters."""
     return optax.chain(
         scale_by_adam_8bit(B1, B2, EPS), optax.add_decayed_weights(DECAY), optax.scale_by_learning_rate(RATE)
     )
@@ -54,7 +54,7 @@ def there_and_back(values, signed):
 
 
 def golden_state(steps):
-    """State of the chain after some of bitsandbytes' steps, as stored there."""
+    """Returns the chain's state after some steps of bitsandbytes, from the golden."""
     initial = ADAMW.init(GOLDEN["adamw8/p0"])
     if not steps:
         return initial
@@ -93,7 +93,7 @@ def test_each_step_of_bitsandbytes_from_its_stored_state(step):
     assert np.mean((adam.nu.codes != expected[1]) & ~raised) <= 1e-3
 
 
-def test_small_leaves_have_float32_moments_and_equal_bitsandbytes():
+def test_small_leaves_have_float32_moments_as_in_bitsandbytes():
     params = jnp.asarray(GOLDEN["adamw8/small_p0"])
     state = ADAMW.init(params)
     for gradient, expected in zip(GOLDEN["adamw8/small_grads"], GOLDEN["adamw8/after/small_p"], strict=True):
@@ -107,8 +107,8 @@ def test_small_leaves_have_float32_moments_and_equal_bitsandbytes():
     assert isinstance(scale_by_adam_8bit(min_8bit_size=256).init(jnp.zeros((16, 16))).nu, Quantized)
 
 
-def test_no_step_explodes_where_a_second_moment_is_tiny_beside_its_neighbours():
-    """bitsandbytes' own run of the golden is 0.15 away from float32 AdamW by its fifth step, at a rate of 0.01."""
+def test_a_tiny_second_moment_in_a_block_does_not_explode():
+    """The golden run of bitsandbytes differs from float32 AdamW by 0.15 at its fifth step, at a rate of 0.01."""
     params, state = jnp.asarray(GOLDEN["adamw8/p0"]), golden_state(0)
     theirs, ours = [], []
     for step in range(STEPS):
@@ -126,7 +126,7 @@ def test_a_second_moment_above_zero_is_never_stored_as_zero():
     assert codes[2] == codes[3] == LOWEST and codes[4] == UNSIGNED_ZERO
     restored = there_and_back(values, False)
     assert restored[4] == 0 and (restored[:4] > 0).all()
-    assert there_and_back(values, True)[3] == 0  # a first moment may vanish: a shorter step
+    assert there_and_back(values, True)[3] == 0  # a first moment may become 0, which shortens the step
 
 
 @pytest.mark.parametrize("shape", [(), (300,), (3, 4, 512), (72, 5)])
@@ -138,14 +138,14 @@ def test_rounding_is_to_the_nearest_level_of_the_block(shape, signed):
     restored = np.asarray(there_and_back(jnp.asarray(values), signed)).reshape(-1)
     flat = values.reshape(-1)
     for start in range(0, flat.size, 256):
-        block, found = flat[start : start + 256], restored[start : start + 256]
+        block, result = flat[start : start + 256], restored[start : start + 256]
         absmax = np.abs(block).max()
         best = np.abs(block[:, None] - levels * absmax).min(axis=1)
-        lowest = 0 if signed else levels[1] * absmax  # what an almost 0 may be raised by
-        assert (np.abs(block - found) <= np.maximum(best * (1 + 1e-4), lowest) + 1e-6 * absmax).all()
+        lowest = 0 if signed else levels[1] * absmax  # largest increase of a value near 0
+        assert (np.abs(block - result) <= np.maximum(best * (1 + 1e-4), lowest) + 1e-6 * absmax).all()
 
 
-def test_a_block_of_zeros_stays_zeros():
+def test_a_block_of_zeros_stays_zero():
     values = jnp.zeros(512).at[300].set(2.0)
     for signed in (True, False):
         np.testing.assert_array_equal(there_and_back(values, signed), values)
@@ -155,9 +155,9 @@ def test_the_state_starts_as_rounded_zeros():
     for shape in ((64, 80), (3, 2, 1024)):
         state = scale_by_adam_8bit().init(jnp.ones(shape, jnp.bfloat16))
         for moment, signed in ((state.mu, True), (state.nu, False)):
-            for found, expected in zip(moment, quantize(jnp.zeros(shape), signed), strict=True):
-                assert found.dtype == expected.dtype
-                np.testing.assert_array_equal(found, expected)
+            for result, expected in zip(moment, quantize(jnp.zeros(shape), signed), strict=True):
+                assert result.dtype == expected.dtype
+                np.testing.assert_array_equal(result, expected)
 
 
 def test_state_is_two_bytes_a_parameter_and_two_scales_a_block():
@@ -165,20 +165,20 @@ def test_state_is_two_bytes_a_parameter_and_two_scales_a_block():
     state = jax.eval_shape(scale_by_adam_8bit().init, params)
     large, odd = 3 * 256 * 512, 4304 * 3
     scales = 4 * (large // 256 + -(-odd // 256))
-    found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.mu, state.nu)))
-    assert found == 2 * (large + odd + scales + 4 * 100)
-    assert found / (large + odd) < 2.04
+    result = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.mu, state.nu)))
+    assert result == 2 * (large + odd + scales + 4 * 100)
+    assert result / (large + odd) < 2.04
 
 
 def regression(seed, rows=512, features=64, outputs=80):
-    """Least squares with features of very different sizes."""
+    """Least squares with features of very different scales."""
     keys = jax.random.split(jax.random.key(seed), 3)
     x = jax.random.normal(keys[0], (rows, features)) * jnp.logspace(-2, 0, features)[None]
     y = x @ jax.random.normal(keys[1], (features, outputs))
     return x, y + 0.01 * jax.random.normal(keys[2], y.shape)
 
 
-def test_converges_as_float32_adamw_does():
+def test_converges_like_float32_adamw():
     x, y = regression(0)
 
     def loss(kernel):
@@ -195,23 +195,23 @@ def test_converges_as_float32_adamw_does():
         start = jnp.zeros((x.shape[1], y.shape[1]))
         return jax.jit(lambda k: jax.lax.scan(step, (k, optimizer.init(k)), None, length=300)[1])(start)
 
-    reference, found = losses(optax.scale_by_adam(0.9, 0.99)), losses(scale_by_adam_8bit(0.9, 0.99))
+    reference, result = losses(optax.scale_by_adam(0.9, 0.99)), losses(scale_by_adam_8bit(0.9, 0.99))
     assert reference[-1] < 1e-3 * reference[0]
-    assert found[-1] < 1.2 * reference[-1]
-    np.testing.assert_allclose(found[::10], reference[::10], rtol=0.25)
+    assert result[-1] < 1.2 * reference[-1]
+    np.testing.assert_allclose(result[::10], reference[::10], rtol=0.25)
 
 
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [((64, 80), ("fsdp", "tensor")), ((8, 1024), (None, "fsdp")), ((2, 8, 512), (None, "fsdp", "tensor"))],
 )
-def test_codes_lie_on_a_mesh_as_their_parameter_and_do_not_depend_on_it(shape, spec):
+def test_codes_are_sharded_like_their_parameter(shape, spec):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     gradients = jax.random.normal(jax.random.key(0), (3, *shape))
     optimizer = scale_by_adam_8bit()
 
     def run(spec):
-        """Compiled as the loop does it: what has the parameter's shape lies as it does, the rest is replicated."""
+        """Compiles as the loop does: leaves of the parameter's shape are sharded like it, others replicated."""
         place, whole = NamedSharding(mesh, PartitionSpec(*spec)), NamedSharding(mesh, PartitionSpec())
         initial = jax.jit(optimizer.init)(jnp.zeros(shape))
         places = jax.tree.map(lambda leaf: place if leaf.shape == shape else whole, initial)
@@ -224,17 +224,17 @@ def test_codes_lie_on_a_mesh_as_their_parameter_and_do_not_depend_on_it(shape, s
 
     (direction, state, program), (expected_direction, expected, _) = run(spec), run(())
     np.testing.assert_allclose(direction, expected_direction, rtol=1e-5, atol=1e-6)
-    for found, wanted in ((state.mu, expected.mu), (state.nu, expected.nu)):
-        assert np.mean(np.asarray(found.codes) != np.asarray(wanted.codes)) <= 1e-3
+    for result, wanted in ((state.mu, expected.mu), (state.nu, expected.nu)):
+        assert np.mean(np.asarray(result.codes) != np.asarray(wanted.codes)) <= 1e-3
         shards = math.prod(mesh.shape[axis] for axis in spec if axis)
-        assert found.codes.addressable_shards[0].data.size * shards == found.codes.size
-    if shape[-1] % 256 == 0:  # rows hold whole blocks: only the scales, one a block, leave their devices
+        assert result.codes.addressable_shards[0].data.size * shards == result.codes.size
+    if shape[-1] % 256 == 0:  # rows hold whole blocks, so only scales leave their devices
         gathered = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", program)
         assert all(math.prod(map(int, dims.split(","))) <= math.prod(shape) // 256 for dims in gathered)
         assert "all-to-all" not in program and "collective-permute" not in program
 
 
-def test_a_stack_of_layers_steps_as_its_layers_do_and_needs_their_memory_one_at_a_time():
+def test_a_stack_is_updated_one_layer_at_a_time():
     optimizer, shape = scale_by_adam_8bit(), (16, 64, 1024)
     update = jax.jit(lambda gradient, state: optimizer.update(gradient, state), donate_argnums=1)
     gradients = jax.random.normal(jax.random.key(0), (2, *shape))
@@ -246,12 +246,12 @@ def test_a_stack_of_layers_steps_as_its_layers_do_and_needs_their_memory_one_at_
     np.testing.assert_allclose(direction.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
     assert np.mean(stacked.mu.codes.reshape(expected.shape) != flat.mu.codes) <= 1e-3
     assert np.mean(stacked.nu.codes.reshape(expected.shape) != flat.nu.codes) <= 1e-3
-    # The moments alone, whole and in float32, would take 8 bytes a parameter.
+    # All moments in float32 would take 8 bytes for each parameter.
     assert compiled.memory_analysis().temp_size_in_bytes < 6.5 * math.prod(shape)
 
 
 def train(micro_batches, x, y, steps=3):
-    """States of the runtime's own step on a regression, jitted with the state donated."""
+    """Returns states of the runtime's step on a regression, jitted with a donated state."""
     optimizer = ADAMW
 
     def loss(params, batch, keys):
@@ -271,7 +271,7 @@ def train(micro_batches, x, y, steps=3):
     return state, lambda state, batch: step(state, totals, {}, batch)[0], batch
 
 
-def test_accumulated_gradients_give_the_same_steps():
+def test_accumulated_gradients_give_equal_steps():
     x, y = regression(0)
     whole, parts = (train(micro_batches, x, y)[0] for micro_batches in (1, 4))
     np.testing.assert_allclose(parts.params["kernel"], whole.params["kernel"], atol=1e-4)
@@ -280,7 +280,7 @@ def test_accumulated_gradients_give_the_same_steps():
     assert np.mean(codes != expected) < 0.01
 
 
-def test_a_masked_step_leaves_codes_and_scales_as_they_are():
+def test_a_masked_step_does_not_change_codes_and_scales():
     state, step, batch = train(1, *regression(0))
     before = jax.tree.map(np.asarray, (state.params, state.opt_state))
     after = step(state, batch | {"x": batch["x"].at[0, 0, 0].set(jnp.nan)})
@@ -291,7 +291,7 @@ def test_a_masked_step_leaves_codes_and_scales_as_they_are():
     assert np.mean(np.asarray(again.opt_state[0].mu["kernel"].codes) != before[1][0].mu["kernel"].codes) > 0.1
 
 
-def test_checkpoints_give_the_state_back_bit_for_bit(tmp_path):
+def test_checkpoints_restore_the_state_exactly(tmp_path):
     state = train(1, *regression(0))[0]
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state.params, state.opt_state, {"step": 3})

@@ -69,7 +69,7 @@ def test_adamw_equals_its_algorithm(decay):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor"])
-def test_weight_decay_is_the_rate_times_the_parameter_whatever_the_gradient(name):
+def test_weight_decay_is_rate_times_parameter(name):
     for scale in (1.0, 1000.0):
         gradient = jax.tree.map(lambda leaf, scale=scale: scale * leaf, GRADS[0])
         plain, _ = train(config(name=name), [gradient])
@@ -79,7 +79,7 @@ def test_weight_decay_is_the_rate_times_the_parameter_whatever_the_gradient(name
             np.testing.assert_array_equal(decayed[path], plain[path])
 
 
-def test_default_decay_reaches_kernels_embeddings_and_adapters_alone():
+def test_default_decay_mask():
     decayed = [
         "decoder/embedder/embedding",
         "decoder/layers/mlp/gate_proj/kernel",
@@ -103,7 +103,7 @@ def test_rates_first_match_wins_and_the_rest_keeps_the_schedule():
         np.testing.assert_allclose(params[path], PARAMS[path] - 0.1 * factor * GRADS[0][path], rtol=1e-6)
 
 
-def test_a_tower_may_warm_up_more_slowly():
+def test_rates_may_have_their_own_warmup():
     cfg = config(name="sgd", rates=(("vision/.*", 0.5, 4),))
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     for steps in range(1, 7):
@@ -113,7 +113,7 @@ def test_a_tower_may_warm_up_more_slowly():
         assert moved[BIAS] == pytest.approx(0.1 * 0.5 * sum(min(t / 4, 1) for t in range(steps)), abs=1e-6)
 
 
-def test_clipping_is_one_norm_over_all_gradients_before_the_moments():
+def test_clipping_uses_the_global_norm_before_the_moments():
     norm = math.sqrt(0.3**2 + 0.1**2 + 2.0**2 + 1.0)
     clipped, _ = train(config(name="sgd", grad_clip_norm=0.5), GRADS[:1])
     moved = jax.tree.map(lambda old, new: old - new, PARAMS, clipped)
@@ -139,7 +139,7 @@ def test_momentum_of_sgd():
     np.testing.assert_allclose(params[BIAS], expected, rtol=1e-6)
 
 
-def test_lion_moves_by_the_sign():
+def test_lion_updates_by_the_sign():
     params, _ = train(config(name="lion"), GRADS[:1])
     np.testing.assert_allclose(params[KERNEL], PARAMS[KERNEL] - 0.1 * np.array([[1.0, -1.0]]), rtol=1e-6)
 
@@ -155,7 +155,7 @@ def test_lion_moves_by_the_sign():
     ],
     ids=["adafactor", "adafactor-momentum", "lion", "sgd", "adamw"],
 )
-def test_equals_the_optimizer_of_that_name_in_optax(changes, reference):
+def test_equals_the_optax_optimizer(changes, reference):
     path = "decoder/kernel"
     params = expected = {path: jax.random.normal(jax.random.key(0), (128, 256))}
     gradients = [{path: jax.random.normal(jax.random.key(i), (128, 256))} for i in (1, 2)]
@@ -174,10 +174,10 @@ def test_adamw_8bit_keeps_large_moments_in_8_bits_and_follows_adamw():
     gradients = [jax.tree.map(lambda leaf, i=i: jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape), params)
                  for i in range(3)]  # fmt: skip
     changes = dict(weight_decay=0.1, rates=((".*/bias", 0.5),))
-    found, state = train(config(name="adamw_8bit", **changes), gradients, params)
+    result, state = train(config(name="adamw_8bit", **changes), gradients, params)
     expected, _ = train(config(name="adamw", **changes), gradients, params)
-    np.testing.assert_allclose(found["decoder/bias"], expected["decoder/bias"], rtol=1e-5)
-    assert 0 < jnp.abs(found["decoder/kernel"] - expected["decoder/kernel"]).max() < 0.2 * 0.1
+    np.testing.assert_allclose(result["decoder/bias"], expected["decoder/bias"], rtol=1e-5)
+    assert 0 < jnp.abs(result["decoder/kernel"] - expected["decoder/kernel"]).max() < 0.2 * 0.1
 
     def codes(state):
         return sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8)
@@ -211,7 +211,7 @@ def test_schedule_values_at_knots(kind, changes, knots):
         assert float(schedule(step)) == pytest.approx(4.0 * value, abs=1e-6), step
 
 
-def test_a_warm_up_at_a_constant_rate():
+def test_a_constant_warmup():
     schedule = make_schedule(config(schedule="cosine", learning_rate=4.0, warmup_constant=0.5), 110, 10)
     for step, value in {0: 0.5, 9: 0.5, 10: 4.0, 60: 2.0, 110: 0.0}.items():
         assert float(schedule(step)) == pytest.approx(value, abs=1e-6), step
@@ -220,7 +220,7 @@ def test_a_warm_up_at_a_constant_rate():
         make_schedule(config(warmup_constant=-1.0), 110, 10)
 
 
-def test_own_warmup_replaces_the_shared_one_and_keeps_the_decay():
+def test_an_own_warmup_does_not_change_the_decay():
     schedule = make_schedule(config(schedule="linear", learning_rate=1.0), total_steps=100, warmup_steps=0)
     assert float(schedule(0)) == 1.0
     assert float(schedule(10, warmup_steps=40)) == pytest.approx(0.9 * 10 / 40)
@@ -240,7 +240,7 @@ def test_own_warmup_replaces_the_shared_one_and_keeps_the_decay():
         ({"grad_clip_norm": 0.0}, "grad_clip_norm is 0.0"),
     ],
 )
-def test_mistakes_in_the_optimizer_are_sentences(changes, sentence):
+def test_optimizer_errors(changes, sentence):
     cfg = config(**changes)
     with pytest.raises(UserError, match=sentence):
         make_optimizer(cfg, make_schedule(cfg, 10, 0), PARAMS)
@@ -260,6 +260,6 @@ def test_mistakes_in_the_optimizer_are_sentences(changes, sentence):
         ({}, (10, 11), "takes 11 steps, expected 0 to the run's 10"),
     ],
 )
-def test_mistakes_in_the_schedule_are_sentences(changes, steps, sentence):
+def test_schedule_errors(changes, steps, sentence):
     with pytest.raises(UserError, match=sentence):
         make_schedule(config(**changes), *steps)

@@ -1,4 +1,4 @@
-"""Two processes of this machine as one run."""
+"""A run of two processes on this machine."""
 
 import signal
 
@@ -13,7 +13,7 @@ from train_jax.parallel import distributed
 
 RUN = {"total_steps": 6, "eval_steps": 3, "checkpoint_steps": 3, "micro_batch": 4, "model.width": 16}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
-SECONDS = 600  # half a minute where nothing else runs
+SECONDS = 600  # it takes half a minute on an idle machine
 
 
 def test_no_cluster(monkeypatch):
@@ -34,7 +34,7 @@ def test_arguments_reach_jax(monkeypatch):
 
 
 def run_both(workdir, changes: dict) -> list[tuple[int, str]]:
-    """`train.py` in two processes of two devices each: status and output of both."""
+    """Runs `train.py` in two processes of two devices each; returns status and output of both."""
     with coordinator() as address:
         place = ["--num_processes=2", f"--coordinator={address}", "--progress=plain"]
         commands = [command(workdir, RUN | MESH | changes, *place, f"--process_id={i}") for i in range(2)]
@@ -44,11 +44,11 @@ def run_both(workdir, changes: dict) -> list[tuple[int, str]]:
 @pytest.mark.timeout(2 * SECONDS + 600)
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_runs")
-def test_two_processes_train_save_and_restore_as_one(tmp_path):
+def test_two_processes_train_save_and_restore_one_run(tmp_path):
     for run in ({"total_steps": 3}, {}):  # trained, then restored and trained on
         results = run_both(tmp_path / "two", run)
         assert [status for status, _ in results] == [0, 0], "\n".join(output for _, output in results)
-    assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]  # one of them reports
+    assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]  # only one reports
     assert steps_kept(tmp_path / "two") == [6]
     one = {key.replace(".", "__"): value for key, value in RUN.items()}
     loop.fit(toy_config(**one, mesh__data=1), tmp_path / "one", "none")
@@ -60,7 +60,7 @@ def test_two_processes_train_save_and_restore_as_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_runs")
 def test_a_signal_to_one_process_stops_both(tmp_path):
-    """They agree at a log step, so that neither waits for the other."""
+    """They agree at a log step, so that neither waits for the other forever."""
     changes = {"total_steps": 40, "eval_steps": 40, "log_steps": 2, "data.signal_step": 9}
     results = run_both(tmp_path / "two", changes)
     assert [status for status, _ in results] == [128 + signal.SIGTERM] * 2

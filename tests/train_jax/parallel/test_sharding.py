@@ -73,7 +73,7 @@ def test_rules_split_dimensions():
     }
 
 
-def test_sharded_parameter_takes_its_part_of_the_bytes():
+def test_device_bytes_of_a_sharded_parameter():
     mesh = sharding.make_mesh(sizes(1, 8, 1))
     chosen, _ = sharding.shardings(mesh, [(".*", ("fsdp", None))], {"w": np.zeros((16, 4), np.float32)})
     array = jax.device_put(np.arange(64, dtype=np.float32).reshape(16, 4), chosen["w"])
@@ -82,7 +82,7 @@ def test_sharded_parameter_takes_its_part_of_the_bytes():
     assert [shard.data.nbytes for shard in whole.addressable_shards] == [16 * 4 * 4] * 8
 
 
-def test_indivisible_dimension_stays_whole_and_is_noted():
+def test_an_indivisible_dimension_is_not_split_and_is_noted():
     mesh = sharding.make_mesh(sizes(2, 1, 4))
     rules = [(".*/kernel", (None, None, "tensor")), (".*/bias", ("tensor",)), (".*", ())]
     chosen, notes = sharding.shardings(mesh, rules, TREE)
@@ -104,7 +104,7 @@ def test_impossible_rules_are_refused(rules, sentence):
         sharding.shardings(sharding.make_mesh(sizes()), rules, TREE)
 
 
-def test_local_rows_part_the_batch():
+def test_local_rows_partition_the_batch():
     parts = [sharding.local_rows(p, 4, 12) for p in range(4)]
     assert np.concatenate([np.arange(12)[part] for part in parts]).tolist() == list(range(12))
     with pytest.raises(UserError, match="a batch of 10 does not divide over 4 processes"):

@@ -25,7 +25,7 @@ def stack(w, x, remat=False):
     return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, w)[0].sum()
 
 
-def test_a_stack_counts_every_layer_forwards_and_backwards():
+def test_a_scan_counts_every_layer_forward_and_backward():
     assert flops(stack, W, X) == 6 * LAYER
     assert flops(jax.grad(stack), W, X) == 3 * 6 * LAYER  # the layer, and the gradients of its two factors
 
@@ -49,14 +49,14 @@ def test_convolutions(groups):
     assert flops(patches, image, kernel) == 2 * (2 * 6 * 4 * 4) * (4 // groups * 2 * 2)
 
 
-def test_padding_counts_nothing():
-    """A kernel of 3 on 5 pixels padded to 7: 13 of its 15 positions lie on the image; so in each direction."""
+def test_padding_does_not_count():
+    """A kernel of 3 on 5 pixels padded to 7: in each direction, 13 of its 15 positions are in the image."""
     image, kernel = jax.ShapeDtypeStruct((2, 4, 5, 5), jnp.float32), jax.ShapeDtypeStruct((6, 4, 3, 3), jnp.float32)
     same = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME")  # noqa: E731
     assert flops(same, image, kernel) == 2 * 2 * 6 * 4 * 13 * 13
 
 
-def test_of_branches_the_largest_and_of_unknown_loops_one_pass():
+def test_branches_count_the_largest_and_unknown_loops_once():
     assert flops(lambda x: jax.lax.cond(x.sum() > 0, lambda x: x @ x.T, lambda x: (x @ x.T) @ x @ x.T, x), X) == (
         2 * 32 * 32 * 64 * 3
     )
@@ -65,16 +65,16 @@ def test_of_branches_the_largest_and_of_unknown_loops_one_pass():
 
 
 @pytest.mark.parametrize("spec, share", [(P("data"), 8), (P(), 1)])
-def test_a_device_counts_its_own_share(spec, share):
-    """Rows over 8 devices take an eighth each; where every device computes everything, all of it."""
+def test_a_device_counts_its_own_rows(spec, share):
+    """With rows over 8 devices each has an eighth; if every device computes everything, each has all."""
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
     x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh, spec))
     w = jax.ShapeDtypeStruct((64, 64), X.dtype, sharding=NamedSharding(mesh, P()))
     assert flops(lambda x, w: x @ w, x, w) == LAYER // share
 
 
-def test_products_of_a_library_and_of_a_tpu():
-    """As a GPU's and a TPU's compiler write them."""
+def test_products_in_gpu_and_tpu_programs():
+    """In the text of the GPU's and the TPU's compiler."""
     text = """\
 ENTRY %main (a: bf16[32,64], b: bf16[64,128]) -> f32[32,128] {
   %a = bf16[32,64]{1,0} parameter(0)

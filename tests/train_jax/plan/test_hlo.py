@@ -1,4 +1,4 @@
-"""Reading compiled programs: collectives with their loops, and the CPU's float32 copies."""
+"""Parsing compiled programs: collectives in loops, and the CPU's float32 copies."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ COLLECTIVES = {
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
-def test_what_the_compiler_writes_is_read(kind):
+def test_collectives_of_the_compiler_are_parsed(kind):
     function, spec_in, spec_out, size = COLLECTIVES[kind]
     assert hlo.collective_bytes(compiled(function, spec_in, spec_out, (16, 3))) == {kind: size}
 
@@ -90,7 +90,7 @@ def test_a_collective_in_a_scan_counts_with_its_length():
     assert hlo.collective_bytes(compiled(scanned, P("data"), P(), (16, 3))) == {"all-reduce": 5 * 4 * 2 * 3}
 
 
-# What jax 0.10's CPU compiler wrote for a scan over six stacked bfloat16 layers, shortened; jax 0.12's makes no copies.
+# Text of jax 0.10's CPU compiler for a scan over six stacked bfloat16 layers, shortened; jax 0.12 makes no copies.
 COPIED = """
 %convert_up (param_0: bf16[6,64,128]) -> f32[6,64,128] {
   ROOT %convert.1 = f32[6,64,128]{2,1,0} convert(%param_0)
@@ -115,12 +115,12 @@ ENTRY %main.6 (up.1: bf16[6,64,128], down.1: bf16[6,128,64], x.1: bf16[32,64]) -
 
 
 def test_copies_of_stacked_weights_are_found():
-    """Whole copies before the loop, fused or not, count; what is converted inside a fusion has no buffer of its own."""
+    """Copies before the loop count, fused or not; conversions inside a fusion have no buffer."""
     activation, layers = 4 * 32 * 64, 4 * 6 * 128 * 64
     assert hlo.float32_copies(hlo.parse(COPIED)) == 2 * layers + activation
 
 
 @pytest.mark.parametrize("unchanged", ["f32[6,64,128]{2,1,0} parameter", "s8[6,64,128]{2,1,0} parameter"])
-def test_a_copy_of_an_argument_that_is_not_half_precision_is_none(unchanged):
+def test_copies_of_other_arguments_do_not_count(unchanged):
     text = COPIED.replace("bf16[6,64,128]{2,1,0} parameter", unchanged).replace("x.1 = bf16", "x.1 = f32")
     assert hlo.float32_copies(hlo.parse(text)) == 4 * 6 * 128 * 64

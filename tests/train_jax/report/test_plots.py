@@ -19,7 +19,7 @@ def write(folder, records):
     return path
 
 
-def test_curves_hold_every_number_at_its_step(tmp_path):
+def test_curves_have_every_number_at_its_step(tmp_path):
     curves = plots.read_curves(write(tmp_path, RECORDS))
     assert curves["loss"] == ([10, 30], [3.0, 2.0])
     assert curves["learning_rate"] == ([10, 20, 30], [1e-4, 2e-4, 1e-4])
@@ -37,10 +37,10 @@ def test_panels_join_losses_and_scores_and_leave_details_out(tmp_path):
     }
 
 
-def test_the_picture_has_ink_in_every_panel(tmp_path):
+def test_every_panel_has_a_curve(tmp_path):
     plots.plot_curves(write(tmp_path, RECORDS), tmp_path / "curves.png", title="a run")
     pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
-    coloured = (pixels.max(-1) - pixels.min(-1)) > 60  # lines and points; frames and words are grey
+    coloured = (pixels.max(-1) - pixels.min(-1)) > 60  # lines and points; frames and text are grey
     height, width = coloured.shape
     assert width > height > 400
     cells = [coloured[row * height // 3 : (row + 1) * height // 3] for row in range(3)]
@@ -48,6 +48,6 @@ def test_the_picture_has_ink_in_every_panel(tmp_path):
     assert inked == [True] * 5 + [False]  # five panels, the sixth place is empty
 
 
-def test_nothing_logged_draws_nothing(tmp_path):
+def test_without_metrics_no_figure_is_written(tmp_path):
     plots.plot_curves(write(tmp_path, []), tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

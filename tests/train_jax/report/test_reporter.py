@@ -1,8 +1,6 @@
-import glob
 import json
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from train_jax.report.reporter import Reporter
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until told otherwise."""
+    """A clock that only changes when a test sets it."""
 
     class Clock:
         now = 100.0
@@ -34,10 +32,10 @@ def read(workdir):
 
 
 def read_events(workdir):
-    """TensorBoard's record files: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    """Reads TensorBoard's record files: length (8 bytes), its checksum (4), the event, its checksum (4)."""
     events = []
-    for path in sorted(glob.glob(str(workdir / "tensorboard" / "*"))):
-        data = Path(path).read_bytes()
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
             assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
@@ -64,7 +62,7 @@ def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     for step in (10, 20, 30):
         first.write(step, {"loss": float(step)})
     first.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')  # cut off by a kill
 
     resumed = Reporter(tmp_path, 40, start_step=20, progress="none")
@@ -74,13 +72,13 @@ def test_resuming_drops_the_lines_after_the_checkpoint(tmp_path):
     straight = [{"step": step, "loss": float(step)} for step in (10, 20, 30, 40)]
     assert read(tmp_path) == straight
     marks = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
-    assert marks[-1] == 21  # TensorBoard hides what is written there and later by earlier files
+    assert marks[-1] == 21  # TensorBoard hides this and later steps of earlier files
 
     Reporter(tmp_path, 40, progress="none").close()  # from scratch
     assert read(tmp_path) == []
 
 
-def test_plain_lines_tell_rate_examples_and_time_left(tmp_path, capsys, clock):
+def test_plain_lines_have_rate_and_remaining_time(tmp_path, capsys, clock):
     reporter = Reporter(tmp_path, 100, examples_per_step=8, progress="plain")
     clock.now += 60  # compiles
     reporter.tick(1)
@@ -97,7 +95,7 @@ def test_plain_lines_tell_rate_examples_and_time_left(tmp_path, capsys, clock):
     reporter.close()
 
 
-def test_a_bar_when_forced_and_none_off_a_terminal(tmp_path, capsys, monkeypatch):
+def test_a_bar_is_shown_if_requested_or_on_a_terminal(tmp_path, capsys, monkeypatch):
     reporter = Reporter(tmp_path, 100, start_step=50, examples_per_step=2, progress="bar")
     for step in (51, 52):
         reporter.tick(step)

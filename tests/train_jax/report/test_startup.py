@@ -1,4 +1,4 @@
-import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_counts_per_tower():
     }
 
 
-def test_packed_weights_count_as_what_they_stand_for_and_take_what_they_take():
+def test_packed_weights_count_parameters_not_elements():
     packed = {"decoder/kernel/codes": jnp.ones((4, 4), jnp.uint8), "decoder/kernel/absmax": jnp.ones((4, 1))}
     counts = {"decoder/kernel/codes": 32, "decoder/kernel/absmax": 0}
     assert startup.count_parameters({}, packed, (), counts)["decoder"]["frozen"] == (32, 32)
@@ -42,7 +42,7 @@ def test_table_has_a_row_per_tower_and_totals():
     assert len({len(line) for line in table.splitlines()}) == 1  # aligned
 
 
-def test_report_tells_the_steps_memory_and_the_devices(monkeypatch):
+def test_the_report_has_memory_and_devices(monkeypatch):
     monkeypatch.setattr(startup, "accelerator_hint", lambda: "a hint")
     compiled = jax.jit(lambda x: x * 2, donate_argnums=0).lower(jnp.ones(1024)).compile()
     report = startup.startup_report(TRAINABLE, FROZEN, (), compiled).splitlines()
@@ -77,9 +77,9 @@ def test_accelerator_hint(monkeypatch, gpu, tpu, platforms, expected):
     assert startup.accelerator_hint() is None
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a GPU's device file is present")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU's device file is present")
 @pytest.mark.parametrize(("script", "present"), [("echo 'GPU 0: H200'", True), ("exit 9", False), (None, False)])
-def test_nvidia_smi_is_asked(tmp_path, monkeypatch, script, present):
+def test_gpus_are_found_by_nvidia_smi(tmp_path, monkeypatch, script, present):
     if script is not None:
         tool = tmp_path / "nvidia-smi"
         tool.write_text(f"#!/bin/sh\n{script}\n")
@@ -88,8 +88,8 @@ def test_nvidia_smi_is_asked(tmp_path, monkeypatch, script, present):
     assert startup.gpu_present() is present
 
 
-@pytest.mark.skipif(os.path.exists("/dev/accel0"), reason="a TPU's device file is present")
-def test_a_tpu_image_tells_by_its_variables(monkeypatch):
+@pytest.mark.skipif(Path("/dev/accel0").exists(), reason="a TPU's device file is present")
+def test_tpus_are_found_by_environment_variables(monkeypatch):
     for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"):
         monkeypatch.delenv(name, raising=False)
     assert not startup.tpu_present()

@@ -1,4 +1,4 @@
-"""How parameters and optimizer state lie on a mesh, and that the mesh does not change what is learnt."""
+"""Shardings of parameters and optimizer state; the result of training does not depend on the mesh."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_a_mesh_learns_what_one_device_learns(shape, one_device, tmp_path):
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 def test_bytes_per_device(shape):
-    """Kernels are split over fsdp and tensor, and each moment lies as its parameter."""
+    """Kernels are split over fsdp and tensor, and moments are sharded like their parameters."""
     config = mesh_config(shape)
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)
@@ -65,11 +65,11 @@ def test_bytes_per_device(shape):
 
 
 def shards(leaf) -> int:
-    """Into how many parts an array is cut."""
+    """Returns the number of parts of an array."""
     return leaf.size // math.prod(leaf.addressable_shards[0].data.shape)
 
 
-def test_parameters_lie_in_memory_once():
+def test_parameters_are_in_memory_once():
     config = mesh_config((1, 1, 1))
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)
@@ -82,7 +82,7 @@ def test_parameters_lie_in_memory_once():
         np.testing.assert_array_equal(leaf, before[path])
 
 
-def test_a_dimension_that_does_not_divide_stays_whole_and_is_noted():
+def test_an_indivisible_dimension_is_not_split_and_is_noted():
     config = mesh_config((1, 8, 1), model__width=12)
     mesh = sharding.make_mesh(config.mesh)
     bundle = placement.build(task_class(config.task)(config, mesh), mesh)

@@ -1,4 +1,4 @@
-"""The step as a pure function: accumulation, faults, loss scale, moving average."""
+"""The step as a pure function: gradient accumulation, bad steps, loss scale, moving average."""
 
 import functools
 
@@ -20,7 +20,7 @@ ROWS = 32
 
 
 class Steps:
-    """The toy's step on one device, with the state before it."""
+    """The toy's step on one device, and the initial state."""
 
     def __init__(self, **changes):
         config = toy_config(**{"batch_size": ROWS, "optimizer__learning_rate": 0.1, **changes})
@@ -50,7 +50,7 @@ class Steps:
         )
 
     def __call__(self, before: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        """The state after the batch and the step's metrics (sums and counts)."""
+        """Returns the state after a batch and the metrics of the step (sums and counts)."""
         names = ("error", "examples", "loss", "grad_norm", "learning_rate")
         totals = {name: (jnp.float32(0), jnp.float32(0)) for name in names}
         after, totals = self._step(before, totals, self.frozen, batch)
@@ -59,12 +59,12 @@ class Steps:
 
 @functools.lru_cache
 def make_steps(**changes) -> Steps:
-    """Compiled once for all tests; nothing in it changes."""
+    """A step compiled once for all tests; tests must not change it."""
     return Steps(**changes)
 
 
 def batch(micro_batches=1, **changed):
-    """[A, b, ...]; the weights of 8 rows in a row are ten times those of the 8 before."""
+    """Returns a batch [A, b, ...]; the weights of every 8 rows are ten times those of the previous 8."""
     rng = np.random.default_rng(0)
     arrays = {
         "x": rng.normal(size=(ROWS, FEATURES)).astype(np.float32),
@@ -80,7 +80,7 @@ def assert_equal(tree, other):
 
 
 def test_accumulation_equals_the_big_batch():
-    """With dropout: its masks belong to rows, whatever micro-batch they are in."""
+    """With dropout, whose masks depend on rows and not on micro-batches."""
     steps = make_steps(optimizer__name="sgd", model__dropout=0.3)
     big, metrics = steps(steps.state, batch(1))
     small, accumulated = steps(steps.state, batch(4))
@@ -89,12 +89,12 @@ def test_accumulation_equals_the_big_batch():
                                    value[0] / value[1] if name != "examples" else 8, rtol=1e-5)  # fmt: skip
     for path, expected in big.params.items():
         np.testing.assert_allclose(small.params[path], expected, rtol=1e-5, atol=1e-6)
-    # The mean of the micro-batches' means, which others take, is far from it.
+    # The mean of the micro-batches' means is far from it.
     means = [steps(steps.state, {k: v[:, i : i + 8] for k, v in batch(1).items()})[1]["error"] for i in (0, 8, 16, 24)]
     assert abs(np.mean([value / count for value, count in means]) / metrics["loss"][0] - 1) > 0.05
 
 
-def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
+def test_dropout_depends_on_row_and_step_only():
     keys = jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 8))
     assert len(np.unique(keys, axis=0)) == 8
     assert_equal(keys[:4], jax.random.key_data(randomness.row_keys(0, jnp.int32(3), 4)))
@@ -103,11 +103,11 @@ def test_dropout_differs_by_row_and_step_and_not_by_micro_batch():
         assert not (keys == other).all(axis=1).any()
 
 
-def test_rows_of_a_batch_tell_their_number_and_step():
-    found = randomness.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
-    assert found["x"].shape == (2, 3, 5)
-    np.testing.assert_array_equal(found[randomness.ROW], [[0, 1, 2], [3, 4, 5]])
-    np.testing.assert_array_equal(found[randomness.STEP], np.full((2, 3), 7))
+def test_batches_have_row_numbers_and_the_step():
+    result = randomness.numbered({"x": jnp.zeros((2, 3, 5))}, jnp.int32(7))
+    assert result["x"].shape == (2, 3, 5)
+    np.testing.assert_array_equal(result[randomness.ROW], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(result[randomness.STEP], np.full((2, 3), 7))
 
 
 def bad_batch():
@@ -116,7 +116,7 @@ def bad_batch():
     return batch(x=x)
 
 
-def test_a_fault_leaves_parameters_and_optimizer_untouched():
+def test_a_bad_step_changes_neither_parameters_nor_optimizer():
     steps = make_steps(max_bad_steps=2, ema_decay=0.9)
     good, _ = steps(steps.state, batch())
     after, metrics = steps(good, bad_batch())
@@ -124,14 +124,14 @@ def test_a_fault_leaves_parameters_and_optimizer_untouched():
     assert set(metrics.values()) == {(0.0, 0.0)}  # nothing enters the means
     assert (int(after.step), int(after.guard.total), int(after.guard.in_a_row)) == (2, 1, 1)
     assert int(after.guard.first_bad) == 1 and not after.guard.stopped
-    # Another good step: the fault is forgiven, and the update is the one it would have been without.
+    # After another good step the count of bad steps is 0, and the update equals that without the bad step.
     recovered, metrics = steps(after, batch())
     assert (int(recovered.guard.total), int(recovered.guard.in_a_row), int(recovered.guard.first_bad)) == (1, 0, -1)
     assert metrics["loss"][1] == 1 and np.isfinite(metrics["loss"][0])
     assert int(recovered.updates) == 2
 
 
-def test_the_guard_latches_until_the_host_looks():
+def test_the_guard_stays_latched():
     steps = make_steps(max_bad_steps=2, ema_decay=0.9)
     after = steps.state
     for _ in range(2):
@@ -155,7 +155,7 @@ def spike():
     return batch(y=y)
 
 
-def test_float16_overflow_halves_the_scale_and_is_no_fault():
+def test_float16_overflow_halves_the_scale():
     steps = make_steps(compute_dtype="float16")
     after, metrics = steps(steps.state, spike())
     assert float(after.loss_scale.value) == 2.0**14
@@ -196,8 +196,8 @@ def test_the_scale_doubles_after_its_interval(monkeypatch):
     assert values == [8, 8, 16, 16, 16, 8, 8, 8, 16]
 
 
-def test_average_without_bias():
-    """Against the definition, at a decay for which 1 - decay loses its digits in float32."""
+def test_debias_ema_equals_its_definition():
+    """With a decay for which 1 - decay is inaccurate in float32."""
     decay = 0.9999
     steps = make_steps(ema_decay=decay, model__dropout=0.0)
     after, seen = steps.state, []
@@ -206,10 +206,10 @@ def test_average_without_bias():
         seen.append(jax.device_get(after.params))
     weights = decay ** np.arange(4, -1, -1.0)
     averaged = train_state.debias_ema(after.ema, decay, after.updates, after.params)
-    for path, found in averaged.items():
+    for path, result in averaged.items():
         expected = np.average([params[path] for params in seen], axis=0, weights=weights)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    # Without a memory the average is what was added last.
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    # With decay 0 the average is the last value.
     assert_equal(train_state.debias_ema(after.params, 0.0, after.updates, after.params), after.params)
 
 
@@ -221,7 +221,7 @@ def test_average_before_the_first_update_is_the_parameters():
 
 
 def test_logged_rate_is_the_one_applied():
-    """After a skipped update both the schedule of the optimizer and the log are one behind."""
+    """After a skipped update, the optimizer's schedule and the log are both one step behind."""
     steps = make_steps(max_bad_steps=2, optimizer__schedule="linear", optimizer__name="sgd")
     after, _ = steps(steps.state, bad_batch())
     after, metrics = steps(after, batch())
@@ -238,7 +238,7 @@ def test_frozen_leaves_have_no_optimizer_state():
     assert set(steps.frozen) == {"tower/kernel", "tower/bias"}
 
 
-def test_merge_gives_the_model_back():
+def test_merge_returns_the_model():
     config = toy_config()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     task = task_class(config.task)(config, mesh)

@@ -27,12 +27,12 @@ def test_a_process_begins_before_its_imports():
 
 
 @pytest.mark.parametrize("age", [float("nan"), -5.0, 0.0, 1e7])
-def test_an_age_that_cannot_be_is_not_believed(monkeypatch, age):
+def test_an_implausible_age_is_ignored(monkeypatch, age):
     monkeypatch.setattr(clock, "_process_age", lambda: age)
     assert clock.process_began() == clock._IMPORTED
 
 
-def test_a_system_that_does_not_tell(monkeypatch):
+def test_a_system_without_process_times(monkeypatch):
     def missing(self):
         raise FileNotFoundError(self)
 

@@ -8,7 +8,7 @@ from train_jax.system import disk
 
 
 def chain(first):
-    """An error raised while `first` was handled, as libraries wrap them."""
+    """Returns an error raised while `first` was handled, as in libraries."""
     try:
         try:
             raise first
@@ -28,12 +28,12 @@ def chain(first):
         (ValueError("RESOURCE_EXHAUSTED: out of memory"), False),
     ],
 )
-def test_a_full_disk_is_known_by_number_or_words_however_wrapped(error, full):
+def test_a_full_disk_is_recognized_by_errno_or_message(error, full):
     assert disk.is_full(error) is full
     assert disk.is_full(chain(error)) is full
 
 
-def test_the_filter_holds_back_tracebacks_about_it_alone():
+def test_the_filter_drops_only_tracebacks_of_a_full_disk():
     def record(error):
         try:
             raise error

@@ -1,4 +1,4 @@
-"""The memory a host has left, from files as Linux writes them."""
+"""The free memory of a host, from files like those of Linux."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ GIB = 2**30
 
 @pytest.fixture
 def host(tmp_path):
-    """Writes files below proc and groups; `left()` reads them. 8 GiB are available."""
+    """Writes files below proc and groups, which `left()` reads; 8 GiB are available."""
 
     class Host:
         proc, groups = tmp_path / "proc", tmp_path / "groups"
@@ -34,7 +34,7 @@ def host(tmp_path):
     return made
 
 
-def test_without_groups_it_is_what_the_machine_has_available(host):
+def test_without_groups_it_is_the_available_memory(host):
     assert host.left() == 8 * GIB
     host.member("0::/", "4:memory:/")
     assert host.left() == 8 * GIB
@@ -46,7 +46,7 @@ def test_no_linux(host):
 
 
 def test_a_containers_limit(host):
-    """Version 2: the cache of files counts as used, and is given back."""
+    """In version 2 the page cache counts as used but can be freed."""
     host.member("0::/pod/box")
     stat = f"anon {GIB}\nfile {3 * GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}\nshmem {GIB}"
     host.write(host.groups / "pod/box", memory__max=6 * GIB, memory__current=4 * GIB, memory__stat=stat)
@@ -75,13 +75,13 @@ def test_version_1(host):
     assert host.left() == GIB + GIB // 2
 
 
-def test_a_limit_above_what_is_available_does_not_count(host):
+def test_a_limit_above_the_available_memory_has_no_effect(host):
     host.member("0::/box")
     host.write(host.groups / "box", memory__max=60 * GIB, memory__current=GIB)
     assert host.left() == 8 * GIB
 
 
-def test_a_group_beyond_its_limit_has_nothing(host):
+def test_a_group_beyond_its_limit_has_no_memory_left(host):
     host.member("0::/box")
     host.write(host.groups / "box", memory__max=GIB, memory__current=GIB + 4096)
     assert host.left() == 0

@@ -1,4 +1,4 @@
-"""A run that is interrupted, in whatever way, ends as one that was not."""
+"""An interrupted run has the same result as an uninterrupted one."""
 
 import os
 import random
@@ -22,13 +22,13 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def straight(fast_runs, tmp_path_factory):
-    """40 steps without a break: dropout on, average kept."""
+    """A run of 40 steps without interruption, with dropout and a moving average."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     loop.fit(config(), workdir, "none")
     return workdir
 
 
-def test_kill_9_changes_no_bit(straight, tmp_path):
+def test_resuming_after_kill_9_is_exact(straight, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, RUN | {"data.delay": 0.01})
     try:
@@ -52,7 +52,7 @@ def test_sigterm_saves_and_the_same_command_resumes(straight, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     (saved,) = steps_kept(workdir)
-    assert 0 < saved <= 13  # rows are read ahead of their step
+    assert 0 < saved <= 13  # rows are prefetched
     assert f"interrupted: saved at step {saved}; run the same command to resume." in output
     assert "Traceback" not in output
     assert max(logged(workdir)) == saved
@@ -81,7 +81,7 @@ def test_signal_at_the_last_step_leaves_the_evaluation_to_the_next_run(tmp_path,
     assert logged(tmp_path) == before
 
 
-def test_a_signal_during_the_last_evaluation_is_heard(tmp_path, monkeypatch):
+def test_a_signal_during_the_last_evaluation_stops_the_run(tmp_path, monkeypatch):
     run = {"total_steps": 2, "eval_steps": 2, "mesh__data": 1}
     validate = Toy.validate
 
@@ -97,7 +97,7 @@ def test_a_signal_during_the_last_evaluation_is_heard(tmp_path, monkeypatch):
     assert loop.fit(toy_config(**run), tmp_path, "none")["step"] == 2
 
 
-def test_handlers_are_put_back(tmp_path):
+def test_signal_handlers_are_restored(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     loop.fit(toy_config(total_steps=1, mesh__data=1), tmp_path, "none")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -30,11 +30,11 @@ def test_peak_rises_with_an_allocation_and_stays_and_is_not_the_parents():
     assert 50e6 < int(before) < large.nbytes / 2
     assert abs(int(during) - int(before) - 2**26) < 2**22
     assert abs(int(after) - int(during)) < 2**22  # the kernel counts by core, some pages at a time
-    assert devices == ["None"] * 3  # the CPU does not tell
+    assert devices == ["None"] * 3  # a CPU does not report it
 
 
 def test_windows_has_no_resource_module(monkeypatch):
-    """The module is read anew as there; what it cannot tell is 0."""
+    """Without the module the peaks are 0."""
     monkeypatch.setitem(sys.modules, "resource", None)
     spec = importlib.util.spec_from_file_location("memory_on_windows", memory.__file__)
     there = importlib.util.module_from_spec(spec)
@@ -54,17 +54,17 @@ print(before.process, before.children, after.process, after.children, memory.rep
 """
 
 
-def test_the_peak_of_a_child_is_told_beside_that_of_its_parent():
+def test_the_peak_of_a_child_is_reported_separately():
     done = subprocess.run([sys.executable, "-c", PARENT, *sys.path], capture_output=True, text=True, check=True)
     before, none, after, children, reported = map(int, done.stdout.split())
     assert none == 0
     assert 512 << 20 <= children < 640 << 20
-    assert after - before < 2**24  # what a child takes is not this process's
+    assert after - before < 2**24  # the memory of a child does not count for this process
     assert after < children == reported
 
 
 def test_a_smaller_child_does_not_count():
-    """It begins as a copy of its parent, so its peak is never told as more than that."""
+    """A child begins as a copy of its parent, so its peak is not reported as more than that."""
     code = PARENT.replace("512 << 20", "1").replace(
         "import subprocess", "large = b'x' * (512 << 20); import subprocess"
     )
@@ -73,7 +73,7 @@ def test_a_smaller_child_does_not_count():
     assert 0 < children <= process == reported
 
 
-def test_the_device_s_peak_is_reported_where_it_is_told(monkeypatch):
+def test_the_peak_of_a_device_is_reported_if_known(monkeypatch):
     monkeypatch.setattr(memory, "peak_memory_bytes", lambda: memory.PeakMemory(5, 7, 2))
     assert memory.reported_peak() == 2
     monkeypatch.setattr(memory, "peak_memory_bytes", lambda: memory.PeakMemory(5, 3, None))
@@ -84,11 +84,11 @@ OUT = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying
 
 
 @pytest.mark.parametrize(("size", "parts", "half"), [(48, 1, 24), (3, 1, 1), (48, 8, 24), (24, 8, 8), (16, 8, 8)])
-def test_an_evaluation_that_runs_out_goes_on_with_half(size, parts, half):
+def test_after_running_out_an_evaluation_uses_half_the_rows(size, parts, half):
     assert memory.smaller_batch(OUT, size, parts, "eval.batch_size", "shorten the prompt") == half
 
 
-def test_an_evaluation_that_cannot_go_on(monkeypatch):
+def test_an_evaluation_of_one_row_that_runs_out_raises(monkeypatch):
     with pytest.raises(UserError, match=r"evaluation of 8 example\(s\) at once does not fit .*: shorten the prompt"):
         memory.smaller_batch(OUT, 8, 8, "eval.batch_size", "shorten the prompt")
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
@@ -96,8 +96,8 @@ def test_an_evaluation_that_cannot_go_on(monkeypatch):
         memory.smaller_batch(other, 8, 1, "eval.batch_size", "shorten the prompt")
 
 
-def test_one_of_several_processes_that_runs_out_stops_and_says_so(monkeypatch):
-    """The others are within the same program: none hears of a smaller batch."""
+def test_running_out_with_several_processes_raises(monkeypatch):
+    """The other processes are inside the same program and cannot be told a smaller batch."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError) as error:
         memory.smaller_batch(OUT, 48, 8, "eval.batch_size", "shorten the prompt")
@@ -108,7 +108,7 @@ def test_one_of_several_processes_that_runs_out_stops_and_says_so(monkeypatch):
     )
 
 
-def test_the_fullest_device_is_told(monkeypatch):
+def test_the_peak_is_that_of_the_fullest_device(monkeypatch):
     class Device:
         def __init__(self, stats):
             self.memory_stats = lambda: stats
@@ -118,8 +118,8 @@ def test_the_fullest_device_is_told(monkeypatch):
     assert memory.peak_memory_bytes().device == 9
 
 
-def test_what_is_free_is_told_by_devices_else_by_the_host(monkeypatch):
-    """The CPU's devices have their parts of three quarters of the host's memory."""
+def test_free_memory_of_devices_or_else_of_the_host(monkeypatch):
+    """CPU devices share three quarters of the host's free memory."""
     monkeypatch.setattr(memory, "host_memory_left", lambda: 8 * 4000)
     assert jax.local_device_count() == 8 and memory.device_memory_limit() == 3000
     monkeypatch.setattr(memory, "host_memory_left", lambda: None)

@@ -1,4 +1,4 @@
-"""Random access to a data set that TFDS has prepared."""
+"""Random access to data sets prepared by TFDS."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from train_jax.core.errors import UserError
 
 
 def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
-    """The builder of a version folder, the one with dataset_info.json.
+    """Opens the builder of a version folder, which contains dataset_info.json.
 
     Raises:
-      UserError: no such folder, or a format without random access.
+      UserError: there is no such folder, or its format has no random access.
     """
     if not (folder / "dataset_info.json").is_file():
         raise UserError(
@@ -20,22 +20,25 @@ def open_builder(folder: Path) -> tfds.core.DatasetBuilder:
             "~/tensorflow_datasets/coco_captions/2014/1.1.0: correct the path."
         )
     builder = tfds.builder_from_directory(folder)
-    if builder.info.file_format.value != "array_record":
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        name = "unknown files" if file_format is None else file_format.value
         raise UserError(
-            f"{folder} is stored as {builder.info.file_format.value}, which has no random access, expected "
-            "array_record; convert it once with paligemma_jax.data.tfrecord.convert_tfrecord."
+            f"{folder} is stored as {name}, which has no random access, expected array_record; convert it once with "
+            "paligemma_jax.data.tfrecord.convert_tfrecord."
         )
     return builder
 
 
 def open_split(builder: tfds.core.DatasetBuilder, folder: Path, split: str, encoded: str = "image") -> Any:
-    """The examples of a split, or of a part of one ("train[:90%]"), the feature `encoded` as the bytes of its file.
+    """Opens a split or a slice of one ("train[:90%]"); examples have the feature `encoded` as the bytes of its file.
 
     Raises:
-      UserError: no such split.
+      UserError: there is no such split.
     """
     if split.partition("[")[0] not in builder.info.splits:
         raise UserError(
             f"{folder} has no split {split!r}, expected one of {sorted(builder.info.splits)}; choose one of them."
         )
-    return builder.as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})
+    as_data_source: Any = builder.as_data_source  # a decorator of TFDS hides its signature
+    return as_data_source(split, decoders={encoded: tfds.decode.SkipDecoding()})

@@ -20,7 +20,7 @@ from train_jax.config.base import from_json
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -21,7 +21,7 @@ from train_jax import loop
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

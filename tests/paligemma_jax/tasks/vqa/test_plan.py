@@ -13,7 +13,7 @@ from tests.paligemma_jax.mini import config_of
 from train_jax import loop
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 from train_jax.step import placement, train_step
 from train_jax.system.memory import step_memory
 

@@ -1,4 +1,4 @@
-"""Plans of the toy against its real runs: bytes of live arrays, temporaries, resident memory; nothing allocated."""
+"""Plans of the toy task against its runs: live arrays, temporary and resident memory; planning allocates nothing."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from tests.train_jax.toy_task import Toy, toy_config
 from train_jax import loop
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
-from train_jax.plan import programs as plan_command
+from train_jax.plan import planning as plan_command
 from train_jax.plan.hlo import COLLECTIVES
-from train_jax.plan.programs import plan
+from train_jax.plan.planning import plan
 from train_jax.plan.report import GB, cards_table, report
 from train_jax.step import train_step
 from train_jax.system.memory import format_bytes, step_memory
@@ -36,25 +36,25 @@ def config(**changes):
     return toy_config(**{"model__width": 64, "total_steps": 1, "eval_steps": 1, "mesh__data": 1, **changes})
 
 
-class Stopped(Exception):
-    """The step has been compiled."""
+class StoppedError(Exception):
+    """Raised once the step has been traced."""
 
 
 @pytest.fixture
 def real(monkeypatch, tmp_path):
-    """A function of changes to the config: (arguments of a run's first step, the traced step)."""
+    """Returns a function from config changes to (arguments of a run's first step, the traced step)."""
 
     def of(changes):
         seen, original = [], train_step.trace
 
         def traced(config, task, mesh, bundle, optimizer, schedule, start, batch):
-            found, totals = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
-            seen.append(((start, bundle.frozen, batch), found))
-            raise Stopped
+            result, totals = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
+            seen.append(((start, bundle.frozen, batch), result))
+            raise StoppedError
 
         with monkeypatch.context() as patch:
             patch.setattr(train_step, "trace", traced)
-            with pytest.raises(Stopped):
+            with pytest.raises(StoppedError):
                 loop.fit(config(**changes), tmp_path / "run", "none")
         return seen[0]
 
@@ -72,8 +72,8 @@ def bytes_on_first_device(tree) -> int:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_the_plan_is_the_run(real, changes):
-    """Live arrays to the byte; the step's temporaries; nothing is left on a device by the planning."""
+def test_the_plan_equals_the_run(real, changes):
+    """Live arrays to the byte, and temporary memory of the step; planning leaves no array on a device."""
     before = len(live_arrays())
     planned = plan(config(**changes))
     assert len(live_arrays()) == before
@@ -88,7 +88,7 @@ def test_the_plan_is_the_run(real, changes):
 
 
 def test_nothing_is_allocated_while_planning(monkeypatch):
-    """Not one of the 1.2 GB of its layers; looked at when each program is about to be compiled."""
+    """None of the 1.2 GB of its layers is allocated when a program is compiled."""
     held, original = [], plan_command._compiled
 
     def compiled(*arguments):
@@ -102,7 +102,7 @@ def test_nothing_is_allocated_while_planning(monkeypatch):
 
 
 def test_flops_of_the_step():
-    """Two layers, a head and a frozen tower of which nothing is differentiated."""
+    """Two layers, a head and a frozen tower that is not differentiated."""
     step, held_out = plan(config(model__dropout=0.0)).programs
     tower, layers, head = 2 * 8 * 64, 2 * 2 * 64 * 64, 2 * 64
     assert held_out.flops == 16 * (tower + layers + head)
@@ -111,11 +111,11 @@ def test_flops_of_the_step():
 
 
 def test_collectives_of_data_parallelism_are_the_gradients():
-    """Each device gets the sum of all gradients, of the loss and of the metrics; one device exchanges nothing."""
+    """Each device receives the sum of gradients, loss and metrics; a single device exchanges nothing."""
     assert plan(config()).programs[0].collectives == {}
     planned = plan(config(mesh__data=8))
-    (found,) = planned.programs[0].collectives.items()
-    assert found[0] == "all-reduce" and planned.trainable <= found[1] <= planned.trainable + 64
+    (result,) = planned.programs[0].collectives.items()
+    assert result[0] == "all-reduce" and planned.trainable <= result[1] <= planned.trainable + 64
 
 
 def test_the_report_has_every_number():
@@ -141,19 +141,19 @@ def test_cards_fit_or_do_not():
     assert "no, 954 MiB too much" in cards_table(large) and large.peak == 20 * GB
 
 
-def test_a_task_without_a_blueprint_is_told(monkeypatch):
+def test_a_task_without_a_blueprint_is_refused(monkeypatch):
     monkeypatch.delattr(Toy, "blueprint")
     with pytest.raises(UserError, match="has no blueprint, expected one to plan by"):
         plan(config())
 
 
-def test_of_a_sweep_every_run_is_planned_once():
+def test_every_run_of_a_sweep_is_planned_once():
     sweep = tuple((f"{width}-{seed}", {"model.width": width, "seed": seed}) for seed in (0, 1) for width in (8, 16))
     single = config()
     assert plan_command.runs(single) == [("", single)]
-    found = plan_command.runs(config(sweep=sweep))
-    assert [(name, each.model.width) for name, each in found] == [("8-0", 8), ("16-0", 16)]
-    assert all(each.sweep == () for _, each in found)
+    result = plan_command.runs(config(sweep=sweep))
+    assert [(name, each.model.width) for name, each in result] == [("8-0", 8), ("16-0", 16)]
+    assert all(each.sweep == () for _, each in result)
 
 
 # The command.
@@ -174,7 +174,7 @@ def file(tmp_path):
         (["--devices=0"], "correct the flag"),
     ],
 )
-def test_each_mistake_is_one_sentence(file, capsys, flags, sentence):
+def test_errors_of_the_command(file, capsys, flags, sentence):
     with pytest.raises(SystemExit):
         command_line.run(plan_command.main, ["plan", f"--config={file}", *flags])
     error = capsys.readouterr().err
@@ -188,7 +188,7 @@ def run(*command, **environment) -> str:
     return done.stdout
 
 
-def test_devices_are_made_up(file):
+def test_devices_are_simulated(file):
     text = run(
         "-m", "train_jax.plan", f"--config={file}", "--devices=6", "--mesh=fsdp=2,tensor=3", "--config.batch_size=6"
     )
@@ -200,7 +200,7 @@ import json, re, sys
 import jax, jax.numpy as jnp
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.plan import programs as plan
+from train_jax.plan import planning as plan
 from train_jax.step import placement, train_step
 from tests.train_jax.toy_task import toy_config
 
@@ -230,7 +230,7 @@ print(json.dumps({"planned": planned.programs[0].total, "resident": peak() - bef
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset a peak")
-def test_resident_memory_is_what_was_planned():
-    found = json.loads(run("-c", RESIDENT, JAX_PLATFORMS="cpu").splitlines()[-1])
-    assert found["planned"] > 200e6
-    assert found["resident"] == pytest.approx(found["planned"], rel=0.15)
+def test_resident_memory_equals_the_plan():
+    result = json.loads(run("-c", RESIDENT, JAX_PLATFORMS="cpu").splitlines()[-1])
+    assert result["planned"] > 200e6
+    assert result["resident"] == pytest.approx(result["planned"], rel=0.15)

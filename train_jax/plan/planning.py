@@ -1,10 +1,14 @@
-"""Plans a run: python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--mesh=data=2,fsdp=4]
+"""Plans the memory, compute and communication of a run without running it.
 
-Compiles the training step and the programs of evaluation, as a run of this config would, on shapes alone: no weights
-and no data are read and nothing is allocated, so that a laptop plans for a pod. Prints what each device holds, computes
-and exchanges, and which common cards have the memory. `--devices` plans for that many (CPU) devices instead of those at
-hand; further arguments are as of train.py. Of a sweep every run is planned, of several seeds the first.
+    python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--mesh=data=2,fsdp=4]
+
+Compiles the training step and the programs of evaluation for abstract arrays: reads no weights or data and allocates
+nothing, so that a laptop can plan for a pod. Prints the memory, FLOPs and bytes of collectives of one device, and which
+common accelerators have enough memory. `--devices` plans for N (CPU) devices instead of the available ones; other
+arguments are those of train.py. Plans every run of a sweep, but only one of runs that differ in their seed.
 """
+
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -27,14 +31,14 @@ from train_jax.sweep import run as sweep
 from train_jax.system.memory import step_memory
 from train_jax.task import Blueprint
 
-NOMINAL_EXAMPLES = 1_000_000  # data are not read; their number only moves the schedule, which takes no memory
+NOMINAL_EXAMPLES = 1_000_000  # stands for the size of the data, which only affects the schedule
 
 
 def plan(config: ConfigDict) -> RunPlan:
-    """Compiles all programs of a run on the devices at hand, over shapes.
+    """Compiles all programs of a run for the available devices and returns its plan.
 
     Raises:
-      UserError: a config that cannot run, or a task that has no `blueprint` (see task.py).
+      UserError: the config is invalid, or the task has no `blueprint` (see task.py).
     """
     validate(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -67,7 +71,7 @@ def plan(config: ConfigDict) -> RunPlan:
 
 
 def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, mesh: Mesh) -> list[Program]:
-    """The programs of an evaluation, beside a state of so many bytes."""
+    """Returns the programs of an evaluation that runs while `state_bytes` are in use."""
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
         held = state_bytes + sharding.device_bytes(arguments)
@@ -76,12 +80,14 @@ def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, me
 
 
 def batch_shapes(config: ConfigDict, blueprint: Blueprint, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch [A, b, ...] as the loop puts it on the mesh."""
+    """Returns the shapes of a training batch [A, b, ...] with their shardings."""
     rows = config.micro_batch or config.batch_size
     leading = (config.batch_size // rows, rows)
-    place = sharding.batch_sharding(mesh)
+    rows_split = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((*leading, *leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=place)
+        name: jax.ShapeDtypeStruct(
+            (*leading, *leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=rows_split
+        )
         for name, leaf in blueprint.example.items()
     }
 
@@ -98,15 +104,21 @@ def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Pr
 
 
 def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) -> Program:
-    """What a program compiled for a mesh takes on one device, beside `held` bytes of arrays.
+    """Returns the memory, FLOPs and collectives of a compiled program on one device.
+
+    Args:
+      name: of the program, for the report.
+      compiled: for `mesh`.
+      held: bytes of arrays in memory while it runs.
+      mesh: of the program.
 
     Raises:
-      UserError: the backend does not tell.
+      UserError: the backend does not report memory.
     """
     memory, platform = step_memory(compiled), mesh.devices.flat[0].platform
     if memory is None:
-        raise UserError(f"this backend ({platform}) tells no memory: plan with --devices, on the CPU")
-    module = hlo.parse(compiled.as_text())
+        raise UserError(f"this backend ({platform}) does not report memory: plan with --devices, on the CPU")
+    module = hlo.parse(compiled.as_text() or "")
     copies = hlo.float32_copies(module) if platform == "cpu" else 0
     return Program(
         name,
@@ -120,13 +132,13 @@ def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) 
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer("devices", None, "plan for so many devices, made up on the CPU", 1, flag_values=values)
+    flags.DEFINE_integer("devices", None, "plan for this many simulated CPU devices", 1, flag_values=values)
     flags.DEFINE_list("mesh", [], "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags, plans, prints."""
-    config, _, values = command_line.load_from_flags(argv, __doc__, _flags)
+def main(argv: Sequence[str]) -> None:
+    """Parses the flags and prints the plans."""
+    config, _, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
     sizes = dict(size.partition("=")[::2] for size in values.mesh)
     command_line.override(config, {f"mesh.{axis}": size for axis, size in sizes.items()})
     if values.devices is not None:
@@ -138,15 +150,15 @@ def main(argv: list[str]) -> None:
 
 
 def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """The runs to plan, by name: those of a sweep, of several seeds the first; of any other config itself, nameless.
+    """Returns the (name, config) pairs to plan: the runs of a sweep up to their seed, else the config without a name.
 
     Raises:
-      UserError: a sweep that cannot be.
+      UserError: the sweep is invalid.
     """
     if not config.sweep.runs:
         return [("", config)]
-    found: dict[tuple, tuple[str, ConfigDict]] = {}
+    by_overrides: dict[tuple, tuple[str, ConfigDict]] = {}
     for run in sweep.expand(config):
         overrides = tuple(sorted((key, repr(value)) for key, value in run.overrides.items() if key != "seed"))
-        found.setdefault(overrides, (run.name, run.config))
-    return list(found.values())
+        by_overrides.setdefault(overrides, (run.name, run.config))
+    return list(by_overrides.values())
