@@ -30,7 +30,7 @@ Scalar = Number | Num[AnyArray, ""]
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 """A key of jax.random, typed or raw."""
 Labels = Int[AnyArray, " B"] | Int[AnyArray, "B K"] | Float[AnyArray, "B E"]
-"""What a model is told of each row: a class, several attributes, or a vector; see models.features.Condition."""
+"""What a model is told of each row: a class, several attributes, or a vector; see models.layers.Condition."""
 CheckedLabels = Int[AnyArray, "..."] | Float[AnyArray, "..."]
 """As `Labels`; of another number of rows than x, an error says so."""
 Time = Scalar | Float[AnyArray, " B"]

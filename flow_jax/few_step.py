@@ -34,7 +34,7 @@ from flow_jax.arrays import (
     velocity_at,
 )
 from flow_jax.callables import run
-from flow_jax.models.features import batch_times, time_features
+from flow_jax.models.layers import batch_times, time_features
 from flow_jax.ode.sampling import sample
 from flow_jax.paths.affine import PathSample, checked, row_times
 from flow_jax.times import Times

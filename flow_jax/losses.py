@@ -105,7 +105,7 @@ def drop_labels(
     Args:
       labels: of the rows, [B]; or several labels or a vector a row, which are replaced together.
       rate: 0 to 1.
-      null: the label, or labels of a row, that stand for none, see models.features.Condition.
+      null: the label, or labels of a row, that stand for none, see models.layers.Condition.
       keys: one a row, or one for all.
 
     Raises:

@@ -56,7 +56,7 @@ def features_of(name: str) -> Features:
 
 
 class FrechetScore:
-    """A score (image_data.Score) of samples against the moments of real images."""
+    """A score (image_datasets.Score) of samples against the moments of real images."""
 
     def __init__(self, features: Features, real: Moments):
         self._features, self._real, self._moments = features, real, Moments()

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from flow_jax.models.layers import Condition, attend, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
@@ -20,7 +20,7 @@ from train_jax.core import row_sharding
 class DiTConfig:
     """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16.
 
-    `num_classes` and `vector_width` say what the model is told of every row, see features.Condition.
+    `num_classes` and `vector_width` say what the model is told of every row, see layers.Condition.
     """
 
     image_size: int = 32
@@ -119,7 +119,7 @@ class DiT(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
-        """See features.py for the arguments."""
+        """See layers.py for the arguments."""
         config, (B, height, width, C) = self.config, x.shape
         if (height, width, C) != (config.image_size, config.image_size, config.channels):
             raise ValueError(

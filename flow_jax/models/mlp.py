@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, activation, batch_times, drop, linear
+from flow_jax.models.layers import Condition, activation, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
@@ -18,7 +18,7 @@ class MLPConfig:
     Attributes:
       dim: of the points.
       width, depth: of the hidden layers, and how many.
-      num_classes, vector_width: what the model is told of every row, see features.Condition.
+      num_classes, vector_width: what the model is told of every row, see layers.Condition.
       time_width: of the time features; 0 puts t itself beside x, as torchcfm's MLP has it, and takes no labels.
       activation: a function of jax.nn by name.
       dropout: before every hidden layer but the first.
@@ -56,7 +56,7 @@ class MLP(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """See features.py for the arguments."""
+        """See layers.py for the arguments."""
         act, t = activation(self.config.activation), batch_times(t, x)
         if self.condition is None:
             h = row_sharding.apply_block(self.inputs, jnp.concatenate([x, t[:, None].astype(x.dtype)], axis=1))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from flow_jax.models.layers import Condition, attend, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
@@ -27,7 +27,7 @@ class UNetConfig:
       num_blocks: residual blocks a resolution ("depth").
       attention: sides of the feature maps that attend, such as (16, 8).
       head_width: channels of an attention head.
-      num_classes, vector_width: what the model is told of every row, see features.Condition.
+      num_classes, vector_width: what the model is told of every row, see layers.Condition.
       dropout: inside residual blocks.
       remat: recompute blocks in the backward pass.
       dtype: of the computation, "bfloat16" or "float16" say; norms and softmax take their sums in float32. None is that
@@ -185,7 +185,7 @@ class UNet(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
-        """See features.py for the arguments."""
+        """See layers.py for the arguments."""
         size = self.config.image_size
         if x.shape[1:] != (size, size, self.config.channels):
             raise ValueError(f"images are {x.shape[1:]}, expected {(size, size, self.config.channels)}.")

@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from flow_jax.data import pictures as image_data
-from flow_jax.data.picture_sets import Pictures
-from flow_jax.data.pictures import ImageData, Score
+from flow_jax.data import image_datasets
+from flow_jax.data.image_datasets import ImageData, Score
+from flow_jax.data.image_sets import Pictures
 from flow_jax.metrics import distances
 from flow_jax.metrics.frechet import FrechetScore, features_of
 from flow_jax.metrics.moments import Moments, frechet
 from flow_jax.ode import likelihood, sampling
 from flow_jax.row_keys import row_keys
-from flow_jax.tasks import image_pictures
+from flow_jax.tasks import image_figures
 from flow_jax.tasks.flow_task import solver
-from flow_jax.tasks.image_pictures import Gallery
-from flow_jax.tasks.image_sampling import Sampler, batches_of, spread
+from flow_jax.tasks.image_figures import Gallery
+from flow_jax.tasks.image_sampler import Sampler, batches_of, spread
 from train_jax.core.row_errors import BadRow, BadRows
 
 FRAMES = 9  # of the picture of the flow
@@ -64,7 +64,7 @@ class Evaluation:
         bpd               bits per dimension of held-out images
         nfe               evaluations of the model for the samples
         straightness      mean square of |velocity - (x_1 - x_0)| along the way, 0 for straight lines
-        and what the data measure of their own (image_data.ImageData.scores)
+        and what the data measure of their own (image_datasets.ImageData.scores)
         """
         labels = self.labels(self.options.num_samples or len(self.data.held_out))
         gallery, real = (Gallery(self.data.num_classes if self.data.row_a_label else 0) for _ in range(2))
@@ -82,8 +82,8 @@ class Evaluation:
         held_out = self.data.held_out
         for images, shown in self.read(held_out, rows_of(len(held_out), min(gallery.wanted, len(held_out)))):
             real.add(images, shown)
-        image_pictures.draw_grid(workdir / "samples.png", gallery, real, self.data.levels)
-        image_pictures.draw_flow(workdir / "flow.png", self._frames(model))
+        image_figures.draw_grid(workdir / "samples.png", gallery, real, self.data.levels)
+        image_figures.draw_flow(workdir / "flow.png", self._frames(model))
         return results
 
     def score(
@@ -133,10 +133,10 @@ class Evaluation:
         return self._moments[side]
 
     def read(self, pictures: Pictures, rows: Int[np.ndarray, " N"]):
-        """Images and labels of some rows in batches, without bad ones, see data.pictures.read."""
+        """Images and labels of some rows in batches, without bad ones, see image_datasets.read."""
         settings = self.settings
         tally = BadRows(len(rows), settings.on_error, settings.max_bad_fraction)
-        return image_data.read(pictures, rows, tally, settings.threads)
+        return image_datasets.read(pictures, rows, tally, settings.threads)
 
     def bits_per_dim(self, model: nnx.Module) -> float:
         """Mean over held-out images, without guidance."""
@@ -176,7 +176,7 @@ class Evaluation:
     def _frames(self, model: nnx.Module) -> np.ndarray:
         """Samples on their way [T, 10, I, I, C] in the model's range: of the first labels one each."""
         sampler = self.sampler(model)
-        number = min(self.data.num_classes or image_pictures.ROWS, image_pictures.ROWS)
+        number = min(self.data.num_classes or image_figures.ROWS, image_figures.ROWS)
         x_0, args = sampler.start(np.arange(number), np.arange(number, dtype=np.int32))
         grid = jnp.linspace(0.0, 1.0, FRAMES)
         ways = sampling.sample(sampler.velocity, x_0, "rk4", times=grid, trajectory=True, args=args)

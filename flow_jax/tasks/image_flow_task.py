@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flow_jax.data.picture_pairs import ImagePairs
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_pairs import ImagePairs
 from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
 from flow_jax.ode import likelihood

@@ -6,8 +6,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flow_jax.data import pictures as image_data
-from flow_jax.data.pictures import ImageData
+from flow_jax.data import image_datasets
+from flow_jax.data.image_datasets import ImageData
 from flow_jax.tasks.image_flow_task import ImageFlowTask
 from train_jax.core.errors import UserError
 
@@ -20,27 +20,27 @@ class ImageFlow(ImageFlowTask):
     @staticmethod
     def defaults() -> ConfigDict:
         config = ImageFlowTask.defaults()
-        config.data = image_data.defaults()
+        config.data = image_datasets.defaults()
         return config
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        image_data.check_name(config.data.name)
+        image_datasets.check_name(config.data.name)
         if config.eval.guidance != 1.0 and not config.data.conditional:
             raise UserError(
                 f"eval.guidance is {config.eval.guidance} with data.conditional=False, expected 1: without labels "
                 "there is nothing to guide by."
             )
-        self.size, self.channels, _ = image_data.shape(config.data)
+        self.size, self.channels, _ = image_datasets.shape(config.data)
 
     @functools.cached_property
     def data(self) -> ImageData:
-        return image_data.open_data(self.config.data)
+        return image_datasets.open_data(self.config.data)
 
     @functools.cached_property
     def num_classes(self) -> int:
         """0 without labels; the data are opened if the config does not tell."""
-        known = image_data.known_classes(self.config.data)
+        known = image_datasets.known_classes(self.config.data)
         return self.data.num_classes if known is None else known
 
     def init(self) -> nnx.Module:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from flow_jax.data import toys
 from flow_jax.metrics import distances
 from flow_jax.ode import likelihood, sampling
-from flow_jax.tasks import plane_pictures
+from flow_jax.tasks import plane_figures
 from flow_jax.tasks.flow_task import solver
 
 Curve = list[tuple[int, float]]  # x and y, for the plots of a sweep
@@ -60,14 +60,14 @@ def evaluate(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict
         "error_by_nfe": _errors(model, x_0, options),
         "w2_by_step": _course(workdir),
     }
-    plane_pictures.draw_samples(workdir / "samples.png", held_out, trajectories[-1], np.asarray(x_0))
-    plane_pictures.draw_field(workdir / "field.png", model, trajectories, np.asarray(grid))
-    plane_pictures.draw_trajectories(workdir / "trajectories.png", trajectories)
-    plane_pictures.animate(workdir / "flow.gif", trajectories)
+    plane_figures.draw_samples(workdir / "samples.png", held_out, trajectories[-1], np.asarray(x_0))
+    plane_figures.draw_field(workdir / "field.png", model, trajectories, np.asarray(grid))
+    plane_figures.draw_trajectories(workdir / "trajectories.png", trajectories)
+    plane_figures.animate(workdir / "flow.gif", trajectories)
     if data.noise == "gaussian":
         results["nll"] = -float(np.mean(_log_density(model, path, options)(held_out)))
         many = toys.draw(data.name, HISTOGRAM, (options.seed, 2))
-        plane_pictures.draw_density(workdir / "density.png", many, _log_density(model, path, options))
+        plane_figures.draw_density(workdir / "density.png", many, _log_density(model, path, options))
     return results | {"w2_ratio": results["w2"] / results["w2_data"]}
 
 

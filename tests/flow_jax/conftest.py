@@ -15,7 +15,7 @@ def cache(tmp_path_factory):
     """Digests of pictures are kept here instead of in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("cache"))
-        patch.setattr("flow_jax.data.pictures.cache_dir", lambda: folder)
+        patch.setattr("flow_jax.data.image_datasets.cache_dir", lambda: folder)
         yield
 
 

@@ -126,8 +126,8 @@ WITHOUT = {
     "data.pictures:ImageData.__init__": "calls it, on the host",
     "ode.integrate:integrate": "is what sample and log_prob call",
     "couplings.large:fit_semidiscrete": "compiles what it is given at each call",
-    "tasks.plane_pictures:draw_density": "calls it, on the host",
-    "tasks.plane_pictures:draw_field": "calls it, on the host",
+    "tasks.plane_figures:draw_density": "calls it, on the host",
+    "tasks.plane_figures:draw_field": "calls it, on the host",
     "data.row_draws:draw_rows": "calls it, on the host",
 }
 

@@ -18,14 +18,14 @@ from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flow_jax.data.picture_pairs import to_levels
-from flow_jax.data.picture_sets import Picture
-from flow_jax.data.pictures import BYTES, ImageData
+from flow_jax.data.image_datasets import BYTES, ImageData
+from flow_jax.data.image_pairs import to_levels
+from flow_jax.data.image_sets import Picture
 from flow_jax.ode import sampling
 from flow_jax.ode.guidance import Guided
 from flow_jax.tasks.flow_task import solver
 from flow_jax.tasks.image_flow_task import ImageFlowTask
-from flow_jax.tasks.image_sampling import noise
+from flow_jax.tasks.image_sampler import noise
 from paligemma_jax import zero_shot
 from paligemma_jax.data.sources.captioned import CaptionedScenes
 from paligemma_jax.data.synthetic_clevr import captions, descriptions
@@ -35,7 +35,7 @@ from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.picture_sheet import save_sheet
 from paligemma_jax.tasks.rendered import rendered
-from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
+from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.config.base import check_choices
 from train_jax.core.errors import UserError, quoted
@@ -59,7 +59,7 @@ class ConditionTable(nnx.Module):
 
 
 class ScenePictures:
-    """Pictures of single objects with the numbers of their descriptions, see flow_jax.data.picture_sets.Pictures."""
+    """Pictures of single objects with the numbers of their descriptions, see flow_jax.data.image_sets.Pictures."""
 
     def __init__(self, scenes: CaptionedScenes, told: str, described: Descriptions):
         self._scenes, self._told, self._described = scenes, told, described

@@ -11,14 +11,14 @@ from flax import nnx
 import flow_jax as fj
 import train
 from flow_jax import fid
-from flow_jax.data.picture_sets import ArrayPictures
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_sets import ArrayPictures
 from flow_jax.metrics import frechet
-from flow_jax.tasks import image_sampling
-from flow_jax.tasks.image_pictures import Gallery
-from flow_jax.tasks.image_sampling import Sampler
+from flow_jax.tasks import image_sampler
+from flow_jax.tasks.image_figures import Gallery
+from flow_jax.tasks.image_sampler import Sampler
 from flow_jax.tasks.images import ImageFlow
-from tests.flow_jax.pictures_on_disk import colours, pixels, prepare, write_folder
+from tests.flow_jax.images_on_disk import colours, pixels, prepare, write_folder
 from tests.paligemma_jax.mini import ROOT, arguments, config_of, mistake
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
@@ -115,7 +115,7 @@ def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
 
 
 def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys):
-    chosen = ["--features=tests.flow_jax.pictures_on_disk:colours", "--num_samples=11", "--reference=train"]
+    chosen = ["--features=tests.flow_jax.images_on_disk:colours", "--num_samples=11", "--reference=train"]
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
     found = json.loads((run / "fid.json").read_text())
     assert found["nfe"] == 6 and found["samples"] == 11 and found["real_images"] == 29
@@ -136,7 +136,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     [
         (["--features=inception"], "eval.features='inception', expected 'package.module:function'"),
         (["--features=nowhere_at_all:f"], "eval.features='nowhere_at_all:f': there is no module 'nowhere_at_all'"),
-        (["--features=tests.flow_jax.pictures_on_disk:flat"], "returned an array .. of float64 for 15 images"),
+        (["--features=tests.flow_jax.images_on_disk:flat"], "returned an array .. of float64 for 15 images"),
         (["--reference=test"], "eval.reference is 'test', expected one of held_out, train"),
         (["--num_samples=many"], "config.eval.num_samples='many', expected int"),
     ],
@@ -175,7 +175,7 @@ def test_samples_depend_neither_on_batches_nor_on_devices(batch_size, devices):
     images, shown = (np.concatenate([getattr(sample, name) for sample in drawn]) for name in ("images", "labels"))
     assert len(drawn) == -(-11 // batch_size) and shown.tolist() == labels.tolist()
     assert np.abs(images.astype(int) - one).max() <= 1  # rounding to grey values
-    x_0 = np.asarray(image_sampling.noise(1000, jnp.arange(11), (8, 8, 3)))
+    x_0 = np.asarray(image_sampler.noise(1000, jnp.arange(11), (8, 8, 3)))
     want = np.asarray(fj.sample(Field(), x_0, "euler", 2, args=(jnp.asarray(labels),)).x)
     np.testing.assert_allclose(images, np.clip((want + 1) * 128, 0, 255.99), atol=1.01)
 

@@ -11,9 +11,9 @@ from flax import nnx
 import train
 from flow_jax.data import digit_scores, digits
 from flow_jax.data.digits import Digits
-from flow_jax.data.picture_pairs import ImagePairs, to_levels, to_range
-from flow_jax.data.picture_sets import ArrayPictures
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_pairs import ImagePairs, to_levels, to_range
+from flow_jax.data.image_sets import ArrayPictures
 from flow_jax.tasks.images import ImageFlow
 from tests.paligemma_jax.mini import ROOT, arguments, config_of
 from train_jax.core.errors import UserError

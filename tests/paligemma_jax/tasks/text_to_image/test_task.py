@@ -14,7 +14,7 @@ import predict as predict_script
 from paligemma_jax import zero_shot
 from paligemma_jax.data.synthetic_clevr import descriptions
 from paligemma_jax.loading import load_run, run_config
-from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
+from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from paligemma_jax.tasks.text_to_image.task import TextToImage
 from tests.paligemma_jax.mini import ROOT, config_of, mistake, save_small_siglip
 from train_jax import loop

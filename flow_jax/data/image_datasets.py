@@ -10,8 +10,8 @@ from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from flow_jax.data import digit_scores, digits, synthetic_pictures
-from flow_jax.data.picture_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
+from flow_jax.data import digit_scores, digits, synthetic_images
+from flow_jax.data.image_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_named, imported
@@ -188,11 +188,11 @@ def _digits(config: ConfigDict, size: int, channels: int) -> Splits:
 
 def _shapes(config: ConfigDict, size: int, channels: int) -> Splits:
     number = config.num_examples
-    train = synthetic_pictures.ShapePictures("train", number, size, channels)
+    train = synthetic_images.ShapePictures("train", number, size, channels)
     return Splits(
         train,
-        synthetic_pictures.ShapePictures("held_out", max(number // 10, 2), size, channels),
-        synthetic_pictures.CLASSES,
+        synthetic_images.ShapePictures("held_out", max(number // 10, 2), size, channels),
+        synthetic_images.CLASSES,
     )
 
 
@@ -247,7 +247,7 @@ def _path(config: ConfigDict) -> str:
 
 DATASETS = {
     "digits": DatasetSpec(_digits, 8, 1, digits.LEVELS, digits.CLASSES, lambda: [digit_scores.DigitScores()]),
-    "shapes": DatasetSpec(_shapes, num_classes=len(synthetic_pictures.CLASSES)),
+    "shapes": DatasetSpec(_shapes, num_classes=len(synthetic_images.CLASSES)),
     "folder": DatasetSpec(_folder),
     "tfds": DatasetSpec(_tfds),
 }

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow_jax.data import picture_files
-from flow_jax.data.picture_pairs import ImagePairs
-from flow_jax.data.picture_sets import ArrayPictures, FolderPictures, TfdsPictures
-from flow_jax.data.pictures import ImageData, open_data, read
-from tests.flow_jax.pictures_on_disk import encoded, pixels, prepare, write_folder
+from flow_jax.data import image_decoding
+from flow_jax.data.image_datasets import ImageData, open_data, read
+from flow_jax.data.image_pairs import ImagePairs
+from flow_jax.data.image_sets import ArrayPictures, FolderPictures, TfdsPictures
+from tests.flow_jax.images_on_disk import encoded, pixels, prepare, write_folder
 from train_jax.config import base as configs
 from train_jax.core.errors import UserError
 from train_jax.core.row_errors import BadRow, BadRows
@@ -36,11 +36,11 @@ def settings(**changes):
 
 def test_a_file_of_the_right_size_keeps_its_values():
     image = pixels(0)
-    np.testing.assert_array_equal(picture_files.decode(encoded(image), 8, 3), image)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(image), 8, 3), image)
     transparent = np.dstack([image, np.full((8, 8), 7, np.uint8)])
-    np.testing.assert_array_equal(picture_files.decode(encoded(transparent), 8, 3), image)
-    np.testing.assert_array_equal(picture_files.decode(encoded(image[..., 0]), 8, 3), image[..., :1].repeat(3, axis=2))
-    assert picture_files.decode(encoded(image), 8, 1).shape == (8, 8, 1)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(transparent), 8, 3), image)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(image[..., 0]), 8, 3), image[..., :1].repeat(3, axis=2))
+    assert image_decoding.decode(encoded(image), 8, 1).shape == (8, 8, 1)
 
 
 def test_the_middle_is_cut_out_and_shrunk_with_antialiasing():
@@ -48,7 +48,7 @@ def test_the_middle_is_cut_out_and_shrunk_with_antialiasing():
     image = np.zeros((16, 32, 3), np.uint8)
     image[:, 8:24] = 100
     image[:, 8:24:2] = 200
-    small = picture_files.decode(encoded(image), 4, 3)
+    small = image_decoding.decode(encoded(image), 4, 3)
     assert np.abs(small.astype(int)[:, 1:-1] - 150).max() <= 3 and small.min() > 120
 
 
@@ -57,7 +57,7 @@ def test_a_photograph_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by half a circle
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(picture_files.decode((tmp_path / "a.png").read_bytes(), 8, 3), image[::-1, ::-1])
+    np.testing.assert_array_equal(image_decoding.decode((tmp_path / "a.png").read_bytes(), 8, 3), image[::-1, ::-1])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_photograph_stands_upright(tmp_path):
 )
 def test_what_is_no_picture_is_a_bad_row(data, sentence):
     with pytest.raises(BadRow, match=sentence):
-        picture_files.decode(data, 8, 3)
+        image_decoding.decode(data, 8, 3)
 
 
 # Sets.

@@ -13,7 +13,7 @@ ROWS, COLUMNS = 10, 10  # of a gallery
 class Gallery:
     """Keeps the first images that it is given: ten of each of the first ten labels, or a hundred without labels.
 
-    A score (image_data.Score) beside others, which measures nothing.
+    A score (image_datasets.Score) beside others, which measures nothing.
     """
 
     def __init__(self, num_classes: int):

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from flow_jax.couplings import pairings
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
 from flow_jax.data.row_draws import draw_rows, in_groups
 from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError

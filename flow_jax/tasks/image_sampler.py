@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from flow_jax.data.picture_pairs import to_levels
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_pairs import to_levels
 from flow_jax.ode import guidance, sampling
 from flow_jax.tasks.flow_task import solver
 from train_jax.parallel import sharding

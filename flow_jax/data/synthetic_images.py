@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-from flow_jax.data.picture_sets import Picture
+from flow_jax.data.image_sets import Picture
 
 CLASSES = ("disc", "square", "cross")
 _SALT = zlib.crc32(b"shapes")

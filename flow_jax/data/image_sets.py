@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from flow_jax.data import picture_files
+from flow_jax.data import image_decoding
 from train_jax.core import digests
 from train_jax.core.errors import UserError
 from train_jax.core.picture_folders import ENDINGS, pictures_below
@@ -116,7 +116,7 @@ class FolderPictures:
             data = (self.folder / self._files[index]).read_bytes()
         except OSError as error:
             raise BadRow(f"cannot be read ({error.strerror}): restore the file.") from error
-        return Picture(picture_files.decode(data, self._size, self._channels), self.label(index))
+        return Picture(image_decoding.decode(data, self._size, self._channels), self.label(index))
 
     def label(self, index: int) -> int:
         return self._numbers.get(self._files[index].partition("/")[0], 0)
@@ -170,7 +170,7 @@ class TfdsPictures:
 
     def __getitem__(self, index: int) -> Picture:
         example = self._read(index)
-        return Picture(picture_files.decode(example[self._image], self._size, self._channels), self._class(example))
+        return Picture(image_decoding.decode(example[self._image], self._size, self._channels), self._class(example))
 
     def label(self, index: int) -> int:
         return self._class(self._read(index)) if self._label else 0
