@@ -1,4 +1,4 @@
-"""The pictures of a config: what to train on, what is held out, and in what shape; by the name in `data.name`."""
+"""Opens the images that a config names in `data.name`: a training and a held-out split, and their shape."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,39 +11,46 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from flow_jax.data import digit_scores, digits, synthetic_images
-from flow_jax.data.image_sets import ArrayPictures, FolderPictures, Pictures, Subset, TfdsPictures
+from flow_jax.data.image_sets import ArrayImages, FolderImages, ImageSet, ImageSubset, TfdsImages
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_named, imported
 from train_jax.core.row_errors import BadRows
 
-BYTES = 256  # values of a pixel
+BYTES = 256  # grey values of 8-bit images
 _SPLIT = 0  # seed of the split of a folder
-_READ = 256  # pictures read at once
+_READ = 256  # images read at once
 
 
 @runtime_checkable
 class Score(Protocol):
-    """Something to measure of samples, which come in batches."""
+    """A measurement of samples that come in batches."""
 
-    def add(self, images: UInt8[np.ndarray, "N I I C"], labels: Int[np.ndarray, " N"]) -> None: ...
+    def add(self, images: UInt8[np.ndarray, "N I I C"], labels: Int[np.ndarray, " N"]) -> None:
+        """Adds a batch of samples."""
+        ...
 
-    def results(self) -> dict[str, float]: ...
+    def results(self) -> dict[str, float]:
+        """Returns the scores by name."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Attributes:
+    """The images of a run.
 
-    train, held_out: the two sides.
-    size, channels, levels: side of a picture, 1 or 3, values that an entry has.
-    num_classes: 0 where there are no labels.
-    scores: makes what to measure of samples beside what is measured of all.
-    row_a_label: whether pictures of samples have a row for each label; or rows of any.
+    Attributes:
+      train, held_out: the two splits.
+      size: side of an image in pixels.
+      channels: 1 or 3.
+      levels: number of grey values.
+      num_classes: 0 without labels.
+      scores: makes the scores of these data, beside those of all images.
+      row_a_label: whether figures of samples have one row for each label.
     """
 
-    train: Pictures
-    held_out: Pictures
+    train: ImageSet
+    held_out: ImageSet
     size: int
     channels: int
     levels: int
@@ -53,15 +60,15 @@ class ImageData:
 
 
 class Splits(NamedTuple):
-    """Two sides of a data set, and the names of its classes."""
+    """The two splits of a data set, and the names of its classes."""
 
-    train: Pictures
-    held_out: Pictures
+    train: ImageSet
+    held_out: ImageSet
     classes: Sequence[str]
 
 
 class DatasetSpec(NamedTuple):
-    """A value of `data.name`; size, channels and classes are None where the data decide or the config."""
+    """A value of `data.name`. Size, channels and classes are None if they depend on the data or the config."""
 
     open: Callable[[ConfigDict, int, int], Splits]
     size: int | None = None
@@ -95,111 +102,112 @@ def defaults() -> ConfigDict:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a `data.name` that is neither of `DATASETS` nor an import path."""
+    """Raises UserError for a `data.name` that is neither in `DATASETS` nor an import path."""
     check_named("data.name", name, DATASETS)
 
 
 def _spec(config: ConfigDict) -> DatasetSpec:
-    """What `data.name` names: of `DATASETS`, or a DatasetSpec by its import path."""
+    """Returns the DatasetSpec that `data.name` names, in `DATASETS` or by import path."""
     check_name(config.name)
     return DATASETS.get(config.name) or imported("data.name", config.name, "package.module:SPEC")
 
 
 def shape(config: ConfigDict) -> tuple[int, int, int]:
-    """Side, channels and values of an entry, told without data.
+    """Returns side, channels and number of grey values, without opening the data.
 
     Raises:
-      UserError: a shape that the data do not have, or none.
+      UserError: the config gives no size, or one that the data do not have.
     """
-    kind = _spec(config)
-    size, channels = config.image_size or kind.size, config.channels or kind.channels or 3
-    for key, found, own in (("image_size", size, kind.size), ("channels", channels, kind.channels)):
-        if own not in (None, found):
-            raise UserError(f"data.{key} is {found}, but {config.name} have {own}: set it to None.")
+    spec = _spec(config)
+    size, channels = config.image_size or spec.size, config.channels or spec.channels or 3
+    for key, value, own in (("image_size", size, spec.size), ("channels", channels, spec.channels)):
+        if own not in (None, value):
+            raise UserError(f"data.{key} is {value}, but {config.name} have {own}: set it to None.")
     if size is None or size < 1:
-        raise UserError(f"data.image_size is {size}, expected the side of the pictures in pixels: set it.")
+        raise UserError(f"data.image_size is {size}, expected the side of the images in pixels: set it.")
     if channels not in (1, 3):
         raise UserError(f"data.channels is {channels}, expected 1 (grey) or 3 (RGB): change it.")
-    return size, channels, kind.levels
+    return size, channels, spec.levels
 
 
 def known_classes(config: ConfigDict) -> int | None:
-    """The number of classes, 0 for none, where it is known without data."""
+    """Returns the number of classes, 0 without labels; None if it is not known without opening the data."""
     if not config.conditional:
         return 0
     return config.num_classes or _spec(config).num_classes
 
 
 def open_data(config: ConfigDict) -> ImageData:
-    """Opens both sides; pictures are read later, one at a time.
+    """Opens both splits; images are decoded later, when they are read.
 
     Raises:
-      UserError: data that are not there, or are not what the config says.
+      UserError: the data do not exist or do not match the config.
     """
     size, channels, levels = shape(config)
-    kind = _spec(config)
-    found = kind.open(config, size, channels)
+    spec = _spec(config)
+    splits = spec.open(config, size, channels)
     if config.conditional:
-        if not found.classes:
+        if not splits.classes:
             raise UserError(
-                f"{config.folder} has no labels, expected class folders: sort the files into some, or train without "
+                f"{config.folder} has no labels, expected class folders: sort the files into folders, or train without "
                 "labels: data.conditional=False."
             )
-        if config.num_classes not in (None, len(found.classes)):
+        if config.num_classes not in (None, len(splits.classes)):
             raise UserError(
-                f"data.num_classes is {config.num_classes}, but the data have {len(found.classes)} classes: correct it."
+                f"data.num_classes is {config.num_classes}, but the data have {len(splits.classes)} classes: correct "
+                "it."
             )
-    classes = len(found.classes) if config.conditional else 0
-    scores = kind.scores if config.conditional else tuple
-    return ImageData(found.train, found.held_out, size, channels, levels, classes, scores)
+    num_classes = len(splits.classes) if config.conditional else 0
+    scores = spec.scores if config.conditional else tuple
+    return ImageData(splits.train, splits.held_out, size, channels, levels, num_classes, scores)
 
 
 def read(
-    pictures: Pictures, rows: Int[np.ndarray, " N"], tally: BadRows, threads: int = 2
+    images: ImageSet, rows: Int[np.ndarray, " N"], tally: BadRows, threads: int = 2
 ) -> Iterator[tuple[UInt8[np.ndarray, "n I I C"], Int[np.ndarray, " n"]]]:
-    """Pictures and labels of some rows in batches, in order, without the bad ones, which are counted.
+    """Yields images and labels of the given rows in batches, in order, without bad rows, which are counted.
 
     Raises:
-      UserError: as `BadRows` says.
+      UserError: as `BadRows`.
     """
 
-    def one(row):
+    def read_one(row):
         try:
-            return pictures[row]
+            return images[row]
         except UserError as error:
-            tally.skip(row, pictures.name(row), error)
+            tally.skip(row, images.name(row), error)
             return None
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(rows), _READ):
             numbers = [int(row) for row in rows[start : start + _READ]]
-            found = list(pool.map(one, numbers))
-            tally.count(numbers, [picture is None for picture in found], pictures.name)
-            good = [picture for picture in found if picture is not None]
+            batch = list(pool.map(read_one, numbers))
+            tally.count(numbers, [image is None for image in batch], images.name)
+            good = [image for image in batch if image is not None]
             if good:
-                yield np.stack([p.pixels for p in good]), np.array([p.label for p in good], np.int32)
+                yield np.stack([i.pixels for i in good]), np.array([i.label for i in good], np.int32)
     tally.check()
 
 
 def _digits(config: ConfigDict, size: int, channels: int) -> Splits:
-    train, held_out = (ArrayPictures(*digits.load(split)) for split in ("train", "held_out"))
+    train, held_out = (ArrayImages(*digits.load(split)) for split in ("train", "held_out"))
     return Splits(train, held_out, [str(digit) for digit in range(digits.CLASSES)])
 
 
 def _shapes(config: ConfigDict, size: int, channels: int) -> Splits:
     number = config.num_examples
-    train = synthetic_images.ShapePictures("train", number, size, channels)
+    train = synthetic_images.ShapeImages("train", number, size, channels)
     return Splits(
         train,
-        synthetic_images.ShapePictures("held_out", max(number // 10, 2), size, channels),
+        synthetic_images.ShapeImages("held_out", max(number // 10, 2), size, channels),
         synthetic_images.CLASSES,
     )
 
 
 def _folder(config: ConfigDict, size: int, channels: int) -> Splits:
-    whole = FolderPictures(_path(config), size, channels, cache_dir())
+    whole = FolderImages(_path(config), size, channels, cache_dir())
     if config.held_out_folder is not None:
-        held_out = FolderPictures(config.held_out_folder, size, channels, cache_dir())
+        held_out = FolderImages(config.held_out_folder, size, channels, cache_dir())
         if held_out.classes != whole.classes:
             raise UserError(
                 f"{config.held_out_folder} has other class folders than {config.folder} "
@@ -209,31 +217,31 @@ def _folder(config: ConfigDict, size: int, channels: int) -> Splits:
     number = round(config.held_out_fraction * len(whole))
     if not 2 <= number < len(whole):
         raise UserError(
-            f"data.held_out_fraction={config.held_out_fraction} of {len(whole)} pictures holds {number} out, expected "
-            "at least 2 and not all: change it, or name a data.held_out_folder."
+            f"data.held_out_fraction={config.held_out_fraction} of {len(whole)} images holds out {number}, expected at "
+            "least 2 and not all: change it, or set data.held_out_folder."
         )
-    held = _held_out(whole.identity, number)
-    return Splits(Subset(whole, np.flatnonzero(~held)), Subset(whole, np.flatnonzero(held)), whole.classes)
+    mask = _held_out(whole.identity, number)
+    return Splits(ImageSubset(whole, np.flatnonzero(~mask)), ImageSubset(whole, np.flatnonzero(mask)), whole.classes)
 
 
 def _held_out(identity: Int[np.ndarray, " N"], number: int) -> Bool[np.ndarray, " N"]:
-    """Which pictures to hold out: of different ones in an order of chance, each with its copies, until `number` are."""
-    times = np.bincount(identity)
-    order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(times)), kind="stable")
-    enough = np.searchsorted(np.cumsum(times[order]), number) + 1
-    held = np.isin(identity, order[:enough])
-    if held.all():
+    """Returns a mask of the held-out images: distinct images in random order, each with its copies, up to `number`."""
+    copies = np.bincount(identity)
+    order = np.argsort(np.random.PCG64(_SPLIT).random_raw(len(copies)), kind="stable")
+    distinct = np.searchsorted(np.cumsum(copies[order]), number) + 1
+    mask = np.isin(identity, order[:distinct])
+    if mask.all():
         raise UserError(
-            f"the folder holds {len(times)} different picture(s) among {len(held)} files, expected enough to train on "
-            "some and hold out others: add pictures, or name a data.held_out_folder."
+            f"the folder contains {len(copies)} different image(s) among {len(mask)} files, expected enough for a "
+            "training and a held-out split: add images, or set data.held_out_folder."
         )
-    return held
+    return mask
 
 
 def _tfds(config: ConfigDict, size: int, channels: int) -> Splits:
     label = config.label if config.conditional else ""
     train, held_out = (
-        TfdsPictures(_path(config), split, config.image, label, size, channels)
+        TfdsImages(_path(config), split, config.image, label, size, channels)
         for split in (config.split, config.held_out)
     )
     return Splits(train, held_out, train.classes)
@@ -241,7 +249,7 @@ def _tfds(config: ConfigDict, size: int, channels: int) -> Splits:
 
 def _path(config: ConfigDict) -> str:
     if config.folder is None:
-        raise UserError(f"data.folder is None, expected where the pictures of data.name={config.name!r} lie: set it.")
+        raise UserError(f"data.folder is None, expected the folder of the images of data.name={config.name!r}: set it.")
     return config.folder
 
 

@@ -1,4 +1,4 @@
-"""Trains a flow from noise to images, with or without labels, and scores it: the runtime's Task."""
+"""Trains and evaluates a flow from noise to images, with or without labels."""
 
 import functools
 
@@ -13,7 +13,7 @@ from train_jax.core.errors import UserError
 
 
 class ImageFlow(ImageFlowTask):
-    """The task, of the images that `config.data` names."""
+    """A flow from noise to the images that `config.data` names."""
 
     architecture_keys = (*ImageFlowTask.architecture_keys, r"data\.(image_size|channels|conditional|num_classes)")
 
@@ -28,20 +28,22 @@ class ImageFlow(ImageFlowTask):
         image_datasets.check_name(config.data.name)
         if config.eval.guidance != 1.0 and not config.data.conditional:
             raise UserError(
-                f"eval.guidance is {config.eval.guidance} with data.conditional=False, expected 1: without labels "
-                "there is nothing to guide by."
+                f"eval.guidance is {config.eval.guidance} with data.conditional=False, expected 1: guidance needs "
+                "labels."
             )
         self.size, self.channels, _ = image_datasets.shape(config.data)
 
     @functools.cached_property
     def data(self) -> ImageData:
+        """The images."""
         return image_datasets.open_data(self.config.data)
 
     @functools.cached_property
     def num_classes(self) -> int:
-        """0 without labels; the data are opened if the config does not tell."""
+        """The number of classes, 0 without labels; the data are opened if the config does not determine it."""
         known = image_datasets.known_classes(self.config.data)
         return self.data.num_classes if known is None else known
 
     def init(self) -> nnx.Module:
+        """Returns the velocity model at the start of training."""
         return self.velocity_model(num_classes=self.num_classes)

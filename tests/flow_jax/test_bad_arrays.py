@@ -211,7 +211,7 @@ def test_couplings_pair_as_many_rows_of_each(name):
         (lambda: fj.couplings.conditional(X, X, Y, Y, -1.0), "weight is -1"),
         (lambda: fj.couplings.quality(X, X, Y[:2], Y), "two lists of indices of one length"),
         (lambda: fj.couplings.quality(X, X, Y, Y + 1), "j has values from 1 to 4 for 4 rows"),
-        (lambda: list(fj.couplings.over_buffer(X, X, 0, 0)), "4 rows does not divide into batches of 0"),
+        (lambda: list(fj.couplings.over_buffer(X, X, 0, 0)), "4 rows cannot be divided into batches of 0"),
         (lambda: list(fj.couplings.over_buffer(X, X, 1, 0, lambda a, b: (Y[:2], Y[:2]))), "2 pairs of 4 rows"),
         (
             lambda: fj.losses.coupled_flow_matching(still, PATH, X, X, 0.5, lambda a, b: (Y, Y[:2])),
@@ -301,7 +301,10 @@ def test_metrics_compare_rows_of_one_shape_and_finite_numbers(name):
         (lambda: fj.metrics.mmd(jnp.zeros((4, 1)), jnp.zeros((4, 1)).at[0].set(1.0)), "pass `bandwidth`"),
         (lambda: fj.metrics.wasserstein(X, X, np.nan), "p is nan"),
         (lambda: fj.metrics.frechet_distance(X, X[:, :2]), "features have 3 and 2 entries"),
-        (lambda: fj.metrics.frechet_distance(X[:1], X), "a covariance needs two rows, got 1"),
+        (
+            lambda: fj.metrics.frechet_distance(X[:1], X),
+            "the number of rows is 1, expected at least 2 for a covariance",
+        ),
         (lambda: fj.metrics.frechet_distance(X[:, 0], X), "features have shape [4]"),
         (lambda: Moments.of(X.at[0, 0].set(jnp.inf)), "expected finite numbers"),
         (lambda: fj.metrics.straightness(still, X, 0), "num_steps is 0 for 4 rows"),
@@ -353,8 +356,10 @@ def test_half_precision_loses_no_ends_and_no_squares():
 
 def test_no_rows_are_no_samples_or_are_refused():
     assert fj.sample(still, X[:0], "euler", 1).x.shape == (0, 3)
-    with pytest.raises(UserError, match=re.escape("x_1 has shape [0, 3], expected numbers in it")):
+    with pytest.raises(UserError, match=re.escape("x_1 has shape [0, 3], expected a batch that is not empty")):
         fj.log_prob(still, X[:0], solver="euler", num_steps=1)
     for options in ({}, {"per_sample": True}):
-        with pytest.raises(UserError, match=re.escape("tsit5 has nothing to choose its steps by in [0, 3]")):
+        with pytest.raises(
+            UserError, match=re.escape("tsit5 cannot choose its steps for shapes [0, 3], which are empty")
+        ):
             fj.sample(still, X[:0], **options)

@@ -169,5 +169,5 @@ def test_a_buffer_couples_better_than_its_batches_and_deals_every_pair_once():
     alone = [fj.couplings.exact(x_0[k : k + 16], x_1[k : k + 16])[1] + k for k in range(0, 64, 16)]
     cost = fj.couplings.host_cost(x_0, x_1)
     assert cost[i, j].mean() < 0.8 * cost[np.arange(64), np.concatenate(alone)].mean()
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="cannot be divided"):
         next(fj.couplings.over_buffer(x_0, x_1, 10, seed=0))

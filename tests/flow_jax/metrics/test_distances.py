@@ -115,7 +115,7 @@ def test_bad_arguments():
     x = np.zeros((3, 2))
     with pytest.raises(UserError, match="p is 0.5"):
         fj.metrics.wasserstein(x, x, 0.5)
-    with pytest.raises(UserError, match="needs two rows, got 1"):
+    with pytest.raises(UserError, match="is 1, expected at least 2 for a covariance"):
         fj.metrics.frechet_distance(x[:1], x)
 
 

@@ -268,7 +268,7 @@ def test_resizing_keeps_the_mean():
         (lambda: MLP(MLPConfig(depth=0), rngs=nnx.Rngs(0)), "depth >= 1"),
         (
             lambda: make("mlp")[0](0.5, jnp.ones((2, 3)), jnp.array([0, 1])),
-            "told nothing of every row but got one",
+            "takes nothing for each row, but got one",
         ),
         (
             lambda: make("mlp", num_classes=2)[0](0.5, jnp.ones((2, 3))),

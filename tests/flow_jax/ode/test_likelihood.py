@@ -247,7 +247,10 @@ def test_images_that_are_no_levels_are_refused(images, found):
         (dict(divergence="hutchinson", key=jax.random.key(0), noise="white"), "noise='white' is unknown"),
         (dict(key=jax.random.key(0)), "draws no probes: leave out key and noise"),
         (dict(noise="gaussian"), "draws no probes"),
-        (dict(solver="rk4", times=[0.0, 0.5, 1.0]), r"times rise from 0 to 1, expected them to fall .* times\[::-1\]"),
+        (
+            dict(solver="rk4", times=[0.0, 0.5, 1.0]),
+            r"times increase from 0 to 1, expected decreasing times, .* times\[::-1\]",
+        ),
         (dict(solver="rk4", num_steps=4, max_steps=7), "max_steps=7 has no effect"),
         (dict(num_probes=2), "num_probes=2"),
         (dict(num_steps=3), "leave out num_steps=3"),

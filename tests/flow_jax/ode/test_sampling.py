@@ -184,7 +184,7 @@ def test_sampling_works_inside_jit_and_keeps_a_half_precision_state():
         (dict(solver="euler", times=[0.0, 0.5], t1=0.5), "leave out t0=0 and t1=0.5"),
         (dict(times=[0.0, 1.0]), "pass trajectory=True and times together"),
         (dict(trajectory=True), "pass trajectory=True and times together"),
-        (dict(rtol=0.0, atol=0.0), "make no tolerance"),
+        (dict(rtol=0.0, atol=0.0), "give no tolerance"),
     ],
 )
 def test_contradictory_arguments_are_refused_before_anything_is_computed(options, message):

@@ -12,11 +12,11 @@ import flow_jax as fj
 import train
 from flow_jax import fid
 from flow_jax.data.image_datasets import ImageData
-from flow_jax.data.image_sets import ArrayPictures
+from flow_jax.data.image_sets import ArrayImages
 from flow_jax.metrics import frechet
 from flow_jax.tasks import image_sampler
 from flow_jax.tasks.image_figures import Gallery
-from flow_jax.tasks.image_sampler import Sampler
+from flow_jax.tasks.image_sampler import ImageSampler
 from flow_jax.tasks.images import ImageFlow
 from tests.flow_jax.images_on_disk import colours, pixels, prepare, write_folder
 from tests.paligemma_jax.mini import ROOT, arguments, config_of, mistake
@@ -123,7 +123,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
     labels = task.evaluation.labels(11)
-    sampler = Sampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
+    sampler = ImageSampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
     samples = np.concatenate([drawn.images for drawn in sampler.batches(labels)])
     good = [pixels(100 * label + number) for label in range(3) for number in range(10) if (label, number) != (1, 4)]
     want = fj.metrics.frechet_distance(colours(samples), colours(np.stack(good)))
@@ -158,13 +158,13 @@ class Field(nnx.Module):
 
 
 def data_of(classes: int = 3) -> ImageData:
-    pictures = ArrayPictures(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
+    pictures = ArrayImages(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
     return ImageData(pictures, pictures, 8, 3, 256, classes)
 
 
-def sampler_of(batch_size: int, devices: int = 1, **changes) -> Sampler:
+def sampler_of(batch_size: int, devices: int = 1, **changes) -> ImageSampler:
     config = config_of(SMALL | {"mesh.data": devices, "eval.batch_size": batch_size} | changes, f"{CONFIG}:smoke")
-    return Sampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
+    return ImageSampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (100, 1), (8, 8)])
@@ -277,8 +277,11 @@ def test_variants_that_contradict_each_other(argument, sentence):
     ("changes", "sentence"),
     [
         ({"data.folder": "/nowhere"}, "/nowhere has no dataset_info.json"),
-        ({"eval.guidance": 2.0}, "without labels there is nothing to guide by"),
-        ({"eval.guidance": 2.0, "model.label_dropout": 0.0}, "else nothing is learned of images without one"),
+        ({"eval.guidance": 2.0}, "expected 1: guidance needs labels"),
+        (
+            {"eval.guidance": 2.0, "model.label_dropout": 0.0},
+            "guidance needs a model that is also trained without labels",
+        ),
         ({"eval.divergence": "foo"}, "divergence='foo' is unknown, expected one of exact, hutchinson"),
         ({"data.channels": 2}, "data.channels is 2, expected 1"),
     ],

@@ -13,7 +13,7 @@ from flow_jax.data import digit_scores, digits
 from flow_jax.data.digits import Digits
 from flow_jax.data.image_datasets import ImageData
 from flow_jax.data.image_pairs import ImagePairs, to_levels, to_range
-from flow_jax.data.image_sets import ArrayPictures
+from flow_jax.data.image_sets import ArrayImages
 from flow_jax.tasks.images import ImageFlow
 from tests.paligemma_jax.mini import ROOT, arguments, config_of
 from train_jax.core.errors import UserError
@@ -72,7 +72,7 @@ def images_of(number: int) -> Digits:
 
 
 def pairs_of(coupling: str, dequantize: bool = False, seed: int = 3) -> ImagePairs:
-    pictures = ArrayPictures(*images_of(30))
+    pictures = ArrayImages(*images_of(30))
     return ImagePairs(ImageData(pictures, pictures, 4, 1, 17, 3), dequantize, coupling, seed)
 
 

@@ -199,8 +199,8 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
         ({"coupling.name": "sinkhorn", "coupling.group": 16, "micro_batch": 8}, "micro_batch is 8 beside "
-         "coupling.name='sinkhorn' and coupling.group=16, which pairs so many rows in the step, expected a multiple of "
-         "that: change one of the two."),
+         "coupling.name='sinkhorn', which pairs coupling.group=16 rows in the step, expected a multiple of 16: change "
+         "one of the two."),
         ({"coupling.group": 48}, "coupling.group is 48, expected a divisor of batch_size=64, so that groups fill a "
          "batch: change it, or set it to None for all rows of a batch."),
         ({"coupling.name": "independent", "coupling.group": 4}, "coupling.group is 4 beside "
@@ -209,7 +209,7 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
          "dopri8."),
         ({"model.activation": "foo"}, "model: the activation is 'foo', expected a function of jax.nn, such as silu, "
          "gelu or selu."),
-        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, what is left of the noise."),
+        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, the size of the noise at t = 1."),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, capsys, changes, sentence):
