@@ -255,7 +255,7 @@ class TextToImage(ImageFlowTask):
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """Returns the descriptions of a batch, one per line."""
-        return "\n".join(self.descriptions.texts[label] for label in batch["label"][0].tolist())
+        return "\n".join(self.descriptions.texts[int(label)] for label in batch["label"][0])
 
     def check_workdir(self, workdir: Path) -> None:
         """Checks that the SigLIP that embeds the captions is the one recorded in the workdir.
@@ -285,6 +285,6 @@ class TextToImage(ImageFlowTask):
         labels = np.array([held_out.label(row) for row in rows], np.int32)
         samples = [image for batch in self.evaluation.sampler(model).batches(labels) for image in batch.images]
         real = [held_out[row].pixels for row in rows]
-        texts = [self.descriptions.texts[label] for label in labels.tolist()]
+        texts = [self.descriptions.texts[int(label)] for label in labels]
         save_sheet(samples, texts, workdir / "captions.png", real)
         return results

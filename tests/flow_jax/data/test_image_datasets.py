@@ -68,7 +68,7 @@ def test_a_photograph_stands_upright(tmp_path):
         (encoded(np.ones((8, 8), np.uint16)), "expected 8 bits per channel"),
     ],
 )
-def test_what_is_no_picture_is_a_bad_row(data, sentence):
+def test_a_file_that_is_not_an_image_is_a_bad_row(data, sentence):
     with pytest.raises(BadRow, match=sentence):
         image_decoding.decode(data, 8, 3)
 
@@ -134,7 +134,7 @@ def test_what_is_refused(changes, sentence, folder, prepared, tmp_path):
         open_data(settings(**changes))
 
 
-def test_grey_pictures_are_told_of(tmp_path):
+def test_grey_images_need_one_channel(tmp_path):
     with pytest.raises(UserError, match="have 1 channel.s., expected 3: set data.channels=1"):
         TfdsImages(prepare(tmp_path, channels=1), "train", "image", "label", 8, 3)
 
@@ -186,7 +186,7 @@ def test_a_lost_file_is_a_bad_row(tmp_path):
         pictures[0]
 
 
-def test_held_out_pictures_are_read_without_the_bad_ones(tmp_path):
+def test_held_out_images_are_read_without_bad_ones(tmp_path):
     pictures = FolderImages(write_folder(tmp_path, broken=("a/03.png",)), 8, 3)
     (images, labels), *rest = read(pictures, np.arange(12), BadRows(12, "skip", 0.5))
     assert not rest and len(images) == 11 and labels.tolist() == [0] * 9 + [1] * 2
@@ -203,7 +203,7 @@ def test_rows_stay_in_their_order_whatever_the_coupling():
     assert np.square(coupled["x_0"] - coupled["x_1"]).sum() < np.square(plain["x_0"] - plain["x_1"]).sum()
 
 
-def test_without_labels_pairs_are_the_cheapest_of_all():
+def test_without_labels_pairs_have_the_least_cost_of_all():
     rows = np.arange(12)
     within, across = (pairs_of(memory(12, classes), "exact").get_batch(rows, 1) for classes in (2, 0))
     assert "label" not in across
@@ -211,7 +211,7 @@ def test_without_labels_pairs_are_the_cheapest_of_all():
     assert cost[1] < cost[0]
 
 
-def test_flips_are_a_function_of_seed_step_and_picture():
+def test_flips_are_a_function_of_seed_step_and_image():
     data, rows = memory(40), np.arange(40)
     plain = pairs_of(data).get_batch(rows, 3)["x_1"]
     flipped = pairs_of(data, flip=True).get_batch(rows, 3)["x_1"]
@@ -239,7 +239,7 @@ def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
     assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
 
-def test_made_up_shapes_differ_between_sides_and_rows():
+def test_synthetic_images_differ_between_splits_and_rows():
     data = open_data(settings(name="shapes"))
     assert data.num_classes == 3 and len(data.train) == 2000 and len(data.held_out) == 200
     images = {side[row].pixels.tobytes() for side in (data.train, data.held_out) for row in range(50)}
@@ -258,7 +258,7 @@ def test_hidden_folders_are_no_classes_and_nested_files_belong_to_theirs(tmp_pat
     assert sum(map(len, pictures.left_out.values())) == 2 and "notes.txt" in caplog.text
 
 
-def test_copies_of_a_picture_are_on_one_side(tmp_path):
+def test_copies_of_an_image_are_in_one_split(tmp_path):
     root = write_folder(tmp_path)
     whole = open_data(settings(name="folder", folder=str(root)))
     held = {whole.held_out.name(row) for row in range(len(whole.held_out))}

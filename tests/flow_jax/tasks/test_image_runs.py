@@ -76,7 +76,7 @@ def parameters(workdir, step):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
-def test_a_run_on_folders_measures_draws_and_counts_bad_files(run):
+def test_a_run_on_folders_writes_results_and_figures_and_counts_bad_files(run):
     results = json.loads((run / "eval.json").read_text())
     assert {"frechet", "frechet_data", "bpd", "nfe", "straightness"} <= results.keys()
     assert results["examples"] == 4 and results["nfe"] == 2 and "accuracy" not in results
@@ -86,7 +86,7 @@ def test_a_run_on_folders_measures_draws_and_counts_bad_files(run):
         assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_that_was_interrupted_is_the_same_run(run, options, tmp_path):
+def test_an_interrupted_run_gives_the_same_parameters(run, options, tmp_path):
     for steps in (2, 4):
         changes = options | {"total_steps": steps, "eval_steps": steps}
         train.main(arguments(tmp_path, changes, "--progress=none", config=f"{CONFIG}:smoke"))
@@ -189,7 +189,7 @@ def test_pixels_of_large_images_are_means_of_areas():
     np.testing.assert_allclose(frechet.area_means(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
 
 
-def test_a_gallery_has_a_row_a_label():
+def test_a_gallery_has_one_row_per_label():
     gallery = Gallery(num_classes=3)
     images = np.stack([np.full((2, 2, 1), label, np.uint8) for label in (2, 0, 2, 5)])
     gallery.add(images, np.array([2, 0, 2, 5]))
@@ -205,7 +205,7 @@ def test_a_gallery_has_a_row_a_label():
 # Loss.
 
 
-def test_rows_of_weight_zero_have_no_part_in_the_loss():
+def test_rows_of_weight_zero_do_not_affect_the_loss():
     task = ImageFlow(*_task_of("smoke"))
     seen = []
 
@@ -268,7 +268,7 @@ def test_the_papers_schedule():
         ("cifar10,coupling=exact", "coupling=exact stands without torchcfm"),
     ],
 )
-def test_variants_that_contradict_each_other(argument, sentence):
+def test_contradictory_variants_are_refused(argument, sentence):
     with pytest.raises(UserError, match=sentence):
         command_line.load_config(f"{CONFIG}:{argument}")
 

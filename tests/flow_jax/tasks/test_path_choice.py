@@ -118,7 +118,7 @@ def test_a_gaussian_path_needs_its_functions(changes, message):
     assert message in str(error.value)
 
 
-def test_sampling_and_likelihood_start_where_the_path_does():
+def test_sampling_and_likelihood_start_from_the_paths_start():
     path, spread = fj.paths.VE(0.01, 20.0), 0.5
     exact = fj.marginals.MixtureMarginal(path, np.zeros((1, 2)), spread).velocity
     x_0 = jax.random.normal(jax.random.key(0), (500, 2))
