@@ -1,4 +1,4 @@
-"""Flow matching in JAX: paths, couplings, losses, samplers, likelihoods.
+"""Flow matching in JAX: paths, couplings, losses, samplers and likelihoods.
 
 import flow_jax as fj
 path = fj.paths.CondOT()

@@ -1,4 +1,7 @@
-"""Arguments of another kind than is expected, told in a sentence that names them; traced values are not looked at."""
+"""Checks of arguments: each raises UserError with the argument's name, its value and what was expected.
+
+Values that are traced cannot be checked and pass.
+"""
 
 import math
 import operator
@@ -7,30 +10,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from train_jax.core.errors import UserError
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is a tracer, whose numbers are not known."""
+    return isinstance(value, Tracer)
+
+
 def check_function(name: str, value: Any) -> None:
-    """Raises UserError for what cannot be called."""
+    """Raises UserError unless the value can be called."""
     if not callable(value):
         raise UserError(f"{name} is {value!r}, expected a function or a module that can be called: pass one.")
 
 
 def check_whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -> None:
-    """Raises UserError for what is no whole number from low to high; any whole number will do where both are None."""
+    """Raises UserError unless the value is a whole number from low to high; None is no limit."""
     try:
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
-        wanted = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
-        raise UserError(f"{name} is {value}, expected a whole number{wanted}: change it.")
+        limits = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
+        raise UserError(f"{name} is {value}, expected a whole number{limits}: change it.")
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> None:
-    """Raises UserError for what is no finite number from low to high, low itself excluded if `above`."""
-    if isinstance(value, jax.core.Tracer) and not value.ndim:
+    """Raises UserError unless the value is a finite number from low to high; `above` excludes low itself."""
+    if isinstance(value, Tracer) and not value.ndim:
         return
     try:
         number = math.nan if isinstance(value, str | bytes) or np.ndim(value) else float(value)
@@ -46,17 +55,17 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_key(name: str, value: Any) -> None:
-    """Raises UserError for what is no key of jax.random, or keys of rows."""
+    """Raises UserError unless the value is a key of jax.random, or an array of keys."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
         raise UserError(f"{name} is {value}, expected a key of random numbers: pass jax.random.key(0), say.")
 
 
 def check_numbers(name: str, value: Any) -> None:
-    """Raises UserError for what makes no array of numbers."""
+    """Raises UserError unless the value can be converted to an array of numbers."""
     try:
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    except (TypeError, ValueError):  # lists of several lengths
+    except (TypeError, ValueError):  # a ragged list
         dtype = np.dtype(object)
     if not jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, jnp.bool_):
         raise UserError(f"{name} is a {type(value).__name__} of {dtype}, expected an array of numbers: convert it.")

@@ -1,12 +1,13 @@
-"""Shapes shared by all of flow_jax.
+"""Array types and shape helpers shared by all of flow_jax.
 
-Axes: B rows of a batch, `...` the axes of one example (any number: points [B, D], images [B, H, W, C]), K components
-of a mixture or rows of a data set, N and M rows of two point clouds. Times are scalars or one a row, t = 0 noise and
-t = 1 data. What annotations call an array may be a NumPy array: both are taken everywhere.
+Axes: B batch, `...` the axes of one example (any number: points [B, D], images [B, H, W, C]), K components of a mixture
+or examples of a data set, N and M the sizes of two point clouds. Times are scalars or [B]; t = 0 is noise and t = 1 is
+data. Every function accepts both JAX and NumPy arrays.
 """
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +20,43 @@ from flow_jax.callables import call_now
 from train_jax.core.errors import UserError
 
 AnyArray = Array | np.ndarray
-Rows = Float[AnyArray, "B ..."]
+ArrayT = TypeVar("ArrayT", Array, np.ndarray)
+BatchArray = Float[AnyArray, "B ..."]
 """A batch of examples of any shape."""
-CheckedRows = Num[AnyArray, "..."]
-"""As `Rows`, of a shape that others have too: where they differ, an error names both. Integers become floats."""
+CheckedBatch = Num[AnyArray, "..."]
+"""A `BatchArray` whose shape the function checks itself: its error names both shapes. Integers become floats."""
 Number = int | float | np.number
-"""A plain number."""
+"""A Python or NumPy number."""
 Scalar = Number | Num[AnyArray, ""]
-"""A number that may be traced."""
+"""A number, or an array without axes, which may be traced."""
 RandomKey = Key[Array, ""] | UInt32[Array, "2"]
 """A key of jax.random, typed or raw."""
 Labels = Int[AnyArray, " B"] | Int[AnyArray, "B K"] | Float[AnyArray, "B E"]
-"""What a model is told of each row: a class, several attributes, or a vector; see models.features.Condition."""
+"""The condition of each example: a class, several attributes, or a vector; see models.layers.Condition."""
 CheckedLabels = Int[AnyArray, "..."] | Float[AnyArray, "..."]
-"""As `Labels`; of another number of rows than x, an error says so."""
+"""`Labels` whose number of rows the function checks itself."""
 Time = Scalar | Float[AnyArray, " B"]
-"""One time for all rows, or one a row."""
+"""One time for the batch, or one for each row."""
 CheckedTime = Scalar | Num[AnyArray, "..."]
-"""As `Time`; of another shape, an error says so."""
+"""A `Time` whose shape the function checks itself."""
 
 
 def float_dtype(x: AnyArray):
-    """The dtype of x, float32 where that is no float."""
-    dtype = jnp.result_type(x) if hasattr(x, "dtype") else jnp.asarray(x).dtype  # lists are taken, too
+    """Returns the dtype of x if that is a float type, else float32."""
+    dtype = jnp.result_type(x) if hasattr(x, "dtype") else jnp.asarray(x).dtype  # x may be a list
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
 def full_dtype(x: AnyArray):
-    """The dtype of x, float32 where that is less: what sums and squares are taken in."""
+    """Returns the dtype of x, at least float32: the precision of sums and squares."""
     return jnp.promote_types(float_dtype(x), jnp.float32)
 
 
-def as_rows(name: str, x: CheckedRows) -> Float[Array, "B ..."]:
-    """An array of rows of floats.
+def as_rows(name: str, x: CheckedBatch) -> Float[Array, "B ..."]:
+    """Returns x as a JAX array of floats with a batch axis.
 
     Raises:
-      UserError: a single number, or complex ones.
+      UserError: x is a scalar or complex.
     """
     check_numbers(name, x)
     x = jnp.asarray(x)
@@ -63,11 +65,11 @@ def as_rows(name: str, x: CheckedRows) -> Float[Array, "B ..."]:
     return x.astype(float_dtype(x))
 
 
-def same_rows(**rows: CheckedRows) -> list[Float[Array, "B ..."]]:
-    """Arrays of rows, all of one shape.
+def same_rows(**rows: CheckedBatch) -> list[Float[Array, "B ..."]]:
+    """Returns the arrays as `as_rows` does, after checking that they have one shape.
 
     Raises:
-      UserError: shapes that differ, if only by an axis of size 1; they would be broadcast.
+      UserError: shapes differ, be it by an axis of size 1, which NumPy would broadcast.
     """
     arrays = [as_rows(name, x) for name, x in rows.items()]
     for name, x in zip(rows, arrays, strict=True):
@@ -76,7 +78,7 @@ def same_rows(**rows: CheckedRows) -> list[Float[Array, "B ..."]]:
 
 
 def check_shapes(one: str, x: AnyArray, other: str, y: AnyArray) -> None:
-    """Raises UserError, naming both shapes, unless they are equal."""
+    """Raises UserError, with both shapes, unless they are equal."""
     shapes = np.shape(x), np.shape(y)
     if shapes[0] != shapes[1]:
         raise UserError(
@@ -85,7 +87,7 @@ def check_shapes(one: str, x: AnyArray, other: str, y: AnyArray) -> None:
 
 
 def check_clouds(a: AnyArray, b: AnyArray) -> None:
-    """Raises UserError for clouds without rows, or whose rows are not of one shape; numbers of rows may differ."""
+    """Raises UserError if a cloud is empty, or if the rows of the two differ in shape; their numbers may differ."""
     for cloud in (a, b):
         check_numbers("a cloud", cloud)
     shapes = [np.shape(cloud) for cloud in (a, b)]
@@ -97,9 +99,9 @@ def check_clouds(a: AnyArray, b: AnyArray) -> None:
 
 
 def check_args(args: tuple, x: AnyArray) -> None:
-    """Raises UserError for what goes along with the rows of x, labels say, but does not have as many rows."""
+    """Raises UserError unless every array in `args` (labels, for example) has as many rows as x."""
     if not isinstance(args, tuple | list):
-        raise UserError(f"args is a {type(args).__name__}, expected a tuple of arrays: write args=(labels,), say.")
+        raise UserError(f"args is a {type(args).__name__}, expected a tuple of arrays: write args=(labels,).")
     for leaf in jax.tree.leaves(args):
         if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
             check_numbers("an array of args", leaf)
@@ -111,7 +113,7 @@ def check_args(args: tuple, x: AnyArray) -> None:
 
 
 def check_null(null: int | float | tuple, labels: AnyArray) -> None:
-    """Raises UserError for a label that stands for none and is not of a row's form, or that its dtype does not hold."""
+    """Raises UserError unless the null label has the shape of one row's label and fits the dtype of the labels."""
     check_numbers("null", null)
     if np.ndim(null) and np.shape(null) != labels.shape[1:]:
         raise UserError(f"null is {null} where a row's labels are {list(labels.shape[1:])}, expected one for each.")
@@ -126,26 +128,26 @@ def check_null(null: int | float | tuple, labels: AnyArray) -> None:
 
 
 def velocity_at(velocity: Callable, t: Array, x: Array, *args) -> Array:
-    """What a velocity is at (t, x), once it is sure to be of x's shape.
+    """Evaluates a velocity at (t, x) and checks that it has x's shape.
 
     Raises:
-      UserError: another shape, if only by an axis of size 1; or complex numbers.
+      UserError: the shapes differ, be it by an axis of size 1; or the velocity is complex.
     """
     v = call_now(velocity, t, x, *args)
-    found = f"{v.dtype}{list(v.shape)}" if hasattr(v, "dtype") else f"a {type(v).__name__}"
     if getattr(v, "shape", None) != x.shape or jnp.issubdtype(v.dtype, jnp.complexfloating):
+        kind = f"{v.dtype}{list(v.shape)}" if hasattr(v, "dtype") else f"a {type(v).__name__}"
         raise UserError(
-            f"the velocity is {found} where x is {x.dtype}{list(x.shape)}, expected real numbers of x's shape: let it "
+            f"the velocity is {kind} where x is {x.dtype}{list(x.shape)}, expected real numbers of x's shape: let it "
             "return a row for every row."
         )
     return v
 
 
 def as_time(t: CheckedTime, x: AnyArray) -> Array:
-    """The time as a scalar or [B], in the dtype of x or in float32 where that is less.
+    """Returns t as a scalar or [B], in the dtype of x, at least float32.
 
     Raises:
-      UserError: another shape.
+      UserError: t has another shape.
     """
     check_numbers("t", t)
     if isinstance(t, float | np.number):
@@ -160,22 +162,22 @@ def as_time(t: CheckedTime, x: AnyArray) -> Array:
 
 
 def per_row(c: AnyArray, x: AnyArray) -> Array:
-    """A coefficient, scalar or [B], with trailing axes of size 1 so that it multiplies x [B, ...]."""
+    """Returns a coefficient, scalar or [B], with trailing axes of size 1 so that it multiplies x [B, ...]."""
     c = jnp.asarray(c)
     return c if c.ndim == 0 else lax.expand_dims(c, range(1, x.ndim))
 
 
 def sum_rows(x: Array) -> Float[Array, " B"]:
-    """Sums over the axes of an example."""
+    """Sums over all axes but the first."""
     return x.sum(axis=tuple(range(1, x.ndim)))
 
 
 def squared_error(a: Array, b: Array) -> Float[Array, " B"]:
-    """Means over the axes of an example of |a - b|^2, in float32 at least."""
+    """Returns the mean of |a - b|^2 over all axes but the first, in float32 at least."""
     gap = a.astype(full_dtype(a)) - b.astype(full_dtype(b))
     return (gap**2).mean(axis=tuple(range(1, gap.ndim)))
 
 
-def flatten_rows(x: AnyArray) -> AnyArray:
-    """[B, ...] as [B, D]; NumPy stays NumPy."""
+def flatten_rows(x: ArrayT) -> ArrayT:
+    """Reshapes [B, ...] to [B, D]; a NumPy array stays one."""
     return x.reshape(len(x), math.prod(x.shape[1:]))

@@ -1,17 +1,17 @@
-"""Callables as compiled programs see them: what a callable holds apart from what it is, so that weights are never old.
+"""Splits callables into arrays and a hashable rest, so that compiled programs never use outdated weights.
 
-A callable that is given to `jax.jit` as it is becomes part of the program: the arrays that it reaches are constants of
-it, and a program that is kept for it keeps these. `run` takes a callable apart instead, into arrays, which are
-arguments of the program, and a hashable rest. Equal rests share a program, whatever the arrays.
+A callable passed to `jax.jit` directly becomes part of the program: the arrays that it refers to are constants, and the
+cached program keeps them. `run` splits a callable into its arrays, which are arguments of the program, and a hashable
+rest. Callables with equal rests share one program, whatever their arrays.
 
-What can be taken apart: an `nnx.Module`, all of its state; a bound method of one; a frozen dataclass and its methods;
-`functools.partial` and `jax.tree_util.Partial` of these, of arrays, numbers and containers; in any nesting, and in
-`jax.jit`, `nnx.jit` or `functools.cache`, which are left out. What its code reads besides, functions and numbers say,
-is looked up at each call (code_reads.py), and belongs to the rest.
+Callables that can be split: an `nnx.Module`, with all of its state; a bound method of one; a frozen dataclass and its
+methods; `functools.partial` and `jax.tree_util.Partial` of these and of arrays, numbers and containers; nested in any
+way, also inside `jax.jit`, `nnx.jit` or `functools.cache`, which are removed. The functions, numbers and strings that
+their code reads are looked up at each call (code_reads.py) and belong to the rest.
 
-What cannot, a closure or a function over a module that is a global, an object of another class, is traced anew each
-time that it is used: slower, and never out of date. What jax keeps of an earlier trace by itself, for a function in
-`jax.jit`, `jax.checkpoint`, `lax.scan`, is not used for either.
+Every other callable, such as a closure, a function that reads a global module, or an object of another class, is traced
+and compiled at each call: this is slow, but never outdated. The traces that jax itself caches, for functions inside
+`jax.jit`, `jax.checkpoint` or `lax.scan`, are not reused in either case.
 """
 
 import dataclasses
@@ -27,89 +27,89 @@ from flax import nnx
 from flow_jax.argument_checks import check_function
 from flow_jax.code_reads import frozen_fields, is_of_library, is_transformed, read
 
-_TRACED_ANEW = jax.make_user_context(None)  # a new value: what jax.jit, lax.scan and others traced before is not used
-_CACHED = type(functools.cache(len))
+_TRACE_CONTEXT = jax.make_user_context(None)  # with a new value, jax.jit, lax.scan and others reuse no cached trace
+_CACHED_FUNCTION = type(functools.cache(len))
 
 
 def run(program: Callable, function: Callable, settings: tuple, *operands):
-    """`program(call, *settings, arrays, *operands)`, compiled, where call(arrays, *args) is function(*args).
+    """Returns `program(call, *settings, arrays, *operands)`, compiled, where call(arrays, *args) is function(*args).
 
-    It is compiled once for all functions that differ in their arrays alone, settings and shapes.
+    The program is compiled once for all functions that differ only in their arrays, and for equal settings and shapes.
 
     Args:
-      program: a function of a module, without state.
+      program: a module-level function without state.
       function: the callable that the program evaluates.
       settings: hashable values that the program depends on.
-      operands: trees of arrays.
+      operands: pytrees of arrays.
     """
-    found = _Found()
-    part = _take_apart(function, found)
-    code = read(found.code)
-    if code.known:
-        return _kept(program)(_Call(part, code.facts), settings, found.arrays, *operands)
+    contents = _Contents()
+    part = _split(function, contents)
+    code = read(contents.code)
+    if code.complete:
+        return _compiled(program)(_Call(part, code.facts), settings, contents.arrays, *operands)
     call = _Call(part, ())
     once = jax.jit(functools.partial(_traced, program, call, settings))
-    return once(found.arrays, *operands)  # what it compiled goes with it
+    return once(contents.arrays, *operands)  # the compiled program is released with `once`
 
 
 def call_now(function: Callable, *args):
-    """function(*args), as it is now: `jax.jit` and its like keep what they traced, with weights that are old.
+    """Returns function(*args) with the current weights: a trace that `jax.jit` or the like cached may have older ones.
 
     Raises:
-      UserError: it cannot be called.
+      UserError: `function` cannot be called.
     """
-    check_function("what is to be called", function)
+    check_function("the function", function)
     code = read([function])
-    if code.known or not code.transformed or _is_known(function):
+    if code.complete or not code.transformed or _uses_current_arrays(function):
         return function(*args)
-    with _TRACED_ANEW(object()):
+    with _TRACE_CONTEXT(object()):
         return function(*args)
 
 
-def _is_known(function: Callable) -> bool:
-    """Whether all is known but for the arrays of modules, and no trace is kept over these."""
-    found = _Found()
-    _take_apart(function, found)
-    return not found.left_out and read(found.code).known
+def _uses_current_arrays(function: Callable) -> bool:
+    """Whether a function reads no arrays but those of its modules, and no wrapper caches traces over these."""
+    contents = _Contents()
+    _split(function, contents)
+    return not contents.unwrapped and read(contents.code).complete
 
 
 @functools.cache
-def _kept(program: Callable) -> Callable:
+def _compiled(program: Callable) -> Callable:
     return jax.jit(functools.partial(_traced, program), static_argnums=(0, 1))
 
 
 def _traced(program: Callable, call: "_Call", settings: tuple, arrays, *operands):
-    with _TRACED_ANEW(object()):
+    with _TRACE_CONTEXT(object()):
         return program(call, *settings, arrays, *operands)
 
 
 @dataclasses.dataclass
-class _Found:
-    """What a callable holds.
+class _Contents:
+    """The values that a callable contains.
 
     Attributes:
       arrays: arguments of its program.
-      code: what its program depends on besides, classes and functions say.
-      left_out: there was a wrapper that keeps what it computed or traced.
+      code: classes, functions and constants on which its program depends.
+      unwrapped: a wrapper that caches results or traces was removed.
     """
 
     arrays: list = dataclasses.field(default_factory=list)
     code: list = dataclasses.field(default_factory=list)
-    left_out: bool = False
+    unwrapped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The hashable rest of a callable: call(arrays, *args) is the callable at these arrays."""
+    """The hashable rest of a callable: call(arrays, *args) evaluates the callable with these arrays."""
 
     part: Any
-    facts: tuple  # of code_reads
+    facts: tuple  # of CodeFacts
 
     def __call__(self, arrays, *args):
         return self.part.build(arrays)(*args)
 
 
-# The hashable rest is a tree of these; `build` puts a value together again, from arrays.
+# The hashable rest is a tree of the following nodes, which build a value from arrays.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +122,14 @@ class _Constant:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    place: int
+    index: int
 
     def build(self, arrays):
-        return arrays[self.place]
+        return arrays[self.index]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Made:
+class _Composite:
     make: Callable
     parts: tuple
 
@@ -140,13 +140,13 @@ class _Made:
 @dataclasses.dataclass(frozen=True)
 class _Module:
     graph: Any
-    place: int
-    attributes: tuple  # ((path, part), ...) of what is no state of the module
+    index: int
+    attributes: tuple  # ((path, part), ...) of attributes that are not part of the module's state
 
     def build(self, arrays):
-        module = nnx.merge(self.graph, arrays[self.place], copy=True)  # whose variables a call may set
+        module = nnx.merge(self.graph, arrays[self.index], copy=True)  # a copy, as a call may set its variables
         for path, part in self.attributes:
-            if isinstance(part, _Made | _Module):
+            if isinstance(part, _Composite | _Module):
                 _set_entry(module, path, part.build(arrays))
         return module
 
@@ -158,37 +158,41 @@ def _set_entry(module, path: tuple, value) -> None:
     setattr(module, name, value)
 
 
-def _take_apart(value, found: _Found):
-    """The hashable rest of a value."""
-    if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufcV"):
-        found.arrays.append(value)
-        return _Array(len(found.arrays) - 1)
-    if _keeps_results(value):
-        found.left_out = found.left_out or not read([value]).known
-        return _take_apart(value.__wrapped__, found)
+def _split(value: Any, contents: _Contents):
+    """Returns the hashable rest of a value and adds its arrays and code to `contents`."""
+    if _is_array(value):
+        contents.arrays.append(value)
+        return _Array(len(contents.arrays) - 1)
+    if _is_cached(value):
+        contents.unwrapped = contents.unwrapped or not read([value]).complete
+        return _split(value.__wrapped__, contents)
     if type(value) in (tuple, list):
-        return _Made(_sequence, (_Constant(type(value)), *(_take_apart(item, found) for item in value)))
+        return _Composite(_sequence, (_Constant(type(value)), *(_split(item, contents) for item in value)))
     if type(value) is dict:
-        return _Made(_mapping, tuple(_take_apart(side, found) for side in (tuple(value), tuple(value.values()))))
+        return _Composite(_mapping, tuple(_split(items, contents) for items in (tuple(value), tuple(value.values()))))
     part = None
     if isinstance(value, nnx.Pytree | nnx.Variable):
-        part = _module(value, found)
+        part = _module(value, contents)
     elif type(value) in (functools.partial, jax.tree_util.Partial):
-        part = _partial(value, found)
+        part = _partial(value, contents)
     elif isinstance(value, types.MethodType):
-        part = _method(value, found)
+        part = _method(value, contents)
     elif fields := frozen_fields(value):
-        part = _dataclass(value, fields, found)
+        part = _dataclass(value, fields, contents)
     if part is None:
-        found.code.append(value)
+        contents.code.append(value)
         return _Constant(value)
     return part
 
 
-def _keeps_results(value) -> bool:
-    """Whether a callable is one of the user's that `jax.jit` or `functools.cache` wraps: with arrays that are old."""
+def _is_array(value) -> bool:
+    return isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufcV")
+
+
+def _is_cached(value) -> bool:
+    """Whether `jax.jit` or `functools.cache` wraps a function of the user, and so may cache results of older arrays."""
     compiled = is_transformed(value) and hasattr(value, "lower")
-    return (compiled or isinstance(value, _CACHED)) and not is_of_library(value)
+    return (compiled or isinstance(value, _CACHED_FUNCTION)) and not is_of_library(value)
 
 
 def _sequence(kind, *items):
@@ -199,39 +203,39 @@ def _mapping(keys, values):
     return dict(zip(keys, values, strict=True))
 
 
-def _module(module, found: _Found) -> _Module | None:
-    """A module: its graph, its state, and what its attributes are besides."""
+def _module(module, contents: _Contents) -> _Module | None:
+    """Splits a module into its graph, its state, and its other attributes; None if that cannot be done."""
     try:
         graph, state = nnx.split(module)
         hash(graph)
     except (TypeError, ValueError):
         return None
-    place, attributes = len(found.arrays), []
-    found.arrays.append(state)
+    index, attributes = len(contents.arrays), []
+    contents.arrays.append(state)
     for path, value in nnx.iter_graph(module):
         if isinstance(value, nnx.Pytree | nnx.Variable):
-            found.code.append(type(value))
-        if isinstance(value, nnx.Variable):  # what is done to a value that is read or set
-            found.code += filter(callable, value.get_metadata().values())
+            contents.code.append(type(value))
+        if isinstance(value, nnx.Variable):  # its metadata may hold hooks, called when it is read or set
+            contents.code += filter(callable, value.get_metadata().values())
         inside = isinstance(value, (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, tuple, list, dict))
         if path and not inside and not str(path[-1]).startswith("_pytree__"):
-            part = _take_apart(value, found)
+            part = _split(value, contents)
             attributes.append((path, part))
-            if isinstance(part, _Made | _Module) and not isinstance(path[-1], str):
+            if isinstance(part, _Composite | _Module) and not isinstance(path[-1], str):
                 return None  # an entry of a container
-    if held := [path for path, part in attributes if isinstance(part, _Made | _Module)]:
+    if replaced := [path for path, part in attributes if isinstance(part, _Composite | _Module)]:
         module = nnx.merge(graph, state, copy=True)
-        for path in held:  # they are put back when the module is built
+        for path in replaced:  # `_Module.build` sets them
             _set_entry(module, path, None)
-        graph, found.arrays[place] = nnx.split(module)
-    return _Module(graph, place, tuple(attributes))
+        graph, contents.arrays[index] = nnx.split(module)
+    return _Module(graph, index, tuple(attributes))
 
 
-def _partial(value: functools.partial, found: _Found) -> _Made:
+def _partial(value: functools.partial, contents: _Contents) -> _Composite:
     args, keywords = value.args, value.keywords
-    if isinstance(value, jax.tree_util.Partial):  # says of itself that numbers are arrays
+    if isinstance(value, jax.tree_util.Partial):  # a pytree, whose numbers are leaves
         args, keywords = jax.tree.map(_number_as_array, (args, keywords), is_leaf=lambda x: isinstance(x, nnx.Pytree))
-    return _Made(_bind, tuple(_take_apart(part, found) for part in (value.func, args, keywords)))
+    return _Composite(_bind, tuple(_split(part, contents) for part in (value.func, args, keywords)))
 
 
 def _number_as_array(value):
@@ -242,25 +246,25 @@ def _bind(function, args, keywords):
     return functools.partial(function, *args, **keywords)
 
 
-def _method(value: types.MethodType, found: _Found) -> _Made | None:
-    """A bound method; what its class defines is code."""
+def _method(value: types.MethodType, contents: _Contents) -> _Composite | None:
+    """Splits a bound method into function and object; None if the object's classes do not define the function."""
     owner, function = value.__self__, value.__func__
-    name = getattr(function, "__name__", None)
+    name = getattr(function, "__name__", "")
     if not any(vars(kind).get(name) is function for kind in type(owner).__mro__):
         return None
-    return _Made(types.MethodType, (_take_apart(function, found), _take_apart(owner, found)))
+    return _Composite(types.MethodType, (_split(function, contents), _split(owner, contents)))
 
 
-def _dataclass(value, names: tuple[str, ...], found: _Found) -> _Made:
-    """A frozen dataclass by its fields; what it has computed from them and kept is computed again."""
-    found.code.append(type(value))
-    fields = (_take_apart(getattr(value, name), found) for name in names)
-    return _Made(_with_fields, (_Constant(type(value)), _Constant(names), *fields))
+def _dataclass(value, names: tuple[str, ...], contents: _Contents) -> _Composite:
+    """Splits a frozen dataclass into its fields; cached properties are computed again."""
+    contents.code.append(type(value))
+    fields = (_split(getattr(value, name), contents) for name in names)
+    return _Composite(_with_fields, (_Constant(type(value)), _Constant(names), *fields))
 
 
 def _with_fields(kind, names, *values):
-    """Without __init__, whose checks want numbers."""
-    made = object.__new__(kind)
+    """Makes a dataclass without calling __init__, whose checks would refuse tracers."""
+    instance = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(instance, name, value)
+    return instance

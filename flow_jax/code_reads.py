@@ -1,8 +1,8 @@
-"""What code may read besides its arguments: globals, closures, defaults, and the attributes of classes.
+"""Finds the values that code may read besides its arguments: globals, closures, defaults and class attributes.
 
-`read` follows it from functions and classes down to numbers and strings, which are `facts`: code whose facts are equal
-does what it did. It does not guess: arrays, modules of weights, objects that may change and code that can look up any
-name make it not known. Libraries are taken to hold no weights.
+`read` follows references from functions and classes down to numbers and strings, the `facts`: code whose facts are
+equal computes the same function. It does not guess: if it meets an array, a module with weights, a mutable object, or
+code that can look up any name, the facts are not `complete`. Libraries are assumed to hold no weights.
 """
 
 import dataclasses
@@ -23,127 +23,128 @@ _STANDARD = {"abc", "builtins", "collections", "contextlib", "copy", "dataclasse
 _STANDARD |= {"math", "numbers", "operator", "types", "typing", "warnings"}
 _PACKAGES = {"beartype", "chex", "diffrax", "einops", "equinox", "flax", "flow_jax", "jax", "jaxlib", "jaxtyping"}
 _PACKAGES |= {"ml_dtypes", "numpy", "optax", "scipy", "train_jax", "typing_extensions"}
-_LIBRARIES = _STANDARD | _PACKAGES  # they hold no weights
-_LOOKS_AROUND = {"__import__", "eval", "exec", "globals", "vars"}  # names with which code may read anything
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), np.dtype, np.generic)
-_BUILT_IN = (  # that do not change
+_LIBRARIES = _STANDARD | _PACKAGES  # assumed to hold no weights
+_READS_ANY_NAME = {"__import__", "eval", "exec", "globals", "vars"}  # functions by which code may read any name
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...), np.dtype, np.generic)
+_IMMUTABLE = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
     *(types.ClassMethodDescriptorType, types.UnionType, types.GenericAlias, np.ufunc, jnp.ufunc),
     *(jax.sharding.PartitionSpec, jax.sharding.Mesh, jax.sharding.Sharding),
 )
-_NOT_READ = {  # attributes of every class that its code does not compute with
+_BOOKKEEPING = {  # attributes of a class that its code does not compute with
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__orig_bases__", "_abc_impl"),
     *("__dataclass_fields__", "__dataclass_params__", "__parameters__", "__type_params__"),
 }
 
 
 @dataclasses.dataclass
-class Reading:
-    """What some code reads.
+class CodeFacts:
+    """The values that some code reads.
 
     Attributes:
       facts: hashable values.
-      known: nothing else is read.
-      transformed: a callable is read that jax or flax made of one of the user's, `jax.jit(f)` say: it may keep traces.
+      complete: the code reads nothing else.
+      transformed: the code calls a user's function that jax or flax transformed, such as `jax.jit(f)`, which may cache
+        its traces.
     """
 
     facts: tuple
-    known: bool
+    complete: bool
     transformed: bool
 
 
-def read(values: list) -> Reading:
-    """What values are and what their code reads."""
-    walk = _Walk()
+def read(values: list) -> CodeFacts:
+    """Returns the facts of values and of the code that they refer to."""
+    visitor = _Visitor()
     try:
         for value in values:
-            walk.visit(value)
+            visitor.visit(value)
     except RecursionError:
-        walk.known = False
-    return Reading((*walk.facts, *walk.attributes()), walk.known, walk.transformed)
+        visitor.complete = False
+    return CodeFacts((*visitor.facts, *visitor.attributes()), visitor.complete, visitor.transformed)
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module belongs to a package that holds no weights."""
+    """Whether a module belongs to a package that is assumed to hold no weights."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
 def is_transformed(value) -> bool:
-    """Whether jax or flax made a callable of another: jit, custom_jvp, checkpoint, grad."""
-    home = _home(value) if isinstance(value, types.FunctionType) else type(value).__module__
-    return home.partition(".")[0] in ("flax", "jax", "jaxlib") and hasattr(value, "__wrapped__")
+    """Whether a callable is the result of a transformation of jax or flax: jit, custom_jvp, checkpoint, grad."""
+    module = _defining_module(value) if isinstance(value, types.FunctionType) else type(value).__module__
+    return module.partition(".")[0] in ("flax", "jax", "jaxlib") and hasattr(value, "__wrapped__")
 
 
-class _Walk:
-    """Visits what code reads, each object once."""
+class _Visitor:
+    """Collects the facts of code, visiting each object once."""
 
     def __init__(self):
         self.facts: list = []
-        self.known = True
+        self.complete = True
         self.transformed = False
         self._seen: dict[int, int] = {}
-        self._held: list = []  # an id is an object's own only as long as it lives
-        self._attributes: list[tuple[str, Any]] = []  # plain ones of classes
-        self._loaded: set[str] = set()  # names of attributes that code reads
-        self._counted: set[str] = set()  # and of those that it adds to
+        self._references: list = []  # keeps visited objects alive, so that their ids stay unique
+        self._attributes: list[tuple[str, Any]] = []  # scalar attributes of classes
+        self._loaded: set[str] = set()  # names of the attributes that code reads
+        self._incremented: set[str] = set()  # names of the attributes in `a.name += ...`
 
     def visit(self, value) -> None:
-        """Adds the facts of a value, and of what it refers to."""
-        if isinstance(value, np.generic | np.dtype) or type(value) in _PLAIN:
-            self.facts.append(_plain(value))
+        """Adds the facts of a value and of everything that it refers to."""
+        if isinstance(value, np.generic | np.dtype) or type(value) in _SCALARS:
+            self.facts.append(_scalar_fact(value))
         elif id(value) in self._seen:
             self.facts.append(("again", self._seen[id(value)]))
         else:
             self._seen[id(value)] = len(self._seen)
-            self._held.append(value)
+            self._references.append(value)
             self._visit_new(value)
 
     def attributes(self) -> Iterator:
-        """Plain attributes of classes, but for counters: what code only adds to has no part in what it returns."""
+        """Yields scalar class attributes, except counters: an attribute that code only increments affects no result."""
         for name, value in self._attributes:
-            if name not in self._counted or self._loaded.intersection((name, "getattr", "__dict__")):
-                yield name, _plain(value)
+            if name not in self._incremented or self._loaded.intersection((name, "getattr", "__dict__")):
+                yield name, _scalar_fact(value)
 
     def _visit_new(self, value) -> None:
         if isinstance(value, type):
             self._visit_class(value)
-        elif is_of_library(value) or isinstance(value, _BUILT_IN) or type(value).__module__ == "typing":
+        elif is_of_library(value) or isinstance(value, _IMMUTABLE) or type(value).__module__ == "typing":
             self.facts.append(value)
         elif is_transformed(value):
             self.transformed = True
             self.facts.append(value)
-            self._visit_all(_inside(value))
+            self._visit_all(_references_of(value))
         elif isinstance(value, types.FunctionType):
             self._visit_function(value)
         elif (parts := _parts(value)) is not None:
             self.facts.append((type(value), len(parts)))
             self._visit_all(parts)
         else:
-            self.known = False
-            self.visit(type(value))  # whose code may hold what is transformed
+            self.complete = False
+            self.visit(type(value))  # its code may call a transformed function
 
     def _visit_all(self, values) -> None:
         for value in values:
             self.visit(value)
 
     def _visit_function(self, function: types.FunctionType) -> None:
-        home = _home(function)
-        if home.partition(".")[0] == "jaxtyping":  # checks arguments, then calls it
+        module = _defining_module(function)
+        if module.partition(".")[0] == "jaxtyping":  # a wrapper that checks arguments
             self.visit(function.__wrapped__)
             return
         self.facts.append(function)
-        self._visit_all(_inside(function))
-        if is_library(home):
+        self._visit_all(_references_of(function))
+        if is_library(module):
             return
         self.visit(vars(function))
         for code in _codes(function.__code__):
             names = _names(code)
             self._loaded |= names.loaded
-            self._counted |= names.counted
-            self.known = self.known and not names.anything
-            here = [name for name in names.read if name in function.__globals__]
-            self.facts.append(tuple(here))
-            self._visit_all(function.__globals__[name] for name in here)
+            self._incremented |= names.incremented
+            self.complete = self.complete and not names.unbounded
+            defined = [name for name in names.globals if name in function.__globals__]
+            self.facts.append(tuple(defined))
+            self._visit_all(function.__globals__[name] for name in defined)
 
     def _visit_class(self, kind: type) -> None:
         self.facts.append(kind)
@@ -151,53 +152,53 @@ class _Walk:
             return
         self._visit_all((*kind.__mro__[1:], type(kind)))
         for name, item in vars(kind).items():
-            if type(item) in _PLAIN:
+            if type(item) in _SCALARS:
                 self._attributes.append((name, item))
-            elif name not in _NOT_READ and not name.startswith("_pytree__"):  # flax's own
+            elif name not in _BOOKKEEPING and not name.startswith("_pytree__"):  # flax's
                 self.facts.append(name)
                 self.visit(item)
 
 
-def _home(function: types.FunctionType) -> str:
-    """The module that a function's code is in; wrappers copy __module__."""
+def _defining_module(function: types.FunctionType) -> str:
+    """The module that contains a function's code; `__module__` is not reliable, as wrappers copy it."""
     return function.__globals__.get("__name__") or ""
 
 
-def _plain(value) -> tuple:
-    """A number or string as a fact; 1, 1.0 and True are equal, as 0.0 and -0.0 are, and programs of them are not."""
+def _scalar_fact(value) -> tuple:
+    """A number or string with its type: 1, 1.0 and True are equal, as are 0.0 and -0.0, but programs of them differ."""
     return type(value), repr(value) if isinstance(value, float | complex | np.generic) else value
 
 
 def is_of_library(value) -> bool:
-    """Whether a library's module is, or has, this value."""
+    """Whether a value is a library's module, or an object that a library's module defines."""
     if isinstance(value, types.ModuleType):
         return is_library(value.__name__)
-    home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(home, str) or not isinstance(name, str) or not is_library(home):
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or not is_library(module):
         return False
-    found = sys.modules.get(home)
+    target = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is value
+        target = getattr(target, part, None)
+    return target is value
 
 
-def _inside(function) -> list:
-    """What a function holds: defaults, and values of its closure; of a callable made of another, that and its rules."""
+def _references_of(function) -> list:
+    """A function's defaults and closure; of a transformed callable the function it wraps and its derivative rules."""
     if not isinstance(function, types.FunctionType):
         rules = [] if hasattr(function, "lower") else [rule for rule in vars(function).values() if callable(rule)]
         return [function.__wrapped__, *rules]
-    return [function.__defaults__, function.__kwdefaults__, *map(_content, function.__closure__ or ())]
+    return [function.__defaults__, function.__kwdefaults__, *map(_cell_contents, function.__closure__ or ())]
 
 
-def _content(cell: types.CellType):
+def _cell_contents(cell: types.CellType):
     try:
         return cell.cell_contents
-    except ValueError:  # it has none, as yet
+    except ValueError:  # empty so far
         return types.CellType
 
 
 def _parts(value) -> tuple | None:
-    """What a value is made of, if that is all there is to it."""
+    """The values that determine a value completely; None if there are none."""
     kind = type(value)
     if kind in (tuple, list, set, frozenset):
         return tuple(value)
@@ -220,8 +221,10 @@ def _parts(value) -> tuple | None:
 
 
 def frozen_fields(value) -> tuple[str, ...] | None:
-    """The names of a frozen dataclass's fields; None if it holds more than they and what it computes from them."""
-    if isinstance(value, type) or not dataclasses.is_dataclass(value) or not value.__dataclass_params__.frozen:
+    """The fields of a frozen dataclass that stores only these and cached properties; None for every other object."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return None
+    if not value.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]  (not in typeshed)
         return None
     names = tuple(field.name for field in dataclasses.fields(value))
     others = set(getattr(value, "__dict__", ())) - set(names)
@@ -230,30 +233,38 @@ def frozen_fields(value) -> tuple[str, ...] | None:
 
 
 class _Names(NamedTuple):
-    """Names in a piece of code."""
+    """The names in a code object.
 
-    read: tuple[str, ...]  # that are no local ones
-    loaded: frozenset[str]  # of attributes
-    counted: frozenset[str]  # of attributes in `a.name += ...`, which loads them as well
-    anything: bool  # it may read others
+    Attributes:
+      globals: names that are not local.
+      loaded: names of attributes that are read.
+      incremented: names of attributes in `a.name += ...`.
+      unbounded: the code may read any other name.
+    """
+
+    globals: tuple[str, ...]
+    loaded: frozenset[str]
+    incremented: frozenset[str]
+    unbounded: bool
 
 
 @functools.lru_cache(4096)
 def _names(code: types.CodeType) -> _Names:
     steps = list(dis.get_instructions(code))
-    read = tuple(dict.fromkeys(s.argval for s in steps if s.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME"))))
+    names = tuple(dict.fromkeys(s.argval for s in steps if s.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME"))))
     loads = [
-        (s.argval, before.opname == "COPY")
+        (s.argval, before.opname == "COPY")  # `a.name += ...` copies `a` before it loads the attribute
         for before, s in zip([steps[0], *steps], steps, strict=False)
         if s.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
     ]
-    loaded = frozenset(name for name, counts in loads if not counts)
-    anything = any(s.opname.startswith("IMPORT") for s in steps) or not _LOOKS_AROUND.isdisjoint(read)
-    return _Names(read, loaded | frozenset(read), frozenset(name for name, counts in loads if counts), anything)
+    loaded = frozenset(name for name, increments in loads if not increments)
+    incremented = frozenset(name for name, increments in loads if increments)
+    unbounded = any(s.opname.startswith("IMPORT") for s in steps) or not _READS_ANY_NAME.isdisjoint(names)
+    return _Names(names, loaded | frozenset(names), incremented, unbounded)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function and of those in it."""
+    """Yields a code object and those nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,12 +1,12 @@
-"""Sampling in few steps: MeanFlow (Geng et al. 2025) and reflow (Liu et al. 2023).
+"""Few-step sampling: MeanFlow (Geng et al. 2025) and reflow (Liu et al. 2023).
 
 MeanFlow learns the mean velocity from t to a later time s along the flow, u(t, x, s) = (x_s - x_t) / (s - t), so that
-one evaluation crosses the whole path. Differentiating (s - t) u = int_t^s v by t along the flow gives, with time
-running from noise to data,
+one evaluation crosses the whole path. Differentiating (s - t) u = int_t^s v with respect to t along the flow, with time
+running from noise to data, gives
 
-  u = v + (s - t) du/dt,   du/dt = d_t u + v . d_x u,
+  u = v + (s - t) du/dt,   du/dt = d_t u + v . d_x u.
 
-whose right side is the target, its derivative one `jax.jvp` with tangent (1, v, 0).
+The right side is the target; its derivative is one `jax.jvp` with tangent (1, v, 0).
 """
 
 import functools
@@ -21,11 +21,11 @@ from jaxtyping import Array, Float
 
 from flow_jax.argument_checks import check_function, check_key, check_number, check_whole
 from flow_jax.arrays import (
-    CheckedRows,
+    BatchArray,
+    CheckedBatch,
     CheckedTime,
     Number,
     RandomKey,
-    Rows,
     Time,
     as_rows,
     check_args,
@@ -34,7 +34,7 @@ from flow_jax.arrays import (
     velocity_at,
 )
 from flow_jax.callables import run
-from flow_jax.models.features import batch_times, time_features
+from flow_jax.models.layers import batch_times, time_features
 from flow_jax.ode.sampling import sample
 from flow_jax.paths.affine import PathSample, checked, row_times
 from flow_jax.times import Times
@@ -44,19 +44,19 @@ from train_jax.core.errors import UserError
 def mean_flow(
     mean_velocity: Callable, sample: PathSample, end: CheckedTime, *args, power: Number = 0.0
 ) -> Float[Array, " B"]:
-    """MeanFlow's loss at a path's sample.
+    """Returns MeanFlow's loss [B] for samples of a path.
 
     Args:
       mean_velocity: (t, x, s, *args) -> [B, ...], differentiable in t and x, such as a `MeanVelocity`.
-      sample: t is where the interval starts, dx_t stands for the velocity there.
-      end: s >= t, one a row; where they are equal the loss is conditional flow matching's.
-      *args: passed on.
-      power: weighs a row by 1 / (its loss + 1e-3)^power, held constant (section 4.3 of the paper; 0: the plain
-        squared error).
+      sample: `sample.t` is the start of the interval, and `sample.dx_t` serves as the velocity there.
+      end: the end s >= t of the interval, [B]; where s = t the loss is that of conditional flow matching.
+      *args: passed on to the mean velocity.
+      power: a row's loss is weighted by 1 / (loss + 1e-3)^power, without a gradient through the weight (section 4.3 of
+        the paper). 0 is the plain squared error.
 
     Raises:
-      UserError: a mean velocity that is not of x_t's shape, a sample whose arrays do not fit, or an `end` that is not
-        one a row.
+      UserError: the mean velocity does not have x_t's shape, the shapes in the sample do not match, or `end` is not one
+        time for each row.
     """
     check_number("power", power)
     sample = checked(sample)
@@ -74,11 +74,11 @@ def mean_flow(
 def draw_intervals(
     key: RandomKey, n: int, times: Times, same: Number = 0.75
 ) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
-    """Pairs t <= s of times; a share `same` of the rows, at random, has s = t (the paper's best: 75 %)."""
+    """Draws n pairs of times t <= s; a random share `same` of them has s = t (the paper's best value is 75 %)."""
     check_key("key", key)
     check_whole("n", n, 0)
     if not isinstance(times, Times):
-        raise UserError(f"times are {times!r}, expected a distribution of flow_jax.times: pass Uniform(), say.")
+        raise UserError(f"times are {times!r}, expected a distribution of flow_jax.times: pass Uniform(), for example.")
     check_number("same", same, 0.0, 1.0)
     first, second, third = jax.random.split(key, 3)
     a, b = times.draw(first, n), times.draw(second, n)
@@ -87,11 +87,11 @@ def draw_intervals(
     return jnp.where(equal, a, t), jnp.where(equal, a, s)
 
 
-def sample_mean_flow(mean_velocity: Callable, x_0: CheckedRows, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
-    """Samples in `num_steps` jumps, x_s = x_t + (s - t) u(t, x_t, s), one evaluation each; t and s are scalars.
+def sample_mean_flow(mean_velocity: Callable, x_0: CheckedBatch, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
+    """Samples in `num_steps` jumps x_s = x_t + (s - t) u(t, x_t, s), one evaluation each, with scalar t and s.
 
     Raises:
-      UserError: no step, or a mean velocity that is not of x's shape.
+      UserError: `num_steps` is below 1, or the mean velocity does not have x's shape.
     """
     check_function("mean_velocity", mean_velocity)
     check_whole("num_steps", num_steps)
@@ -110,13 +110,13 @@ def _jumps(field, arrays, x_0, args, times):
 
 
 class MeanVelocity(nnx.Module):
-    """A mean velocity (t, x, s) made of a model that is told vectors: features of s - t are what it is told of a row.
+    """A mean velocity (t, x, s) made from a model conditioned on vectors, which here are features of s - t.
 
     Args:
       model: (t, x, vectors [B, E]) -> [B, ...], a model of `fj.models` whose `vector_width` is E.
       width: E.
-      time_scale: of all times that the model sees. Its features turn once in a thousandth of the time, which MeanFlow's
-        derivative by time would magnify; at 0.01 they turn once in a tenth.
+      time_scale: factor applied to all times that the model is given. The fastest of its time features has a period of
+        about a hundredth, which the time derivative in MeanFlow's target would magnify; 0.01 makes it about one.
     """
 
     def __init__(self, model: nnx.Module, width: int, time_scale: Number = 0.01):
@@ -125,25 +125,29 @@ class MeanVelocity(nnx.Module):
         check_number("time_scale", time_scale)
         self.model, self.width, self.time_scale = model, width, time_scale
 
-    def __call__(self, t: Time, x: Rows, s: Time) -> Float[Array, "B ..."]:
+    def __call__(self, t: Time, x: BatchArray, s: Time) -> Float[Array, "B ..."]:
+        """Returns the mean velocity from t to s."""
         gap = batch_times(s, x) - batch_times(t, x)
         return self.model(self.time_scale * t, x, time_features(self.time_scale * gap, self.width))
 
 
 class Pairs(NamedTuple):
-    """Noise and where the flow takes it: training pairs for the next model, `path.sample(*pairs, t)`."""
+    """Noise and the samples that a flow maps it to: training pairs for the next model, `path.sample(*pairs, t)`."""
 
     x_0: Float[Array, "B ..."]
     x_1: Float[Array, "B ..."]
 
 
-def reflow_pairs(velocity: Callable, x_0: CheckedRows, **options) -> Pairs:
-    """Pairs for reflow: a model trained on them, independent coupling set aside, has straighter paths.
+def reflow_pairs(velocity: Callable, x_0: CheckedBatch, **options) -> Pairs:
+    """Returns the pairs on which reflow trains the next model, in place of independent ones, for straighter paths.
 
     Args:
-      velocity: the trained one.
+      velocity: a trained velocity.
       x_0: noise.
-      **options: of `sample`, whose errors it raises.
+      **options: passed to `sample`.
+
+    Raises:
+      UserError: as `sample`.
     """
     x_0 = as_rows("x_0", x_0)
     return Pairs(x_0, sample(velocity, x_0, **options).x)

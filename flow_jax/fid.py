@@ -1,12 +1,15 @@
-"""The Frechet distance of a finished run: python -m flow_jax.fid runs/x --features=my_module:function [flags]
+"""Measures the Frechet distance of a finished run and writes it to fid.json in the workdir.
 
-Draws samples in batches, in the order of their numbers, and keeps nothing but the moments of their features:
-50,000 samples take the memory of one batch. With features of the Inception network this is FID; docs/flow.md
-has an example, and says which conventions differ. Other flags are as of eval.py; any key of the run's config may be
-changed, such as --config.data.folder. Writes fid.json into the workdir.
+Usage: python -m flow_jax.fid runs/x --features=my_module:function [flags]
+
+Samples are drawn in batches and only the moments of their features are kept, so 50,000 samples take the memory of one
+batch. With features of the Inception network the result is FID; docs/flow.md has an example and lists the conventions
+in which FIDs differ. The other flags are those of eval.py; any key of the run's config may be changed, such as
+--config.data.folder.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +25,29 @@ from train_jax.core import files, row_sharding
 from train_jax.core.errors import UserError
 from train_jax.system import clock
 
-# Flags that are short for --config.eval.<name>.
+# Flags that abbreviate --config.eval.<name>.
 SHORT = {
     "features": "module:function of uint8 images [N, I, I, C] to float features [N, F], or pixels",
-    "num_samples": "samples to draw; 50000 if absent",
+    "num_samples": "number of samples to draw; 50000 if absent",
     "reference": "real images to compare with: train or held_out",
-    "reference_examples": "real images at most",
-    "solver": "of the samples",
-    "num_steps": "of a fixed solver",
-    "tolerance": "of an adaptive solver",
-    "guidance": "of classifier-free guidance",
-    "batch_size": "samples at once",
-    "seed": "of the noise",
+    "reference_examples": "largest number of real images",
+    "solver": "ODE solver for sampling",
+    "num_steps": "number of steps of a fixed-step solver",
+    "tolerance": "tolerance of an adaptive solver",
+    "guidance": "weight of classifier-free guidance",
+    "batch_size": "number of samples drawn at once",
+    "seed": "seed of the noise",
 }
 NUM_SAMPLES = 50_000
 
 
 def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best", began: float | None = None) -> dict:
-    """Measures a run by its config's `eval`; returns what `fid.json` holds.
+    """Measures a run as its config's `eval` says and returns the content of `fid.json`.
 
     Raises:
-      UserError: as `train_jax.loop.load_model`, data that are not there, features that are none.
+      UserError: as `train_jax.loop.load_model`; or data are missing, or the features are not a function of images.
     """
-    from train_jax.evaluate import load_model, print_results  # slow to import: after mistakes have been told
+    from train_jax.evaluate import load_model, print_results  # slow to import: after the arguments have been checked
     from train_jax.parallel.sharding import make_mesh
     from train_jax.task import make_task
 
@@ -54,17 +57,20 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     workdir, options = Path(workdir), config.eval
     number = options.num_samples or NUM_SAMPLES
     mesh = make_mesh(config.mesh)
-    evaluation = make_task(config, mesh).evaluation
-    evaluation.features  # noqa: B018 (a wrong name is told before the model is read)
+    task: Any = make_task(config, mesh)  # has `evaluation`, as its `eval` has `reference_examples`
+    evaluation = task.evaluation
+    evaluation.features  # noqa: B018 (fails on an unknown name before the model is loaded)
     model = load_model(config, workdir, checkpoint)
-    side = getattr(evaluation.data, options.reference)
-    with _bar("real images", min(len(side), options.reference_examples)) as told:
-        real = evaluation.moments(options.reference, told.update)
+    reference = getattr(evaluation.data, options.reference)
+    with _progress_bar("real images", min(len(reference), options.reference_examples)) as bar:
+        real = evaluation.moments(options.reference, bar.update)
     score = FrechetScore(evaluation.features, real)
-    with _bar("samples", number) as told, row_sharding.over(mesh):
-        nfe = evaluation.score(model, evaluation.labels(number), [score], told.update)
-    chosen = {name: options[name] for name in SHORT if name not in ("num_samples", "reference_examples", "batch_size")}
-    results: dict[str, Any] = score.results() | {"nfe": nfe, "samples": number, "real_images": real.count} | chosen
+    with _progress_bar("samples", number) as bar, row_sharding.over(mesh):
+        nfe = evaluation.score(model, evaluation.labels(number), [score], bar.update)
+    settings = {
+        name: options[name] for name in SHORT if name not in ("num_samples", "reference_examples", "batch_size")
+    }
+    results: dict[str, Any] = score.results() | {"nfe": nfe, "samples": number, "real_images": real.count} | settings
     results |= {"checkpoint": checkpoint, "seconds": time.perf_counter() - began}
     if jax.process_index() == 0:
         files.write_atomically(workdir / "fid.json", files.to_json(results, indent=2) + "\n")
@@ -72,9 +78,9 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     return results
 
 
-def _bar(what: str, total: int) -> tqdm:
-    """A progress bar, on a terminal alone."""
-    return tqdm(desc=what, total=total, unit="image", dynamic_ncols=True, disable=None)
+def _progress_bar(description: str, total: int) -> tqdm:
+    """Returns a progress bar, shown only on a terminal."""
+    return tqdm(desc=description, total=total, unit="image", dynamic_ncols=True, disable=None)
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -83,13 +89,13 @@ def _flags(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, text, flag_values=values)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and measures; the workdir may stand first, without --workdir."""
+def main(argv: Sequence[str]) -> None:
+    """Parses the flags and measures the run; the workdir may be the first argument, without --workdir."""
     if len(argv) > 1 and not argv[1].startswith("-"):
         argv = [argv[0], f"--workdir={argv[1]}", *argv[2:]]
-    config, workdir, values = command_line.load_from_flags(argv, __doc__, _flags)
-    given = {f"eval.{name}": values[name].value for name in SHORT if values[name].value is not None}
-    command_line.override(config, given)
+    config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
+    overrides = {f"eval.{name}": str(values[name].value) for name in SHORT if values[name].value is not None}
+    command_line.override(config, overrides)
     fid(config, workdir, values.checkpoint, clock.process_began())
 
 

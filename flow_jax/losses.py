@@ -1,8 +1,8 @@
 """Losses of velocity models: flow matching (Lipman et al. 2023) and its conditional forms.
 
-Every loss is one number a row, the mean over an example's entries of the squared error; the caller takes means or
-weighted means over rows. Gradients of `flow_matching` and `conditional_flow_matching` agree in expectation (Theorem 2):
-the targets of the second scatter around that of the first.
+Every loss is an array [B]: for each row the squared error, averaged over the entries of the example. The caller
+averages over rows, with weights or without. The gradients of `flow_matching` and `conditional_flow_matching` are equal
+in expectation (Theorem 2), as the conditional targets scatter around the marginal one.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, Num
 
 from flow_jax.argument_checks import check_key, check_number, check_numbers
 from flow_jax.arrays import (
-    CheckedRows,
+    CheckedBatch,
     CheckedTime,
     Labels,
     RandomKey,
@@ -30,8 +30,8 @@ from flow_jax.paths.affine import PathSample, checked, row_times
 from train_jax.core.errors import UserError
 
 
-def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: CheckedRows, *args) -> Float[Array, " B"]:
-    """|v(t, x) - u(t, x)|^2 against a marginal field that is known.
+def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: CheckedBatch, *args) -> Float[Array, " B"]:
+    """Returns |v(t, x) - u(t, x)|^2 for a known marginal field u.
 
     Args:
       velocity: (t, x, *args) -> [B, ...].
@@ -41,7 +41,7 @@ def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: Che
       *args: passed on to the velocity.
 
     Raises:
-      UserError: a velocity or a marginal field that is not of x's shape, or times that are not one a row.
+      UserError: the velocity or the marginal field does not have x's shape, or t is not one time for each row.
     """
     x = as_rows("x", x)
     t = row_times(t, x)
@@ -49,15 +49,15 @@ def flow_matching(velocity: Callable, marginal: Callable, t: CheckedTime, x: Che
 
 
 def conditional_flow_matching(velocity: Callable, sample: PathSample, *args) -> Float[Array, " B"]:
-    """|v(t, x_t) - dx_t|^2 at a path's sample.
+    """Returns |v(t, x_t) - dx_t|^2 for samples of a path.
 
     Args:
       velocity: (t, x, *args) -> [B, ...].
       sample: of any path and any coupling.
-      *args: passed on to the velocity, labels say.
+      *args: passed on to the velocity, for example labels.
 
     Raises:
-      UserError: a velocity that is not of x_t's shape, or a sample whose arrays do not fit.
+      UserError: the velocity does not have x_t's shape, or the shapes in the sample do not match.
     """
     sample = checked(sample)
     return squared_error(velocity_at(velocity, sample.t, sample.x_t, *args), sample.dx_t)
@@ -66,29 +66,32 @@ def conditional_flow_matching(velocity: Callable, sample: PathSample, *args) -> 
 def coupled_flow_matching(
     velocity: Callable,
     path,
-    x_0: CheckedRows,
-    x_1: CheckedRows,
+    x_0: CheckedBatch,
+    x_1: CheckedBatch,
     t: CheckedTime,
     coupling: Callable,
     *args,
     key: RandomKey | None = None,
 ) -> Float[Array, " B"]:
-    """Conditional flow matching on coupled pairs: with `couplings.sinkhorn` or `exact` it is OT-CFM's loss.
+    """Returns the conditional flow-matching loss of coupled pairs; with `couplings.sinkhorn` or `exact` it is OT-CFM's.
 
     Args:
-      velocity, x_0, x_1, t: as above.
-      path: a path of paths.py.
-      coupling: (x_0, x_1) -> (i, j); inside `jax.jit` one that runs on the device, the others before it.
-      *args: arrays of rows that belong to x_1, labels say; they go along with it.
-      key: of a path with noise of its own.
+      velocity: (t, x, *args) -> [B, ...].
+      path: a path of flow_jax.paths.
+      x_0: noise [B, ...].
+      x_1: data [B, ...].
+      t: one time for the batch, or [B].
+      coupling: (x_0, x_1) -> (i, j). Inside `jax.jit` it must run on the device; call the others beforehand.
+      *args: arrays with a row for each row of x_1, such as labels; they are reordered with it.
+      key: for a path that adds noise.
 
     Raises:
-      UserError: rows of other shapes or numbers, or a coupling that does not return indices of them, as many of each.
+      UserError: shapes do not match, or the coupling does not return two lists of row indices of one length.
     """
     x_0, x_1 = as_rows("x_0", x_0), as_rows("x_1", x_1)
     check_args(args, x_1)
     if not hasattr(path, "sample"):
-        raise UserError(f"the path is {path!r}, expected one of flow_jax.paths: pass CondOT(), say.")
+        raise UserError(f"the path is {path!r}, expected one of flow_jax.paths: pass CondOT(), for example.")
     i, j = call_now(coupling, x_0, x_1)
     check_pairs(i, j, len(x_0), len(x_1))
     sample = path.sample(x_0[i], x_1[j], t, key=key)
@@ -98,29 +101,29 @@ def coupled_flow_matching(
 def drop_labels(
     labels: Labels, rate: Scalar, null: int | float | tuple[int, ...], keys: Key[Array, " K"] | Key[Array, ""]
 ) -> Num[Array, "B ..."]:
-    """Labels of which each is replaced by `null` with probability `rate`, row by row (Ho and Salimans 2022).
+    """Replaces each row's label by `null` with probability `rate` (Ho and Salimans 2022).
 
-    Dropping a whole batch at once has the same mean, but its steps alternate between two losses.
+    Dropping the labels of a whole batch at once has the same mean, but the steps alternate between two losses.
 
     Args:
-      labels: of the rows, [B]; or several labels or a vector a row, which are replaced together.
+      labels: [B]; or several labels or a vector for each row, which are replaced together.
       rate: 0 to 1.
-      null: the label, or labels of a row, that stand for none, see models.features.Condition.
-      keys: one a row, or one for all.
+      null: the label, or the labels of a row, that mean "no label", see models.layers.Condition.
+      keys: one for each row, or one for all.
 
     Raises:
-      UserError: another number of keys than of rows, a null that is not a row's or that their dtype does not
-        hold, or a rate that is not from 0 to 1.
+      UserError: the numbers of keys and rows differ, null does not have the shape or range of a row's label, or the
+        rate is not from 0 to 1.
     """
     check_numbers("labels", labels)
     labels = jnp.asarray(labels)
     if not labels.ndim:
-        raise UserError(f"labels are the number {labels}, expected one or more a row: give an array [B] or [B, K].")
+        raise UserError(f"labels are the number {labels}, expected one or more per row: pass an array [B] or [B, K].")
     check_number("rate", rate, 0.0, 1.0)
     check_key("keys", keys)
     shape = labels.shape[:1]
     if keys.ndim and keys.shape != shape:
-        raise UserError(f"{keys.shape[0]} keys stand beside {len(labels)} rows of labels, expected one key a row.")
+        raise UserError(f"there are {keys.shape[0]} keys for {len(labels)} rows of labels, expected one key per row.")
     check_null(null, labels)
     draws = jax.random.uniform(keys, shape) if keys.ndim == 0 else jax.vmap(jax.random.uniform)(keys)
     dropped = (draws < rate).reshape(*shape, *(1,) * (labels.ndim - 1))

@@ -1,4 +1,4 @@
-"""Draws on the device for rows of a batch, each by a key of its own, whatever other rows there are."""
+"""Random keys of the rows of a batch, so that what a row draws does not depend on the other rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from flow_jax.argument_checks import check_key, check_numbers
-from flow_jax.arrays import AnyArray, RandomKey, Rows
+from flow_jax.arrays import AnyArray, BatchArray, RandomKey
 from train_jax.core.errors import UserError
 
 RowKeys = Key[Array, " B"]
@@ -14,11 +14,11 @@ RowKeys = Key[Array, " B"]
 
 
 def row_keys(key: RandomKey | RowKeys, rows: Int[AnyArray, " B"]) -> RowKeys:
-    """A key a row.
+    """Returns one key for each row.
 
     Args:
-      key: one key, of which each row has what `fold_in` makes with its number; or the rows' own keys.
-      rows: numbers.
+      key: one key, into which the number of each row is folded; or one key for each row, returned as it is.
+      rows: numbers of the rows.
     """
     check_key("key", key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim:
@@ -31,10 +31,10 @@ def row_keys(key: RandomKey | RowKeys, rows: Int[AnyArray, " B"]) -> RowKeys:
 
 
 def stream(keys: RowKeys, number: int) -> RowKeys:
-    """The rows' keys for one of several things that they draw."""
+    """Returns the rows' keys for one of several purposes, by its number."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
-def normal_rows(keys: RowKeys, like: Rows) -> Float[Array, "B ..."]:
-    """Standard normal rows of the shape and dtype of others."""
+def normal_rows(keys: RowKeys, like: BatchArray) -> Float[Array, "B ..."]:
+    """Draws standard normal rows of the shape and dtype of `like`."""
     return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:], like.dtype))(keys)

@@ -84,10 +84,11 @@ tasks.coprompt_plan                tasks.coprompt.plan
 tasks.coprompt_report              tasks.coprompt.report
 tasks.detection                    tasks.pretraining.detection
 tasks.features                     tasks.vqa.features
-tasks.judge                        tasks.text_to_image.judge
+tasks.judge                        tasks.text_to_image.siglip_scorer
 tasks.picture_sheet                tasks.image_sheet
 tasks.scene_task                   tasks.pretraining.scene_task
 tasks.shared_base                  tasks.process_cache
+tasks.text_to_image.judge          tasks.text_to_image.siglip_scorer
 tasks.vision_pretraining           tasks.pretraining.vision
 tasks.vqa_adapter                  tasks.vqa.adapter
 tasks.vqa_answer                   tasks.vqa.answer

@@ -1,4 +1,4 @@
-"""Couplings: which row of noise goes with which row of data in a batch."""
+"""Couplings: the pairing of noise and data in a batch."""
 
 from flow_jax.couplings.pairings import (
     Quality,

@@ -1,8 +1,8 @@
-"""Exact optimal transport on the host: assignments of equal clouds, and plans of any weights.
+"""Exact optimal transport on the host: assignments between clouds of one size, and plans for any weights.
 
-scipy's linear_sum_assignment grows rows one by one along shortest augmenting paths, long ones where costs are far from
-reduced. Subtracting a potential from each row and each column changes no optimum; with potentials from a short entropic
-solve nearly every path is one edge.
+scipy's linear_sum_assignment adds rows one by one along shortest augmenting paths, which are long if the cost is far
+from reduced. Subtracting a potential from each row and each column does not change the optimum; with potentials from a
+short entropic solve nearly every path is a single edge.
 """
 
 import numpy as np
@@ -14,16 +14,17 @@ from flow_jax.argument_checks import check_numbers
 from flow_jax.arrays import Number
 from train_jax.core.errors import UserError
 
-REDUCE_FROM = 256  # rows; below, nothing is gained
-EPSILONS = (0.1, 0.02, 0.004)  # of the cost's standard deviation, one stage each
-# One iteration each: 1 is Sinkhorn's own step, more goes beyond it (Thibault et al. 2021), which from far off diverges.
+REDUCE_FROM = 256  # rows; the reduction does not pay for fewer
+EPSILONS = (0.1, 0.02, 0.004)  # of the stages, in standard deviations of the cost
+# Of the iterations of a stage: 1 is Sinkhorn's step, above 1 is over-relaxed (Thibault et al. 2021), which may diverge
+# far from the solution.
 RELAXATIONS = (1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5, 1.5)
-FLOOR = -60.0  # of the kernel's exponents: subnormal numbers would slow the products down many times
-LOG_BOUND = 69.0  # of the scalings: 1e-30 to 1e30, within float32's range
+FLOOR = -60.0  # of the kernel's exponents: subnormal numbers would make the products many times slower
+LOG_BOUND = 69.0  # of the scalings: 1e-30 to 1e30, within the range of float32
 
 
 def assign(cost: Float[np.ndarray, "N M"]) -> Int[np.ndarray, " N"]:
-    """The permutation p of least sum_i cost[i, p[i]].
+    """Returns the permutation p that minimizes sum_i cost[i, p[i]].
 
     Raises:
       UserError: the matrix is not square, or has entries that are not finite.
@@ -39,16 +40,16 @@ def assign(cost: Float[np.ndarray, "N M"]) -> Int[np.ndarray, " N"]:
 
 
 def reduce_cost(cost: Float[np.ndarray, "N N"]) -> Float[np.ndarray, "N N"]:
-    """The cost less a potential of each row and column: entries >= 0, near zero where an optimum may use them.
+    """Subtracts a potential of each row and column; the result is >= 0, and near zero where an optimum may use it.
 
-    Potentials need not be exact, so Sinkhorn's iteration runs on kernels in float32; the last half steps, the least of
-    each row and then of each column, are taken in the cost's own precision.
+    The potentials need not be exact, so Sinkhorn's iteration runs in float32. The last half steps, which subtract the
+    minimum of each row and then of each column, have the cost's precision.
     """
-    spread = float(cost.std())
+    std = float(cost.std())
     columns = np.zeros(cost.shape[1], cost.dtype)
-    if spread > 0:
+    if std > 0:
         for epsilon in EPSILONS:
-            columns = columns + _column_potential(cost - columns[None], epsilon * spread)
+            columns = columns + _column_potential(cost - columns[None], epsilon * std)
     reduced = cost - columns[None]
     reduced -= reduced.min(axis=1, keepdims=True)
     reduced -= reduced.min(axis=0, keepdims=True)
@@ -56,13 +57,12 @@ def reduce_cost(cost: Float[np.ndarray, "N N"]) -> Float[np.ndarray, "N N"]:
 
 
 def _column_potential(cost, epsilon: Number):
-    """Some iterations of Sinkhorn's algorithm, the later ones over-relaxed; bounded whatever the cost."""
+    """Returns column potentials after some iterations of Sinkhorn's algorithm; they are bounded for any cost."""
     kernel = np.subtract(cost, cost.min(axis=1, keepdims=True), dtype=np.float32)
     kernel *= np.float32(-1 / epsilon)
     np.exp(np.maximum(kernel, np.float32(FLOOR), out=kernel), out=kernel)
     log_u, log_v = (np.zeros(size, np.float32) for size in cost.shape)
-    # einsum instead of @: BLAS would start threads for a moment's work, which wait for each other beside a training
-    # step that has all cores.
+    # einsum instead of @: BLAS would start threads for this short work, which compete with a training step for cores.
     for relaxation in RELAXATIONS:
         log_u = _scaled(log_u, np.einsum("ij,j->i", kernel, np.exp(log_v)), relaxation)
         log_v = _scaled(log_v, np.einsum("ij,i->j", kernel, np.exp(log_u)), relaxation)
@@ -70,7 +70,7 @@ def _column_potential(cost, epsilon: Number):
 
 
 def _scaled(log_scale, sums, relaxation: float):
-    """The next logarithm of a scaling; with relaxation 1 the one that makes the sums 1."""
+    """Returns the updated logarithm of a scaling; with relaxation 1 it makes the sums 1."""
     excess = log_scale + np.log(np.clip(sums, 1e-30, 1e30))
     return np.clip(log_scale - relaxation * excess, -LOG_BOUND, LOG_BOUND)
 
@@ -78,13 +78,13 @@ def _scaled(log_scale, sums, relaxation: float):
 def transport(
     cost: Float[np.ndarray, "N M"], a: Num[np.ndarray, "..."] | None = None, b: Num[np.ndarray, "..."] | None = None
 ) -> Float[np.ndarray, "N M"]:
-    """The plan P of least sum P cost with row sums a and column sums b, uniform when None.
+    """Returns the plan P that minimizes sum P cost, with row sums a and column sums b, uniform if None.
 
-    Equal sizes with uniform weights are an assignment; others a linear program (HiGHS), meant for some thousand rows
-    at most.
+    Equal sizes with uniform weights are solved as an assignment, others as a linear program (HiGHS), which is meant for
+    a few thousand rows at most.
 
     Raises:
-      UserError: weights that are negative or do not have the same sum, or that do not fit a cost of finite entries.
+      UserError: weights are negative, differ in their sums or do not match the cost; or the cost is not finite.
     """
     check_numbers("the cost", cost)
     cost = np.asarray(cost)
@@ -107,14 +107,14 @@ def transport(
         )
     if not min(a.min(), b.min()) >= 0 or not np.isclose(a.sum(), b.sum(), rtol=1e-6):
         raise UserError(f"weights sum to {a.sum():g} and {b.sum():g}, expected equal sums of numbers >= 0.")
-    b = b * (a.sum() / b.sum())
+    balanced_b = b * (a.sum() / b.sum())
     rows = scipy.sparse.kron(scipy.sparse.eye_array(n), np.ones((1, m)))
     columns = scipy.sparse.kron(np.ones((1, n)), scipy.sparse.eye_array(m))
-    # The last column's sum follows from the others'.
+    # The sum of the last column follows from the others.
     sums = scipy.sparse.vstack([rows, columns.tocsr()[:-1]]).tocsr()
-    solved = scipy.optimize.linprog(
-        np.asarray(cost, np.float64).ravel(), A_eq=sums, b_eq=np.concatenate([a, b[:-1]]), method="highs"
+    result = scipy.optimize.linprog(
+        np.asarray(cost, np.float64).ravel(), A_eq=sums, b_eq=np.concatenate([a, balanced_b[:-1]]), method="highs"
     )
-    if solved.x is None:
-        raise RuntimeError(f"the transport problem was not solved: {solved.message}")
-    return solved.x.reshape(n, m)
+    if result.x is None:
+        raise RuntimeError(f"the transport problem was not solved: {result.message}")
+    return result.x.reshape(n, m)

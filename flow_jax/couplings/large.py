@@ -1,8 +1,8 @@
-"""Couplings beyond one batch, by ott-jax (the extra `[ot]`).
+"""Couplings of whole data sets and of large batches, by ott-jax (the extra `[ot]`).
 
-`fit_semidiscrete` solves once for a whole data set: a potential for every example, after which each fresh row of noise
-finds its partner by itself, with no batch to wait for and the noise's law untouched (semidiscrete flow matching, 2025).
-`sharded_sinkhorn` couples large batches whose rows, and those of the cost, lie on several devices.
+`fit_semidiscrete` solves once for a whole data set and returns a potential for every example. With it each row of noise
+is paired by itself, without a batch, and the distribution of the noise is unchanged (semidiscrete flow matching, 2025).
+`sharded_sinkhorn` couples large batches with the rows of the cost divided over several devices.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from flow_jax.argument_checks import check_key, check_number, check_numbers, check_whole
 from flow_jax.arrays import (
-    CheckedRows,
+    CheckedBatch,
     Number,
     RandomKey,
     Scalar,
@@ -35,17 +35,17 @@ from flow_jax.couplings import entropic
 from train_jax.core.errors import UserError
 
 MISSING = "this coupling needs ott-jax, which is not installed: pip install 'paligemma-jax[ot]'."
-SAMPLE = 1024  # rows that tell the spread of the cost
-BLOCK = 256  # rows of noise matched with the data set at a time
+SAMPLE = 1024  # rows from which the standard deviation of the cost is estimated
+BLOCK = 256  # rows of noise that are paired at once
 
 
-def relative_to_absolute(x_0: CheckedRows, x_1: CheckedRows, epsilon: Scalar) -> Scalar:
-    """epsilon standard deviations of the squared distances, from the first rows."""
+def relative_to_absolute(x_0: CheckedBatch, x_1: CheckedBatch, epsilon: Scalar) -> Scalar:
+    """Returns epsilon times the standard deviation of the squared distances, estimated from the first rows."""
     return entropic.relative_epsilon(entropic.squared_distances(x_0[:SAMPLE], x_1[:SAMPLE]), epsilon)
 
 
 def fit_semidiscrete(
-    x_1: CheckedRows,
+    x_1: CheckedBatch,
     key: RandomKey,
     *,
     num_steps: int = 2_000,
@@ -53,21 +53,22 @@ def fit_semidiscrete(
     learning_rate: Number | None = None,
     sampler: Callable | None = None,
 ) -> Float[Array, " M"]:
-    """The dual potential of every example of a data set against noise, without entropy, by stochastic gradient ascent.
+    """Computes the dual potential of every example of a data set, without entropy, by stochastic gradient ascent.
 
     Args:
-      x_1: the data set.
-      key: of the noise.
-      num_steps, batch_size: of the ascent; rows of noise a step.
-      learning_rate: of Adam, decayed to zero; 0.05 standard deviations of the squared distances when None.
-      sampler: (key, shape, dtype) -> noise; standard normal when None.
+      x_1: the data set [M, ...].
+      key: for the noise.
+      num_steps: number of gradient steps.
+      batch_size: rows of noise per step.
+      learning_rate: of Adam, decayed to zero; if None, 0.05 standard deviations of the squared distances.
+      sampler: (key, shape, dtype) -> noise; standard normal if None.
 
     Returns:
       [M], for `semidiscrete_pairs`.
 
     Raises:
-      UserError: ott-jax is missing, there are no data, no steps or no rows a step, or the sampler's noise is not of the
-        shape it is asked for.
+      UserError: ott-jax is missing; the data set, `num_steps` or `batch_size` is empty or below 1; or the sampler's
+        noise does not have the given shape.
     """
     x_1 = as_rows("x_1", x_1)
     check_key("key", key)
@@ -85,12 +86,11 @@ def fit_semidiscrete(
     x_1 = flatten_rows(x_1.astype(full_dtype(x_1)))
     sampler = functools.partial(call_now, sampler or jax.random.normal)
     noise = jax.random.normal(key, (SAMPLE, x_1.shape[1]), x_1.dtype)
-    check_shapes(
-        "the noise", noise, "what the sampler draws", jax.eval_shape(lambda: sampler(key, noise.shape, noise.dtype))
-    )
-    spread = float(relative_to_absolute(noise, x_1, 1.0))
+    drawn = jax.eval_shape(lambda: sampler(key, noise.shape, noise.dtype))
+    check_shapes("the noise", noise, "the output of the sampler", drawn)
+    std = float(relative_to_absolute(noise, x_1, 1.0))
     geometry = point_cloud(sampler, x_1, epsilon=0.0)
-    rate = 0.05 * spread if learning_rate is None else learning_rate
+    rate = 0.05 * std if learning_rate is None else learning_rate
     solver = solver_class(
         num_iterations=num_steps,
         batch_size=batch_size,
@@ -102,20 +102,20 @@ def fit_semidiscrete(
 
 
 def semidiscrete_pairs(
-    x_0: CheckedRows, x_1: CheckedRows, potential: CheckedRows
+    x_0: CheckedBatch, x_1: CheckedBatch, potential: CheckedBatch
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """The partner of each row of noise: the j of largest potential_j - |x_0 - x_1_j|^2. Needs no ott-jax.
+    """Pairs each row of noise with the example j of largest potential_j - |x_0 - x_1_j|^2; does not need ott-jax.
 
     Args:
       x_0: noise [B, ...].
       x_1: the data set [M, ...].
-      potential: [M], of `fit_semidiscrete`.
+      potential: [M], from `fit_semidiscrete`.
 
     Returns:
-      (i, j) with i = 0, 1, ...; over much noise every example of the data set comes up equally often.
+      (i, j) with i = 0, 1, ...; over many rows of noise every example of the data set is drawn equally often.
 
     Raises:
-      UserError: rows of two shapes, or a potential that is not one number for each example.
+      UserError: the examples of x_0 and x_1 differ in shape, or the potential is not one number for each example.
     """
     check_clouds(x_0, x_1)
     check_numbers("the potential", potential)
@@ -136,8 +136,8 @@ def _semidiscrete_pairs(x_0, x_1, potential):
 
 
 def sharded_sinkhorn(
-    x_0: CheckedRows,
-    x_1: CheckedRows,
+    x_0: CheckedBatch,
+    x_1: CheckedBatch,
     epsilon: Number = 0.05,
     key: RandomKey | None = None,
     *,
@@ -146,17 +146,17 @@ def sharded_sinkhorn(
     tolerance: Number = 1e-3,
     max_iterations: int = 2_000,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """As `couplings.sinkhorn` with rows drawn, with the rows of the cost spread over the devices of a mesh.
+    """Returns pairs as `couplings.sinkhorn` with drawn partners, with the rows of the cost divided over a mesh.
 
     Args:
       x_0, x_1: noise and data.
       epsilon: in standard deviations of the squared distances.
       key: draws the partners.
-      mesh, axis: where rows of noise lie; all on one device when None.
-      tolerance, max_iterations: of the solver.
+      mesh, axis: the mesh and its axis over which the rows of noise are divided; None for one device.
+      tolerance, max_iterations: the solver stops at either.
 
     Raises:
-      UserError: ott-jax or the key is missing, epsilon is not above 0, or arrays are of two shapes.
+      UserError: ott-jax or the key is missing, epsilon is not above 0, or the shapes differ.
     """
     if key is None:
         raise UserError("sharded_sinkhorn draws partners: pass `key`.")
@@ -186,10 +186,10 @@ def _draw_partners(point_cloud, solve, tolerance, max_iterations, x_0, x_1, epsi
 
 
 def _ott(name: str):
-    """A module of ott-jax.
+    """Imports a module of ott-jax.
 
     Raises:
-      UserError: it is not installed.
+      UserError: ott-jax is not installed.
     """
     try:
         return importlib.import_module(f"ott.{name}")

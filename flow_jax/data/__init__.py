@@ -1,1 +1,1 @@
-"""What flows are trained on: points in the plane, digits, pictures; and pairs of noise and data."""
+"""Training data of flows: points in the plane, digits, images; and pairs of noise and data."""

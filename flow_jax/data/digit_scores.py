@@ -1,4 +1,4 @@
-"""What only samples of digits are measured by: how often they are read as asked, how diverse, how near to training."""
+"""Scores of sampled digits: how often a classifier reads their label, their diversity, their distance to training."""
 
 from typing import Any
 
@@ -10,48 +10,48 @@ from flow_jax.data import digits
 from flow_jax.data.digits import Digits, flat
 from flow_jax.metrics import distances
 
-SEED = 1000  # of the halves
-SPLITS = 10  # halves of the real images that give the spread between two real samples
+SEED = 1000  # of the splits for `mmd_of_data`
+SPLITS = 10
 
 
 class DigitScores:
-    """Of one sample for every held-out image and its label:
+    """Scores one sample for every held-out image and its label, as an `image_datasets.Score`.
 
-    accuracy   how often a machine trained on real digits reads the label asked for; accuracy_data: of real ones
-    mmd        mean over labels between samples and held-out images; mmd_data: between two halves of real ones
+    accuracy   share of samples whose label a classifier trained on real digits reads; accuracy_data: of held-out images
+    mmd        mean over labels between samples and held-out images; mmd_data: between two samples of real images
     nearest    mean distance of samples to the nearest training image; nearest_data: of held-out images
     """
 
     def __init__(self):
-        self._parts: list[Digits] = []
+        self._batches: list[Digits] = []
 
     def add(self, images: UInt8[np.ndarray, "N 8 8 1"], labels: Int[np.ndarray, " N"]) -> None:
-        """Keeps the samples: there are few, and they are small."""
-        self._parts.append(Digits(images, labels))
+        """Adds a batch of samples; all are kept in memory."""
+        self._batches.append(Digits(images, labels))
 
     def results(self) -> dict[str, float]:
-        """See the class."""
-        drawn = Digits(*(np.concatenate(part) for part in zip(*self._parts, strict=True)))
+        """Returns the scores, and the ratios of `mmd` and `nearest` to those of real images."""
+        samples = Digits(*(np.concatenate(arrays) for arrays in zip(*self._batches, strict=True)))
         train, held_out = digits.load("train"), digits.load("held_out")
-        machine = digits.classifier(train)
-        found = {
-            "accuracy": accuracy(machine, drawn),
-            "accuracy_data": accuracy(machine, held_out),
-            "mmd": class_mmd(drawn, held_out),
+        classifier = digits.classifier(train)
+        scores = {
+            "accuracy": accuracy(classifier, samples),
+            "accuracy_data": accuracy(classifier, held_out),
+            "mmd": class_mmd(samples, held_out),
             "mmd_data": mmd_of_data(train, held_out, SEED),
-            "nearest": nearest(drawn.images, train),
+            "nearest": nearest(samples.images, train),
             "nearest_data": nearest(held_out.images, train),
         }
-        return found | {f"{name}_ratio": found[name] / found[f"{name}_data"] for name in ("mmd", "nearest")}
+        return scores | {f"{name}_ratio": scores[name] / scores[f"{name}_data"] for name in ("mmd", "nearest")}
 
 
-def class_mmd(one: Digits, other: Digits) -> float:
-    """Mean over labels of the root of the squared MMD, at the bandwidth of the second's own distances."""
-    return float(np.mean([_mmd(one, other, label) for label in map(int, np.unique(one.labels))]))
+def class_mmd(samples: Digits, real: Digits) -> float:
+    """Returns the MMD, averaged over labels; the bandwidth is the median distance between real images of a label."""
+    return float(np.mean([_mmd(samples, real, label) for label in map(int, np.unique(samples.labels))]))
 
 
 def mmd_of_data(train: Digits, held_out: Digits, seed: int) -> float:
-    """`class_mmd` of two real samples as large as the held-out one: halves of all real images, mean of ten splits."""
+    """Returns the mean `class_mmd` between two disjoint real samples as large as the held-out set, over ten splits."""
     images = np.concatenate([train.images, held_out.images])
     labels = np.concatenate([train.labels, held_out.labels])
     values = []
@@ -67,17 +67,17 @@ def mmd_of_data(train: Digits, held_out: Digits, seed: int) -> float:
     return float(np.mean(values))
 
 
-def accuracy(machine: Any, shown: Digits) -> float:
-    """How often the machine reads the label."""
-    return float((machine.predict(flat(shown.images)) == shown.labels).mean())
+def accuracy(classifier: Any, images: Digits) -> float:
+    """Returns the share of images whose label the classifier predicts."""
+    return float((classifier.predict(flat(images.images)) == images.labels).mean())
 
 
 def nearest(images: UInt8[np.ndarray, "N 8 8 1"], train: Digits) -> float:
-    """Mean distance to the nearest training image."""
+    """Returns the mean distance to the nearest training image."""
     return float(cdist(flat(images), flat(train.images)).min(axis=1).mean())
 
 
-def _mmd(one: Digits, other: Digits, label: int) -> float:
-    a, b = (flat(side.images[side.labels == label]) for side in (one, other))
+def _mmd(samples: Digits, real: Digits, label: int) -> float:
+    a, b = (flat(part.images[part.labels == label]) for part in (samples, real))
     bandwidth = float(np.median(cdist(b, b)))
     return distances.mmd(a, b, bandwidth) ** 0.5

@@ -1,6 +1,6 @@
-"""Real handwritten digits of 8 x 8 pixels and 17 grey values (Alpaydin and Kaynak 1998), as scikit-learn ships them.
+"""Handwritten digits of 8 x 8 pixels and 17 grey values (Alpaydin and Kaynak 1998), from scikit-learn.
 
-1,797 images; two thirds of each class are to train on, the rest are held out. Needs the extra [digits].
+Of the 1,797 images two thirds of each class are for training and the rest are held out. Needs the extra [digits].
 """
 
 import importlib
@@ -17,14 +17,14 @@ _SPLIT = 0  # seed of the split
 
 
 class Digits(NamedTuple):
-    """Images and what they show."""
+    """Images and their labels."""
 
     images: UInt8[np.ndarray, "N 8 8 1"]
     labels: Int[np.ndarray, " N"]
 
 
 def load(split: str) -> Digits:
-    """The digits of "train" or "held_out".
+    """Loads the digits of a split, "train" or "held_out".
 
     Raises:
       UserError: scikit-learn is not installed.
@@ -32,22 +32,22 @@ def load(split: str) -> Digits:
     data = _sklearn("datasets").load_digits()
     images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
     rng = np.random.default_rng(_SPLIT)
-    chosen = []
+    parts = []
     for label in range(CLASSES):
         rows = rng.permutation(np.flatnonzero(labels == label))
         cut = round(2 * len(rows) / 3)
-        chosen.append(rows[:cut] if split == "train" else rows[cut:])
-    rows = np.sort(np.concatenate(chosen))
+        parts.append(rows[:cut] if split == "train" else rows[cut:])
+    rows = np.sort(np.concatenate(parts))
     return Digits(images[rows], labels[rows])
 
 
 def classifier(train: Digits) -> Any:
-    """A support-vector machine that tells digits apart: `classifier(train).predict(images [N, 64])`."""
+    """Trains a support-vector machine on digits; `classifier(train).predict(pixels [N, 64])` returns labels."""
     return _sklearn("svm").SVC(gamma=0.001).fit(flat(train.images), train.labels)
 
 
 def flat(images: np.ndarray) -> np.ndarray:
-    """Rows of pixels."""
+    """Returns the pixels of each image as a float64 vector."""
     return np.asarray(images, np.float64).reshape(len(images), -1)
 
 

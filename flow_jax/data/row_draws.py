@@ -1,4 +1,4 @@
-"""What is decided on the host for rows of a batch by their numbers alone, whoever reads which rows."""
+"""Draws and groups of rows on the host that depend only on the rows' numbers, not on which process reads them."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,20 +9,21 @@ from jaxtyping import Float, Int
 def draw_rows(
     rows: Int[np.ndarray, " n"], block: int, draw: Callable[[int], Float[np.ndarray, "b ..."]]
 ) -> Float[np.ndarray, "n ..."]:
-    """Row r is row r % block of what `draw` makes for block r // block: a seed for each block, not for each row.
+    """Draws rows in blocks, with one seed per block: row r is row r % block of `draw(r // block)`.
 
     Args:
-      rows: their numbers, 0 or more.
-      block: rows of a block. Blocks are drawn whole: large ones cost little a row, small ones waste little.
+      rows: numbers of the rows, 0 or more.
+      block: number of rows in a block. Blocks are drawn whole: large blocks are faster per row, small ones waste fewer
+        rows.
       draw: number of a block -> its rows.
     """
-    numbers, places = np.divmod(rows, block)
-    blocks, which = np.unique(numbers, return_inverse=True)
-    return np.concatenate([draw(number) for number in blocks.tolist()])[which * block + places]
+    numbers, offsets = np.divmod(rows, block)
+    blocks, positions = np.unique(numbers, return_inverse=True)
+    return np.concatenate([draw(number) for number in blocks.tolist()])[positions * block + offsets]
 
 
 def in_groups(rows: Int[np.ndarray, " n"], size: int | None) -> Iterator[Int[np.ndarray, " m"]]:
-    """Where in `rows` those of a group stand, group by group: numbers [k size, (k + 1) size); all of them if None."""
+    """Yields the positions in `rows` of each group of numbers [k size, (k + 1) size); one group if size is None."""
     numbers = np.zeros_like(rows) if size is None else rows // size
     for number in np.unique(numbers):
         yield np.flatnonzero(numbers == number)

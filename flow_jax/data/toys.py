@@ -1,8 +1,8 @@
-"""Distributions in the plane, to learn and to look at: seeded draws, float32 [n, 2], each about 4 units wide.
+"""Toy distributions in the plane: seeded draws, float32 [n, 2].
 
 checkerboard     eight squares of side 2 on [-4, 4]^2 (as in Lipman et al. 2023)
 8gaussians       on a circle of radius 5, standard deviation sqrt(0.1) (as in torchcfm)
-moons            two half circles, noise 0.2, scaled by 3 and moved by -1 (as in torchcfm)
+moons            two half circles, noise 0.2, scaled by 3 and shifted by -1 (as in torchcfm)
 spirals          two arms of one and a half turns, noise 0.1
 gaussian         standard normal, the usual noise
 """
@@ -21,7 +21,7 @@ Draws = Float[np.ndarray, "n 2"]
 def _checkerboard(rng: np.random.Generator, n: int) -> np.ndarray:
     x = rng.uniform(-4.0, 4.0, n)
     column = np.floor(x / 2.0)  # -2, -1, 0, 1
-    row = 2 * rng.integers(0, 2, n) - 2 + column % 2  # of the four rows, the two of the column's colour
+    row = 2 * rng.integers(0, 2, n) - 2 + column % 2  # two of the four rows, by the column's colour
     return np.stack([x, 2.0 * row + rng.uniform(0.0, 2.0, n)], axis=1)
 
 
@@ -39,7 +39,7 @@ def _moons(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def _spirals(rng: np.random.Generator, n: int) -> np.ndarray:
-    turn = 3.0 * np.pi * np.sqrt(rng.random(n))  # the root spreads points evenly along the arm
+    turn = 3.0 * np.pi * np.sqrt(rng.random(n))  # with the root, points are uniform along the arm
     arm = np.where(rng.integers(0, 2, n), 1.0, -1.0)
     radius = 4.0 * turn / (3.0 * np.pi)
     points = (arm * radius)[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
@@ -60,10 +60,10 @@ TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def draw(name: str, n: int, seed: tuple[int, ...] | int) -> Draws:
-    """`n` points of a distribution, a function of the seed alone.
+    """Draws n points of a distribution; they depend only on name, n and seed.
 
     Raises:
-      UserError: an unknown name, or an n or a seed that are no whole numbers.
+      UserError: the name is unknown, or n or the seed is not a whole number.
     """
     check_whole("n", n, 0)
     if not isinstance(name, str) or name not in TOYS:

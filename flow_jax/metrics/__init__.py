@@ -1,4 +1,4 @@
-"""Distances between samples, and properties of a flow's paths."""
+"""Distances between samples, and properties of a flow's trajectories."""
 
 from flow_jax.metrics.distances import (
     coverage,

@@ -1,12 +1,13 @@
-"""Distances between samples, on the host in float64 but for Sinkhorn's, and properties of a flow's paths.
+"""Distances between samples and properties of a flow's trajectories.
 
-Point clouds are arrays of rows of any shape, of one shape in both; without rows, with NaN or with infinite entries they
-are refused, with a UserError that says which. Distances of two finite samples of one law are not zero: compare with the
-distance between two real samples of the same sizes.
+Distances are computed on the host in float64, except Sinkhorn's. Point clouds are arrays [N, ...] and [M, ...] whose
+examples have one shape; UserError is raised if a cloud is empty or not finite. The distance between two finite samples
+of one distribution is not zero: compare with the distance between two real samples of the same sizes.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from scipy.spatial.distance import cdist
 from flow_jax.argument_checks import check_function, check_number, check_whole
 from flow_jax.arrays import (
     AnyArray,
-    CheckedRows,
+    CheckedBatch,
     Number,
     as_rows,
     check_args,
@@ -37,35 +38,36 @@ from train_jax.core.errors import UserError
 
 Cloud = Float[AnyArray, "N ..."]
 OtherCloud = Float[AnyArray, "M ..."]
-BLOCK = 1024  # rows of a distance matrix at a time
+BLOCK = 1024  # rows of a distance matrix computed at once
 
 
 def wasserstein(a: Cloud, b: OtherCloud, p: Number = 2) -> float:
-    """The exact W_p distance, (min <P, |x - y|^p>)^(1/p), of two clouds with uniform weights.
+    """Returns the exact W_p distance, (min <P, |x - y|^p>)^(1/p), of two clouds with uniform weights.
 
-    Equal sizes are an assignment problem, some seconds at 4,096 rows; other sizes a linear program.
+    Clouds of equal sizes are an assignment problem, which takes seconds for 4,096 rows; others are a linear program.
 
     Raises:
       UserError: p < 1.
     """
     check_number("p", p)
     if not 1 <= p < np.inf:
-        raise UserError(f"p is {p:g}, expected a number from 1: below, this is no distance.")
+        raise UserError(f"p is {p:g}, expected a number of at least 1: below, this is not a distance.")
     x, y = _host(a, b)
     cost = host_cost(x, y) if p == 2 else cdist(x, y) ** p
     return float((transport(cost) * cost).sum() ** (1 / p))
 
 
 def sinkhorn_divergence(a: Cloud, b: OtherCloud, epsilon: Number | None = None) -> float:
-    """OT(a, b) - (OT(a, a) + OT(b, b)) / 2 of OT = min <P, |x - y|^2> + epsilon KL(P | product) (Genevay et al. 2018).
+    """Returns the Sinkhorn divergence OT(a, b) - (OT(a, a) + OT(b, b)) / 2 (Genevay et al. 2018).
+
+    Here OT = min <P, |x - y|^2> + epsilon KL(P | product of the marginals).
 
     Args:
-      a, b: computed on the device in their dtype, in float32 where that is less.
-      epsilon: absolute, in units of squared distance; 0.05 standard deviations of the squared distances between a and b
-        when None.
+      a, b: clouds; the computation is on the device, in their dtype, at least float32.
+      epsilon: in units of squared distance; if None, 0.05 standard deviations of the squared distances between a and b.
 
     Raises:
-      UserError: an epsilon that is not above 0, or squared distances that are not finite in that dtype.
+      UserError: epsilon is not above 0, or squared distances are not finite in that dtype.
     """
     _host(a, b)
     a, b = (jnp.asarray(cloud, full_dtype(cloud)) for cloud in (a, b))
@@ -83,21 +85,21 @@ def sinkhorn_divergence(a: Cloud, b: OtherCloud, epsilon: Number | None = None) 
 
 
 def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: bool = False) -> float:
-    """The squared maximum mean discrepancy with the kernel exp(-|x - y|^2 / (2 bandwidth^2)) (Gretton et al. 2012).
+    """Returns the squared MMD with the kernel exp(-|x - y|^2 / (2 bandwidth^2)) (Gretton et al. 2012).
 
     Args:
       a, b: clouds.
-      bandwidth: the median distance between rows of a and rows of b (the first 1,024 of each) when None.
-      unbiased: leave each row's kernel with itself out; the result may be negative.
+      bandwidth: if None, the median distance between rows of a and rows of b (the first 1,024 of each).
+      unbiased: leave out the kernel of each row with itself; the result may be negative.
 
     Raises:
-      UserError: a bandwidth that is not above 0, as the median is where more than half of the pairs are equal (0 is
-        returned where all rows are); or `unbiased` with a single row.
+      UserError: the bandwidth is not above 0, as for the median if more than half of the pairs are equal (if all rows
+        are equal the result is 0); or `unbiased` with a single row.
     """
     x, y = _host(a, b)
     if unbiased and min(len(x), len(y)) < 2:
         raise UserError(
-            f"clouds of {len(x)} and {len(y)} rows have no unbiased mmd, expected two rows or more of each."
+            f"clouds of {len(x)} and {len(y)} rows have no unbiased mmd, expected at least two rows in each."
         )
     if bandwidth is not None:
         check_number("the bandwidth of mmd", bandwidth)
@@ -119,7 +121,7 @@ def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: b
 
 
 def energy_distance(a: Cloud, b: OtherCloud) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| over all pairs, a row's with itself included (Szekely and Rizzo 2013)."""
+    """Returns 2 E|x - y| - E|x - x'| - E|y - y'| over all pairs, including x = x' (Szekely and Rizzo 2013)."""
     x, y = _host(a, b)
 
     def mean(x, y):
@@ -128,63 +130,72 @@ def energy_distance(a: Cloud, b: OtherCloud) -> float:
     return 2 * mean(x, y) - mean(x, x) - mean(y, y)
 
 
-def frechet_distance(features_a: CheckedRows, features_b: CheckedRows) -> float:
-    """The Frechet distance of Gaussians with the moments of any features; see moments.py, also for more than fit.
+def frechet_distance(features_a: CheckedBatch, features_b: CheckedBatch) -> float:
+    """Returns the Frechet distance between Gaussians with the moments of two sets of features.
+
+    `moments.Moments` computes the moments of sets that do not fit into memory.
 
     Args:
-      features_a, features_b: at least two rows each; covariances are divided by rows - 1.
+      features_a, features_b: [N, F] and [M, F] with at least two rows each; covariances are divided by N - 1.
 
     Raises:
-      UserError: fewer rows, features that are not vectors of one length, or that are not finite.
+      UserError: there are fewer rows, or features are not vectors of one length, or not finite.
     """
     return frechet(Moments.of(features_a), Moments.of(features_b))
 
 
 def coverage(samples: Cloud, real: OtherCloud, neighbours: int = 5) -> float:
-    """The share of real rows with a sample no farther than their `neighbours`-th nearest real one (Naeem et al. 2020).
+    """Returns the share of real rows with a sample closer than their k-th nearest real row (Naeem et al. 2020).
 
-    1 where samples are everywhere that data are; another sample of the data has about 1 - 2^-neighbours.
+    Another sample of the data has about 1 - 2^-k, where k is `neighbours`.
 
     Raises:
-      UserError: fewer real rows than that, itself not counted.
+      UserError: `neighbours` is not between 1 and the number of real rows less 1.
     """
     x, y = _host(samples, real)
     check_whole("neighbours", neighbours, None)
     if not 1 <= neighbours < len(y):
         raise UserError(
-            f"neighbours={neighbours} of {len(y)} real rows, expected 1 to {len(y) - 1}: give more rows, or lower it."
+            f"neighbours={neighbours} for {len(y)} real rows, expected 1 to {len(y) - 1}: pass more rows, or lower it."
         )
     radius = np.sort(cdist(y, y), axis=1)[:, neighbours]  # the first is the row itself
     return float((cdist(y, x).min(axis=1) <= radius).mean())
 
 
-def path_energy(velocity: Callable, x_0: CheckedRows, num_steps: int = 50, args: tuple = ()) -> float:
-    """The mean over time and rows of |v|^2 along Euler's paths; W_2^2 of noise and samples is its least value.
+def path_energy(velocity: Callable, x_0: CheckedBatch, num_steps: int = 50, args: tuple = ()) -> float:
+    """Returns the mean of |v|^2 over time and rows along Euler trajectories; its minimum is W_2^2 of noise and samples.
 
-    Arguments and errors as of `straightness`.
+    Args:
+      velocity: as in `sample`.
+      x_0: noise.
+      num_steps: number of equal steps.
+      args: arrays that are passed to the velocity.
+
+    Raises:
+      UserError: as `straightness`.
     """
     return float(_energies(velocity, x_0, num_steps, args)[0])
 
 
-def straightness(velocity: Callable, x_0: CheckedRows, num_steps: int = 50, args: tuple = ()) -> float:
-    """The mean over time and rows of |v - (x_1 - x_0)|^2 along Euler's paths (Liu et al. 2023).
+def straightness(velocity: Callable, x_0: CheckedBatch, num_steps: int = 50, args: tuple = ()) -> float:
+    """Returns the mean of |v - (x_1 - x_0)|^2 over time and rows along Euler trajectories (Liu et al. 2023).
 
-    0: straight at constant speed, and one Euler step would do.
+    0 means straight trajectories of constant speed, for which one Euler step is exact.
 
     Args:
-      velocity: as of `sample`.
+      velocity: as in `sample`.
       x_0: noise.
-      num_steps: equal steps.
-      args: arrays of rows passed on to the velocity.
+      num_steps: number of equal steps.
+      args: arrays that are passed to the velocity.
 
     Raises:
-      UserError: no steps, no rows, or a velocity that is not of x's shape.
+      UserError: there are no steps or no rows, or the velocity does not have x's shape.
     """
     return float(_energies(velocity, x_0, num_steps, args)[1])
 
 
-def _energies(velocity: Callable, x_0: CheckedRows, num_steps: int, args: tuple) -> tuple[Array, Array]:
-    """Means of |v|^2 and of |v - (x_1 - x_0)|^2."""
+def _energies(velocity: Callable, x_0: CheckedBatch, num_steps: int, args: tuple) -> tuple[Array, Array]:
+    """Returns the means of |v|^2 and of |v - (x_1 - x_0)|^2."""
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
     check_function("velocity", velocity)
@@ -206,18 +217,18 @@ def _euler_energies(field, num_steps: int, arrays, x_0, args) -> tuple[Array, Ar
 
 
 def _host(a, b) -> tuple[Float[np.ndarray, "N D"], Float[np.ndarray, "M D"]]:
-    """Two clouds on the host, a vector a row, when there are rows of one shape and finite numbers."""
+    """Returns two clouds on the host, one vector per row, after checking their shapes and that they are finite."""
     check_clouds(a, b)
-    clouds = [flatten_rows(np.asarray(cloud, np.float64)) for cloud in (a, b)]
-    for cloud in clouds:
+    x, y = (flatten_rows(np.asarray(cloud, np.float64)) for cloud in (a, b))
+    for cloud in (x, y):
         if not np.isfinite(cloud).all():
             rows = int((~np.isfinite(cloud)).any(axis=1).sum())
             raise UserError(
                 f"{rows} of {len(cloud)} rows have NaN or infinity, expected finite numbers: find where they come from."
             )
-    return clouds[0], clouds[1]
+    return x, y
 
 
-def _sum_over_pairs(x, y, function: Callable, metric: str) -> float:
-    """Sum of a function of all distances, a block of rows at a time."""
+def _sum_over_pairs(x, y, function: Callable, metric: Literal["euclidean", "sqeuclidean"]) -> float:
+    """Returns the sum of a function of all distances, computed in blocks of rows."""
     return float(sum(function(cdist(x[k : k + BLOCK], y, metric)).sum() for k in range(0, len(x), BLOCK)))

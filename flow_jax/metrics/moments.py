@@ -1,6 +1,6 @@
-"""Mean and covariance of rows that come in batches, and the Frechet distance of two such: no set of images in memory.
+"""Mean and covariance of features that come in batches, and the Frechet distance between two of them.
 
-On the host, in float64. Axes: N rows, F features.
+Computed on the host in float64. Axes: N examples, F features.
 """
 
 import functools
@@ -14,7 +14,7 @@ from train_jax.core.errors import UserError
 
 
 class Moments:
-    """What a Frechet distance needs of a set of rows; as large as F^2 whatever their number."""
+    """The number, mean and covariance of feature vectors, updated by batches; F^2 numbers for any N."""
 
     def __init__(self):
         self.count = 0
@@ -23,21 +23,21 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Num[AnyArray, "..."]) -> "Moments":
-        """The moments of rows that are all there."""
+        """Returns the moments of an array of feature vectors."""
         moments = cls()
         moments.add(rows)
         return moments
 
     def add(self, rows: Num[AnyArray, "..."]) -> None:
-        """Takes in a batch: sums around the means of the two parts, which do not cancel (Chan et al. 1983).
+        """Adds a batch, by sums around the means of the parts, which do not cancel (Chan et al. 1983).
 
         Raises:
-          UserError: rows of another length than those before, that are not vectors, or not finite.
+          UserError: rows are not finite vectors of the same length as before.
         """
         check_numbers("features", rows)
         x = np.asarray(rows, np.float64)
         if x.ndim != 2 or not np.isfinite(x).all():
-            raise UserError(f"features have shape {list(x.shape)}, expected finite numbers, a vector a row [N, F].")
+            raise UserError(f"features have shape {list(x.shape)}, expected finite numbers, one vector per row [N, F].")
         if not len(x):
             return
         mean = x.mean(axis=0)
@@ -57,27 +57,27 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "F F"]:
-        """Divided by rows - 1. Raises UserError below two rows."""
+        """The covariance, divided by N - 1. Raises UserError if N < 2."""
         if self.count < 2:
-            raise UserError(f"a covariance needs two rows, got {self.count}.")
+            raise UserError(f"the number of rows is {self.count}, expected at least 2 for a covariance: add more.")
         return self._scatter / (self.count - 1)
 
     @functools.cached_property
     def root(self) -> Float[np.ndarray, "F F"]:
-        """The symmetric root of the covariance."""
+        """The symmetric square root of the covariance."""
         values, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017).
+    """Returns |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017).
 
-    The trace of the root is the sum of the roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2), a symmetric matrix:
-    stable where covariances are singular (fewer rows than features), and never complex. The root of `a` is kept for
-    further calls.
+    The trace of the root is computed as the sum of the square roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2),
+    which is symmetric: it is stable for singular covariances (fewer rows than features) and never complex. The root of
+    S_a is cached in `a`.
 
     Raises:
-      UserError: features of two lengths, or fewer than two rows of either.
+      UserError: the numbers of features differ, or there are fewer than two rows.
     """
     if a.covariance.shape != b.covariance.shape:
         raise UserError(f"features have {len(a.mean)} and {len(b.mean)} entries, expected one number: make them equal.")

@@ -1,4 +1,4 @@
-"""Velocity models, all called (t, x, labels=None, dropout_keys=None)."""
+"""Velocity models, all called as model(t, x, labels=None, dropout_keys=None)."""
 
 from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.mlp import MLP, MLPConfig

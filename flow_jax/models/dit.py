@@ -1,7 +1,7 @@
-"""DiT (Peebles and Xie 2023): a transformer over patches whose norms are shifted and scaled by time and label.
+"""DiT (Peebles and Xie 2023): a transformer over patches whose norms are scaled and shifted by time and label.
 
-Axes: B batch, T patches, N heads, H head width, D model width. Every branch is gated by zero at first ("adaLN-Zero"),
-and so is the output. Blocks are stacked on a leading axis and scanned.
+Axes: B batch, T patches, N heads, H head width, D model width. The gates of all branches and the output start at zero
+("adaLN-Zero"). Blocks are stacked on a leading axis and scanned.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from flow_jax.models.layers import Condition, attend, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
@@ -20,7 +20,7 @@ from train_jax.core import row_sharding
 class DiTConfig:
     """Sizes; the paper's S, B, L, XL have widths 384, 768, 1024, 1152, depths 12, 12, 24, 28, heads 6, 12, 16, 16.
 
-    `num_classes` and `vector_width` say what the model is told of every row, see features.Condition.
+    `num_classes` and `vector_width` define the kind of condition, see layers.Condition.
     """
 
     image_size: int = 32
@@ -44,11 +44,12 @@ class DiTConfig:
 
     @property
     def grid(self) -> int:
+        """Patches along each side of an image."""
         return self.image_size // self.patch_size
 
 
 def sincos_positions(grid: int, width: int) -> Float[Array, "T D"]:
-    """Fixed positions of a square grid: half the channels tell the row, half the column."""
+    """Returns fixed position embeddings of a square grid: half the channels encode the row, half the column."""
     frequencies = 1.0 / 10_000 ** (jnp.arange(width // 4) / (width // 4))
     angles = jnp.arange(grid)[:, None] * frequencies[None]
     one = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)  # [grid, D / 2]
@@ -57,31 +58,32 @@ def sincos_positions(grid: int, width: int) -> Float[Array, "T D"]:
 
 
 def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B T D"]:
-    """x (1 + scale) + shift."""
+    """Returns x (1 + scale) + shift."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def norm(config: DiTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A norm without parameters: modulation takes their place."""
+    """Returns a layer norm without parameters, in place of which `modulate` scales and shifts."""
     return nnx.LayerNorm(config.width, use_bias=False, use_scale=False, epsilon=1e-6, dtype=config.dtype, rngs=rngs)
 
 
-class Block(nnx.Module):
-    """Attention and a two-layer perceptron, each normed, modulated and gated."""
+class DiTBlock(nnx.Module):
+    """Attention and a two-layer perceptron, each with a modulated norm and a gate."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        D, options = config.width, {"dtype": config.dtype, "rngs": rngs}
+        D, dtype = config.width, config.dtype
         self.config = config
         self.norm1, self.norm2 = norm(config, rngs), norm(config, rngs)
-        self.qkv_proj = linear(D, 3 * D, **options)
-        self.o_proj = linear(D, D, **options)
-        self.fc1 = linear(D, 4 * D, **options)
-        self.fc2 = linear(4 * D, D, **options)
-        self.modulation = linear(D, 6 * D, zero=True, **options)
+        self.qkv_proj = linear(D, 3 * D, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(D, D, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(D, 4 * D, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(4 * D, D, dtype=dtype, rngs=rngs)
+        self.modulation = linear(D, 6 * D, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], c: Float[Array, "B D"], dropout_keys: Key[Array, " B"] | None
     ) -> Float[Array, "B T D"]:
+        """Returns the block's output for x and condition vectors c."""
         config = self.config
         B, T, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(c)), 6, axis=1)
@@ -97,20 +99,20 @@ class DiT(nnx.Module):
     """Velocity of images [B, size, size, channels]; the output starts at zero."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        p, D, options = config.patch_size, config.width, {"dtype": config.dtype, "rngs": rngs}
+        p, D, dtype = config.patch_size, config.width, config.dtype
         self.config = config
-        self.patch_embedding = linear(p * p * config.channels, D, **options)
-        self.condition = Condition(D, config.num_classes, vector_width=config.vector_width, **options)
+        self.patch_embedding = linear(p * p * config.channels, D, dtype=dtype, rngs=rngs)
+        self.condition = Condition(D, config.num_classes, vector_width=config.vector_width, dtype=dtype, rngs=rngs)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs):
-            return Block(config, rngs=rngs)
+            return DiTBlock(config, rngs=rngs)
 
         self.layers = stack(rngs)
         self.norm = norm(config, rngs)
-        self.modulation = linear(D, 2 * D, zero=True, **options)
-        self.outputs = linear(D, p * p * config.channels, zero=True, **options)
+        self.modulation = linear(D, 2 * D, zero=True, dtype=dtype, rngs=rngs)
+        self.outputs = linear(D, p * p * config.channels, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -119,7 +121,7 @@ class DiT(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
-        """See features.py for the arguments."""
+        """Returns the velocity; layers.py describes the arguments."""
         config, (B, height, width, C) = self.config, x.shape
         if (height, width, C) != (config.image_size, config.image_size, config.channels):
             raise ValueError(
@@ -137,7 +139,7 @@ class DiT(nnx.Module):
         return out.reshape(B, g, g, p, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
     def _blocks(self, h, c, dropout_keys):
-        """The stack of blocks, scanned."""
+        """Applies the stack of blocks by a scan."""
         graph, state = nnx.split(self.layers)
 
         def step(h, inputs):

@@ -1,4 +1,4 @@
-"""A multilayer perceptron for points: time features and labels beside x at the input, plain layers."""
+"""A multilayer perceptron for points [B, dim], with time features and labels added at the input."""
 
 import dataclasses
 
@@ -7,21 +7,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, activation, batch_times, drop, linear
+from flow_jax.models.layers import Condition, activation, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes. The paper's two-dimensional model is 5 layers of 512 (Lipman et al. 2023, appendix E).
+    """Sizes. The paper's two-dimensional model has 5 layers of width 512 (Lipman et al. 2023, appendix E).
 
     Attributes:
-      dim: of the points.
-      width, depth: of the hidden layers, and how many.
-      num_classes, vector_width: what the model is told of every row, see features.Condition.
-      time_width: of the time features; 0 puts t itself beside x, as torchcfm's MLP has it, and takes no labels.
-      activation: a function of jax.nn by name.
-      dropout: before every hidden layer but the first.
+      dim: dimension of the points.
+      width: of the hidden layers.
+      depth: number of hidden layers.
+      num_classes, vector_width: kind of condition, see layers.Condition.
+      time_width: of the time features; 0 appends t itself to x, as in torchcfm's MLP, and allows no labels.
+      activation: name of a function in jax.nn.
+      dropout: rate before every hidden layer but the first.
     """
 
     dim: int = 2
@@ -38,10 +39,10 @@ class MLP(nnx.Module):
     """Velocity of points [B, dim]; the output starts at zero."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
-        told = config.num_classes or config.vector_width
-        if config.depth < 1 or (told and not config.time_width):
+        conditional = config.num_classes or config.vector_width
+        if config.depth < 1 or (conditional and not config.time_width):
             raise ValueError(f"{config}: expected depth >= 1, and time_width > 0 with labels.")
-        activation(config.activation)  # an unknown one is told here
+        activation(config.activation)  # raises ValueError for an unknown name
         self.config = config
         sizes = config.width, config.num_classes, config.time_width, config.vector_width
         self.condition = nnx.data(Condition(*sizes, rngs=rngs) if config.time_width else None)
@@ -56,7 +57,7 @@ class MLP(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """See features.py for the arguments."""
+        """Returns the velocity; layers.py describes the arguments."""
         act, t = activation(self.config.activation), batch_times(t, x)
         if self.condition is None:
             h = row_sharding.apply_block(self.inputs, jnp.concatenate([x, t[:, None].astype(x.dtype)], axis=1))

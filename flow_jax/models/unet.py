@@ -1,10 +1,11 @@
 """The U-Net of ADM (Dhariwal and Nichol 2021), the model of Lipman et al. 2023 and of torchcfm's image recipes.
 
-Residual blocks take time and label as a scale and shift of their second norm and may change the resolution in between;
-attention stands at the resolutions asked for and in the middle. Axes: B batch, I side of an image, C channels.
+Time and label scale and shift the second norm of each residual block. A residual block may also change the resolution.
+There is attention at chosen resolutions and in the middle. Axes: B batch, I side of an image, C channels.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from flow_jax.arrays import CheckedLabels
-from flow_jax.models.features import Condition, attend, batch_times, drop, linear
+from flow_jax.models.layers import Condition, attend, batch_times, drop, linear
 from train_jax.core import row_sharding
 
 
@@ -23,15 +24,15 @@ class UNetConfig:
     Attributes:
       image_size, channels: of the images.
       width: channels at full resolution.
-      multipliers: of the width, one a resolution, each half the one before.
-      num_blocks: residual blocks a resolution ("depth").
-      attention: sides of the feature maps that attend, such as (16, 8).
+      multipliers: of the width, one per resolution; each resolution is half the one before.
+      num_blocks: residual blocks per resolution ("depth").
+      attention: sides of the feature maps with attention, such as (16, 8).
       head_width: channels of an attention head.
-      num_classes, vector_width: what the model is told of every row, see features.Condition.
-      dropout: inside residual blocks.
+      num_classes, vector_width: kind of condition, see layers.Condition.
+      dropout: rate inside residual blocks.
       remat: recompute blocks in the backward pass.
-      dtype: of the computation, "bfloat16" or "float16" say; norms and softmax take their sums in float32. None is that
-        of images and parameters.
+      dtype: of the computation, such as "bfloat16" or "float16"; norms and softmax are computed in float32. None: the
+        dtype of images and parameters.
     """
 
     image_size: int = 32
@@ -60,24 +61,24 @@ class UNetConfig:
 def conv(
     features_in: int, features_out: int, size: int = 3, *, zero: bool = False, dtype: str | None, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """A convolution that keeps the resolution."""
-    init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
-    return nnx.Conv(features_in, features_out, (size, size), padding="SAME", dtype=dtype, rngs=rngs, **init)
+    """Returns a convolution that keeps the resolution; with `zero` its kernel starts at zero."""
+    make = functools.partial(nnx.Conv, kernel_init=nnx.initializers.zeros_init()) if zero else nnx.Conv
+    return make(features_in, features_out, (size, size), padding="SAME", dtype=dtype, rngs=rngs)
 
 
 def group_norm(channels: int, dtype: str | None, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """32 groups; fewer in narrow models, of four channels at least (a group of one would undo every bias before it)."""
+    """Returns a norm of 32 groups, or of fewer with at least 4 channels: in a group of one any bias would cancel."""
     groups = next(groups for groups in range(min(32, max(channels // 4, 1)), 0, -1) if channels % groups == 0)
     return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
 
 def upsample(x: Float[Array, "B I J C"]) -> Float[Array, "B 2*I 2*J C"]:
-    """Twice the side, each pixel repeated."""
+    """Doubles the side by repeating pixels."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def downsample(x: Float[Array, "B I J C"]) -> Float[Array, "B I//2 J//2 C"]:
-    """Half the side, means of four."""
+    """Halves the side by averaging 2 x 2 pixels."""
     B, height, width, C = x.shape
     return x.reshape(B, height // 2, 2, width // 2, 2, C).mean(axis=(2, 4))
 
@@ -86,7 +87,7 @@ RESIZE = {"up": upsample, "down": downsample, None: lambda x: x}
 
 
 class ResBlock(nnx.Module):
-    """norm, SiLU, (resize,) convolution; norm scaled and shifted by the condition, SiLU, dropout, zero convolution."""
+    """A residual block whose second norm the condition scales and shifts; its last convolution starts at zero."""
 
     def __init__(
         self, name: str, channels_in: int, channels: int, config: UNetConfig, resize: str | None = None, *, rngs
@@ -101,6 +102,7 @@ class ResBlock(nnx.Module):
         self.skip = conv(channels_in, channels, 1, dtype=dtype, rngs=rngs) if channels != channels_in else None
 
     def __call__(self, x: Float[Array, "B ..."], c: Float[Array, "B E"], dropout_keys) -> Float[Array, "B ..."]:
+        """Returns the block's output for x and condition vectors c."""
         resize = RESIZE[self.resize]
         h = self.conv1(resize(jax.nn.silu(self.norm1(x))))
         scale, shift = jnp.split(self.condition(jax.nn.silu(c)), 2, axis=1)
@@ -110,19 +112,20 @@ class ResBlock(nnx.Module):
         return (x if self.skip is None else self.skip(x)) + h
 
 
-class Attention(nnx.Module):
+class SpatialAttention(nnx.Module):
     """Self-attention over the pixels of a feature map; its output starts at zero."""
 
     def __init__(self, channels: int, config: UNetConfig, *, rngs: nnx.Rngs):
         head_width, dtype = config.head_width, config.dtype
         if channels % head_width:
-            raise ValueError(f"{channels} channels do not divide into attention heads of {head_width}.")
+            raise ValueError(f"{channels} channels cannot be divided into attention heads of {head_width}.")
         self.head_width = head_width
         self.norm = group_norm(channels, dtype, rngs)
         self.qkv_proj = linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
         self.o_proj = linear(channels, channels, zero=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B I J C"]) -> Float[Array, "B I J C"]:
+        """Returns x plus its attention."""
         B, height, width, C = x.shape
         heads = (B, height * width, 3, C // self.head_width, self.head_width)
         qkv = self.qkv_proj(self.norm(x)).reshape(heads)
@@ -130,14 +133,15 @@ class Attention(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A residual block and, where the resolution attends, attention."""
+    """A residual block, followed by attention at the resolutions that have it."""
 
     def __init__(self, name, channels_in: int, channels: int, side: int, config: UNetConfig, resize=None, *, rngs):
         self.block = ResBlock(name, channels_in, channels, config, resize, rngs=rngs)
-        attends = resize is None and side in config.attention
-        self.attention = Attention(channels, config, rngs=rngs) if attends else None
+        has_attention = resize is None and side in config.attention
+        self.attention = SpatialAttention(channels, config, rngs=rngs) if has_attention else None
 
     def __call__(self, x, c, dropout_keys):
+        """Returns the stage's output for x and condition vectors c."""
         x = self.block(x, c, dropout_keys)
         return x if self.attention is None else self.attention(x)
 
@@ -149,8 +153,8 @@ class UNet(nnx.Module):
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
         dtype = config.dtype
-        told = config.num_classes, config.width, config.vector_width
-        self.condition = Condition(4 * config.width, *told, dtype=dtype, rngs=rngs)
+        sizes = config.num_classes, config.width, config.vector_width
+        self.condition = Condition(4 * config.width, *sizes, dtype=dtype, rngs=rngs)
         self.inputs = conv(config.channels, config.width, dtype=dtype, rngs=rngs)
         down, skips, channels, side = [], [config.width], config.width, config.image_size
         for level, width in enumerate(widths):
@@ -164,7 +168,7 @@ class UNet(nnx.Module):
                 skips.append(channels)
         self.down = nnx.List(down)
         self.middle_in = ResBlock("middle/in", channels, channels, config, rngs=rngs)
-        self.middle_attention = Attention(channels, config, rngs=rngs)
+        self.middle_attention = SpatialAttention(channels, config, rngs=rngs)
         self.middle_out = ResBlock("middle/out", channels, channels, config, rngs=rngs)
         up = []
         for level, width in reversed(list(enumerate(widths))):
@@ -185,7 +189,7 @@ class UNet(nnx.Module):
         labels: CheckedLabels | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B I I C"]:
-        """See features.py for the arguments."""
+        """Returns the velocity; layers.py describes the arguments."""
         size = self.config.image_size
         if x.shape[1:] != (size, size, self.config.channels):
             raise ValueError(f"images are {x.shape[1:]}, expected {(size, size, self.config.channels)}.")

@@ -1,1 +1,1 @@
-"""Integration of a flow: sampling, likelihood, guidance, and the SDE with the same marginals."""
+"""Integration of a flow: sampling, likelihood, guidance, and an SDE with the same marginals."""

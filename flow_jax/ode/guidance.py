@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from flow_jax.argument_checks import check_function, check_number, check_numbers
 from flow_jax.arrays import (
     AnyArray,
+    BatchArray,
     CheckedLabels,
     CheckedTime,
     Number,
-    Rows,
     Scalar,
     as_time,
     check_args,
@@ -26,10 +26,10 @@ from train_jax.core.errors import UserError
 
 
 class Guided(nnx.Module):
-    """v(none) + weight (v(label) - v(none)): a velocity (t, x, labels) for `sample`.
+    """The guided velocity v(null) + weight (v(label) - v(null)): a function (t, x, labels) for `sample`.
 
-    Inside the interval a call evaluates the model on twice the rows; outside it is the model with its labels, at half
-    the cost where t is a scalar and rows share their steps.
+    Inside the interval a call evaluates the model on twice the rows. Outside it evaluates the model with its labels;
+    this takes half the time if t is a scalar.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class Guided(nnx.Module):
         """Wraps a model (t, x, labels) -> velocity.
 
         Args:
-          model: trained with labels dropped (losses.drop_labels).
-          weight: 1 is the model itself, larger is stronger guidance, 0 is no label at all.
-          null: the label, or labels of a row, that stand for none.
-          interval: times [low, high] at which guidance acts. (0, 1) is all of them.
+          model: trained with dropped labels (losses.drop_labels).
+          weight: 1 is the model itself, more is stronger guidance, 0 ignores the labels.
+          null: the label, or the labels of a row, that mean "no label".
+          interval: the times [low, high] at which guidance acts; (0, 1) is all of them.
 
         Raises:
-          UserError: a model that cannot be called, an interval that is none, or a weight or null that is no number.
+          UserError: the model cannot be called, the interval is not two times in order, or the weight or null is not a
+            number.
         """
         check_function("model", model)
         check_numbers("null", null)
@@ -59,7 +60,7 @@ class Guided(nnx.Module):
             raise UserError(f"the weight of guidance has shape {list(jnp.shape(weight))}, expected one number.")
         check_number("the weight of guidance", weight)
         if not isinstance(interval, tuple | list) or len(interval) != 2:
-            raise UserError(f"the interval of guidance is {interval!r}, expected two times: write (0.0, 1.0), say.")
+            raise UserError(f"the interval of guidance is {interval!r}, expected two times, such as (0.0, 1.0).")
         low, high = interval
         for time in interval:
             check_number("a time of the interval of guidance", time)
@@ -70,7 +71,8 @@ class Guided(nnx.Module):
         self.null = null
         self.interval = (low, high)
 
-    def __call__(self, t: CheckedTime, x: Rows, labels: CheckedLabels) -> Float[Array, "B ..."]:
+    def __call__(self, t: CheckedTime, x: BatchArray, labels: CheckedLabels) -> Float[Array, "B ..."]:
+        """Returns the guided velocity at (t, x)."""
         check_args((labels,), x)
         check_null(self.null, labels)
         t, (low, high) = as_time(t, x), self.interval

@@ -1,7 +1,7 @@
-"""Integration of dx/dt = field(t, x): fixed steps by a bare scan, adaptive steps by diffrax.
+"""Integrates dx/dt = field(t, x), with fixed steps by a scan or adaptive steps by diffrax.
 
-Everything here is checked before it is compiled (`Plan`), and compiled once for each field (callables.py), shape and
-solver: weights, times and tolerances are arguments of the program, not part of it.
+`SolverSettings` checks all options before anything is compiled. A program is compiled once for each field
+(callables.py), shape and solver; weights, times and tolerances are its arguments.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from flow_jax.argument_checks import check_number, check_numbers, check_whole
+from flow_jax.argument_checks import check_number, check_numbers, check_whole, is_traced
 from flow_jax.arrays import Number
 from flow_jax.callables import run
 from train_jax.core.errors import UserError
 
 
 class Tableau(NamedTuple):
-    """An explicit Runge-Kutta method: nodes c, rows of a, weights b, and its order of convergence."""
+    """An explicit Runge-Kutta method: nodes c, matrix a, weights b, and its order of convergence."""
 
     c: tuple[float, ...]
     a: tuple[tuple[float, ...], ...]
@@ -34,7 +34,7 @@ FIXED = {
     "euler": Tableau((0.0,), ((),), (1.0,), 1),
     "midpoint": Tableau((0.0, 1 / 2), ((), (1 / 2,)), (0.0, 1.0), 2),
     "heun": Tableau((0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2), 2),  # the explicit trapezoid
-    # Kutta's 3/8 rule, as torchdiffeq's "rk4".
+    # Kutta's 3/8 rule, as in torchdiffeq's "rk4".
     "rk4": Tableau(
         (0.0, 1 / 3, 2 / 3, 1.0), ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), 4
     ),
@@ -45,15 +45,15 @@ MAX_STEPS = 4096  # of an adaptive solver
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How to integrate, free of contradictions: `times` are the steps of a fixed solver, or where to look.
+class SolverSettings:
+    """The options of an integration, checked.
 
     Attributes:
       solver: a key of FIXED or ADAPTIVE.
-      times: [T] from the start to the end.
-      rtol, atol: of an adaptive solver.
-      per_sample: each row chooses its own steps.
-      max_steps: of an adaptive solver, rejected ones included.
+      times: [T] from start to end: the steps of a fixed solver, or the times at which an adaptive one saves the state.
+      rtol, atol: relative and absolute tolerance of an adaptive solver.
+      per_sample: each row has its own steps.
+      max_steps: limit of an adaptive solver, including rejected steps.
     """
 
     solver: str
@@ -77,11 +77,11 @@ class Plan:
         max_steps: int = MAX_STEPS,
         *,
         ends: tuple[Number, Number] = (0.0, 1.0),
-    ) -> "Plan":
-        """Checks the arguments of `sample` and `log_prob`; `ends` are the defaults of (t0, t1) there.
+    ) -> "SolverSettings":
+        """Checks the arguments of `sample` and `log_prob`, whose defaults of (t0, t1) are `ends`.
 
         Raises:
-          UserError: an unknown solver, or arguments that contradict each other or have no effect.
+          UserError: the solver is unknown, or arguments contradict each other or have no effect.
         """
         if num_steps is not None:
             check_whole("num_steps", num_steps)
@@ -94,9 +94,9 @@ class Plan:
             raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
         if solver in FIXED:
             if (num_steps is None) == (times is None):
-                found = "neither" if times is None else "both"
+                given = "neither" if times is None else "both"
                 raise UserError(
-                    f"solver={solver!r} has fixed steps: pass num_steps or times, one of them (got {found})."
+                    f"solver={solver!r} has fixed steps: pass num_steps or times, one of them (got {given})."
                 )
             if (rtol, atol) != (TOLERANCE, TOLERANCE):
                 raise UserError(
@@ -120,15 +120,15 @@ class Plan:
                 )
             if max(rtol, atol) == 0:
                 raise UserError(
-                    f"rtol={rtol:g} and atol={atol:g} make no tolerance, expected numbers >= 0, not both 0."
+                    f"rtol={rtol:g} and atol={atol:g} give no tolerance, expected numbers >= 0, not both 0."
                 )
         else:
             raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
         return cls(solver, _grid(num_steps, t0, t1, times, ends), rtol, atol, per_sample, max_steps)
 
 
-def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[float, float]) -> np.ndarray:
-    """The times of a plan, in float64."""
+def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[Number, Number]) -> np.ndarray:
+    """Returns the times of the settings, in float64."""
     if times is None:
         if t0 == t1:
             raise UserError(f"t0 and t1 are both {t0:g}: there is nothing to integrate.")
@@ -145,7 +145,14 @@ def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[floa
 
 
 class Integration(NamedTuple):
-    """The state at the end, evaluations of the field (of each row if rows step on their own), states at the times."""
+    """The result of an integration.
+
+    Attributes:
+      state: the state at the end.
+      nfe: number of evaluations of the field; [B] if each row has its own steps.
+      trajectory: the states at all times, or None.
+      success: whether the end was reached with finite numbers; [B] if each row has its own steps.
+    """
 
     state: Any
     nfe: Int[Array, "*rows"]
@@ -153,35 +160,38 @@ class Integration(NamedTuple):
     success: Bool[Array, "*rows"]
 
 
-def integrate(function: Callable, state: Any, args: tuple, plan: Plan, trajectory: bool) -> Integration:
+def integrate(function: Callable, state: Any, args: tuple, settings: SolverSettings, trajectory: bool) -> Integration:
     """Integrates a pytree of arrays [B, ...].
 
     Args:
-      function: (t, state, *args) -> derivative of the state, as the state is, and of its shapes.
-      state: at the first time.
-      args: arrays of rows [B, ...] that the velocity takes, labels say.
-      plan: solver and times.
-      trajectory: keep the state at every time of the plan, on a new leading axis.
+      function: (t, state, *args) -> derivative of the state, with its structure and shapes.
+      state: the state at the first time.
+      args: arrays [B, ...] that are passed to the function, such as labels.
+      settings: solver and times.
+      trajectory: also return the states at all times, on a new leading axis.
 
     Raises:
-      UserError: as the function does; or an adaptive solver without a number to integrate.
-      RuntimeError: an adaptive solver came to max_steps, or to numbers that are not finite. Under `jax.jit` the result
-        is NaN instead.
+      UserError: as the function; or the state of an adaptive solver is empty.
+      RuntimeError: an adaptive solver reached max_steps, or numbers that are not finite. Under `jax.jit` the result is
+        NaN instead.
     """
+    solver, max_steps = settings.solver, settings.max_steps
     dtype = jnp.promote_types(jax.tree.leaves(state)[0].dtype, jnp.float32)
-    times = jnp.asarray(plan.times, dtype)
-    if plan.solver in FIXED:
-        return run(_fixed, function, (plan.solver, trajectory), state, args, times)
+    times = jnp.asarray(settings.times, dtype)
+    if solver in FIXED:
+        return run(_fixed, function, (solver, trajectory), state, args, times)
     if not all(leaf.size for leaf in jax.tree.leaves(state)):
         shapes = ", ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(state))
-        raise UserError(f"{plan.solver} has nothing to choose its steps by in {shapes}: leave out empty batches.")
-    settings = (plan.solver, trajectory, plan.max_steps)
-    solve = _adaptive_rows if plan.per_sample else _adaptive
-    result = run(solve, function, settings, state, args, times, plan.rtol, plan.atol)
-    if not isinstance(result.success, jax.core.Tracer) and not result.success.all():
+        raise UserError(
+            f"{solver} cannot choose its steps for shapes {shapes}, which are empty: leave out empty batches."
+        )
+    solve = _adaptive_rows if settings.per_sample else _adaptive
+    static = (solver, trajectory, max_steps)
+    result = run(solve, function, static, state, args, times, settings.rtol, settings.atol)
+    if not is_traced(result.success) and not result.success.all():
         raise RuntimeError(
-            f"{plan.solver} did not reach the end within {plan.max_steps} steps, or met numbers that are not finite: "
-            "look at the field, loosen rtol and atol, or raise max_steps."
+            f"{solver} did not reach the end within {max_steps} steps, or met numbers that are not finite: check the "
+            "velocity, loosen rtol and atol, or raise max_steps."
         )
     return result
 
@@ -190,7 +200,7 @@ def _fixed(field, solver: str, keep: bool, arrays, state, args, times) -> Integr
     tableau = FIXED[solver]
 
     def add(x, dt, weights, slopes):
-        """x + dt sum_k w_k slope_k, in the dtype of x."""
+        """Returns x + dt sum_k w_k slope_k, in the dtype of x."""
         terms = [(w, slope) for w, slope in zip(weights, slopes, strict=True) if w]
 
         def leaf(x, *slopes):
@@ -214,12 +224,12 @@ def _fixed(field, solver: str, keep: bool, arrays, state, args, times) -> Integr
 
 
 def _adaptive(field, solver: str, keep: bool, max_steps: int, arrays, state, args, times, rtol, atol) -> Integration:
-    """All rows share one step, chosen by the root mean square of the errors of all entries of the state."""
+    """Integrates with one step size for all rows, chosen by the root mean square of the errors of all entries."""
 
     def function(t, x, _):
         return jax.tree.map(lambda dx, x: dx.astype(x.dtype), field(arrays, t, x, *args), x)
 
-    jax.eval_shape(function, times[0], state, None)  # its errors as they are, not inside of diffrax's
+    jax.eval_shape(function, times[0], state, None)  # raises the function's errors outside of diffrax
     method = ADAPTIVE[solver]()
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(function),
@@ -235,7 +245,7 @@ def _adaptive(field, solver: str, keep: bool, max_steps: int, arrays, state, arg
     )
     success = solution.result == diffrax.RESULTS.successful
     ys = jax.tree.map(lambda y: jnp.where(success, y, jnp.nan), solution.ys)
-    # All of these methods take their first evaluation over from the step before.
+    # All of these methods reuse the last evaluation of a step as the first one of the next.
     nfe = solution.stats["num_steps"] * (method.tableau.num_stages - 1) + 1
     end = jax.tree.map(lambda y: y[-1], ys)
     return Integration(end, nfe, jax.tree.map(lambda y: y[:-1], ys) if keep else None, success)
@@ -244,8 +254,8 @@ def _adaptive(field, solver: str, keep: bool, max_steps: int, arrays, state, arg
 def _adaptive_rows(
     field, solver: str, keep: bool, max_steps: int, arrays, state, args, times, rtol, atol
 ) -> Integration:
-    """Each row has its own steps and error: a batch of one row in every lane."""
-    jax.eval_shape(field, arrays, times[0], state, *args)  # whose errors name the shapes of the batch
+    """Integrates each row with its own steps: a batch of one row in every lane of a vmap."""
+    jax.eval_shape(field, arrays, times[0], state, *args)  # raises errors with the shapes of the whole batch
 
     def one(row, args):
         row, args = jax.tree.map(lambda leaf: leaf[None], (row, args))

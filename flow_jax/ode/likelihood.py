@@ -1,6 +1,6 @@
 """Likelihood of data under a flow, by the instantaneous change of variables (Chen et al. 2018; Grathwohl et al. 2019).
 
-log p(x_1) = log p_0(x_0) - int_0^1 div v(t, x_t) dt along the path that ends in x_1, solved from t = 1 down to 0.
+log p(x_1) = log p_0(x_0) - int_0^1 div v(t, x_t) dt along the trajectory that ends in x_1, integrated from t = 1 to 0.
 """
 
 import functools
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from flow_jax.argument_checks import check_function, check_number, check_numbers, check_whole
+from flow_jax.argument_checks import check_function, check_number, check_numbers, check_whole, is_traced
 from flow_jax.arrays import (
     AnyArray,
-    CheckedRows,
+    BatchArray,
+    CheckedBatch,
     Number,
     RandomKey,
-    Rows,
     as_rows,
     check_args,
     check_shapes,
@@ -29,7 +29,7 @@ from flow_jax.arrays import (
     velocity_at,
 )
 from flow_jax.callables import call_now
-from flow_jax.ode.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, Plan, integrate
+from flow_jax.ode.integrate import ADAPTIVE, MAX_STEPS, TOLERANCE, SolverSettings, integrate
 from flow_jax.row_keys import RowKeys, row_keys, stream
 from train_jax.core.errors import UserError
 
@@ -41,12 +41,12 @@ PROBES = {
 
 
 class LogProbResult(NamedTuple):
-    """Log-likelihoods.
+    """The log-likelihood of data.
 
     Attributes:
       log_prob: [B] in nats; with Hutchinson's divergence an unbiased estimate, up to the solver's error.
-      x_0: [B, ...] the noise that the data come from.
-      nfe: evaluations of velocity and divergence together: a scalar, or [B] if each row has its own steps.
+      x_0: [B, ...] the noise that the flow maps to the data.
+      nfe: number of joint evaluations of velocity and divergence: a scalar, or [B] if each row has its own steps.
     """
 
     log_prob: Float[Array, " B"]
@@ -54,17 +54,17 @@ class LogProbResult(NamedTuple):
     nfe: Int[Array, "*rows"]
 
 
-def standard_normal_log_prob(x: Rows) -> Float[Array, " B"]:
-    """log N(x; 0, I), summed over the axes of an example."""
+def standard_normal_log_prob(x: BatchArray) -> Float[Array, " B"]:
+    """Returns log N(x; 0, I), summed over the entries of an example."""
     x = jnp.asarray(x, full_dtype(x))
     return -0.5 * sum_rows(x**2) - 0.5 * math.log(2 * math.pi) * math.prod(x.shape[1:])
 
 
 def start_log_prob(start: Callable) -> Callable:
-    """The prior of a path that starts from start(x_0) of standard normal x_0: a function x -> log-density [B].
+    """Returns the log-density x -> [B] of start(x_0) for standard normal x_0: the prior of a path that starts there.
 
     Args:
-      start: of a path; entry by entry x_0 times a number plus another.
+      start: `path.start`, which must be a scale times x_0 plus a shift, entry by entry.
     """
 
     def prior(x):
@@ -75,16 +75,16 @@ def start_log_prob(start: Callable) -> Callable:
     return prior
 
 
-def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Array, Float[Array, " B"]]:
-    """A velocity [B, ...] and its divergence: as many Jacobian-vector products as an example has entries.
+def exact_divergence(velocity: Callable, x: BatchArray, chunk: int = 64) -> tuple[Array, Float[Array, " B"]]:
+    """Returns a velocity [B, ...] and its divergence [B], by one Jacobian-vector product for each entry of an example.
 
     Args:
-      velocity: x -> velocity, rows independent of each other.
+      velocity: x -> velocity, in which rows are independent of each other.
       x: [B, ...].
-      chunk: products at a time.
+      chunk: number of products computed at once.
 
     Raises:
-      UserError: a velocity that is not of x's shape.
+      UserError: the velocity does not have x's shape.
     """
     check_whole("chunk", chunk)
     x = as_rows("x", x)
@@ -100,12 +100,12 @@ def exact_divergence(velocity: Callable, x: Rows, chunk: int = 64) -> tuple[Arra
 
 
 def hutchinson_divergence(
-    velocity: Callable, x: Rows, probes: Float[Array, "P ..."]
+    velocity: Callable, x: BatchArray, probes: Float[Array, "P ..."]
 ) -> tuple[Array, Float[Array, " B"]]:
-    """A velocity and the mean of e^T J e over probes e of unit covariance (Hutchinson 1990).
+    """Returns a velocity and the mean of e^T J e over probes e of unit covariance (Hutchinson 1990).
 
     Raises:
-      UserError: a velocity, or a probe, that is not of x's shape.
+      UserError: the velocity or a probe does not have x's shape.
     """
     x, probes = as_rows("x", x), as_rows("probes", probes)
     value, push = jax.linearize(functools.partial(call_now, velocity), x)
@@ -115,12 +115,15 @@ def hutchinson_divergence(
 
 
 def _with_divergence(velocity: Callable, exact: bool, t, state, probes, *args):
-    """The field of (x, log-density)."""
+    """Returns the time derivative of (x, log-density)."""
+    x, _ = state
 
-    def at(x):
+    def velocity_of(x):
         return velocity_at(velocity, t, x, *args)
 
-    return exact_divergence(at, state[0]) if exact else hutchinson_divergence(at, state[0], jnp.moveaxis(probes, 1, 0))
+    return (
+        exact_divergence(velocity_of, x) if exact else hutchinson_divergence(velocity_of, x, jnp.moveaxis(probes, 1, 0))
+    )
 
 
 def check_divergence(divergence: str) -> None:
@@ -130,7 +133,7 @@ def check_divergence(divergence: str) -> None:
 
 
 def _check(divergence: str, noise: str, num_probes: int, key, solver: str, times) -> None:
-    """Refuses arguments of `log_prob` that contradict each other."""
+    """Raises UserError for arguments of `log_prob` that contradict each other."""
     check_divergence(divergence)
     check_whole("num_probes", num_probes)
     if not isinstance(noise, str) or noise not in PROBES:
@@ -146,19 +149,19 @@ def _check(divergence: str, noise: str, num_probes: int, key, solver: str, times
     check_numbers("times", times)
     if solver in tuple(ADAPTIVE):
         raise UserError(
-            f"solver={solver!r} chooses its own steps: leave out times, which a likelihood does not look at."
+            f"solver={solver!r} chooses its own steps: leave out times, which have no effect on a likelihood."
         )
     times = np.ravel(times)
     if times.size and times[0] < times[-1]:
         raise UserError(
-            f"times rise from {times[0]:g} to {times[-1]:g}, expected them to fall from the data's time to the "
-            "noise's: pass times[::-1]."
+            f"times increase from {times[0]:g} to {times[-1]:g}, expected decreasing times, from the data to the "
+            "noise: pass times[::-1]."
         )
 
 
 def log_prob(
     velocity: Callable,
-    x_1: CheckedRows,
+    x_1: CheckedBatch,
     divergence: str = "exact",
     key: RandomKey | RowKeys | None = None,
     solver: str = "tsit5",
@@ -176,62 +179,64 @@ def log_prob(
     args: tuple = (),
     max_steps: int = MAX_STEPS,
 ) -> LogProbResult:
-    """The log-likelihood of data of any shape under the flow of a velocity.
+    """Returns the log-likelihood of data under the flow of a velocity.
 
-    Differentiable in the velocity's weights and in x_1.
+    The result is differentiable in the velocity's weights and in x_1.
 
     Args:
-      velocity: as of `sample`; rows must be independent of each other.
+      velocity: as in `sample`; rows must be independent of each other.
       x_1: data [B, ...] at t1.
-      divergence: "exact" costs a Jacobian-vector product an entry of an example and evaluation; "hutchinson" one a
-        probe, and is unbiased.
-      key: draws the probes, once for the whole solve: noise that changes from step to step would leave the solver a
-        field without a solution. A row's depend on the key and the row's number alone; or give one key a row [B].
-        Needed for "hutchinson" alone.
-      solver, num_steps, rtol, atol, per_sample, args, max_steps: as of `sample`; errors of a shared step are over
-        points and log-densities together.
-      t0, t1: times of the noise and of the data.
-      noise: of the probes: "rademacher", which has the smaller variance, or "gaussian".
-      num_probes: averaged.
-      prior: x_0 -> log-density [B] at t0; standard normal when None. Of a path that starts elsewhere, such as VE, it is
+      divergence: "exact" takes one Jacobian-vector product per evaluation and entry of an example; "hutchinson" takes
+        one per evaluation and probe, and is unbiased.
+      key: for "hutchinson" only: draws the probes, once for the whole solve, as a field whose noise changes from step
+        to step has no solution. A row's probes depend only on the key and the row's number; or pass one key for each
+        row.
+      solver, num_steps, rtol, atol, per_sample, args, max_steps: as in `sample`; the error of a shared step includes
+        points and log-densities.
+      t0, t1: the times of noise and data.
+      noise: distribution of the probes: "rademacher", which has the smaller variance, or "gaussian".
+      num_probes: number of probes that are averaged.
+      prior: x_0 -> log-density [B] at t0; standard normal if None. For a path that starts elsewhere, such as VE, pass
         `start_log_prob(path.start)`.
-      times: from the data's time down to the noise's; the steps of a fixed solver.
+      times: the steps of a fixed solver, decreasing from the time of the data to that of the noise.
 
     Raises:
-      UserError: arguments that contradict each other or have no effect; a velocity that is not of x's shape, or a prior
-        that is not one number a row.
+      UserError: arguments contradict each other or have no effect; the velocity does not have x's shape, or the prior
+        is not one number for each row.
       RuntimeError: an adaptive solver failed.
     """
     check_function("velocity", velocity)
     if prior is not None:
         check_function("prior", prior)
     _check(divergence, noise, num_probes, key, solver, times)
-    plan = Plan.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
+    settings = SolverSettings.make(solver, num_steps, rtol, atol, t1, t0, per_sample, times, max_steps, ends=(1.0, 0.0))
     x_1 = as_rows("x_1", x_1)
     check_args(args, x_1)
     if not x_1.size:
-        raise UserError(f"x_1 has shape {list(x_1.shape)}, expected numbers in it: leave out empty batches.")
+        raise UserError(
+            f"x_1 has shape {list(x_1.shape)}, expected a batch that is not empty: leave out empty batches."
+        )
     probes = None
-    if divergence == "hutchinson":
+    if key is not None:
         shape = (num_probes, *x_1.shape[1:])
         probes = jax.vmap(lambda key: PROBES[noise](key, shape, x_1.dtype))(row_keys(key, np.arange(len(x_1))))
     state = (x_1, jnp.zeros(len(x_1), full_dtype(x_1)))
     field = functools.partial(_with_divergence, velocity, divergence == "exact")
-    r = integrate(field, state, (probes, *args), plan, trajectory=False)
+    r = integrate(field, state, (probes, *args), settings, trajectory=False)
     x_0, change = r.state
-    # From t1 down to t0 the integral of the divergence comes out with the sign that log p needs.
+    # The integral from t1 down to t0 is the negative of that from t0 to t1, as log p needs it.
     start = standard_normal_log_prob(x_0) if prior is None else call_now(prior, x_0)
     check_shapes("the prior's log-density", start, "the batch of data", change)
     return LogProbResult(start + change, x_0, r.nfe)
 
 
 def bits_per_dim(log_prob: Float[Array, " B"], size: int, bins: Number = 1.0) -> Float[Array, " B"]:
-    """-log2 p per dimension, of data whose discrete values lie 1 / bins of a unit apart.
+    """Returns -log2 p per dimension for data whose discrete values are 1 / bins apart.
 
     Args:
-      log_prob: of the continuous data, in nats.
-      size: dimensions of an example.
-      bins: values a unit; 1 leaves densities as they are. Bytes mapped to [-1, 1] have 128: 7 bits more.
+      log_prob: log-density of the continuous data, in nats.
+      size: number of entries of an example.
+      bins: number of discrete values per unit; 1 for a density. Bytes mapped to [-1, 1] have 128, which adds 7 bits.
     """
     check_numbers("log_prob", log_prob)
     check_whole("size", size)
@@ -248,23 +253,23 @@ def image_bits_per_dim(
     levels: int = 256,
     **options,
 ) -> Float[Array, " B"]:
-    """Bits per dimension of bytes under a flow on [-1, 1], by uniform dequantisation (Theis et al. 2016).
+    """Returns bits per dimension of images under a flow on [-1, 1], by uniform dequantisation (Theis et al. 2016).
 
-    -log2 of the mean of p((image + u) / 128 - 1) over K draws of u in [0, 1), per dimension and in units of bytes: an
-    upper bound in expectation that falls as K grows; on CIFAR-10 by about 0.1 from K = 1 to 20 (Lipman et al. 2023,
-    table 4). Hutchinson's probes are the same in all K draws: with others in each, the mean of exponentials would take
-    their noise for likelihood, and lie on the good side of the truth.
+    This is -log2 of the mean of p((image + u) / 128 - 1) over K draws of u in [0, 1), per dimension and in units of one
+    byte. It is an upper bound in expectation that decreases with K; on CIFAR-10 by about 0.1 from K = 1 to 20 (Lipman
+    et al. 2023, table 4). All K draws share the probes of Hutchinson's divergence: with different probes, their noise
+    inside the mean of exponentials would make the likelihood look better than it is.
 
     Args:
       velocity: trained on images in [-1, 1].
       images: bytes, or integers below `levels`.
-      key: of the dequantisation, and of the probes of a Hutchinson divergence; one, or one a row, see `log_prob`.
+      key: for the dequantisation and for the probes of a Hutchinson divergence: one key, or one for each row.
       num_samples: K.
-      levels: values that an entry may have; 128 above is half of them.
-      **options: of `log_prob`.
+      levels: number of values that an entry may have; the 128 above is half of it.
+      **options: passed to `log_prob`.
 
     Raises:
-      UserError: images that are not integers 0 ... levels - 1; or as `log_prob`.
+      UserError: images are not integers from 0 to levels - 1; or as `log_prob`.
     """
     check_function("velocity", velocity)
     check_whole("num_samples", num_samples)
@@ -287,12 +292,12 @@ def image_bits_per_dim(
 
 
 def _check_levels(images: Array, levels: int) -> None:
-    """Refuses floats, and where the values are known those that lie outside."""
+    """Raises UserError for floats, and for values outside 0 ... levels - 1 unless they are traced."""
     integers = jnp.issubdtype(images.dtype, jnp.integer)
-    known = integers and images.size and not isinstance(images, jax.core.Tracer)
-    low, high = (int(images.min()), int(images.max())) if known else (0, 0)
+    concrete = integers and images.size and not is_traced(images)
+    low, high = (int(images.min()), int(images.max())) if concrete else (0, 0)
     if not integers or low < 0 or high >= levels:
-        found = f"from {low} to {high}" if integers else f"of {images.dtype}"
+        values = f"from {low} to {high}" if integers else f"of {images.dtype}"
         raise UserError(
-            f"images have values {found}, expected integers from 0 to {levels - 1}: give bytes as they are."
+            f"images have values {values}, expected integers from 0 to {levels - 1}: pass bytes as they are."
         )

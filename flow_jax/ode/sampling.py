@@ -1,4 +1,4 @@
-"""Sampling: from noise at t = 0 to data at t = 1 along a velocity field, or back."""
+"""Samples from a flow: integrates a velocity from noise at t = 0 to data at t = 1, or back."""
 
 import functools
 from collections.abc import Callable
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flow_jax.argument_checks import check_function
-from flow_jax.arrays import CheckedRows, Number, as_rows, check_args, velocity_at
-from flow_jax.ode.integrate import FIXED, MAX_STEPS, TOLERANCE, Plan, integrate
+from flow_jax.arrays import CheckedBatch, Number, as_rows, check_args, velocity_at
+from flow_jax.ode.integrate import FIXED, MAX_STEPS, TOLERANCE, SolverSettings, integrate
 from train_jax.core.errors import UserError
 
 
 class SampleResult(NamedTuple):
-    """Samples and what they cost.
+    """Samples, and the number of evaluations that they took.
 
     Attributes:
       x: [B, ...] at the last time.
-      nfe: evaluations of the velocity: a scalar, or [B] if each row has its own steps.
-      times: [T] of the trajectory, or None.
-      trajectory: [T, B, ...], or None.
+      nfe: number of evaluations of the velocity: a scalar, or [B] if each row has its own steps.
+      times: [T] the times of the trajectory, or None.
+      trajectory: [T, B, ...] x at these times, or None.
     """
 
     x: Float[Array, "B ..."]
@@ -31,7 +31,7 @@ class SampleResult(NamedTuple):
 
 def sample(
     velocity: Callable,
-    x_0: CheckedRows,
+    x_0: CheckedBatch,
     solver: str = "tsit5",
     num_steps: int | None = None,
     rtol: Number = TOLERANCE,
@@ -49,36 +49,37 @@ def sample(
 
     Args:
       velocity: function (t, x, *args) -> velocity of x's shape, with a scalar t and x [B, ...]. An `nnx.Module` with
-        this call, a bound method of one, or a partial of these compiles once whatever its weights; a function over a
-        module compiles at every call (callables.py has the rule). Its weights are those it has when this is called.
-      x_0: noise [B, ...] at t0; or data, with t0=1 and t1=0, to find the noise it comes from.
-      solver: "euler", "midpoint", "heun", "rk4" (Kutta's 3/8 rule) with fixed steps; "dopri5", "tsit5", "dopri8" with
-        steps chosen by tolerance.
-      num_steps: equal steps of a fixed solver.
+        this call, a bound method of one, or a partial of these is compiled once, whatever its weights; a function that
+        reads a module is compiled at every call (see callables.py). The current weights are always used.
+      x_0: noise [B, ...] at t0; or data with t0=1 and t1=0, to find the noise that the flow maps to it.
+      solver: "euler", "midpoint", "heun" or "rk4" (Kutta's 3/8 rule) with fixed steps; "dopri5", "tsit5" or "dopri8"
+        with adaptive steps.
+      num_steps: number of equal steps of a fixed solver.
       rtol, atol: local tolerance of an adaptive solver; the global error is larger.
       t0, t1: start and end.
-      per_sample: False: one step for the whole batch, by the root mean square of all errors. It is the cheaper one, but
-        rows depend on their batch mates up to the tolerance, and single rows may be off by far more than it (1e-2 at
-        1e-5 was seen among 10,000). True: each row has its own steps, and is the same in any batch.
-      times: the steps of a fixed solver (times.uniform_grid, times.edm_grid, or any), or with `trajectory` where to
-        look at an adaptive one; they replace t0 and t1.
-      trajectory: keep x at every time; of an adaptive solver at `times`.
-      args: arrays of rows [B, ...] passed on to the velocity, labels say.
-      max_steps: of an adaptive solver.
+      per_sample: False: one step size for the whole batch, chosen by the root mean square of all errors. This is
+        cheaper, but a row's result depends on the other rows, up to the tolerance, and the error of a single row may be
+        far larger (1e-2 at tolerance 1e-5 among 10,000 rows was seen). True: each row has its own steps and is the same
+        in any batch.
+      times: the steps of a fixed solver (times.uniform_grid, times.edm_grid, or any), or with `trajectory` the times at
+        which an adaptive solver saves x; they replace t0 and t1.
+      trajectory: also return x at all times; for an adaptive solver at `times`.
+      args: arrays [B, ...] that are passed to the velocity, such as labels.
+      max_steps: limit of an adaptive solver.
 
     Raises:
-      UserError: arguments that contradict each other or have no effect; a velocity that is not of x's shape, or `args`
-        of other numbers of rows.
+      UserError: arguments contradict each other or have no effect; the velocity does not have x's shape, or an array in
+        `args` does not have B rows.
       RuntimeError: an adaptive solver failed.
     """
     check_function("velocity", velocity)
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
-    plan = Plan.make(solver, num_steps, rtol, atol, t0, t1, per_sample, times, max_steps)
+    settings = SolverSettings.make(solver, num_steps, rtol, atol, t0, t1, per_sample, times, max_steps)
     if solver not in FIXED and trajectory != (times is not None):
         raise UserError(
-            f"solver={solver!r} keeps a trajectory at the times it is told: pass trajectory=True and times together."
+            f"solver={solver!r} saves a trajectory at given times: pass trajectory=True and times together."
         )
-    r = integrate(functools.partial(velocity_at, velocity), x_0, args, plan, trajectory)
-    kept = jnp.asarray(plan.times, jnp.promote_types(r.state.dtype, jnp.float32)) if trajectory else None
-    return SampleResult(r.state, r.nfe, kept, r.trajectory)
+    r = integrate(functools.partial(velocity_at, velocity), x_0, args, settings, trajectory)
+    saved_times = jnp.asarray(settings.times, jnp.promote_types(r.state.dtype, jnp.float32)) if trajectory else None
+    return SampleResult(r.state, r.nfe, saved_times, r.trajectory)

@@ -1,9 +1,9 @@
 """Sampling by a stochastic differential equation with the flow's marginals (Song et al. 2021; Ma et al. 2024).
 
 dx = [v(t, x) + g(t)^2 / 2 score(t, x)] dt + g(t) dW has the marginals of dx = v dt for every g >= 0: the added drift
-undoes what the noise spreads. The score follows from the velocity of an affine path if noise and data are independent:
-of a flow trained with coupled pairs (couplings.exact, say) -E[x_0 | x] / sigma is not the score, and the marginals are
-lost.
+balances the noise. Along an affine path the velocity determines the score if noise and data are independent. For a flow
+trained with coupled pairs (couplings.exact, for example) -E[x_0 | x] / sigma is not the score, and the marginals
+differ.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flow_jax.argument_checks import check_function, check_key, check_number, check_whole
-from flow_jax.arrays import CheckedRows, Number, RandomKey, as_rows, check_args, velocity_at
+from flow_jax.arrays import CheckedBatch, Number, RandomKey, as_rows, check_args, velocity_at
 from flow_jax.callables import run
 from flow_jax.ode.sampling import SampleResult
 from flow_jax.paths.conversions import Convertible
@@ -24,7 +24,7 @@ from train_jax.core.errors import UserError
 
 def sample_sde(
     velocity: Callable,
-    x_0: CheckedRows,
+    x_0: CheckedBatch,
     path: Any,
     key: RandomKey,
     num_steps: int = 250,
@@ -33,27 +33,28 @@ def sample_sde(
     trajectory: bool = False,
     args: tuple = (),
 ) -> SampleResult:
-    """Euler-Maruyama from noise to data, with g(t)^2 = 2 strength sigma(t), for flows of independently coupled pairs.
+    """Samples by Euler-Maruyama with g(t)^2 = 2 strength sigma(t), for flows trained on independent pairs.
 
-    This g vanishes with sigma, so that the drift strength sigma score = -strength E[noise | x] is bounded everywhere.
+    As this g vanishes with sigma, the drift strength sigma score = -strength E[noise | x] is bounded everywhere.
 
     Args:
-      velocity: (t, x, *args) -> [B, ...], trained along `path`; as of `sample`.
-      x_0: x at t = 0: noise, of VE `sigma(0)` times noise.
+      velocity: (t, x, *args) -> [B, ...], trained along `path`; see `sample`.
+      x_0: x at t = 0: noise, or for VE `sigma(0)` times noise.
       path: an affine path.
-      key: of the noise; a row's noise does not depend on how many rows there are besides it.
-      num_steps: equal steps from t = 0 to 1, one evaluation each.
-      strength: 0 is Euler's method for the flow itself.
-      trajectory: keep x at every time.
-      args: arrays of rows passed on to the velocity.
+      key: for the noise; a row's noise does not depend on the number of rows.
+      num_steps: number of equal steps from t = 0 to 1, one evaluation each.
+      strength: 0 or more; 0 is Euler's method for the flow itself.
+      trajectory: also return x at all times.
+      args: arrays [B, ...] that are passed to the velocity.
 
     Raises:
-      UserError: no steps, a negative strength, a path that is not affine, or a velocity that is not of x's shape.
+      UserError: num_steps is below 1, the strength negative, or the path not affine; or the velocity does not have x's
+        shape.
     """
     if not isinstance(path, Convertible):
         raise UserError(
-            f"the path is {path}, which does not tell the score of a velocity, expected an affine one, such as CondOT: "
-            "use `sample`."
+            f"the path is {path}, which has no score of a velocity, expected an affine path, such as CondOT: use "
+            "`sample`."
         )
     check_function("velocity", velocity)
     check_key("key", key)
@@ -64,13 +65,13 @@ def sample_sde(
     x_0 = as_rows("x_0", x_0)
     check_args(args, x_0)
     times = jnp.linspace(0.0, 1.0, num_steps + 1, dtype=jnp.promote_types(x_0.dtype, jnp.float32))
-    drift = functools.partial(_drift_and_spread, velocity, path)
-    end, kept = run(_euler_maruyama, drift, (trajectory,), x_0, args, times, jnp.float32(strength), key)
-    return SampleResult(end, jnp.int32(num_steps), times if trajectory else None, kept)
+    field = functools.partial(_drift_and_diffusion, velocity, path)
+    end, states = run(_euler_maruyama, field, (trajectory,), x_0, args, times, jnp.float32(strength), key)
+    return SampleResult(end, jnp.int32(num_steps), times if trajectory else None, states)
 
 
-def _drift_and_spread(velocity: Callable, path: Convertible, strength, t, x, *args):
-    """The drift, and half of g^2."""
+def _drift_and_diffusion(velocity: Callable, path: Convertible, strength, t, x, *args):
+    """Returns the drift, and g^2 / 2."""
     v = velocity_at(velocity, t, x, *args)
     return v - strength * path.velocity_to_epsilon(v, x, t), strength * path.sigma(t)
 
@@ -79,13 +80,13 @@ def _euler_maruyama(field, keep: bool, arrays, x_0, args, times, strength, key):
     rows = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(x_0)))
 
     def step(x, inputs):
-        index, t, after = inputs
-        drift, spread = field(arrays, strength, t, x, *args)
+        index, t, next_t = inputs
+        drift, diffusion = field(arrays, strength, t, x, *args)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(rows)
         noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-        dt = after - t
-        x = x + (dt * drift + jnp.sqrt(2 * spread * dt) * noise).astype(x.dtype)
+        dt = next_t - t
+        x = x + (dt * drift + jnp.sqrt(2 * diffusion * dt) * noise).astype(x.dtype)
         return x, x if keep else None
 
-    end, kept = lax.scan(step, x_0, (jnp.arange(len(times) - 1), times[:-1], times[1:]))
-    return end, jnp.concatenate([x_0[None], kept]) if keep else None
+    end, states = lax.scan(step, x_0, (jnp.arange(len(times) - 1), times[:-1], times[1:]))
+    return end, None if states is None else jnp.concatenate([x_0[None], states])

@@ -1,4 +1,4 @@
-"""Probability paths: one convention for all, t = 0 noise and t = 1 data."""
+"""Probability paths from noise at t = 0 to data at t = 1."""
 
 from flow_jax.paths.affine import VE, VP, AffinePath, CondOT, Cosine, LinearVP, PathSample, Polynomial
 from flow_jax.paths.gaussian import CFM, GaussianPath, SchrodingerBridge

@@ -1,11 +1,10 @@
 """Affine paths x_t = alpha(t) x_1 + sigma(t) x_0 from noise x_0 (t = 0) to data x_1 (t = 1).
 
-`CondOT` is the conditional-OT *path* of Lipman et al. 2023; pairing noise with data by minibatch optimal transport is a
-*coupling* (couplings/pairings.py), and goes with any path. Derivatives are in closed form, and what cancels in float32
-(sigma of VP near t = 1, say) is written with expm1, sin^2 and the like.
+`CondOT` is the conditional-OT *path* of Lipman et al. 2023. Pairing noise with data by minibatch optimal transport is a
+*coupling* (couplings/pairings.py) and can be combined with any path. Derivatives are in closed form; expressions that
+would cancel in float32 (sigma of VP near t = 1, for example) are written with expm1, sin^2 and the like.
 """
 
-import abc
 import dataclasses
 import math
 from typing import ClassVar, NamedTuple
@@ -15,11 +14,11 @@ from jaxtyping import Array, Float
 
 from flow_jax.argument_checks import check_number
 from flow_jax.arrays import (
-    CheckedRows,
+    BatchArray,
+    CheckedBatch,
     CheckedTime,
     Number,
     RandomKey,
-    Rows,
     as_time,
     per_row,
     same_rows,
@@ -29,7 +28,7 @@ from train_jax.core.errors import UserError
 
 
 class PathSample(NamedTuple):
-    """Points on the paths between pairs of rows; `dx_t` is the target of a velocity model at (t, x_t)."""
+    """Points on the paths between pairs of noise and data; `dx_t` is the target of a velocity model at (t, x_t)."""
 
     x_0: Float[Array, "B ..."]
     x_1: Float[Array, "B ..."]
@@ -38,61 +37,55 @@ class PathSample(NamedTuple):
     dx_t: Float[Array, "B ..."]
 
 
-def row_times(t: CheckedTime, x: Rows) -> Float[Array, " B"]:
-    """One time a row; as `as_time`."""
+def row_times(t: CheckedTime, x: BatchArray) -> Float[Array, " B"]:
+    """Returns one time for each row; see `as_time`."""
     return jnp.broadcast_to(as_time(t, x), x.shape[:1])
 
 
 def checked(sample: PathSample) -> PathSample:
-    """A sample with times a row.
+    """Checks a sample and returns it with one time for each row.
 
     Raises:
-      UserError: it is no sample; shapes of x_t and dx_t that differ, or of t that does not fit.
+      UserError: it is not a PathSample, or the shapes of x_t, dx_t and t do not match.
     """
     if not all(hasattr(sample, name) for name in PathSample._fields):
-        raise UserError(f"the sample is a {type(sample).__name__}, expected a path's: pass path.sample(x_0, x_1, t).")
+        kind = type(sample).__name__
+        raise UserError(f"the sample is a {kind}, expected a PathSample: pass path.sample(x_0, x_1, t).")
     x_t, dx_t = same_rows(x_t=sample.x_t, dx_t=sample.dx_t)
     return sample._replace(x_t=x_t, dx_t=dx_t, t=row_times(sample.t, x_t))
 
 
 class AffinePath(Convertible):
-    """An affine path; subclasses give the schedule and its derivatives, of times of any shape."""
-
-    time_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    """Times to train on: all at which the target is finite."""
-
-    @abc.abstractmethod
-    def time_at(self, alpha, sigma):
-        """The time in [0, 1] at which alpha(t) / sigma(t) has this value, given as numerator and denominator."""
+    """An affine path; a subclass defines the schedule and its derivatives for times of any shape."""
 
     def inverse(self, t) -> Inverse:
-        """See conversions.py; for schedules whose derivatives are finite."""
+        """Returns the coefficients of conversions.py for a schedule whose derivatives are finite."""
         a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
         w = da * s - a * ds
         return Inverse(s / w, -ds / w, -a / w, da / w, a / (w * s), -da / (w * s))
 
     def signal_to_noise(self, t):
-        """alpha(t) / sigma(t); infinite where sigma is zero."""
+        """Returns alpha(t) / sigma(t), infinite where sigma is zero."""
         return self.alpha(t) / self.sigma(t)
 
     def sample(
         self,
-        x_0: CheckedRows,
-        x_1: CheckedRows,
+        x_0: CheckedBatch,
+        x_1: CheckedBatch,
         t: CheckedTime,
         key: RandomKey | None = None,
-        noise: CheckedRows | None = None,
+        noise: CheckedBatch | None = None,
     ) -> PathSample:
-        """The points of the paths from x_0 to x_1 at the times t.
+        """Returns the points at times t on the paths from x_0 to x_1.
 
         Args:
-          x_0: noise [B, ...], as drawn or as coupled with x_1; the path uses these very rows.
+          x_0: noise [B, ...]; row i is paired with row i of x_1.
           x_1: data [B, ...].
-          t: one time for all rows, or one a row.
-          key, noise: of no use here, where x_0 and x_1 determine x_t; all paths take the same arguments.
+          t: one time for the batch, or one for each row.
+          key, noise: not used, as x_0 and x_1 determine x_t; all paths take the same arguments.
 
         Raises:
-          UserError: x_0 and x_1 are of two shapes, or t of another than theirs.
+          UserError: the shapes of x_0, x_1 and t do not match.
         """
         x_0, x_1 = same_rows(x_0=x_0, x_1=x_1)
         t = row_times(t, x_1)
@@ -100,12 +93,12 @@ class AffinePath(Convertible):
         dx_t = per_row(self.d_alpha(t), x_1) * x_1 + per_row(self.d_sigma(t), x_1) * x_0
         return PathSample(x_0, x_1, t, x_t.astype(x_1.dtype), dx_t.astype(x_1.dtype))
 
-    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
-        """Where sampling starts: x at t = 0 of noise x_0, the data set aside."""
+    def start(self, x_0: BatchArray) -> Float[Array, "B ..."]:
+        """Returns the starting points of sampling: x_t at t = 0 for noise x_0, without the data's part."""
         return jnp.asarray(x_0)
 
-    def conditional_velocity(self, x: CheckedRows, x_1: CheckedRows, t: CheckedTime) -> Float[Array, "B ..."]:
-        """u_t(x | x_1), the field whose flow carries N(0, I) to N(alpha x_1, sigma^2 I) (Lipman et al., Theorem 3)."""
+    def conditional_velocity(self, x: CheckedBatch, x_1: CheckedBatch, t: CheckedTime) -> Float[Array, "B ..."]:
+        """Returns u_t(x | x_1), whose flow maps N(0, I) to N(alpha x_1, sigma^2 I) (Lipman et al., Theorem 3)."""
         return self.x1_to_velocity(x_1, x, t)
 
 
@@ -118,31 +111,39 @@ class CondOT(AffinePath):
     def __post_init__(self):
         check_number("sigma_min of CondOT", self.sigma_min)
         if not 0 <= self.sigma_min <= 1:
-            raise UserError(f"CondOT(sigma_min={self.sigma_min}): expected 0 to 1, what is left of the noise.")
+            raise UserError(f"CondOT(sigma_min={self.sigma_min}): expected 0 to 1, the size of the noise at t = 1.")
 
     def alpha(self, t):
+        """Returns t."""
         return jnp.asarray(t)
 
     def sigma(self, t):
+        """Returns 1 - (1 - sigma_min) t."""
         return (1 - t) + self.sigma_min * t
 
     def d_alpha(self, t):
+        """Returns 1."""
         return jnp.ones_like(t)
 
     def d_sigma(self, t):
+        """Returns sigma_min - 1."""
         return jnp.full_like(t, self.sigma_min - 1)
 
     def one_minus_alpha(self, t):
+        """Returns 1 - t."""
         return 1 - t
 
     def one_minus_sigma(self, t):
+        """Returns (1 - sigma_min) t."""
         return (1 - self.sigma_min) * t
 
     def inverse(self, t) -> Inverse:
+        """Returns the coefficients of conversions.py, simplified."""
         s, ds, one = self.sigma(t), self.d_sigma(t), jnp.ones_like(t)
         return Inverse(s, -ds, -t, one, t / s, -1 / s)  # w = 1
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         return alpha / (sigma + (1 - self.sigma_min) * alpha)
 
 
@@ -150,8 +151,8 @@ class CondOT(AffinePath):
 class VP(AffinePath):
     """The variance-preserving diffusion path: alpha = exp(-T/2) and sigma^2 = 1 - alpha^2 (Song et al. 2021).
 
-    T = r beta_min + r^2 (beta_max - beta_min) / 2 at r = 1 - t. d_sigma is infinite at t = 1, so training times end a
-    little before (Lipman et al. 2023, appendix: 1e-5).
+    T = r beta_min + r^2 (beta_max - beta_min) / 2 with r = 1 - t. As d_sigma is infinite at t = 1, training times end
+    1e-5 before (Lipman et al. 2023, appendix).
     """
 
     beta_min: Number = 0.1
@@ -175,31 +176,40 @@ class VP(AffinePath):
         return self.beta_min + (1 - t) * (self.beta_max - self.beta_min)
 
     def alpha(self, t):
+        """Returns exp(-T/2)."""
         return jnp.exp(-0.5 * self._exponent(t))
 
     def sigma(self, t):
+        """Returns sqrt(1 - exp(-T))."""
         return jnp.sqrt(-jnp.expm1(-self._exponent(t)))
 
     def d_alpha(self, t):
+        """Returns alpha'(t) = -T'/2 alpha."""
         return 0.5 * self._rate(t) * self.alpha(t)
 
     def d_sigma(self, t):
+        """Returns sigma'(t), infinite at t = 1."""
         return self.sigma_d_sigma(t) / self.sigma(t)
 
     def sigma_d_sigma(self, t):
+        """Returns sigma sigma' = -alpha alpha'."""
         return -self.d_alpha(t) * self.alpha(t)
 
     def one_minus_alpha(self, t):
+        """Returns 1 - exp(-T/2)."""
         return -jnp.expm1(-0.5 * self._exponent(t))
 
     def one_minus_sigma(self, t):
+        """Returns 1 - sigma = alpha^2 / (1 + sigma)."""
         return self.alpha(t) ** 2 / (1 + self.sigma(t))
 
     def inverse(self, t) -> Inverse:
+        """Returns the coefficients of conversions.py, simplified."""
         a, s, rate = self.alpha(t), self.sigma(t), 0.5 * self._rate(t)  # w = a' / s, a' = rate a
         return Inverse(s * s / (rate * a), a, -s / rate, s, 1 / rate, -jnp.ones_like(t))
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         exponent, slope = jnp.log1p((sigma / alpha) ** 2), self.beta_max - self.beta_min
         r = 2 * exponent / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * exponent))
         return 1 - jnp.minimum(jnp.where(jnp.isfinite(exponent), r, 1.0), 1.0)
@@ -207,36 +217,45 @@ class VP(AffinePath):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVP(AffinePath):
-    """alpha = t, sigma = sqrt(1 - t^2); d_sigma is infinite at t = 1."""
+    """A variance-preserving path with alpha = t and sigma = sqrt(1 - t^2); d_sigma is infinite at t = 1."""
 
     time_range: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
 
     def alpha(self, t):
+        """Returns t."""
         return jnp.asarray(t)
 
     def sigma(self, t):
+        """Returns sqrt(1 - t^2)."""
         return jnp.sqrt((1 - t) * (1 + t))
 
     def d_alpha(self, t):
+        """Returns 1."""
         return jnp.ones_like(t)
 
     def d_sigma(self, t):
+        """Returns -t / sigma, infinite at t = 1."""
         return -t / self.sigma(t)
 
     def sigma_d_sigma(self, t):
+        """Returns sigma sigma' = -t."""
         return -jnp.asarray(t)
 
     def one_minus_alpha(self, t):
+        """Returns 1 - t."""
         return 1 - t
 
     def one_minus_sigma(self, t):
+        """Returns 1 - sigma = t^2 / (1 + sigma)."""
         return t * t / (1 + self.sigma(t))
 
     def inverse(self, t) -> Inverse:
+        """Returns the coefficients of conversions.py, simplified."""
         s = self.sigma(t)  # w = 1 / s
         return Inverse(s * s, jnp.asarray(t), -t * s, s, jnp.asarray(t), -jnp.ones_like(t))
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         return alpha / jnp.hypot(alpha, sigma)
 
 
@@ -244,8 +263,8 @@ class LinearVP(AffinePath):
 class VE(AffinePath):
     """The variance-exploding diffusion path: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^(1 - t).
 
-    x_0 is standard normal here as everywhere, so sampling starts from `sigma(0) x_0`, not from x_0 itself: from
-    `start(x_0)`, whose density `likelihood.start_log_prob(path.start)` is the prior of `log_prob`.
+    x_0 is standard normal, as for all paths, so sampling starts from `start(x_0)` = sigma(0) x_0, not from x_0. The
+    prior of `log_prob` is then `likelihood.start_log_prob(path.start)`.
     """
 
     sigma_min: Number = 0.01
@@ -259,8 +278,8 @@ class VE(AffinePath):
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): expected 0 < sigma_min < sigma_max."
             )
 
-    def start(self, x_0: Rows) -> Float[Array, "B ..."]:
-        """See AffinePath.start."""
+    def start(self, x_0: BatchArray) -> Float[Array, "B ..."]:
+        """Returns the starting points of sampling, sigma(0) x_0."""
         return self.sigma_max * jnp.asarray(x_0)
 
     @property
@@ -268,24 +287,31 @@ class VE(AffinePath):
         return math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t):
+        """Returns 1."""
         return jnp.ones_like(t)
 
     def sigma(self, t):
+        """Returns sigma_min (sigma_max / sigma_min)^(1 - t)."""
         return self.sigma_min * jnp.exp((1 - t) * self._log_ratio)
 
     def d_alpha(self, t):
+        """Returns 0."""
         return jnp.zeros_like(t)
 
     def d_sigma(self, t):
+        """Returns -log(sigma_max / sigma_min) sigma."""
         return -self._log_ratio * self.sigma(t)
 
     def one_minus_alpha(self, t):
+        """Returns 0."""
         return jnp.zeros_like(t)
 
     def one_minus_sigma(self, t):
+        """Returns 1 - sigma."""
         return 1 - self.sigma(t)
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         return jnp.clip(1 - jnp.log(sigma / alpha / self.sigma_min) / self._log_ratio, 0.0, 1.0)
 
 
@@ -294,30 +320,37 @@ class Cosine(AffinePath):
     """The trigonometric path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
 
     def alpha(self, t):
+        """Returns sin(pi t / 2)."""
         return jnp.sin(0.5 * jnp.pi * t)
 
     def sigma(self, t):
+        """Returns cos(pi t / 2)."""
         return jnp.sin(0.5 * jnp.pi * (1 - t))
 
     def d_alpha(self, t):
+        """Returns pi / 2 cos(pi t / 2)."""
         return 0.5 * jnp.pi * self.sigma(t)
 
     def d_sigma(self, t):
+        """Returns -pi / 2 sin(pi t / 2)."""
         return -0.5 * jnp.pi * self.alpha(t)
 
     def one_minus_alpha(self, t):
+        """Returns 1 - sin(pi t / 2)."""
         return 2 * jnp.sin(0.25 * jnp.pi * (1 - t)) ** 2
 
     def one_minus_sigma(self, t):
+        """Returns 1 - cos(pi t / 2)."""
         return 2 * jnp.sin(0.25 * jnp.pi * t) ** 2
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         return jnp.arctan2(alpha, sigma) / (0.5 * jnp.pi)
 
 
 @dataclasses.dataclass(frozen=True)
 class Polynomial(AffinePath):
-    """alpha = t^n, sigma = 1 - t^n; of n = 1 it is CondOT. The velocity is zero at t = 0 for n > 1."""
+    """The polynomial path: alpha = t^n, sigma = 1 - t^n. n = 1 is CondOT; for n > 1 the velocity is zero at t = 0."""
 
     n: Number = 2.0
 
@@ -327,27 +360,35 @@ class Polynomial(AffinePath):
             raise UserError(f"Polynomial(n={self.n}): the velocity is infinite at t = 0, expected n >= 1.")
 
     def alpha(self, t):
+        """Returns t^n."""
         return t**self.n
 
     def sigma(self, t):
-        # log(t) = -inf at 0, where expm1 gives the -1 it should.
+        """Returns 1 - t^n."""
+        # At t = 0, log(t) = -inf and expm1 gives the correct -1.
         return -jnp.expm1(self.n * jnp.log(t))
 
     def d_alpha(self, t):
+        """Returns n t^(n - 1)."""
         return self.n * t ** (self.n - 1)
 
     def d_sigma(self, t):
+        """Returns -n t^(n - 1)."""
         return -self.d_alpha(t)
 
     def one_minus_alpha(self, t):
+        """Returns 1 - t^n."""
         return self.sigma(t)
 
     def one_minus_sigma(self, t):
+        """Returns t^n."""
         return self.alpha(t)
 
     def inverse(self, t) -> Inverse:
+        """Returns the coefficients of conversions.py, simplified."""
         s, da, one = self.sigma(t), self.d_alpha(t), jnp.ones_like(t)  # w = a'
         return Inverse(s / da, one, -t / self.n, one, t / (self.n * s), -1 / s)
 
     def time_at(self, alpha, sigma):
+        """Returns the time at which alpha(t) / sigma(t) equals the ratio of the arguments."""
         return (alpha / (alpha + sigma)) ** (1 / self.n)

@@ -1,12 +1,12 @@
-"""Marginal paths of a Gaussian mixture in closed form: what any model of them can be checked against.
+"""The marginal path of a Gaussian mixture in closed form, as a reference for models.
 
-Along an affine path from standard normal noise, free of the data, a component N(m, s^2 I) of the data is
-N(alpha m, v I) at time t with v = alpha^2 s^2 + sigma^2, and its field is
+Along an affine path from standard normal noise that is independent of the data, a component N(m, s^2 I) of the data
+becomes N(alpha m, v I) at time t with v = alpha^2 s^2 + sigma^2, and its field is
 
   u_k(x) = alpha' m + (alpha alpha' s^2 + sigma sigma') / v (x - alpha m).
 
-The marginal field weighs these by p(k | x_t = x) (Lipman et al. 2023, Theorem 1). A finite data set is the mixture
-whose s are zero.
+The marginal field is the mean of these weighted by p(k | x_t = x) (Lipman et al. 2023, Theorem 1). A finite data set is
+a mixture with s = 0.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from flow_jax.paths.affine import AffinePath
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MixtureMarginal:
-    """The marginals p_t of a mixture along a path.
+    """The marginals p_t of a Gaussian mixture along a path.
 
     Attributes:
-      path: from noise to data.
+      path: an affine path.
       means: [K, D].
-      stds: [K], zero for points; or one number.
-      weights: [K], summing to 1; equal when None.
+      stds: [K], or one number for all; 0 for points.
+      weights: [K] with sum 1; None for equal weights.
     """
 
     path: AffinePath
@@ -36,11 +36,11 @@ class MixtureMarginal:
     weights: Float[AnyArray, " K"] | None = None
 
     def log_prob(self, x: Float[AnyArray, "B D"], t: Time) -> Float[Array, " B"]:
-        """log p_t(x)."""
+        """Returns log p_t(x)."""
         return jax.nn.logsumexp(self._terms(x, t)[0], axis=1)
 
     def velocity(self, t: Time, x: Float[AnyArray, "B D"]) -> Float[Array, "B D"]:
-        """The marginal field u_t(x), with the arguments of a velocity model."""
+        """Returns the marginal field u_t(x), with the arguments of a velocity model."""
         joint, gap, a, variance, t = self._terms(x, t)
         da = self.path.d_alpha(t)[:, None]
         slope = (a * da * self._stds(x) ** 2 + self.path.sigma_d_sigma(t)[:, None]) / variance
@@ -48,25 +48,25 @@ class MixtureMarginal:
         return self._average(joint, fields)
 
     def score(self, x: Float[AnyArray, "B D"], t: Time) -> Float[Array, "B D"]:
-        """grad log p_t(x)."""
+        """Returns grad log p_t(x)."""
         joint, gap, _, variance, _ = self._terms(x, t)
         return self._average(joint, -gap / variance[..., None])
 
     def denoiser(self, x: Float[AnyArray, "B D"], t: Time) -> Float[Array, "B D"]:
-        """E[x_1 | x_t = x]."""
+        """Returns E[x_1 | x_t = x]."""
         joint, gap, a, variance, _ = self._terms(x, t)
         towards = (a * self._stds(x) ** 2 / variance)[..., None] * gap
         return self._average(joint, jnp.asarray(self.means, x.dtype)[None] + towards)
 
     def posterior(self, x: Float[AnyArray, "B D"], t: Time) -> Float[Array, "B K"]:
-        """p(k | x_t = x)."""
+        """Returns p(k | x_t = x)."""
         return jax.nn.softmax(self._terms(x, t)[0], axis=1)
 
     def _stds(self, x) -> Float[Array, "1 K"]:
         return jnp.broadcast_to(jnp.asarray(self.stds, x.dtype), (1, len(self.means)))
 
     def _terms(self, x, t):
-        """log w_k N(x; alpha m_k, v_k I) [B, K], x - alpha m_k [B, K, D], alpha [B, 1], v [B, K] and times [B]."""
+        """Returns log w_k N(x; alpha m_k, v_k I) [B, K], x - alpha m_k [B, K, D], alpha [B, 1], v [B, K] and t [B]."""
         means, (B, D) = jnp.asarray(self.means, x.dtype), x.shape
         t = jnp.broadcast_to(as_time(t, x), (B,))
         a, s = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]

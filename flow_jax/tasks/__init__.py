@@ -1,1 +1,1 @@
-"""Runs of flows: each module holds a class that implements train_jax.task.Task."""
+"""Tasks of flow matching, which implement train_jax.task.Task."""

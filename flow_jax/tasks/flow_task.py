@@ -1,7 +1,7 @@
-"""What the trainers of flows share: path, coupling and times by config, and the loss (the runtime's Task).
+"""The base class of the flow-matching tasks: path, coupling and times by config, and the loss.
 
-A velocity model learns the conditional velocity dx_t of its path (Lipman et al. 2023, equation 14), pairs being coupled
-as the config says (Tong et al. 2024).
+A velocity model learns the conditional velocity dx_t of its path (Lipman et al. 2023, equation 14), with noise and data
+coupled as the config says (Tong et al. 2024).
 """
 
 import abc
@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from flow_jax import losses
 from flow_jax import times as times_of
-from flow_jax.arrays import Rows
+from flow_jax.arrays import BatchArray
 from flow_jax.couplings import pairings
-from flow_jax.ode.integrate import TOLERANCE, Plan
+from flow_jax.ode.integrate import TOLERANCE, SolverSettings
 from flow_jax.row_keys import RowKeys, normal_rows, stream
 from flow_jax.tasks import path_choice
 from flow_jax.tasks.path_choice import PathKeys
@@ -39,11 +39,11 @@ TIMES = {
     "stratified": times_of.Stratified,
     "logit_normal": lambda low, high: times_of.LogitNormal(),
 }
-LABELS, DROPOUT, TIME, NOISE, PAIRS = range(1, 6)  # what a row's key draws
+LABELS, DROPOUT, TIME, NOISE, PAIRS = range(1, 6)  # numbers of the random streams of a row's key
 
-_MODEL = r"(model/)?"  # a task may wrap the model, as one that is told of captions
-# Kernels are split over "fsdp" along their inputs; before these come the layers of a stack, or a convolution's window.
-# Embeddings of labels are split along their width. What enters and leaves a model is small and stays whole, and nothing
+_MODEL = r"(model/)?"  # a task may wrap the model, as text_to_image does
+# Kernels are split over "fsdp" along their input axis, which follows the axis of a stack's layers or a convolution's
+# window. Label embeddings are split along their width. The first and last layers are small and are not split. Nothing
 # is split over "tensor".
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     (_MODEL + r"layers/.*/kernel", (None, "fsdp", None)),
@@ -79,7 +79,10 @@ class FlowKeys:
 
 
 class FlowTask(Task):
-    """See the module. A subclass has model, data and evaluation; rows are x_0 and x_1, perhaps `label` and `weight`."""
+    """A flow-matching task; a subclass defines model, data and evaluation.
+
+    Rows of the data have x_0 and x_1, and optionally `label` and `weight`.
+    """
 
     keys = FlowKeys
     has_splits = False
@@ -101,62 +104,65 @@ class FlowTask(Task):
 
     @classmethod
     def blueprint(cls, config: ConfigDict, mesh: Mesh) -> Blueprint:
-        """Shapes of a run, for the plan command. What an evaluation computes is less than the training step."""
+        """Returns the shapes of a run, without programs of the evaluation, which are smaller than the training step."""
         task = cls(config, mesh)
         example = {name: jax.ShapeDtypeStruct(row.shape, row.dtype) for name, row in task.blank_row().items()}
         return Blueprint(task, nnx.eval_shape(task.init), example, {})
 
     @abc.abstractmethod
     def blank_row(self) -> Mapping[str, np.ndarray]:
-        """A row of the training source that holds nothing, for its shapes."""
+        """Returns a row of zeros with the keys, shapes and dtypes of the training source."""
 
     @abc.abstractmethod
     def init(self) -> nnx.Module:
-        """The velocity model at the start of training."""
+        """Returns the velocity model at the start of training."""
 
     def trainable(self) -> str:
+        """Returns a pattern for all parameters."""
         return r".*"
 
     def sharding_rules(self) -> Sequence[tuple[str, Spec]]:
+        """Returns the rules for the models of flow_jax."""
         return SHARDING_RULES
 
     def normalizer(self, batch) -> jax.Array:
+        """Returns the sum of the rows' weights, at least 1; the number of rows if they have no weights."""
         if "weight" in batch:
             return jnp.maximum(batch["weight"].sum(), 1.0)
         A, b = batch["x_1"].shape[:2]
         return jnp.float32(A * b)
 
     def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
-        """The conditional flow-matching loss, summed over rows, each times its weight if rows have one."""
+        """Returns the conditional flow-matching loss, summed over rows and weighted if rows have weights."""
         x_0, x_1 = batch["x_0"], batch["x_1"]
         if self.config.coupling.name == "sinkhorn":
             x_0, x_1 = self._coupled(x_0, x_1, stream(keys, PAIRS))
         t = self.times.draw_rows(stream(keys, TIME), batch.get(ROW), self.config.batch_size)
         stochastic = self.config.path.name in path_choice.STOCHASTIC
         sample = self.path.sample(x_0, x_1, t, noise=normal_rows(stream(keys, NOISE), x_1) if stochastic else None)
-        found = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
-        return (found * batch["weight"] if "weight" in batch else found).sum(), {}
+        loss = losses.conditional_flow_matching(model, sample, *self._condition(batch, keys))
+        return (loss * batch["weight"] if "weight" in batch else loss).sum(), {}
 
-    def _coupled(self, x_0: Rows, x_1: Rows, keys: RowKeys) -> tuple[Array, Array]:
-        """Rows paired by Sinkhorn's plan, those of each group with one another, by the key of its first row."""
+    def _coupled(self, x_0: BatchArray, x_1: BatchArray, keys: RowKeys) -> tuple[Array, Array]:
+        """Pairs the rows within each group by Sinkhorn's plan, with the key of the group's first row."""
         size = self.config.coupling.group or len(x_0)
 
-        def one(x_0, x_1, keys):
+        def couple(x_0, x_1, keys):
             i, j = pairings.sinkhorn(x_0, x_1, key=keys[0], **self._entropy())
             return x_0[i], x_1[j]
 
         grouped = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), (x_0, x_1, keys))
-        paired = jax.vmap(one)(*grouped)
+        paired = jax.vmap(couple)(*grouped)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), paired)
 
     def _entropy(self) -> dict[str, Any]:
-        """Epsilon of a Sinkhorn coupling; that of a bridge follows from its noise (Tong et al. 2024, section 4.1)."""
+        """Returns epsilon of the Sinkhorn coupling; for a bridge it follows from sigma (Tong et al. 2024, 4.1)."""
         if self.config.path.name == "schroedinger_bridge":
             return {"epsilon": 2 * self.config.path.sigma**2, "relative": False}
         return {"epsilon": self.config.coupling.epsilon}
 
     def _condition(self, batch, keys) -> tuple:
-        """Labels, of which some are dropped, None where there are none; and keys of the model's dropout."""
+        """Returns the labels after label dropout, or None without labels; and the keys of the model's dropout."""
         labels = batch.get("label")
         if labels is not None:
             labels = losses.drop_labels(labels, self.label_dropout, self.num_classes, stream(keys, LABELS))
@@ -164,7 +170,7 @@ class FlowTask(Task):
 
 
 def check_group(config: ConfigDict) -> None:
-    """Raises UserError if rows are to be paired in groups that batch or micro-batch do not consist of."""
+    """Raises UserError unless batch and micro-batch consist of whole groups of coupled rows."""
     name, group, batch = config.coupling.name, config.coupling.group, config.batch_size
     if group is not None and name == "independent":
         raise UserError(
@@ -184,19 +190,19 @@ def check_group(config: ConfigDict) -> None:
         )
     if name == "sinkhorn" and micro % (group or micro):
         raise UserError(
-            f"micro_batch is {micro} beside coupling.name='sinkhorn' and coupling.group={group}, which pairs so many "
-            "rows in the step, expected a multiple of that: change one of the two."
+            f"micro_batch is {micro} beside coupling.name='sinkhorn', which pairs coupling.group={group} rows in the "
+            f"step, expected a multiple of {group}: change one of the two."
         )
 
 
 def solver(options: ConfigDict) -> dict[str, Any]:
-    """The arguments of `sample` that a config's `eval` has."""
+    """Returns the solver arguments of `sample` from a config's `eval`."""
     if options.num_steps is not None:
         return {"solver": options.solver, "num_steps": options.num_steps}
     return {"solver": options.solver, "rtol": options.tolerance, "atol": options.tolerance}
 
 
 def check_solver(options: ConfigDict) -> None:
-    """Raises UserError if a config's `eval` names no solver, or one that contradicts its steps."""
-    chosen = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver(options)
-    Plan.make(**chosen, t0=0.0, t1=1.0, per_sample=False)
+    """Raises UserError if the solver of a config's `eval` is unknown or does not match its steps."""
+    arguments = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver(options)
+    SolverSettings.make(**arguments, t0=0.0, t1=1.0, per_sample=False)

@@ -1,4 +1,4 @@
-"""What the trainers of flows from noise to images share: models, evaluation and rows. See flow_task.py."""
+"""The base class of tasks that train a flow from noise to images: models, evaluation and rows. See flow_task.py."""
 
 import abc
 import dataclasses
@@ -11,14 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flow_jax.data.picture_pairs import ImagePairs
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_pairs import ImagePairs
 from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
 from flow_jax.ode import likelihood
 from flow_jax.tasks import image_evaluation
 from flow_jax.tasks.flow_task import FlowKeys, FlowTask
-from flow_jax.tasks.image_evaluation import Evaluation
+from flow_jax.tasks.image_evaluation import ImageEvaluation
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.step.placement import own_copy
@@ -67,7 +67,7 @@ class EvalKeys:
     validation_samples: int = key(200, "samples of an evaluation in the course of training")
     batch_size: int = key(1000, "samples drawn, and likelihoods measured, at once")
     features: str = key("pixels", "of the Frechet distance: pixels, or module:function (docs/flow.md)")
-    reference: str = key("held_out", "real images that samples are compared with", choices=image_evaluation.SIDES)
+    reference: str = key("held_out", "real images that samples are compared with", choices=image_evaluation.SPLITS)
     reference_examples: int = key(50_000, "of them, at most")
     guidance: float = key(1.0, "scale of classifier-free guidance; 1 = the model itself")
     solver: str = key("dopri5", "ODE solver")
@@ -88,7 +88,7 @@ class ImageFlowKeys(FlowKeys):
 
 
 class ImageFlowTask(FlowTask):
-    """See the module. A subclass has the images, opened when they are first needed so that a run is planned without.
+    """A flow from noise to images. A subclass defines `data`, opened on first use, as planning does not need it.
 
     Attributes:
       size, channels: of the images.
@@ -109,7 +109,8 @@ class ImageFlowTask(FlowTask):
         if config.eval.guidance != 1.0 and not config.model.label_dropout > 0:
             raise UserError(
                 f"eval.guidance is {config.eval.guidance} with model.label_dropout={config.model.label_dropout}, "
-                "expected 1, or a share of labels to drop in training: else nothing is learned of images without one."
+                "expected guidance 1, or a share of labels to drop in training: guidance needs a model that is also "
+                "trained without labels."
             )
         self.label_dropout = config.model.label_dropout
 
@@ -119,27 +120,28 @@ class ImageFlowTask(FlowTask):
         """The images."""
 
     @functools.cached_property
-    def evaluation(self) -> Evaluation:
-        """What measures models."""
-        return Evaluation(self.data, self.path, self.config.data, self.config.eval, self.mesh)
+    def evaluation(self) -> ImageEvaluation:
+        """The evaluation of models on the data."""
+        return ImageEvaluation(self.data, self.path, self.config.data, self.config.eval, self.mesh)
 
-    def velocity_model(self, **told: Any) -> UNet | DiT:
-        """A new model of the config's sizes; `told` is its num_classes or vector_width."""
+    def velocity_model(self, **condition: Any) -> UNet | DiT:
+        """Returns a new model with the config's sizes; `condition` is its num_classes or vector_width."""
         settings = self.config.model
-        make, sizes = MODELS[settings.name]
-        own = dict(settings[settings.name])
+        make_model, make_config = MODELS[settings.name]
+        sizes = dict(settings[settings.name])
         if settings.name == "unet":
-            own["multipliers"] = own["multipliers"] or (1, 2)
-        low = self.config.compute_dtype != "float32"
-        own |= {"dropout": settings.dropout, "remat": settings.remat, **told}
-        own["dtype"] = self.config.compute_dtype if low else None
+            sizes["multipliers"] = sizes["multipliers"] or (1, 2)
+        dtype = self.config.compute_dtype
+        sizes |= {"dropout": settings.dropout, "remat": settings.remat, **condition}
+        sizes["dtype"] = None if dtype == "float32" else dtype
         try:
-            size = sizes(image_size=self.size, channels=self.channels, **own)
-            return make(size, rngs=nnx.Rngs(self.config.seed))
+            config = make_config(image_size=self.size, channels=self.channels, **sizes)
+            return make_model(config, rngs=nnx.Rngs(self.config.seed))
         except ValueError as error:
             raise UserError(f"model.{settings.name}: {error}") from None
 
     def train_source(self) -> ImagePairs:
+        """Returns pairs of noise and training images."""
         data = self.config.data
         return ImagePairs(
             self.data,
@@ -153,22 +155,26 @@ class ImageFlowTask(FlowTask):
         )
 
     def reported_data(self) -> str:
-        """Fingerprint of the held-out side."""
+        """Returns the fingerprint of the held-out split."""
         return self.data.held_out.fingerprint
 
     def blank_row(self) -> dict[str, np.ndarray]:
+        """Returns a row of zeros with the keys, shapes and dtypes of the training source."""
         image = np.zeros((self.size, self.size, self.channels), np.float32)
         row = {"x_0": image, "x_1": image, "weight": np.zeros((), np.float32)}
         return row | {"label": np.zeros((), np.int32)} if self.num_classes else row
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
+        """Returns the shape of the images, and their labels."""
         labels = f"labels: {batch['label'][0].tolist()}" if "label" in batch else "without labels"
         return f"{batch['x_1'][0].shape} images, {labels}"
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
+        """Returns the Frechet distance of some samples."""
         return self.evaluation.validate(own_copy(model))
 
     def evaluate(
         self, model: nnx.Module, workdir: Path, split: str | None = None, control_results=None
     ) -> dict[str, Any]:
+        """Returns the content of `eval.json` and draws figures; see ImageEvaluation.evaluate."""
         return self.evaluation.evaluate(own_copy(model), workdir)

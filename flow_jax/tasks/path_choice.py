@@ -1,6 +1,7 @@
-"""Which path a run trains along: the config's `path`, and the path that it names."""
+"""The config's `path`, and the path that it names."""
 
 import dataclasses
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -18,9 +19,9 @@ PATHS = {
     "cosine": lambda config: paths.Cosine(),
     "polynomial": lambda config: paths.Polynomial(config.degree),
     "schroedinger_bridge": lambda config: paths.SchrodingerBridge(config.sigma),
-    "gaussian": lambda config: paths.GaussianPath(*(_function(config, name) for name in ("mu", "std"))),
+    "gaussian": lambda config: paths.GaussianPath(_function(config, "mu"), _function(config, "std")),
 }
-STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that need noise of their own
+STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that add noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +41,16 @@ class PathKeys:
 
 
 def make_path(config: ConfigDict):
-    """The path that a config's `path` names.
+    """Returns the path that a config's `path` names.
 
     Raises:
-      UserError: values that the path cannot have, or functions that are not there.
+      UserError: a value is not allowed for the path, or a function does not exist.
     """
     return PATHS[config.name](config)
 
 
-def _function(config: ConfigDict, name: str):
-    found = imported(f"path.{name}", config[name])
-    if not callable(found):
-        raise UserError(f"path.{name}={config[name]!r} is no function (t, x_1) of one example: name another.")
-    return found
+def _function(config: ConfigDict, name: str) -> Callable:
+    function = imported(f"path.{name}", config[name])
+    if not callable(function):
+        raise UserError(f"path.{name}={config[name]!r} is not a function (t, x_1) of one example: name another.")
+    return function

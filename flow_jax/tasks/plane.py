@@ -1,8 +1,4 @@
-"""Trains a flow between two distributions in the plane, and scores it: the runtime's Task (train_jax/task.py).
-
-The velocity model learns the conditional velocity dx_t of its path (Lipman et al. 2023, equation 14), pairs being
-coupled as the config says (Tong et al. 2024). Scores are in plane_evaluation.py.
-"""
+"""Trains and evaluates a flow between two distributions in the plane. See flow_task.py and plane_evaluation.py."""
 
 import dataclasses
 from pathlib import Path
@@ -63,21 +59,24 @@ class Keys(FlowKeys):
 
 
 class PlaneFlow(FlowTask):
-    """The task; see the module."""
+    """A flow between two distributions in the plane."""
 
     keys = Keys
     validation_metrics = ("w2",)
 
     def blank_row(self) -> dict[str, np.ndarray]:
+        """Returns a row of zeros with the keys, shapes and dtypes of the training source."""
         return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}
 
     def init(self) -> nnx.Module:
+        """Returns the velocity model at the start of training."""
         try:
             return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))
         except ValueError as error:
             raise UserError(f"model: {error}") from None
 
     def train_source(self) -> ToyPairs:
+        """Returns pairs of noise and points."""
         config = self.config
         return ToyPairs(
             config.data.name,
@@ -89,16 +88,18 @@ class PlaneFlow(FlowTask):
         )
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
+        """Returns one line per pair."""
         rows = zip(batch["x_0"][0], batch["x_1"][0], strict=True)
         return "\n".join(f"{x_0} -> {x_1}" for x_0, x_1 in rows)
 
     def validate(self, model: nnx.Module) -> dict[str, float]:
+        """Returns the W2 distance between samples and held-out data."""
         data, options = self.config.data, self.config.eval
-        return {
-            "w2": plane_evaluation.distance(own_copy(model), self.path, data, options, options.validation_draws).value
-        }
+        distance = plane_evaluation.distance(own_copy(model), self.path, data, options, options.validation_draws)
+        return {"w2": distance.w2}
 
     def evaluate(
         self, model: nnx.Module, workdir: Path, split: str | None = None, control_results=None
     ) -> dict[str, Any]:
+        """Returns the content of `eval.json` and draws figures; see plane_evaluation.evaluate."""
         return plane_evaluation.evaluate(own_copy(model), self.path, self.config.data, self.config.eval, workdir)

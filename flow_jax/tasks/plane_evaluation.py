@@ -1,4 +1,4 @@
-"""Scores of a flow in the plane, against held-out data; and its pictures."""
+"""Evaluates a flow in the plane: scores against held-out data, and figures."""
 
 import json
 from pathlib import Path
@@ -13,83 +13,83 @@ from ml_collections import ConfigDict
 from flow_jax.data import toys
 from flow_jax.metrics import distances
 from flow_jax.ode import likelihood, sampling
-from flow_jax.tasks import plane_pictures
+from flow_jax.tasks import plane_figures
 from flow_jax.tasks.flow_task import solver
 
 Curve = list[tuple[int, float]]  # x and y, for the plots of a sweep
-FRAMES = 41  # of the animation, and points in time of the trajectories
+FRAMES = 41  # of the animation, and times of the trajectories
 
-STEPS = (1, 2, 4, 8, 16, 32)  # of midpoint, each of two evaluations
-HISTOGRAM = 100_000  # points of the data that their density is drawn from
+STEPS = (1, 2, 4, 8, 16, 32)  # of the midpoint rule, each of two evaluations
+HISTOGRAM = 100_000  # points of the data in the density plot's histogram
 
 
 class Distance(NamedTuple):
-    """Mean W2 of samples to held-out data; what the flow cost."""
+    """Mean W2 between samples and held-out data, and the evaluations per batch of samples."""
 
-    value: float
+    w2: float
     nfe: float
 
 
 def evaluate(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """What `eval.json` holds, and the pictures.
+    """Returns the content of `eval.json`, and draws figures.
 
-    w2              mean W2 of `num_samples` samples to as many held-out points, over `draws` of both
-    w2_data         the same between two draws of the data: what a perfect model would get
-    nll             mean -log p of held-out data, nats; None where the flow does not start from a Gaussian
+    w2              mean W2 between `num_samples` samples and as many held-out points, over `draws` of both
+    w2_data         the same between two draws of the data, the value of a perfect model
+    nll             mean -log p of held-out data in nats; None if the flow does not start from a Gaussian
     nfe             evaluations of the model for a batch of samples
-    straightness    mean square of |velocity - (x_1 - x_0)| along the way, 0 for straight lines
-    path_energy     mean square of |velocity| along the way, at least the squared W2 of noise and samples
-    coverage        share of held-out points that have a sample among their nearest neighbours (Naeem et al. 2020)
-    error_by_nfe    [evaluations, root mean square distance of midpoint's samples to the solver's]
-    w2_by_step      [updates, w2] in the course of training
+    straightness    mean of |velocity - (x_1 - x_0)|^2 along trajectories, 0 for straight lines
+    path_energy     mean of |velocity|^2 along trajectories, at least the squared W2 of noise and samples
+    coverage        share of held-out points with a sample among their nearest neighbours (Naeem et al. 2020)
+    error_by_nfe    [evaluations, root mean square distance between samples of the midpoint rule and of the solver]
+    w2_by_step      [updates, w2] of the evaluations during training
     """
-    found = distance(model, path, data, options, options.draws)
+    sample_distance = distance(model, path, data, options, options.draws)
     x_0, held_out = _noise(path, data, options, 0), _held_out(data, options, 0)
     grid = jnp.linspace(0.0, 1.0, FRAMES)
-    ways = sampling.sample(model, x_0, "rk4", times=grid, trajectory=True)
-    trajectories = np.asarray(ways.trajectory)
+    result = sampling.sample(model, x_0, "rk4", times=grid, trajectory=True)
+    trajectories = np.asarray(result.trajectory)
     results = {
         "examples": len(held_out),
-        "w2": found.value,
+        "w2": sample_distance.w2,
         "w2_data": distance_of_data(data, options, options.draws),
         "nll": None,
-        "nfe": found.nfe,
+        "nfe": sample_distance.nfe,
         "straightness": distances.straightness(model, x_0),
         "path_energy": distances.path_energy(model, x_0),
         "coverage": distances.coverage(trajectories[-1], held_out),
         "error_by_nfe": _errors(model, x_0, options),
-        "w2_by_step": _course(workdir),
+        "w2_by_step": _w2_by_step(workdir),
     }
-    plane_pictures.draw_samples(workdir / "samples.png", held_out, trajectories[-1], np.asarray(x_0))
-    plane_pictures.draw_field(workdir / "field.png", model, trajectories, np.asarray(grid))
-    plane_pictures.draw_trajectories(workdir / "trajectories.png", trajectories)
-    plane_pictures.animate(workdir / "flow.gif", trajectories)
+    plane_figures.draw_samples(workdir / "samples.png", held_out, trajectories[-1], np.asarray(x_0))
+    plane_figures.draw_field(workdir / "field.png", model, trajectories, np.asarray(grid))
+    plane_figures.draw_trajectories(workdir / "trajectories.png", trajectories)
+    plane_figures.animate(workdir / "flow.gif", trajectories)
     if data.noise == "gaussian":
         results["nll"] = -float(np.mean(_log_density(model, path, options)(held_out)))
-        many = toys.draw(data.name, HISTOGRAM, (options.seed, 2))
-        plane_pictures.draw_density(workdir / "density.png", many, _log_density(model, path, options))
+        points = toys.draw(data.name, HISTOGRAM, (options.seed, 2))
+        plane_figures.draw_density(workdir / "density.png", points, _log_density(model, path, options))
     return results | {"w2_ratio": results["w2"] / results["w2_data"]}
 
 
 def _errors(model: nnx.Module, x_0: jax.Array, options: ConfigDict) -> Curve:
     exact = sampling.sample(model, x_0, **solver(options)).x
-    found = []
+    curve = []
     for num_steps in STEPS:
         r = sampling.sample(model, x_0, "midpoint", num_steps)
-        found.append((int(r.nfe), float(jnp.sqrt(((r.x - exact) ** 2).sum(1).mean()))))
-    return found
+        curve.append((int(r.nfe), float(jnp.sqrt(((r.x - exact) ** 2).sum(1).mean()))))
+    return curve
 
 
-def _course(workdir: Path) -> Curve:
-    """W2 of the evaluations in the course of training, as the run's log has them; the last of equal steps."""
+def _w2_by_step(workdir: Path) -> Curve:
+    """Returns the W2 of the evaluations during training from the run's log; for repeated steps the last one."""
     log = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    found = {line["step"]: line["eval/w2"] for line in lines if "eval/w2" in line}
-    return sorted(found.items())
+    w2 = {line["step"]: line["eval/w2"] for line in lines if "eval/w2" in line}
+    return sorted(w2.items())
 
 
 def distance(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict, draws: int) -> Distance:
-    """Mean W2 of samples to held-out data over `draws` of both; the model was trained along `path`."""
+    """Returns the mean W2 between samples and held-out data over `draws` of both, for a model trained along `path`."""
     values, nfe = [], []
     for draw in range(draws):
         result = sampling.sample(model, _noise(path, data, options, draw), **solver(options))
@@ -99,7 +99,7 @@ def distance(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict
 
 
 def distance_of_data(data: ConfigDict, options: ConfigDict, draws: int) -> float:
-    """Mean W2 between two draws of the data, over `draws` such pairs."""
+    """Returns the mean W2 between two draws of the data, over `draws` such pairs."""
     pairs = ((_held_out(data, options, draw), _held_out(data, options, draws + draw)) for draw in range(draws))
     return float(np.mean([distances.wasserstein(one, other, p=2) for one, other in pairs]))
 

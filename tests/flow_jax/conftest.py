@@ -12,10 +12,10 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Digests of pictures are kept here instead of in the home folder."""
+    """Caches digests of images in a temporary folder instead of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("cache"))
-        patch.setattr("flow_jax.data.pictures.cache_dir", lambda: folder)
+        patch.setattr("flow_jax.data.image_datasets.cache_dir", lambda: folder)
         yield
 
 

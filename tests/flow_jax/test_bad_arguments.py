@@ -137,7 +137,7 @@ TAKEN = {("bits_per_dim", "log_prob", "NaN")}  # as any number among the data
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_arguments_of_another_kind_are_told_in_a_sentence(name):
+def test_arguments_of_a_wrong_type_raise_user_errors(name):
     call, options = CALLS[name]
     call(**options)
     for argument in options:
@@ -186,12 +186,12 @@ def _may_be_none(call, argument: str) -> bool:
         (lambda: fj.couplings.independent(2.5, KEY), "n is 2.5"),
     ],
 )
-def test_the_sentence_names_the_argument(call, message):
+def test_errors_name_the_argument(call, message):
     with pytest.raises(UserError, match=re.escape(message)):
         call()
 
 
-def test_numbers_of_other_types_are_taken():
+def test_numbers_of_other_types_are_accepted():
     steps = np.int64(2)
     np.testing.assert_array_equal(fj.sample(still, X, "euler", steps).x, X)
     assert fj.metrics.coverage(X, X, jnp.int32(1)) == 1.0
@@ -201,6 +201,6 @@ def test_numbers_of_other_types_are_taken():
 
 
 @pytest.mark.parametrize("name", ["wasserstein", "sinkhorn_divergence", "mmd", "energy_distance", "frechet_distance"])
-def test_metrics_take_lists(name):
+def test_metrics_accept_lists(name):
     metric, other = getattr(fj.metrics, name), X[::-1] + 1
     assert metric(X.tolist(), other.tolist()) == pytest.approx(metric(X, other), rel=1e-5)

@@ -77,7 +77,7 @@ def test_a_velocity_has_the_shape_of_x(name, velocity):
         lambda v: fj.few_step.mean_flow(v, ROW, ROW.t),
     ],
 )
-def test_a_velocity_with_an_axis_more_is_no_square_of_differences(loss):
+def test_a_velocity_with_an_extra_axis_is_not_broadcast(loss):
     """[B, 1] against [B]: the mean over all pairs of rows."""
     with pytest.raises(UserError, match=re.escape("the velocity is float32[4, 1] where x is float32[4]")):
         loss(lambda t, x, *args: ROW.dx_t[:, None])
@@ -116,7 +116,7 @@ def test_a_velocity_with_an_axis_more_is_no_square_of_differences(loss):
         (lambda: fj.likelihood.hutchinson_divergence(lambda x: x, X, X[None, :1]), "a probe [1, 3]"),
     ],
 )
-def test_what_goes_along_with_x_has_its_rows(call, shapes):
+def test_args_must_have_the_rows_of_x(call, shapes):
     with pytest.raises(UserError, match=re.escape(shapes)):
         call()
 
@@ -132,7 +132,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_paths_join_rows_of_one_shape(name):
+def test_paths_refuse_rows_of_two_shapes(name):
     sample = PATHS[name].sample
     noise = {"key": KEY} if name in ("CFM", "SchrodingerBridge") else {}
     for x_0, x_1 in ((X, X[:, None]), (X[:3], X), (X[:1], X), (X[:, :1], X), (X[:, 0], X)):
@@ -162,7 +162,7 @@ def test_a_gaussian_path_s_functions_keep_the_shape_of_an_example(mu, sigma, fou
 @pytest.mark.parametrize(
     "name", [name for name in dir(PATH) if re.search("_to_(?!noise)", name)] + ["conditional_velocity"]
 )
-def test_conversions_take_arrays_of_one_shape(name):
+def test_conversions_refuse_arrays_of_two_shapes(name):
     for one, x_t in ((COLUMN, X), (X[:1], X), (X, X[:, None])):
         with pytest.raises(UserError, match=r"shape \[.*\] and \w+ \[.*\], expected one shape"):
             getattr(PATH, name)(one, x_t, 0.5)
@@ -187,7 +187,7 @@ COUPLINGS = {
 
 
 @pytest.mark.parametrize("name", COUPLINGS)
-def test_couplings_pair_rows_of_one_shape(name):
+def test_couplings_refuse_rows_of_two_shapes(name):
     for a, b in ((X, X[:, None]), (X, X[:, :2]), (X, X[:, 0]), (X[:0], X[:0])):
         with pytest.raises(UserError, match=re.escape(f"{list(b.shape)}")):
             COUPLINGS[name](a, b)
@@ -196,7 +196,7 @@ def test_couplings_pair_rows_of_one_shape(name):
 @pytest.mark.parametrize(
     "name", [name for name in COUPLINGS if name not in ("semidiscrete_pairs", "squared_distances")]
 )
-def test_couplings_pair_as_many_rows_of_each(name):
+def test_couplings_refuse_unequal_numbers_of_rows(name):
     with pytest.raises(UserError):
         COUPLINGS[name](X, X[:3])
 
@@ -211,7 +211,7 @@ def test_couplings_pair_as_many_rows_of_each(name):
         (lambda: fj.couplings.conditional(X, X, Y, Y, -1.0), "weight is -1"),
         (lambda: fj.couplings.quality(X, X, Y[:2], Y), "two lists of indices of one length"),
         (lambda: fj.couplings.quality(X, X, Y, Y + 1), "j has values from 1 to 4 for 4 rows"),
-        (lambda: list(fj.couplings.over_buffer(X, X, 0, 0)), "4 rows does not divide into batches of 0"),
+        (lambda: list(fj.couplings.over_buffer(X, X, 0, 0)), "4 rows cannot be divided into batches of 0"),
         (lambda: list(fj.couplings.over_buffer(X, X, 1, 0, lambda a, b: (Y[:2], Y[:2]))), "2 pairs of 4 rows"),
         (
             lambda: fj.losses.coupled_flow_matching(still, PATH, X, X, 0.5, lambda a, b: (Y, Y[:2])),
@@ -230,12 +230,12 @@ def test_couplings_pair_as_many_rows_of_each(name):
         (lambda: fj.assignment.transport(np.full((2, 3), np.nan)), "matrix of finite entries"),
     ],
 )
-def test_what_couplings_are_told_fits(call, message):
+def test_arguments_of_couplings_must_match(call, message):
     with pytest.raises(UserError, match=re.escape(message)):
         call()
 
 
-def test_several_labels_a_row_are_unequal_if_any_is():
+def test_rows_of_several_labels_differ_if_any_label_does():
     x = np.zeros((4, 1), np.float32)
     labels = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     x_0 = x + np.array([[0.0], [0.1], [0.2], [0.3]], np.float32)
@@ -282,7 +282,7 @@ CLOUDS = {
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_metrics_compare_rows_of_one_shape_and_finite_numbers(name):
+def test_metrics_refuse_two_shapes_and_numbers_that_are_not_finite(name):
     for a, b in ((X, X[:, None]), (X, X[:, :1]), (X[:0], X), (X, X[:0])):
         with pytest.raises(UserError, match=re.escape(f"clouds of shapes {list(a.shape)} and {list(b.shape)}")):
             CLOUDS[name](a, b)
@@ -301,7 +301,10 @@ def test_metrics_compare_rows_of_one_shape_and_finite_numbers(name):
         (lambda: fj.metrics.mmd(jnp.zeros((4, 1)), jnp.zeros((4, 1)).at[0].set(1.0)), "pass `bandwidth`"),
         (lambda: fj.metrics.wasserstein(X, X, np.nan), "p is nan"),
         (lambda: fj.metrics.frechet_distance(X, X[:, :2]), "features have 3 and 2 entries"),
-        (lambda: fj.metrics.frechet_distance(X[:1], X), "a covariance needs two rows, got 1"),
+        (
+            lambda: fj.metrics.frechet_distance(X[:1], X),
+            "the number of rows is 1, expected at least 2 for a covariance",
+        ),
         (lambda: fj.metrics.frechet_distance(X[:, 0], X), "features have shape [4]"),
         (lambda: Moments.of(X.at[0, 0].set(jnp.inf)), "expected finite numbers"),
         (lambda: fj.metrics.straightness(still, X, 0), "num_steps is 0 for 4 rows"),
@@ -309,12 +312,12 @@ def test_metrics_compare_rows_of_one_shape_and_finite_numbers(name):
         (lambda: fj.guidance.Guided(still, jnp.ones(4), 0), "the weight of guidance has shape [4]"),
     ],
 )
-def test_what_metrics_are_told_fits(call, message):
+def test_arguments_of_metrics_must_match(call, message):
     with pytest.raises(UserError, match=re.escape(message)):
         call()
 
 
-def test_points_that_are_all_alike_are_no_distance_apart():
+def test_equal_points_have_distance_zero():
     alike = jnp.ones((5, 2))
     for unbiased in (False, True):
         assert fj.metrics.mmd(alike, alike[:3], unbiased=unbiased) == 0.0
@@ -326,7 +329,7 @@ def test_points_that_are_all_alike_are_no_distance_apart():
 # Numbers.
 
 
-def test_integers_are_taken_as_floats():
+def test_integers_are_converted_to_floats():
     x = np.arange(6).reshape(3, 2)
     ones = lambda t, x, *args: jnp.ones_like(x)  # noqa: E731
     np.testing.assert_allclose(fj.sample(ones, x, "euler", 2).x, x + 1)
@@ -338,7 +341,7 @@ def test_integers_are_taken_as_floats():
     np.testing.assert_array_equal(fj.couplings.exact(x, x[::-1])[1], [2, 1, 0])
 
 
-def test_half_precision_loses_no_ends_and_no_squares():
+def test_half_precision_keeps_the_ends_of_paths_and_squares():
     x = jnp.full((2, 4), 3.0, jnp.float16)
     s = fj.paths.VP().sample(x, x, 1 - 1e-5)  # 1 in float16, where the target is infinite
     assert s.x_t.dtype == jnp.float16 and np.isfinite(s.dx_t).all()
@@ -351,10 +354,12 @@ def test_half_precision_loses_no_ends_and_no_squares():
     ).log_prob[0] == pytest.approx(-2048 * (1 + np.log(2 * np.pi)), rel=1e-5)
 
 
-def test_no_rows_are_no_samples_or_are_refused():
+def test_empty_batches_give_empty_samples_or_are_refused():
     assert fj.sample(still, X[:0], "euler", 1).x.shape == (0, 3)
-    with pytest.raises(UserError, match=re.escape("x_1 has shape [0, 3], expected numbers in it")):
+    with pytest.raises(UserError, match=re.escape("x_1 has shape [0, 3], expected a batch that is not empty")):
         fj.log_prob(still, X[:0], solver="euler", num_steps=1)
     for options in ({}, {"per_sample": True}):
-        with pytest.raises(UserError, match=re.escape("tsit5 has nothing to choose its steps by in [0, 3]")):
+        with pytest.raises(
+            UserError, match=re.escape("tsit5 cannot choose its steps for shapes [0, 3], which are empty")
+        ):
             fj.sample(still, X[:0], **options)

@@ -123,12 +123,14 @@ WITHOUT = {
     "callables:call_now": "is what those that are not compiled go through",
     "callables:run": "is what all of these go through",
     "metrics.frechet:FrechetScore.__init__": "calls it, on the host",
-    "data.pictures:ImageData.__init__": "calls it, on the host",
+    "data.image_datasets:ImageData.__init__": "calls it, on the host",
     "ode.integrate:integrate": "is what sample and log_prob call",
     "couplings.large:fit_semidiscrete": "compiles what it is given at each call",
-    "tasks.plane_pictures:draw_density": "calls it, on the host",
-    "tasks.plane_pictures:draw_field": "calls it, on the host",
+    "tasks.plane_figures:draw_density": "calls it, on the host",
+    "tasks.plane_figures:draw_field": "calls it, on the host",
     "data.row_draws:draw_rows": "calls it, on the host",
+    "tasks.image_evaluation:ImageEvaluation.moments": "calls it, on the host",
+    "tasks.image_evaluation:ImageEvaluation.score": "calls it, on the host",
 }
 
 
@@ -234,7 +236,7 @@ ANEW = {
 
 @pytest.mark.parametrize("kind", ["a method", "a closure", "an object"])
 @pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_of_the_call(name, kind):
+def test_modules_use_current_weights(name, kind):
     case, net = CASES[name], Net(1.0)
     callable_ = (KEPT | ANEW)[kind](net)
     results = []
@@ -246,7 +248,7 @@ def test_weights_are_those_of_the_call(name, kind):
 
 
 @pytest.mark.parametrize("kind", KEPT | ANEW)
-def test_weights_are_those_of_the_call_in_any_callable(kind):
+def test_any_callable_uses_current_weights(kind):
     net = Net()
     held = (KEPT | ANEW)[kind](net)
     for value in (1.0, 2.0, -3.0):
@@ -254,7 +256,7 @@ def test_weights_are_those_of_the_call_in_any_callable(kind):
         np.testing.assert_allclose(fj.sample(held, X, "euler", 1).x, X + held(0.0, X), rtol=1e-6)
 
 
-def test_a_function_over_a_global_module_has_its_weights_and_another_module_in_its_place():
+def test_a_function_of_a_global_module_uses_its_current_weights_and_its_replacement():
     global NET
     for value in (1.0, 2.0):
         NET.w[...] = jnp.float32(value)
@@ -340,7 +342,7 @@ def _set(name, value):
         _set("activation", lambda x: x),
     ],
 )
-def test_changes_of_what_is_no_parameter_are_seen(change):
+def test_changes_of_attributes_take_effect(change):
     net = Layers()
     for held in (net.velocity, functools.partial(net.velocity)):
         fj.sample(held, X, "euler", 1)
@@ -350,7 +352,7 @@ def test_changes_of_what_is_no_parameter_are_seen(change):
         np.testing.assert_allclose(fj.sample(held, X, "euler", 1).x, want, rtol=1e-5)
 
 
-def test_arrays_of_a_dataclass_are_those_of_the_call():
+def test_a_dataclass_uses_its_current_arrays():
     means = np.zeros((1, 2), np.float32)
     exact = fj.marginals.MixtureMarginal(PATH, means, 1.0)
     for value in (0.0, 4.0):
@@ -358,7 +360,7 @@ def test_arrays_of_a_dataclass_are_those_of_the_call():
         np.testing.assert_allclose(fj.sample(exact.velocity, X, "euler", 1).x, X + exact.velocity(0.0, X), rtol=1e-5)
 
 
-def test_a_path_of_the_user_is_that_of_the_call():
+def test_a_user_defined_path_uses_its_current_attributes():
     class Mine(fj.paths.CondOT):
         power = 1.0
 
@@ -381,13 +383,13 @@ def scaled(t, x):
     return SCALE * jnp.ones_like(x)
 
 
-def test_functions_are_kept_as_long_as_what_they_read_is(monkeypatch):
+def test_a_function_is_traced_again_if_a_global_that_it_reads_changes(monkeypatch):
     for value in (1.0, 1.0, 2.5):
         monkeypatch.setitem(globals(), "SCALE", value)
         np.testing.assert_allclose(fj.sample(scaled, X, "euler", 1).x, X + value)
 
 
-def test_what_is_traced_anew_is_not_held():
+def test_callables_that_are_traced_at_each_call_are_released():
     net = Net()
     fj.sample(ANEW["a closure"](net), X, "euler", 1)
     held = weakref.ref(net)
@@ -539,7 +541,7 @@ def _set_all(value: float, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", READS)
-def test_what_code_reads_is_that_of_the_call(kind, monkeypatch):
+def test_values_that_code_reads_are_current(kind, monkeypatch):
     for value in (1.0, -2.0, 3.0):
         _set_all(value, monkeypatch)
         for name in ("ode.sampling:sample", "metrics.distances:path_energy"):
@@ -548,7 +550,7 @@ def test_what_code_reads_is_that_of_the_call(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jit", "a function over jit"])
 @pytest.mark.parametrize("name", [name for name in CASES if "rows" not in name and "adaptive" not in name])
-def test_nothing_is_of_what_was_traced_before(name, kind, monkeypatch):
+def test_no_earlier_trace_is_reused(name, kind, monkeypatch):
     for value in (1.0, -2.0):
         _set_all(value, monkeypatch)
         np.testing.assert_allclose(CASES[name](READS[kind]), CASES[name](Net(value)), rtol=2e-5, atol=1e-6)
@@ -588,14 +590,14 @@ def test_a_module_that_reads_functions_and_numbers_is_compiled_once(monkeypatch)
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, nnx.jit, functools.cache])
-def test_what_jit_and_cache_wrap_is_compiled_once(wrap):
+def test_functions_inside_jit_and_cache_are_compiled_once(wrap):
     fj.sample(wrap(Net(1.0)), X, "euler", 4)
     traced = Net.traces
     np.testing.assert_allclose(fj.sample(wrap(Net(-4.0)), 0 * X, "euler", 4).x, -7.53125, rtol=1e-6)
     assert Net.traces == traced
 
 
-def test_a_loss_does_not_trace_a_module_anew_whose_method_is_compiled():
+def test_a_loss_does_not_trace_a_compiled_method_again():
     fj.losses.conditional_flow_matching(Table(1.0), SAMPLE)
     traced = Table.traces
     for value in (2.0, 3.0):
@@ -605,7 +607,7 @@ def test_a_loss_does_not_trace_a_module_anew_whose_method_is_compiled():
     assert Table.traces == traced
 
 
-def test_code_that_was_made_without_a_module_is_looked_at_as_well():
+def test_code_from_exec_is_read_too():
     names = {"net": Net(1.0)}
     exec("def velocity(t, x):\n    return net(t, x)", names)
     for value in (1.0, 2.0):

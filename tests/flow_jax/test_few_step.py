@@ -26,7 +26,7 @@ def mean_velocity(t, x, s):
     return jnp.where(gap == 0, RATE * x, jnp.expm1(RATE * safe) / safe * x)
 
 
-def test_the_mean_velocity_of_a_flow_has_no_loss_and_others_do(double):
+def test_the_loss_is_zero_for_the_flows_mean_velocity_and_positive_for_others(double):
     """The identity u = v + (s - t) du/dt holds for the flow's own mean velocity, time running from noise to data."""
     x = jax.random.normal(jax.random.key(0), (6, 2))
     t = jnp.linspace(0.0, 0.8, 6)
@@ -38,7 +38,7 @@ def test_the_mean_velocity_of_a_flow_has_no_loss_and_others_do(double):
     assert (instantaneous[1:] > 1e-3).all()
 
 
-def test_the_target_is_held_constant(double):
+def test_the_target_has_no_gradient(double):
     """The gradient is that of a regression: through u alone, not through its derivative."""
     x, t = jnp.array([[0.7]]), jnp.array([0.2])
     sample = fj.paths.PathSample(x, x, t, x, flow_velocity(t, x))
@@ -59,7 +59,7 @@ def test_the_target_is_held_constant(double):
     assert float(weighted) == pytest.approx(float(loss(rate) / (loss(rate) + 1e-3)), rel=1e-10)
 
 
-def test_at_equal_times_it_is_conditional_flow_matching(double):
+def test_mean_flow_at_equal_times_is_conditional_flow_matching(double):
     x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 5, 3))
     sample = fj.paths.CondOT().sample(x_0, x_1, jnp.linspace(0.1, 0.9, 5))
     got = fj.few_step.mean_flow(mean_velocity, sample, sample.t)
@@ -100,7 +100,7 @@ def corners(key, n):
     return jax.random.normal(noise, (n, 2)), 2 * signs + 0.2 * jax.random.normal(spread, (n, 2))
 
 
-def test_a_model_of_ours_learns_to_jump():
+def test_a_trained_mean_velocity_samples_in_one_step():
     """One evaluation comes near a corner, where one step of a velocity model would stay in the middle."""
 
     def loss(model, key):
@@ -114,7 +114,7 @@ def test_a_model_of_ours_learns_to_jump():
     assert float(jnp.abs(jnp.abs(found) - 2).mean()) < 0.7
 
 
-def test_a_model_trained_on_reflow_s_pairs_has_straighter_paths():
+def test_a_model_trained_on_reflow_pairs_has_straighter_trajectories():
     def loss_on(pairs):
         def loss(model, key):
             rows, times = jax.random.split(key)
@@ -140,7 +140,7 @@ def test_a_model_trained_on_reflow_s_pairs_has_straighter_paths():
     assert float(after) < 0.3 * float(before)
 
 
-def test_intervals_are_ordered_and_a_share_has_no_length():
+def test_intervals_are_ordered_and_a_share_has_equal_ends():
     t, s = fj.few_step.draw_intervals(jax.random.key(0), 4000, fj.times.LogitNormal(), same=0.75)
     assert (t <= s).all()
     assert float((t == s).mean()) == pytest.approx(0.75, abs=0.03)

@@ -113,7 +113,7 @@ TIMES = [
 
 
 @pytest.mark.parametrize("times", TIMES, ids=repr)
-def test_times_follow_the_density_they_tell(times):
+def test_times_follow_their_density(times):
     t = np.asarray(times.draw(jax.random.key(0), 20_000))
     assert t.min() >= 0 and t.max() <= 1
     middles = (np.arange(4000) + 0.5) / 4000
@@ -123,7 +123,7 @@ def test_times_follow_the_density_they_tell(times):
     np.testing.assert_allclose(np.histogram(t, 20, (0, 1))[0] / len(t), shares, atol=0.01)
 
 
-def test_importance_weights_bring_back_the_uniform_objective():
+def test_importance_weights_restore_the_uniform_objective():
     times = fj.times.LogitNormal(0.0, 1.5)
     t = times.draw(jax.random.key(0), 100_000)
     assert float((times.importance_weights(t) * t**2).mean()) == pytest.approx(1 / 3, abs=0.02)

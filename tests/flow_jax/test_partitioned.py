@@ -22,5 +22,5 @@ CASES = {
 
 @pytest.mark.parametrize("mesh", partitioned.MESHES)
 @pytest.mark.parametrize("name", CASES)
-def test_the_step_is_divided(name, mesh, monkeypatch):
+def test_the_training_step_is_divided_over_devices(name, mesh, monkeypatch):
     partitioned.check(CASES[name], mesh, monkeypatch)

@@ -1,4 +1,4 @@
-"""Text to image in miniature: a flow from noise to pictures of single objects."""
+"""Small-scale text to image: a flow from noise to images of single objects."""
 
 from paligemma_jax.tasks.text_to_image.task import TextToImage
 

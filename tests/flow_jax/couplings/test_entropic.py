@@ -95,7 +95,7 @@ def test_in_high_dimension_a_fraction_of_the_mean_cost_captures_little_of_the_ga
     assert entropies[1] < 0.6 < 0.9 < entropies[0]
 
 
-def test_a_solve_that_may_not_go_on_says_so():
+def test_a_solve_that_stops_early_reports_it():
     cost = entropic.squared_distances(*jax.random.normal(jax.random.key(0), (2, 16, 2)))
     solution = entropic.solve(cost, 1e-4, max_iterations=10, tolerance=1e-6)
     assert not bool(solution.converged) and int(solution.iterations) == 10

@@ -1,4 +1,4 @@
-"""Couplings by ott-jax: what is told where it is missing, and that they find what the others find where it is there."""
+"""Couplings by ott-jax: the error if it is not installed, and agreement with the other couplings if it is."""
 
 import importlib.util
 import sys
@@ -19,7 +19,7 @@ needs_ott = pytest.mark.skipif(
 )
 
 
-def test_without_ott_one_sentence_says_what_to_install(monkeypatch):
+def test_without_ott_the_error_says_what_to_install(monkeypatch):
     for name in ["ott", *(name for name in sys.modules if name.startswith("ott."))]:
         monkeypatch.setitem(sys.modules, name, None)
     x = jnp.ones((4, 2))
@@ -43,7 +43,7 @@ def test_drawing_needs_a_key():
 
 
 @needs_ott
-def test_a_fitted_potential_uses_every_example_alike():
+def test_a_fitted_potential_uses_every_example_equally_often():
     x_1 = jnp.array([[0.0, 0.0], [3.0, 0.0], [3.5, 0.0], [0.0, 8.0]])
     potential = large_couplings.fit_semidiscrete(x_1, jax.random.key(0), num_steps=1_500)
     x_0 = jax.random.normal(jax.random.key(1), (20_000, 2))

@@ -109,13 +109,13 @@ def test_sinkhorn_pairs_do_not_depend_on_units_and_gain_what_the_exact_coupling_
         fj.couplings.sinkhorn(x_0, x_1)
 
 
-def test_a_row_of_each_label_or_an_error():
+def test_labels_must_occur_equally_often():
     x, y = np.zeros((5, 2), np.float32), np.array([0, 1, 0, 1])
     with pytest.raises(UserError, match="5 rows of noise with 4 labels and 5 of data with 4, expected one number"):
         fj.couplings.within_class(x, x, y, y)
 
 
-def test_a_plan_that_is_not_finite_pairs_rows_as_they_come():
+def test_a_plan_that_is_not_finite_pairs_rows_in_order():
     """So that the row at fault is in the loss, where the step's guard sees it."""
     x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 8, 2))
     for rounding in ("draw", "round"):
@@ -156,7 +156,7 @@ def test_greedy_permutations_take_the_surest_row_first():
     np.testing.assert_array_equal(fj.couplings.greedy_permutation(score), [2, 0, 1])
 
 
-def test_a_buffer_couples_better_than_its_batches_and_deals_every_pair_once():
+def test_a_buffer_couples_better_than_its_batches_and_yields_every_pair_once():
     rng = np.random.default_rng(0)
     x_0, x_1 = rng.normal(size=(2, 64, 2))
     batches = list(fj.couplings.over_buffer(x_0, x_1, 16, seed=3))
@@ -169,5 +169,5 @@ def test_a_buffer_couples_better_than_its_batches_and_deals_every_pair_once():
     alone = [fj.couplings.exact(x_0[k : k + 16], x_1[k : k + 16])[1] + k for k in range(0, 64, 16)]
     cost = fj.couplings.host_cost(x_0, x_1)
     assert cost[i, j].mean() < 0.8 * cost[np.arange(64), np.concatenate(alone)].mean()
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="cannot be divided"):
         next(fj.couplings.over_buffer(x_0, x_1, 10, seed=0))

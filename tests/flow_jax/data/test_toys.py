@@ -52,6 +52,6 @@ def test_spirals_are_two_arms_turned_by_half():
     assert np.median(away) < 0.25  # of a noise of 0.1 in the radius; 0.79 where angles are any
 
 
-def test_an_unknown_name_is_told():
+def test_an_unknown_name_is_refused():
     with pytest.raises(UserError, match="'swissroll', expected one of checkerboard, 8gaussians"):
         toys.draw("swissroll", 3, 0)

@@ -93,7 +93,7 @@ def test_frechet_distance_is_the_one_by_scipys_root():
     assert fj.metrics.frechet_distance(one, b[:, :1]) == pytest.approx(want, rel=1e-8)
 
 
-def test_moments_of_batches_are_those_of_all_at_once():
+def test_moments_of_batches_equal_those_of_the_whole():
     """Far from zero, where sums of squares would cancel; and batches of one row, or none."""
     rng = np.random.default_rng(2)
     rows, other = rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)) + 1e6, rng.normal(size=(40, 4)) + 1e6
@@ -115,11 +115,11 @@ def test_bad_arguments():
     x = np.zeros((3, 2))
     with pytest.raises(UserError, match="p is 0.5"):
         fj.metrics.wasserstein(x, x, 0.5)
-    with pytest.raises(UserError, match="needs two rows, got 1"):
+    with pytest.raises(UserError, match="is 1, expected at least 2 for a covariance"):
         fj.metrics.frechet_distance(x[:1], x)
 
 
-def test_coverage_worked_out():
+def test_coverage_of_a_small_example():
     """Real points 0, 1, 2, 10: with one neighbour radii are 1, 1, 1 and 8. Samples reach the first and the last."""
     real = np.array([[0.0], [1.0], [2.0], [10.0]])
     assert fj.metrics.coverage(np.array([[-1.0], [18.0]]), real, neighbours=1) == 0.5

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import flow_jax as fj
-from flow_jax.models import MLP, DiT, DiTConfig, MLPConfig, UNet, UNetConfig, features
+from flow_jax.models import MLP, DiT, DiTConfig, MLPConfig, UNet, UNetConfig, layers
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 SMALL_UNET = dict(image_size=8, channels=2, width=8, multipliers=(1, 2), num_blocks=1, attention=(4,), head_width=8)
@@ -51,7 +51,7 @@ def test_a_new_model_is_the_zero_field(kind):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_row_depends_on_its_own_time_label_and_input_alone(kind):
+def test_a_row_depends_only_on_its_own_time_label_and_input(kind):
     model, x = make(kind, num_classes=4)
     model = disturb(model)
     t, labels = jnp.linspace(0.0, 1.0, 5), jnp.array([0, 1, 2, 3, 4])  # 4: no label
@@ -69,29 +69,29 @@ def test_a_row_depends_on_its_own_time_label_and_input_alone(kind):
 
 
 @pytest.mark.parametrize(
-    ("told", "labels", "other", "none"),
+    ("condition", "labels", "other", "null"),
     [
         ({"num_classes": (2, 3)}, [[0, 1], [1, 1]], [[0, 1], [1, 2]], (2, 3)),
         ({"vector_width": 2}, [[0.6, 0.8], [1.0, 0.0]], [[0.6, 0.8], [0.0, 1.0]], 0.0),
     ],
 )
-def test_attributes_and_vectors_are_conditions_too_row_by_row(told, labels, other, none):
-    model, x = make("mlp", **told)
+def test_attributes_and_vectors_are_conditions_of_single_rows(condition, labels, other, null):
+    model, x = make("mlp", **condition)
     model, x = disturb(model), x[:2]
     labels, other = jnp.array(labels), jnp.array(other)
     out, changed = run(model, 0.3, x, labels), run(model, 0.3, x, other)
     np.testing.assert_allclose(changed[0], out[0], rtol=1e-5)
     assert np.abs(changed[1] - out[1]).max() > 1e-3
     keys = jax.random.split(jax.random.key(0), 2)
-    dropped = fj.losses.drop_labels(labels, 1.0, none, keys)
+    dropped = fj.losses.drop_labels(labels, 1.0, null, keys)
     assert dropped.shape == labels.shape and dropped.dtype == labels.dtype
-    # What all rows are told is nothing: guidance of weight 0 sees the same.
-    nothing = fj.guidance.Guided(model, 0.0, none)(0.3, x, labels)
-    np.testing.assert_allclose(nothing, run(model, 0.3, x, dropped), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(fj.losses.drop_labels(labels, 0.0, none, keys), labels)
+    # Guidance of weight 0 evaluates the model with null labels.
+    unconditional = fj.guidance.Guided(model, 0.0, null)(0.3, x, labels)
+    np.testing.assert_allclose(unconditional, run(model, 0.3, x, dropped), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(fj.losses.drop_labels(labels, 0.0, null, keys), labels)
 
 
-def test_a_vector_of_zeros_tells_nothing():
+def test_a_vector_of_zeros_is_the_null_condition():
     model, x = make("mlp", vector_width=2)
     model = disturb(model)
     zeros = run(model, 0.3, x, jnp.zeros((len(x), 2)))
@@ -100,7 +100,7 @@ def test_a_vector_of_zeros_tells_nothing():
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_parameter_takes_part(kind):
+def test_every_parameter_has_a_gradient(kind):
     model, x = make(kind, num_classes=4)
     graph, state = nnx.split(disturb(model))
     t, labels = jnp.linspace(0.1, 0.9, 5), jnp.arange(5)
@@ -128,10 +128,10 @@ def test_dropout_is_a_function_of_a_rows_key_and_off_without_keys(kind):
 
 def test_dropout_keeps_the_mean_and_drops_the_share():
     keys = jax.random.split(jax.random.key(0), 100)
-    out = features.drop(jnp.ones((100, 400)), 0.25, keys, "layer")
+    out = layers.drop(jnp.ones((100, 400)), 0.25, keys, "layer")
     assert float((out == 0).mean()) == pytest.approx(0.25, abs=0.01)
     assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
-    assert (features.drop(jnp.ones((100, 400)), 0.25, keys, "other") != out).any()
+    assert (layers.drop(jnp.ones((100, 400)), 0.25, keys, "other") != out).any()
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -148,7 +148,7 @@ def test_remat_changes_no_value_and_no_gradient(kind):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-2), a, b)
 
 
-def test_dit_cuts_and_joins_patches_in_place():
+def test_dit_joins_patches_where_it_cut_them():
     """A change of one pixel reaches every patch by attention; without blocks' gates it stays in its own."""
     model, x = make("dit")
     quiet = disturb(model)
@@ -161,7 +161,7 @@ def test_dit_cuts_and_joins_patches_in_place():
         np.testing.assert_array_equal(moved, want if own_patch_alone else np.ones((6, 6), bool))
 
 
-def test_dit_positions_are_all_different_and_tell_rows_from_columns():
+def test_dit_positions_differ_and_separate_rows_from_columns():
     positions = np.asarray(fj.models.dit.sincos_positions(5, 16))
     assert len(np.unique(positions.round(5), axis=0)) == 25
     grid = positions.reshape(5, 5, 16)
@@ -171,17 +171,17 @@ def test_dit_positions_are_all_different_and_tell_rows_from_columns():
 
 def test_time_features_are_ddpms():
     t = jnp.array([0.0, 0.5])
-    got = features.time_features(t, 8)
+    got = layers.time_features(t, 8)
     frequencies = 10_000.0 ** (-np.arange(4) / 4)
     want = np.concatenate([np.cos(500 * frequencies), np.sin(500 * frequencies)])
     np.testing.assert_allclose(got[1], want, atol=1e-4)
     np.testing.assert_array_equal(got[0], [1, 1, 1, 1, 0, 0, 0, 0])
-    assert features.time_features(t, 7).shape == (2, 7)
+    assert layers.time_features(t, 7).shape == (2, 7)
 
 
 def test_attention_equals_jaxs():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 4))
-    np.testing.assert_allclose(features.attend(q, k, v), jax.nn.dot_product_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layers.attend(q, k, v), jax.nn.dot_product_attention(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 def test_torchcfms_mlp_is_one_of_these(double):
@@ -240,7 +240,7 @@ def test_dit_has_the_papers_number_of_parameters(width, depth, heads, millions):
         (dict(image_size=64, width=192, num_blocks=3, multipliers=(1, 2, 3, 4), attention=(32, 16, 8)), 9 + 12),
     ],
 )
-def test_unets_of_the_papers_table_attend_where_it_says(changes, attentions):
+def test_unets_of_the_papers_table_have_attention_where_it_says(changes, attentions):
     config = UNetConfig(**changes)
     model = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
     stages = [*model.down, *model.up]
@@ -268,27 +268,30 @@ def test_resizing_keeps_the_mean():
         (lambda: MLP(MLPConfig(depth=0), rngs=nnx.Rngs(0)), "depth >= 1"),
         (
             lambda: make("mlp")[0](0.5, jnp.ones((2, 3)), jnp.array([0, 1])),
-            "told nothing of every row but got one",
+            "takes nothing for each row, but got one",
         ),
         (
             lambda: make("mlp", num_classes=2)[0](0.5, jnp.ones((2, 3))),
-            "told one label of every row but got nothing",
+            "takes one label for each row, but got nothing",
         ),
         (lambda: make("mlp", num_classes=2, vector_width=3), "expected one kind"),
         (lambda: make("mlp", vector_width=3, time_width=0), "time_width > 0 with labels"),
         (lambda: make("unet")[0](0.5, jnp.ones((1, 4, 4, 2))), "expected .8, 8, 2."),
         (lambda: make("dit")[0](0.5, jnp.ones((1, 4, 4, 2))), "built for 6 x 6 x 2"),
-        (lambda: UNet(UNetConfig(width=8, head_width=7), rngs=nnx.Rngs(0)), "do not divide into attention heads of 7"),
+        (
+            lambda: UNet(UNetConfig(width=8, head_width=7), rngs=nnx.Rngs(0)),
+            "cannot be divided into attention heads of 7",
+        ),
     ],
 )
-def test_wrong_sizes_are_told(make_it, message):
+def test_wrong_sizes_are_refused(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
 
 
 def test_selu_is_that_of_jax_to_rounding_and_so_is_its_gradient():
     x = jnp.concatenate([jnp.linspace(-6, 6, 1001), jnp.array([-1e4, -1e-6, 0.0, 1e-6, 1e4])])
-    np.testing.assert_allclose(features.activation("selu")(x), jax.nn.selu(x), rtol=3e-7, atol=3e-7)
-    gradients = [jax.vmap(jax.grad(function))(x) for function in (features.selu, jax.nn.selu)]
+    np.testing.assert_allclose(layers.activation("selu")(x), jax.nn.selu(x), rtol=3e-7, atol=3e-7)
+    gradients = [jax.vmap(jax.grad(function))(x) for function in (layers.selu, jax.nn.selu)]
     np.testing.assert_allclose(*gradients, rtol=3e-7, atol=3e-7)
-    assert features.activation("silu") is jax.nn.silu
+    assert layers.activation("silu") is jax.nn.silu

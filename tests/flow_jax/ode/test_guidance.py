@@ -26,7 +26,7 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
         np.testing.assert_allclose(got, jnp.broadcast_to(want[:, None], (3, 2)), rtol=1e-6)
 
 
-def test_outside_its_interval_it_is_the_model_itself():
+def test_guidance_outside_its_interval_is_the_model_itself():
     x, labels = jnp.zeros((3, 2)), jnp.array([0, 1, 2])
     guided = Guided(model, 3.0, NULL, interval=(0.25, 0.5))
     inside, outside = 10.0 + 3.0 * (labels - 10.0), labels.astype(float)
@@ -41,7 +41,7 @@ def test_outside_its_interval_it_is_the_model_itself():
         Guided(model, 3.0, NULL, interval=(0.5, 0.5))
 
 
-def test_outside_its_interval_one_evaluation_is_made_of_half_the_rows():
+def test_guidance_outside_its_interval_evaluates_half_the_rows():
     rows = []
 
     def counting(t, x, labels):

@@ -136,7 +136,7 @@ def test_gradients_flow_through_a_likelihood(double):
         assert float(jax.grad(loss)(log_std, **options)) == pytest.approx(float(want), rel=1e-5)
 
 
-def test_a_prior_of_ones_own(double):
+def test_a_user_defined_prior(double):
     x = jnp.ones((2, 1))
     r = fj.log_prob(lambda t, x: jnp.zeros_like(x), x, prior=lambda x: -7.0 * x[:, 0])
     np.testing.assert_allclose(r.log_prob, -7.0)
@@ -182,7 +182,7 @@ def test_more_draws_tighten_the_bound():
     assert exact < many < one - 0.05
 
 
-def test_a_falling_grid_is_as_good_as_its_number_of_steps(double):
+def test_a_decreasing_grid_equals_its_number_of_steps(double):
     x = jnp.array([[1.5, 1.2], [-0.3, 0.8]])
 
     def velocity(t, x):
@@ -193,7 +193,7 @@ def test_a_falling_grid_is_as_good_as_its_number_of_steps(double):
     np.testing.assert_allclose(got, fj.log_prob(velocity, x, solver="rk4", num_steps=32).log_prob, rtol=1e-12)
 
 
-def test_more_draws_with_hutchinsons_divergence_stay_on_the_right_side():
+def test_more_draws_with_hutchinsons_divergence_do_not_overestimate_the_likelihood():
     """Of a field whose Jacobian is far from diagonal, so that the estimate is noisy."""
     matrix = 0.3 * jax.random.normal(jax.random.key(1), (16, 16))
     images = jax.random.randint(jax.random.key(2), (100, 4, 4, 1), 0, 256)
@@ -211,7 +211,7 @@ def test_more_draws_with_hutchinsons_divergence_stay_on_the_right_side():
     assert bits(divergence="hutchinson") == pytest.approx(bits(), abs=0.1)
 
 
-def test_what_a_row_draws_does_not_depend_on_the_batch():
+def test_a_rows_draws_do_not_depend_on_the_batch():
     """One key for all rows, or one a row, with which a data set may be measured in batches of any size."""
     matrix = 0.3 * jax.random.normal(jax.random.key(1), (16, 16))
     images = jax.random.randint(jax.random.key(2), (6, 4, 4, 1), 0, 256)
@@ -234,7 +234,7 @@ def test_what_a_row_draws_does_not_depend_on_the_batch():
     ("images", "found"),
     [(np.zeros((2, 4, 4, 1), np.float32), "of float32"), (np.full((2, 4, 4, 1), 16), "from 16 to 16")],
 )
-def test_images_that_are_no_levels_are_refused(images, found):
+def test_images_with_values_outside_the_levels_are_refused(images, found):
     with pytest.raises(UserError, match=f"images have values {found}, expected integers from 0 to 15"):
         fj.image_bits_per_dim(lambda t, x: x, images, jax.random.key(0), levels=16)
 
@@ -247,7 +247,10 @@ def test_images_that_are_no_levels_are_refused(images, found):
         (dict(divergence="hutchinson", key=jax.random.key(0), noise="white"), "noise='white' is unknown"),
         (dict(key=jax.random.key(0)), "draws no probes: leave out key and noise"),
         (dict(noise="gaussian"), "draws no probes"),
-        (dict(solver="rk4", times=[0.0, 0.5, 1.0]), r"times rise from 0 to 1, expected them to fall .* times\[::-1\]"),
+        (
+            dict(solver="rk4", times=[0.0, 0.5, 1.0]),
+            r"times increase from 0 to 1, expected decreasing times, .* times\[::-1\]",
+        ),
         (dict(solver="rk4", num_steps=4, max_steps=7), "max_steps=7 has no effect"),
         (dict(num_probes=2), "num_probes=2"),
         (dict(num_steps=3), "leave out num_steps=3"),

@@ -96,7 +96,7 @@ def test_a_field_of_constant_rate_is_solved_exactly_in_both_directions():
 
 
 @pytest.mark.parametrize("solver", FIXED)
-def test_steps_divide_the_time_between_the_ends_whatever_they_are(double, solver):
+def test_steps_divide_the_time_between_any_ends(double, solver):
     """The trap: steps of 1 / num_steps, whatever t0 and t1."""
     r = fj.sample(lambda t, x: 2 * t * jnp.ones_like(x), jnp.zeros((1, 1)), solver, 1000, t0=0.2, t1=0.7)
     np.testing.assert_allclose(r.x, 0.7**2 - 0.2**2, rtol=2e-3 if solver == "euler" else 1e-9)
@@ -106,7 +106,7 @@ def stiff(t, x, rate):
     return -rate[:, None] * (x - jnp.cos(20 * t))
 
 
-def test_a_row_of_its_own_steps_does_not_depend_on_its_batch_mates_and_a_shared_step_hides_outliers(double):
+def test_rows_with_their_own_steps_are_independent_and_a_shared_step_hides_outliers(double):
     """The trap: the root mean square over many rows hides one row's error; rows of their own steps keep the promise."""
     x, rate = jnp.zeros((256, 1)), jnp.full(256, 0.01).at[0].set(60.0)
     options = dict(solver="dopri5", rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_a_row_of_its_own_steps_does_not_depend_on_its_batch_mates_and_a_shared_
     assert int(own.nfe[0]) == int(alone.nfe[0]) > 3 * int(own.nfe[1])
 
 
-def test_adaptive_trajectories_pass_the_times_asked_for(double):
+def test_adaptive_trajectories_are_saved_at_the_given_times(double):
     times = [0.0, 0.25, 0.7, 1.0]
     x = jnp.array([[1.0], [2.0]])
     for per_sample in (False, True):
@@ -184,7 +184,7 @@ def test_sampling_works_inside_jit_and_keeps_a_half_precision_state():
         (dict(solver="euler", times=[0.0, 0.5], t1=0.5), "leave out t0=0 and t1=0.5"),
         (dict(times=[0.0, 1.0]), "pass trajectory=True and times together"),
         (dict(trajectory=True), "pass trajectory=True and times together"),
-        (dict(rtol=0.0, atol=0.0), "make no tolerance"),
+        (dict(rtol=0.0, atol=0.0), "give no tolerance"),
     ],
 )
 def test_contradictory_arguments_are_refused_before_anything_is_computed(options, message):

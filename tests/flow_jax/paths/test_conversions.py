@@ -28,7 +28,7 @@ def test_conversions_equal_flow_matchings(golden_case, precision):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)
-def test_conversions_recover_what_made_a_sample(double, path):
+def test_conversions_recover_the_data_and_noise_of_a_sample(double, path):
     x_0, x_1 = jax.random.normal(jax.random.key(0), (2, 9, 3, 2))
     t = jnp.linspace(0.05, 0.95, 9)
     s = path.sample(x_0, x_1, t)
@@ -98,7 +98,7 @@ def test_a_score_gives_its_velocity_where_sigma_vanishes(path):
     np.testing.assert_allclose(at, path.score_to_velocity(score, x, 1 - 1e-6), rtol=2e-3)
 
 
-def test_times_of_integer_rows_are_no_integers():
+def test_times_of_integer_rows_are_floats():
     assert fj.arrays.as_time(0.5, np.zeros((2, 2), np.int32)) == 0.5
 
 

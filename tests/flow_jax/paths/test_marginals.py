@@ -70,7 +70,7 @@ def test_the_marginal_score_and_denoiser_follow_from_the_velocity(double):
         np.testing.assert_allclose(marginal.score(x, t), gradient, rtol=1e-8, atol=1e-8)
 
 
-def test_the_marginal_velocity_is_the_mean_target_of_pairs_that_meet(double):
+def test_the_marginal_velocity_is_the_mean_target_at_a_point(double):
     """Theorem 1 by Monte Carlo: targets averaged with a narrow kernel around a point."""
     path, key = fj.paths.CondOT(0.1), jax.random.key(0)
     means, t, at = jnp.array([[-1.0], [1.0]]), 0.6, jnp.array([[0.2]])

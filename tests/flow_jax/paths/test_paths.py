@@ -85,7 +85,7 @@ def test_the_score_weight_is_torchcfms_without_its_epsilon(golden_case, precisio
         np.testing.assert_allclose(path.score_weight(t) * shift, want, **TOLERANCE[precision])
 
 
-def test_pairs_of_an_exact_coupling_take_the_independent_path(golden_case, precision):
+def test_exactly_coupled_pairs_follow_the_independent_path(golden_case, precision):
     case = golden_case("flow_paths")
     s = fj.paths.CFM(case["sigma"]).sample(case["x0"], case["x1"][case["exactot_perm"]], case["t"], noise=case["eps"])
     np.testing.assert_allclose(s.x_t, case["exactot_xt"], **TOLERANCE[precision])
@@ -93,7 +93,7 @@ def test_pairs_of_an_exact_coupling_take_the_independent_path(golden_case, preci
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)
-def test_derivatives_are_derivatives(double, path):
+def test_derivatives_equal_those_by_autodiff(double, path):
     t = jnp.linspace(0.05, 0.95, 19)
     for f, df in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
         np.testing.assert_allclose(df(t), jax.jvp(f, (t,), (jnp.ones_like(t),))[1], rtol=1e-10, atol=1e-12)

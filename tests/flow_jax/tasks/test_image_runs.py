@@ -11,14 +11,14 @@ from flax import nnx
 import flow_jax as fj
 import train
 from flow_jax import fid
-from flow_jax.data.picture_sets import ArrayPictures
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_sets import ArrayImages
 from flow_jax.metrics import frechet
-from flow_jax.tasks import image_sampling
-from flow_jax.tasks.image_pictures import Gallery
-from flow_jax.tasks.image_sampling import Sampler
+from flow_jax.tasks import image_sampler
+from flow_jax.tasks.image_figures import Gallery
+from flow_jax.tasks.image_sampler import ImageSampler
 from flow_jax.tasks.images import ImageFlow
-from tests.flow_jax.pictures_on_disk import colours, pixels, prepare, write_folder
+from tests.flow_jax.images_on_disk import colours, pixels, prepare, write_folder
 from tests.paligemma_jax.mini import ROOT, arguments, config_of, mistake
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
@@ -76,7 +76,7 @@ def parameters(workdir, step):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
-def test_a_run_on_folders_measures_draws_and_counts_bad_files(run):
+def test_a_run_on_folders_writes_results_and_figures_and_counts_bad_files(run):
     results = json.loads((run / "eval.json").read_text())
     assert {"frechet", "frechet_data", "bpd", "nfe", "straightness"} <= results.keys()
     assert results["examples"] == 4 and results["nfe"] == 2 and "accuracy" not in results
@@ -86,7 +86,7 @@ def test_a_run_on_folders_measures_draws_and_counts_bad_files(run):
         assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_that_was_interrupted_is_the_same_run(run, options, tmp_path):
+def test_an_interrupted_run_gives_the_same_parameters(run, options, tmp_path):
     for steps in (2, 4):
         changes = options | {"total_steps": steps, "eval_steps": steps}
         train.main(arguments(tmp_path, changes, "--progress=none", config=f"{CONFIG}:smoke"))
@@ -115,7 +115,7 @@ def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
 
 
 def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys):
-    chosen = ["--features=tests.flow_jax.pictures_on_disk:colours", "--num_samples=11", "--reference=train"]
+    chosen = ["--features=tests.flow_jax.images_on_disk:colours", "--num_samples=11", "--reference=train"]
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
     found = json.loads((run / "fid.json").read_text())
     assert found["nfe"] == 6 and found["samples"] == 11 and found["real_images"] == 29
@@ -123,7 +123,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
     labels = task.evaluation.labels(11)
-    sampler = Sampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
+    sampler = ImageSampler(load_model(config, run), task.data, task.path, config.eval, True, task.mesh)
     samples = np.concatenate([drawn.images for drawn in sampler.batches(labels)])
     good = [pixels(100 * label + number) for label in range(3) for number in range(10) if (label, number) != (1, 4)]
     want = fj.metrics.frechet_distance(colours(samples), colours(np.stack(good)))
@@ -136,7 +136,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     [
         (["--features=inception"], "eval.features='inception', expected 'package.module:function'"),
         (["--features=nowhere_at_all:f"], "eval.features='nowhere_at_all:f': there is no module 'nowhere_at_all'"),
-        (["--features=tests.flow_jax.pictures_on_disk:flat"], "returned an array .. of float64 for 15 images"),
+        (["--features=tests.flow_jax.images_on_disk:flat"], "returned an array .. of float64 for 15 images"),
         (["--reference=test"], "config.eval.reference='test', expected one of held_out, train"),
         (["--num_samples=many"], "config.eval.num_samples='many', expected int"),
     ],
@@ -158,13 +158,13 @@ class Field(nnx.Module):
 
 
 def data_of(classes: int = 3) -> ImageData:
-    pictures = ArrayPictures(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
+    pictures = ArrayImages(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
     return ImageData(pictures, pictures, 8, 3, 256, classes)
 
 
-def sampler_of(batch_size: int, devices: int = 1, **changes) -> Sampler:
+def sampler_of(batch_size: int, devices: int = 1, **changes) -> ImageSampler:
     config = config_of(SMALL | {"mesh.data": devices, "eval.batch_size": batch_size} | changes, f"{CONFIG}:smoke")
-    return Sampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
+    return ImageSampler(Field(), data_of(), fj.paths.CondOT(), config.eval, True, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(3, 1), (100, 1), (8, 8)])
@@ -175,7 +175,7 @@ def test_samples_depend_neither_on_batches_nor_on_devices(batch_size, devices):
     images, shown = (np.concatenate([getattr(sample, name) for sample in drawn]) for name in ("images", "labels"))
     assert len(drawn) == -(-11 // batch_size) and shown.tolist() == labels.tolist()
     assert np.abs(images.astype(int) - one).max() <= 1  # rounding to grey values
-    x_0 = np.asarray(image_sampling.noise(1000, jnp.arange(11), (8, 8, 3)))
+    x_0 = np.asarray(image_sampler.noise(1000, jnp.arange(11), (8, 8, 3)))
     want = np.asarray(fj.sample(Field(), x_0, "euler", 2, args=(jnp.asarray(labels),)).x)
     np.testing.assert_allclose(images, np.clip((want + 1) * 128, 0, 255.99), atol=1.01)
 
@@ -189,7 +189,7 @@ def test_pixels_of_large_images_are_means_of_areas():
     np.testing.assert_allclose(frechet.area_means(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
 
 
-def test_a_gallery_has_a_row_a_label():
+def test_a_gallery_has_one_row_per_label():
     gallery = Gallery(num_classes=3)
     images = np.stack([np.full((2, 2, 1), label, np.uint8) for label in (2, 0, 2, 5)])
     gallery.add(images, np.array([2, 0, 2, 5]))
@@ -205,7 +205,7 @@ def test_a_gallery_has_a_row_a_label():
 # Loss.
 
 
-def test_rows_of_weight_zero_have_no_part_in_the_loss():
+def test_rows_of_weight_zero_do_not_affect_the_loss():
     task = ImageFlow(*_task_of("smoke"))
     seen = []
 
@@ -268,7 +268,7 @@ def test_the_papers_schedule():
         ("cifar10,coupling=exact", "coupling=exact stands without torchcfm"),
     ],
 )
-def test_variants_that_contradict_each_other(argument, sentence):
+def test_contradictory_variants_are_refused(argument, sentence):
     with pytest.raises(UserError, match=sentence):
         command_line.load_config(f"{CONFIG}:{argument}")
 
@@ -277,8 +277,11 @@ def test_variants_that_contradict_each_other(argument, sentence):
     ("changes", "sentence"),
     [
         ({"data.folder": "/nowhere"}, "/nowhere has no dataset_info.json"),
-        ({"eval.guidance": 2.0}, "without labels there is nothing to guide by"),
-        ({"eval.guidance": 2.0, "model.label_dropout": 0.0}, "else nothing is learned of images without one"),
+        ({"eval.guidance": 2.0}, "expected 1: guidance needs labels"),
+        (
+            {"eval.guidance": 2.0, "model.label_dropout": 0.0},
+            "guidance needs a model that is also trained without labels",
+        ),
         ({"eval.divergence": "foo"}, "divergence='foo' is unknown, expected one of exact, hutchinson"),
         ({"data.channels": 2}, "data.channels is 2, expected 1"),
     ],

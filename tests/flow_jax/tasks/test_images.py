@@ -11,9 +11,9 @@ from flax import nnx
 import train
 from flow_jax.data import digit_scores, digits
 from flow_jax.data.digits import Digits
-from flow_jax.data.picture_pairs import ImagePairs, to_levels, to_range
-from flow_jax.data.picture_sets import ArrayPictures
-from flow_jax.data.pictures import ImageData
+from flow_jax.data.image_datasets import ImageData
+from flow_jax.data.image_pairs import ImagePairs, to_levels, to_range
+from flow_jax.data.image_sets import ArrayImages
 from flow_jax.tasks.images import ImageFlow
 from tests.paligemma_jax.mini import ROOT, arguments, config_of
 from train_jax.core.errors import UserError
@@ -59,7 +59,7 @@ def test_the_split_keeps_classes_and_shares_no_image():
 
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("levels", [17, 256])
-def test_grey_values_there_and_back(levels, dequantize):
+def test_grey_values_are_recovered(levels, dequantize):
     images = np.arange(levels, dtype=np.uint8).reshape(-1, 1, 1, 1)
     x = to_range(images, levels, np.random.default_rng(0) if dequantize else None)
     assert x.min() >= -1 and x.max() <= 1 and x.dtype == np.float32
@@ -72,11 +72,11 @@ def images_of(number: int) -> Digits:
 
 
 def pairs_of(coupling: str, dequantize: bool = False, seed: int = 3) -> ImagePairs:
-    pictures = ArrayPictures(*images_of(30))
+    pictures = ArrayImages(*images_of(30))
     return ImagePairs(ImageData(pictures, pictures, 4, 1, 17, 3), dequantize, coupling, seed)
 
 
-def test_exact_pairs_are_the_cheapest_within_each_class():
+def test_exact_pairs_have_the_least_cost_within_each_class():
     rows = np.arange(30)
     plain, coupled = (pairs_of(name).get_batch(rows, 7) for name in ("independent", "exact"))
 
@@ -124,7 +124,7 @@ def test_labels_are_dropped_row_by_row_and_reach_the_model():
     np.testing.assert_array_equal(found[~dropped], labels[~dropped])
 
 
-def test_the_plan_is_of_the_rows_that_are_trained_on():
+def test_the_blueprint_has_the_rows_of_the_training_source():
     task = task_of()
     blueprint = ImageFlow.blueprint(task.config, task.mesh)
     row = task.train_source()[0]
@@ -151,7 +151,7 @@ def test_scores_of_real_digits_are_those_of_real_digits():
     assert digit_scores.nearest(held_out.images[:50], train_part) > 5
 
 
-def test_a_run_measures_and_draws(tmp_path):
+def test_a_run_writes_results_and_figures(tmp_path):
     changes = SMALL | {
         "total_steps": 4,
         "eval_steps": 4,
@@ -182,7 +182,7 @@ def test_what_is_refused(changes, sentence):
         task_of(**changes)
 
 
-def test_sizes_that_do_not_go_together_are_one_sentence(tmp_path):
+def test_sizes_that_do_not_match_are_one_sentence(tmp_path):
     changes = SMALL | {"model.unet.attention": "(3,)"}
     with pytest.raises(UserError, match="model.unet: attention at"):
         task_of(**changes).init()

@@ -106,7 +106,7 @@ def test_mistakes(name, changes, message):
         ({"path.mu": "tests.flow_jax.tasks.test_path_choice:nu"}, "tests.flow_jax.tasks.test_path_choice has no 'nu'"),
         (
             GAUSSIAN | {"path.std": "tests.flow_jax.tasks.test_path_choice:number"},
-            "is no function (t, x_1) of one example",
+            "is not a function (t, x_1) of one example",
         ),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_gaussian_path_needs_its_functions(changes, message):
     assert message in str(error.value)
 
 
-def test_sampling_and_likelihood_start_where_the_path_does():
+def test_sampling_and_likelihood_start_from_the_paths_start():
     path, spread = fj.paths.VE(0.01, 20.0), 0.5
     exact = fj.marginals.MixtureMarginal(path, np.zeros((1, 2)), spread).velocity
     x_0 = jax.random.normal(jax.random.key(0), (500, 2))
@@ -144,7 +144,7 @@ def test_the_scores_of_a_perfect_model_along_ve_are_those_of_the_data():
     path = fj.paths.VE(0.01, 50.0)
     data = toys.draw(config.data.name, 200, (config.eval.seed, 0, 0))  # the held-out points themselves
     exact = Exact(fj.marginals.MixtureMarginal(path, data, 0.02))
-    found = plane_evaluation.distance(exact, path, config.data, config.eval, 1).value
+    found = plane_evaluation.distance(exact, path, config.data, config.eval, 1).w2
     assert found < 1.3 * plane_evaluation.distance_of_data(config.data, config.eval, 1)
 
 

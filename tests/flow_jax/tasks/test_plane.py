@@ -47,7 +47,7 @@ def _fast(fast_compilation):
     """Much compiling, little computing."""
 
 
-def test_exact_pairs_are_the_cheapest_of_the_step():
+def test_exact_pairs_have_the_least_cost_of_the_step():
     plain, coupled = (ToyPairs("moons", "gaussian", 500, name, 3) for name in ("independent", "exact"))
     rows = np.arange(40, 100)
     one, other = plain.get_batch(rows, 7), coupled.get_batch(rows, 7)
@@ -58,7 +58,7 @@ def test_exact_pairs_are_the_cheapest_of_the_step():
     assert np.square(other["x_0"] - other["x_1"]).sum() == pytest.approx(best, rel=1e-5)
 
 
-def test_the_plan_is_of_the_rows_that_are_trained_on():
+def test_the_blueprint_has_the_rows_of_the_training_source():
     config = command_line.load_config(FLOW)
     with config.unlocked():
         config.mesh.data = 1
@@ -83,7 +83,7 @@ def test_noise_is_a_function_of_seed_step_and_row():
         assert not np.isin(noise(seed, step, np.arange(600)), whole).any()
 
 
-def test_exact_pairs_are_the_cheapest_of_each_group_whoever_reads_them():
+def test_exact_pairs_have_the_least_cost_in_each_group_in_every_process():
     pairs = ToyPairs("moons", "gaussian", 500, "exact", 3, group=4)
     whole = Pipeline(pairs, 16, num_steps=9).batch_at(8)
     plain = Pipeline(ToyPairs("moons", "gaussian", 500, "independent", 3), 16, num_steps=9).batch_at(8)
@@ -118,7 +118,7 @@ def test_every_path_and_coupling_has_a_finite_loss(path, coupling):
     assert np.isfinite(float(loss)) and float(loss) > 0
 
 
-def test_the_entropy_of_a_bridge_is_that_of_its_noise():
+def test_epsilon_of_a_bridges_coupling_follows_from_its_sigma():
     """Tong et al. 2024: epsilon = 2 sigma^2, in the units of the squared distance."""
     changes = {"path.name": "schroedinger_bridge", "coupling.name": "sinkhorn"}
     assert task(**changes, **{"path.sigma": 0.5})._entropy() == {"epsilon": 0.5, "relative": False}
@@ -131,7 +131,7 @@ def test_the_entropy_of_a_bridge_is_that_of_its_noise():
     assert losses[0] < 0.05 * losses[1]  # with little noise every row stays where it is
 
 
-def test_a_run_learns_and_leaves_its_pictures(tmp_path):
+def test_a_run_learns_and_writes_its_figures(tmp_path):
     workdir = tmp_path / "run"
     train.main(arguments(workdir, SHORT, "--progress=none", config=FLOW))
     results = json.loads((workdir / "eval.json").read_text())
@@ -158,7 +158,7 @@ def test_a_transport_between_two_distributions_has_no_likelihood(tmp_path):
         run_evaluation(stored_config(tmp_path), tmp_path, "val")
 
 
-def test_a_run_goes_on_in_other_micro_batches_but_not_in_other_groups():
+def test_a_run_resumes_with_other_micro_batches_but_not_with_other_groups():
     options = SHORT | {"coupling.group": 16}
     old = command_line.load_from_flags(arguments(None, options, config=FLOW))[0]
     cut, grouped = (
@@ -200,8 +200,8 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
         ({"coupling.name": "sinkhorn", "coupling.group": 16, "micro_batch": 8}, "micro_batch is 8 beside "
-         "coupling.name='sinkhorn' and coupling.group=16, which pairs so many rows in the step, expected a multiple of "
-         "that: change one of the two."),
+         "coupling.name='sinkhorn', which pairs coupling.group=16 rows in the step, expected a multiple of 16: change "
+         "one of the two."),
         ({"coupling.group": 48}, "coupling.group is 48, expected a divisor of batch_size=64, so that groups fill a "
          "batch: change it, or set it to None for all rows of a batch."),
         ({"coupling.name": "independent", "coupling.group": 4}, "coupling.group is 4 beside "
@@ -210,7 +210,7 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
          "dopri8."),
         ({"model.activation": "foo"}, "model: the activation is 'foo', expected a function of jax.nn, such as silu, "
          "gelu or selu."),
-        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, what is left of the noise."),
+        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, the size of the noise at t = 1."),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, capsys, changes, sentence):

@@ -1,4 +1,4 @@
-"""Flows that are told what to draw: a run from end to end, what the model hears, how samples are judged and drawn."""
+"""Text to image: a run from end to end, the conditions of the model, the scores of samples, and prediction."""
 
 import json
 
@@ -14,7 +14,7 @@ import predict as predict_script
 from paligemma_jax import zero_shot
 from paligemma_jax.data.synthetic_clevr import descriptions
 from paligemma_jax.loading import load_run, run_config
-from paligemma_jax.tasks.text_to_image.judge import SigLIPScorer
+from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from paligemma_jax.tasks.text_to_image.task import TextToImage
 from tests.paligemma_jax.mini import ROOT, config_of, mistake, save_small_siglip
 from train_jax import loop
@@ -63,7 +63,7 @@ def task_of(options, config=CONFIG, **changes):
     return TextToImage(settings, sharding.make_mesh(settings.mesh))
 
 
-def test_a_run_measures_and_draws(run):
+def test_a_run_writes_results_and_figures(run):
     results = json.loads((run / "eval.json").read_text())
     names = ("accuracy", "accuracy_all", *(f"accuracy_{name}" for name in descriptions.ATTRIBUTES))
     assert all(0 <= results[name + side] <= 1 for name in names for side in ("", "_data"))
@@ -72,7 +72,7 @@ def test_a_run_measures_and_draws(run):
         assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_captions_are_heard_as_the_text_tower_has_them(options, siglip):
+def test_captions_are_conditions_embedded_by_the_text_tower(options, siglip):
     task = task_of(options, CAPTIONS)
     row = task.train_source()[3]
     number = int(row["label"])
@@ -88,7 +88,7 @@ def test_captions_are_heard_as_the_text_tower_has_them(options, siglip):
     assert named == {name: truth[name] for name in named} and "shape" in named
 
 
-def test_attributes_are_heard_as_they_are(options):
+def test_attributes_are_conditions_by_their_indices(options):
     task = task_of(options)
     row = task.train_source()[3]
     truth = task.data.train._scenes.scenes[3]["objects"][0]
@@ -96,7 +96,7 @@ def test_attributes_are_heard_as_they_are(options):
     np.testing.assert_array_equal(task.descriptions.table[int(row["label"])], expected)
 
 
-def test_the_model_is_told_by_number(options):
+def test_labels_are_rows_of_the_condition_table(options):
     task = task_of(options, CAPTIONS)
     model = task.init()
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -108,7 +108,7 @@ def test_the_model_is_told_by_number(options):
     assert np.abs(model(0.5, x, labels) - model(0.5, x, labels[::-1])).max() > 1e-4
 
 
-def test_training_leaves_the_descriptions_alone(run, options):
+def test_training_does_not_change_the_condition_table(run, options):
     task = task_of(options, CAPTIONS)
     trained = loop.load_model(task.config, run, "latest")
     start = task.init()
@@ -116,38 +116,39 @@ def test_training_leaves_the_descriptions_alone(run, options):
     assert np.abs(trained.model.outputs.kernel[...] - start.model.outputs.kernel[...]).max() > 0
 
 
-def test_a_judge_counts_what_is_said(siglip):
+def test_siglip_scores_are_accuracies_of_the_described_attributes(siglip):
     model = pg.load(siglip)
-    words = pg.load_text_tokenizer(siglip, model.config.text.length)
+    tokenizer = pg.load_text_tokenizer(siglip, model.config.text.length)
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    said = [{"color": "red", "shape": "cube"}, {"shape": "sphere"}]
+    attributes = [{"color": "red", "shape": "cube"}, {"shape": "sphere"}]
     labels = np.array([0, 1, 1, 0, 1])
-    judge = SigLIPScorer(model, words, said, (images[:2], labels[:2]))
-    judge.add(images[:3], labels[:3])
-    judge.add(images[3:], labels[3:])
-    found = judge.results()
-    # The same by hand, of pictures that are scaled and classified one at a time.
+    scorer = SigLIPScorer(model, tokenizer, attributes, (images[:2], labels[:2]))
+    scorer.add(images[:3], labels[:3])
+    scorer.add(images[3:], labels[3:])
+    results = scorer.results()
+    # The same by hand, for images that are scaled and classified one at a time.
     prepare = model.config.preprocessing
     pixels = np.stack([prepare.apply(image) for image in images])
     shapes, colors = descriptions.ATTRIBUTES["shape"], descriptions.ATTRIBUTES["color"]
-    seen = zero_shot.zero_shot(model, words, pixels, shapes, ("a {}", "a large {}", "a small {}", "one object: a {}"))
-    shape = np.array([shapes[i] for i in seen.argmax(1)]) == np.array([said[label]["shape"] for label in labels])
-    ground = ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube")
-    color = zero_shot.zero_shot(model, words, pixels, colors, ground).argmax(1) == colors.index("red")
+    templates = ("a {}", "a large {}", "a small {}", "one object: a {}")
+    predicted = zero_shot.zero_shot(model, tokenizer, pixels, shapes, templates).argmax(1)
+    shape = np.array([shapes[i] for i in predicted]) == np.array([attributes[label]["shape"] for label in labels])
+    templates = ("a {} cube", "a {} sphere", "a {} cylinder", "one object: a {} cube")
+    color = zero_shot.zero_shot(model, tokenizer, pixels, colors, templates).argmax(1) == colors.index("red")
     red = labels == 0
-    assert found["accuracy_shape"] == pytest.approx(shape.mean())
-    assert found["accuracy_color"] == pytest.approx(color[red].mean())
-    assert found["accuracy"] == pytest.approx((shape.mean() + color[red].mean()) / 2)
-    assert found["accuracy_all"] == pytest.approx((shape & (color | ~red)).mean())
-    assert found["accuracy_shape_data"] == pytest.approx(shape[:2].mean())
-    assert "accuracy_size" not in found
+    assert results["accuracy_shape"] == pytest.approx(shape.mean())
+    assert results["accuracy_color"] == pytest.approx(color[red].mean())
+    assert results["accuracy"] == pytest.approx((shape.mean() + color[red].mean()) / 2)
+    assert results["accuracy_all"] == pytest.approx((shape & (color | ~red)).mean())
+    assert results["accuracy_shape_data"] == pytest.approx(shape[:2].mean())
+    assert "accuracy_size" not in results
 
 
-def test_texts_are_drawn_as_the_flow_has_them(run, tmp_path, capsys):
+def test_predict_draws_samples_of_the_flow(run, tmp_path, capsys):
     texts, file = ["a small red metal cube", "a sphere"], tmp_path / "x.png"
     flags = [f"--prompt={text}" for text in texts]
     command_line.run(predict_script.main, ["predict.py", f"--workdir={run}", f"--out={file}", "--seed=3", *flags])
-    assert f"2 picture(s) in {file}" in capsys.readouterr().out
+    assert f"2 image(s) in {file}" in capsys.readouterr().out
     assert Image.open(file).size[0] > 100
     task = TextToImage(run_config(run), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     model = load_run(run, run_config(run))
@@ -159,19 +160,19 @@ def test_texts_are_drawn_as_the_flow_has_them(run, tmp_path, capsys):
     assert (task.draw(model, texts, seed=4) != images).any()
 
 
-def test_a_run_is_planned_without_pictures(options, tmp_path):
+def test_a_run_is_planned_without_rendering(options, tmp_path):
     for config in (CONFIG, CAPTIONS):
-        found = plan(config_of(options | {"data.cache_dir": str(tmp_path)}, config))
-        assert found.programs and not list(tmp_path.iterdir())
+        result = plan(config_of(options | {"data.cache_dir": str(tmp_path)}, config))
+        assert result.programs and not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_is_told_in_a_sentence(options, tmp_path, capsys, run):
-    told = mistake(capsys, options | {"siglip": None}, tmp_path / "a", config=CAPTIONS)
-    assert "siglip is not set, expected a SigLIP whose text tower reads them" in told
-    told = mistake(capsys, options | {"coupling.name": "exact"}, tmp_path / "b", config=CONFIG)
-    assert "ties descriptions to parts of the noise" in told
-    told = mistake(capsys, options | {"siglip": "tiny"}, tmp_path / "c", config=CAPTIONS)
-    assert "siglip is tiny, which is no SigLIP or CLIP" in told
+def test_mistakes_are_one_sentence(options, tmp_path, capsys, run):
+    message = mistake(capsys, options | {"siglip": None}, tmp_path / "a", config=CAPTIONS)
+    assert "siglip is not set, expected a SigLIP whose text tower reads them" in message
+    message = mistake(capsys, options | {"coupling.name": "exact"}, tmp_path / "b", config=CONFIG)
+    assert "assigns each description a part of the noise" in message
+    message = mistake(capsys, options | {"siglip": "tiny"}, tmp_path / "c", config=CAPTIONS)
+    assert "siglip is tiny, which is not a SigLIP or CLIP" in message
     with pytest.raises(UserError, match="names no color and no material, expected all attributes"):
         task_of(options)._conditions(["a small cube"])
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """Images are found in nested folders; hidden names and other files are left out and logged."""
 
 import pytest
+
 from train_jax.core.formats.image_folders import ENDINGS, find_images
 
 

@@ -1,10 +1,11 @@
-"""Pieces that the velocity models share: time features, label embeddings, dropout by rows, initial values.
+"""Layers that the velocity models share: time features, label embeddings, dropout and attention.
 
-Models are called (t, x, labels=None, dropout_keys=None): t is a scalar or one a row, t = 0 noise and t = 1 data;
-labels are what the model is told of every row (`Condition`); dropout draws from one key a row, so that the noise of a
-row does not depend on the batch it is in.
+Models are called as model(t, x, labels=None, dropout_keys=None). t is a scalar or [B], with t = 0 noise and t = 1 data;
+labels are the conditions of the rows (`Condition`); dropout uses one key per row, so that the noise of a row does not
+depend on its batch.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -14,20 +15,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from flow_jax.arrays import CheckedLabels, CheckedTime, as_time, check_args
+from flow_jax.arrays import BatchArray, CheckedLabels, CheckedTime, as_time, check_args
 
 MAX_PERIOD = 10_000
-TIME_SCALE = 1000.0  # times in [0, 1] as the features' periods were made for: steps 0 to 1000 (Ho et al. 2020)
+TIME_SCALE = 1000.0  # maps times in [0, 1] to the steps 0 to 1000 of DDPM's features (Ho et al. 2020)
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
-def batch_times(t: CheckedTime, x: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """One time a row, in float32. Raises UserError for times that are neither one nor one a row."""
+def batch_times(t: CheckedTime, x: BatchArray) -> Float[Array, " B"]:
+    """Returns one time for each row, in float32. Raises UserError unless t is a scalar or [B]."""
     return jnp.broadcast_to(as_time(t, x).astype(jnp.float32), x.shape[:1])
 
 
 def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"]:
-    """Cosines and sines of t at geometric frequencies (Vaswani et al. 2017), as DDPM's of 1000 t."""
+    """Returns cosines and sines of 1000 t at geometric frequencies, as in DDPM (Vaswani et al. 2017)."""
     half = width // 2
     frequencies = jnp.exp(-math.log(MAX_PERIOD) / half * jnp.arange(half))
     angles = TIME_SCALE * t[:, None] * frequencies[None]
@@ -38,39 +39,39 @@ def time_features(t: Float[Array, " B"], width: int) -> Float[Array, "B {width}"
 def linear(
     features_in: int, features_out: int, *, zero: bool = False, dtype: str | None = None, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer; `zero` ones output zero until trained, which makes their branch the identity at first.
+    """Returns a linear layer; with `zero` its kernel starts at zero, so that a residual branch starts as the identity.
 
-    `dtype` is that of the computation; None takes it from inputs and parameters.
+    `dtype` is that of the computation; None: the dtype of inputs and parameters.
     """
-    init = dict(kernel_init=nnx.initializers.zeros_init()) if zero else {}
-    return nnx.Linear(features_in, features_out, dtype=dtype, rngs=rngs, **init)
+    make = functools.partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init()) if zero else nnx.Linear
+    return make(features_in, features_out, dtype=dtype, rngs=rngs)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """A function of jax.nn by name. Raises ValueError for a name that is none."""
-    found = selu if name == "selu" else getattr(jax.nn, name, None)
-    if not callable(found):
+    """Returns a function of jax.nn by name. Raises ValueError for an unknown name."""
+    functions = {**vars(jax.nn), "selu": selu}
+    if not callable(functions.get(name)):
         raise ValueError(f"the activation is {name!r}, expected a function of jax.nn, such as silu, gelu or selu.")
-    return found
+    return functions[name]
 
 
 def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Self-normalising units (Klambauer et al. 2017) to within float rounding of 1.
+    """Returns SELU (Klambauer et al. 2017), with an absolute error of the rounding of 1.
 
-    jax.nn.selu takes expm1 to be exact relative to x near 0, which costs a fifth of an evaluation of an MLP on a CPU.
+    jax.nn.selu uses expm1, which is accurate relative to x near 0, but takes a fifth of the time of an MLP on a CPU.
     """
-    negative = jnp.where(x > 0, 0, x)  # no overflow, in the gradient either
+    negative = jnp.where(x > 0, 0, x)  # avoids overflow, also in the gradient
     return SELU_SCALE * jnp.where(x > 0, x, SELU_ALPHA * (jnp.exp(negative) - 1))
 
 
 class Condition(nnx.Module):
-    """Time, and what else the model is told of a row, as one vector a row.
+    """Embeds time and, if the model has them, labels as one vector per row.
 
-    Labels are of one kind, and every kind has one that stands for none (losses.drop_labels):
+    A model has one kind of labels; each kind has a null label, which means "no label" (losses.drop_labels):
 
-      num_classes=10        int [B]       one of ten classes; 10 is none
-      num_classes=(2, 8)    int [B, 2]    an attribute of two values and one of eight; (2, 8) is none
-      vector_width=128      float [B, E]  vectors, embeddings of texts say; zeros are none
+      num_classes=10        int [B]       one of ten classes; null is 10
+      num_classes=(2, 8)    int [B, 2]    an attribute of two values and one of eight; null is (2, 8)
+      vector_width=128      float [B, E]  vectors, such as embeddings of texts; null is zeros
     """
 
     def __init__(
@@ -88,25 +89,28 @@ class Condition(nnx.Module):
         self.time_out = linear(width, width, dtype=dtype, rngs=rngs)
 
         def embed(number: int) -> nnx.Embed:
-            return nnx.Embed(number + 1, width, rngs=rngs, **({"dtype": dtype} if dtype else {}))
+            return nnx.Embed(number + 1, width, dtype=dtype, rngs=rngs)
 
-        self.label = embed(num_classes) if self.kind == "one label" else None
-        self.labels = nnx.List([embed(number) for number in num_classes] if self.kind == "several labels" else [])
-        # Without a bias: zeros add nothing.
-        vector = dict(use_bias=False, dtype=dtype, rngs=rngs)
-        self.vector = nnx.Linear(vector_width, width, **vector) if self.kind == "vectors" else None
+        self.label = embed(num_classes) if num_classes and not isinstance(num_classes, tuple) else None
+        self.labels = nnx.List([embed(number) for number in num_classes] if isinstance(num_classes, tuple) else [])
+        # Without a bias, so that zeros mean "no label".
+        self.vector = nnx.Linear(vector_width, width, use_bias=False, dtype=dtype, rngs=rngs) if vector_width else None
 
     def __call__(self, t: Float[Array, " B"], labels: CheckedLabels | None) -> Float[Array, "B D"]:
+        """Returns the condition vectors; raises ValueError for labels of another kind than the model's."""
         check_args((labels,), t)
-        found = _kind_of(labels)
-        if found != self.kind:
-            raise ValueError(f"the model is told {self.kind} of every row but got {found}.")
+        kind = _kind_of(labels)
+        if kind != self.kind:
+            raise ValueError(f"the model takes {self.kind} for each row, but got {kind}.")
         c = self.time_out(jax.nn.silu(self.time_in(time_features(t, self.time_width))))
         if labels is None:
             return c
-        if self.kind == "several labels":
-            return c + sum(table(labels[:, place]) for place, table in enumerate(self.labels))
-        return c + (self.label if self.kind == "one label" else self.vector)(labels)
+        labels = jnp.asarray(labels)
+        if self.label is not None:
+            return c + self.label(labels)
+        if self.vector is not None:
+            return c + self.vector(labels)
+        return c + sum(table(labels[:, column]) for column, table in enumerate(self.labels))
 
 
 def _kind(num_classes: int | tuple[int, ...], vector_width: int) -> str:
@@ -130,13 +134,13 @@ def _kind_of(labels: CheckedLabels | None) -> str:
 def drop(
     x: Float[Array, "B ..."], rate: int | float, dropout_keys: Key[Array, " B"] | None, name: str
 ) -> Float[Array, "B ..."]:
-    """Zeroes entries with probability `rate` and scales the rest up; the identity without keys.
+    """Sets entries to zero with probability `rate` and scales the others up; the identity without keys.
 
     Args:
-      x: rows.
+      x: activations.
       rate: 0 to 1.
-      dropout_keys: one a row; layers tell theirs apart by `name`.
-      name: of the layer.
+      dropout_keys: one for each row.
+      name: of the layer, from which its noise is derived together with the key.
     """
     if dropout_keys is None or rate == 0.0:
         return x
@@ -152,7 +156,7 @@ def drop(
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B T N H"], v: Float[Array, "B T N H"]
 ) -> Float[Array, "B T N H"]:
-    """Attention of every position to every other; softmax in float32."""
+    """Returns the attention of every position to all positions; the softmax is in float32."""
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bnts,bsnh->btnh", weights, v)

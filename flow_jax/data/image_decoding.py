@@ -1,4 +1,4 @@
-"""Picture files as training data: decoded by PIL, the middle cut to a square, resized with antialiasing."""
+"""Decodes image files with PIL: the central square, resized with antialiasing."""
 
 import io
 
@@ -12,25 +12,25 @@ MODES = {1: "L", 3: "RGB"}  # PIL's, by channels
 
 
 def decode(data: bytes, size: int, channels: int) -> UInt8[np.ndarray, "{size} {size} {channels}"]:
-    """The bytes of a file as a square picture.
+    """Decodes the bytes of a file to a square image.
 
-    EXIF's orientation is applied, alpha dropped, grey made RGB or RGB grey; of an animation the first frame counts. The
-    largest square in the middle is resized by PIL's bicubic kernel, which widens where it shrinks; a picture of that
-    size already keeps its values.
+    The EXIF orientation is applied, alpha is dropped, grey is converted to RGB or RGB to grey, and only the first frame
+    of an animation is used. The largest central square is resized by PIL's bicubic filter with antialiasing; an image
+    that has the size already keeps its values.
 
     Raises:
-      BadRow: the bytes are no complete picture, or one of more than 8 bits a channel.
+      BadRow: the bytes are not a complete image, or one with more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        raise BadRow(f"no picture format that is known ({len(data)} bytes): replace the file.") from None
+        raise BadRow(f"unknown image format ({len(data)} bytes): replace the file.") from None
     except Exception as error:  # PIL's plugins raise SyntaxError, struct.error, ValueError and more on corrupt bytes
-        raise BadRow(f"cannot decode the picture ({len(data)} bytes): {error}: replace the file.") from error
+        raise BadRow(f"cannot decode the image ({len(data)} bytes): {error}: replace the file.") from error
     if image.mode.startswith("I") or image.mode == "F":
-        raise BadRow(f"the picture's mode is {image.mode}, expected 8 bits a channel: convert the file.")
+        raise BadRow(f"the image's mode is {image.mode}, expected 8 bits per channel: convert the file.")
     image = image.convert(MODES[channels])
     if image.size != (size, size):
         side = min(image.size)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow_jax.data import picture_files
-from flow_jax.data.picture_pairs import ImagePairs
-from flow_jax.data.picture_sets import ArrayPictures, FolderPictures, TfdsPictures
-from flow_jax.data.pictures import ImageData, open_data, read
-from tests.flow_jax.pictures_on_disk import encoded, pixels, prepare, write_folder
+from flow_jax.data import image_decoding
+from flow_jax.data.image_datasets import ImageData, open_data, read
+from flow_jax.data.image_pairs import ImagePairs
+from flow_jax.data.image_sets import ArrayImages, FolderImages, TfdsImages
+from tests.flow_jax.images_on_disk import encoded, pixels, prepare, write_folder
 from train_jax.config import base as configs
 from train_jax.core.errors import UserError
 from train_jax.core.row_errors import BadRow, BadRows
@@ -36,11 +36,11 @@ def settings(**changes):
 
 def test_a_file_of_the_right_size_keeps_its_values():
     image = pixels(0)
-    np.testing.assert_array_equal(picture_files.decode(encoded(image), 8, 3), image)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(image), 8, 3), image)
     transparent = np.dstack([image, np.full((8, 8), 7, np.uint8)])
-    np.testing.assert_array_equal(picture_files.decode(encoded(transparent), 8, 3), image)
-    np.testing.assert_array_equal(picture_files.decode(encoded(image[..., 0]), 8, 3), image[..., :1].repeat(3, axis=2))
-    assert picture_files.decode(encoded(image), 8, 1).shape == (8, 8, 1)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(transparent), 8, 3), image)
+    np.testing.assert_array_equal(image_decoding.decode(encoded(image[..., 0]), 8, 3), image[..., :1].repeat(3, axis=2))
+    assert image_decoding.decode(encoded(image), 8, 1).shape == (8, 8, 1)
 
 
 def test_the_middle_is_cut_out_and_shrunk_with_antialiasing():
@@ -48,7 +48,7 @@ def test_the_middle_is_cut_out_and_shrunk_with_antialiasing():
     image = np.zeros((16, 32, 3), np.uint8)
     image[:, 8:24] = 100
     image[:, 8:24:2] = 200
-    small = picture_files.decode(encoded(image), 4, 3)
+    small = image_decoding.decode(encoded(image), 4, 3)
     assert np.abs(small.astype(int)[:, 1:-1] - 150).max() <= 3 and small.min() > 120
 
 
@@ -57,27 +57,27 @@ def test_a_photograph_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by half a circle
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(picture_files.decode((tmp_path / "a.png").read_bytes(), 8, 3), image[::-1, ::-1])
+    np.testing.assert_array_equal(image_decoding.decode((tmp_path / "a.png").read_bytes(), 8, 3), image[::-1, ::-1])
 
 
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"text", "no picture format that is known"),
-        (encoded(pixels(0))[:80], "cannot decode the picture"),
-        (encoded(np.ones((8, 8), np.uint16)), "expected 8 bits a channel"),
+        (b"text", "unknown image format"),
+        (encoded(pixels(0))[:80], "cannot decode the image"),
+        (encoded(np.ones((8, 8), np.uint16)), "expected 8 bits per channel"),
     ],
 )
-def test_what_is_no_picture_is_a_bad_row(data, sentence):
+def test_a_file_that_is_not_an_image_is_a_bad_row(data, sentence):
     with pytest.raises(BadRow, match=sentence):
-        picture_files.decode(data, 8, 3)
+        image_decoding.decode(data, 8, 3)
 
 
 # Sets.
 
 
 def test_class_folders_are_labels(folder):
-    pictures = FolderPictures(folder, 8, 3)
+    pictures = FolderImages(folder, 8, 3)
     assert pictures.classes == ["a", "b", "c"] and len(pictures) == 30
     image, label = pictures[13]
     np.testing.assert_array_equal(image, pixels(103))
@@ -108,13 +108,13 @@ def test_tfds_is_read_by_row(prepared):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": "folder"}, "data.folder is None, expected where the pictures"),
+        ({"name": "folder"}, "data.folder is None, expected the folder of the images"),
         ({"name": "folder", "folder": "nowhere"}, "there is no folder nowhere"),
-        ({"name": "folder", "folder": "EMPTY"}, "holds no pictures, expected files that end in .png"),
+        ({"name": "folder", "folder": "EMPTY"}, "contains no images, expected files that end in .png"),
         ({"name": "folder", "folder": "FOLDER/a"}, "has no labels, expected class folders"),
         ({"name": "folder", "folder": "FOLDER", "num_classes": 4}, "data.num_classes is 4, but the data have 3"),
         ({"name": "folder", "folder": "FOLDER", "held_out_folder": "FOLDER/a"}, "other class folders"),
-        ({"name": "folder", "folder": "FOLDER", "held_out_fraction": 0.01}, "of 30 pictures holds 0 out"),
+        ({"name": "folder", "folder": "FOLDER", "held_out_fraction": 0.01}, "of 30 images holds out 0"),
         ({"name": "folder", "folder": "FOLDER", "channels": 4}, "data.channels is 4, expected 1 .grey. or 3"),
         ({"name": "folder", "folder": "FOLDER", "image_size": None}, "data.image_size is None, expected the side"),
         ({"name": "digits", "image_size": 16}, "data.image_size is 16, but digits have 8"),
@@ -134,16 +134,16 @@ def test_what_is_refused(changes, sentence, folder, prepared, tmp_path):
         open_data(settings(**changes))
 
 
-def test_grey_pictures_are_told_of(tmp_path):
+def test_grey_images_need_one_channel(tmp_path):
     with pytest.raises(UserError, match="have 1 channel.s., expected 3: set data.channels=1"):
-        TfdsPictures(prepare(tmp_path, channels=1), "train", "image", "label", 8, 3)
+        TfdsImages(prepare(tmp_path, channels=1), "train", "image", "label", 8, 3)
 
 
 def test_files_beside_class_folders_are_refused(tmp_path):
     write_folder(tmp_path, classes=1, each=1)
     (tmp_path / "stray.png").write_bytes(encoded(pixels(0)))
-    with pytest.raises(UserError, match="holds stray.png beside folders of pictures"):
-        FolderPictures(tmp_path, 8, 3)
+    with pytest.raises(UserError, match="contains stray.png beside folders of images"):
+        FolderImages(tmp_path, 8, 3)
 
 
 # What feeds the step.
@@ -155,13 +155,13 @@ def pairs_of(data: ImageData, coupling="independent", **options) -> ImagePairs:
 
 def memory(number: int, classes: int = 2) -> ImageData:
     images = np.stack([pixels(row) for row in range(number)])
-    pictures = ArrayPictures(images, np.arange(number) % max(classes, 1))
+    pictures = ArrayImages(images, np.arange(number) % max(classes, 1))
     return ImageData(pictures, pictures, 8, 3, 256, classes)
 
 
 def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
     root = write_folder(tmp_path, broken=("a/03.png", "b/07.png"))
-    pictures = FolderPictures(root, 8, 3)
+    pictures = FolderImages(root, 8, 3)
     rows = np.array([2, 3, 4, 17, 20])
     for coupling in ("independent", "exact"):
         pairs = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), coupling, max_bad_fraction=0.5)
@@ -171,7 +171,7 @@ def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
         np.testing.assert_allclose(step["x_1"][[0, 2]], np.stack([pixels(2), pixels(4)]) / 127.5 - 1, atol=1e-6)
         pairs.on_rows(rows, step["bad"])
         assert pairs.bad_rows == {3: "a/03.png", 17: "b/07.png"}
-    with pytest.raises(BadRow, match="cannot decode the picture"):
+    with pytest.raises(BadRow, match="cannot decode the image"):
         pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), on_error="raise").get_batch(rows, 0)
     strict = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3))
     strict.on_rows(rows, step["bad"])
@@ -180,14 +180,14 @@ def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
 
 
 def test_a_lost_file_is_a_bad_row(tmp_path):
-    pictures = FolderPictures(write_folder(tmp_path), 8, 3)
+    pictures = FolderImages(write_folder(tmp_path), 8, 3)
     (tmp_path / "a/00.png").unlink()
     with pytest.raises(BadRow, match="cannot be read"):
         pictures[0]
 
 
-def test_held_out_pictures_are_read_without_the_bad_ones(tmp_path):
-    pictures = FolderPictures(write_folder(tmp_path, broken=("a/03.png",)), 8, 3)
+def test_held_out_images_are_read_without_bad_ones(tmp_path):
+    pictures = FolderImages(write_folder(tmp_path, broken=("a/03.png",)), 8, 3)
     (images, labels), *rest = read(pictures, np.arange(12), BadRows(12, "skip", 0.5))
     assert not rest and len(images) == 11 and labels.tolist() == [0] * 9 + [1] * 2
     np.testing.assert_array_equal(images[3], pixels(4))
@@ -203,7 +203,7 @@ def test_rows_stay_in_their_order_whatever_the_coupling():
     assert np.square(coupled["x_0"] - coupled["x_1"]).sum() < np.square(plain["x_0"] - plain["x_1"]).sum()
 
 
-def test_without_labels_pairs_are_the_cheapest_of_all():
+def test_without_labels_pairs_have_the_least_cost_of_all():
     rows = np.arange(12)
     within, across = (pairs_of(memory(12, classes), "exact").get_batch(rows, 1) for classes in (2, 0))
     assert "label" not in across
@@ -211,7 +211,7 @@ def test_without_labels_pairs_are_the_cheapest_of_all():
     assert cost[1] < cost[0]
 
 
-def test_flips_are_a_function_of_seed_step_and_picture():
+def test_flips_are_a_function_of_seed_step_and_image():
     data, rows = memory(40), np.arange(40)
     plain = pairs_of(data).get_batch(rows, 3)["x_1"]
     flipped = pairs_of(data, flip=True).get_batch(rows, 3)["x_1"]
@@ -239,7 +239,7 @@ def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
     assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
 
-def test_made_up_shapes_differ_between_sides_and_rows():
+def test_synthetic_images_differ_between_splits_and_rows():
     data = open_data(settings(name="shapes"))
     assert data.num_classes == 3 and len(data.train) == 2000 and len(data.held_out) == 200
     images = {side[row].pixels.tobytes() for side in (data.train, data.held_out) for row in range(50)}
@@ -252,13 +252,13 @@ def test_hidden_folders_are_no_classes_and_nested_files_belong_to_theirs(tmp_pat
     for name in (".ipynb_checkpoints/1.png", "a/more/2.png", "a/more/still/3.tiff", "b/notes.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encoded(pixels(7)))
-    pictures = FolderPictures(root, 8, 3)
+    pictures = FolderImages(root, 8, 3)
     assert pictures.classes == ["a", "b", "c"] and len(pictures) == 8
     assert [pictures.label(row) for row in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
     assert sum(map(len, pictures.left_out.values())) == 2 and "notes.txt" in caplog.text
 
 
-def test_copies_of_a_picture_are_on_one_side(tmp_path):
+def test_copies_of_an_image_are_in_one_split(tmp_path):
     root = write_folder(tmp_path)
     whole = open_data(settings(name="folder", folder=str(root)))
     held = {whole.held_out.name(row) for row in range(len(whole.held_out))}
@@ -270,13 +270,13 @@ def test_copies_of_a_picture_are_on_one_side(tmp_path):
     assert len(held) == 6 and len(data.held_out) == 12
     for file in root.glob("*/*.png"):
         file.write_bytes(encoded(pixels(0)))
-    with pytest.raises(UserError, match="1 different picture.s. among 60 files"):
+    with pytest.raises(UserError, match="1 different image.s. among 60 files"):
         open_data(settings(name="folder", folder=str(root)))
 
 
 def test_the_fingerprint_is_of_the_bytes(tmp_path):
     root = write_folder(tmp_path, each=2)
-    before = FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint
-    assert FolderPictures(root, 8, 3).fingerprint == before
+    before = FolderImages(root, 8, 3, tmp_path / "cache").fingerprint
+    assert FolderImages(root, 8, 3).fingerprint == before
     (root / "a/00.png").write_bytes(encoded(pixels(999)))
-    assert FolderPictures(root, 8, 3, tmp_path / "cache").fingerprint != before
+    assert FolderImages(root, 8, 3, tmp_path / "cache").fingerprint != before

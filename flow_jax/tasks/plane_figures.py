@@ -1,4 +1,4 @@
-"""Pictures of a flow in the plane: samples, density, learned field, trajectories, and the flow as an animation."""
+"""Figures of a flow in the plane: samples, density, learned field, trajectories, and an animation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +18,16 @@ Trajectories = Float[np.ndarray, "T n 2"]
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 _TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_MARGIN = 1.1  # axes reach this far beyond the data
+_MARGIN = 1.1  # ratio of the axes' limits to the data's
 
 
 def half_width(*points: Points) -> float:
-    """Of a square around the origin that shows all points but the odd one."""
+    """Returns the half width of a square around the origin that contains 99.9 % of the coordinates."""
     return _MARGIN * max(float(np.quantile(np.abs(x), 0.999)) for x in points)
 
 
 def draw_samples(path: Path, data: Points, samples: Points, noise: Points) -> None:
-    """Noise, samples and held-out data side by side, on the same axes."""
+    """Draws noise, samples and held-out data side by side, with the same limits."""
     reach = half_width(data)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     titles = ("x_0, what the flow starts from", "x_1, sampled", "x_1, held-out data")
@@ -38,12 +38,13 @@ def draw_samples(path: Path, data: Points, samples: Points, noise: Points) -> No
 
 
 def draw_density(path: Path, data: Points, log_density: Callable[[Points], np.ndarray], cells: int = 64) -> None:
-    """The model's density, exp(log p) on a grid, beside a histogram of the data on the same scale.
+    """Draws the model's density on a grid beside a histogram of the data, on the same scale.
 
     Args:
-      data: some ten points a cell, or the histogram is nothing but noise.
-      log_density: log p of points [n, 2], in nats, [n].
-      cells: of the grid, a side.
+      path: of the file.
+      data: about ten points per cell or more; with fewer the histogram is noisy.
+      log_density: points [n, 2] -> log p in nats [n].
+      cells: number of cells along each side of the grid.
     """
     reach = half_width(data)
     edges = np.linspace(-reach, reach, cells + 1)
@@ -63,10 +64,13 @@ def draw_density(path: Path, data: Points, log_density: Callable[[Points], np.nd
 
 
 def draw_field(path: Path, velocity: Velocity, trajectories: Trajectories, times: Float[np.ndarray, " T"]) -> None:
-    """The learned field at five times, with the points that are there then.
+    """Draws the learned field at five times, with the samples at these times.
 
     Args:
-      trajectories: positions of the same points at `times`.
+      path: of the file.
+      velocity: the model.
+      trajectories: positions of the samples at `times`.
+      times: increasing.
     """
     reach = half_width(trajectories[0], trajectories[-1])
     line = np.linspace(-reach, reach, 19, dtype=np.float32)
@@ -82,7 +86,7 @@ def draw_field(path: Path, velocity: Velocity, trajectories: Trajectories, times
 
 
 def draw_trajectories(path: Path, trajectories: Trajectories, lines: int = 300) -> None:
-    """The ways of the first points from noise to data."""
+    """Draws the trajectories of the first samples from noise to data."""
     shown = trajectories[:, :lines]
     figure = Figure(figsize=(6, 6.2), layout="constrained")
     axes = figure.subplots()
@@ -95,25 +99,28 @@ def draw_trajectories(path: Path, trajectories: Trajectories, lines: int = 300) 
 
 
 def animate(path: Path, trajectories: Trajectories, pixels: int = 320, milliseconds: int = 60) -> None:
-    """The flow as an animated GIF; it rests at its end, then begins anew.
+    """Draws the flow as an animated GIF, which pauses at its end and repeats.
 
     Args:
-      trajectories: positions at evenly spaced times, a frame each.
+      path: of the file.
+      trajectories: positions at evenly spaced times, one per frame.
+      pixels: side of the image.
+      milliseconds: duration of a frame.
     """
     reach = half_width(trajectories[0], trajectories[-1])
     colors = (matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
     frames = []
     for points in trajectories:
-        places = ((points + reach) / (2 * reach) * pixels).astype(int)
-        places = places[((places >= 0) & (places < pixels)).all(1)]
+        cells = ((points + reach) / (2 * reach) * pixels).astype(int)
+        cells = cells[((cells >= 0) & (cells < pixels)).all(1)]
         counts = np.zeros((pixels, pixels))
-        np.add.at(counts, (pixels - 1 - places[:, 1], places[:, 0]), 1.0)
-        for axis in (0, 1):  # a point is three pixels wide, or it would not be seen
+        np.add.at(counts, (pixels - 1 - cells[:, 1], cells[:, 0]), 1.0)
+        for axis in (0, 1):  # makes a point three pixels wide, so that it is visible
             counts = counts + np.roll(counts, 1, axis) + np.roll(counts, -1, axis)
         levels = np.minimum(255, 60 * counts).astype(np.uint8)
         frames.append(Image.fromarray(colors[levels]))
-    waits = [milliseconds] * (len(frames) - 1) + [1500]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=waits, loop=0)
+    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _square(axes, reach: float, title: str) -> None:
