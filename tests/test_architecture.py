@@ -36,14 +36,23 @@ def test_each_function_calls_the_next(what, line):
         owner, _, name = place.partition(":")[2].rpartition(".")
         called = {"__init__": owner, "__call__": "o_proj"}.get(name, name)  # a projection is called by its attribute
         assert called in names_in(caller), f"{what}: {place} is not called"
-    files = [place.partition(":")[0] for place in places]
-    start = max(i for i, file in enumerate(files) if file in README)
-    assert len(dict.fromkeys(files[start:])) <= 3, f"{what}: more than two jumps"
+    if what != "a batch":  # it goes on below the loss
+        files = [place.partition(":")[0] for place in places]
+        start = max(i for i, file in enumerate(files) if file in README)
+        assert len(dict.fromkeys(files[start:])) <= 3, f"{what}: more than two jumps"
+
+
+def test_a_batch_climbs_once():
+    """From the pipeline to the loss, one call goes from a lower floor to a higher one: the runtime's to the task."""
+    (line,) = (line for what, line in LINES if what == "a batch")
+    floors = ("train_jax/", "paligemma_jax/models/", "paligemma_jax/losses/", "paligemma_jax/tasks/")
+    heights = [next(i for i, floor in enumerate(floors) if place.startswith(floor)) for place in line.split(" > ")]
+    assert sum(after > before for before, after in zip(heights, heights[1:], strict=False)) == 1
 
 
 def test_the_page_has_every_jump():
-    named = {"loss of the main job", "the step", "LoRA forward", "the flow loss", "sharding rules", "the SigLIP loss"}
-    assert {what for what, _ in LINES} == named
+    named = {"loss of the main job", "the step", "a batch", "LoRA forward", "the flow loss", "sharding rules"}
+    assert {what for what, _ in LINES} == named | {"the SigLIP loss"}
 
 
 def test_the_readme_has_the_reading_path():

@@ -51,7 +51,7 @@ def _default(key: Key) -> str:
 
 def _values(key: Key) -> str:
     optional = " or None" if key.optional else ""
-    return (key.values() or key.type.__name__) + optional
+    return (key.values() or key.value_type.__name__) + optional
 
 
 def _note(key: Key) -> str:

@@ -242,7 +242,8 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
         raise UserError(f"{error}: correct the flag") from error
     if unknown:
         raise _override_error(unknown[0], config, flag_names)
-    return {key: values[f"config.{key}"].value for key in leaves(config) if values[f"config.{key}"].present}
+    given = {key: values[f"config.{key}"] for key in leaves(config)}
+    return {key: str(flag.value) for key, flag in given.items() if flag.present}
 
 
 def _override_error(argument: str, config: ConfigDict, flag_names: list[str]) -> UserError:

@@ -41,7 +41,7 @@ class Key:
       resume_safe: a resumed run may change it, as it does not change the mathematics.
       architecture: it shapes the model, so an evaluation of a run may not change it.
       default: the value if a config does not set one; `made`: it depends on the machine.
-      type: of the value; a config holds whole numbers where it is float, too.
+      value_type: type of the value; a config may hold a whole number for float.
       optional: the value may be None.
     """
 
@@ -55,7 +55,7 @@ class Key:
     architecture: bool = False
     default: Any = None
     made: bool = False
-    type: type = object
+    value_type: type = object
     optional: bool = False
 
     def check(self, name: str, value: Any) -> None:
@@ -157,7 +157,7 @@ def declared(keys: Any, prefix: str = "", **known: bool) -> dict[str, Key]:
             continue
         kind, optional = _kind(hints[field.name])
         entry = field.metadata.get("key", Key(""))
-        found[name] = dataclasses.replace(entry, default=value, type=kind, optional=optional, **known)
+        found[name] = dataclasses.replace(entry, default=value, value_type=kind, optional=optional, **known)
     return found
 
 

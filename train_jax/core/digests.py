@@ -109,7 +109,7 @@ def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays to an .npz; where that is not possible, the next start computes them again."""
     try:
         with atomic(place) as draft:
-            np.savez(draft, **arrays)
+            np.savez(draft, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
     except OSError as error:
         logging.warning("%s is not kept (%s); it is computed again at the next start.", place, error)
 

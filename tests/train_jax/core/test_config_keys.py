@@ -69,8 +69,10 @@ def test_what_is_known_of_a_key():
         *("decay", "scale", "bias", "folder"),
         *("loss.name", "loss.negatives", "loss.share", "view.crop"),
     ]
-    assert known["loss.name"] == Key("the loss", ("sigmoid", "softmax"), architecture=True, default="sigmoid", type=str)
-    assert known["bias"].optional and known["bias"].default == -10.0 and known["bias"].type is float
+    assert known["loss.name"] == Key(
+        "the loss", ("sigmoid", "softmax"), architecture=True, default="sigmoid", value_type=str
+    )
+    assert known["bias"].optional and known["bias"].default == -10.0 and known["bias"].value_type is float
     assert known["folder"].made and known["folder"].resume_safe
     assert known["view.crop"].resume_safe and known["view.crop"].default == 0.5
 
