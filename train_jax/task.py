@@ -67,6 +67,10 @@ class Task(abc.ABC):
     has_splits: bool = True
     """Whether `evaluate` accepts a split; if False, --split is refused."""
 
+    op_classes: Sequence[tuple[str, str]] = ()
+    """(class, pattern) pairs for the plan command, which sums estimated time by class: an operation is of the first
+    class whose pattern is found in "file:function" of a place that it was traced from."""
+
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
 

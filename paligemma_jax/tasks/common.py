@@ -49,6 +49,18 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 )
 
 
+OP_CLASSES = (
+    ("dequantisation", r"adapt/quantization/"),
+    ("vocabulary", r"losses/(vocab_projection|chunked_\w+|token_chunks)\.py:|:Embedder\."),
+    ("loss", r"paligemma_jax/losses/"),
+    ("vision", r"models/vit\.py:|:ViT\.|:\w+\.encode_image"),
+    ("attention", r"models/attention\.py:|:\w*Attention\."),
+    ("feed-forward", r":\w*Mlp\.|:\w*MLP\."),
+    ("norms", r"models/norms\.py:"),
+)
+"""Classes of operations of the towers and the decoder, see `Task.op_classes`."""
+
+
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_parts(mesh)`."""
     size = len(next(iter(arrays.values())))

@@ -14,7 +14,7 @@ from train_jax.optim import optimizers
 from train_jax.parallel.sharding import mesh_shape
 
 
-def validate(config: ConfigDict, training: bool = True) -> None:
+def validate(config: ConfigDict, training: bool = True, device_count: int | None = None) -> None:
     """Checks keys, types, ranges, durations and the batch against `base_config(config.task)` and the devices.
 
     Initialises JAX's backend, so several processes call `jax.distributed.initialize` first.
@@ -22,6 +22,7 @@ def validate(config: ConfigDict, training: bool = True) -> None:
     Args:
       config: the finished config.
       training: also check that the training batch fits the devices; a run may be evaluated on others.
+      device_count: devices of the run; None for those that JAX has.
 
     Raises:
       UserError: the first fault found.
@@ -34,7 +35,7 @@ def validate(config: ConfigDict, training: bool = True) -> None:
     optimizers.check(config.optimizer)
     _check_durations(config)
     if training:
-        _check_batch(config, jax.device_count(), jax.process_count())
+        _check_batch(config, device_count or jax.device_count(), jax.process_count())
 
 
 def unknown_key(key: str, config: ConfigDict) -> UserError:

@@ -65,19 +65,26 @@ def mesh_shape(sizes: Mapping[str, int] | ConfigDict, device_count: int, process
     return shape
 
 
-def make_mesh(sizes: Mapping[str, int] | ConfigDict) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of a config's `mesh` with axes ("data", "fsdp", "tensor"), all `AxisType.Auto`.
 
     data=-1, the default, means all devices: one on a laptop, eight on a TPU host. Devices are ordered by process, so
     that process p of n holds the p-th part of the batch, the rows of `local_rows`. (`jax.make_mesh` may interleave
     processes, and its axes are Explicit by default.)
 
+    Args:
+      sizes: as for `mesh_shape`.
+      devices: to use in place of JAX's own, for programs that are compiled but not run.
+
     Raises:
       UserError: as `mesh_shape`.
     """
-    shape = mesh_shape(sizes, jax.device_count(), jax.process_count())
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    grid = np.array(devices[: math.prod(shape.values())]).reshape(tuple(shape.values()))
+    if devices is None:
+        shape, devices = mesh_shape(sizes, jax.device_count(), jax.process_count()), jax.devices()
+    else:
+        shape = mesh_shape(sizes, len(devices))
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered[: math.prod(shape.values())]).reshape(tuple(shape.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable, Mapping
 
 from train_jax.plan.hlo import Instruction, Module, calls, dimensions
 
@@ -23,22 +24,27 @@ def product_flops(module: Module) -> int:
 
     A `while` of unknown length counts once, and of the branches of a `conditional` the most expensive one.
     """
+    return computation_flops(module)(module.entry)
+
+
+def computation_flops(module: Module) -> Callable[[str], int]:
+    """Returns a function from the name of a computation to the FLOPs of one execution of it, with its calls."""
 
     @functools.cache
-    def computation_flops(name: str) -> int:
+    def flops_of(name: str) -> int:
         instructions = module.computations.get(name, [])
         types = {instruction.name: instruction.type for instruction in instructions}
         total = 0
         for instruction in instructions:
-            inner = [times * computation_flops(called) for called, times in calls(instruction)]
+            inner = [times * flops_of(called) for called, times in calls(instruction, module)]
             branches = instruction.opcode == "conditional"
-            total += _instruction_flops(instruction, types) + (max(inner, default=0) if branches else sum(inner))
+            total += instruction_flops(instruction, types) + (max(inner, default=0) if branches else sum(inner))
         return total
 
-    return computation_flops(module.entry)
+    return flops_of
 
 
-def _instruction_flops(instruction: Instruction, types: dict[str, str]) -> int:
+def instruction_flops(instruction: Instruction, types: Mapping[str, str]) -> int:
     """Returns the FLOPs of one instruction without its calls; `types` maps instructions of its computation to types."""
     rest = instruction.rest
     if instruction.opcode == "dot":
@@ -54,7 +60,7 @@ def _instruction_flops(instruction: Instruction, types: dict[str, str]) -> int:
     return 2 * math.prod(dimensions(instruction.type)) * math.prod(left[axis] for axis in axes)
 
 
-def _convolution_flops(instruction: Instruction, types: dict[str, str]) -> int:
+def _convolution_flops(instruction: Instruction, types: Mapping[str, str]) -> int:
     """Returns the FLOPs of a convolution without products with padding or with the gaps of a dilated input."""
     image, kernel, result = _labelled_sizes(instruction, types)
     match = _WINDOW.search(instruction.rest)
@@ -70,7 +76,7 @@ def _convolution_flops(instruction: Instruction, types: dict[str, str]) -> int:
     return flops
 
 
-def _labelled_sizes(instruction: Instruction, types: dict[str, str]) -> list[dict[str, int]]:
+def _labelled_sizes(instruction: Instruction, types: Mapping[str, str]) -> list[dict[str, int]]:
     """Returns {label: size} for the axes of image, kernel and result of a convolution."""
     operands = _OPERANDS.findall(instruction.rest)[:2]
     labels = _LABELS.search(instruction.rest)
@@ -79,7 +85,7 @@ def _labelled_sizes(instruction: Instruction, types: dict[str, str]) -> list[dic
     return [dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), shapes, strict=True)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _products_along_axis(
     image: int, kernel: int, result: int, low: int, stride: int, kernel_dilation: int, image_dilation: int
 ) -> int:

@@ -1,7 +1,8 @@
 """Parses the text of a compiled program, to count the bytes of collectives and of copied operands.
 
 The text is XLA's (`compiled.as_text()`) after partitioning, so shapes are those of one device. It contains the body of
-a loop once; the loop's `known_trip_count` is its number of iterations. A loop of unknown length counts once.
+a loop once; the loop's `known_trip_count` is its number of iterations, or, in programs for TPUs, which lack it, the
+constant that its condition compares the counter with. A loop of unknown length counts once.
 """
 
 import functools
@@ -18,6 +19,8 @@ _SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_NUMBER = re.compile(r"(\d+)\)")
 _HALF = ("bf16", "f16")
 
 
@@ -81,7 +84,7 @@ def collectives(module: Module) -> Counter[tuple[str, str]]:
             if kind in COLLECTIVES:
                 total[kind, instruction.type] += 1
             elif not instruction.opcode.endswith(("-done", "-update")):
-                for called, times in calls(instruction):
+                for called, times in calls(instruction, module):
                     for key, count in computation_collectives(called).items():
                         total[key] += times * count
         return total
@@ -97,13 +100,27 @@ def collective_bytes(module: Module) -> dict[str, int]:
     return {kind: total[kind] for kind in COLLECTIVES if total[kind]}
 
 
-def calls(instruction: Instruction) -> list[tuple[str, int]]:
+def calls(instruction: Instruction, module: Module) -> list[tuple[str, int]]:
     """Returns the computations that an instruction calls, and how often."""
-    trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
     names = _CALLED.findall(instruction.rest)
     for branches in _BRANCHES.findall(instruction.rest):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
-    return [(name, int(trips[1]) if trips else 1) for name in names]
+    times = _trip_count(instruction, module) if instruction.opcode == "while" else 1
+    return [(name, times) for name in names]
+
+
+def _trip_count(loop: Instruction, module: Module) -> int:
+    """Returns the iterations of a `while`; 1 if they are unknown, as of a loop that may end early."""
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = _CONDITION.search(loop.rest)
+    instructions = list(module.computations.get(condition[1], ())) if condition else []
+    if instructions and instructions[-1].opcode == "fusion":  # the comparison may be fused
+        instructions += [inner for name, _ in calls(instructions[-1], module) for inner in module.computations[name]]
+    if not instructions or instructions[-1].opcode != "compare" or "direction=LT" not in instructions[-1].rest:
+        return 1
+    limits = {int(match[1]) for one in instructions if one.opcode == "constant" and (match := _NUMBER.match(one.rest))}
+    return limits.pop() if len(limits) == 1 else 1
 
 
 def float32_copies(module: Module) -> int:
@@ -145,5 +162,5 @@ def _executed(module: Module) -> set[str]:
         reached.add(name)
         for instruction in module.computations[name]:
             if instruction.opcode in ("while", "call", "conditional"):
-                todo += [called for called, _ in calls(instruction)]
+                todo += [called for called, _ in calls(instruction, module)]
     return reached

@@ -1,14 +1,17 @@
 """Plans the memory, compute and communication of a run without running it.
 
-    python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--mesh=data=2,fsdp=4]
+    python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--tpu=v5e:4x4] [--mesh=data=2,fsdp=4]
 
 Compiles the training step and the programs of evaluation for abstract arrays: reads no weights or data and allocates
 nothing, so that a laptop can plan for a pod. Prints the memory, FLOPs and bytes of collectives of one device, and which
-common accelerators have enough memory. `--devices` plans for N (CPU) devices instead of the available ones; other
-arguments are those of train.py. Plans every run of a sweep, but only one of runs that differ in their seed.
+common accelerators have enough memory. `--devices` plans for N (CPU) devices instead of the available ones. `--tpu`
+compiles with the TPU's own compiler for a slice that need not be there (the extra [tpu]), and adds its estimate of the
+time by class of operation; `--profile` lists the most expensive source lines. Other arguments are those of train.py.
+Plans every run of a sweep, but only one of runs that differ in their seed.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -23,31 +26,38 @@ from train_jax.core import param_tree, row_sharding
 from train_jax.core.errors import UserError
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.plan import flops, hlo
+from train_jax.plan import cost, flops, hlo
 from train_jax.plan.report import Program, RunPlan, report
+from train_jax.plan.tpu import Slice, open_slice
 from train_jax.step import placement, train_step
 from train_jax.step.placement import PlacedModel
 from train_jax.sweep import run as sweep
 from train_jax.system.memory import step_memory
 from train_jax.task import Blueprint
 
+OP_CLASSES = (("optimizer", r"train_jax/optim/|/optax/|train_state\.py:"),)
 NOMINAL_EXAMPLES = 1_000_000  # stands for the size of the data, which only affects the schedule
 
 
-def plan(config: ConfigDict) -> RunPlan:
-    """Compiles all programs of a run for the available devices and returns its plan.
+def plan(config: ConfigDict, tpu: Slice | None = None) -> RunPlan:
+    """Compiles all programs of a run and returns its plan.
+
+    Args:
+      config: of the run.
+      tpu: the slice to compile for; None for the available devices.
 
     Raises:
       UserError: the config is invalid, or the task has no `blueprint` (see task.py).
     """
-    validate(config)
-    mesh = sharding.make_mesh(config.mesh)
+    validate(config, device_count=None if tpu is None else len(tpu.devices))
+    mesh = sharding.make_mesh(config.mesh, None if tpu is None else tpu.devices)
     blueprint = task_class(config.task).blueprint(config, mesh)
     placed = placement.abstract(blueprint.task, blueprint.model, mesh)
     device = mesh.devices.flat[0].device_kind
+    compiler = _Compiler(mesh, tpu, (*OP_CLASSES, *blueprint.task.op_classes))
     if blueprint.task.trainable() is None:
         frozen = sharding.device_bytes(placed.frozen)
-        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, placed, frozen, mesh))
+        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, placed, frozen, compiler))
     steps = Durations.of(config, NOMINAL_EXAMPLES)
     schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
@@ -57,7 +67,8 @@ def plan(config: ConfigDict) -> RunPlan:
     traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
     state_bytes = sharding.device_bytes((start, placed.frozen))
     held = state_bytes + sharding.device_bytes((totals, batch))
-    programs = [_compiled("training step", traced, held, mesh), *_evaluations(blueprint, placed, state_bytes, mesh)]
+    programs = [compiler.compile("training step", traced, held)]
+    programs += _evaluations(blueprint, placed, state_bytes, compiler)
     trainable = sharding.device_bytes(start.params)
     return RunPlan(
         device=device,
@@ -70,12 +81,29 @@ def plan(config: ConfigDict) -> RunPlan:
     )
 
 
-def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, mesh: Mesh) -> list[Program]:
+class _Compiler(NamedTuple):
+    """Compiles programs for a mesh, whose devices may be those of a slice that is not there."""
+
+    mesh: Mesh
+    tpu: Slice | None
+    op_classes: Sequence[tuple[str, str]]
+
+    def compile(self, name: str, traced: jax.stages.Traced, held: int) -> Program:
+        """Returns the plan of a program that runs while `held` bytes are in use."""
+        if self.tpu is None:
+            return program_of(name, traced.lower().compile(), held, self.mesh)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        program = program_of(name, compiled, held, self.mesh)
+        return program._replace(cost=cost.program_cost(compiled.as_text() or "", self.tpu.chip, self.op_classes))
+
+
+def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, compiler: _Compiler) -> list[Program]:
     """Returns the programs of an evaluation that runs while `state_bytes` are in use."""
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
         held = state_bytes + sharding.device_bytes(arguments)
-        programs.append(_compiled(f"evaluation: {name}", _traced(placed, function, arguments, mesh), held, mesh))
+        traced = _traced(placed, function, arguments, compiler.mesh)
+        programs.append(compiler.compile(f"evaluation: {name}", traced, held))
     return programs
 
 
@@ -97,10 +125,6 @@ def _traced(placed: PlacedModel, function, arguments: tuple, mesh: Mesh) -> jax.
         return function(param_tree.merge(placed.graph, arrays), *arguments)
 
     return jax.jit(row_sharding.within(mesh, program)).trace(placed.trainable | placed.frozen, *arguments)
-
-
-def _compiled(name: str, traced: jax.stages.Traced, held: int, mesh: Mesh) -> Program:
-    return program_of(name, traced.lower().compile(), held, mesh)
 
 
 def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) -> Program:
@@ -134,6 +158,8 @@ def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("devices", None, "plan for this many simulated CPU devices", 1, flag_values=values)
     flags.DEFINE_list("mesh", [], "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
+    flags.DEFINE_string("tpu", None, "plan for a slice of TPUs, e.g. v5e:4x4 (the extra [tpu])", flag_values=values)
+    flags.DEFINE_bool("profile", False, "with --tpu: list the most expensive source lines", flag_values=values)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,9 +170,12 @@ def main(argv: Sequence[str]) -> None:
     if values.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", values.devices)
+    if values.tpu is not None:
+        jax.config.update("jax_platforms", "cpu")  # what runs beside the compiler
+    tpu = None if values.tpu is None else open_slice(values.tpu)
     for name, single in runs(config):
         print(f"{name}\n" if name else "", end="")
-        print(report(plan(single)), end="\n\n" if name else "\n", flush=True)
+        print(report(plan(single, tpu), values.profile), end="\n\n" if name else "\n", flush=True)
 
 
 def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:

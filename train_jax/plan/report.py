@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from train_jax.plan.cost import ProgramCost
 from train_jax.plan.hlo import COLLECTIVES
 from train_jax.system.memory import format_bytes
 
@@ -21,6 +22,7 @@ class Program(NamedTuple):
       copies: upper bound of the float32 copies of half-precision weights in `temp` (CPU backend only).
       flops: of matrix products.
       collectives: bytes received, by kind.
+      cost: estimated time, of a program compiled for TPUs.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Program(NamedTuple):
     copies: int
     flops: float
     collectives: dict[str, int]
+    cost: ProgramCost | None = None
 
     @property
     def total(self) -> int:
@@ -59,8 +62,13 @@ class RunPlan(NamedTuple):
         return max(program.total - program.copies for program in self.programs)
 
 
-def report(plan: RunPlan) -> str:
-    """Returns the text of a plan; all numbers are for one device."""
+def report(plan: RunPlan, profile: bool = False) -> str:
+    """Returns the text of a plan; all numbers are for one device.
+
+    Args:
+      plan: of a run.
+      profile: list the most expensive source lines of programs for TPUs.
+    """
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     lines = [
         f"compiled for {plan.device}, mesh {mesh}; all numbers are for one device",
@@ -79,7 +87,40 @@ def report(plan: RunPlan) -> str:
             f"up to {format_bytes(copies)} of temp are float32 copies of half-precision weights, which only the CPU "
             "backend makes",
         ]
+    for program in plan.programs:
+        if program.cost is not None:
+            lines += ["", time_table(program.name, program.cost)]
+            lines += ["", source_table(program.cost)] if profile else []
     return "\n".join([*lines, "", cards_table(plan)])
+
+
+def time_table(name: str, cost: ProgramCost) -> str:
+    """Returns a table of a program's estimated time by class of operation, and what bounds it."""
+    total = cost.seconds
+    rows = [["", "estimate", "share", "bound", "FLOPs", "HBM"]]
+    for kind, one in cost.classes.items():
+        seconds = one.cycles / cost.chip.clock
+        sizes = [f"{one.flops:.3g}", format_bytes(one.bytes)]
+        rows.append([kind, _milliseconds(seconds), f"{seconds / total:.1%}", _milliseconds(cost.bound(one)), *sizes])
+    rows.append(["collectives", "", "", _milliseconds(cost.collective_seconds), "", ""])
+    head = (
+        f"{name} on {cost.chip.name}: {_milliseconds(total)} by the compiler's estimate, without collectives; products "
+        f"at {cost.utilisation:.1%} of the peak"
+    )
+    calls = ", ".join(f"{call} ({number} times)" for call, number in cost.unestimated.items())
+    return "\n".join([head, aligned(rows), *([f"not estimated: {calls}"] if calls else [])])
+
+
+def source_table(cost: ProgramCost, most: int = 10) -> str:
+    """Returns the source lines with the largest estimates."""
+    rows = [["share", "source", "operation"]]
+    cycles = sum(one.cycles for one in cost.classes.values())
+    rows += [[f"{number / cycles:.1%}", place, kind] for place, kind, number in cost.sources[:most]]
+    return aligned(rows, left=(1, 2))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def programs_table(plan: RunPlan) -> str:
@@ -92,7 +133,7 @@ def programs_table(plan: RunPlan) -> str:
         sizes = [program.held, program.temp, program.output, program.total, *[program.copies] * with_copies]
         received = [format_bytes(program.collectives.get(kind, 0)) for kind in kinds]
         rows.append([program.name, *map(format_bytes, sizes), f"{program.flops:.3g}", *received])
-    text = _aligned(rows)
+    text = aligned(rows)
     return text if kinds else f"{text}\nno collectives"
 
 
@@ -107,10 +148,10 @@ def cards_table(plan: RunPlan) -> str:
         else:
             fits = f"no, {format_bytes(plan.peak_without_copies - size * GB)} too much"
         rows.append([card, f"{size} GB", fits])
-    return _aligned(rows, left=(0, 2))
+    return aligned(rows, left=(0, 2))
 
 
-def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

@@ -52,6 +52,7 @@ class Contrastive(Task):
     """Trains a dual encoder; see the module."""
 
     keys = contrastive_config.Keys
+    op_classes = common.OP_CLASSES
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)

@@ -89,6 +89,7 @@ class CoPrompt(Task):
     """Tunes a dual encoder on a few images of each class; see the module."""
 
     keys = coprompt_config.Keys
+    op_classes = common.OP_CLASSES
     validation_metrics = ("val_accuracy",)
     default_split = "test"
 

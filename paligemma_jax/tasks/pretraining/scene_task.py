@@ -84,6 +84,7 @@ class SceneTask(Task):
 
     has_splits = False
     keys = SceneKeys
+    op_classes = common.OP_CLASSES
 
     def __init__(self, config: ConfigDict, mesh):
         if config.micro_batch not in (None, config.batch_size):

@@ -55,6 +55,7 @@ class VQA(Task):
     """Fine-tunes a PaliGemma on questions; see the module."""
 
     keys = vqa_config.Keys
+    op_classes = common.OP_CLASSES
     validation_metrics = ("accuracy", "loss", "examples")
 
     def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., nnx.Module] | None = None):

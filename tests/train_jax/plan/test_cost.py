@@ -1,0 +1,102 @@
+"""Estimates of a program that the TPU's compiler has compiled: loops, classes, sources, bytes; see tests/golden/tpu."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from train_jax.core.errors import UserError
+from train_jax.plan import cost, flops, hlo, report, tpu
+
+TEXT = (Path(__file__).parents[2] / "golden/tpu/step.hlo").read_text(encoding="utf-8")
+CLASSES = (("layer", r"program\.py:layer"), ("loss", r"program\.py:loss"))
+LAYERS, ROWS, WIDTH = 6, 512 // 4, 512
+V5E = tpu.CHIPS["TPU v5 lite"]
+
+
+def test_loops_count_with_the_constant_of_their_condition():
+    module = hlo.parse(TEXT)
+    assert "known_trip_count" not in TEXT
+    assert flops.product_flops(module) == LAYERS * 3 * 2 * ROWS * WIDTH * WIDTH  # forward, and two backward
+    assert hlo.collective_bytes(module) == {"all-reduce": LAYERS * WIDTH * WIDTH * 2}
+
+
+@pytest.mark.parametrize(
+    ("condition", "times"),
+    [
+        ("%n = s32[] constant(7)\n  ROOT %lt = pred[] compare(%i, %n), direction=LT", 7),
+        ("%n = s32[] constant(7)\n  ROOT %lt = pred[] fusion(%i, %n), calls=%less", 7),
+        ("%n = s32[] constant(7)\n  ROOT %and = pred[] and(%lt, %running)", 1),  # it may end early
+        ("%n = s32[] constant(7)\n  ROOT %ne = pred[] compare(%i, %n), direction=NE", 1),
+    ],
+)
+def test_a_loop_without_a_trip_count(condition, times):
+    text = f"""
+%less (a: s32[], b: s32[]) -> pred[] {{
+  ROOT %lt = pred[] compare(%a, %b), direction=LT
+}}
+
+%condition (p: (s32[], f32[4])) -> pred[] {{
+  {condition}
+}}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %r = f32[4]{{0}} all-reduce(%a), to_apply=%add
+}}
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %w = (s32[], f32[4]) while(%t), condition=%condition, body=%body
+}}
+"""
+    assert hlo.collective_bytes(hlo.parse(text)) == {"all-reduce": times * 16}
+
+
+def test_cost_by_class():
+    found = cost.program_cost(TEXT, V5E, CLASSES)
+    layer = found.classes["layer"]
+    assert layer.flops == flops.product_flops(hlo.parse(TEXT))
+    # Kernels are read from HBM forward and backward; activations and gradients stay on the chip.
+    assert layer.bytes == 2 * LAYERS * WIDTH * WIDTH * 2
+    assert found.bound(layer) == max(layer.flops / V5E.flops, layer.bytes / V5E.bandwidth) <= found.seconds
+    assert found.seconds == sum(one.cycles for one in found.classes.values()) / 1.5e9
+    assert found.received == LAYERS * WIDTH * WIDTH * 2
+    assert found.collective_seconds == found.received / V5E.link_bandwidth
+    assert list(found.classes)[0] == "layer" and "loss" in found.classes and cost.OTHER in found.classes
+    assert found.unestimated == {}
+
+
+def test_cycles_are_those_that_the_compiler_notes():
+    """Added up by hand from the text: each loop runs six times, all else once."""
+    module, once = hlo.parse(TEXT), {}
+    for name, body in module.computations.items():
+        once[name] = sum(int(n) for one in body for n in re.findall(r'"estimated_cycles":"(\d+)"', one.rest))
+    loops = [one for one in module.computations[module.entry] if one.opcode == "while"]
+    bodies = [name for loop in loops for name in re.findall(r"body=%([\w.\-]+)", loop.rest)]
+    expected = once[module.entry] + LAYERS * sum(once[name] for name in bodies)
+    assert sum(operation.cycles for operation in cost.operations(TEXT)) == expected
+
+
+def test_the_innermost_source_line_is_named():
+    lines = (Path(__file__).parents[2] / "golden/tpu/program.py").read_text(encoding="utf-8").splitlines()
+    place, kind, _ = cost.program_cost(TEXT, V5E, ()).sources[0]
+    number = int(place.partition(":")[2].partition(" ")[0])
+    assert kind == "dot_general" and place.endswith(" layer") and "x @ kernel" in lines[number - 1]
+
+
+def test_a_core_has_its_share_of_a_chip():
+    core = tpu.CHIPS["TPU v4"].core(2)
+    assert (core.memory, core.flops, core.clock) == (16e9, 137.5e12, 1.05e9)
+
+
+def test_the_table_of_times():
+    text = report.time_table("training step", cost.program_cost(TEXT, V5E, CLASSES))
+    assert text.startswith(
+        "training step on v5e: 0.129 ms by the compiler's estimate, without collectives; products at 4.7%"
+    )
+    assert "layer" in text and "collectives" in text
+
+
+def test_without_libtpu_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--tpu=v5e:2x2 needs libtpu, .*: pip install 'paligemma-jax\[tpu\]'$"):
+        tpu.open_slice("v5e:2x2")
