@@ -138,16 +138,22 @@ def programs_table(plan: RunPlan) -> str:
 
 
 def cards_table(plan: RunPlan) -> str:
-    """Returns a table of common accelerators: whether the peak fits, perhaps only without the CPU's copies."""
+    """Returns a table of common accelerators, or of the TPU compiled for: whether the peak fits its memory.
+
+    A run may fit only without the float32 copies of the CPU backend.
+    """
+    cards = CARDS
+    if (cost := plan.programs[0].cost) is not None:
+        cards = {f"TPU {cost.chip.name}": cost.chip.memory / GB}
     rows = [["card", "memory", "fits"]]
-    for card, size in CARDS.items():
+    for card, size in cards.items():
         if plan.peak <= size * GB:
-            fits = f"yes, {format_bytes(size * GB - plan.peak)} left"
+            fits = f"yes, {format_bytes(int(size * GB) - plan.peak)} left"
         elif plan.peak_without_copies <= size * GB:
-            fits = f"without the CPU's copies: {format_bytes(size * GB - plan.peak_without_copies)} left"
+            fits = f"without the CPU's copies: {format_bytes(int(size * GB) - plan.peak_without_copies)} left"
         else:
-            fits = f"no, {format_bytes(plan.peak_without_copies - size * GB)} too much"
-        rows.append([card, f"{size} GB", fits])
+            fits = f"no, {format_bytes(plan.peak_without_copies - int(size * GB))} too much"
+        rows.append([card, f"{size:g} GB", fits])
     return aligned(rows, left=(0, 2))
 
 

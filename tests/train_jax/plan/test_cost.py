@@ -96,6 +96,12 @@ def test_the_table_of_times():
     assert "layer" in text and "collectives" in text
 
 
+def test_fits_is_of_the_chip_that_was_compiled_for():
+    program = report.Program("step", 10**9, 10**9, 0, 0, 1.0, {}, cost.program_cost(TEXT, V5E, CLASSES))
+    plan = report.RunPlan("TPU v5 lite", {"data": 4}, 0, 0, 0, 0, [program])
+    assert report.cards_table(plan).splitlines()[1:] == ["TPU v5e   16 GB  yes, 13.0 GiB left"]
+
+
 def test_without_libtpu_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--tpu=v5e:2x2 needs libtpu, .*: pip install 'paligemma-jax\[tpu\]'$"):

@@ -89,14 +89,14 @@ def test_the_plan_equals_the_run(real, changes):
 
 def test_nothing_is_allocated_while_planning(monkeypatch):
     """None of the 1.2 GB of its layers is allocated when a program is compiled."""
-    held, original = [], plan_command._compiled
+    held, original = [], plan_command.program_of
 
     def compiled(*arguments):
         held.append(sum(array.nbytes for array in live_arrays()))
         return original(*arguments)
 
     before = sum(array.nbytes for array in live_arrays())
-    monkeypatch.setattr(plan_command, "_compiled", compiled)
+    monkeypatch.setattr(plan_command, "program_of", compiled)
     planned = plan(config(model__width=12_288))
     assert planned.trainable > 1.2 * 10**9 and held == [before, before]
 
@@ -151,9 +151,9 @@ def test_every_run_of_a_sweep_is_planned_once():
     sweep = tuple((f"{width}-{seed}", {"model.width": width, "seed": seed}) for seed in (0, 1) for width in (8, 16))
     single = config()
     assert plan_command.runs(single) == [("", single)]
-    result = plan_command.runs(config(sweep=sweep))
+    result = plan_command.runs(config(sweep__runs=sweep))
     assert [(name, each.model.width) for name, each in result] == [("8-0", 8), ("16-0", 16)]
-    assert all(each.sweep == () for _, each in result)
+    assert all(each.sweep.runs == () for _, each in result)
 
 
 # The command.
