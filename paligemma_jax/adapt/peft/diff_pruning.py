@@ -107,7 +107,7 @@ def diff_projections(model: nnx.Module) -> dict[str, Projection]:
 def expected_share(model: nnx.Module) -> Float[Array, ""]:
     """Returns the expected share of entries that change, 0 to 1, which is the penalty."""
     kernels = [module.kernel for module in diff_projections(model).values()]
-    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # or 0 for the type checker
+    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # a cast, as an empty sum would be 0
     return nonzero / sum(kernel.size for kernel in kernels)
 
 

@@ -118,7 +118,7 @@ def test_clip_equals_transformers(clip):
     np.testing.assert_allclose(softmax_loss(images, texts, model.logit_scale[...]), case["loss"], rtol=2e-5)
 
 
-def test_clip_reads_the_same_with_and_without_its_mask(clip):
+def test_clip_does_not_depend_on_its_padding_mask(clip):
     """Padding stands behind the EOS that is pooled, and the tower is causal."""
     case, model, (_, texts, _) = clip
     unmasked, _ = encode_text(model, jnp.asarray(case["input_ids"], jnp.int32))
@@ -196,7 +196,7 @@ def test_quick_gelu_by_hand():
     close(quick_gelu(jnp.asarray([0.0, 1.0, -2.0])), [0, 1 / (1 + math.exp(-1.702)), -2 / (1 + math.exp(3.404))], 1e-6)
 
 
-def test_a_causal_tower_does_not_look_ahead_and_the_other_does(small):
+def test_only_a_causal_tower_ignores_later_tokens(small):
     tokens = jnp.asarray([[3, 4, 5, 6, 7, 8]])
     changed = tokens.at[0, -1].set(9)
     for causal in (True, False):
@@ -229,7 +229,7 @@ def test_pixels_beyond_the_last_whole_patch_are_not_read(small):
     np.testing.assert_array_equal(features, cut)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_configs_and_inputs_are_refused():
     with pytest.raises(ValueError, match="expected 'class' with one"):
         DualEncoderConfig(VISION, TEXT, embed_dim=16, pool="class")
     with pytest.raises(ValueError, match="expected the vision tower's width 16"):

@@ -75,7 +75,7 @@ def test_greedy_tokens_and_scores_equal_transformers(gemma_2_model, gemma_2_case
 
 
 @pytest.mark.parametrize("change", [dict(sliding_window=None), dict(sliding_window=7), dict(final_softcap=None)])
-def test_the_golden_notices_the_window_and_the_cap(gemma_2_model, gemma_2_case, change):
+def test_the_golden_depends_on_the_window_and_the_cap(gemma_2_model, gemma_2_case, change):
     """The check of the tests above: without them, other logits."""
     config = gemma_2_model.config.replace(decoder=change)
     other = nnx.clone(gemma_2_model)
@@ -169,12 +169,12 @@ def test_cached_decoding_equals_the_full_forward(decoder):
         np.testing.assert_allclose(hidden[:, 0], full[:, i], atol=1e-5)
 
 
-def test_only_a_window_that_cuts_costs_anything(decoder):
+def test_a_window_longer_than_the_cache_is_free(decoder):
     assert set(decoder.empty_cache(2, 4)) == {"k", "v"}
     assert set(decoder.empty_cache(2, 5)) == {"k", "v", "positions"}
 
 
-def test_what_lies_beyond_the_window_reaches_no_further_than_the_layers_carry_it(decoder):
+def test_receptive_field_of_windowed_layers(decoder):
     """Layers 0 and 2 are windowed, layer 1 is not: with layer 1 windowed too, reach would be 3 * 3 = 9 positions."""
     length = 14
     graph, arrays = param_tree.split(decoder)

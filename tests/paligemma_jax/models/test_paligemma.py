@@ -63,7 +63,7 @@ def test_parameters_of_paligemma_2(name):
     assert config.vision.image_size == 448
 
 
-def test_what_tells_the_sizes_of_paligemma_2_apart():
+def test_sizes_of_paligemma_2_differ_in():
     scales = {name: variant(f"{name}-224").decoder.query_scale for name in GEMMA_2_SIZES}
     assert scales == {"pg2-3b": None, "pg2-10b": None, "pg2-28b": 1 / 12}
     for name in GEMMA_2_SIZES:
@@ -169,7 +169,7 @@ def test_a_missing_input_mask_means_that_all_tokens_are_real(forward, small_batc
     np.testing.assert_array_equal(forward(**batch | dict(mask_input=None))[0], expected)
 
 
-def test_batch_mates_change_nothing(forward, small_batch, logits):
+def test_rows_do_not_depend_on_other_rows(forward, small_batch, logits):
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in small_batch.items()}
         real = np.asarray(alone["mask_input"][0])
@@ -210,7 +210,7 @@ def test_intermediates_have_their_names_and_shapes(forward, small_batch):
     assert {array.dtype for array in [logits, *out.values()]} == {jnp.dtype("float32")}
 
 
-def test_logits_are_the_tied_table_applied_to_the_hidden_states(forward, small_model, small_batch):
+def test_logits_are_hidden_states_times_the_tied_embedding(forward, small_model, small_batch):
     logits, out = forward(**small_batch)
     table = small_model.decoder.embed_tokens.embedding[...]
     np.testing.assert_allclose(logits, out["hidden"] @ table.T, rtol=0, atol=1e-4)

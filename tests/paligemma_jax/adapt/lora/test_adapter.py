@@ -54,7 +54,7 @@ def read_adapter(folder, shapes):
     for key, weight in load_file(folder / "adapter_model.safetensors").items():
         path, layer = our_path(key)
         layers.setdefault(path, {})[layer] = weight.T
-    stacked = {path: np.stack([found[i] for i in range(len(found))]) for path, found in layers.items()}
+    stacked = {path: np.stack([arrays[i] for i in range(len(arrays))]) for path, arrays in layers.items()}
     return {path: jnp.asarray(array.reshape(shapes[path].shape)) for path, array in stacked.items()}
 
 

@@ -148,7 +148,7 @@ def test_options_that_do_not_differ_are_plain_lora(small_model):
         ({"rank_pattern": {".*/layers/0/.*": 0}}, "lora has rank 0, expected 1 or more"),
     ],
 )
-def test_options_that_fit_nothing(small_model, options, sentence):
+def test_options_that_match_nothing_are_refused(small_model, options, sentence):
     with pytest.raises(UserError, match=sentence):
         attach(small_model, **options)
 

@@ -80,7 +80,7 @@ def test_masks_with_two_texts_of_each_image(which, devices):
     check(make_batch(texts_of_each=2), mesh_of(devices), chunk_size=3, **MASKS[which])
 
 
-def test_rows_that_are_not_valid_are_as_if_they_were_not_there():
+def test_invalid_rows_do_not_count():
     zimg, ztxt, *scalars = make_batch(5)
     valid = jnp.asarray([True, False, True, True, False])
     some = jnp.flatnonzero(valid)
@@ -194,7 +194,7 @@ def test_hugging_face_goldens(golden):
         (6, dict(devices=2, axis=("data", "model")), "axis model, expected some of data, fsdp, tensor"),
     ],
 )
-def test_mistakes_are_told(texts, options, sentence):
+def test_user_errors(texts, options, sentence):
     devices = options.pop("devices", None)
     mesh = mesh_of(devices) if devices else None
     with pytest.raises(UserError, match=sentence):

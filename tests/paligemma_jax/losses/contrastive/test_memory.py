@@ -102,7 +102,7 @@ def operand(instruction):
     return re.search(r"%?([\w.\-]+)[,)]", instruction.rest)[1]
 
 
-def test_half_precision_embeddings_travel_as_they_are():
+def test_half_precision_embeddings_are_sent_in_half_precision():
     arguments, mesh = abstract_batch(1024, WIDTH, 8, jnp.bfloat16)
     loss = jax.jit(lambda *a: sigmoid_loss(*a, mesh=mesh, chunk_size=CHUNK)).lower(*arguments)
     text = loss.as_text()
