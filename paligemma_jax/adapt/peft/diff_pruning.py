@@ -7,7 +7,7 @@ al. 2018),
 
 so that P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)) has a gradient. The penalty is proportional to its sum
 over all entries, the expected number of entries that change. Outside training z is sigmoid(log_alpha), stretched and
-clipped alike. A run saves the difference in a sparse format.
+clipped in the same way. A run saves the difference in a sparse format.
 """
 
 import math

@@ -189,7 +189,7 @@ def test_refusals_are_one_sentence(small_model):
         pg.quantize(small_model, "fp4")
     with pytest.raises(UserError, match=r"block size of nf4 is 32, expected 64 or 128"):
         pg.quantize(small_model, "nf4", block_size=32)
-    with pytest.raises(UserError, match=r"double quantisation is asked for with int8, expected nf4"):
+    with pytest.raises(UserError, match=r"double quantisation is set for int8, expected nf4"):
         pg.quantize(small_model, "int8", double=True)
     with pytest.raises(UserError, match=r"quantize targets: 'decoder/q' matches none"):
         pg.quantize(small_model, "nf4", targets="decoder/q")
