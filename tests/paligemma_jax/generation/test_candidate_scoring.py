@@ -1,4 +1,4 @@
-"""Candidate likelihoods in one forward pass against one forward pass a candidate."""
+"""Candidate likelihoods in one forward pass against one forward pass per candidate."""
 
 import jax
 import jax.numpy as jnp

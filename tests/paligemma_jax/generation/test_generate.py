@@ -18,7 +18,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def big_vision(big_vision_model, big_vision_case):
-    """Model, arrays, and the greedy run that several tests look at."""
+    """Model, arrays, and the greedy run that several tests use."""
     model, case = big_vision_model, big_vision_case
     return model, case, *run(model, case, case["dec_text"], case["dec_mask_input"])
 
@@ -28,7 +28,7 @@ def run(model, case, tokens, mask, eos_id=-1, **options):
 
 
 def left_padded(tokens, mask, pad=0):
-    """The same prompts, pads first."""
+    """The same prompts with padding on the left."""
     rows = [
         np.concatenate([np.full((~real).sum(), pad), row[real]]) for row, real in zip(tokens, mask > 0, strict=True)
     ]

@@ -37,7 +37,7 @@ def test_temperature_zero_is_greedy():
 def test_top_k_and_nucleus_renormalize():
     assert_drawn_from(frequencies("top_k", top_k=2), [0, 0.4, 0, 0.3, 0])
     assert_drawn_from(frequencies("nucleus", top_p=0.8), [0, 0.4, 0, 0.3, 0.15])
-    # At temperature 1/2 the probabilities are 16, 9, 2.25, ... of 28.5: two words hold 0.87 of the mass.
+    # At temperature 1/2 the probabilities are 16, 9, 2.25, ... of 28.5: two tokens have 0.87 of the mass.
     assert_drawn_from(frequencies("nucleus", top_p=0.8, temperature=0.5), [0, 16, 0, 9, 0])
 
 
@@ -65,7 +65,7 @@ def test_lower_ids_win_ties():
 
 
 def test_nucleus_of_mass_one_keeps_tokens_that_rounding_hides():
-    logits = jnp.array([[0.0, -40.0, -50.0]])  # the running sum is 1 after the first word
+    logits = jnp.array([[0.0, -40.0, -50.0]])  # the running sum is 1 after the first token
     assert nucleus_mask(logits, 1.0).all()
     np.testing.assert_array_equal(nucleus_mask(logits, 0.999)[0], [True, False, False])
 

@@ -1,4 +1,4 @@
-"""Token cross entropy against the plain loss (kept here): value, gradients, masks, types, memory, sharding."""
+"""Token cross entropy against the plain loss: value, gradients, masks, types, memory, sharding."""
 
 import math
 
@@ -37,7 +37,7 @@ def assert_close(got, want, rtol=2e-5, atol=1e-5):
     [
         (4, None, None),  # 21 tokens of 3 rows: 1 of each row per chunk, the last chunks hold padding
         (1000, None, 2.0),  # one chunk
-        (8, 10, None),  # 37 words: 3 blocks of 10 and one of 7
+        (8, 10, None),  # 37 tokens: 3 blocks of 10 and one of 7
         (1, 37, 2.0),  # one block
         (2, 10, 2.0),  # fewer tokens than rows
         (4, 64, None),  # a block larger than the vocabulary
@@ -116,7 +116,7 @@ def test_half_precision_accumulates_in_float32(dtype, tolerance, vocab_chunk):
 
 
 def test_float16_keeps_gradients_that_a_loss_scale_can_save():
-    """Each wrong word has probability 3e-10, which float16 does not know; their sum must reach the hidden state."""
+    """Each wrong token has probability 3e-10, which float16 cannot represent; their sum must reach the hidden state."""
     width, vocab = 4, 2000
     embedding = jnp.zeros((vocab, width), jnp.float16).at[0, 0].set(22.0).at[1:, 1].set(1.0)
     hidden = jnp.zeros((1, 1, width), jnp.float16).at[..., 0].set(1.0)

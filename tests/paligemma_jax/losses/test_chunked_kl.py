@@ -1,4 +1,4 @@
-"""The divergence of next words against the plain one (kept here): value, gradient, masks, types, memory, sharding."""
+"""The token divergence against the plain one: value, gradient, masks, types, memory, sharding."""
 
 import math
 
@@ -31,7 +31,7 @@ def make_batch(shape=(3, 7), width=5, vocab=37, dtype=jnp.float32):
     [
         (1.0, 24, None, None),  # 21 tokens of 3 rows: chunks of 6, the last one holds padding
         (2.0, 1000, None, 2.0),  # one chunk
-        (0.5, 16, 10, 2.0),  # 37 words: 3 blocks of 10 and one of 7
+        (0.5, 16, 10, 2.0),  # a vocabulary of 37: 3 blocks of 10 and one of 7
         (2.0, 1, 64, None),  # a token at a time, a block larger than the vocabulary
     ],
 )
@@ -59,7 +59,7 @@ def test_divergence_is_zero_for_equal_states_alone():
 
 
 def test_closed_form_of_two_words():
-    """Of a sure and an undecided model, in this direction: log 2 less the entropy of the sure one."""
+    """For a confident and a uniform model, in this direction: log 2 minus the entropy of the confident one."""
     embedding, states = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [math.log(3)]])
     p = 0.75
     expected = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))

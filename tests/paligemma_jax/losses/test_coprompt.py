@@ -1,4 +1,4 @@
-"""CoPrompt's loss: closed forms, who gets a gradient, and what is left out of the program."""
+"""CoPrompt's loss: closed forms, which branch gets gradients, and which terms are computed."""
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def test_the_loss_is_the_sum_of_its_parts(small, batch):
 
 
 def test_arrays_that_are_not_used_may_be_missing(small, batch):
-    """Of a batch without it, the loss can be traced."""
+    """The loss can be traced with a batch that lacks the unused arrays."""
 
     def parts(keys, *arguments, **options):
         given = {key: batch[key] for key in ("images", "labels", "tokens", *keys)}

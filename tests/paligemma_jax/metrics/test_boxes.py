@@ -53,6 +53,6 @@ def test_against_all_matchings(seed):
 
 def test_labels_and_surplus_boxes():
     assert match(boxes(0, label="ball"), boxes(0)).tolist() == [0]
-    assert match(boxes(0, 0, 0), boxes(0)).tolist() == [1]  # three boxes on one object find it once
+    assert match(boxes(0, 0, 0), boxes(0)).tolist() == [1]  # of three boxes on one object one is matched
     assert match(boxes(0), boxes(0, 0)).tolist() in ([1, 0], [0, 1])
     assert match([], boxes(0, 5)).tolist() == [0, 0] and match(boxes(0), []).tolist() == []

@@ -1,4 +1,4 @@
-"""SigLIP and CLIP against transformers and big_vision, and what a dual encoder's parts promise."""
+"""SigLIP and CLIP against transformers and big_vision, and properties of a dual encoder's parts."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.reader import load
 from train_jax.core import param_tree
 
-# Tolerances as the golden READMEs ask.
+# Tolerances of the golden READMEs.
 EMBEDS, LOGITS, HIRES = 2e-5, 2e-4, 1e-4
 
 TEXT = TextConfig(vocab_size=31, length=6, width=16, depth=2, mlp_dim=24, num_heads=2)
@@ -119,7 +119,7 @@ def test_clip_equals_transformers(clip):
 
 
 def test_clip_does_not_depend_on_its_padding_mask(clip):
-    """Padding stands behind the EOS that is pooled, and the tower is causal."""
+    """Padding follows the pooled EOS, and the tower is causal."""
     case, model, (_, texts, _) = clip
     unmasked, _ = encode_text(model, jnp.asarray(case["input_ids"], jnp.int32))
     close(unmasked, texts, 1e-6)

@@ -89,7 +89,7 @@ def test_invalid_rows_do_not_count():
 
 
 def test_duplicate_texts_are_no_negatives():
-    """Texts 0 and 2 are one text: its pair with the other's image is the only one that does not count."""
+    """Texts 0 and 2 are equal: only the pair of each with the other's image does not count."""
     batch = make_batch(3)
     mask = jnp.ones((3, 3), bool).at[0, 2].set(False).at[2, 0].set(False)
     np.testing.assert_allclose(ours(*batch, text_ids=jnp.asarray([7, 5, 7])), ours(*batch, mask=mask), rtol=1e-6)
@@ -104,7 +104,7 @@ def test_only_some_arguments_are_differentiated(argnums):
 
 
 def test_a_locked_tower_costs_no_products():
-    """Of the three products of a sigmoid step (logits, gradients of images and of texts) one falls away."""
+    """Of the three products of a sigmoid step (logits, gradients of images and of texts) one is omitted."""
     batch = make_batch(chunk := 16)
 
     def products(argnums):
@@ -130,7 +130,7 @@ def test_half_precision_embeddings_accumulate_in_float32(dtype, rounding):
 
 
 def test_gradients_too_small_for_float16_are_kept_by_a_loss_scale():
-    """At -10 a negative pushes with 5e-5 / B; the factor 2^15 comes after the sums and before the cast."""
+    """At a logit of -10 a negative has a gradient of 5e-5 / B; the factor 2^15 follows the sums, before the cast."""
     zimg, ztxt, log_scale, _ = make_batch(64, dtype=jnp.float16)
 
     def scaled(loss):
