@@ -132,7 +132,7 @@ def token_scores(
     vocab_chunk: int | None = None,
     softcap: float | None = None,
 ) -> TokenScores:
-    """Returns log-probability and arg-max correctness of every target; arguments as of `token_cross_entropy`.
+    """Returns log-probability and arg-max correctness of every target; arguments as in `token_cross_entropy`.
 
     Memory is that of one chunk. Do not differentiate it: autodiff would keep the logits.
     """

@@ -50,7 +50,7 @@ class TextConfig:
 
     @property
     def last_block_pools(self) -> bool:
-        """Whether the last block may compute the pooled position alone; not in a scan, where all layers are alike."""
+        """Whether the last block may compute the pooled position alone; a scan runs the same code for all layers."""
         return self.pool == "last" and self.unroll and self.remat == "none"
 
 

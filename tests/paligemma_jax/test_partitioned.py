@@ -49,10 +49,10 @@ def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
         "sigmoid": Case(SIGLIP, pairs | {"batch_size": 512}, LARGE, evaluates=True),
         "softmax": Case(SIGLIP, pairs | {"loss.name": "softmax", "batch_size": 512}, LARGE),
         "embedded in micro-batches": Case(SIGLIP, pairs | many, ((128,), (16, 128), (2, 16)), passes=6),
-        # A pass of its own reads each image with the frozen tower.
+        # The frozen tower encodes every image in a separate pass.
         "coprompt": Case(str(ROOT / "configs/coprompt.py"), dual, (*EMBEDDINGS, (16, 48)), passes=3),
         "pretraining": Case(str(ROOT / "configs/pretrain.py:smoke"), {"batch_size": 16}),
-        # Compared as a loop, which the stack is wherever weights are gathered; unrolled, one device takes less.
+        # Compared as a loop, as the stack is where weights are gathered; unrolled, one device takes less memory.
         "pretraining of the tower": Case(
             str(ROOT / "configs/pretrain.py:vision,smoke"), {"batch_size": 64, "model.unroll": False}
         ),
@@ -86,7 +86,7 @@ def test_a_device_holds_its_share_of_the_parameters(name):
 
 
 def test_greedy_answers_are_those_of_one_device(mini_options):
-    """To the token, with prompts padded on either side, of rows and weights split over 8 devices."""
+    """With prompts padded on either side, and rows and weights split over 8 devices."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32)
     tokens = rng.integers(3, 1700, (16, 12)).astype(np.int32)
@@ -213,9 +213,9 @@ def test_nothing_made_of_weights_is_kept_for_the_backward_pass(kind, remat):
     mesh, loss, shapes = gradient_of(kind, remat)
     kept = partitioned.kept(mesh, loss, shapes)
     stored = [x for x in jax.tree.leaves(shapes) if x.shape[0] == DEPTH]
-    for size in (64 * 64, 64 * 512):  # no activation has it
+    for size in (64 * 64, 64 * 512):  # no activation has this size
         assert sum(x.size == DEPTH * size for x in kept) <= sum(x.size == DEPTH * size for x in stored)
-    if remat == "none":  # what gate and up make of rows is kept
+    if remat == "none":  # the outputs of gate and up are kept
         assert sum(x.shape == (DEPTH, 8, 3, 512) and x.dtype == np.float32 for x in kept) >= 2
 
 

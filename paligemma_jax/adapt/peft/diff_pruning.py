@@ -7,7 +7,7 @@ al. 2018),
 
 so that P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)) has a gradient. The penalty is proportional to its sum
 over all entries, the expected number of entries that change. Outside training z is sigmoid(log_alpha), stretched and
-clipped alike. A run saves the difference in a sparse format.
+clipped in the same way. A run saves the difference in a sparse format.
 """
 
 import math
@@ -107,7 +107,7 @@ def diff_projections(model: nnx.Module) -> dict[str, Projection]:
 def expected_share(model: nnx.Module) -> Float[Array, ""]:
     """Returns the expected share of entries that change, 0 to 1, which is the penalty."""
     kernels = [module.kernel for module in diff_projections(model).values()]
-    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # or 0 for the type checker
+    nonzero = cast(Array, sum(kernel.expected_nonzero() for kernel in kernels))  # a cast, as an empty sum would be 0
     return nonzero / sum(kernel.size for kernel in kernels)
 
 

@@ -118,9 +118,8 @@ def _encode_blocks(values: Float[Array, "R M K"]) -> tuple[UInt8[Array, "R M K"]
 
 def nearest_code(scaled: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
     """Returns the index of the nearest level for numbers in [-1, 1], by 15 comparisons; ties go to the lower level."""
-    return cast(
-        Array, sum((scaled > midpoint).astype(jnp.uint8) for midpoint in MIDPOINTS)
-    )  # or 0 for the type checker
+    # A cast, as the sum of an empty sequence would be 0.
+    return cast(Array, sum((scaled > midpoint).astype(jnp.uint8) for midpoint in MIDPOINTS))
 
 
 def level(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:

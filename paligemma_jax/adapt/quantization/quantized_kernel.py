@@ -42,7 +42,7 @@ def make_codec(kind: str, block_size: int = 64, double: bool = False) -> Codec:
     if kind not in KINDS:
         raise UserError(f"quantize is {kind!r}, expected one of {', '.join(KINDS)}: choose one of these.")
     if double and kind != "nf4":
-        raise UserError(f"double quantisation is asked for with {kind}, expected nf4: leave double at False.")
+        raise UserError(f"double quantisation is set for {kind}, expected nf4: leave double at False.")
     if kind == "nf4":
         return NF4(block_size, double)
     return Int4(block_size) if kind == "int4" else Int8PerChannel()

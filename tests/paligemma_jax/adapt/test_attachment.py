@@ -33,7 +33,7 @@ def test_detaching_gives_back_the_base(name, small_model):
 
 
 @pytest.mark.parametrize("kind", [Projection, Gemma, GemmaAttention, GemmaBlock])
-def test_models_name_no_method(kind, small_model):
+def test_models_have_no_attributes_of_adapters(kind, small_model):
     for path, module in nnx.iter_modules(small_model):
         if type(module) is kind:
             assert not [name for name in vars(module) if any(word in name for word in WORDS)], path

@@ -1,4 +1,4 @@
-"""Candidate likelihoods in one forward pass against one forward pass a candidate."""
+"""Candidate likelihoods in one forward pass against one forward pass per candidate."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_equal_to_scoring_every_candidate_alone(case, features, separate):
     np.testing.assert_allclose(score_candidates(model, features, tokens, mask, CANDIDATES, MASK), separate, atol=5e-5)
 
 
-def test_padding_side_and_what_stands_on_pads_change_nothing(case, features, separate):
+def test_padding_side_and_ids_of_padding_change_nothing(case, features, separate):
     model, _, tokens, mask = case
     left = np.stack(
         [np.concatenate([np.full((~real).sum(), -9), row[real]]) for row, real in zip(tokens, mask, strict=True)]

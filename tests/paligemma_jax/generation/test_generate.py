@@ -18,7 +18,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def big_vision(big_vision_model, big_vision_case):
-    """Model, arrays, and the greedy run that several tests look at."""
+    """Model, arrays, and the greedy run that several tests use."""
     model, case = big_vision_model, big_vision_case
     return model, case, *run(model, case, case["dec_text"], case["dec_mask_input"])
 
@@ -28,7 +28,7 @@ def run(model, case, tokens, mask, eos_id=-1, **options):
 
 
 def left_padded(tokens, mask, pad=0):
-    """The same prompts, pads first."""
+    """The same prompts with padding on the left."""
     rows = [
         np.concatenate([np.full((~real).sum(), pad), row[real]]) for row, real in zip(tokens, mask > 0, strict=True)
     ]
@@ -94,7 +94,7 @@ def test_cached_decoding_equals_a_full_forward_of_prompt_and_continuation(big_vi
     np.testing.assert_allclose(out["logits"], uncached_logits(model, case, tokens), atol=4e-5)
 
 
-def test_padding_side_and_what_stands_on_pads_change_nothing(big_vision):
+def test_padding_side_and_ids_of_padding_change_nothing(big_vision):
     model, case, tokens, out = big_vision
     text, mask = left_padded(case["dec_text"], case["dec_mask_input"], pad=10**6)
     again, out_again = run(model, case, text, mask)
@@ -127,7 +127,7 @@ def test_draws_are_seeded_by_row_and_do_not_depend_on_batch_mates_or_padding(big
     np.testing.assert_array_equal(cold, case["dec_tokens"])
 
 
-def test_a_row_alone_draws_what_it_draws_in_a_batch_and_features_replace_images(big_vision):
+def test_a_single_row_samples_as_in_a_batch_and_features_replace_images(big_vision):
     model, case, *_ = big_vision
     features = jax.jit(lambda model, images: model.encode_image(images)[0])(model, jnp.asarray(case["image"]))
     options = dict(max_new_tokens=3, eos_id=-1, sampler="temperature", seed=3, temperature=2.0)
@@ -163,13 +163,13 @@ def test_one_compile_serves_all_prompts_seeds_temperatures_and_eos(big_vision, m
 def test_beams_find_likelier_continuations_than_greedy_and_score_them_right(big_vision):
     model, case, tokens, out = big_vision
     prompts, options = (case["dec_text"], case["dec_mask_input"]), dict(sampler="beam", num_beams=3, length_penalty=0.0)
-    found, beams = run(model, case, *prompts, **options)
-    np.testing.assert_allclose(beams["score"], sum_of_log_probs(uncached_logits(model, case, found), found), atol=2e-4)
+    best, beams = run(model, case, *prompts, **options)
+    np.testing.assert_allclose(beams["score"], sum_of_log_probs(uncached_logits(model, case, best), best), atol=2e-4)
     gain = beams["score"] - sum_of_log_probs(out["logits"], tokens)
     assert np.all(gain > -2e-4)
     assert np.any(gain > 1e-2)
     padded, _ = run(model, case, *left_padded(*prompts), **options)
-    np.testing.assert_array_equal(padded, found)
+    np.testing.assert_array_equal(padded, best)
 
 
 def test_row_numbers_may_go_on_from_an_earlier_batch(big_vision):
@@ -211,7 +211,7 @@ def test_user_errors(big_vision, wrong, sentence):
 
 
 @pytest.mark.parametrize("value", [2.5, "5", None, [3]])
-def test_what_is_no_whole_number_is_told_by_its_name(value):
+def test_values_that_are_not_integers_are_refused_by_name(value):
     with pytest.raises(UserError, match="max_new_tokens is .*, expected a whole number"):
         check_integers(max_new_tokens=value)
     check_integers(max_new_tokens=np.int64(3), seed=jnp.int32(3))

@@ -34,10 +34,10 @@ def test_temperature_zero_is_greedy():
         np.testing.assert_array_equal(frequencies(name, temperature=0), [0, 1, 0, 0, 0])
 
 
-def test_top_k_and_nucleus_renormalise_what_they_keep():
+def test_top_k_and_nucleus_renormalize():
     assert_drawn_from(frequencies("top_k", top_k=2), [0, 0.4, 0, 0.3, 0])
     assert_drawn_from(frequencies("nucleus", top_p=0.8), [0, 0.4, 0, 0.3, 0.15])
-    # At temperature 1/2 the probabilities are 16, 9, 2.25, ... of 28.5: two words hold 0.87 of the mass.
+    # At temperature 1/2 the probabilities are 16, 9, 2.25, ... of 28.5: two tokens have 0.87 of the mass.
     assert_drawn_from(frequencies("nucleus", top_p=0.8, temperature=0.5), [0, 16, 0, 9, 0])
 
 
@@ -64,13 +64,13 @@ def test_lower_ids_win_ties():
     assert top_k_mask(logits, 50).all()
 
 
-def test_nucleus_of_mass_one_keeps_words_that_rounding_hides():
-    logits = jnp.array([[0.0, -40.0, -50.0]])  # the running sum is 1 after the first word
+def test_nucleus_of_mass_one_keeps_tokens_that_rounding_hides():
+    logits = jnp.array([[0.0, -40.0, -50.0]])  # the running sum is 1 after the first token
     assert nucleus_mask(logits, 1.0).all()
     np.testing.assert_array_equal(nucleus_mask(logits, 0.999)[0], [True, False, False])
 
 
-def test_steps_and_rows_draw_apart():
+def test_steps_and_rows_use_different_keys():
     keys = row_keys(jax.random.key(1), 64)
     draws = [sample_tokens(make_sampler("temperature"), jnp.zeros((64, 1000)), keys, step) for step in range(2)]
     assert len(set(np.concatenate(draws).tolist())) > 110  # 128 draws of 1000: 120 different ones on average

@@ -1,4 +1,4 @@
-"""Token cross entropy against the plain loss (kept here): value, gradients, masks, types, memory, sharding."""
+"""Token cross entropy against the plain loss: value, gradients, masks, types, memory, sharding."""
 
 import math
 
@@ -37,7 +37,7 @@ def assert_close(got, want, rtol=2e-5, atol=1e-5):
     [
         (4, None, None),  # 21 tokens of 3 rows: 1 of each row per chunk, the last chunks hold padding
         (1000, None, 2.0),  # one chunk
-        (8, 10, None),  # 37 words: 3 blocks of 10 and one of 7
+        (8, 10, None),  # 37 tokens: 3 blocks of 10 and one of 7
         (1, 37, 2.0),  # one block
         (2, 10, 2.0),  # fewer tokens than rows
         (4, 64, None),  # a block larger than the vocabulary
@@ -72,15 +72,15 @@ def test_closed_form_of_a_uniform_model():
     assert loss.dtype == jnp.float32
 
 
-def test_one_gradient_asked_for_alone():
+def test_gradient_of_a_single_argument():
     batch = make_batch()
-    wanted = jax.jit(jax.grad(plain_loss, (0, 1, 3)))(*batch)
-    for argument, want in zip((0, 1, 3), wanted, strict=True):
+    expected = jax.jit(jax.grad(plain_loss, (0, 1, 3)))(*batch)
+    for argument, want in zip((0, 1, 3), expected, strict=True):
         got = jax.jit(jax.grad(token_cross_entropy, argument), static_argnums=4)(*batch, 8)
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5)
 
 
-def test_tokens_of_weight_zero_count_nothing_whatever_they_hold():
+def test_tokens_of_weight_zero_are_ignored_even_if_nan():
     hidden, embedding, targets, weights = make_batch()
     weights = weights.at[:, :2].set(0.0).at[1].set(0.0)
     want = jax.value_and_grad(plain_loss, (0, 1))(hidden, embedding, targets, weights)
@@ -116,7 +116,7 @@ def test_half_precision_accumulates_in_float32(dtype, tolerance, vocab_chunk):
 
 
 def test_float16_keeps_gradients_that_a_loss_scale_can_save():
-    """Each wrong word has probability 3e-10, which float16 does not know; their sum must reach the hidden state."""
+    """Each wrong token has probability 3e-10, which float16 cannot represent; their sum must reach the hidden state."""
     width, vocab = 4, 2000
     embedding = jnp.zeros((vocab, width), jnp.float16).at[0, 0].set(22.0).at[1:, 1].set(1.0)
     hidden = jnp.zeros((1, 1, width), jnp.float16).at[..., 0].set(1.0)
@@ -279,15 +279,15 @@ def test_hidden_states_beyond_float16_saturate_as_in_generation():
     embedding = (0.01 * embedding).astype(jnp.float16)
     large = hidden.at[..., 0].set(1e5)
     clipped = hidden.at[..., 0].set(65504.0).astype(jnp.float16)
-    found, wanted = (jax.jit(token_cross_entropy)(h, embedding, targets, weights) for h in (large, clipped))
-    assert np.isfinite(found) and found == wanted
+    result, expected = (jax.jit(token_cross_entropy)(h, embedding, targets, weights) for h in (large, clipped))
+    assert np.isfinite(result) and result == expected
     np.testing.assert_array_equal(*(token_scores(h, embedding, targets).log_probs for h in (large, clipped)))
     fault = hidden.at[0, :, 0].set(jnp.inf)
     assert not np.isfinite(token_cross_entropy(fault, embedding, targets, jnp.ones_like(weights)))
 
 
 @pytest.mark.parametrize("sizes", [{"chunk_size": 0}, {"chunk_size": -1}, {"vocab_chunk": 0}])
-def test_chunks_of_nothing(sizes):
+def test_chunk_sizes_below_one_are_refused(sizes):
     batch = make_batch()
     ((name, size),) = sizes.items()
     for call in (lambda: token_cross_entropy(*batch, **sizes), lambda: token_log_probs(*batch[:3], **sizes)):

@@ -1,4 +1,4 @@
-"""The divergence of next words against the plain one (kept here): value, gradient, masks, types, memory, sharding."""
+"""The token divergence against the plain one: value, gradient, masks, types, memory, sharding."""
 
 import math
 
@@ -31,7 +31,7 @@ def make_batch(shape=(3, 7), width=5, vocab=37, dtype=jnp.float32):
     [
         (1.0, 24, None, None),  # 21 tokens of 3 rows: chunks of 6, the last one holds padding
         (2.0, 1000, None, 2.0),  # one chunk
-        (0.5, 16, 10, 2.0),  # 37 words: 3 blocks of 10 and one of 7
+        (0.5, 16, 10, 2.0),  # a vocabulary of 37: 3 blocks of 10 and one of 7
         (2.0, 1, 64, None),  # a token at a time, a block larger than the vocabulary
     ],
 )
@@ -49,7 +49,7 @@ def test_value_and_gradient_equal_the_plain_divergence(temperature, chunk_size, 
     np.testing.assert_allclose(got[1], want[1], rtol=2e-5, atol=1e-5)
 
 
-def test_the_same_states_are_at_no_distance_and_any_others_are():
+def test_divergence_is_zero_for_equal_states_alone():
     hidden, frozen, embedding, weights = make_batch()
     measure = jax.jit(jax.value_and_grad(lambda *batch: token_divergence(*batch, vocab_chunk=10)))
     same, gradient = measure(hidden, hidden, embedding, weights)
@@ -59,12 +59,12 @@ def test_the_same_states_are_at_no_distance_and_any_others_are():
 
 
 def test_closed_form_of_two_words():
-    """Of a sure and an undecided model, in this direction: log 2 less the entropy of the sure one."""
+    """For a confident and a uniform model, in this direction: log 2 minus the entropy of the confident one."""
     embedding, states = jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [math.log(3)]])
     p = 0.75
-    wanted = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+    expected = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
     value = jax.jit(token_divergence)(states[:1], states[1:], embedding, jnp.array([2.0]))
-    assert value == pytest.approx(2 * wanted, rel=1e-5) and value.dtype == jnp.float32
+    assert value == pytest.approx(2 * expected, rel=1e-5) and value.dtype == jnp.float32
 
 
 def test_the_gradient_reaches_the_tuned_states_alone():
@@ -72,7 +72,7 @@ def test_the_gradient_reaches_the_tuned_states_alone():
     assert gradients[0].any() and not any(gradient.any() for gradient in gradients[1:])
 
 
-def test_tokens_of_weight_zero_count_nothing_whatever_they_hold():
+def test_tokens_of_weight_zero_are_ignored_even_if_nan():
     hidden, frozen, embedding, weights = make_batch()
     weights = weights.at[:, :2].set(0.0).at[1].set(0.0)
     want = jax.jit(jax.value_and_grad(plain))(hidden, frozen, embedding, weights)
@@ -124,7 +124,7 @@ def test_sharded_equals_one_device():
         ({"vocab_chunk": 0}, "the loss has vocab_chunk=0, expected 1 or more: change it."),
     ],
 )
-def test_mistakes(changes, sentence):
-    with pytest.raises(UserError) as found:
+def test_user_errors(changes, sentence):
+    with pytest.raises(UserError) as error:
         token_divergence(*make_batch(), **changes)
-    assert str(found.value) == sentence
+    assert str(error.value) == sentence

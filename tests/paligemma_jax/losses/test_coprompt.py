@@ -1,4 +1,4 @@
-"""CoPrompt's loss: closed forms, who gets a gradient, and what is left out of the program."""
+"""CoPrompt's loss: closed forms, which branch gets gradients, and which terms are computed."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def test_cross_entropy_is_optax_and_rows_of_weight_zero_do_not_count():
     np.testing.assert_allclose(class_cross_entropy(logits, labels), each.mean(), rtol=1e-6)
     weights = jnp.asarray([1.0, 0.0, 0.5, 1.0])
     spoiled = logits.at[1].set(jnp.inf)
-    wanted = (weights * each).sum() / weights.sum()
-    np.testing.assert_allclose(class_cross_entropy(spoiled, labels, weights), wanted, rtol=1e-6)
+    expected = (weights * each).sum() / weights.sum()
+    np.testing.assert_allclose(class_cross_entropy(spoiled, labels, weights), expected, rtol=1e-6)
     assert class_cross_entropy(spoiled, labels, jnp.zeros(4)) == 0
     gradient = jax.grad(lambda logits: class_cross_entropy(logits, labels, weights))(logits)
     assert (gradient[1] == 0).all()
@@ -106,8 +106,8 @@ def test_the_loss_is_the_sum_of_its_parts(small, batch):
     np.testing.assert_allclose(same, loss, rtol=1e-6)
 
 
-def test_what_is_not_asked_for_is_not_needed(small, batch):
-    """Of a batch without it, the loss can be traced."""
+def test_arrays_that_are_not_used_may_be_missing(small, batch):
+    """The loss can be traced with a batch that lacks the unused arrays."""
 
     def parts(keys, *arguments, **options):
         given = {key: batch[key] for key in ("images", "labels", "tokens", *keys)}

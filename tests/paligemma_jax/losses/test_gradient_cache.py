@@ -54,10 +54,10 @@ def test_gradients_equal_the_direct_ones(micro_batch):
     )
 
 
-def test_rows_keep_their_places():
+def test_rows_keep_their_order():
     rows = jnp.arange(12.0)[:, None]
-    found = embed_in_micro_batches(lambda rows: {"double": 2 * rows}, rows, 4)
-    np.testing.assert_array_equal(found["double"], 2 * rows)
+    result = embed_in_micro_batches(lambda rows: {"double": 2 * rows}, rows, 4)
+    np.testing.assert_array_equal(result["double"], 2 * rows)
 
 
 def test_memory_is_that_of_a_micro_batch():

@@ -8,7 +8,7 @@ import pytest
 from paligemma_jax.metrics.boxes import LabeledBox, intersection_over_union, match, parse_boxes
 
 
-def test_boxes_are_read_in_order_and_all_else_is_passed_over():
+def test_boxes_are_parsed_in_order_and_other_text_is_ignored():
     text = (
         "a cube <loc0001><loc0002><loc0003><loc0004> red cube ; <loc0010><loc0020><loc0030> cut short ; "
         "<loc0100><loc0200><loc0300><loc1023>"
@@ -20,9 +20,9 @@ def test_boxes_are_read_in_order_and_all_else_is_passed_over():
 def test_intersection_over_union_in_closed_form():
     square = [0.0, 0, 10, 10]
     others = np.array([square, [0, 5, 10, 15], [2, 2, 4, 7], [10, 0, 20, 10], [3, 3, 3, 9], [8, 8, 2, 2]], float)
-    found = intersection_over_union(np.array([square]), others)[0]
-    np.testing.assert_allclose(found, [1, 50 / 150, 10 / 100, 0, 0, 0])
-    np.testing.assert_allclose(intersection_over_union(others, np.array([square]))[:, 0], found)
+    result = intersection_over_union(np.array([square]), others)[0]
+    np.testing.assert_allclose(result, [1, 50 / 150, 10 / 100, 0, 0, 0])
+    np.testing.assert_allclose(intersection_over_union(others, np.array([square]))[:, 0], result)
     assert intersection_over_union(np.zeros((1, 4)), np.zeros((1, 4))) == 0
 
 
@@ -53,6 +53,6 @@ def test_against_all_matchings(seed):
 
 def test_labels_and_surplus_boxes():
     assert match(boxes(0, label="ball"), boxes(0)).tolist() == [0]
-    assert match(boxes(0, 0, 0), boxes(0)).tolist() == [1]  # three boxes on one object find it once
+    assert match(boxes(0, 0, 0), boxes(0)).tolist() == [1]  # of three boxes on one object one is matched
     assert match(boxes(0), boxes(0, 0)).tolist() in ([1, 0], [0, 1])
     assert match([], boxes(0, 5)).tolist() == [0, 0] and match(boxes(0), []).tolist() == []

@@ -1,4 +1,4 @@
-"""SigLIP and CLIP against transformers and big_vision, and what a dual encoder's parts promise."""
+"""SigLIP and CLIP against transformers and big_vision, and properties of a dual encoder's parts."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.reader import load
 from train_jax.core import param_tree
 
-# Tolerances as the golden READMEs ask.
+# Tolerances of the golden READMEs.
 EMBEDS, LOGITS, HIRES = 2e-5, 2e-4, 1e-4
 
 TEXT = TextConfig(vocab_size=31, length=6, width=16, depth=2, mlp_dim=24, num_heads=2)
@@ -118,8 +118,8 @@ def test_clip_equals_transformers(clip):
     np.testing.assert_allclose(softmax_loss(images, texts, model.logit_scale[...]), case["loss"], rtol=2e-5)
 
 
-def test_clip_reads_the_same_with_and_without_its_mask(clip):
-    """Padding stands behind the EOS that is pooled, and the tower is causal."""
+def test_clip_does_not_depend_on_its_padding_mask(clip):
+    """Padding follows the pooled EOS, and the tower is causal."""
     case, model, (_, texts, _) = clip
     unmasked, _ = encode_text(model, jnp.asarray(case["input_ids"], jnp.int32))
     close(unmasked, texts, 1e-6)
@@ -196,7 +196,7 @@ def test_quick_gelu_by_hand():
     close(quick_gelu(jnp.asarray([0.0, 1.0, -2.0])), [0, 1 / (1 + math.exp(-1.702)), -2 / (1 + math.exp(3.404))], 1e-6)
 
 
-def test_a_causal_tower_does_not_look_ahead_and_the_other_does(small):
+def test_only_a_causal_tower_ignores_later_tokens(small):
     tokens = jnp.asarray([[3, 4, 5, 6, 7, 8]])
     changed = tokens.at[0, -1].set(9)
     for causal in (True, False):
@@ -229,7 +229,7 @@ def test_pixels_beyond_the_last_whole_patch_are_not_read(small):
     np.testing.assert_array_equal(features, cut)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_configs_and_inputs_are_refused():
     with pytest.raises(ValueError, match="expected 'class' with one"):
         DualEncoderConfig(VISION, TEXT, embed_dim=16, pool="class")
     with pytest.raises(ValueError, match="expected the vision tower's width 16"):

@@ -26,7 +26,7 @@ def forward(gemma_2_model, gemma_2_case):
     return gemma_2_model(**gemma_2_case.inputs)
 
 
-# Tolerances as the golden README asks.
+# Tolerances of the golden README.
 
 
 def test_config_is_read(gemma_2_model):
@@ -75,8 +75,8 @@ def test_greedy_tokens_and_scores_equal_transformers(gemma_2_model, gemma_2_case
 
 
 @pytest.mark.parametrize("change", [dict(sliding_window=None), dict(sliding_window=7), dict(final_softcap=None)])
-def test_the_golden_notices_the_window_and_the_cap(gemma_2_model, gemma_2_case, change):
-    """The check of the tests above: without them, other logits."""
+def test_the_golden_depends_on_the_window_and_the_cap(gemma_2_model, gemma_2_case, change):
+    """Checks the tests above: without the window or the cap the logits differ."""
     config = gemma_2_model.config.replace(decoder=change)
     other = nnx.clone(gemma_2_model)
     for module in (other, other.decoder):
@@ -118,7 +118,7 @@ def test_a_causal_text_keeps_a_band():
 
 
 def test_padding_does_not_count():
-    """[0 0 0 1 1] with a pad after the second token: the real tokens see one another as without it."""
+    """[0 0 0 1 1] with a pad after the second token: the real tokens attend to each other as without it."""
     mask_ar, valid = jnp.array([[0, 0, 0, 0, 1, 1]]), jnp.array([[1, 1, 0, 1, 1, 1]], bool)
     mask = windowed(mask_ar, valid, 2)[0]
     real = np.asarray(valid[0])
@@ -128,7 +128,7 @@ def test_padding_does_not_count():
 
 
 def test_queries_may_start_anywhere_among_the_keys():
-    """Decoding a slot at a time sees what the whole mask says."""
+    """Decoding one slot at a time gives the rows of the whole mask."""
     mask_ar, valid = jnp.array([[0, 0, 0, 1, 1, 1]]), jnp.ones((1, 6), bool)
     mask, positions = prefix_mask(valid, mask_ar), positions_of(valid)
     whole = sliding_mask(mask, positions, positions, 2)
@@ -169,12 +169,12 @@ def test_cached_decoding_equals_the_full_forward(decoder):
         np.testing.assert_allclose(hidden[:, 0], full[:, i], atol=1e-5)
 
 
-def test_only_a_window_that_cuts_costs_anything(decoder):
+def test_a_window_longer_than_the_cache_is_free(decoder):
     assert set(decoder.empty_cache(2, 4)) == {"k", "v"}
     assert set(decoder.empty_cache(2, 5)) == {"k", "v", "positions"}
 
 
-def test_what_lies_beyond_the_window_reaches_no_further_than_the_layers_carry_it(decoder):
+def test_receptive_field_of_windowed_layers(decoder):
     """Layers 0 and 2 are windowed, layer 1 is not: with layer 1 windowed too, reach would be 3 * 3 = 9 positions."""
     length = 14
     graph, arrays = param_tree.split(decoder)
@@ -196,7 +196,7 @@ def test_what_lies_beyond_the_window_reaches_no_further_than_the_layers_carry_it
     assert (change[:4] > 1e-6).all() and (change[4:] == 0.0).all()
 
 
-# Beams and scored candidates lie in the cache and in one row beside one another: the window counts positions.
+# Beams share the slots of a cache and candidates share a row, so the window must count positions, not slots.
 
 
 def test_beams_and_candidates_are_scored_as_by_a_full_forward(gemma_2_model, gemma_2_case):

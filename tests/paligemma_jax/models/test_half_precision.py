@@ -77,10 +77,10 @@ def test_soft_capped_attention(dtype, largest):
     mask = jnp.asarray(rng.random((2, 6, 6)) < 0.7).at[:, :, 0].set(True)
     scores = np.einsum("BTKGH,BSKH->BTKGS", np.float64(q).reshape(2, 6, 2, 2, 8), np.float64(k))
     scale = largest / np.abs(scores).max()
-    found = jax.jit(lambda *qkvm: attention(*qkvm, scale=scale, cap=cap))(q, k, v, mask)
-    assert found.dtype == dtype
-    wanted = reference(q, k, v, np.asarray(mask), scale, cap)
+    result = jax.jit(lambda *qkvm: attention(*qkvm, scale=scale, cap=cap))(q, k, v, mask)
+    assert result.dtype == dtype
+    expected = reference(q, k, v, np.asarray(mask), scale, cap)
     step = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.float64(found), wanted, atol=6 * step)
+    np.testing.assert_allclose(np.float64(result), expected, atol=6 * step)
     uncapped = jax.jit(lambda *qkvm: attention(*qkvm, scale=scale))(q, k, v, mask)
-    assert np.abs(np.float64(uncapped) - wanted).max() > 20 * step  # the cap matters here
+    assert np.abs(np.float64(uncapped) - expected).max() > 20 * step  # the cap matters here

@@ -55,7 +55,7 @@ def test_attention_equals_one_head_at_a_time(kv_heads, cap, masked):
     np.testing.assert_allclose(out, plain_attention(q, k, v, mask, 0.7, cap), rtol=0, atol=2e-6)
 
 
-def test_a_query_that_may_read_nothing_gets_the_mean_of_v():
+def test_a_query_without_keys_returns_the_mean_of_v():
     q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
     out = attention(q, k, v, jnp.zeros((1, 2, 3), bool), scale=0.5)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), out.shape), atol=1e-6)
@@ -271,7 +271,7 @@ def test_prefix_mask_rows(mask_ar, rows):
     np.testing.assert_array_equal(out, [[digit == "1" for digit in row] for row in rows])
 
 
-def test_padding_neither_reads_nor_is_read():
+def test_padding_neither_attends_nor_is_attended_to():
     out = prefix_mask(jnp.asarray([[True, False, True, True]]), jnp.asarray([[0, 0, 0, 1]]))[0]
     expected = ["1010", "0000", "1010", "1011"]
     np.testing.assert_array_equal(out, [[digit == "1" for digit in row] for row in expected])

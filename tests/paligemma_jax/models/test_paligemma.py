@@ -1,4 +1,4 @@
-"""PaliGemma as a whole: sizes at 3B, what may influence what, invariances, intermediates, and sharding."""
+"""PaliGemma as a whole: sizes at 3B, dependence of logits on inputs, invariances, intermediates, and sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def logits(forward, small_batch):
 
 
 def counts(config):
-    """Parameters a tower, without allocating any."""
+    """Number of parameters per tower, without allocating them."""
     model = nnx.eval_shape(lambda: PaliGemma(config, rngs=nnx.Rngs(0)))
     towers = {}
     for path, leaf in param_tree.abstract(model).items():
@@ -48,7 +48,7 @@ def test_parameters_of_the_padded_vocabulary():
     assert counts(padded)["decoder"] == 2_508_531_712 + 64 * 2048
 
 
-# Gemma 2's own parameter counts as released (vocabulary 256,000), without PaliGemma's 1,152 words.
+# Gemma 2's own parameter counts as released (vocabulary 256,000), without PaliGemma's 1,152 tokens.
 GEMMA_2_SIZES = {"pg2-3b": 2_614_341_888, "pg2-10b": 9_241_705_984, "pg2-28b": 27_227_128_320}
 
 
@@ -63,7 +63,7 @@ def test_parameters_of_paligemma_2(name):
     assert config.vision.image_size == 448
 
 
-def test_what_tells_the_sizes_of_paligemma_2_apart():
+def test_sizes_of_paligemma_2_differ_in():
     scales = {name: variant(f"{name}-224").decoder.query_scale for name in GEMMA_2_SIZES}
     assert scales == {"pg2-3b": None, "pg2-10b": None, "pg2-28b": 1 / 12}
     for name in GEMMA_2_SIZES:
@@ -91,7 +91,7 @@ def test_replace_changes_one_tower_or_both():
     assert config.replace(vision=dict(depth=4), decoder=dict(depth=5), both=dict(dtype="float32")) == variant("tiny")
 
 
-# What may influence what. The rows have 3, 5, 2 prefix and 2, 1, 3 suffix tokens.
+# Dependence of logits on inputs. The rows have 3, 5, 2 prefix and 2, 1, 3 suffix tokens.
 
 
 def changed_positions(forward, batch, logits, row, **changes):
@@ -128,7 +128,7 @@ def test_a_padding_token_changes_no_real_position(forward, small_batch, logits):
 
 
 def test_without_a_causal_suffix_the_answer_would_leak(forward, small_batch, logits):
-    """The check of the leak test itself: with mask_ar 0 on the suffix, an earlier position does see it."""
+    """Checks the leak test: with mask_ar 0 on the suffix, earlier positions attend to it."""
     batch = small_batch | dict(mask_ar=jnp.zeros_like(small_batch["mask_ar"]))
     open_logits = np.asarray(forward(**batch)[0])
     tokens = small_batch["tokens"].at[2, 4].set((small_batch["tokens"][2, 4] + 1) % 64)
@@ -169,7 +169,7 @@ def test_a_missing_input_mask_means_that_all_tokens_are_real(forward, small_batc
     np.testing.assert_array_equal(forward(**batch | dict(mask_input=None))[0], expected)
 
 
-def test_batch_mates_change_nothing(forward, small_batch, logits):
+def test_rows_do_not_depend_on_other_rows(forward, small_batch, logits):
     for row in range(3):
         alone = {name: array[row : row + 1] for name, array in small_batch.items()}
         real = np.asarray(alone["mask_input"][0])
@@ -210,7 +210,7 @@ def test_intermediates_have_their_names_and_shapes(forward, small_batch):
     assert {array.dtype for array in [logits, *out.values()]} == {jnp.dtype("float32")}
 
 
-def test_logits_are_the_tied_table_applied_to_the_hidden_states(forward, small_model, small_batch):
+def test_logits_are_hidden_states_times_the_tied_embedding(forward, small_model, small_batch):
     logits, out = forward(**small_batch)
     table = small_model.decoder.embed_tokens.embedding[...]
     np.testing.assert_allclose(logits, out["hidden"] @ table.T, rtol=0, atol=1e-4)

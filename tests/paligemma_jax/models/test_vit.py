@@ -92,12 +92,12 @@ def siglip_tower(stored, grid, size):
             arrays[path] = resample_positions(stored[f"vision_model.embeddings.{path}.weight"], grid, "bicubic")
             continue
         layers = range(leaf.shape[0]) if "{i}" in name else [0]
-        found = [stored[name.format(i=i)] for i in layers]
+        weights = [stored[name.format(i=i)] for i in layers]
         if path == "patch_embedding/kernel":
-            found = [found[0].transpose(2, 3, 1, 0)]
+            weights = [weights[0].transpose(2, 3, 1, 0)]
         elif path.endswith("kernel"):
-            found = [weight.T for weight in found]
-        arrays[path] = np.stack(found).reshape(leaf.shape)
+            weights = [weight.T for weight in weights]
+        arrays[path] = np.stack(weights).reshape(leaf.shape)
     return param_tree.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
 
 
@@ -165,7 +165,7 @@ def test_posemb_chooses_the_initial_positions():
         ViT(ViTConfig(**config, posemb="rope"), rngs=nnx.Rngs(0))
 
 
-def test_patches_are_read_row_by_row(small_model):
+def test_patches_are_in_row_major_order(small_model):
     """Changing pixels of one patch changes that patch's embedding alone: row 1, column 2 of 3 x 3 is patch 5."""
     images = np.zeros((2, 12, 12, 3), np.float32)
     images[1, 4:8, 8:12] = 1.0

@@ -150,25 +150,25 @@ def by_hand(model, x):
 def test_embeddings_are_those_of_a_loop_over_layers(bases, name, config):
     model = with_prompts(bases[name], config)
     images, texts, out = run(model)
-    wanted = by_hand(model, out["vision/embedded"])
-    np.testing.assert_allclose(images, wanted[0], rtol=0, atol=3e-6)
-    np.testing.assert_allclose(texts, wanted[1], rtol=0, atol=3e-6)
+    expected = by_hand(model, out["vision/embedded"])
+    np.testing.assert_allclose(images, expected[0], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(texts, expected[1], rtol=0, atol=3e-6)
     assert out["vision/encoded"].shape == run_frozen(model)[2]["vision/encoded"].shape  # without the prompts'
     for tuned, frozen in zip((images, texts), run_frozen(model)[:2], strict=True):
         assert float(jnp.abs(tuned - frozen).max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_without_its_prompts_it_is_the_base_to_the_bit(bases, name):
+def test_without_prompts_the_model_equals_the_base_exactly(bases, name):
     base = bases[name]
     model = with_prompts(base, COUPLED)
     before, after = param_tree.flatten(base), param_tree.flatten(model)
     assert set(before) == {path for path in after if not path.startswith("prompts/")}
     for path, array in before.items():
         np.testing.assert_array_equal(array, after[path], err_msg=path)
-    wanted = run(base)[:2]
+    expected = run(base)[:2]
     for other in (run_frozen(model), run(detach_prompts(model))):
-        for ours, theirs in zip(other[:2], wanted, strict=True):
+        for ours, theirs in zip(other[:2], expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert set(param_tree.flatten(model)) == set(before)
 
@@ -211,7 +211,7 @@ def test_unrolled_and_rematerialised_it_is_the_same(bases):
         np.testing.assert_allclose(others[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
-def test_room_in_texts():
+def test_placeholders_for_prompts():
     tokens = jnp.asarray([[1, 5, 6, 7, 8, 2, 2], [1, 5, 6, 7, 8, 9, 2]])
     mask = jnp.asarray([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
     moved, seen = _insert_placeholders(tokens, mask, 2, 0)
@@ -224,7 +224,7 @@ def test_room_in_texts():
         _insert_placeholders(tokens, None, 6, 1)
 
 
-def test_a_text_reads_its_prompts_through_a_mask(bases):
+def test_a_mask_does_not_hide_prompts(bases):
     """SigLIP with its padding masked: prompts are real, wherever the padding was."""
     model = with_prompts(bases["map"], COUPLED)
     encode = jax.jit(lambda model, tokens, mask: model.encode_text(tokens, mask)[0])
@@ -234,7 +234,7 @@ def test_a_text_reads_its_prompts_through_a_mask(bases):
     assert float(jnp.abs(encode(model, full, mask) - encode(model, full, None)).max()) > 1e-3
 
 
-def test_they_start_as_told(bases):
+def test_initial_values_of_prompts(bases):
     model = attach_prompts(nnx.clone(bases["clip"]), COUPLED, init_words=[7, 4, 9, 7], rngs=nnx.Rngs(0))
     table = bases["clip"].text.token_embedding.embedding[...]
     np.testing.assert_array_equal(model.prompts.text[...][0], table[jnp.asarray([7, 4])])
@@ -311,7 +311,7 @@ def test_configs_that_do_not_fit_are_refused(bases, changes, sentence):
     assert base.prompts is None
 
 
-def test_mistakes_in_attaching_are_told(bases):
+def test_user_errors_of_attach_prompts(bases):
     base = nnx.clone(bases["clip"])
     for words in ([3], [3, 31], [-1, 3]):
         with pytest.raises(UserError, match="expected 2 ids or more below 31"):
@@ -321,7 +321,7 @@ def test_mistakes_in_attaching_are_told(bases):
         attach_prompts(base, SHALLOW, rngs=nnx.Rngs(0))
 
 
-def test_prompts_that_would_replace_names_of_classes_are_told(bases):
+def test_prompts_that_would_replace_class_names_are_refused(bases):
     model = attach_prompts(nnx.clone(bases["clip"]), dataclasses.replace(FREE, text_tokens=3), rngs=nnx.Rngs(0))
     check_texts(model, np.asarray(TOKENS))  # three words are shared, a fourth is not
     for row in ([1, 5, 6, 8, 9, 30, 0, 0, 0], [1, 5, 6, 30, 0, 0, 0, 0, 0]):

@@ -31,7 +31,7 @@ from train_jax.optim.optimizers import Schedule, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-PEFT_QO = r".*/(q_proj|o_proj)"  # what peft's ["q_proj", "o_proj"] reaches: the tower's q_proj too
+PEFT_QO = r".*/(q_proj|o_proj)"  # what peft's ["q_proj", "o_proj"] matches, with the tower's q_proj
 SEVEN = "(q|k|v|o|gate|up|down)_proj"
 PEFT_KEY = re.compile(
     r"base_model\.model\.model\.(language_model|vision_tower\.encoder)\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight"
@@ -54,7 +54,7 @@ def read_adapter(folder, shapes):
     for key, weight in load_file(folder / "adapter_model.safetensors").items():
         path, layer = our_path(key)
         layers.setdefault(path, {})[layer] = weight.T
-    stacked = {path: np.stack([found[i] for i in range(len(found))]) for path, found in layers.items()}
+    stacked = {path: np.stack([arrays[i] for i in range(len(arrays))]) for path, arrays in layers.items()}
     return {path: jnp.asarray(array.reshape(shapes[path].shape)) for path, array in stacked.items()}
 
 
@@ -90,7 +90,7 @@ def token_mean(model, case):
     return token_cross_entropy(hidden, table, case.targets, case.weights) / case.weights.sum()
 
 
-# Parity with peft. Tolerances as the golden READMEs ask.
+# Parity with peft. Tolerances of the golden READMEs.
 
 
 def test_loss_of_an_active_adapter_equals_peft(golden, hugging_face_model, peft_case):
@@ -211,7 +211,7 @@ def test_the_table_shows_counts_per_module_and_totals(small_model):
 
 
 def randomised(model, seed=0):
-    """B drawn anew, so that the adapters do something."""
+    """Sets B to random values, so that the adapters change the output."""
     arrays = param_tree.flatten(model)
     keys = jax.random.split(jax.random.key(seed), len(arrays))
     drawn = {

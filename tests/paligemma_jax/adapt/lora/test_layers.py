@@ -1,4 +1,4 @@
-"""LoRA whose ranks and scales differ from layer to layer, and DoRA: values, gradients, dropout, what never trains."""
+"""LoRA whose ranks and scales differ from layer to layer, and DoRA: values, gradients, dropout, padding."""
 
 import re
 
@@ -31,7 +31,7 @@ def trained_of(model):
 
 
 def perturbed(model, seed=0):
-    """All entries of the adapters moved that an optimizer can move."""
+    """Adds noise to all entries of the adapters that an optimizer can change."""
     key, moved = jax.random.key(seed), {}
     for path, array in trained_of(model).items():
         key, drawn = jax.random.split(key)
@@ -148,7 +148,7 @@ def test_options_that_do_not_differ_are_plain_lora(small_model):
         ({"rank_pattern": {".*/layers/0/.*": 0}}, "lora has rank 0, expected 1 or more"),
     ],
 )
-def test_options_that_fit_nothing(small_model, options, sentence):
+def test_options_that_match_nothing_are_refused(small_model, options, sentence):
     with pytest.raises(UserError, match=sentence):
         attach(small_model, **options)
 

@@ -90,17 +90,17 @@ def test_only_its_parameters_have_gradients_and_they_are_as_many_as_it_says(name
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_a_new_one_changes_nothing(name):
+def test_attaching_does_not_change_the_output(name):
     np.testing.assert_allclose(logits(attach(name, base())), logits(base()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_it_learns_changes_the_answers(name):
+def test_trained_parameters_change_the_output(name):
     assert float(jnp.abs(logits(stirred(name)) - logits(base())).max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_disk_and_back(name, tmp_path):
+def test_save_and_load(name, tmp_path):
     model = stirred(name)
     save_adapter(model, tmp_path, name, SIZES.get(name))
     again = load_adapter(base(), tmp_path)
@@ -132,8 +132,8 @@ def test_candidates_are_scored_as_they_are_read_one_by_one(name):
     for index, candidate in enumerate(candidates):
         text = jnp.concatenate([given["tokens"][:, :4], jnp.tile(candidate, (2, 1))], axis=1)
         log_probs = jax.nn.log_softmax(model(given["images"], text, jnp.asarray([[0] * 4 + [1, 1]] * 2))[0])
-        wanted = log_probs[:, 3, candidate[0]] + log_probs[:, 4, candidate[1]]
-        np.testing.assert_allclose(scores[:, index], wanted, rtol=1e-4, atol=1e-4)
+        expected = log_probs[:, 3, candidate[0]] + log_probs[:, 4, candidate[1]]
+        np.testing.assert_allclose(scores[:, index], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -146,7 +146,7 @@ def test_merged_equals_unmerged(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(MERGED)))
-def test_what_no_plain_model_can_hold_is_told(name):
+def test_methods_that_cannot_be_merged_are_refused(name):
     with pytest.raises(UserError, match="which no plain model can hold"):
         merge(attach(name, base()))
 
@@ -160,7 +160,7 @@ def test_last_layers_leave_the_first_ones_as_they_are():
             np.testing.assert_array_equal(leaf, plain[path.replace("last_layers", "layers")][L - 1 :])
 
 
-def test_gates_are_drawn_in_training_alone():
+def test_gates_are_random_in_training_only():
     model, keys = stirred("diff_pruning"), jax.random.split(jax.random.key(0), 2)
     same = logits(model)
     np.testing.assert_array_equal(same, logits(model))
@@ -178,7 +178,7 @@ def test_hard_concrete_gates_open_as_often_as_the_penalty_says():
         assert opened == pytest.approx(float(module.expected_nonzero()) / 60_000, abs=0.01)
 
 
-def test_a_shut_gate_is_a_zero_on_disk(tmp_path):
+def test_entries_of_closed_gates_are_not_saved(tmp_path):
     model = stirred("diff_pruning")
     module = next(iter(diff_pruning.diff_projections(model).values()))
     module.kernel.log_alpha[...] = jnp.full(module.kernel.shape, -9.0).at[0, 0].set(9.0)
@@ -188,14 +188,14 @@ def test_a_shut_gate_is_a_zero_on_disk(tmp_path):
     np.testing.assert_array_equal(saved[f"{path}/kernel/positions"], np.arange(row))
 
 
-def test_mistakes_are_told(tmp_path):
-    for name, size, wanted in (
+def test_user_errors(tmp_path):
+    for name, size, expected in (
         ("bottleneck", 0, "the bottleneck's width is 0"),
         ("prefix", 0, "the prefix's length is 0"),
         ("prompt", -1, "the soft prompt's length is -1"),
         ("last_layers", L, f"the last {L} layers are to train, expected 1 to {L - 1}"),
     ):
-        with pytest.raises(UserError, match=wanted):
+        with pytest.raises(UserError, match=expected):
             METHODS[name].attach(base(), size, None, nnx.Rngs(0))
     for name in ("bottleneck", "prefix", "prompt", "last_layers", "diff_pruning"):
         with pytest.raises(UserError):

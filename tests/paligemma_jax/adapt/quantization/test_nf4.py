@@ -1,4 +1,4 @@
-"""NF4: bit parity with bitsandbytes, its error beside linear 4-bit integers, and what it refuses."""
+"""NF4: bit parity with bitsandbytes, error compared with linear 4-bit integers, and user errors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +85,7 @@ def relative_errors(codec, w):
 
 
 def test_error_on_normal_weights_beside_linear_int4():
-    """In equal bits a weight NF4 is nearer in both measures; at equal block linear int4 spends half a bit more."""
+    """At equal bits NF4 has the smaller error in both measures; at equal block size int4 takes half a bit more."""
     w = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
     nf4, wide, equal_bits, equal_block = (
         relative_errors(codec, w) for codec in (NF4(64), NF4(128), Int4(128), Int4(64))

@@ -93,7 +93,7 @@ def test_paths_types_and_targets(small_model):
 
 @pytest.mark.parametrize("kind, double", [("nf4", True), ("int8", False)])
 def test_layers_quantised_one_by_one_are_the_stack(small_model, kind, double):
-    """What a loader does, with the kernel as torch stores it."""
+    """Quantises every layer as a loader does, from torch's layout."""
     model = param_tree.flatten(pg.quantize(nnx.clone(small_model), kind, double=double))
     for name, contracted in (("vision/layers/self_attn/out_proj", 2), ("decoder/layers/mlp/up_proj", 1)):
         kernel = np.asarray(param_tree.flatten(small_model)[f"{name}/kernel"])
@@ -189,7 +189,7 @@ def test_refusals_are_one_sentence(small_model):
         pg.quantize(small_model, "fp4")
     with pytest.raises(UserError, match=r"block size of nf4 is 32, expected 64 or 128"):
         pg.quantize(small_model, "nf4", block_size=32)
-    with pytest.raises(UserError, match=r"double quantisation is asked for with int8, expected nf4"):
+    with pytest.raises(UserError, match=r"double quantisation is set for int8, expected nf4"):
         pg.quantize(small_model, "int8", double=True)
     with pytest.raises(UserError, match=r"quantize targets: 'decoder/q' matches none"):
         pg.quantize(small_model, "nf4", targets="decoder/q")

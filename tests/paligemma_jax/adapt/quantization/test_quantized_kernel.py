@@ -1,4 +1,4 @@
-"""Quantised kernels inside a projection: bitsandbytes' Linear4bit, and the plain kernel that they stand for."""
+"""Quantised kernels inside a projection: parity with bitsandbytes' Linear4bit and with the dequantised kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ KINDS = [("nf4", 64, False), ("nf4", 128, True), ("int8", 64, False), ("int4", 6
 
 
 def projection(in_shape, out_shape, seed=0, **options):
-    """A projection with a drawn kernel."""
+    """A projection with a random kernel."""
     layer = Projection("test", in_shape, out_shape, rngs=nnx.Rngs(0), **options)
     kernel = np.random.default_rng(seed).standard_normal((*in_shape, *out_shape))
     layer.kernel[...] = jnp.asarray(kernel, layer.kernel.dtype)

@@ -80,7 +80,7 @@ def test_masks_with_two_texts_of_each_image(which, devices):
     check(make_batch(texts_of_each=2), mesh_of(devices), chunk_size=3, **MASKS[which])
 
 
-def test_rows_that_are_not_valid_are_as_if_they_were_not_there():
+def test_invalid_rows_do_not_count():
     zimg, ztxt, *scalars = make_batch(5)
     valid = jnp.asarray([True, False, True, True, False])
     some = jnp.flatnonzero(valid)
@@ -89,7 +89,7 @@ def test_rows_that_are_not_valid_are_as_if_they_were_not_there():
 
 
 def test_duplicate_texts_are_no_negatives():
-    """Texts 0 and 2 are one text: its pair with the other's image is the only one that does not count."""
+    """Texts 0 and 2 are equal: only the pair of each with the other's image does not count."""
     batch = make_batch(3)
     mask = jnp.ones((3, 3), bool).at[0, 2].set(False).at[2, 0].set(False)
     np.testing.assert_allclose(ours(*batch, text_ids=jnp.asarray([7, 5, 7])), ours(*batch, mask=mask), rtol=1e-6)
@@ -104,7 +104,7 @@ def test_only_some_arguments_are_differentiated(argnums):
 
 
 def test_a_locked_tower_costs_no_products():
-    """Of the three products of a sigmoid step (logits, gradients of images and of texts) one falls away."""
+    """Of the three products of a sigmoid step (logits, gradients of images and of texts) one is omitted."""
     batch = make_batch(chunk := 16)
 
     def products(argnums):
@@ -130,7 +130,7 @@ def test_half_precision_embeddings_accumulate_in_float32(dtype, rounding):
 
 
 def test_gradients_too_small_for_float16_are_kept_by_a_loss_scale():
-    """At -10 a negative pushes with 5e-5 / B; the factor 2^15 comes after the sums and before the cast."""
+    """At a logit of -10 a negative has a gradient of 5e-5 / B; the factor 2^15 follows the sums, before the cast."""
     zimg, ztxt, log_scale, _ = make_batch(64, dtype=jnp.float16)
 
     def scaled(loss):
@@ -194,7 +194,7 @@ def test_hugging_face_goldens(golden):
         (6, dict(devices=2, axis=("data", "model")), "axis model, expected some of data, fsdp, tensor"),
     ],
 )
-def test_mistakes_are_told(texts, options, sentence):
+def test_user_errors(texts, options, sentence):
     devices = options.pop("devices", None)
     mesh = mesh_of(devices) if devices else None
     with pytest.raises(UserError, match=sentence):

@@ -1,4 +1,4 @@
-"""Compiled steps of the contrastive losses: memory that goes with images x chunk, and what devices exchange."""
+"""Compiled steps of the contrastive losses: memory proportional to images x chunk, and communication."""
 
 import re
 
@@ -71,12 +71,12 @@ def test_texts_travel_from_neighbour_to_neighbour_and_are_never_gathered(loss):
     sides = 2 if loss == "sigmoid" else 3  # texts and their gradients; softmax: texts in its first round as well
     statistics = 0 if loss == "sigmoid" else 2 * 3 * 4 * local  # in both rounds, three numbers of each text
     whole = devices * (sides * vectors + statistics)
-    # What is passed on by the last hop is not read, and the compiler may leave it out.
+    # The results of the last transfer are not used, so the compiler may remove it.
     assert (devices - 1) / devices * whole <= moved["collective-permute"] <= whole
 
 
 def test_transfers_do_not_wait_for_the_hop():
-    """In the loop over hops what is sent is what came in, so that sending can overlap with computing."""
+    """The loop over hops sends what it received, so that communication can overlap with computation."""
     module = hlo.parse(compiled_step("sigmoid", 1024, 8).as_text())
     sent = 0
     for instructions in module.computations.values():
@@ -102,7 +102,7 @@ def operand(instruction):
     return re.search(r"%?([\w.\-]+)[,)]", instruction.rest)[1]
 
 
-def test_half_precision_embeddings_travel_as_they_are():
+def test_half_precision_embeddings_are_sent_in_half_precision():
     arguments, mesh = abstract_batch(1024, WIDTH, 8, jnp.bfloat16)
     loss = jax.jit(lambda *a: sigmoid_loss(*a, mesh=mesh, chunk_size=CHUNK)).lower(*arguments)
     text = loss.as_text()
