@@ -115,7 +115,7 @@ class Preprocessing:
 
     @classmethod
     def clip(cls, size: int = 224) -> "Preprocessing":
-        """Returns that of CLIP (OpenAI, transformers): PIL bicubic on the short side, centre crop, CLIP's mean and std."""
+        """Returns CLIP's (OpenAI, transformers): PIL bicubic on the short side, centre crop, CLIP's mean and std."""
         return cls(size, "transformers", "bicubic", True, CLIP_MEAN, CLIP_STD, crop=True)
 
     @staticmethod

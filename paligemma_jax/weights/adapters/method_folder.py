@@ -81,7 +81,7 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
             f"{folder / DESCRIPTION} names no method of {', '.join(METHODS)} ({error}): restore it."
         ) from None
     if name == "diff_pruning":
-        return diff_pruning.add_sparse(model, folder / DIFFERENCE)
+        return cast(PaliGemma, diff_pruning.add_sparse(model, folder / DIFFERENCE))
     arrays = read_arrays(folder)
     size = size or (method.size and method.size[1])
     model = cast(PaliGemma, method.attach(model, size, targets or method.targets, nnx.Rngs(0)))
