@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from absl import flags
 
@@ -128,14 +129,14 @@ def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
     model = _merge_methods(model)
     adapted = _has_lora(model)
     if not is_quantized(model):
-        return merge_lora(model) if adapted else model
+        return cast(PaliGemma | DualEncoder, merge_lora(model)) if adapted else model
     print(f"dequantised: {describe(model)}; the rounding of quantisation is not undone")
     if not adapted:
-        return dequantize(model)
+        return cast(PaliGemma | DualEncoder, dequantize(model))
     assert isinstance(model, PaliGemma), "only PaliGemma has LoRA adapters"
     merged, gap = merge_quantized(model)
     print(f"merged the adapters in float32: logits move by at most {gap:.2g} on random inputs")
-    return merged
+    return cast(PaliGemma, merged)
 
 
 def _merge_methods(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:

@@ -26,7 +26,7 @@ adapt.prompt_methods               adapt.few_shot.methods
 adapt.prompts                      adapt.few_shot.prompts
 adapt.quantize                     adapt.quantization.quantize
 adapt.quantized_kernel             adapt.quantization.quantized_kernel
-attribute_scores                   inference.attributes
+attribute_scores                   inference.attribute_scoring
 beam                               generation.beam_search
 box_scores                         metrics.boxes
 candidates                         generation.candidate_scoring
@@ -63,9 +63,11 @@ data.text_tokens                   data.tokenizers.text_tower
 data.tfds_captions                 data.sources.tfds_captions
 data.tokenizer                     data.tokenizers.paligemma
 few_shot_scores                    tasks.coprompt.scores
+data.synthetic_clevr.descriptions  data.synthetic_clevr.conditioning
 generate                           generation.generate
 gradient_cache                     losses.gradient_cache
 hub                                files.hub
+inference.attributes               inference.attribute_scoring
 models.dual_variants               models.variants
 models.encoder                     models.encoder_block
 models.low_rank                    adapt.lora.low_rank

@@ -105,12 +105,12 @@ class Preprocessing:
 
     @classmethod
     def big_vision(cls, size: int, antialias: bool = False) -> "Preprocessing":
-        """Returns PaliGemma's and SigLIP's in big_vision: `resize(size[, antialias])|value_range(-1, 1)`."""
+        """Returns that of PaliGemma and SigLIP in big_vision: `resize(size[, antialias])|value_range(-1, 1)`."""
         return cls(size, "big_vision", "bilinear", antialias)
 
     @classmethod
     def siglip(cls, size: int) -> "Preprocessing":
-        """Returns PaliGemma's and SigLIP's in transformers (SiglipImageProcessor): PIL bicubic to a square."""
+        """Returns that of PaliGemma and SigLIP in transformers (SiglipImageProcessor): PIL bicubic to a square."""
         return cls(size, "transformers", "bicubic", True)
 
     @classmethod

@@ -77,7 +77,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def copy_text_tokenizer(source: str | Path, folder: Path, length: int = 64) -> None:
-    """Copies a dual encoder's, for texts of `length` tokens. SigLIP 1's model file gets its name in transformers."""
+    """Copies the files of a dual encoder with texts of `length` tokens; SigLIP 1's model gets its transformers name."""
     _copy(source, folder)
     tokenizer = load_text_tokenizer(folder)
     if tokenizer.file.name == MODEL and tokenizer.pad_id == tokenizer.eos_id:  # beside a big_vision file

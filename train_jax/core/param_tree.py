@@ -4,21 +4,22 @@ Optimizers, sharding rules, checkpoints, freezing and weight tables all use thes
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
-Leaf = jax.Array | jax.ShapeDtypeStruct
+M = TypeVar("M", bound=nnx.Module)
+Leaf = Any  # a jax.Array, or a jax.ShapeDtypeStruct in an abstract module
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Leaf]]:
+def split(model: M) -> tuple[nnx.GraphDef[M], dict[str, Leaf]]:
     """Splits a module into its graph and its arrays (or shapes, for an abstract module) by path; inverse of `merge`."""
     graph, state = nnx.split(model)
     return graph, {_join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def merge(graph: nnx.GraphDef, arrays: Mapping[str, Any]) -> nnx.Module:
+def merge(graph: nnx.GraphDef[M], arrays: Mapping[str, Leaf]) -> M:
     """Returns the module of a graph and arrays by path; under jit this only builds Python objects."""
     return nnx.merge(graph, nnx.from_flat_state([(_parts(path), leaf) for path, leaf in arrays.items()]))
 
@@ -34,7 +35,7 @@ def abstract(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     return {_join(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
-def assign(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+def assign(model: M, arrays: Mapping[str, jax.Array]) -> M:
     """Returns the module with some arrays replaced, by path.
 
     Raises:

@@ -4,8 +4,6 @@ Gemma has no biases, so in the decoder only the scales of its RMSNorms train; th
 biases, and the tower's norms have scales and biases.
 """
 
-from typing import cast
-
 import jax.numpy as jnp
 
 from paligemma_jax.models.paligemma import PaliGemma
@@ -23,4 +21,4 @@ def prepare_bitfit(model: PaliGemma, targets: str = SCALES_AND_BIASES) -> PaliGe
     arrays = param_tree.flatten(model)
     trained = patterns.select(targets, arrays, what="biases and scales")
     copies = {path: jnp.array(arrays[path], jnp.float32, copy=True) for path in trained}  # the base keeps its arrays
-    return cast(PaliGemma, param_tree.assign(model, copies))
+    return param_tree.assign(model, copies)

@@ -66,23 +66,23 @@ class Protocol:
 
 
 def few_shot(data: FewShot, shots: int, seed: int) -> Protocol:
-    """Tunes on `shots` images of each class and tests on the test split. Raises UserError, as FewShot.few_shot."""
+    """Returns a protocol: `shots` images of each class, tested on the test split. Raises UserError, as few_shot."""
     return Protocol("few_shot", data.few_shot(shots, seed), {"test": data})
 
 
 def base_to_novel(data: FewShot, shots: int, seed: int) -> Protocol:
-    """Tunes on the base classes and tests on "base" and "novel"; labels count from 0 in each. Raises UserError."""
+    """Returns a protocol: base classes, tested on "base" and "novel", with labels from 0 in each. Raises UserError."""
     base, novel = data.base_to_novel()
     return Protocol("base_to_novel", base.few_shot(shots, seed), {BASE: base, NOVEL: novel})
 
 
 def cross_dataset(source: FewShot, targets: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
-    """Tunes on all classes of a source and tests on it (by its name) and on the targets. Raises UserError."""
+    """Returns a protocol: all classes of a source, tested on it (by its name) and on the targets. Raises UserError."""
     return Protocol("cross_dataset", source.few_shot(shots, seed), _with_source(source, targets))
 
 
 def domain_generalization(source: FewShot, shifted: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
-    """Tunes on a source and tests on it (by its name) and on sets with its classes, or some, in other styles.
+    """Returns a protocol: a source, tested on it (by its name) and on sets with its classes, or some, in other styles.
 
     Raises:
       UserError: a shifted set has a class that the source does not have.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.build import split_scene
-from paligemma_jax.data.synthetic_clevr.descriptions import text_of
+from paligemma_jax.data.synthetic_clevr.conditioning import text_of
 from paligemma_jax.data.synthetic_clevr.wording import SYNONYMS
 from train_jax.core.errors import UserError
 

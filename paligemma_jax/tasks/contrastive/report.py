@@ -13,7 +13,7 @@ from paligemma_jax import zero_shot
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
 from paligemma_jax.data.synthetic_clevr.captions import NUMBERS
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
-from paligemma_jax.inference.attributes import TEMPLATES, attribute_hits
+from paligemma_jax.inference.attribute_scoring import TEMPLATES, attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
 

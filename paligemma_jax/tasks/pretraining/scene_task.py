@@ -145,7 +145,7 @@ class SceneTask(Task):
                         f"init_from: {run} has {path} of shape {array.shape}, which this model does not have: choose "
                         "another run."
                     )
-            model = cast(PretrainingModel, param_tree.assign(model, arrays))  # of the same class
+            model = param_tree.assign(model, arrays)
         return model
 
     def _check_preprocessing(self, run: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
-from paligemma_jax.inference.attributes import attribute_hits
+from paligemma_jax.inference.attribute_scoring import attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import embed_images
 
@@ -19,7 +19,7 @@ class SigLIPScorer:
 
     Args:
       model, tokenizer: of the SigLIP.
-      attributes: {name: value} of each description, by its number; see synthetic_clevr.descriptions.
+      attributes: {name: value} of each description, by its number; see synthetic_clevr.conditioning.
       real: real images and the numbers of their descriptions, for comparison.
     """
 

@@ -28,8 +28,8 @@ from flow_jax.tasks.image_flow_task import ImageFlowKeys, ImageFlowTask
 from flow_jax.tasks.image_sampler import noise
 from paligemma_jax import zero_shot
 from paligemma_jax.data.sources.captioned import CaptionedScenes
-from paligemma_jax.data.synthetic_clevr import captions, descriptions
-from paligemma_jax.data.synthetic_clevr.descriptions import Descriptions
+from paligemma_jax.data.synthetic_clevr import captions, conditioning
+from paligemma_jax.data.synthetic_clevr.conditioning import Descriptions
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
 from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -80,7 +80,7 @@ class SceneImages:
         """Returns the description of an image."""
         if self._conditioning == "captions":
             return self._scenes.text(index)
-        return descriptions.text_of(self._scenes.scenes[self._scenes.image_number(index)]["objects"][0])
+        return conditioning.text_of(self._scenes.scenes[self._scenes.image_number(index)]["objects"][0])
 
     def name(self, index: int) -> str:
         """Returns a name for messages."""
@@ -152,8 +152,8 @@ class TextToImage(ImageFlowTask):
     def descriptions(self) -> Descriptions:
         """All descriptions on which the model may be conditioned."""
         if self.config.conditioning == "attributes":
-            return descriptions.of_attributes()
-        return descriptions.of_captions(captions.of_single_objects(), self.vectors)
+            return conditioning.of_attributes()
+        return conditioning.of_captions(captions.of_single_objects(), self.vectors)
 
     def vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
         """Returns unit-length embeddings of texts by the SigLIP's text tower."""
@@ -167,7 +167,7 @@ class TextToImage(ImageFlowTask):
         """Returns the velocity model at the start of training, with the table of conditions."""
         table = self.descriptions.table
         if self.config.conditioning == "attributes":
-            return ConditionTable(self.velocity_model(num_classes=descriptions.SIZES), table)
+            return ConditionTable(self.velocity_model(num_classes=conditioning.SIZES), table)
         return ConditionTable(self.velocity_model(vector_width=table.shape[1]), table)
 
     def trainable(self) -> str:
@@ -243,15 +243,15 @@ class TextToImage(ImageFlowTask):
             return self.vectors(texts), 0.0
         numbers = []
         for text in texts:
-            attributes = descriptions.said(text)
-            missing = [name for name in descriptions.ATTRIBUTES if name not in attributes]
+            attributes = conditioning.said(text)
+            missing = [name for name in conditioning.ATTRIBUTES if name not in attributes]
             if missing:
                 raise UserError(
                     f"{quoted(text)} names no {' and no '.join(missing)}, expected all attributes, such as 'small red "
                     "metal cube': the run was not trained on captions; add them."
                 )
-            numbers.append(self.descriptions.numbers[descriptions.text_of(attributes)])
-        return self.descriptions.table[numbers], descriptions.SIZES
+            numbers.append(self.descriptions.numbers[conditioning.text_of(attributes)])
+        return self.descriptions.table[numbers], conditioning.SIZES
 
     def describe(self, model: ConditionTable) -> str:
         """Returns a line about the SigLIP that measures the samples."""

@@ -9,7 +9,7 @@ adapter.safetensors     the trained arrays by path; for diff pruning difference.
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,10 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
             f"{folder / DESCRIPTION} names no method of {', '.join(METHODS)} ({error}): restore it."
         ) from None
     if name == "diff_pruning":
-        return diff_pruning.add_sparse(model, folder / DIFFERENCE)
+        return cast(PaliGemma, diff_pruning.add_sparse(model, folder / DIFFERENCE))
     arrays = read_arrays(folder)
-    model = method.attach(model, size or (method.size and method.size[1]), targets or method.targets, nnx.Rngs(0))
+    size = size or (method.size and method.size[1])
+    model = cast(PaliGemma, method.attach(model, size, targets or method.targets, nnx.Rngs(0)))
     paths = patterns.select(_trainable(name, targets), param_tree.abstract(model), what="adapters")
     return put_arrays(model, arrays, paths, folder)
 

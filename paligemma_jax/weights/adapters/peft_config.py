@@ -170,14 +170,14 @@ def _check_layers(values: Mapping[str, Any], where: str) -> None:
 
 
 def _is_off(option: str, value: Any) -> bool:
-    """Returns whether an option is switched off; unknown options may be, too."""
+    """Returns whether an option, known or not, is switched off."""
     if option == "init_lora_weights":
         return value in INITIALISATIONS
     return is_off(value) or (option == "bias" and value == "none")
 
 
 def _is_valid(option: str, value: Any) -> bool:
-    """Returns whether a supported option has a valid value; None if the file leaves it out."""
+    """Returns whether a supported option has a valid value; None means that the file does not have it."""
     if value is None:
         return True
     match option:

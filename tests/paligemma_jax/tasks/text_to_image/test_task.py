@@ -12,7 +12,7 @@ import flow_jax as fj
 import paligemma_jax as pg
 import predict as predict_script
 from paligemma_jax import zero_shot
-from paligemma_jax.data.synthetic_clevr import descriptions
+from paligemma_jax.data.synthetic_clevr import conditioning
 from paligemma_jax.loading import load_run, run_config
 from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from paligemma_jax.tasks.text_to_image.task import TextToImage
@@ -65,7 +65,7 @@ def task_of(options, config=CONFIG, **changes):
 
 def test_a_run_writes_results_and_figures(run):
     results = json.loads((run / "eval.json").read_text())
-    names = ("accuracy", "accuracy_all", *(f"accuracy_{name}" for name in descriptions.ATTRIBUTES))
+    names = ("accuracy", "accuracy_all", *(f"accuracy_{name}" for name in conditioning.ATTRIBUTES))
     assert all(0 <= results[name + side] <= 1 for name in names for side in ("", "_data"))
     assert all(np.isfinite(results[name]) for name in ("frechet", "bpd", "nfe", "straightness"))
     for name in ("samples", "captions", "flow"):
@@ -83,7 +83,7 @@ def test_captions_are_conditions_embedded_by_the_text_tower(options, siglip):
     expected, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
     np.testing.assert_allclose(task.descriptions.table[number], expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(task.descriptions.table[-1], 0.0)
-    named = descriptions.said(text)
+    named = conditioning.said(text)
     truth = task.data.train._scenes.scenes[3]["objects"][0]
     assert named == {name: truth[name] for name in named} and "shape" in named
 
@@ -92,7 +92,7 @@ def test_attributes_are_conditions_by_their_indices(options):
     task = task_of(options)
     row = task.train_source()[3]
     truth = task.data.train._scenes.scenes[3]["objects"][0]
-    expected = [values.index(truth[name]) for name, values in descriptions.ATTRIBUTES.items()]
+    expected = [values.index(truth[name]) for name, values in conditioning.ATTRIBUTES.items()]
     np.testing.assert_array_equal(task.descriptions.table[int(row["label"])], expected)
 
 
@@ -129,7 +129,7 @@ def test_siglip_scores_are_accuracies_of_the_described_attributes(siglip):
     # The same by hand, for images that are scaled and classified one at a time.
     prepare = model.config.preprocessing
     pixels = np.stack([prepare.apply(image) for image in images])
-    shapes, colors = descriptions.ATTRIBUTES["shape"], descriptions.ATTRIBUTES["color"]
+    shapes, colors = conditioning.ATTRIBUTES["shape"], conditioning.ATTRIBUTES["color"]
     templates = ("a {}", "a large {}", "a small {}", "one object: a {}")
     predicted = zero_shot.zero_shot(model, tokenizer, pixels, shapes, templates).argmax(1)
     shape = np.array([shapes[i] for i in predicted]) == np.array([attributes[label]["shape"] for label in labels])

@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from paligemma_jax.data.synthetic_clevr import descriptions
+from paligemma_jax.data.synthetic_clevr import conditioning
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 
 CUBE = {"size": "small", "color": "red", "material": "metal", "shape": "cube"}
 
 
 def test_attributes_are_indices_into_their_values():
-    conditions = descriptions.of_attributes()
+    conditions = conditioning.of_attributes()
     assert len(conditions.texts) == len(conditions.numbers) == 96 and conditions.table.shape == (97, 4)
-    number = conditions.numbers[descriptions.text_of(CUBE)]
+    number = conditions.numbers[conditioning.text_of(CUBE)]
     assert conditions.texts[number] == "small red metal cube" and conditions.said[number] == CUBE
     for index, (name, values) in zip(conditions.table[number], ATTRIBUTES.items(), strict=True):
         assert values[index] == CUBE[name]
@@ -21,7 +21,7 @@ def test_attributes_are_indices_into_their_values():
 
 def test_captions_are_vectors_and_equal_ones_are_one():
     texts = ["a red cube", "one object: a small sphere", "a red cube"]
-    conditions = descriptions.of_captions(texts, lambda texts: np.array([[len(text), 1.0] for text in texts]))
+    conditions = conditioning.of_captions(texts, lambda texts: np.array([[len(text), 1.0] for text in texts]))
     assert list(conditions.texts) == ["a red cube", "one object: a small sphere"]
     np.testing.assert_array_equal(conditions.table, [[10, 1], [26, 1], [0, 0]])
     assert conditions.said[conditions.numbers["a red cube"]] == {"color": "red", "shape": "cube"}
@@ -29,6 +29,6 @@ def test_captions_are_vectors_and_equal_ones_are_one():
 
 
 def test_attributes_named_by_a_caption():
-    assert descriptions.said("one object: a small red metal cube") == CUBE
-    assert descriptions.said("a cylinder") == {"shape": "cylinder"}
-    assert descriptions.said("a reddish thing") == {}
+    assert conditioning.said("one object: a small red metal cube") == CUBE
+    assert conditioning.said("a cylinder") == {"shape": "cylinder"}
+    assert conditioning.said("a reddish thing") == {}
