@@ -14,7 +14,7 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.core.errors import UserError
 
-BATCH = AT_ONCE = 64  # rows per batch
+BATCH_SIZE = 64  # rows per batch
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
@@ -173,7 +173,7 @@ def embed_rows(model: DualEncoder, rows: Mapping[str, jax.Array]) -> tuple[jax.A
 
 
 def embed_images(
-    model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = BATCH
+    model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = BATCH_SIZE
 ) -> Float[np.ndarray, "N E"]:
     """Returns the embeddings of images of any size, resized as the model's family does; pads the last batch."""
     resize, batches = _preprocessing(model).resize, _batches(images, batch_size)
@@ -203,7 +203,7 @@ def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) ->
 
 def _batch_size(count: int) -> int:
     """Returns a batch size for `count` rows: a power of two, so that few programs are compiled."""
-    return min(BATCH, 1 << (count - 1).bit_length())
+    return min(BATCH_SIZE, 1 << (count - 1).bit_length())
 
 
 def _batches(rows: Sequence | np.ndarray, size: int) -> Iterator[list]:
@@ -234,7 +234,7 @@ class Embedded(NamedTuple):
     rows: list[int]
 
 
-def embed(model: DualEncoder, rows: Rows, batch_size: int = BATCH) -> Embedded:
+def embed(model: DualEncoder, rows: Rows, batch_size: int = BATCH_SIZE) -> Embedded:
     """Applies `embed_rows` to any number of rows in batches, leaving out rows that cannot be used.
 
     The last batch is padded, so that one program is compiled.

@@ -177,9 +177,6 @@ def evenly_spaced(source: RecordSource, most: int | None) -> RecordSource:
     return Subset(source, indices=[int(row * step) for row in range(most)])
 
 
-Source, spread = RecordSource, evenly_spaced  # the names of before, until the tasks use these
-
-
 def blank_record() -> Record:
     """Returns a black one-pixel image with empty texts and weight 0, in place of a row that cannot be used."""
     buffer = io.BytesIO()

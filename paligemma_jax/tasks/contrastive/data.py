@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import Source, Subset
+from paligemma_jax.data.records import RecordSource, Subset
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
@@ -58,7 +58,7 @@ class ContrastiveData:
             return None
         return CaptionedScenes(self._scenes("captions-single", self._data.num_held_out, (1, 1)), self._tokenizer)
 
-    def _records(self, source: Source) -> CaptionedRecords:
+    def _records(self, source: RecordSource) -> CaptionedRecords:
         return CaptionedRecords(
             source,
             self._tokenizer,
@@ -67,7 +67,7 @@ class ContrastiveData:
             max_bad_fraction=self._data.max_bad_fraction,
         )
 
-    def _source(self, split: str) -> Source:
+    def _source(self, split: str) -> RecordSource:
         return named("data.name", self._data.name, OPENERS)(self._data, split)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:

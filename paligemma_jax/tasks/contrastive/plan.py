@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.sources.captioned import FEATURES
 from paligemma_jax.models.variants import TINY
-from paligemma_jax.zero_shot import AT_ONCE, embed_rows
+from paligemma_jax.zero_shot import BATCH_SIZE, embed_rows
 from train_jax.parallel import sharding
 from train_jax.task import Blueprint
 
@@ -41,7 +41,8 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     }
     place = sharding.replicated(mesh)
     rows = {
-        name: jax.ShapeDtypeStruct((AT_ONCE, *leaf.shape), leaf.dtype, sharding=place) for name, leaf in example.items()
+        name: jax.ShapeDtypeStruct((BATCH_SIZE, *leaf.shape), leaf.dtype, sharding=place)
+        for name, leaf in example.items()
     }
     if config.cache_features:
         del example["image"]

@@ -21,7 +21,7 @@ from paligemma_jax.files.shipped import SHIPPED
 from paligemma_jax.models.variants import TINY
 from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.weights.reader import RANDOM
-from paligemma_jax.zero_shot import AT_ONCE, embed_pixels
+from paligemma_jax.zero_shot import BATCH_SIZE, embed_pixels
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
 from train_jax.task import Blueprint
@@ -67,7 +67,7 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     label = jax.ShapeDtypeStruct((), jnp.int32)
     example = {"image": pixels, "image_augmented": pixels, "label": label, "weight": scalar, "draw": scalar}
-    rows = jax.ShapeDtypeStruct((AT_ONCE, *pixels.shape), pixels.dtype, sharding=sharding.replicated(mesh))
+    rows = jax.ShapeDtypeStruct((BATCH_SIZE, *pixels.shape), pixels.dtype, sharding=sharding.replicated(mesh))
     return Blueprint(task, task.abstract(texts), example, {"image embeddings": (embed_pixels, (rows,))})
 
 

@@ -65,13 +65,13 @@ def score(
     texts = zero_shot.class_embeddings(model, tokenizer, data.classes, (template,))
     source = LabelledRows(data, preprocessing_of(model.config), split, **bad_rows)
     scores, labels, rows = [], [], []
-    for start in range(0, len(source), zero_shot.AT_ONCE):
-        numbers = np.arange(start, min(start + zero_shot.AT_ONCE, len(source)))
+    for start in range(0, len(source), zero_shot.BATCH_SIZE):
+        numbers = np.arange(start, min(start + zero_shot.BATCH_SIZE, len(source)))
         part = [source[int(number)] for number in numbers]
         source.on_rows(numbers, np.array([row["bad"] for row in part]))
         pixels = np.stack([row["image"] for row in part])
         # The last batch is padded, so that one compiled program suffices.
-        pixels = np.pad(pixels, [(0, zero_shot.AT_ONCE - len(part)), (0, 0), (0, 0), (0, 0)])
+        pixels = np.pad(pixels, [(0, zero_shot.BATCH_SIZE - len(part)), (0, 0), (0, 0), (0, 0)])
         embedded = np.asarray(zero_shot.embed_pixels(model, jnp.asarray(pixels)))[: len(part)]
         good = np.array([row["weight"] > 0 for row in part])
         scores.append((embedded @ texts.T)[good])

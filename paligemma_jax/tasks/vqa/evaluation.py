@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.quantization.quantize import set_outlier_split
 from paligemma_jax.data.prompts import encode
-from paligemma_jax.data.records import BadRow, Record, Source, blank_record
+from paligemma_jax.data.records import BadRow, Record, RecordSource, blank_record
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generation.candidate_scoring import score_candidates
@@ -93,7 +93,7 @@ class VQAEvaluation:
         processor = self.processor if processor is None else processor
         return VQAEvaluation(model, self.config, self.mesh, processor, self._token_loss, self._batch_bytes)
 
-    def summary(self, source: Source) -> dict[str, float]:
+    def summary(self, source: RecordSource) -> dict[str, float]:
         """Returns accuracy and token loss on a source, for validation during training."""
         accuracy, loss = Accuracy(), TokenLoss()
         for answer in self.answers(source, ("generate", "loss")):
@@ -101,7 +101,7 @@ class VQAEvaluation:
             loss.add(answer)
         return {"accuracy": accuracy.overall, "loss": loss.mean, "examples": accuracy.examples}
 
-    def answers(self, source: Source, outputs: tuple[str, ...], shuffled: bool = False) -> Iterator[Answer]:
+    def answers(self, source: RecordSource, outputs: tuple[str, ...], shuffled: bool = False) -> Iterator[Answer]:
         """Yields the answers to the good rows of a source, in order.
 
         Args:
@@ -286,7 +286,7 @@ class _Reader:
     """Reads rows of a source as prompts, targets and features, bad rows with weight 0; a context, as it has threads."""
 
     def __init__(
-        self, processor: RowProcessor, source: Source, encode: Encode, size: int, cache_bytes: int, shuffled: bool
+        self, processor: RowProcessor, source: RecordSource, encode: Encode, size: int, cache_bytes: int, shuffled: bool
     ):
         self._processor = processor
         self._rows = processor.guarded(source, self._prepare)

@@ -9,7 +9,7 @@ from cachetools import LRUCache
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from paligemma_jax.data.records import BadRow, Record, Source, Subset
+from paligemma_jax.data.records import BadRow, Record, RecordSource, Subset
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.rows import RowProcessor
@@ -82,7 +82,13 @@ class FeatureStore(DataSource):
     """
 
     def __init__(
-        self, source: Source, processor: RowProcessor, model: PaliGemma, mesh: Mesh, limit_mb: int, progress: Callable
+        self,
+        source: RecordSource,
+        processor: RowProcessor,
+        model: PaliGemma,
+        mesh: Mesh,
+        limit_mb: int,
+        progress: Callable,
     ):
         """Encodes the images of all rows.
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from paligemma_jax.data.records import Source
+from paligemma_jax.data.records import RecordSource
 from paligemma_jax.tasks.vqa.answer import Answer
 from train_jax.core.errors import UserError
 
 
 def save_answer_sheet(
-    source: Source, answers: list[Answer], file: Path, columns: int = 4, view_ratio: float | None = None
+    source: RecordSource, answers: list[Answer], file: Path, columns: int = 4, view_ratio: float | None = None
 ) -> None:
     """Saves a grid of the answers' scenes; correct answers are green, wrong ones red. Writes nothing without answers.
 
@@ -49,7 +49,7 @@ def save_answer_sheet(
     figure.savefig(file, dpi=90)
 
 
-def _images(source: Source, keys: set[int | str]) -> dict[int | str, Image.Image]:
+def _images(source: RecordSource, keys: set[int | str]) -> dict[int | str, Image.Image]:
     """Returns the images with these indices or names, searched from the start of the source."""
     images: dict[int | str, Image.Image] = {}
     index = 0

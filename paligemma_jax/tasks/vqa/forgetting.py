@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import BadRow, Source, Subset
+from paligemma_jax.data.records import BadRow, RecordSource, Subset
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.sources.scene_captions import SceneCaptions
 from paligemma_jax.models.paligemma import PaliGemma
@@ -25,7 +25,7 @@ from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core.errors import UserError
 
 
-def filter_by_family(source: Source, data: ConfigDict) -> Subset:
+def filter_by_family(source: RecordSource, data: ConfigDict) -> Subset:
     """Returns the questions of the families that `data` names. Reads every row once; unreadable rows are kept.
 
     Raises:
@@ -40,7 +40,7 @@ def filter_by_family(source: Source, data: ConfigDict) -> Subset:
     return Subset(source, indices=chosen)
 
 
-def _family(source: Source, index: int, prompt: str) -> str | None:
+def _family(source: RecordSource, index: int, prompt: str) -> str | None:
     """Returns the family of a row; None where the row cannot be read, which is reported when it is trained on."""
     try:
         return question_family(question_of(source[index].prefix, prompt))
@@ -64,7 +64,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def captions(evaluation: VQAEvaluation, source: Source, untrained: PaliGemma | None) -> dict[str, float | None]:
+def captions(evaluation: VQAEvaluation, source: RecordSource, untrained: PaliGemma | None) -> dict[str, float | None]:
     """Returns the token loss of the captions of the source's scenes, after and before training.
 
     Args:

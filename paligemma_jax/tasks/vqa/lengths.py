@@ -5,12 +5,12 @@ from collections import Counter
 
 from absl import logging
 
-from paligemma_jax.data.records import BadRow, Source, suffix_of
+from paligemma_jax.data.records import BadRow, RecordSource, suffix_of
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from train_jax.core.errors import quoted
 
 
-def warn_of_cut_references(tokenizer: Tokenizer, source: Source, split: str, max_new_tokens: int) -> None:
+def warn_of_cut_references(tokenizer: Tokenizer, source: RecordSource, split: str, max_new_tokens: int) -> None:
     """Logs how many references of a source are longer than `max_new_tokens` tokens, and the longest."""
     counts = Counter()
     for index in range(len(source)):

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import Source
+from paligemma_jax.data.records import RecordSource
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.metrics.text import Accuracy, RougeSums, exact_match
 from paligemma_jax.models.paligemma import PaliGemma
@@ -46,11 +46,11 @@ SHOWN = 12  # scenes of the figure
 
 def report(
     evaluation: VQAEvaluation,
-    source: Source,
+    source: RecordSource,
     workdir: Path,
     *,
     split: str | None,
-    training: Source | None,
+    training: RecordSource | None,
     untrained: Callable[[], PaliGemma],
     question_only: ConfigDict | None,
     control_results: Mapping[str, Mapping[str, Any]] | None,
@@ -133,7 +133,7 @@ def _score(
 class MajorityBaseline:
     """The blind control that gives every question the most frequent training answer of its family."""
 
-    def __init__(self, training: Source, prompt: str):
+    def __init__(self, training: RecordSource, prompt: str):
         """Counts the answers of the training records.
 
         Args:
@@ -153,7 +153,7 @@ class MajorityBaseline:
         self.accuracy.add(exact_match(self.guesses.get(answer.family, ""), answer.reference), answer.family)
 
 
-def _shuffled(evaluation: VQAEvaluation, source: Source) -> Accuracy | None:
+def _shuffled(evaluation: VQAEvaluation, source: RecordSource) -> Accuracy | None:
     """Returns the accuracy where every question is shown another image; None if there is only one image."""
     if len(np.unique(source.image_numbers())) < 2:
         return None
@@ -183,7 +183,7 @@ def _best_control(controls: Mapping[str, Accuracy | Mapping[str, Any] | None]) -
     return {"accuracy_blind": best} | overall | {"controls_by_family": families}
 
 
-def _before(evaluation: VQAEvaluation, source: Source) -> dict[str, Any]:
+def _before(evaluation: VQAEvaluation, source: RecordSource) -> dict[str, Any]:
     """Returns the likelihood accuracy of the model before training, overall and by family."""
     if not candidate_answers(evaluation.config.eval.candidates):
         return {"accuracy_before": None}

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, Source
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core.errors import cut
@@ -64,7 +64,7 @@ class RowProcessor:
         return self.image(record) | self.text(record)
 
     def guarded(
-        self, source: Source, prepare: Callable[[Record], dict[str, Any]], max_bad_fraction: float | None = None
+        self, source: RecordSource, prepare: Callable[[Record], dict[str, Any]], max_bad_fraction: float | None = None
     ) -> GuardedSource:
         """Returns a source whose bad rows keep their slot with weight 0, or stop the run under `on_error="raise"`.
 

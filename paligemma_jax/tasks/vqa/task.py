@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.peft.methods import base_of
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import GuardedSource, Source, spread
+from paligemma_jax.data.records import GuardedSource, RecordSource, evenly_spaced
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.inference import command
@@ -76,7 +76,7 @@ class VQA(Task):
         # Read or computed on first use.
         self._base: PaliGemma | None = None
         self._processor: RowProcessor | None = None
-        self._splits: dict[str, Source] = {}
+        self._splits: dict[str, RecordSource] = {}
         self._batch_bytes: dict[tuple, int | None] = {}  # see VQAEvaluation
 
     @classmethod
@@ -212,7 +212,7 @@ class VQA(Task):
             assert self._processor is not None
         return self._processor
 
-    def split(self, name: str) -> Source:
+    def split(self, name: str) -> RecordSource:
         """Returns the records of "train", "tune", or a split of the source."""
         if name not in self._splits:
             data = self.config.data
@@ -246,7 +246,7 @@ class VQA(Task):
     def _warn_of_cut_references(self) -> None:
         """Warns of evaluated references that do not fit into `eval.max_new_tokens`."""
         config = self.config.eval
-        reported = spread(self.split(self.default_split), config.max_examples)
+        reported = evenly_spaced(self.split(self.default_split), config.max_examples)
         if jax.process_index() == 0:
             for name, source in (("tune", self.split("tune")), (self.default_split, reported)):
                 warn_of_cut_references(self.tokenizer, source, name, config.max_new_tokens)
@@ -372,7 +372,7 @@ class VQA(Task):
         config, split = self.config.eval, split or self.default_split
         return report(
             self.evaluation(model),
-            spread(self.split(split), config.max_examples),
+            evenly_spaced(self.split(split), config.max_examples),
             workdir,
             split=None if split == self.default_split else split,
             training=self.split("train") if config.controls else None,
