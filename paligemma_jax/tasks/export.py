@@ -7,6 +7,7 @@ tokenizer beside it. `pg.load(FOLDER)` reads it.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
     copy_tokenizer(settings.tokenizer, folder)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs the command line."""
     expected = "RUN FOLDER [best|latest|STEP]"
     (run, folder, *checkpoint), _ = command_line.parse(argv, __doc__, lambda values: None, expected, counts=(2, 3))

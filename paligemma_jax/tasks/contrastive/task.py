@@ -210,7 +210,7 @@ class Contrastive(Task):
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the loss summed over images; the runtime normalizes by those that are valid."""
 
-        def embed(rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def embed(rows: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
             if FEATURES in rows:
                 images, _ = model.embed_features(rows[FEATURES])
             else:

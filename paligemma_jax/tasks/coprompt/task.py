@@ -254,9 +254,9 @@ class CoPrompt(Task):
         settings, texts = self.config.consistency, ClassTexts.of(model)
         images = common.normalize(model, batch["image"])
         rows = {"images": images, "labels": batch["label"], "weights": batch["weight"]}
-        rows |= {"tokens": texts.tokens}
+        rows["tokens"] = jnp.asarray(texts.tokens)
         if texts.mask is not None:
-            rows["text_mask"] = texts.mask
+            rows["text_mask"] = jnp.asarray(texts.mask)
         if texts.frozen is not None:
             rows["frozen_text"] = texts.frozen_sentences(batch["draw"][0])
         if self.weight and settings.on != "text":

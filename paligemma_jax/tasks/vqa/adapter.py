@@ -167,7 +167,8 @@ def attach(
         method = METHODS[adapter.name]
         default_size = method.size[1] if method.size else 0
         targets = adapter.targets or method.targets or ""
-        return method.attach(model, adapter.size or default_size, targets, nnx.Rngs(seed))
+        attached = method.attach(model, adapter.size or default_size, targets, nnx.Rngs(seed))
+        return cast(PaliGemma, attached)  # of the same class
     if opened is not None:
         return load_peft(model, opened, dtype="float32", dropout=adapter.dropout, shardings=shardings)
     attached = lora.attach_lora(

@@ -22,8 +22,9 @@ from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.files import hub
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, initial_batch_size
+from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, VQAEvaluation, initial_batch_size
 from paligemma_jax.tasks.vqa.features import ENCODE_BATCH, FEATURES, encode_images, feature_shape
+from paligemma_jax.tasks.vqa.rows import RowProcessor
 from paligemma_jax.weights.reader import RANDOM, new
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -56,7 +57,8 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
         arrays = task.processor.text(blank_record()) | {FEATURES: np.zeros(feature_shape(model), np.float32)}
     example = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in arrays.items()}
     example["weight"] = jax.ShapeDtypeStruct((), np.float32)
-    return Blueprint(task, model, example, _programs(task, model))
+    programs = _programs(config, mesh, task.processor, task.evaluation, model)
+    return Blueprint(task, model, example, programs)
 
 
 def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
@@ -64,31 +66,38 @@ def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
     return new(path, dtype, **options)
 
 
-def _programs(task: Any, model: PaliGemma) -> dict[str, tuple]:
+def _programs(
+    config: ConfigDict,
+    mesh: Mesh,
+    processor: RowProcessor,
+    evaluation: Callable[[PaliGemma], VQAEvaluation],
+    model: PaliGemma,
+) -> dict[str, tuple]:
     """Returns the programs of an evaluation, and of encoding the training images under `cache_features`."""
-    config, mesh, parts = task.config, task.mesh, common.row_parts(task.mesh)
     rows = sharding.batch_sharding(mesh, accumulate=False)
     size = initial_batch_size(config, mesh)
 
     def shape(array: np.ndarray, count: int = size) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *array.shape), array.dtype, sharding=rows)
 
-    image = task.processor.image(blank_record())["image"]
-    arrays = task.processor.prompt_and_text(blank_record()) | {"weight": np.zeros((), np.float32)}
+    image = processor.image(blank_record())["image"]
+    arrays = processor.prompt_and_text(blank_record()) | {"weight": np.zeros((), np.float32)}
     batch = {name: shape(array) for name, array in arrays.items()}
     batch["features"] = jax.ShapeDtypeStruct((size, *feature_shape(model)), np.float32, sharding=rows)
     programs = {"image features": (encode_images, (shape(image),))}
     if config.cache_features:
-        count = -(-ENCODE_BATCH // parts) * parts
-        programs["features of training images"] = (encode_images, (shape(image, count),))
+        parts = common.row_parts(mesh)
+        programs["features of training images"] = (encode_images, (shape(image, -(-ENCODE_BATCH // parts) * parts),))
     names = OUTPUTS if config.eval.candidates else ("generate", "loss")
-    return programs | {NAMES[name]: (functools.partial(_evaluate, task, name), (batch,)) for name in names}
+    return programs | {NAMES[name]: (functools.partial(_evaluate, evaluation, name), (batch,)) for name in names}
 
 
-def _evaluate(task: Any, name: str, model: PaliGemma, batch: dict[str, jax.Array]):
+def _evaluate(
+    evaluation: Callable[[PaliGemma], VQAEvaluation], name: str, model: PaliGemma, batch: dict[str, jax.Array]
+):
     """Runs one of the programs of an evaluation of this model."""
-    evaluation = task.evaluation(model)
-    return evaluation.programs()[name](evaluation.model, batch)
+    evaluated = evaluation(model)
+    return evaluated.programs()[name](evaluated.model, batch)
 
 
 def _known_path(path: str) -> str:

@@ -305,6 +305,16 @@ def test_texts_are_arguments_of_the_step_and_are_frozen(options, method):
     assert max(np.size(value) for value in step.consts) <= 3  # mean and deviation of the pixels
 
 
+def test_models_do_not_depend_on_the_order_of_calls(options):
+    """Only the model for training has the class texts, whether training data were opened before or not."""
+    first, second = task_of(options), task_of(options)
+    second.train_source()
+    for task in (first, second):
+        plain, training = (param_tree.flatten(model) for model in (task.init(), task.init_for_training()))
+        assert not any(path.startswith("class_texts/") for path in plain)
+        assert {path for path in training if not path.startswith("class_texts/")} == set(plain) != set(training)
+
+
 def test_without_perturbed_inputs_an_untuned_model_is_consistent(options):
     """The branches are equal where what is attached does nothing; with perturbed inputs they are not."""
     nothing = {"method": "adapters", "prompts.text_mix": 0.0, "prompts.image_mix": 0.0, "consistency.weight": 1.0}
