@@ -62,7 +62,7 @@ CHIPS = {
 class Slice(NamedTuple):
     """The devices of a slice to compile for, and the properties of one of them."""
 
-    devices: Sequence[jax.Device]
+    devices: Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  (JAX assigns the class)
     chip: Chip
 
 
