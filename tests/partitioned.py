@@ -88,7 +88,7 @@ def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided
 
 
 def parameters(case: Case) -> dict[str, Sizes]:
-    """Returns shapes by path."""
+    """Returns the shapes of a run's parameters by path."""
     config = _config(case, ONE)
     blueprint = task_class(config.task).blueprint(config, sharding.make_mesh(config.mesh))
     return {path: leaf.shape for path, leaf in param_tree.flatten(blueprint.model).items()}
@@ -119,9 +119,9 @@ def layers_of(shapes: dict[str, Sizes]) -> dict[str, list[Sizes]]:
 
 
 def check(case: Case, mesh: str, monkeypatch) -> None:
-    """Asserts what the module says of all programs of a run.
+    """Asserts that exchanges, FLOPs and temporary memory of all programs of a run are divided over the devices.
 
-    Of temporaries, a device has room for two layers' gathered weights and a fifth more than its share of the rest.
+    Temporary memory may hold the gathered weights of two layers and 1.2 times the device's share of the rest.
     """
     shapes = parameters(case)
     one, divided = (programs(case, shape, monkeypatch) for shape in (ONE, MESHES[mesh]))
@@ -132,13 +132,13 @@ def check(case: Case, mesh: str, monkeypatch) -> None:
     room = 0 if mesh == "data" else sum(largest)
     for name, whole in one.items():
         part = divided[name]
-        strange = {key: times for key, times in part.exchanged.items() if key[1] not in allowed}
-        assert not strange, f"{name} exchanges {strange}"
+        unexpected = {key: times for key, times in part.exchanged.items() if key[1] not in allowed}
+        assert not unexpected, f"{name} exchanges {unexpected}"
         work = part.flops / whole.flops * DEVICES
         assert work <= 1.05, f"{name} computes {work:.3f} of its share"
         share = (part.temp - room) / whole.temp * DEVICES
         assert share <= 1.2, f"{name} takes {share:.2f} of its share of {whole.temp} bytes"
-        passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # of a prompt, a token
+        passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # prompt and one token
         for key, number in arrays_of(shapes).items():
             assert part.exchanged["all-gather", key] <= passes * number, f"{name} gathers {key} too often"
 

@@ -1,7 +1,7 @@
-"""Who may import whom, and that what is imported is declared.
+"""Rules for imports between modules, and that imported packages are declared dependencies.
 
-Imports run down only: tasks and commands -> the packages below in their order -> `train_jax.core`. There are no circles
-of folders, but for a folder and those inside it.
+Tasks and commands may import the packages below them in the order of FLOORS, and all may import `train_jax.core`.
+Folders have no circular imports, except between a folder and its subfolders.
 """
 
 import ast
@@ -18,10 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
-MOST_FILES = 14  # of a folder, beside __init__
+MOST_FILES = 14  # in a folder, without __init__
 
-# Every floor may import those before it and nothing else of its package; what stands on one floor is apart.
-# "" is the package's own folder: loading, convert, merge and the like.
+# A floor may import the floors before it; folders on the same floor may not import each other.
+# "" is the folder of the package itself: loading, convert, merge and so on.
 FLOORS = {
     "paligemma_jax": (
         ("files",),
@@ -35,13 +35,13 @@ FLOORS = {
     ),
 }
 
-# (modules, what they may not import, what is allowed all the same).
+# (modules, modules they may not import, exceptions).
 RULES = [
     (r"train_jax(\..*)?", r"(paligemma_jax|flow_jax)(\..*)?", None),
     (r"train_jax\.core(\..*)?", r"train_jax(\..*)?", r"train_jax\.core(\..*)?"),
     (r"flow_jax(\..*)?", r"paligemma_jax(\..*)?", None),
     (r"paligemma_jax(?!\.tasks\.text_to_image(\.|$))(\..*)?", r"flow_jax(\..*)?", None),
-    # Tasks and commands see the runtime, everything else its vocabulary alone.
+    # Only tasks and commands may import the runtime; other modules may import train_jax.core.
     (
         r"(paligemma_jax\.(?!tasks\.|commands\.|loading$|convert$|merge$)|flow_jax\.(?!tasks\.|fid$)).*",
         r"train_jax(\..*)?",
@@ -53,38 +53,38 @@ RULES = [
 
 
 def modules_of(root: Path) -> dict[str, Path]:
-    """{dotted name: file} of our packages; a package goes by its own name."""
+    """Returns {dotted name: file} for the modules of our packages; an __init__.py has the name of its package."""
     files = [file for package in PACKAGES for file in sorted((root / package).rglob("*.py"))]
     names = [file.relative_to(root).with_suffix("").parts for file in files]
     return {".".join(p[:-1] if p[-1] == "__init__" else p): file for p, file in zip(names, files, strict=True)}
 
 
 def imports_of(name: str, file: Path, modules: dict[str, Path]) -> set[str]:
-    """Every module that `name` imports, at its top or inside a function; `from a import b` is a.b if that is one."""
-    found = set()
+    """Returns the modules that `name` imports, also inside functions; `from a import b` counts as a.b if a module."""
+    result = set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             base = ".".join(filter(None, [above, node.module]))
             inner = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {module if module in modules else base for module in inner}
-    return found - {name}
+            result |= {module if module in modules else base for module in inner}
+    return result - {name}
 
 
 UNIX = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
-"""Modules of Python that Windows has not."""
+"""Modules of Python that Windows lacks."""
 
 
 def test_modules_missing_on_windows_are_imported_with_a_guard():
-    """Below `try`, never at the left margin."""
+    """They may only be imported inside `try`."""
     for name, file in modules_of(ROOT).items():
         top = ast.parse(file.read_text(encoding="utf-8")).body
-        found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-        found |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-        assert not found & UNIX, name
+        imported = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+        assert not imported & UNIX, name
 
 
 def graph_of(root: Path) -> dict[str, set[str]]:
@@ -93,8 +93,8 @@ def graph_of(root: Path) -> dict[str, set[str]]:
 
 
 def violations(graph: dict[str, set[str]]) -> list[str]:
-    """What breaks a rule or runs up a floor, a sentence each."""
-    found = [
+    """Returns a sentence for each import that violates a rule or goes to a higher floor."""
+    pairs = [
         (name, target)
         for who, forbidden, allowed in RULES
         for name, targets in graph.items()
@@ -108,12 +108,12 @@ def violations(graph: dict[str, set[str]]) -> list[str]:
         for target in targets if floor is not None and name != package else ():
             of, below, apart = floor_of(target)
             if of == package and below is not None and (below > floor or (below == floor and apart != inside)):
-                found.append((name, target))
-    return sorted({f"{name} imports {target}" for name, target in found})
+                pairs.append((name, target))
+    return sorted({f"{name} imports {target}" for name, target in pairs})
 
 
 def floor_of(module: str) -> tuple[str, int | None, str]:
-    """The package of a module, the number of its floor (None: there are none) and the top folder that it is in."""
+    """Returns a module's package, the number of its floor (None if the package has none), and its top folder."""
     package, *rest = module.split(".")
     floors = FLOORS.get(package, ())
     folder = rest[0] if rest and any(rest[0] in floor for floor in floors) else ""
@@ -121,20 +121,20 @@ def floor_of(module: str) -> tuple[str, int | None, str]:
 
 
 def folder_pairs(graph: dict[str, set[str]], modules: dict[str, Path]) -> dict[tuple[str, str], list[str]]:
-    """{(folder, folder that it imports from): imports}; a package's own face counts as none of its modules."""
-    found = defaultdict(list)
+    """Returns {(folder, folder that it imports from): imports}, without imports by the packages' __init__.py."""
+    pairs = defaultdict(list)
     for name, targets in graph.items():
         for target in targets & set(modules):
             one, other = (
                 each if modules[each].name == "__init__.py" else each.rpartition(".")[0] for each in (name, target)
             )
             if one != other and name not in PACKAGES:
-                found[one, other].append(f"{name} imports {target}")
-    return dict(sorted(found.items()))
+                pairs[one, other].append(f"{name} imports {target}")
+    return dict(sorted(pairs.items()))
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The nodes of a circle of imports, [] without one."""
+    """Returns the nodes of a circular import, [] if there is none."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -149,7 +149,7 @@ def test_imports_follow_the_floors():
 
 
 def test_no_circles():
-    """Of modules; and of folders, where a folder and those inside it are one."""
+    """Neither between modules nor between folders, except between a folder and its subfolders."""
     graph = graph_of(ROOT)
     assert circle(graph) == []
     folders = defaultdict(set)
@@ -204,7 +204,7 @@ def test_circles_are_found(tmp_path):
 
 
 def test_importing_everything_loads_neither_tensorflow_nor_torch():
-    """Of the packages we import, none may pull them in either."""
+    """Not even through the packages that we import."""
     names = sorted(modules_of(ROOT))
     script = (
         f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
@@ -216,7 +216,7 @@ def test_importing_everything_loads_neither_tensorflow_nor_torch():
 
 
 def normalized(requirement: str) -> str:
-    """The distribution's name as package indexes compare it (PEP 503)."""
+    """Returns the normalized name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
@@ -226,5 +226,5 @@ def test_dependencies_are_what_is_imported():
     imported = {tuple(map(normalized, owners[top])) for top in tops - sys.stdlib_module_names - set(PACKAGES)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {(normalized(requirement),) for requirement in project["dependencies"]}
-    # tensorflow-datasets imports importlib_resources without asking for it.
+    # tensorflow-datasets imports importlib_resources without declaring it.
     assert imported == declared - {("importlib-resources",)}

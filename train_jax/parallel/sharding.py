@@ -65,7 +65,10 @@ def mesh_shape(sizes: Mapping[str, int] | ConfigDict, device_count: int, process
     return shape
 
 
-def make_mesh(sizes: Mapping[str, int] | ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    sizes: Mapping[str, int] | ConfigDict,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  (JAX assigns the class)
+) -> Mesh:
     """Returns the mesh of a config's `mesh` with axes ("data", "fsdp", "tensor"), all `AxisType.Auto`.
 
     data=-1, the default, means all devices: one on a laptop, eight on a TPU host. Devices are ordered by process, so

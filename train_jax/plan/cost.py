@@ -1,7 +1,7 @@
-"""Estimates the time of a program that the TPU's compiler has compiled, by class of operation.
+"""Estimates the time of a program compiled for a TPU, by class of operation.
 
-The compiler notes `estimated_cycles` at every fusion and names the source lines that it comes from. Cycles are summed
-over the program with the iterations of its loops. A class's bound is the larger of its products' FLOPs over the peak
+The compiler annotates every fusion with `estimated_cycles` and its source lines. Cycles are summed over the program,
+with every iteration of its loops. A class's bound is the larger of its products' FLOPs over the peak
 and of the bytes that its fusions read and write in HBM over the bandwidth. Collectives and Pallas calls have no
 estimate: collectives are bound by the bandwidth of the links.
 """
@@ -42,8 +42,8 @@ class Operation(NamedTuple):
     """An instruction with an estimate, in all its executions.
 
     Attributes:
-      name: JAX's name of it, as "jit(step)/.../dot_general".
-      frames: where it was traced, the innermost first.
+      name: JAX's name, such as "jit(step)/.../dot_general".
+      frames: source frames from which it was traced, the innermost first.
       cycles: the compiler's estimate.
       flops: of products.
       bytes: read from and written to HBM.
@@ -99,17 +99,17 @@ def classify(operation: Operation, classes: Sequence[tuple[str, str]]) -> str:
 
 
 class ClassCost(NamedTuple):
-    """Summed over the operations of a class."""
+    """Totals of a class of operations; fields as of `Operation`."""
 
     cycles: int
     flops: int
     bytes: int
 
 
-def by_class(found: Sequence[Operation], classes: Sequence[tuple[str, str]]) -> dict[str, ClassCost]:
+def by_class(ops: Sequence[Operation], classes: Sequence[tuple[str, str]]) -> dict[str, ClassCost]:
     """Returns the cost of each class that occurs, the most expensive first."""
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for operation in found:
+    for operation in ops:
         total = sums[classify(operation, classes)]
         for index, value in enumerate((operation.cycles, operation.flops, operation.bytes)):
             total[index] += value
@@ -121,11 +121,11 @@ class ProgramCost(NamedTuple):
     """The estimated time of a program on one chip, and what bounds it.
 
     Attributes:
-      chip: that it was compiled for.
+      chip: the chip that it was compiled for.
       classes: by class of operation, the most expensive first.
       sources: (source line, kind of operation, cycles), the most expensive first.
       received: bytes of the results of collectives.
-      unestimated: custom calls, such as Pallas kernels, that the compiler has no estimate of, by name and number.
+      unestimated: {name: number} of custom calls without an estimate, such as Pallas kernels.
     """
 
     chip: Chip
@@ -157,25 +157,25 @@ class ProgramCost(NamedTuple):
 
 def program_cost(text: str, chip: Chip, classes: Sequence[tuple[str, str]]) -> ProgramCost:
     """Returns the cost of a program that was compiled for a TPU, from `compiled.as_text()`."""
-    module, found = hlo.parse(text), operations(text)
+    module, ops = hlo.parse(text), operations(text)
     custom: Counter[str] = Counter()
     for computation, index, count in _executed(module, module.entry, 1):
         instruction = module.computations[computation][index]
         if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
             custom[instruction.name] += count
     received = sum(hlo.collective_bytes(module).values())
-    return ProgramCost(chip, by_class(found, classes), by_source(found, ROOT), received, dict(custom))
+    return ProgramCost(chip, by_class(ops, classes), by_source(ops, ROOT), received, dict(custom))
 
 
-def by_source(found: Sequence[Operation], root: str) -> list[tuple[str, str, int]]:
+def by_source(ops: Sequence[Operation], root: str) -> list[tuple[str, str, int]]:
     """Returns (source line, kind of operation, cycles), the most expensive first.
 
     Args:
-      found: the operations.
+      ops: the operations.
       root: folder of the source; the innermost frame below it is named, else the innermost.
     """
     total: Counter[tuple[str, str]] = Counter()
-    for operation in found:
+    for operation in ops:
         own = [frame for frame in operation.frames if frame.file.startswith(root)]
         frame = next(iter(own or operation.frames), None)
         place = str(frame._replace(file=frame.file.removeprefix(root).lstrip("/"))) if frame else ""
@@ -195,7 +195,7 @@ def _executed(module: Module, name: str, times: int) -> Iterator[tuple[str, int,
 def _hbm_bytes(instruction: Instruction, module: Module, types: Mapping[str, str]) -> int:
     """Returns the bytes that one execution reads from and writes to HBM.
 
-    A fused dynamic slice reads the slice alone, and a fused update in place writes the update alone.
+    A fused dynamic slice reads only the slice, and a fused in-place update writes only the update.
     """
     reads = [_in_hbm(types.get(operand, "")) for operand in _operands(instruction)]
     writes = _in_hbm(instruction.type)

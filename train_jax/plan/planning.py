@@ -5,8 +5,8 @@
 Compiles the training step and the programs of evaluation for abstract arrays: reads no weights or data and allocates
 nothing, so that a laptop can plan for a pod. Prints the memory, FLOPs and bytes of collectives of one device, and which
 common accelerators have enough memory. `--devices` plans for N (CPU) devices instead of the available ones. `--tpu`
-compiles with the TPU's own compiler for a slice that need not be there (the extra [tpu]), and adds its estimate of the
-time by class of operation; `--profile` lists the most expensive source lines. Other arguments are those of train.py.
+compiles with the TPU compiler for a slice, which need not exist (the extra [tpu]), and adds its estimate of the time by
+class of operation; `--profile` lists the most expensive source lines. Other arguments are those of train.py.
 Plans every run of a sweep, but only one of runs that differ in their seed.
 """
 
@@ -82,7 +82,7 @@ def plan(config: ConfigDict, tpu: Slice | None = None) -> RunPlan:
 
 
 class _Compiler(NamedTuple):
-    """Compiles programs for a mesh, whose devices may be those of a slice that is not there."""
+    """Compiles programs for a mesh, whose devices may be those of a TPU slice that does not exist here."""
 
     mesh: Mesh
     tpu: Slice | None
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", values.devices)
     if values.tpu is not None:
-        jax.config.update("jax_platforms", "cpu")  # what runs beside the compiler
+        jax.config.update("jax_platforms", "cpu")  # for computations during tracing
     tpu = None if values.tpu is None else open_slice(values.tpu)
     for name, single in runs(config):
         print(f"{name}\n" if name else "", end="")

@@ -1,6 +1,6 @@
-"""Slices of TPUs to plan for on a machine without one: libtpu (the extra [tpu]) compiles for slices that are not there.
+"""TPU slices to plan for on a machine without TPUs: libtpu (the extra [tpu]) compiles without the devices.
 
-Sizes of chips are those that Google publishes; the clock converts the compiler's cycles to time.
+The numbers of the chips are those that Google publishes; the clock converts the compiler's cycles to time.
 """
 
 import importlib.util
@@ -56,13 +56,13 @@ CHIPS = {
     "TPU v5": Chip("v5p", 95e9, 1.75e9, 459e12, 2765e9, 600e9),
     "TPU v6 lite": Chip("v6e", 32e9, 1.75e9, 918e12, 1640e9, 448e9),
 }
-"""By `device_kind`."""
+"""Chips by `device_kind`."""
 
 
 class Slice(NamedTuple):
-    """Devices of a slice, to compile for, and what one of them is."""
+    """The devices of a slice to compile for, and the properties of one of them."""
 
-    devices: Sequence[jax.Device]
+    devices: Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  (JAX assigns the class)
     chip: Chip
 
 

@@ -52,17 +52,17 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 
 
 def test_cost_by_class():
-    found = cost.program_cost(TEXT, V5E, CLASSES)
-    layer = found.classes["layer"]
+    result = cost.program_cost(TEXT, V5E, CLASSES)
+    layer = result.classes["layer"]
     assert layer.flops == flops.product_flops(hlo.parse(TEXT))
     # Kernels are read from HBM forward and backward; activations and gradients stay on the chip.
     assert layer.bytes == 2 * LAYERS * WIDTH * WIDTH * 2
-    assert found.bound(layer) == max(layer.flops / V5E.flops, layer.bytes / V5E.bandwidth) <= found.seconds
-    assert found.seconds == sum(one.cycles for one in found.classes.values()) / 1.5e9
-    assert found.received == LAYERS * WIDTH * WIDTH * 2
-    assert found.collective_seconds == found.received / V5E.link_bandwidth
-    assert list(found.classes)[0] == "layer" and "loss" in found.classes and cost.OTHER in found.classes
-    assert found.unestimated == {}
+    assert result.bound(layer) == max(layer.flops / V5E.flops, layer.bytes / V5E.bandwidth) <= result.seconds
+    assert result.seconds == sum(one.cycles for one in result.classes.values()) / 1.5e9
+    assert result.received == LAYERS * WIDTH * WIDTH * 2
+    assert result.collective_seconds == result.received / V5E.link_bandwidth
+    assert list(result.classes)[0] == "layer" and "loss" in result.classes and cost.OTHER in result.classes
+    assert result.unestimated == {}
 
 
 def test_cycles_are_those_that_the_compiler_notes():
