@@ -1,4 +1,4 @@
-"""Fabricated picture data: folders of files, and a data set as TFDS prepares one."""
+"""Synthetic image data on disk: folders of files, and a data set as prepared by TFDS."""
 
 import io
 from pathlib import Path

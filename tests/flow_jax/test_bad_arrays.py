@@ -1,4 +1,4 @@
-"""Arrays that do not fit: what would be broadcast, clipped or lost is refused, in a sentence that names the shapes."""
+"""Arrays whose shapes do not match are refused, where NumPy or JAX would broadcast or clip; errors name the shapes."""
 
 import re
 

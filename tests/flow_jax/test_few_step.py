@@ -1,4 +1,4 @@
-"""MeanFlow against the mean velocity of a flow that is known; intervals; reflow's pairs."""
+"""MeanFlow against the mean velocity of a known flow; intervals; the pairs of reflow."""
 
 import jax
 import jax.numpy as jnp

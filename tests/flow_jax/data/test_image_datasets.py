@@ -1,4 +1,4 @@
-"""Pictures to train on: files, folders, TFDS, what is held out, bad files, flips; and what is refused."""
+"""Image data sets: files, folders, TFDS, held-out splits, bad files, flips; and refused settings."""
 
 import numpy as np
 import pytest

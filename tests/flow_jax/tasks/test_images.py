@@ -1,4 +1,4 @@
-"""The trainer of flows of images, on real digits: what feeds the step, its loss, its scores, what a run leaves."""
+"""The task of image flows, on real digits: its training source, loss and scores, and the files of a run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Paths by config: every one can be chosen, and sampling and likelihood start where it does."""
+"""Paths by config: each can be chosen, and sampling and likelihood start from its start."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""The trainer of flows in the plane: what it feeds the step, what it learns, what a run leaves, and mistakes."""
+"""The task of flows in the plane: its training source and loss, results and files of a run, and refused settings."""
 
 import json
 
