@@ -148,14 +148,14 @@ def test_paths_refuse_rows_of_two_shapes(name):
 
 
 @pytest.mark.parametrize(
-    ("mu", "sigma", "found"),
+    ("mu", "sigma", "shape"),
     [
         (lambda t, x: x[:1], lambda t, x: 1 - t, "mu of it [1]"),
         (lambda t, x: x, lambda t, x: x[:1], "sigma of it [1]"),
     ],
 )
-def test_a_gaussian_path_s_functions_keep_the_shape_of_an_example(mu, sigma, found):
-    with pytest.raises(UserError, match=re.escape(f"an example has shape [3] and {found}")):
+def test_a_gaussian_paths_functions_keep_the_shape_of_an_example(mu, sigma, shape):
+    with pytest.raises(UserError, match=re.escape(f"an example has shape [3] and {shape}")):
         fj.paths.GaussianPath(mu, sigma).sample(X, X, 0.5)
 
 
@@ -249,9 +249,9 @@ def test_large_costs_in_half_precision_couple_as_in_float32(dtype):
     low_0, low_1 = (x.astype(dtype) for x in (x_0, x_1))
     same_0, same_1 = (x.astype(jnp.float32) for x in (low_0, low_1))
     for couple in (fj.couplings.exact, lambda a, b: fj.couplings.sinkhorn(a, b, key=KEY)):
-        found, want = couple(low_0, low_1)[1], couple(same_0, same_1)[1]
-        np.testing.assert_array_equal(found, want)
-        assert (np.asarray(found) != np.arange(64)).any()  # what a plan without finite entries would be
+        result, want = couple(low_0, low_1)[1], couple(same_0, same_1)[1]
+        np.testing.assert_array_equal(result, want)
+        assert (np.asarray(result) != np.arange(64)).any()  # what a plan without finite entries would be
     np.testing.assert_allclose(
         fj.metrics.sinkhorn_divergence(low_0, low_1), fj.metrics.sinkhorn_divergence(same_0, same_1), rtol=1e-5
     )

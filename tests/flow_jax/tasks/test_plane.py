@@ -218,7 +218,7 @@ def test_mistakes(tmp_path, capsys, changes, sentence):
 
 
 def test_an_unknown_argument_of_the_config(tmp_path, capsys):
-    found = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
-    assert found.startswith(
+    message = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
+    assert message.startswith(
         "the config argument is 'swissroll', expected one of checkerboard, 8gaussians, moons, spirals"
     )
