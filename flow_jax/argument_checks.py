@@ -58,7 +58,7 @@ def check_key(name: str, value: Any) -> None:
     """Raises UserError unless the value is a key of jax.random, or an array of keys."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
-        raise UserError(f"{name} is {value}, expected a key of random numbers: pass jax.random.key(0), say.")
+        raise UserError(f"{name} is {value}, expected a key of random numbers: pass jax.random.key(0), for example.")
 
 
 def check_numbers(name: str, value: Any) -> None:

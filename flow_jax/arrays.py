@@ -107,7 +107,7 @@ def check_args(args: tuple, x: AnyArray) -> None:
             check_numbers("an array of args", leaf)
         if jnp.shape(leaf)[:1] != x.shape[:1]:
             raise UserError(
-                f"args hold an array of shape {list(jnp.shape(leaf))} beside x {list(x.shape)}, expected a row for "
+                f"args contain an array of shape {list(jnp.shape(leaf))} for x {list(x.shape)}, expected a row for "
                 "every row of x: repeat it."
             )
 
@@ -155,7 +155,7 @@ def as_time(t: CheckedTime, x: AnyArray) -> Array:
     t = jnp.asarray(t, full_dtype(x))
     if t.ndim and t.shape != x.shape[:1]:
         raise UserError(
-            f"t has shape {list(t.shape)} and x {list(x.shape)}, expected one time for all rows or one a row, "
+            f"t has shape {list(t.shape)} and x {list(x.shape)}, expected one time for all rows or one per row, "
             f"{list(x.shape[:1])}: reshape t."
         )
     return t

@@ -46,7 +46,7 @@ class ImageData:
       levels: number of grey values.
       num_classes: 0 without labels.
       scores: makes the scores of these data, beside those of all images.
-      row_a_label: whether figures of samples have one row for each label.
+      row_per_label: whether figures of samples have one row for each label.
     """
 
     train: ImageSet
@@ -56,7 +56,7 @@ class ImageData:
     levels: int
     num_classes: int
     scores: Callable[[], Sequence[Score]] = tuple
-    row_a_label: bool = True
+    row_per_label: bool = True
 
 
 class Splits(NamedTuple):

@@ -67,7 +67,7 @@ class ImageEvaluation:
         and the scores of the data (image_datasets.ImageData.scores)
         """
         labels = self.labels(self.options.num_samples or len(self.data.held_out))
-        gallery, real = (Gallery(self.data.num_classes if self.data.row_a_label else 0) for _ in range(2))
+        gallery, real = (Gallery(self.data.num_classes if self.data.row_per_label else 0) for _ in range(2))
         frechet_score = FrechetScore(self.features, self.moments(self.options.reference))
         scores: list[Score] = [frechet_score, *self.data.scores(), gallery]
         nfe = self.score(model, labels, scores)

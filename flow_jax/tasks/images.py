@@ -44,8 +44,8 @@ class ImageFlow(ImageFlowTask):
     @functools.cached_property
     def num_classes(self) -> int:
         """The number of classes, 0 without labels; the data are opened if the config does not determine it."""
-        known = image_datasets.known_classes(self.config.data)
-        return self.data.num_classes if known is None else known
+        number = image_datasets.known_classes(self.config.data)
+        return self.data.num_classes if number is None else number
 
     def init(self) -> nnx.Module:
         """Returns the velocity model at the start of training."""

@@ -1,4 +1,4 @@
-"""Fabricated picture data: folders of files, and a data set as TFDS prepares one."""
+"""Synthetic image data on disk: folders of files, and a data set as prepared by TFDS."""
 
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def write_folder(root: Path, classes: int = 3, each: int = 10, broken: tuple[str, ...] = ()) -> Path:
-    """Class folders "a", "b", ... of noise; picture n of class c is pixels(100 c + n)."""
+    """Writes class folders "a", "b", ... of random images; image n of class c is pixels(100 c + n)."""
     for label in range(classes):
         folder = root / "abc"[label]
         folder.mkdir(parents=True)
@@ -33,7 +33,7 @@ def write_folder(root: Path, classes: int = 3, each: int = 10, broken: tuple[str
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Pictures with labels, the key n and label n % 2 of picture n being pixels(n), in colour or grey."""
+    """Labelled images, in colour or grey: image n has the key n, the pixels pixels(n) and the label n % 2."""
 
     name = "pictures"
     VERSION = tfds.core.Version("1.0.0")
@@ -66,11 +66,11 @@ def prepare(root: Path, channels: int = 3) -> Path:
 
 
 def colours(images: np.ndarray) -> np.ndarray:
-    """Features: mean colour and its square."""
+    """Returns features: the mean colour and its square."""
     means = images.astype(np.float64).mean(axis=(1, 2))
     return np.concatenate([means, means**2 / 255], axis=1)
 
 
 def flat(images: np.ndarray) -> np.ndarray:
-    """No features: one number for all."""
+    """Returns invalid features: one number for all images."""
     return images.mean()

@@ -1,6 +1,6 @@
-"""Arguments of another kind: every one is taken for what it is or refused in a sentence, never with a bare traceback.
+"""Arguments of wrong types: each is accepted or refused with a UserError, never with a bare traceback.
 
-Annotations are not executed here, as they are not where a user calls these functions.
+Annotations are not executed here, as they are not when a user calls these functions.
 """
 
 import inspect

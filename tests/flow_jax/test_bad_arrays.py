@@ -1,4 +1,4 @@
-"""Arrays that do not fit: what would be broadcast, clipped or lost is refused, in a sentence that names the shapes."""
+"""Arrays whose shapes do not match are refused, where NumPy or JAX would broadcast or clip; errors name the shapes."""
 
 import re
 
@@ -88,16 +88,16 @@ def test_a_velocity_with_an_extra_axis_is_not_broadcast(loss):
 @pytest.mark.parametrize(
     ("call", "shapes"),
     [
-        (lambda: fj.sample(still, X, args=(jnp.arange(1),)), "[1] beside x [4, 3]"),
-        (lambda: fj.log_prob(still, X, args=(jnp.arange(5),)), "[5] beside x [4, 3]"),
-        (lambda: fj.sample_sde(still, X, PATH, KEY, 1, args=(jnp.arange(1),)), "[1] beside x [4, 3]"),
-        (lambda: fj.metrics.straightness(still, X, args=(jnp.arange(1),)), "[1] beside x [4, 3]"),
-        (lambda: fj.few_step.sample_mean_flow(still, X, 1, jnp.arange(1)), "[1] beside x [4, 3]"),
+        (lambda: fj.sample(still, X, args=(jnp.arange(1),)), "[1] for x [4, 3]"),
+        (lambda: fj.log_prob(still, X, args=(jnp.arange(5),)), "[5] for x [4, 3]"),
+        (lambda: fj.sample_sde(still, X, PATH, KEY, 1, args=(jnp.arange(1),)), "[1] for x [4, 3]"),
+        (lambda: fj.metrics.straightness(still, X, args=(jnp.arange(1),)), "[1] for x [4, 3]"),
+        (lambda: fj.few_step.sample_mean_flow(still, X, 1, jnp.arange(1)), "[1] for x [4, 3]"),
         (
             lambda: fj.losses.coupled_flow_matching(still, PATH, X, X, 0.5, fj.couplings.exact, jnp.arange(2)),
-            "[2] beside x [4, 3]",
+            "[2] for x [4, 3]",
         ),
-        (lambda: fj.guidance.Guided(still, 1.0, 0)(0.5, X, jnp.arange(1)), "[1] beside x [4, 3]"),
+        (lambda: fj.guidance.Guided(still, 1.0, 0)(0.5, X, jnp.arange(1)), "[1] for x [4, 3]"),
         (lambda: fj.sample(still, jnp.float32(1.0)), "x_0 is float32[]"),
         (lambda: fj.log_prob(still, X, prior=lambda x: x), "log-density has shape [4, 3]"),
         (lambda: fj.losses.conditional_flow_matching(still, S._replace(t=S.t[:, None])), "t has shape [4, 1]"),
@@ -111,7 +111,7 @@ def test_a_velocity_with_an_extra_axis_is_not_broadcast(loss):
             lambda: fj.models.MLP(fj.models.MLPConfig(2, 8, 2, num_classes=3), rngs=nnx.Rngs(0))(
                 0.5, X[:, :2], jnp.arange(1)
             ),
-            "[1] beside",
+            "[1] for x",
         ),
         (lambda: fj.likelihood.hutchinson_divergence(lambda x: x, X, X[None, :1]), "a probe [1, 3]"),
     ],
@@ -148,14 +148,14 @@ def test_paths_refuse_rows_of_two_shapes(name):
 
 
 @pytest.mark.parametrize(
-    ("mu", "sigma", "found"),
+    ("mu", "sigma", "shape"),
     [
         (lambda t, x: x[:1], lambda t, x: 1 - t, "mu of it [1]"),
         (lambda t, x: x, lambda t, x: x[:1], "sigma of it [1]"),
     ],
 )
-def test_a_gaussian_path_s_functions_keep_the_shape_of_an_example(mu, sigma, found):
-    with pytest.raises(UserError, match=re.escape(f"an example has shape [3] and {found}")):
+def test_a_gaussian_paths_functions_keep_the_shape_of_an_example(mu, sigma, shape):
+    with pytest.raises(UserError, match=re.escape(f"an example has shape [3] and {shape}")):
         fj.paths.GaussianPath(mu, sigma).sample(X, X, 0.5)
 
 
@@ -206,7 +206,7 @@ def test_couplings_refuse_unequal_numbers_of_rows(name):
     [
         (lambda: fj.couplings.within_class(X, X, Y[:, None], Y[:, None]), "labels have shapes [4, 1] and [4, 1]"),
         (lambda: fj.couplings.conditional(X, X, Y, C), "clouds of shapes [4] and [4, 2]"),
-        (lambda: fj.couplings.conditional(X, X, Y, Y[:3]), "conditions are int64[4] and int64[3] of 4 and 4 rows"),
+        (lambda: fj.couplings.conditional(X, X, Y, Y[:3]), "conditions are int64[4] and int64[3] for 4 and 4 rows"),
         (lambda: fj.couplings.conditional(X, X, Y, Y.astype(np.float32)), "int64[4] and float32[4]"),
         (lambda: fj.couplings.conditional(X, X, Y, Y, -1.0), "weight is -1"),
         (lambda: fj.couplings.quality(X, X, Y[:2], Y), "two lists of indices of one length"),
@@ -249,9 +249,9 @@ def test_large_costs_in_half_precision_couple_as_in_float32(dtype):
     low_0, low_1 = (x.astype(dtype) for x in (x_0, x_1))
     same_0, same_1 = (x.astype(jnp.float32) for x in (low_0, low_1))
     for couple in (fj.couplings.exact, lambda a, b: fj.couplings.sinkhorn(a, b, key=KEY)):
-        found, want = couple(low_0, low_1)[1], couple(same_0, same_1)[1]
-        np.testing.assert_array_equal(found, want)
-        assert (np.asarray(found) != np.arange(64)).any()  # what a plan without finite entries would be
+        result, want = couple(low_0, low_1)[1], couple(same_0, same_1)[1]
+        np.testing.assert_array_equal(result, want)
+        assert (np.asarray(result) != np.arange(64)).any()  # what a plan without finite entries would be
     np.testing.assert_allclose(
         fj.metrics.sinkhorn_divergence(low_0, low_1), fj.metrics.sinkhorn_divergence(same_0, same_1), rtol=1e-5
     )
@@ -264,7 +264,7 @@ def test_a_cost_in_half_precision_is_solved_in_float32_or_refused():
     want = fj.sinkhorn.solve(cost.astype(jnp.float16).astype(jnp.float32), 100.0)
     np.testing.assert_allclose(low.plan(cost), want.plan(cost), rtol=1e-3)
     np.testing.assert_allclose(fj.sinkhorn.relative_epsilon(cost.astype(jnp.float16), 1.0), cost.std(), rtol=1e-2)
-    with pytest.raises(UserError, match="not finite: look for NaN and infinity in the data, or give it in float32"):
+    with pytest.raises(UserError, match="not finite: look for NaN and infinity in the data, or convert it to float32"):
         fj.sinkhorn.solve((10 * cost).astype(jnp.float16), 100.0)
     integers = jnp.arange(16).reshape(4, 4)
     np.testing.assert_allclose(fj.sinkhorn.solve(integers, 1.0).f, fj.sinkhorn.solve(integers.astype(float), 1.0).f)
@@ -294,8 +294,8 @@ def test_metrics_refuse_two_shapes_and_numbers_that_are_not_finite(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fj.metrics.coverage(X, X), "neighbours=5 of 4 real rows, expected 1 to 3"),
-        (lambda: fj.metrics.coverage(X, X, 0), "neighbours=0 of 4 real rows"),
+        (lambda: fj.metrics.coverage(X, X), "neighbours=5 for 4 real rows, expected 1 to 3"),
+        (lambda: fj.metrics.coverage(X, X, 0), "neighbours=0 for 4 real rows"),
         (lambda: fj.metrics.mmd(X[:1], X, unbiased=True), "clouds of 1 and 4 rows have no unbiased mmd"),
         (lambda: fj.metrics.mmd(X, X, 0.0), "the bandwidth of mmd is 0"),
         (lambda: fj.metrics.mmd(jnp.zeros((4, 1)), jnp.zeros((4, 1)).at[0].set(1.0)), "pass `bandwidth`"),

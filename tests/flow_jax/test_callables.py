@@ -155,12 +155,12 @@ def public_functions(package):
 
 
 def test_every_public_function_that_takes_a_callable_is_listed():
-    found = {
+    names = {
         name
         for name, signature in public_functions(fj)
         if any(takes_callable(parameter.annotation) for parameter in signature.parameters.values())
     }
-    assert found == {name.partition(",")[0] for name in CASES} | set(WITHOUT)
+    assert names == {name.partition(",")[0] for name in CASES} | set(WITHOUT)
 
 
 # Callables.
@@ -581,8 +581,8 @@ def pure(x, factor):
 
 def test_a_module_that_reads_functions_and_numbers_is_compiled_once(monkeypatch):
     for value in (1.0, 2.0, 3.0):
-        found = fj.sample(Table(value), X, "euler", 1).x
-        np.testing.assert_allclose(found, 2 * X + value + 2.0, rtol=1e-6)
+        result = fj.sample(Table(value), X, "euler", 1).x
+        np.testing.assert_allclose(result, 2 * X + value + 2.0, rtol=1e-6)
     assert Table.traces == 1
     monkeypatch.setattr(Config, "scale", 2.0)
     np.testing.assert_allclose(fj.sample(Table(1.0), X, "euler", 1).x, 2 * X + 5.0, rtol=1e-6)
@@ -602,8 +602,8 @@ def test_a_loss_does_not_trace_a_compiled_method_again():
     traced = Table.traces
     for value in (2.0, 3.0):
         net = Table(value)
-        found = fj.losses.conditional_flow_matching(net, SAMPLE)
-        np.testing.assert_allclose(found, ((net(SAMPLE.t, SAMPLE.x_t) - SAMPLE.dx_t) ** 2).mean(1), rtol=1e-5)
+        loss = fj.losses.conditional_flow_matching(net, SAMPLE)
+        np.testing.assert_allclose(loss, ((net(SAMPLE.t, SAMPLE.x_t) - SAMPLE.dx_t) ** 2).mean(1), rtol=1e-5)
     assert Table.traces == traced
 
 

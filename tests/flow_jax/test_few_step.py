@@ -1,4 +1,4 @@
-"""MeanFlow against the mean velocity of a flow that is known; intervals; reflow's pairs."""
+"""MeanFlow against the mean velocity of a known flow; intervals; the pairs of reflow."""
 
 import jax
 import jax.numpy as jnp
@@ -110,8 +110,8 @@ def test_a_trained_mean_velocity_samples_in_one_step():
 
     mlp = fj.models.MLP(fj.models.MLPConfig(width=64, depth=3, vector_width=16), rngs=nnx.Rngs(0))
     model = trained(fj.few_step.MeanVelocity(mlp, 16), loss, 500)
-    found = fj.few_step.sample_mean_flow(model, corners(jax.random.key(9), 500)[0], 1)
-    assert float(jnp.abs(jnp.abs(found) - 2).mean()) < 0.7
+    result = fj.few_step.sample_mean_flow(model, corners(jax.random.key(9), 500)[0], 1)
+    assert float(jnp.abs(jnp.abs(result) - 2).mean()) < 0.7
 
 
 def test_a_model_trained_on_reflow_pairs_has_straighter_trajectories():

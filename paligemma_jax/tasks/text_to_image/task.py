@@ -192,7 +192,7 @@ class TextToImage(ImageFlowTask):
             )
         )
         shape = self.size, self.channels, BYTES
-        return ImageData(train, held_out, *shape, self.num_classes, self._scores, row_a_label=False)
+        return ImageData(train, held_out, *shape, self.num_classes, self._scores, row_per_label=False)
 
     def _scene_images(self, stream: str, number: int, views: int) -> SceneImages:
         folder = rendered(self.config.data, stream, number, self.size, 1, (1, 1))

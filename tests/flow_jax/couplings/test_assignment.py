@@ -1,4 +1,4 @@
-"""Exact transport on the host: the reduction never moves an optimum; plans of any weights are plans."""
+"""Exact transport on the host: the reduction does not change the optimum; plans have the given weights."""
 
 import numpy as np
 import pytest

@@ -111,7 +111,7 @@ def test_sinkhorn_pairs_do_not_depend_on_units_and_gain_what_the_exact_coupling_
 
 def test_labels_must_occur_equally_often():
     x, y = np.zeros((5, 2), np.float32), np.array([0, 1, 0, 1])
-    with pytest.raises(UserError, match="5 rows of noise with 4 labels and 5 of data with 4, expected one number"):
+    with pytest.raises(UserError, match="5 rows of noise with 4 labels and 5 of data with 4, expected equal numbers"):
         fj.couplings.within_class(x, x, y, y)
 
 

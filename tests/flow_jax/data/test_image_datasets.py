@@ -1,4 +1,4 @@
-"""Pictures to train on: files, folders, TFDS, what is held out, bad files, flips; and what is refused."""
+"""Image data sets: files, folders, TFDS, held-out splits, bad files, flips; and refused settings."""
 
 import numpy as np
 import pytest
@@ -77,11 +77,11 @@ def test_a_file_that_is_not_an_image_is_a_bad_row(data, sentence):
 
 
 def test_class_folders_are_labels(folder):
-    pictures = FolderImages(folder, 8, 3)
-    assert pictures.classes == ["a", "b", "c"] and len(pictures) == 30
-    image, label = pictures[13]
+    image_set = FolderImages(folder, 8, 3)
+    assert image_set.classes == ["a", "b", "c"] and len(image_set) == 30
+    image, label = image_set[13]
     np.testing.assert_array_equal(image, pixels(103))
-    assert label == pictures.label(13) == 1 and pictures.name(13) == "b/03.png"
+    assert label == image_set.label(13) == 1 and image_set.name(13) == "b/03.png"
 
 
 def test_a_share_of_the_folder_is_held_out(folder):
@@ -97,8 +97,8 @@ def test_a_share_of_the_folder_is_held_out(folder):
 def test_tfds_is_read_by_row(prepared):
     data = open_data(settings(name="tfds", folder=str(prepared)))
     assert (len(data.train), len(data.held_out), data.num_classes) == (20, 10, 2)
-    found = {image.tobytes(): label for image, label in (data.train[row] for row in range(20))}
-    assert found == {pixels(number).tobytes(): number % 2 for number in range(20)}
+    result = {image.tobytes(): label for image, label in (data.train[row] for row in range(20))}
+    assert result == {pixels(number).tobytes(): number % 2 for number in range(20)}
     assert [data.train.label(row) for row in range(20)] == [data.train[row].label for row in range(20)]
     part = open_data(settings(name="tfds", folder=str(prepared), split="train[:25%]", conditional=False))
     assert len(part.train) == 5 and part.num_classes == 0
@@ -155,16 +155,16 @@ def pairs_of(data: ImageData, coupling="independent", **options) -> ImagePairs:
 
 def memory(number: int, classes: int = 2) -> ImageData:
     images = np.stack([pixels(row) for row in range(number)])
-    pictures = ArrayImages(images, np.arange(number) % max(classes, 1))
-    return ImageData(pictures, pictures, 8, 3, 256, classes)
+    image_set = ArrayImages(images, np.arange(number) % max(classes, 1))
+    return ImageData(image_set, image_set, 8, 3, 256, classes)
 
 
 def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
     root = write_folder(tmp_path, broken=("a/03.png", "b/07.png"))
-    pictures = FolderImages(root, 8, 3)
+    image_set = FolderImages(root, 8, 3)
     rows = np.array([2, 3, 4, 17, 20])
     for coupling in ("independent", "exact"):
-        pairs = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), coupling, max_bad_fraction=0.5)
+        pairs = pairs_of(ImageData(image_set, image_set, 8, 3, 256, 3), coupling, max_bad_fraction=0.5)
         step = pairs.get_batch(rows, 0)
         np.testing.assert_array_equal(step["weight"], [1, 0, 1, 0, 1])
         np.testing.assert_array_equal(step["bad"], [False, True, False, True, False])
@@ -172,27 +172,27 @@ def test_bad_files_keep_their_slot_with_weight_zero(tmp_path):
         pairs.on_rows(rows, step["bad"])
         assert pairs.bad_rows == {3: "a/03.png", 17: "b/07.png"}
     with pytest.raises(BadRow, match="cannot decode the image"):
-        pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3), on_error="raise").get_batch(rows, 0)
-    strict = pairs_of(ImageData(pictures, pictures, 8, 3, 256, 3))
+        pairs_of(ImageData(image_set, image_set, 8, 3, 256, 3), on_error="raise").get_batch(rows, 0)
+    strict = pairs_of(ImageData(image_set, image_set, 8, 3, 256, 3))
     strict.on_rows(rows, step["bad"])
     with pytest.raises(UserError, match=r"2 of 5 rows read were bad \(40.0%; first: a/03.png, b/07.png\)"):
         strict.check()
 
 
 def test_a_lost_file_is_a_bad_row(tmp_path):
-    pictures = FolderImages(write_folder(tmp_path), 8, 3)
+    image_set = FolderImages(write_folder(tmp_path), 8, 3)
     (tmp_path / "a/00.png").unlink()
     with pytest.raises(BadRow, match="cannot be read"):
-        pictures[0]
+        image_set[0]
 
 
 def test_held_out_images_are_read_without_bad_ones(tmp_path):
-    pictures = FolderImages(write_folder(tmp_path, broken=("a/03.png",)), 8, 3)
-    (images, labels), *rest = read(pictures, np.arange(12), BadRows(12, "skip", 0.5))
+    image_set = FolderImages(write_folder(tmp_path, broken=("a/03.png",)), 8, 3)
+    (images, labels), *rest = read(image_set, np.arange(12), BadRows(12, "skip", 0.5))
     assert not rest and len(images) == 11 and labels.tolist() == [0] * 9 + [1] * 2
     np.testing.assert_array_equal(images[3], pixels(4))
     with pytest.raises(UserError, match="1 of 12 rows read were bad"):
-        list(read(pictures, np.arange(12), BadRows(12)))
+        list(read(image_set, np.arange(12), BadRows(12)))
 
 
 def test_rows_stay_in_their_order_whatever_the_coupling():
@@ -232,9 +232,9 @@ def test_noise_and_grey_values_are_functions_of_seed_step_and_row(classes):
     pairs = ImagePairs(data, True, "exact", 5, group=8)
     whole = pairs.get_batch(rows, 3, rows)
     for part in (rows[8:16], rows[16:40]):
-        found = pairs.get_batch(part, 3, part)
+        result = pairs.get_batch(part, 3, part)
         for name, values in whole.items():
-            np.testing.assert_array_equal(found[name], values[part], err_msg=name)
+            np.testing.assert_array_equal(result[name], values[part], err_msg=name)
     same = pairs.get_batch(np.zeros(40, int), 3, rows)["x_1"]  # one picture in all rows
     assert len(np.unique(same.reshape(40, -1), axis=0)) == 40
 
@@ -252,10 +252,10 @@ def test_hidden_folders_are_no_classes_and_nested_files_belong_to_theirs(tmp_pat
     for name in (".ipynb_checkpoints/1.png", "a/more/2.png", "a/more/still/3.tiff", "b/notes.txt"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encoded(pixels(7)))
-    pictures = FolderImages(root, 8, 3)
-    assert pictures.classes == ["a", "b", "c"] and len(pictures) == 8
-    assert [pictures.label(row) for row in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
-    assert sum(map(len, pictures.left_out.values())) == 2 and "notes.txt" in caplog.text
+    image_set = FolderImages(root, 8, 3)
+    assert image_set.classes == ["a", "b", "c"] and len(image_set) == 8
+    assert [image_set.label(row) for row in range(8)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert sum(map(len, image_set.left_out.values())) == 2 and "notes.txt" in caplog.text
 
 
 def test_copies_of_an_image_are_in_one_split(tmp_path):

@@ -1,4 +1,4 @@
-"""Each distribution has the support, the mean and the symmetry that its description says."""
+"""Each distribution has the support, mean and symmetry of its description."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The velocity models: what they start as, what they depend on, dropout by rows, sizes of the paper's models."""
+"""The velocity models: their initial output, dependence on inputs, dropout by rows, sizes of the paper's models."""
 
 import jax
 import jax.numpy as jnp

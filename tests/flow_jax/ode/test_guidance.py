@@ -86,5 +86,5 @@ def test_the_stochastic_sampler_is_eulers_method_without_noise_and_forgets_its_s
     np.testing.assert_allclose(fewer, noisy[:3], rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="strength >= 0"):
         fj.sample_sde(velocity, x_0, path, jax.random.key(1), strength=-1.0)
-    with pytest.raises(UserError, match=r"the path is CFM\(.* expected an affine one"):
+    with pytest.raises(UserError, match=r"the path is CFM\(.* expected an affine path"):
         fj.sample_sde(velocity, x_0, fj.paths.CFM(0.1), jax.random.key(1))

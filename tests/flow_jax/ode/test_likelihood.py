@@ -231,11 +231,11 @@ def test_a_rows_draws_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("images", "found"),
+    ("images", "values"),
     [(np.zeros((2, 4, 4, 1), np.float32), "of float32"), (np.full((2, 4, 4, 1), 16), "from 16 to 16")],
 )
-def test_images_with_values_outside_the_levels_are_refused(images, found):
-    with pytest.raises(UserError, match=f"images have values {found}, expected integers from 0 to 15"):
+def test_images_with_values_outside_the_levels_are_refused(images, values):
+    with pytest.raises(UserError, match=f"images have values {values}, expected integers from 0 to 15"):
         fj.image_bits_per_dim(lambda t, x: x, images, jax.random.key(0), levels=16)
 
 

@@ -106,19 +106,19 @@ def test_a_run_on_tfds_without_labels(tmp_path):
 def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
     config = command_line.from_json((run / "config.json").read_text())
     config.eval.likelihood_examples, config.eval.num_samples = 5, 7
-    model, found = load_model(config, run), []
+    model, scores = load_model(config, run), []
     for size in (7, 3):
         config.eval.batch_size = size
         results = ImageFlow(config, sharding.make_mesh(config.mesh)).evaluate(model, tmp_path)
-        found.append([results[name] for name in ("frechet", "bpd", "straightness")])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+        scores.append([results[name] for name in ("frechet", "bpd", "straightness")])
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
 
 
 def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys):
     chosen = ["--features=tests.flow_jax.images_on_disk:colours", "--num_samples=11", "--reference=train"]
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
-    found = json.loads((run / "fid.json").read_text())
-    assert found["nfe"] == 6 and found["samples"] == 11 and found["real_images"] == 29
+    result = json.loads((run / "fid.json").read_text())
+    assert result["nfe"] == 6 and result["samples"] == 11 and result["real_images"] == 29
     config = command_line.from_json((run / "config.json").read_text())
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
@@ -127,7 +127,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     samples = np.concatenate([drawn.images for drawn in sampler.batches(labels)])
     good = [pixels(100 * label + number) for label in range(3) for number in range(10) if (label, number) != (1, 4)]
     want = fj.metrics.frechet_distance(colours(samples), colours(np.stack(good)))
-    assert found["frechet"] == pytest.approx(want, rel=1e-6)
+    assert result["frechet"] == pytest.approx(want, rel=1e-6)
     assert "frechet" in capsys.readouterr().out
 
 
@@ -158,8 +158,8 @@ class Field(nnx.Module):
 
 
 def data_of(classes: int = 3) -> ImageData:
-    pictures = ArrayImages(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
-    return ImageData(pictures, pictures, 8, 3, 256, classes)
+    image_set = ArrayImages(np.stack([pixels(row) for row in range(20)]), np.arange(20) % max(classes, 1))
+    return ImageData(image_set, image_set, 8, 3, 256, classes)
 
 
 def sampler_of(batch_size: int, devices: int = 1, **changes) -> ImageSampler:

@@ -1,4 +1,4 @@
-"""The trainer of flows of images, on real digits: what feeds the step, its loss, its scores, what a run leaves."""
+"""The task of image flows, on real digits: its training source, loss and scores, and the files of a run."""
 
 import json
 
@@ -72,8 +72,8 @@ def images_of(number: int) -> Digits:
 
 
 def pairs_of(coupling: str, dequantize: bool = False, seed: int = 3) -> ImagePairs:
-    pictures = ArrayImages(*images_of(30))
-    return ImagePairs(ImageData(pictures, pictures, 4, 1, 17, 3), dequantize, coupling, seed)
+    image_set = ArrayImages(*images_of(30))
+    return ImagePairs(ImageData(image_set, image_set, 4, 1, 17, 3), dequantize, coupling, seed)
 
 
 def test_exact_pairs_have_the_least_cost_within_each_class():
@@ -117,11 +117,11 @@ def test_labels_are_dropped_row_by_row_and_reach_the_model():
             return jnp.zeros_like(x)
 
     loss, _ = task.loss(Watched(), batch, jax.random.split(jax.random.key(0), 1000))
-    ((found, dropout_keys),) = seen
-    dropped = np.asarray(found == digits.CLASSES)
+    ((model_labels, dropout_keys),) = seen
+    dropped = np.asarray(model_labels == digits.CLASSES)
     assert loss == 0 and dropout_keys.shape == (1000,)
     assert dropped.mean() == pytest.approx(0.5, abs=0.06)
-    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
+    np.testing.assert_array_equal(model_labels[~dropped], labels[~dropped])
 
 
 def test_the_blueprint_has_the_rows_of_the_training_source():

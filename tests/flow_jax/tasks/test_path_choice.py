@@ -1,4 +1,4 @@
-"""Paths by config: every one can be chosen, and sampling and likelihood start where it does."""
+"""Paths by config: each can be chosen, and sampling and likelihood start from its start."""
 
 import inspect
 import json
@@ -73,9 +73,9 @@ def test_every_path_can_be_chosen():
     ],
 )
 def test_a_path_takes_its_numbers_from_the_config(name, changes, path):
-    found = task(name, **changes)
-    assert found.path == path
-    assert (found.times.low, found.times.high) == path.time_range
+    chosen = task(name, **changes)
+    assert chosen.path == path
+    assert (chosen.times.low, chosen.times.high) == path.time_range
 
 
 def test_a_gaussian_path_by_config_is_that_of_its_functions():
@@ -124,9 +124,9 @@ def test_sampling_and_likelihood_start_from_the_paths_start():
     x_0 = jax.random.normal(jax.random.key(0), (500, 2))
     x = fj.sample(exact, path.start(x_0)).x
     np.testing.assert_allclose(x, spread * x_0, atol=5e-3)  # the flow of a Gaussian is linear
-    found = fj.log_prob(exact, x, prior=start_log_prob(path.start)).log_prob
+    log_prob = fj.log_prob(exact, x, prior=start_log_prob(path.start)).log_prob
     truth = -0.5 * ((x / spread) ** 2).sum(1) - np.log(2 * np.pi * spread**2)
-    np.testing.assert_allclose(found, truth, atol=5e-3)
+    np.testing.assert_allclose(log_prob, truth, atol=5e-3)
 
 
 def test_the_starts_of_all_paths():
@@ -144,8 +144,8 @@ def test_the_scores_of_a_perfect_model_along_ve_are_those_of_the_data():
     path = fj.paths.VE(0.01, 50.0)
     data = toys.draw(config.data.name, 200, (config.eval.seed, 0, 0))  # the held-out points themselves
     exact = Exact(fj.marginals.MixtureMarginal(path, data, 0.02))
-    found = plane_evaluation.distance(exact, path, config.data, config.eval, 1).w2
-    assert found < 1.3 * plane_evaluation.distance_of_data(config.data, config.eval, 1)
+    w2 = plane_evaluation.distance(exact, path, config.data, config.eval, 1).w2
+    assert w2 < 1.3 * plane_evaluation.distance_of_data(config.data, config.eval, 1)
 
 
 def test_a_run_along_ve(tmp_path):

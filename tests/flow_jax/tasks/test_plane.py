@@ -1,4 +1,4 @@
-"""The trainer of flows in the plane: what it feeds the step, what it learns, what a run leaves, and mistakes."""
+"""The task of flows in the plane: its training source and loss, results and files of a run, and refused settings."""
 
 import json
 
@@ -218,7 +218,7 @@ def test_mistakes(tmp_path, capsys, changes, sentence):
 
 
 def test_an_unknown_argument_of_the_config(tmp_path, capsys):
-    found = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
-    assert found.startswith(
+    message = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
+    assert message.startswith(
         "the config argument is 'swissroll', expected one of checkerboard, 8gaussians, moons, spirals"
     )

@@ -1,4 +1,4 @@
-"""A flow trained in two processes: the numbers of one."""
+"""A flow trained in two processes gives the numbers of one process."""
 
 import json
 import os
