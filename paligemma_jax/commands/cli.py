@@ -1,4 +1,4 @@
-"""The installed command: paligemma-jax train|eval|predict|plan|convert [arguments]
+"""The installed command: `paligemma-jax train|eval|predict|plan|convert [arguments]`.
 
 Each subcommand takes the arguments of the script or module of its name.
 """
@@ -41,7 +41,7 @@ def dispatch(argv: Sequence[str]) -> None:
     if name not in SUBCOMMANDS:
         found = "no subcommand" if name is None else f"unknown subcommand {quoted(name)}"
         near = "" if name is None else did_you_mean(name, SUBCOMMANDS)
-        raise UserError(f"{found}, expected one of {', '.join(SUBCOMMANDS)}{near}: see --help")
+        raise UserError(f"{found}, expected one of {', '.join(SUBCOMMANDS)}{near or ': see --help'}")
     module = importlib.import_module(SUBCOMMANDS[name][0])
     command_line.run(module.main, [f"{program} {name}", *arguments[1:]])
 
