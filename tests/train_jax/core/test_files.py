@@ -51,7 +51,7 @@ def test_a_failed_block_leaves_the_old_file_and_no_draft(tmp_path):
             assert path.exists() == failing  # the old file stays while the new one is written
             if failing:
                 raise ZeroDivisionError
-    assert path.read_text() == "failing False" and os.listdir(path.parent) == ["answers.jsonl"]
+    assert path.read_text() == "failing False" and list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_appears_whole_with_the_usual_permissions(tmp_path):
@@ -59,7 +59,7 @@ def test_a_folder_appears_whole_with_the_usual_permissions(tmp_path):
         draft.mkdir()
         (draft / "a").touch()
         assert not (tmp_path / "set").exists() and draft.name == "set"
-    assert os.listdir(tmp_path) == ["set"] and os.listdir(tmp_path / "set") == ["a"]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "set", tmp_path / "set/a"]
     (tmp_path / "other").mkdir()
     assert (tmp_path / "set").stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -69,14 +69,14 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
     (tmp_path / "set" / "a").touch()
     with pytest.raises(OSError, match="set"), files.atomic(tmp_path / "set") as draft:
         draft.mkdir()
-    assert os.listdir(tmp_path) == ["set"] and os.listdir(tmp_path / "set") == ["a"]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "set", tmp_path / "set/a"]
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     with files.atomic(tmp_path / "x") as first, files.atomic(tmp_path / "x") as second:
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "x").read_text() == "first" and os.listdir(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_text() == "first" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
 def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):
