@@ -15,7 +15,7 @@ SUBCOMMANDS = {
     "train": ("train_jax.commands.train", "trains by a config, as train.py does"),
     "eval": ("train_jax.commands.eval", "evaluates a run or a base model, as eval.py does"),
     "predict": ("paligemma_jax.commands.predict", "answers, classifies or draws, as predict.py does"),
-    "plan": ("train_jax.plan.programs", "predicts the memory of a run, as python -m train_jax.plan does"),
+    "plan": ("train_jax.plan.planning", "predicts the memory and cost of a run, as python -m train_jax.plan does"),
     "convert": ("paligemma_jax.convert", "converts a checkpoint, as python -m paligemma_jax.convert does"),
 }
 """{name: (module with `main(argv)`, what it does)}; a module is imported only when its subcommand is called."""

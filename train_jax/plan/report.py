@@ -158,6 +158,7 @@ def cards_table(plan: RunPlan) -> str:
 
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
+    """Returns rows as lines of text with aligned columns; those numbered in `left` are aligned to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
