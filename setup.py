@@ -1,3 +1,5 @@
-from setuptools import setup  # everything else is in pyproject.toml
+"""For tools that look for it; everything is in pyproject.toml."""
+
+from setuptools import setup
 
 setup()

@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of PaliGemma on CLEVR questions, then an evaluation with blind controls.
+r"""LoRA fine-tuning of PaliGemma on CLEVR questions, then an evaluation with blind controls.
 
     python train.py --config=configs/clevr.py
 
@@ -11,7 +11,7 @@ them (docs/data.md):
 `:3b` is PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of CLEVR's questions, one
 epoch. Weights are gated, so you give their path:
 
-    python train.py --config=configs/clevr.py:3b \\
+    python train.py --config=configs/clevr.py:3b \
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
 It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling). Training and evaluation took 7.0 GiB of a GPU

@@ -1,4 +1,4 @@
-"""Few-shot tuning of a dual encoder by CoPrompt (Roy and Etemad 2024), and what it is compared with.
+r"""Few-shot tuning of a dual encoder by CoPrompt (Roy and Etemad 2024), and what it is compared with.
 
     python train.py --config=configs/coprompt.py
 
@@ -19,7 +19,7 @@ Sweeps on top of it have files of their own and take the same arguments: `coprom
 `:clip_b16` has the defaults of the released code for a CLIP B/16; `:clip_b16,dataset=oxford_pets` has what that code
 sets for a data set (`DATASETS`) in their place:
 
-    python train.py --config=configs/coprompt.py:clip_b16,dataset=oxford_pets --config.data.source=oxford_pets \\
+    python train.py --config=configs/coprompt.py:clip_b16,dataset=oxford_pets --config.data.source=oxford_pets \
         --config.data.descriptions=oxford_pets.json --config.model.path=clip-vit-base-patch16
 
 where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). What was learned lies in the

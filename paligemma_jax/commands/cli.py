@@ -1,4 +1,4 @@
-"""The installed command: paligemma-jax train|eval|predict|plan|convert [arguments]
+"""The installed command: `paligemma-jax train|eval|predict|plan|convert [arguments]`.
 
 Each subcommand takes the arguments of the script or module of its name.
 """
@@ -15,7 +15,7 @@ SUBCOMMANDS = {
     "train": ("train_jax.commands.train", "trains by a config, as train.py does"),
     "eval": ("train_jax.commands.eval", "evaluates a run or a base model, as eval.py does"),
     "predict": ("paligemma_jax.commands.predict", "answers, classifies or draws, as predict.py does"),
-    "plan": ("train_jax.plan.programs", "predicts the memory of a run, as python -m train_jax.plan does"),
+    "plan": ("train_jax.plan.planning", "predicts the memory and cost of a run, as python -m train_jax.plan does"),
     "convert": ("paligemma_jax.convert", "converts a checkpoint, as python -m paligemma_jax.convert does"),
 }
 """{name: (module with `main(argv)`, what it does)}; a module is imported only when its subcommand is called."""
@@ -41,7 +41,7 @@ def dispatch(argv: Sequence[str]) -> None:
     if name not in SUBCOMMANDS:
         found = "no subcommand" if name is None else f"unknown subcommand {quoted(name)}"
         near = "" if name is None else did_you_mean(name, SUBCOMMANDS)
-        raise UserError(f"{found}, expected one of {', '.join(SUBCOMMANDS)}{near}: see --help")
+        raise UserError(f"{found}, expected one of {', '.join(SUBCOMMANDS)}{near or ': see --help'}")
     module = importlib.import_module(SUBCOMMANDS[name][0])
     command_line.run(module.main, [f"{program} {name}", *arguments[1:]])
 

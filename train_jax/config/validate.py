@@ -109,7 +109,7 @@ def _check_best_metric(config: ConfigDict) -> None:
 
 
 def _check_durations(config: ConfigDict) -> None:
-    """Every duration has one unit, and the repeating ones are above 0. (The size of the data is not known here: 1.)"""
+    """Checks that every duration has one unit and is above 0 if it repeats; the data count as one example here."""
     for duration in DURATIONS:
         parent, prefix = node(config, duration)
         optional = 0 if prefix == "warmup" else None

@@ -5,7 +5,6 @@ apart they go by these.
 """
 
 import hashlib
-import os
 import sys
 import zipfile
 import zlib
@@ -99,10 +98,10 @@ def kept(
 def _state(file: str | Path) -> str:
     """Name, size and time of a file."""
     try:
-        found = os.stat(file)
+        status = Path(file).stat()
     except (OSError, ValueError):
         return f"{file} is not there"
-    return f"{file} {found.st_size} {found.st_mtime_ns}"
+    return f"{file} {status.st_size} {status.st_mtime_ns}"
 
 
 def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -158,7 +158,7 @@ def cards_table(plan: RunPlan) -> str:
 
 
 def aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
-    """Formats rows of cells as a table; the columns in `left` are left-aligned, all others right-aligned."""
+    """Returns rows as lines of text with aligned columns; those numbered in `left` are aligned to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(

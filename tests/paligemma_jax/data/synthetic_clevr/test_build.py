@@ -107,7 +107,7 @@ def test_an_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monke
     monkeypatch.setattr(build, "render", fail_late)
     with pytest.raises(KeyboardInterrupt):
         build_tree(tmp_path, "val", 6, 5, 48, 32, seed=7)
-    assert not is_built(tmp_path, "val") and list(tmp_path.iterdir()) == []
+    assert not is_built(tmp_path, "val") and list(tmp_path.rglob("*")) == [tmp_path / "images"]
     monkeypatch.undo()
     done = []
     build_tree(tmp_path, "val", 2, 1, 48, 32, seed=7, progress=lambda *at: done.append(at))

@@ -197,7 +197,7 @@ def test_missing_keys_of_a_clips_older_spelling_are_reset_to_defaults(changed, g
         ("hf_paligemma", text(model_type=["gemma"]), r"a text model \['gemma'\], expected 'gemma'"),
         ("hf_paligemma", dict(image_token_index="<image>"), "image_token_index = '<image>', expected one token's id"),
         ("hf_paligemma", dict(image_token_id=5), "image_token_id = 5, expected one token's id, the same at"),
-        ("hf_paligemma", dict(quantization_config={"bits": 4}), "quantization_config = .'bits': 4., expected no unknown"),
+        ("hf_paligemma", dict(quantization_config={"bits": 4}), "quantization_config = .'bits': 4., expected no"),
         ("hf_siglip", text(hidden_act="mish"), "text_config.hidden_act = 'mish'"),
         ("hf_siglip", text(max_position_embeddings=64), "max_position_embeddings = 64, expected 12"),
         ("hf_siglip", vision(vision_use_head=False), "vision_config.vision_use_head = False, expected True"),
