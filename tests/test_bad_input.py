@@ -186,7 +186,7 @@ def test_a_complete_run_whose_images_changed(own_options, own_rows, tmp_path, ca
     name = read_lines(own_rows / f"{split}.jsonl")[0]["image"]
     (own_rows / name).write_bytes(png(1234))
     sentence = mistake(capsys, own_options, tmp_path / "run", config=OWN_DATA)
-    assert ("the training data is not that of the checkpoint" if split == "train" else "it was measured on") in sentence
+    assert ("the training data is not that of the checkpoint" if split == "train" else "have changed") in sentence
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_patterns_match_what_they_say():
-    (only,) = [pattern for pattern in patterns() if "attend_where" in pattern.pattern]
+    (only,) = [pattern for pattern in patterns() if "have_attention" in pattern.pattern]
     name = "tests/flow_jax/models/test_velocity_models.py::test_unets_of_the_papers_table_have_attention_where_it_says"
     assert only.fullmatch(f"{name}[changes1-14]") and only.fullmatch(f"{name}[changes2-21]")
     assert not only.fullmatch(f"{name}[changes0-5]")

@@ -118,7 +118,7 @@ def test_paths_out_of_the_folder_are_refused(coop, path, split):
         ({"train": [], "test": []}, "has no rows"),
         (ROWS | {"val": [["a.jpg", "0", "cat"]]}, r"has the row \['a.jpg', '0', 'cat'\]"),
         (ROWS | {"val": [["a.jpg", True, "cat"]]}, "has the row"),
-        (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "log label 0 'cat' and 'dog'"),
+        (ROWS | {"val": [["a.jpg", 0, "dog"]]}, "calls label 0 'cat' and 'dog'"),
         (ROWS | {"val": [["a.jpg", 4, "dog"]]}, "has 4 labels from 0 to 4"),
         (ROWS | {"val": [["b/3.jpg", 1, "border_collie"]]}, "b/3.jpg occurs 2 times"),
         (ROWS | {"val": [["x.jpg", 3, "duck"]]}, "'duck' occurs twice"),

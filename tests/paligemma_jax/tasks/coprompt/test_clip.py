@@ -72,7 +72,7 @@ def test_prompts_that_would_replace_class_names_are_refused(options, template):
     """By training and by an evaluation alike, before either computes."""
     task, sentence = (
         task_of(options, template=template),
-        r"text \d ends or differs .* its first 2 words, which 2 prompts",
+        r"text \d ends or differs .* its first 2 tokens, which 2 prompts",
     )
     with pytest.raises(UserError, match=sentence):
         task.train_source()

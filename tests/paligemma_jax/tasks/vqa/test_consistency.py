@@ -181,14 +181,14 @@ def test_steps_in_float16_are_clean_and_near_float32(with_prompts):
 
 
 def test_prompts_are_drawn_by_the_key_of_the_row_alone(options):
-    from paligemma_jax.tasks.vqa.consistency import _drawn, _tokenized
+    from paligemma_jax.tasks.vqa.consistency import _draw, _tokenize
 
     task = task_of(options)
-    texts = _tokenized(task.tokenizer, TEXTS)
+    texts = _tokenize(task.tokenizer, TEXTS)
     lengths = [len(task.tokenizer.encode(suffix)) for _, suffix in TEXTS]
     assert texts["weights"].sum(1).tolist() == [count + 1 for count in lengths]  # one more than the tokens
     keys = randomness.row_keys(0, jnp.int32(3), 64)
-    whole, part = _drawn(texts, keys), _drawn(texts, keys[10:20])
+    whole, part = _draw(texts, keys), _draw(texts, keys[10:20])
     for name, rows in whole.items():
         np.testing.assert_array_equal(rows[10:20], part[name])
     assert {tuple(row) for row in whole["tokens"].tolist()} == {tuple(row) for row in texts["tokens"].tolist()}
