@@ -103,8 +103,8 @@ class NF4:
         if self.double:
             absmax = double_quantization.expand(absmax, arrays["nested_absmax"], arrays["offset"])
         count = shape[0] * shape[1] // absmax.shape[0]
-        scale = blocks.repeat_per_weight(absmax, self.block_size, count)
-        return blocks.join(level(blocks.unpack(arrays["codes"], count)) * scale, shape)
+        levels = level(blocks.unpack(arrays["codes"], count))
+        return blocks.join(levels * blocks.repeat_per_weight(absmax, self.block_size, count), shape)
 
 
 @jax.jit
