@@ -1,9 +1,9 @@
-"""Configs: the runtime's keys and their defaults, a task's own beside them, and their way to disk and back.
+"""Creates configs from the keys of the runtime and of a task, and reads and writes them as JSON.
 
 A config file is a short program: `get_config(arg)` takes `base_config("package.module:Task")`, which is locked, and
-sets what differs, so a misspelt key fails where it is written. Keys are declared in `run_keys.py` and by tasks,
-`validate.py` checks the result, `command_line.py` applies `--config.key=value`, `resume_check.py` compares two configs
-of one run.
+changes some values, so that a misspelt key raises an error in the line that sets it. Keys are declared in `run_keys.py`
+and by tasks; `validate.py` checks a config, `command_line.py` applies `--config.key=value`, and `resume_check.py`
+compares two configs of one run.
 """
 
 import json
@@ -28,9 +28,9 @@ def runtime_defaults() -> ConfigDict:
 
 
 def known_keys(task: type) -> dict[str, Key]:
-    """Returns what is known of every key that the runtime and a task class declare, by dotted name.
+    """Returns the declarations of the keys of the runtime and of a task class, by dotted name.
 
-    Configs are checked for any class that has `defaults`, which need not be a `Task`.
+    The class need not be a `Task`: any class with `defaults` has configs.
     """
     keys = getattr(task, "keys", None)
     return declared(RunKeys) | ({} if keys is None else declared(keys))
@@ -46,19 +46,19 @@ def steps(
 ) -> int:
     """Returns the duration `prefix` of `config` in updates.
 
-    `{prefix}_steps`, `_epochs` (passes over the data), `_examples` or `_percent` (of `total_steps`, 0 to 1 as in
-    big_vision) gives it; exactly one may be set. Rounds to the nearest step, and a duration above 0 is at least one.
+    It is set by exactly one of `{prefix}_steps`, `_epochs` (passes over the data), `_examples` and `_percent` (of
+    `total_steps`, 0 to 1 as in big_vision). Rounds to the nearest step; a duration above 0 is at least one step.
 
     Args:
-      config: holds the keys; `config.optimizer` for the prefix "warmup".
+      config: contains the keys; `config.optimizer` for the prefix "warmup".
       prefix: "total", "log", "eval", "checkpoint" or "warmup".
-      batch_size: examples of one update.
-      epoch_examples: size of the training data; None where it has no end.
+      batch_size: examples per update.
+      epoch_examples: size of the training data; None if it is unknown or unlimited.
       total_steps: length of the run, for percent.
-      default: the answer when no unit is set; None = that is an error.
+      default: returned if no unit is set; None raises an error instead.
 
     Raises:
-      UserError: two units, none, a negative number, or a unit that needs what is not known.
+      UserError: two units or none are set, the number is negative, or the unit needs a size that is None.
     """
     units = [f"{prefix}_{unit}" for unit in UNITS if f"{prefix}_{unit}" in config]
     given = {name: config[name] for name in units if config[name] is not None}
@@ -88,17 +88,21 @@ def steps(
 
 
 def task_class(path: str | None) -> type:
-    """Imports the class that `config.task` names. Raises UserError as `imported`, and for a path of before."""
+    """Imports the class that `config.task` names.
+
+    Raises:
+      UserError: as for `imported`, or the task has moved.
+    """
     if path in RENAMED_TASKS:
         raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
     return imported("config.task", path, "package.module:Class")
 
 
 def base_config(task: str | None) -> ConfigDict:
-    """Returns the runtime's defaults with the task's `defaults()` over them, locked: only existing keys can be set.
+    """Returns the runtime's defaults updated by the task's `defaults()`, locked: only existing keys can be set.
 
     Args:
-      task: import path "package.module:Class"; the class has a static `defaults() -> ConfigDict`.
+      task: import path "package.module:Class" of a class with `defaults() -> ConfigDict`.
     """
     config = runtime_defaults()
     _merge(config, task_class(task).defaults())
@@ -107,7 +111,7 @@ def base_config(task: str | None) -> ConfigDict:
 
 
 def _merge(base: ConfigDict, extra: ConfigDict) -> None:
-    """As `ConfigDict.update`, which however refuses a placeholder in both."""
+    """Updates `base` like `ConfigDict.update`, which cannot replace one placeholder by another."""
     for key, value in extra.items(preserve_field_references=True):
         if isinstance(value, ConfigDict) and key in base:
             _merge(base[key], value)
@@ -134,7 +138,7 @@ def node(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def is_optional(config: ConfigDict, key: str) -> bool:
-    """Returns True if the dotted `key` may be None: it was declared as a placeholder, whatever it holds now."""
+    """Returns whether the dotted `key` may be None: it is a placeholder, whatever its current value."""
     parent, name = node(config, key)
     return isinstance(dict(parent.items(preserve_field_references=True))[name], FieldReference)
 
@@ -145,10 +149,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote, locked: tuples and types come back from the task's base config.
+    """Returns the config that `to_json` wrote, locked; the task's base config restores tuples and types.
 
     Raises:
-      UserError: not JSON, no task, a key that the task does not have (any more), or a value of another type.
+      UserError: the text is not JSON or names no task, the task has no such key, or a value has another type.
     """
     try:
         stored = json.loads(text)
@@ -173,7 +177,11 @@ def from_json(text: str) -> ConfigDict:
 
 
 def stored_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a workdir that holds checkpoints."""
+    """Returns the config of the run in a workdir with checkpoints.
+
+    Raises:
+      UserError: there is no config.json, or as for `from_json`.
+    """
     file = workdir / "config.json"
     if not file.is_file():
         raise UserError(
@@ -183,25 +191,29 @@ def stored_config(workdir: Path) -> ConfigDict:
 
 
 def _tuples(value: Any) -> Any:
-    """Configs hold tuples, never lists (the command line cannot set those), so every list of JSON is a tuple."""
+    """Converts lists to tuples: configs contain no lists, as the command line cannot set them."""
     if isinstance(value, dict):  # the overrides of a sweep
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def check_choices(config: ConfigDict, choices: Mapping[str, Iterable[str]]) -> None:
-    """Checks config keys, dotted, that hold one of a few words; for keys that are declared without `choices`.
+    """Checks that keys have one of the given values; for keys that are declared without `choices`.
+
+    Args:
+      config: to check.
+      choices: the allowed values by dotted key.
 
     Raises:
-      UserError: the first that does not.
+      UserError: for the first key with another value.
     """
     check_values({name: Key("", choices=tuple(allowed)) for name, allowed in choices.items()}, leaves(config))
 
 
 def check_declared(config: ConfigDict) -> None:
-    """Checks every value by the declaration of its key: choices and ranges.
+    """Checks every value against the choices and the range that its key declares.
 
     Raises:
-      UserError: the first value that is none of its key's choices, or out of its range.
+      UserError: for the first value outside of them.
     """
     check_values(known_keys(task_class(config.task)), leaves(config))

@@ -1,8 +1,8 @@
-"""The command line of the entry points: `--config=FILE:arg --config.key=value --workdir=DIR`.
+"""Parses the command line of the entry points: `--config=FILE:arg --config.key=value --workdir=DIR`.
 
-The config is a file's `get_config(arg)`, or the `config.json` of a workdir. absl parses the arguments, with a flag for
-each key of the config; ml_collections reads the values of the keys, one at a time. Every failure becomes one sentence
-about one flag or key. Flags live in their own `FlagValues`: `main` can be called any number of times in one process.
+The config is the result of `get_config(arg)` in a file, or the `config.json` of a workdir. absl parses the arguments,
+with a flag for each key of the config; ml_collections parses the values of the keys, one at a time. Every error is one
+sentence about one flag or key. Each call has its own `FlagValues`, so that a process may call `main` repeatedly.
 """
 
 import errno
@@ -25,15 +25,15 @@ from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 
 PATH_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
-OF_ABSL = ("flagfile", "undefok")  # flags that absl adds of its own
+ABSL_FLAGS = ("flagfile", "undefok")  # absl adds these to every FlagValues
 Define = Callable[[flags.FlagValues], None]
 """Adds flags: `lambda values: flags.DEFINE_bool("x", False, "...", flag_values=values)`."""
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
-    """Calls `main(argv)`; a `UserError` is printed as one line and ends the process with its status (2).
+    """Calls `main(argv)`; prints a `UserError` as one line and exits with its status (2).
 
-    So is a path that cannot be opened or written, which some library found; other errors keep their traceback.
+    An `OSError` about a path is printed in the same way; other errors keep their traceback.
     """
     argv = sys.argv if argv is None else argv
     try:
@@ -47,8 +47,8 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     except OSError as error:
         if error.errno not in PATH_FAULTS or error.filename is None:
             raise
-        found = f"{error.filename} cannot be used ({error.strerror})"
-        print(f"{Path(argv[0]).name}: error: {found}: correct the path or its permissions.", file=sys.stderr)
+        fault = f"{error.filename} cannot be used ({error.strerror})"
+        print(f"{Path(argv[0]).name}: error: {fault}: correct the path or its permissions.", file=sys.stderr)
         sys.exit(UserError.exit_status)
 
 
@@ -58,15 +58,15 @@ def load_from_flags(
     """Returns the config with all overrides, the workdir, and the values of the entry point's own flags.
 
     Args:
-      argv: as `sys.argv`, the program's name first.
-      usage: printed before the flags by --help.
+      argv: like `sys.argv`, with the program's name first.
+      usage: text that --help prints before the flags.
       define: adds the entry point's own flags.
 
     Returns:
-      (config, workdir, values): the config is locked; the entry point's flag is `values.x`.
+      (config, workdir, values): the config is locked; a flag `x` is `values.x`.
 
     Raises:
-      UserError: any mistake on the command line or in the config file.
+      UserError: the command line or the config file has a mistake.
       SystemExit: after --help, with status 0.
     """
 
@@ -87,41 +87,41 @@ def load_from_flags(
 def parse(
     argv: Sequence[str], usage: str | None, define: Define, expected: str, counts: Sequence[int] = (2,)
 ) -> tuple[list[str], flags.FlagValues]:
-    """Parses a command of flags and places, such as SRC and DST; returns the places and the flags' values.
+    """Parses flags and positional arguments, such as SRC and DST; returns the arguments and the flags' values.
 
     Args:
-      argv: as `sys.argv`, the program's name first; flags may stand anywhere.
-      usage: printed before the flags by --help.
+      argv: like `sys.argv`, with the program's name first; flags may be anywhere.
+      usage: text that --help prints before the flags.
       define: adds the flags.
-      expected: the arguments as an error names them: "SRC DST".
-      counts: how many places there may be.
+      expected: the positional arguments, as an error names them: "SRC DST".
+      counts: allowed numbers of positional arguments.
 
     Raises:
-      UserError: a wrong flag, or another number of places.
+      UserError: a flag is wrong, or the number of arguments is.
       SystemExit: after --help, with status 0.
     """
-    values, places = read_flags(argv, usage, define)
-    for argument in places:
+    values, arguments = read_flags(argv, usage, define)
+    for argument in arguments:
         if argument.startswith("-"):
             raise _unknown_flag(argument, values, ": see --help")
-    if len(places) not in counts:
-        raise UserError(f"found {' '.join(places) or 'nothing'}, expected {expected}: see --help")
-    return places, values
+    if len(arguments) not in counts:
+        raise UserError(f"found {' '.join(arguments) or 'nothing'}, expected {expected}: see --help")
+    return arguments, values
 
 
 def read_flags(
     argv: Sequence[str], usage: str | None, define: Define, title: str = "Flags"
 ) -> tuple[flags.FlagValues, list[str]]:
-    """Returns the values of an entry point's flags, and the arguments that are none of them.
+    """Returns the values of an entry point's flags, and the remaining arguments.
 
     Args:
-      argv: as `sys.argv`, the program's name first.
-      usage: printed before the flags by --help.
+      argv: like `sys.argv`, with the program's name first.
+      usage: text that --help prints before the flags.
       define: adds the flags.
-      title: printed between the two.
+      title: heading of the flags.
 
     Raises:
-      UserError: a flag without its value, or with a wrong one.
+      UserError: a flag has no value or a wrong one.
       SystemExit: after --help, with status 0.
     """
     values = flags.FlagValues()
@@ -146,7 +146,7 @@ def _unknown_flag(argument: str, names: Iterable[str], hint: str) -> UserError:
 
 def flags_help(values: flags.FlagValues) -> str:
     """A line for each flag, without those that absl adds of its own."""
-    texts = {name: values[name].help for name in sorted(values) if name not in OF_ABSL}
+    texts = {name: values[name].help for name in sorted(values) if name not in ABSL_FLAGS}
     width = max(map(len, texts))
     return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())
 
@@ -222,10 +222,10 @@ def _one_line(error: Exception) -> str:
 
 
 def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> dict[str, str]:
-    """Returns {dotted key: text} of the --config.key arguments; the last of equals wins.
+    """Returns {dotted key: text} for the --config.key arguments; if a key is repeated, the last value counts.
 
     Raises:
-      UserError: an argument that is none, a key that the config lacks, a key without a value.
+      UserError: another argument, a key that the config does not have, or a key without a value.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -247,7 +247,7 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
 
 
 def _override_error(argument: str, config: ConfigDict, flag_names: list[str]) -> UserError:
-    """Returns the error for an argument that is no --config.key of a config, or lacks its value."""
+    """Returns the error for an argument that is not a --config.key of the config, or has no value."""
     name = argument.lstrip("-").partition("=")[0].removeprefix("no")
     if not argument.startswith("-") or not name.startswith("config."):
         return _unknown_flag(argument, flag_names, "; write --flag=value, or --config=FILE for a config")
@@ -258,13 +258,13 @@ def _override_error(argument: str, config: ConfigDict, flag_names: list[str]) ->
 
 
 def override(config: ConfigDict, overrides: dict[str, str]) -> None:
-    """Sets keys of `config` from text as the command line gives it; "None" empties a placeholder.
+    """Sets keys of `config` to values given as text; "None" empties a placeholder.
 
-    A duration replaces the config's own in whatever unit: `total_steps` on the command line clears the file's
-    `total_epochs`.
+    A duration replaces the config's own in any unit: `total_steps` on the command line clears `total_epochs` of the
+    file.
 
     Raises:
-      UserError: an unknown key, a text that is no value of the key's type, or one duration in two units.
+      UserError: a key is unknown, a text is not a value of the key's type, or one duration is given in two units.
     """
     for duration in DURATIONS:
         keys = [f"{duration}_{unit}" for unit in UNITS]

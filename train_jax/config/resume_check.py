@@ -1,7 +1,7 @@
-"""What a workdir holds of an earlier run, and whether that may continue under a changed config.
+"""Checks whether the run in a workdir may continue under a changed config.
 
-What changes the mathematics is refused. What does not (where and how fast it runs, what it logs and saves, when it
-gives up) is free, and the run may be made longer. All of this is read from small files, before data or model are.
+A change of the mathematics is refused. Keys that are declared `resume_safe` (devices, logging, checkpoints, patience)
+may change, and the run may be made longer. All of this is read from small files, before data or the model are loaded.
 """
 
 import re
@@ -19,67 +19,72 @@ from train_jax.core.errors import UserError, quoted
 
 TOTALS = tuple(f"total_{unit}" for unit in UNITS)
 ABSENT = "(absent)"
-SWEEP_FILE = "sweep.json"  # in the folder of a sweep, whose runs lie in folders below
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep; its runs are in subfolders
 
 
 class ExistingRun(NamedTuple):
-    """An earlier run in a workdir: sentences to tell a person of it, and its results if nothing is left to do."""
+    """An earlier run in a workdir.
+
+    Attributes:
+      notes: sentences about it, to print.
+      results: the contents of eval.json if the run is complete, else None.
+    """
 
     notes: list[str]
     results: dict[str, Any] | None
 
 
 def inspect_workdir(workdir: Path, config: ConfigDict) -> ExistingRun | None:
-    """Compares what the workdir holds with what `config` asks for; None if it holds no checkpoint and no results.
+    """Returns the run in a workdir, checked against `config`; None if there is no checkpoint and no results.
 
-    An early-stopped run is not resumed, however long a run is asked for, unless with more patience.
+    An early-stopped run is not resumed, even if the config asks for a longer run, unless the patience is larger.
 
     Raises:
-      UserError: as `check_resume`, or the run's config is missing.
+      UserError: as for `check_resume`, or the run's config is missing.
     """
     latest = metadata.read_latest(workdir / "checkpoints")
     if latest is None:
         return _evaluated_only(workdir, config)
     step, meta = latest
-    examples = meta["fingerprint"]["examples"]  # the session compares it with the data once they are there
+    examples = meta["fingerprint"]["examples"]  # compared with the data when they are opened
     notes = check_resume(stored_config(workdir), config, examples)
     early = gave_up(meta, config.patience)
-    over = early or step >= Durations.of(config, examples).total
-    results = _final_results(workdir) if over else None
-    found, remedy = f"{step} steps trained and evaluated", ""
+    done = early or step >= Durations.of(config, examples).total
+    results = _final_results(workdir) if done else None
+    outcome, remedy = f"{step} steps trained and evaluated", ""
     if early:
-        found = (
+        outcome = (
             f"the run stopped early at step {step}, when {meta['without_improvement']} evaluations in a row had "
             f"brought no better {config.best_metric} (patience={config.patience})"
         )
         remedy = "; to train on, raise config.patience or set it to None"
     if results is not None:
-        notes = [f"{workdir} is complete: {found}, see {workdir / 'eval.json'}{remedy}."]
+        notes = [f"{workdir} is complete: {outcome}, see {workdir / 'eval.json'}{remedy}."]
     elif early:
-        notes = [f"{found}, and only its evaluation is left{remedy}."]
+        notes = [f"{outcome}, and only its evaluation is left{remedy}."]
     return ExistingRun(notes, results)
 
 
 def _evaluated_only(workdir: Path, config: ConfigDict) -> ExistingRun | None:
-    """An earlier run in which nothing trained: it has no checkpoint, and is complete once it was evaluated."""
+    """Returns the earlier run of a task that trains nothing: it has no checkpoint and is complete once evaluated."""
     results = _final_results(workdir)
-    if results is None or results["step"] > 0:  # of a run whose checkpoints were removed
+    if results is None or results["step"] > 0:  # the checkpoints of this run were removed
         return None
     notes = check_resume(stored_config(workdir), config, epoch_examples=1)
     return ExistingRun([*notes, f"{workdir} is complete: nothing trains, see {workdir / 'eval.json'}."], results)
 
 
 def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
-    """Refuses a sweep, of which there is no one model to train on or to evaluate.
+    """Refuses a sweep where one run is expected.
 
     Raises:
-      UserError: `config` is a sweep's or the workdir holds one; the sentence names the folders of its runs.
+      UserError: `config` defines a sweep, or the workdir contains one; the message names the folders of its runs.
     """
     summary = files.read_json(workdir / SWEEP_FILE)
     if summary:
         folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
-        found = ", ".join(str(workdir / name) for name in folders) or "none has begun"
-        raise UserError(f"{workdir} holds a sweep, expected one run: give --workdir one of its folders ({found})")
+        names = ", ".join(str(workdir / name) for name in folders) or "none has begun"
+        raise UserError(f"{workdir} holds a sweep, expected one run: give --workdir one of its folders ({names})")
     if config.sweep.runs:
         names = ", ".join(name for name, _ in config.sweep.runs)
         raise UserError(
@@ -88,12 +93,12 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
 
 
 def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
-    """Whether the run of a checkpoint stopped early, and would again under this patience."""
+    """Returns whether the run of a checkpoint stopped early and would do so again with this patience."""
     return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
 
 
 def _final_results(workdir: Path) -> dict[str, Any] | None:
-    """What eval.json holds if the run itself wrote it at its end; eval.py may have evaluated one that was cut off."""
+    """Returns the contents of eval.json if the run wrote it at its end; eval.py writes it for unfinished runs too."""
     results = files.read_json(workdir / "eval.json")
     return results if results.get("finished") else None
 
@@ -106,18 +111,18 @@ def difference(old: ConfigDict, new: ConfigDict) -> list[tuple[str, Any, Any]]:
 
 
 def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = None) -> list[str]:
-    """Checks that a run made with `old` may go on with `new`.
+    """Checks that a run that was made with `old` may continue with `new`.
 
     Args:
-      old: the workdir's own config.
-      new: the config asked for.
+      old: the config of the workdir.
+      new: the requested config.
       epoch_examples: size of the training data, to compare lengths in different units.
 
     Returns:
       One sentence per change that is allowed.
 
     Raises:
-      UserError: a key that changes the mathematics, or a shorter run; the message lists every such key.
+      UserError: a key changes the mathematics, or the run is shorter; the message lists every such key.
     """
     task = task_class(new.task)
     declared = {name for name, known in known_keys(task).items() if known.resume_safe}
@@ -139,10 +144,10 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
 
 
 def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Compares fingerprints of batches (data.pipeline.Pipeline), that of a checkpoint and that of the data as they are.
+    """Compares the fingerprint of the data in a checkpoint with that of the current data (data.pipeline.Pipeline).
 
     Raises:
-      UserError: they differ; the message says in what.
+      UserError: they differ; the message names the entries.
     """
     now = files.plain(now)
     if before != now:

@@ -20,12 +20,12 @@ def validate(config: ConfigDict, training: bool = True, device_count: int | None
     Initialises JAX's backend, so several processes call `jax.distributed.initialize` first.
 
     Args:
-      config: the finished config.
+      config: the complete config.
       training: also check that the training batch fits the devices; a run may be evaluated on others.
       device_count: devices of the run; None for those that JAX has.
 
     Raises:
-      UserError: the first fault found.
+      UserError: for the first fault.
     """
     base = check_keys(config)
     for key, value in leaves(config).items():

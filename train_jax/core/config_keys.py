@@ -1,4 +1,4 @@
-"""Config keys, each declared in one place: a field of a dataclass, with its default and what else is known of it.
+"""Declares config keys, each in one place: a field of a dataclass with its default, meaning, range and role.
 
     @dataclasses.dataclass(frozen=True)
     class Loss:
@@ -31,16 +31,17 @@ from train_jax.core.errors import UserError, quoted
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What is known of one config key.
+    """The declaration of a config key.
 
     Attributes:
-      help: what the value means, in a phrase.
-      choices: the values allowed; None = any.
-      minimum, maximum: the smallest and largest value allowed, where one is set.
-      above, below: as these, without the bound itself.
-      resume_safe: a resumed run may change it, as it does not change the mathematics.
-      architecture: it shapes the model, so an evaluation of a run may not change it.
-      default: the value if a config does not set one; `made`: it depends on the machine.
+      help: meaning of the value, in a phrase.
+      choices: allowed values; None = any.
+      minimum, maximum: smallest and largest allowed value; None = no bound.
+      above, below: exclusive bounds; None = no bound.
+      resume_safe: whether a resumed run may change it, as it does not change the mathematics.
+      architecture: whether it shapes the model, so that an evaluation of a run may not change it.
+      default: value of a config that does not set it.
+      made: whether the default depends on the machine.
       value_type: type of the value; a config may hold a whole number for float.
       optional: the value may be None.
     """
@@ -62,7 +63,7 @@ class Key:
         """Checks a value that is of the key's type.
 
         Raises:
-          UserError: it is none of the choices, or out of range.
+          UserError: the value is not one of the choices, or out of range.
         """
         if value is None and self.optional:
             return
@@ -74,7 +75,7 @@ class Key:
             raise UserError(f"config.{name}={value}, expected {self.values()}: change it")
 
     def _in_range(self, value: Any) -> bool:
-        """False for NaN, too."""
+        """Returns whether all bounds hold; False for NaN."""
         return (
             (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
@@ -83,7 +84,7 @@ class Key:
         )
 
     def values(self) -> str:
-        """The values allowed: "sigmoid, softmax" or "a number from 0 to 1"; "" where any is."""
+        """Returns the allowed values as text: "sigmoid, softmax" or "a number from 0 to 1"; "" if all are allowed."""
         if self.choices is not None:
             return ", ".join(str(choice) or "''" for choice in self.choices)
         if self.minimum is not None and self.maximum is not None:
@@ -99,11 +100,11 @@ def key(default: Any, help: str, *, choices: Iterable[Any] | None = None, **know
     """Declares a field as a config key.
 
     Args:
-      default: its value if nothing sets one, or a function that returns it (of the environment, say). The field's
-        annotation is its type; `| None` makes it optional.
-      help: what the value means.
-      choices: the values allowed, in the order of the documentation.
-      **known: minimum, maximum, above, below, resume_safe, architecture: as in `Key`.
+      default: the default value, or a function that returns it if it depends on the machine. The annotation of the
+        field is the type; `| None` makes the key optional.
+      help: meaning of the value.
+      choices: allowed values, in the order of the documentation.
+      **known: minimum, maximum, above, below, resume_safe and architecture of `Key`.
     """
     entry = Key(help, None if choices is None else tuple(choices), **known)
     if callable(default):
@@ -143,29 +144,29 @@ def config_dict(keys: Any) -> ConfigDict:
 
 
 def declared(keys: Any, prefix: str = "", **known: bool) -> dict[str, Key]:
-    """Returns what is known of every key of a dataclass or an instance of it, by dotted name.
+    """Returns the declarations of all keys of a dataclass or an instance of it, by dotted name.
 
-    A field without `key(...)`, as of a dataclass that is used elsewhere too, is a key of which its type is known.
+    A field without `key(...)`, as in a dataclass that is also used elsewhere, is a key with a type and a default.
     """
     instance = keys() if isinstance(keys, type) else keys
     hints = typing.get_type_hints(type(instance))
-    found: dict[str, Key] = {}
+    result: dict[str, Key] = {}
     for field in dataclasses.fields(instance):
         name, value = f"{prefix}{field.name}", getattr(instance, field.name)
         if dataclasses.is_dataclass(value):
-            found |= declared(value, f"{name}.", **{**known, **field.metadata.get("section", {})})
+            result |= declared(value, f"{name}.", **{**known, **field.metadata.get("section", {})})
             continue
         kind, optional = _kind(hints[field.name])
         entry = field.metadata.get("key", Key(""))
-        found[name] = dataclasses.replace(entry, default=value, value_type=kind, optional=optional, **known)
-    return found
+        result[name] = dataclasses.replace(entry, default=value, value_type=kind, optional=optional, **known)
+    return result
 
 
 def check_values(keys: Mapping[str, Key], values: Mapping[str, Any]) -> None:
-    """Checks values by dotted key; keys of which nothing is known pass.
+    """Checks values by dotted key; keys without a value are skipped.
 
     Raises:
-      UserError: the first value that is none of its key's choices, or out of its range.
+      UserError: for the first value that is not one of its key's choices, or out of range.
     """
     for name, entry in keys.items():
         if name in values:
