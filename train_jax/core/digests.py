@@ -1,7 +1,6 @@
-"""What a file is, whatever its name: a digest of its bytes, computed once and kept until its size or time change.
+"""Digests of the bytes of files, cached until the size or modification time of a file changes.
 
-Two files of one name may differ and two of different names be the same, so where things are shared, cached or kept
-apart they go by these.
+Files are identified by digests rather than names: files of the same name may differ, and copies have different names.
 """
 
 import hashlib
@@ -21,82 +20,88 @@ from train_jax.core.files import atomic
 
 SIZE = 16  # bytes of a digest
 _THREADS = 4
-_STATE = "state_of_the_files"  # name of an array of a kept file
+_STATE = "state_of_the_files"  # name of the array in a cache file that identifies the input files
 
 
 def digest(data: bytes | None) -> bytes:
-    """`SIZE` bytes, equal for equal data; zeros for none, or for no bytes, which are nothing that could be the same."""
+    """Returns the digest of data, `SIZE` bytes; zeros for None and for empty data, which count as missing."""
     return hashlib.blake2b(data, digest_size=SIZE).digest() if data else bytes(SIZE)
 
 
-def of_files(files: Sequence[str | Path], place: Path | None = None, what: str = "files") -> UInt8[np.ndarray, "N 16"]:
-    """The digest of each file, zeros where it cannot be read.
+def of_files(
+    files: Sequence[str | Path], cache_file: Path | None = None, what: str = "files"
+) -> UInt8[np.ndarray, "N 16"]:
+    """Returns the digest of each file; zeros if it cannot be read.
 
     Args:
-      files: to read.
-      place: where the digests are kept, see `kept`.
-      what: they are, for a progress bar.
+      files: paths of the files.
+      cache_file: stores the digests, see `kept`.
+      what: name of the files in the progress bar.
     """
 
     def compute() -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = tqdm(pool.map(_of_file, files), f"Reading {what}", len(files), disable=not sys.stderr.isatty())
-            return {"digests": stacked(list(found))}
+            results = pool.map(_of_file, files)
+            results = tqdm(results, f"Reading {what}", len(files), disable=not sys.stderr.isatty())
+            return {"digests": stacked(list(results))}
 
-    return kept(place, files, compute)["digests"]
+    return kept(cache_file, files, compute)["digests"]
 
 
 def _of_file(file: str | Path) -> bytes:
+    """Returns the digest of a file; zeros if it cannot be read."""
     try:
         return digest(Path(file).read_bytes())
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # ValueError: the name contains a null byte
         return digest(None)
 
 
 def stacked(digests: Sequence[bytes]) -> UInt8[np.ndarray, "N 16"]:
-    """Digests as an array."""
+    """Stacks digests in an array."""
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, SIZE)
 
 
 def keys(digests: UInt8[np.ndarray, "N 16"]) -> list[bytes | None]:
-    """Digests one by one, None for zeros; for `numbers`."""
+    """Returns the rows of an array of digests as bytes, and None for zeros; the input of `numbers`."""
     return [row if any(row) else None for row in map(bytes, digests)]
 
 
 def numbers(keys: Iterable[Hashable]) -> Int32[np.ndarray, " N"]:
-    """A number for every key, from 0 in order of appearance, the same for equal ones; None is equal to nothing."""
-    found: dict[Hashable, int] = {}
-    unlike = object()
-    pairs = (((unlike, row) if key is None else key) for row, key in enumerate(keys))
-    return np.array([found.setdefault(key, len(found)) for key in pairs], np.int32)
+    """Numbers the distinct keys from 0 in order of appearance; every None gets a number of its own."""
+    number_of: dict[Hashable, int] = {}
+    missing = object()
+    unique = ((missing, row) if key is None else key for row, key in enumerate(keys))
+    return np.array([number_of.setdefault(key, len(number_of)) for key in unique], np.int32)
 
 
 def kept(
-    place: Path | None, files: Sequence[str | Path], compute: Callable[[], Mapping[str, np.ndarray]]
+    cache_file: Path | None, files: Sequence[str | Path], compute: Callable[[], Mapping[str, np.ndarray]]
 ) -> Mapping[str, np.ndarray]:
-    """What `compute` makes of files, read from `place` while their names, sizes and times are what they were.
+    """Returns the arrays of `compute()`, cached while the names, sizes and modification times of `files` stay the same.
 
     Args:
-      place: an .npz, written where it can be; None: nothing is kept.
-      files: what the arrays are computed from.
-      compute: called without what is kept, or with what is kept of other files.
+      cache_file: the .npz of the cache, written if possible; None for no cache.
+      files: the files from which the arrays are computed.
+      compute: returns the arrays by name; called if the cache is missing, unreadable or of other files.
     """
-    state = np.frombuffer(hashlib.blake2b("\n".join(map(_state, files)).encode("utf-8", "replace")).digest(), np.uint8)
-    if place is not None and place.is_file():
+    state = np.frombuffer(
+        hashlib.blake2b("\n".join(map(_file_state, files)).encode("utf-8", "replace")).digest(), np.uint8
+    )
+    if cache_file is not None and cache_file.is_file():
         try:
-            with np.load(place, allow_pickle=False) as stored:
+            with np.load(cache_file, allow_pickle=False) as stored:
                 if np.array_equal(stored[_STATE], state):
                     return {name: stored[name] for name in stored.files if name != _STATE}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            logging.warning("%s cannot be read (%s) and is made again.", place, error)
+            logging.warning("%s cannot be read (%s) and is made again.", cache_file, error)
     arrays = compute()
-    if place is not None:
-        _save(place, {**arrays, _STATE: state})
+    if cache_file is not None:
+        _save(cache_file, {**arrays, _STATE: state})
     return arrays
 
 
-def _state(file: str | Path) -> str:
-    """Name, size and time of a file."""
+def _file_state(file: str | Path) -> str:
+    """Returns the name, size in bytes and modification time in ns of a file."""
     try:
         status = Path(file).stat()
     except (OSError, ValueError):
@@ -104,17 +109,22 @@ def _state(file: str | Path) -> str:
     return f"{file} {status.st_size} {status.st_mtime_ns}"
 
 
-def _save(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays to an .npz; where that is not possible, the next start computes them again."""
+def _save(cache_file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to an .npz; logs a warning if that fails, as they can be computed again."""
     try:
-        with atomic(place) as draft:
+        with atomic(cache_file) as draft:
             np.savez(draft, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
     except OSError as error:
-        logging.warning("%s is not kept (%s); it is computed again at the next start.", place, error)
+        logging.warning("%s is not kept (%s); it is computed again at the next start.", cache_file, error)
 
 
 def place_of(cache: str | Path | None, *source: object) -> Path | None:
-    """Where in a cache folder the digests of a source are kept; None without one."""
+    """Returns the cache file of the digests of a source, or None if `cache` is None.
+
+    Args:
+      cache: the cache folder.
+      *source: values whose `repr` identifies the source.
+    """
     if cache is None:
         return None
     name = hashlib.blake2b(repr(source).encode("utf-8", "replace"), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Small files of a run, written so that a reader never meets half of one."""
+"""Writes small files atomically, and converts values to JSON."""
 
 import contextlib
 import json
@@ -13,15 +13,15 @@ from train_jax.core.errors import UserError
 
 
 def cache_dir() -> str:
-    """Where prepared data and digests go: $XDG_CACHE_HOME/paligemma_jax, by default ~/.cache/paligemma_jax."""
+    """Returns the folder of prepared data and digests: $XDG_CACHE_HOME/paligemma_jax, by default in ~/.cache."""
     return str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "paligemma_jax")
 
 
 def make_folder(path: str | Path) -> Path:
-    """Makes a folder to write to, with its parents.
+    """Creates a folder and its parents, if missing, and returns its path.
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: the folder cannot be created or is not writable.
     """
     path = Path(path)
     try:
@@ -35,10 +35,10 @@ def make_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a path to write a file or a folder at, which is renamed to `path` when the block ends.
+    """Yields a path at which to write a file or folder, and renames it to `path` when the block ends.
 
-    Readers see the old content or the new, never a part; a block that raises leaves `path` as it was. The draft lies
-    beside `path`, whose parents are made, under a name of its own, so that several processes may write at once.
+    Readers see either the old or the new content in full; if the block raises, `path` is unchanged. The temporary
+    folder is unique and in the parent of `path`, which is created, so that several processes may write at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text by `atomic`; even after a power cut `path` holds the old text or the new, whole."""
+    """Writes UTF-8 text by `atomic` and syncs it to disk, so that `path` is complete even after a power failure."""
     with atomic(path) as draft, draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -57,26 +57,26 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no file."""
+    """Returns the object in a JSON file, or an empty dict if there is no file."""
     path = Path(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of nested dicts, lists, scalars and arrays (Python's, numpy's or on a device).
+    """Returns nested dicts, lists, scalars and arrays (of Python, NumPy or JAX) as JSON text.
 
-    NaN and infinities, for which JSON has no words, become null.
+    NaN and infinities, which JSON cannot represent, become null.
     """
     return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:
-    """The same value in JSON's own types: str keys, lists, Python scalars, None for a non-finite number."""
+    """Returns a value in the types of JSON: str keys, lists, Python scalars, and None for a non-finite number."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars, numpy arrays and device arrays
+    if hasattr(value, "tolist"):  # NumPy scalars, NumPy arrays and JAX arrays
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -84,7 +84,7 @@ def plain(value: Any) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level of "/"-joined names: `{"a": {"b": 1}}` becomes `{"a/b": 1}`."""
+    """Returns nested dicts as one dict with names joined by "/": `{"a": {"b": 1}}` becomes `{"a/b": 1}`."""
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}/{name}" if prefix else str(name)

@@ -1,4 +1,4 @@
-"""Several runs of one config under named overrides, and their table and figure."""
+"""Trains one config several times under named overrides, and compares the runs in a table and a figure."""
 
 from train_jax.sweep.run import fit
 

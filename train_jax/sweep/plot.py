@@ -1,21 +1,25 @@
-"""The picture of a sweep: bars by name or lines against x, a panel for each number, from what sweep.json holds."""
+"""Plots a sweep from the content of sweep.json: one panel per metric, as bars by name or as lines against x."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from train_jax.sweep.report import with_spread
 
-WIDE = 10.0  # ratio of the largest x to the smallest from which on the axis is logarithmic
-MOST_IN_A_COLUMN = 3  # panels
-MARKED = 12  # values of x on a line that are all written at the axis
-APART = 1.35  # ratio of two that are written beside one another on a logarithmic axis
+LOG_SCALE_RATIO = 10.0  # an axis is logarithmic if its largest value is at least this multiple of the smallest
+MAX_PANELS_IN_COLUMN = 3
+MAX_TICKS = 12  # with more values of x, matplotlib chooses the ticks
+MIN_TICK_RATIO = 1.35  # of neighbouring ticks of a logarithmic axis
 
 
 def plot(summary: Mapping[str, Any], png: str | Path) -> None:
-    """Draws the metric of every run and mean +- standard deviation of every group; against x where the sweep has one.
+    """Plots the metrics of every run and the mean and standard deviation of every group, against x if the sweep has it.
 
-    Writes nothing while no run has a value.
+    Writes no file if no run has a value of any metric.
+
+    Args:
+      summary: content of sweep.json.
+      png: path of the image to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import, needed once at the end
     from matplotlib.figure import Figure
@@ -28,25 +32,25 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
     height = 4.4 if against_x else 1.6 + 0.4 * len(views[0]["groups"])
     curves = [name for name in summary["curves"] if any(group["curves"][name] for group in summary["groups"])]
     heights = [height] * len(views) + [4.4] * len(curves)
-    columns = 1 if len(heights) <= MOST_IN_A_COLUMN else 2
-    rows = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
-    figure = Figure(figsize=(6.4 * columns, sum(rows)), layout="constrained")
+    columns = 1 if len(heights) <= MAX_PANELS_IN_COLUMN else 2
+    row_heights = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
+    figure = Figure(figsize=(6.4 * columns, sum(row_heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).ravel()
+    axes = figure.subplots(len(row_heights), columns, squeeze=False, height_ratios=row_heights).ravel()
     for axis in axes[len(heights) :]:
         axis.remove()
     axes = axes[: len(heights)]
     for axis in axes:
         axis.grid(alpha=0.3)
     for axis, view in zip(axes, views, strict=False):
-        (_against_x if against_x else _by_name)(axis, view, view["groups"])
+        (_plot_against_x if against_x else _plot_bars)(axis, view, view["groups"])
     for axis, name in zip(axes[len(views) :], curves, strict=True):
-        _curves(axis, name, summary["groups"])
+        _plot_curves(axis, name, summary["groups"])
     figure.savefig(png, dpi=120)
 
 
-def _curves(axis, name: str, groups: list[dict[str, Any]]) -> None:
-    """A line of each group that has the curve."""
+def _plot_curves(axis, name: str, groups: list[dict[str, Any]]) -> None:
+    """Plots one curve as a line for each group that has it."""
     values = []
     for group in groups:
         points = [point for point in group["curves"][name] if point["mean"] is not None]
@@ -56,30 +60,35 @@ def _curves(axis, name: str, groups: list[dict[str, Any]]) -> None:
                 [point["std"] or 0.0 for point in points], marker="o", markersize=3, capsize=3, label=group["name"],
             )  # fmt: skip
             values += [(point["x"], point["mean"]) for point in points]
-    for scale, numbers in zip((axis.set_xscale, axis.set_yscale), zip(*values, strict=True), strict=True):
-        if min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE:
-            scale("log")
-    places = sorted({x for x, _ in values})
-    if axis.get_xscale() == "log" and len(places) <= MARKED:
-        _mark(axis, places)
-    of, _, along = name.rpartition("_by_")
-    axis.set(ylabel=(of or name).replace("_", " "), xlabel=along.replace("_", " ") if of else "")
+    for set_scale, numbers in zip((axis.set_xscale, axis.set_yscale), zip(*values, strict=True), strict=True):
+        if _spans_decade(numbers):
+            set_scale("log")
+    ticks = sorted({x for x, _ in values})
+    if axis.get_xscale() == "log" and len(ticks) <= MAX_TICKS:
+        _set_ticks(axis, ticks)
+    y_name, _, x_name = name.rpartition("_by_")
+    axis.set(ylabel=(y_name or name).replace("_", " "), xlabel=x_name.replace("_", " ") if y_name else "")
     axis.legend(fontsize="small")
 
 
-def _mark(axis, places: list[float]) -> None:
-    """Writes the values themselves at the axis and no others; of a logarithmic one those that have room."""
+def _spans_decade(values: Collection[int | float]) -> bool:
+    """Returns whether the values are positive and spread widely enough for a logarithmic axis."""
+    return min(values) > 0 and max(values) / min(values) >= LOG_SCALE_RATIO
+
+
+def _set_ticks(axis, ticks: list[float]) -> None:
+    """Sets the ticks of the x axis; on a logarithmic axis, skips those too close to the tick before them."""
     if axis.get_xscale() == "log":
-        roomy = places[:1]
-        for place in places[1:]:
-            roomy += [place] if place >= APART * roomy[-1] else []
-        places = roomy
-    axis.set_xticks(places, [f"{place:g}" for place in places])
+        spaced = ticks[:1]
+        for tick in ticks[1:]:
+            spaced += [tick] if tick >= MIN_TICK_RATIO * spaced[-1] else []
+        ticks = spaced
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xticks([], minor=True)
 
 
 def _view(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The summary as if `name` were its metric, with the groups that have a value of it."""
+    """Returns the summary with `name` as its metric, and only the groups that have a value of it."""
     if name == summary["metric"]:
         runs, groups = summary["runs"], summary["groups"]
     else:
@@ -88,32 +97,36 @@ def _view(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(summary) | {"metric": name, "runs": runs, "groups": [g for g in groups if g["mean"] is not None]}
 
 
-def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """A line of each series, where every run sets x and each of its groups another; else single points with names."""
+def _plot_against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Plots the groups against x.
+
+    The points of a series are connected if every run overrides x and no two groups of the series have the same x.
+    Otherwise each point is labeled with the name of its group.
+    """
     groups = sorted(groups, key=lambda group: group["x"])
-    places = sorted({group["x"] for group in groups})
-    series = list(dict.fromkeys(group["series"] for group in groups))
-    line = all(summary["x"] in run["overrides"] for run in summary["runs"]) and len(groups) == len(
+    xs = sorted({group["x"] for group in groups})
+    connected = all(summary["x"] in run["overrides"] for run in summary["runs"]) and len(groups) == len(
         {(group["series"], group["x"]) for group in groups}
     )
-    for name in series:
-        own = [group for group in groups if group["series"] == name]
+    for name in dict.fromkeys(group["series"] for group in groups):
+        members = [group for group in groups if group["series"] == name]
         axis.errorbar(
-            [group["x"] for group in own], [group["mean"] for group in own], [group["std"] or 0.0 for group in own],
-            marker="o", linestyle="-" if line else "", capsize=4, label=str(name),
+            [group["x"] for group in members], [group["mean"] for group in members],
+            [group["std"] or 0.0 for group in members],
+            marker="o", linestyle="-" if connected else "", capsize=4, label=str(name),
         )  # fmt: skip
     runs = [run for run in summary["runs"] if run["value"] is not None and run["x"] is not None]
     axis.scatter([run["x"] for run in runs], [run["value"] for run in runs], s=10, color="grey", zorder=3)
-    if not line:
+    if not connected:
         axis.margins(x=0.15)  # room for the names
         for group in groups:
             axis.annotate(
                 group["name"], (group["x"], group["mean"]), xytext=(4, 4), textcoords="offset points", fontsize="small"
             )
-    if min(places) > 0 and max(places) / min(places) >= WIDE:
+    if _spans_decade(xs):
         axis.set_xscale("log")
-    if line and len(places) <= MARKED:
-        _mark(axis, places)
+    if connected and len(xs) <= MAX_TICKS:
+        _set_ticks(axis, xs)
     if summary["metric"].endswith("_bytes"):
         axis.set_yscale("log")
     if summary["series"]:
@@ -121,19 +134,19 @@ def _against_x(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -
     axis.set(xlabel=summary["x"], ylabel=summary["metric"])
 
 
-def _by_name(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """One bar a group with its number beside it, as bars from 0 look alike; the first on top."""
+def _plot_bars(axis, summary: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Plots one bar per group, the first on top, and writes its value beside it, as bars of close values look equal."""
     names = [group["name"] for group in groups]
     bars = axis.barh(
         range(len(groups)), [group["mean"] for group in groups], xerr=[group["std"] or 0.0 for group in groups],
         height=0.6, capsize=4, alpha=0.7,
     )  # fmt: skip
     axis.bar_label(bars, [with_spread(group) for group in groups], padding=8, fontsize="small")
-    axis.margins(x=0.4)  # room for these
-    by_run = {run["name"]: run["value"] for run in summary["runs"]}
-    for place, group in enumerate(groups):
-        values = [by_run[name] for name in group["runs"] if by_run[name] is not None]
-        axis.scatter(values, [place] * len(values), s=10, color="grey", zorder=3)
+    axis.margins(x=0.4)  # room for the labels
+    value_of_run = {run["name"]: run["value"] for run in summary["runs"]}
+    for position, group in enumerate(groups):
+        values = [value_of_run[name] for name in group["runs"] if value_of_run[name] is not None]
+        axis.scatter(values, [position] * len(values), s=10, color="grey", zorder=3)
     axis.set_yticks(range(len(groups)), names)
     axis.invert_yaxis()
     axis.set_xlabel(summary["metric"])

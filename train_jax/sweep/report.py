@@ -1,4 +1,4 @@
-"""What a sweep found: a summary for sweep.json, scores, a table. Runs that differ by seed alone are pooled."""
+"""Reports of a sweep: the summary in sweep.json, the scores in eval.json and a table; seeds are pooled in groups."""
 
 import math
 import re
@@ -13,12 +13,12 @@ from train_jax.core import files
 
 SEED = "seed"
 SEED_IN_NAME = re.compile(r"[-_.]*seed[-_.=]*\d+$")
-COPIED = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # of eval.json
-WIDEST = 40  # characters of an overridden value in the table
+COPIED_RESULTS = ("step", "trainable_parameters", "seconds", "peak_memory_bytes")  # from eval.json to sweep.json
+MAX_OVERRIDE_LENGTH = 40  # characters of an overridden value in the table
 
 
-class Drawn(NamedTuple):
-    """What of the runs is compared; see the config's `sweep`."""
+class SweepFields(NamedTuple):
+    """The names of the results and config keys by which runs are compared, from `config.sweep`."""
 
     metric: str
     x: str | None = None
@@ -28,97 +28,111 @@ class Drawn(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A run of a sweep as it stands."""
+    """The current state of one run of a sweep."""
 
     name: str
     overrides: dict[str, Any]
     config: ConfigDict
-    results: dict[str, Any] | None  # what eval.json holds; None where the run is not complete
-    stopped: str | None = None  # why it cannot go on
+    results: dict[str, Any] | None  # content of eval.json; None if the run is not complete
+    stopped: str | None = None  # message of the error that stopped the run
 
 
-def summarize(drawn: Drawn, outcomes: list[Outcome]) -> dict[str, Any]:
-    """What sweep.json holds: `runs` one by one, and `groups` of those that differ in nothing but the seed.
+def summarize(fields: SweepFields, outcomes: list[Outcome]) -> dict[str, Any]:
+    """Returns the content of sweep.json: the `fields`, `runs`, and `groups` of runs that differ only in the seed.
 
     Args:
-      drawn: `metric` is a name in every run's results, its value is `value`; `x` a config key or a name in the results,
-        its value is `x`, None without one; `series` a config key, likewise; `more` names, whose values are in `more`,
-        and `curves` names of lists of [x, y], in `curves`.
-      outcomes: in the sweep's order.
+      fields: `metric` names a result, stored as a run's `value`. `x` names a config key or a result, and `series` one
+        config key or several joined by commas; their values are stored as `x` and `series`, None without a name.
+        `more` names further results, and `curves` results that are lists of [x, y]; both are stored by name.
+      outcomes: the runs in the order of the sweep.
     """
-    runs = [_run(drawn, outcome) for outcome in outcomes]
+    runs = [_run(fields, outcome) for outcome in outcomes]
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        rest = {key: value for key, value in run["overrides"].items() if key != SEED}
-        groups.setdefault(files.to_json(dict(sorted(rest.items()))), []).append(run)
-    described = drawn._asdict() | {"more": list(drawn.more), "curves": list(drawn.curves)}
-    return described | {"runs": runs, "groups": [_group(drawn, members) for members in groups.values()]}
+        group_key = files.to_json(dict(sorted(_without_seed(run["overrides"]).items())))
+        groups.setdefault(group_key, []).append(run)
+    header = fields._asdict() | {"more": list(fields.more), "curves": list(fields.curves)}
+    return header | {"runs": runs, "groups": [_group(fields, members) for members in groups.values()]}
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What the eval.json of a sweep holds: of each group the compared numbers by run, with mean and deviation."""
-    trained = "trainable_parameters"
+    """Returns the content of a sweep's eval.json: for each group its results by run, their mean and deviation.
+
+    The results are the metric, `more` and the number of trainable parameters; the deviation is that of the sample.
+    """
+    trainable = "trainable_parameters"
     runs = {
-        run["name"]: {summary["metric"]: run["value"], **run["more"], trained: run[trained]} for run in summary["runs"]
+        run["name"]: {summary["metric"]: run["value"], **run["more"], trainable: run[trainable]}
+        for run in summary["runs"]
     }
-    found = {}
+    result = {}
     for group in summary["groups"]:
         members = {name: runs[name] for name in group["runs"]}
-        spread = {key: _spread([values[key] for values in members.values()]) for key in next(iter(members.values()))}
-        found[group["name"]] = {
+        names = next(iter(members.values()))
+        moments = {name: _moments([values[name] for values in members.values()]) for name in names}
+        result[group["name"]] = {
             "runs": members,
-            "mean": {key: of["mean"] for key, of in spread.items()},
-            "std": {key: of["std"] for key, of in spread.items()},
+            "mean": {name: moment["mean"] for name, moment in moments.items()},
+            "std": {name: moment["std"] for name, moment in moments.items()},
         }
-    return found
+    return result
 
 
-def _run(drawn: Drawn, outcome: Outcome) -> dict[str, Any]:
+def _run(fields: SweepFields, outcome: Outcome) -> dict[str, Any]:
+    """Returns the entry of a run in sweep.json."""
     results, settings = outcome.results or {}, leaves(outcome.config)
     run = {"name": outcome.name, "overrides": outcome.overrides, "complete": outcome.results is not None}
     if outcome.stopped:
         run["stopped"] = outcome.stopped
-    at = settings.get(drawn.x, results.get(drawn.x)) if drawn.x else None
-    series = ", ".join(str(settings[key]) for key in drawn.series.split(",")) if drawn.series else None
-    run |= {"x": at, "series": series, "value": results.get(drawn.metric)}
-    for kind, names in (("more", drawn.more), ("curves", drawn.curves)):
-        run[kind] = {name: results.get(name) for name in names}
-    return run | {name: results.get(name) for name in COPIED}
+    x = settings.get(fields.x, results.get(fields.x)) if fields.x else None
+    series = ", ".join(str(settings[key]) for key in fields.series.split(",")) if fields.series else None
+    run |= {"x": x, "series": series, "value": results.get(fields.metric)}
+    for field, names in (("more", fields.more), ("curves", fields.curves)):
+        run[field] = {name: results.get(name) for name in names}
+    return run | {name: results.get(name) for name in COPIED_RESULTS}
 
 
-def _group(drawn: Drawn, members: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None of fewer than two) over the members that have a value."""
-    places = [run["x"] for run in members if _is_number(run["x"])]
+def _group(fields: SweepFields, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the entry of a group in sweep.json, from the entries of its runs."""
+    xs = [run["x"] for run in members if _is_number(run["x"])]
     return {
         "name": _name(members),
         "runs": [run["name"] for run in members],
-        "x": statistics.fmean(places) if places else None,
+        "x": statistics.fmean(xs) if xs else None,
         "series": members[0]["series"],
-        **_spread([run["value"] for run in members]),
-        "more": {name: _spread([run["more"][name] for run in members]) for name in drawn.more},
-        "curves": {name: _mean_curve([run["curves"][name] for run in members]) for name in drawn.curves},
+        **_moments([run["value"] for run in members]),
+        "more": {name: _moments([run["more"][name] for run in members]) for name in fields.more},
+        "curves": {name: _mean_curve([run["curves"][name] for run in members]) for name in fields.curves},
     }
 
 
 def _mean_curve(curves: list[Any]) -> list[dict[str, Any]]:
-    """At every x that all have: x, and the mean and standard deviation of y."""
+    """Returns the mean and standard deviation of y at every x that all the curves have."""
     tables = [dict(curve) for curve in curves if curve]
     shared = sorted(set.intersection(*map(set, tables))) if tables else []
-    return [{"x": x} | _spread([table[x] for table in tables]) for x in shared]
+    return [{"x": x} | _moments([table[x] for table in tables]) for x in shared]
 
 
 def _name(members: list[dict[str, Any]]) -> str:
-    """Of several the name without the seed ("rank-4" of "rank-4-seed-0"), or the overrides where that says nothing."""
+    """Returns the name of a group of runs.
+
+    It is the name that they share, without the seed if there are several ("rank-4" for "rank-4-seed-0"), or else their
+    overrides without the seed.
+    """
     names = {run["name"] for run in members}
     if len(names) > 1:
         names = {SEED_IN_NAME.sub("", name) for name in names}
     if len(names) == 1 and names != {""}:
         return names.pop()
-    return describe({key: value for key, value in members[0]["overrides"].items() if key != SEED})
+    return describe(_without_seed(members[0]["overrides"]))
 
 
-def _spread(values: list[Any]) -> dict[str, Any]:
-    """Of those that are finite numbers."""
+def _without_seed(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if key != SEED}
+
+
+def _moments(values: list[Any]) -> dict[str, Any]:
+    """Returns count, mean and sample standard deviation of the finite numbers; None where there are too few."""
     values = [value for value in values if _is_number(value)]
     return {
         "values": len(values),
@@ -132,12 +146,12 @@ def _is_number(value: Any) -> bool:
 
 
 def describe(overrides: Mapping[str, Any]) -> str:
-    """E.g. "adapter.rank=4 seed=1"."""
+    """Returns overrides as text, such as "adapter.rank=4 seed=1"."""
     return " ".join(f"{key}={value}" for key, value in overrides.items()) or "no overrides"
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The runs as a Markdown table, and below it the groups where any has several runs."""
+    """Returns the runs as a Markdown table, followed by a table of the groups if any of them has several runs."""
     keys = list(dict.fromkeys(key for run in summary["runs"] for key in run["overrides"]))
     more = summary["more"]
     rows = [["run", *keys, summary["metric"], *more, "trainable parameters", "seconds"]]
@@ -145,32 +159,33 @@ def table(summary: Mapping[str, Any]) -> str:
         state = "stopped" if "stopped" in run else "null" if run["complete"] else "not complete"
         value = _text(run["value"]) if run["value"] is not None else state
         overrides = [_shortened(_text(run["overrides"].get(key))) for key in keys]
-        others = [_text(run["more"][name]) for name in more]
+        further = [_text(run["more"][name]) for name in more]
         costs = [_text(run["trainable_parameters"]), _text(run["seconds"], 0)]
-        rows.append([run["name"], *overrides, value, *others, *costs])
+        rows.append([run["name"], *overrides, value, *further, *costs])
     text = _markdown(rows)
     if any(len(group["runs"]) > 1 for group in summary["groups"]):
         rows = [
             ["", "runs", f"mean {summary['metric']}", "standard deviation", *(f"{name}, mean ± std" for name in more)]
         ]
         for group in summary["groups"]:
-            others = [with_spread(group["more"][name]) for name in more]
-            rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"]), *others])
+            further = [with_spread(group["more"][name]) for name in more]
+            rows.append([group["name"], _text(group["values"]), _text(group["mean"]), _text(group["std"]), *further])
         text += "\n" + _markdown(rows)
     return text
 
 
-def with_spread(found: Mapping[str, Any]) -> str:
-    """E.g. "0.8854 ± 0.0055"; the mean alone where there is one value."""
-    return " ± ".join(_text(found[key]) for key in ("mean", "std") if found[key] is not None)
+def with_spread(group: Mapping[str, Any]) -> str:
+    """Returns the mean and standard deviation as text, such as "0.8854 ± 0.0055"; only the mean of a single value."""
+    return " ± ".join(_text(group[key]) for key in ("mean", "std") if group[key] is not None)
 
 
 def _shortened(text: str) -> str:
-    """Its beginning; `config.json` of a run has all of it."""
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+    """Shortens an overridden value for the table; config.json of the run has all of it."""
+    return text if len(text) <= MAX_OVERRIDE_LENGTH else f"{text[: MAX_OVERRIDE_LENGTH - 3]}..."
 
 
 def _text(value: Any, decimals: int = 4) -> str:
+    """Formats a value for a cell of the table."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -179,7 +194,8 @@ def _text(value: Any, decimals: int = 4) -> str:
 
 
 def _markdown(rows: list[list[str]]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]  # patterns have bars
+    """Formats rows of cells, the first of which is the header, as an aligned Markdown table."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]  # regular expressions contain bars
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     return "".join(

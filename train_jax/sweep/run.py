@@ -1,10 +1,11 @@
-"""Sweeps: one command trains a config several times under named overrides, each run in a folder of its own.
+"""Runs a sweep: one command trains a config several times under named overrides, each run in its own folder.
 
     config.sweep.runs = (("rank-1", {"adapter.rank": 1}), ("rank-2", {"adapter.rank": 2}))
 
-Runs follow one another in this process. The same command again skips what is complete and resumes what was cut off,
-for each folder is the workdir of an ordinary run. The sweep's own folder holds config.json, sweep.json, sweep.md (the
-table that is printed), sweep.png, and at the end eval.json: scores by run, with mean and deviation over the seeds.
+The runs are trained one after another in this process. Each folder is an ordinary workdir, so that repeating the
+command skips complete runs and resumes an interrupted one. The folder of the sweep contains config.json, sweep.json,
+sweep.md (the table that is also printed), sweep.png and, once all runs have ended, eval.json: the scores by run, with
+mean and standard deviation over the seeds.
 """
 
 import gc
@@ -28,15 +29,15 @@ from train_jax.core.errors import RunStopped, UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.sweep import plot
 from train_jax.sweep import report as sweep_report
-from train_jax.sweep.report import Outcome
+from train_jax.sweep.report import Outcome, SweepFields
 
-NAME = re.compile(r"\w[\w.=+-]*")
-FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
-MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # what every run's eval.json holds
+RUN_NAME = re.compile(r"\w[\w.=+-]*")
+EXPECTED_FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
+MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # in the eval.json of every run
 
 
 class SweepRun(NamedTuple):
-    """One run of a sweep; `config` is its own, with `overrides` in place and no sweep."""
+    """One run of a sweep; `config` has the overrides applied and no sweep."""
 
     name: str
     overrides: dict[str, Any]
@@ -44,21 +45,21 @@ class SweepRun(NamedTuple):
 
 
 def expand(config: ConfigDict) -> list[SweepRun]:
-    """The runs of a config's sweep, checked as any config is.
+    """Returns the runs of a config's sweep, after validating the config of each.
 
     Raises:
-      UserError: a sweep of another form, two runs of one name, a name that is no folder's, or an override that is no
-        key or no value of this config.
+      UserError: `config.sweep` has another form, two runs have the same name, a name is not valid for a folder, or an
+        override has an unknown key or an invalid value.
     """
     validate(config, training=False)
     runs: dict[str, SweepRun] = {}
     for entry in config.sweep.runs:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
             raise UserError(
-                f"config.sweep.runs holds {quoted(entry)}, {FORM}: correct it (one run alone needs its comma)"
+                f"config.sweep.runs holds {quoted(entry)}, {EXPECTED_FORM}: correct it (one run alone needs its comma)"
             )
         name, overrides = entry
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
             raise UserError(
                 f"config.sweep.runs names a run {quoted(name)}, expected letters, digits and _ . = + - (it becomes a "
                 "folder): rename it"
@@ -67,29 +68,33 @@ def expand(config: ConfigDict) -> list[SweepRun]:
             raise UserError(f"config.sweep.runs has two runs named {name!r}, expected different names: rename one")
         runs[name] = SweepRun(name, dict(overrides), _overridden(config, name, overrides))
     if not runs:
-        raise UserError(f"config.sweep.runs is empty, {FORM}: add runs")
-    _check_x(config, list(runs.values()))
+        raise UserError(f"config.sweep.runs is empty, {EXPECTED_FORM}: add runs")
+    _check_axes(config, list(runs.values()))
     return list(runs.values())
 
 
 def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The config of one run: overrides follow the rules of the command line, where a duration replaces another's."""
-    single = from_json(to_json(config))
-    single.sweep = config_dict(SweepKeys)
+    """Returns the config of one run.
+
+    Overrides are applied as on the command line, where a duration in one unit replaces that in another unit.
+    """
+    run_config = from_json(to_json(config))
+    run_config.sweep = config_dict(SweepKeys)
     try:
         for key in overrides:
             if key not in leaves(config):
                 raise unknown_key(key, config)
             if key.startswith("sweep."):
                 raise UserError(f"config.{key} cannot be overridden in a run, expected a key of the run: leave it out")
-        command_line.override(single, {key: str(value) for key, value in overrides.items()})
-        validate(single)
+        command_line.override(run_config, {key: str(value) for key, value in overrides.items()})
+        validate(run_config)
     except UserError as error:
         raise UserError(f"run {name!r} of config.sweep.runs: {error}") from error
-    return single
+    return run_config
 
 
-def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
+def _check_axes(config: ConfigDict, runs: list[SweepRun]) -> None:
+    """Checks that `sweep.series` names config keys, and `sweep.x` a numeric config key or a measured number."""
     series, key = config.sweep.series, config.sweep.x
     for part in series.split(",") if series else ():
         if part not in leaves(config):
@@ -114,52 +119,54 @@ def _check_x(config: ConfigDict, runs: list[SweepRun]) -> None:
 
 
 def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: float | None = None) -> dict[str, Any]:
-    """Trains and evaluates every run of the sweep that is not complete; returns what `sweep.json` holds.
+    """Trains and evaluates every run of the sweep that is not complete; returns the content of sweep.json.
 
     Args:
-      config: with `sweep`, a tuple of ("name", {"dotted key": value}).
-      workdir: folder of the sweep; run `name` lies in `workdir/name`.
+      config: a config whose `sweep.runs` is a tuple of ("name", {"dotted key": value}).
+      workdir: folder of the sweep; the workdir of run `name` is `workdir/name`.
       progress: see loop.fit.
-      began: the time from which on `seconds` of the first run count; None = now.
+      began: time from which `seconds` of the first run is counted; None = now.
 
     Raises:
-      UserError: before anything is trained: a sweep that cannot be, a workdir of a single run, or a folder that holds
-        a run with other overrides. Later: as `loop.fit`, or results without `sweep.metric`.
+      UserError: before any training, if the sweep is invalid, `workdir` contains a single run, or a run in it was
+        trained with other overrides; later as `loop.fit`, or if the results lack `sweep.metric` or one of `sweep.more`.
       RunStopped: after all runs, if some stopped at non-finite updates.
-      SystemExit: as `loop.fit`; the same command goes on.
+      SystemExit: as `loop.fit`; the same command resumes the sweep.
     """
     workdir = Path(workdir)
     runs = expand(config)
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a single run, expected a new folder or a sweep's: choose another --workdir")
-    drawn = sweep_report.Drawn(
+    fields = SweepFields(
         config.sweep.metric or config.best_metric or "loss",
         config.sweep.x,
         config.sweep.series,
         tuple(config.sweep.more),
         tuple(config.sweep.curves),
     )
-    outcomes = {run.name: Outcome(run.name, run.overrides, run.config, _earlier(workdir, run)) for run in runs}
+    outcomes = {
+        run.name: Outcome(run.name, run.overrides, run.config, _completed_results(workdir, run)) for run in runs
+    }
     if jax.process_index() == 0:
         files.write_atomically(workdir / "config.json", to_json(config))
     for number, run in enumerate(runs, 1):
-        _write(workdir, drawn, outcomes)
+        _write_summary(workdir, fields, outcomes)
         outcome = outcomes[run.name]
         if outcome.results is None:
-            _say(f"[{number}/{len(runs)}] {run.name}: {sweep_report.describe(run.overrides)}")
+            _print(f"[{number}/{len(runs)}] {run.name}: {sweep_report.describe(run.overrides)}")
             try:
                 results = loop.fit(run.config, workdir / run.name, progress, began)
                 outcomes[run.name] = outcome._replace(results=results)
             except RunStopped as error:
-                _say(f"{run.name} stopped: {error}")
+                _print(f"{run.name} stopped: {error}")
                 outcomes[run.name] = outcome._replace(stopped=str(error))
-            _free()
+            _free_memory()
         else:
-            _say(f"[{number}/{len(runs)}] {run.name} is complete, see {workdir / run.name / 'eval.json'}.")
+            _print(f"[{number}/{len(runs)}] {run.name} is complete, see {workdir / run.name / 'eval.json'}.")
         began = None
-        for name in (drawn.metric, *drawn.more):
+        for name in (fields.metric, *fields.more):
             _check_metric(name, outcomes[run.name])
-    summary = _write(workdir, drawn, outcomes)
+    summary = _write_summary(workdir, fields, outcomes)
     table = sweep_report.table(summary)
     if jax.process_index() == 0:
         files.write_atomically(workdir / "sweep.md", table)
@@ -175,46 +182,47 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     return summary
 
 
-def _earlier(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
-    """What a complete run measured; None if something is left to do.
+def _completed_results(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
+    """Returns the results of a run if it is complete, else None.
 
     Raises:
-      UserError: the folder holds a run with another config, or of other data.
+      UserError: the folder contains a run with another config or other data.
     """
     try:
-        earlier = inspect_workdir(workdir / run.name, run.config)
-        if earlier and earlier.results is not None:
+        existing = inspect_workdir(workdir / run.name, run.config)
+        if existing and existing.results is not None:
             complete.check(run.config, workdir / run.name)
     except UserError as error:
         raise UserError(f"{workdir / run.name}: {error}") from error
-    return earlier.results if earlier else None
+    return existing.results if existing else None
 
 
 def _check_metric(metric: str, outcome: Outcome) -> None:
-    """Told after the first run: what an evaluation measures is the task's own affair."""
+    """Checks that a complete run has the metric; only its results show which metrics the task measures."""
     results = outcome.results
     if results is not None and metric not in results:
-        numbers = [name for name, value in results.items() if type(value) in (int, float)]
+        names = [name for name, value in results.items() if type(value) in (int, float)]
         raise UserError(
             f"the sweep compares runs by {metric!r}, which {outcome.name}/eval.json does not hold, expected one of "
-            f"{', '.join(numbers)}: set config.sweep.metric or config.sweep.more{did_you_mean(metric, numbers)}"
+            f"{', '.join(names)}: set config.sweep.metric or config.sweep.more{did_you_mean(metric, names)}"
         )
 
 
-def _write(workdir: Path, drawn: sweep_report.Drawn, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Writes sweep.json as things stand; returns what it holds."""
-    summary = files.plain(sweep_report.summarize(drawn, list(outcomes.values())))
+def _write_summary(workdir: Path, fields: SweepFields, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Writes the current state to sweep.json and returns its content."""
+    summary = files.plain(sweep_report.summarize(fields, list(outcomes.values())))
     if jax.process_index() == 0:
         files.write_atomically(workdir / SWEEP_FILE, files.to_json(summary, indent=2) + "\n")
     return summary
 
 
-def _free() -> None:
-    """Lets go of what the run before held: arrays in reference cycles, and the programs compiled for its shapes."""
+def _free_memory() -> None:
+    """Frees the memory of the previous run: arrays in reference cycles, and the programs compiled for its shapes."""
     jax.clear_caches()
     gc.collect()
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
+    """Prints a line in the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Tables, pooled seeds and pictures of sweeps, from results written by hand."""
+"""Tables, pooled seeds and figures of sweeps, from hand-written results."""
 
 import math
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from tests.train_jax.toy_task import toy_config
 from train_jax.sweep import plot
 from train_jax.sweep import report as sweep_report
-from train_jax.sweep.report import Drawn, Outcome, table
+from train_jax.sweep.report import Outcome, SweepFields, table
 
 
 def outcome(name, value, **overrides):
@@ -19,12 +19,12 @@ def outcome(name, value, **overrides):
 
 
 def summarize(metric, x, outcomes, **more):
-    return sweep_report.summarize(Drawn(metric, x, **more), outcomes)
+    return sweep_report.summarize(SweepFields(metric, x, **more), outcomes)
 
 
 @pytest.fixture
 def summary():
-    """Widths 4 and 40, three seeds of the first, one run not complete."""
+    """A summary of width 4 with three seeds, width 40 with one, and a run that is not complete."""
     outcomes = [outcome(f"a{seed}", score, model__width=4, seed=seed) for seed, score in enumerate((0.1, 0.2, 0.6))]
     return summarize("score", "model.width", [*outcomes, outcome("b", 0.5, model__width=40), outcome("c", None)])
 
@@ -37,7 +37,7 @@ def test_seeds_are_pooled(summary):
     assert missing["mean"] is None and missing["values"] == 0
 
 
-def test_runs_named_by_their_seeds_are_a_group_of_the_rest_of_the_name():
+def test_a_group_is_named_as_its_runs_without_the_seed():
     runs = [outcome(f"wide-seed-{seed}", 0.5, model__width=40, seed=seed) for seed in (0, 1)]
     (group,) = summarize("score", None, runs)["groups"]
     assert group["name"] == "wide"
@@ -45,13 +45,13 @@ def test_runs_named_by_their_seeds_are_a_group_of_the_rest_of_the_name():
     assert group["name"] == "no overrides"
 
 
-def test_a_value_that_is_not_finite_is_left_out_of_the_mean():
+def test_nonfinite_values_are_excluded_from_the_mean():
     runs = [outcome("a", 0.5, seed=0), outcome("b", math.nan, seed=1)]
     (group,) = summarize("score", None, runs)["groups"]
     assert (group["mean"], group["std"], group["values"]) == (0.5, None, 1)
 
 
-def test_tables_have_a_row_a_run_and_a_row_a_group(summary):
+def test_tables_have_a_row_for_each_run_and_each_group(summary):
     runs, groups = (part.splitlines() for part in table(summary).split("\n\n"))
     assert [cell.strip() for cell in runs[0].split("|")] == [
         "", "run", "model.width", "seed", "score", "trainable parameters", "seconds", ""
@@ -63,12 +63,12 @@ def test_tables_have_a_row_a_run_and_a_row_a_group(summary):
     assert "model.width=4" not in table(summarize("score", None, [outcome("a", 0.5, model__width=4)]))
 
 
-def test_bars_of_a_pattern_do_not_break_the_table():
+def test_vertical_bars_are_escaped_in_the_table():
     text = table(summarize("score", None, [outcome("a", 0.5, model__trainable="head|tower")]))
     assert r"head\|tower" in text
 
 
-def test_further_numbers_have_their_spread_and_long_values_are_shortened():
+def test_the_table_has_deviations_of_further_metrics_and_shortens_long_values():
     runs = [outcome(f"a-seed-{seed}", 0.5, seed=seed, model__trainable="word " * 50) for seed in range(2)]
     for loss, run in enumerate(runs):
         run.results["loss"] = 1.0 + loss
@@ -77,27 +77,27 @@ def test_further_numbers_have_their_spread_and_long_values_are_shortened():
     assert "word word wo... |" in text and max(map(len, text.splitlines())) < 160
 
 
-def test_scores_of_a_sweep_are_by_run_and_over_the_seeds():
+def test_scores_are_given_by_run_and_averaged_over_seeds():
     runs = [outcome(f"wide-seed-{seed}", value, seed=seed) for seed, value in enumerate((0.2, 0.6, None))]
-    found = sweep_report.scores(summarize("score", None, runs, more=("seconds",)))
-    assert list(found) == ["wide"]
-    each, mean, std = found["wide"]["runs"], found["wide"]["mean"], found["wide"]["std"]
-    assert each["wide-seed-0"] == {"score": 0.2, "seconds": 61.4, "trainable_parameters": 1234}
-    assert each["wide-seed-2"] == dict.fromkeys(each["wide-seed-0"])  # not complete
+    scores = sweep_report.scores(summarize("score", None, runs, more=("seconds",)))
+    assert list(scores) == ["wide"]
+    by_run, mean, std = scores["wide"]["runs"], scores["wide"]["mean"], scores["wide"]["std"]
+    assert by_run["wide-seed-0"] == {"score": 0.2, "seconds": 61.4, "trainable_parameters": 1234}
+    assert by_run["wide-seed-2"] == dict.fromkeys(by_run["wide-seed-0"])  # not complete
     assert mean == pytest.approx({"score": 0.4, "seconds": 61.4, "trainable_parameters": 1234})
     assert std == pytest.approx({"score": math.sqrt(0.08), "seconds": 0.0, "trainable_parameters": 0.0})
 
 
-def drawn(summary):
+def axis_against_x(summary):
     axis = Figure().subplots()
     groups = [group for group in summary["groups"] if group["mean"] is not None]
-    plot._against_x(axis, summary, groups)
+    plot._plot_against_x(axis, summary, groups)
     return axis
 
 
 def test_plot_against_x_has_means_and_error_bars(summary):
     summary["runs"].pop()
-    axis = drawn(summary)
+    axis = axis_against_x(summary)
     line, _, (bars,) = axis.containers[0]
     assert list(line.get_xdata()) == [4, 40] and list(line.get_ydata()) == pytest.approx([0.3, 0.5])
     low, high = bars.get_segments()[0][:, 1]
@@ -106,30 +106,30 @@ def test_plot_against_x_has_means_and_error_bars(summary):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "40"]
 
 
-def test_plot_against_something_measured_names_its_points():
+def test_points_against_a_measured_x_are_labeled():
     runs = [outcome("a", 0.1, model__width=4), outcome("b", 0.2, model__dropout=0.5)]
-    axis = drawn(summarize("score", "trainable_parameters", runs))
+    axis = axis_against_x(summarize("score", "trainable_parameters", runs))
     assert axis.containers[0][0].get_linestyle() == "None" and [text.get_text() for text in axis.texts] == ["a", "b"]
 
 
-def test_plot_without_x_has_a_bar_a_group(summary, tmp_path):
+def test_plot_without_x_has_a_bar_for_each_group(summary, tmp_path):
     summary["x"] = None
     for group in summary["groups"]:
         group["x"] = None
     axis = Figure().subplots()
-    plot._by_name(axis, summary, summary["groups"][:2])
+    plot._plot_bars(axis, summary, summary["groups"][:2])
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.3, 0.5])
     assert [label.get_text() for label in axis.get_yticklabels()] == ["model.width=4", "b"]
     plot.plot(summary, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_is_drawn_of_nothing(tmp_path):
+def test_no_figure_is_written_without_values(tmp_path):
     plot.plot(summarize("score", None, [outcome("a", None)]), tmp_path / "sweep.png")
     assert not (tmp_path / "sweep.png").exists()
 
 
-def test_a_line_of_each_series_and_a_panel_of_each_number(tmp_path):
+def test_plot_has_a_line_for_each_series_and_a_panel_for_each_metric(tmp_path):
     """Two dropouts at two widths; seconds are the same everywhere."""
     outcomes = [
         outcome(f"{width}-{rate}", width * rate, model__width=width, model__dropout=rate)
@@ -137,7 +137,7 @@ def test_a_line_of_each_series_and_a_panel_of_each_number(tmp_path):
         for rate in (0.1, 0.5)
     ]
     summary = summarize("score", "model.width", outcomes, series="model.dropout", more=("seconds",))
-    axis = drawn(summary)
+    axis = axis_against_x(summary)
     lines = [container[0] for container in axis.containers]
     assert [list(line.get_ydata()) for line in lines] == [pytest.approx([0.4, 4.0]), pytest.approx([2.0, 20.0])]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0.1", "0.5"]
@@ -148,13 +148,13 @@ def test_a_line_of_each_series_and_a_panel_of_each_number(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_of_a_number_that_no_run_has_there_is_no_panel(summary, tmp_path):
+def test_a_metric_that_no_run_has_gets_no_panel(tmp_path):
     outcomes = [outcome("a", 0.5, model__width=4), outcome("b", 0.5, model__width=40)]
     plot.plot(summarize("score", "model.width", outcomes, more=("nothing",)), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").exists()
 
 
-def test_curves_of_a_group_are_averaged_where_all_have_a_point(tmp_path):
+def test_curves_of_a_group_are_averaged_at_shared_points(tmp_path):
     def with_curve(name, seed, points):
         run = outcome(name, 0.5, model__width=4, seed=seed)
         return run._replace(results=run.results | {"by_step": points})
@@ -164,7 +164,7 @@ def test_curves_of_a_group_are_averaged_where_all_have_a_point(tmp_path):
     (point,) = summary["groups"][0]["curves"]["by_step"]
     assert (point["x"], point["mean"], point["std"]) == (1, 3.0, pytest.approx(math.sqrt(2)))
     axis = Figure().subplots()
-    plot._curves(axis, "by_step", summary["groups"])
+    plot._plot_curves(axis, "by_step", summary["groups"])
     assert list(axis.containers[0][0].get_ydata()) == [3.0]
     plot.plot(summary, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

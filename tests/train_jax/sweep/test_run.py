@@ -1,4 +1,4 @@
-"""Sweeps of the toy: what runs, what is skipped, resumed and refused, and what the folder holds afterwards."""
+"""Sweeps of the toy task: which runs are trained, skipped, resumed or refused, and which files are written."""
 
 import gc
 import json
@@ -38,24 +38,24 @@ def fit(workdir, runs=RATES, **changes):
 
 @pytest.fixture(scope="module")
 def finished(fast_runs, tmp_path_factory):
-    """A sweep of three runs, and what `fit` returned."""
+    """The workdir of a complete sweep of three runs, and the result of `fit`."""
     workdir = tmp_path_factory.mktemp("finished") / "sweep"
     return workdir, fit(workdir)
 
 
 @pytest.fixture
 def folder(finished, tmp_path):
-    """A copy of the finished sweep."""
+    """A copy of the complete sweep."""
     shutil.copytree(finished[0], tmp_path / "sweep")
     return tmp_path / "sweep"
 
 
-def modified(folder):
+def modification_times(folder):
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
-def trained(monkeypatch) -> list[str]:
-    """Names of the runs that are given to the loop from now on."""
+def record_trained(monkeypatch) -> list[str]:
+    """Returns a list to which the name of each run that is trained from now on is appended."""
     names, original = [], loop.fit
     monkeypatch.setattr(
         loop, "fit", lambda config, workdir, *more: names.append(workdir.name) or original(config, workdir, *more)
@@ -63,10 +63,10 @@ def trained(monkeypatch) -> list[str]:
     return names
 
 
-# What a sweep leaves.
+# Results of a sweep.
 
 
-def test_each_run_is_the_run_of_its_config(finished, tmp_path):
+def test_a_run_of_a_sweep_equals_a_single_run_of_its_config(finished, tmp_path):
     workdir, _ = finished
     loop.fit(toy_config(mesh__data=1, optimizer__learning_rate=0.001, seed=1), tmp_path / "alone", "none")
     assert_same_run(workdir / "slow-1", tmp_path / "alone", step=8)
@@ -74,7 +74,7 @@ def test_each_run_is_the_run_of_its_config(finished, tmp_path):
     assert (stored.seed, stored.optimizer.learning_rate, stored.sweep.runs, stored.sweep.x) == (1, 0.001, (), None)
 
 
-def test_the_summary_holds_what_the_runs_measured(finished):
+def test_the_summary_has_the_results_of_the_runs(finished):
     workdir, summary = finished
     assert json.loads((workdir / "sweep.json").read_text()) == summary
     results = [json.loads((workdir / name / "eval.json").read_text()) for name, _ in RATES]
@@ -89,7 +89,7 @@ def test_the_summary_holds_what_the_runs_measured(finished):
     assert fast["std"] is None
 
 
-def test_the_folder_holds_table_plot_and_config(finished):
+def test_the_folder_contains_table_plot_and_config(finished):
     workdir, _ = finished
     assert {file.name for file in workdir.iterdir() if file.is_file()} == {
         "config.json", "sweep.json", "sweep.md", "sweep.png", "eval.json"
@@ -101,38 +101,38 @@ def test_the_folder_holds_table_plot_and_config(finished):
 # The same command again.
 
 
-def test_nothing_of_a_complete_sweep_is_trained_again(folder, monkeypatch, finished):
-    before = modified(folder / "fast") | modified(folder / "slow-0")
+def test_a_complete_sweep_is_not_trained_again(folder, monkeypatch, finished):
+    before = modification_times(folder / "fast") | modification_times(folder / "slow-0")
     monkeypatch.setattr(Toy, "init", lambda self: pytest.fail("a run was trained again"))
     assert fit(folder) == finished[1]
-    assert modified(folder / "fast") | modified(folder / "slow-0") == before
+    assert modification_times(folder / "fast") | modification_times(folder / "slow-0") == before
 
 
-def test_a_complete_run_of_a_sweep_is_compared_with_the_data(folder, monkeypatch):
-    before = modified(folder)
+def test_a_complete_run_is_refused_if_the_data_has_changed(folder, monkeypatch):
+    before = modification_times(folder)
     monkeypatch.setattr(Rows, "fingerprint", property(lambda self: "others", lambda self, value: None), raising=False)
     with pytest.raises(UserError, match="slow-0: the training data is not that of the checkpoint"):
         fit(folder)
-    assert modified(folder) == before
+    assert modification_times(folder) == before
 
 
 def test_a_new_run_is_added_to_a_complete_sweep(folder, monkeypatch):
-    names = trained(monkeypatch)
+    names = record_trained(monkeypatch)
     summary = fit(folder, (*RATES, ("faster", {"optimizer.learning_rate": 0.02})))
     assert names == ["faster"] and [run["name"] for run in summary["runs"]] == ["slow-0", "slow-1", "fast", "faster"]
 
 
 def test_a_changed_override_is_refused_before_anything_is_trained(folder, monkeypatch):
-    names, before = trained(monkeypatch), modified(folder)
+    names, before = record_trained(monkeypatch), modification_times(folder)
     changed = (("new", {}), *RATES[:2], ("fast", {"optimizer.learning_rate": 0.02}))
     with pytest.raises(UserError) as error:
         fit(folder, changed)
     assert f"{folder / 'fast'}: the workdir holds a run with another config" in str(error.value)
     assert "optimizer.learning_rate: 0.01 -> 0.02" in str(error.value)
-    assert names == [] and modified(folder) == before
+    assert names == [] and modification_times(folder) == before
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path, finished):
+def test_a_killed_sweep_resumes(tmp_path, finished):
     """kill -9 in the second run, after its checkpoint of step 4."""
     workdir = tmp_path / "sweep"
     kill = {"data.signal_step": 6, "data.signal_number": int(signal.SIGKILL)}
@@ -143,28 +143,28 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, finished):
     assert process.returncode == -signal.SIGKILL
     states = [(run["name"], run["complete"]) for run in json.loads((workdir / "sweep.json").read_text())["runs"]]
     assert states == [("slow-0", True), ("slow-1", False), ("fast", False)]
-    first = modified(workdir / "slow-0")
+    first = modification_times(workdir / "slow-0")
     summary = fit(workdir)
-    assert modified(workdir / "slow-0") == first
+    assert modification_times(workdir / "slow-0") == first
     assert [run["value"] for run in summary["runs"]] == [run["value"] for run in finished[1]["runs"]]
     for name, _ in RATES:
         assert_same_run(workdir / name, finished[0] / name, step=8)
 
 
-def test_memory_of_one_run_is_free_before_the_next(tmp_path, monkeypatch):
-    held, original = [], loop.fit
+def test_memory_of_a_run_is_freed_before_the_next(tmp_path, monkeypatch):
+    live_bytes, original = [], loop.fit
 
-    def measured(*arguments):
-        held.append(sum(array.nbytes for array in jax.live_arrays()))
+    def measuring_fit(*arguments):
+        live_bytes.append(sum(array.nbytes for array in jax.live_arrays()))
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "fit", measured)
+    monkeypatch.setattr(loop, "fit", measuring_fit)
     gc.collect()
     fit(tmp_path, tuple((f"run-{width}", {"model.width": width}) for width in (64, 128, 8)), sweep__x=None)
-    assert held[1:] == held[:1] * 2
+    assert live_bytes[1:] == live_bytes[:1] * 2
 
 
-def test_a_run_that_stops_does_not_keep_the_others(tmp_path):
+def test_other_runs_are_trained_after_one_has_stopped(tmp_path):
     runs = (("bad", {"data.nan_steps": (5,)}), ("good", {"seed": 3}))
     with pytest.raises(RunStopped, match=r"1 of 2 runs stopped at non-finite updates \(bad\)"):
         fit(tmp_path, runs, sweep__x=None)
@@ -176,7 +176,7 @@ def test_a_run_that_stops_does_not_keep_the_others(tmp_path):
 # Overrides.
 
 
-def test_overrides_follow_the_rules_of_the_command_line():
+def test_overrides_are_applied_as_on_the_command_line():
     runs = (("a", {"total_epochs": 0.1, "ema_decay": None, "data.nan_steps": (1, 2), "model.trainable": "head/.*"}),)
     (run,) = sweep.expand(config(runs, ema_decay=0.9, sweep__x=None))
     assert (run.config.total_epochs, run.config.total_steps) == (0.1, None)
@@ -214,14 +214,14 @@ def test_overrides_follow_the_rules_of_the_command_line():
         (RATES, {"sweep__series": "sed"}, "config.sweep.series='sed' is no config key, expected one: change it; did"),
     ],
 )
-def test_each_mistake_is_one_sentence(tmp_path, runs, changes, sentence):
+def test_an_invalid_sweep_is_reported_in_one_sentence(tmp_path, runs, changes, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)) as error:
         fit(tmp_path / "sweep", runs, **changes)
     assert "\n" not in str(error.value) and not (tmp_path / "sweep").exists()
 
 
-def test_an_unmeasured_metric_is_told_after_the_first_run(tmp_path, monkeypatch):
-    names = trained(monkeypatch)
+def test_an_unmeasured_metric_is_reported_after_the_first_run(tmp_path, monkeypatch):
+    names = record_trained(monkeypatch)
     with pytest.raises(UserError, match=r"compares runs by 'los', .*did you mean 'loss'\?"):
         fit(tmp_path, sweep__metric="los")
     assert names == ["slow-0"]
@@ -240,18 +240,19 @@ def test_train_py_runs_a_sweep(tmp_path, capsys):
     assert "[2/2] b is complete" in capsys.readouterr().out
 
 
-def test_eval_py_names_the_folders_of_a_sweep(folder, capsys):
+def test_eval_py_lists_the_folders_of_a_sweep(folder, capsys):
     with pytest.raises(SystemExit):
         command_line.run(eval_script.main, ["eval.py", f"--workdir={folder}"])
-    found = ", ".join(str(folder / name) for name, _ in RATES)
-    assert f"eval.py: error: {folder} holds a sweep, expected one run: give --workdir one of its folders ({found})" in (
-        capsys.readouterr().err
+    folders = ", ".join(str(folder / name) for name, _ in RATES)
+    assert (
+        f"eval.py: error: {folder} holds a sweep, expected one run: give --workdir one of its folders ({folders})"
+        in (capsys.readouterr().err)
     )
     eval_script.main(["eval.py", f"--workdir={folder / 'fast'}"])
     assert json.loads((folder / "fast" / "eval.json").read_text())["trainable_parameters"] == 153
 
 
-def test_a_single_run_and_a_sweep_keep_apart(folder, tmp_path, capsys):
+def test_a_single_run_and_a_sweep_do_not_share_a_folder(folder, tmp_path, capsys):
     assert "holds a sweep, expected one run" in fails(capsys, folder, {"mesh.data": 1})[1]
     with pytest.raises(UserError, match="holds a single run, expected a new folder or a sweep's"):
         fit(folder / "fast")
