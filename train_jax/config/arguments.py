@@ -28,9 +28,9 @@ def parse_arg(arg: str | None, moved: Mapping[str, str] = MappingProxyType({}), 
     for item in items:
         key, equals, text = item.partition("=")
         if key in moved:
-            rest = ",".join(other for other in items if other != item)
-            command = f"--config={moved[key]}" + (f":{rest}" if rest else "")
-            raise UserError(f"config argument {item!r} is now a config of its own: write {command}")
+            rest = [other for other in items if other != item]
+            others = f"; it takes its own arguments in place of {','.join(rest)}" if rest else ""
+            raise UserError(f"config argument {item!r} is now a config of its own: write --config={moved[key]}{others}")
         if key not in defaults:
             expected = ", ".join(defaults) or "none"
             raise UserError(f"config argument {item!r}: expected one of {expected}{did_you_mean(key, defaults)}")

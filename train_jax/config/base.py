@@ -7,6 +7,7 @@ compares two configs of one run.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def steps(
         raise UserError(f"the duration {prefix!r} is not set, expected exactly one of {', '.join(units)}: set one")
     ((name, value),) = given.items()
     unit = name.removeprefix(f"{prefix}_")
-    if value < 0 or (unit == "percent" and value > 1):
-        expected = "a fraction from 0 to 1" if unit == "percent" else "0 or more"
+    if not (0 <= value < math.inf) or (unit == "percent" and value > 1):
+        expected = (
+            "a fraction from 0 to 1" if unit == "percent" else "0 or more" + ", finite" * (not math.isfinite(value))
+        )
         raise UserError(f"{name}={value}, expected {expected}: change it")
     known = {"epochs": epoch_examples, "percent": total_steps}
     if unit in known and known[unit] is None:

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from train_jax.config.base import from_json, is_optional, leaves, node
-from train_jax.config.renamed import RENAMED_RUN_KEYS
+from train_jax.config.renamed import RENAMED_KEYS, renamed_keys
 from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.config.validate import check_keys, unknown_key
 from train_jax.core.errors import UserError, quoted
@@ -187,6 +187,7 @@ def load_config(config_flag: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={config_flag}: {name} is not a Python file, expected a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    _make_importable(path)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(*([arg] if colon else []))
@@ -198,6 +199,16 @@ def load_config(config_flag: str) -> ConfigDict:
         raise UserError(f"--config={config_flag}: get_config returned {type(config).__name__}, expected a ConfigDict")
     check_keys(config)
     return config.lock()
+
+
+def _make_importable(path: Path) -> None:
+    """Adds the folders that a config may import from: that of its own folder, as `configs`, and the current one.
+
+    A script has its own folder on the path; an installed command has neither.
+    """
+    for folder in (str(path.resolve().parents[1]), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _where(error: Exception, path: Path) -> str:
@@ -213,8 +224,9 @@ def _one_line(error: Exception) -> str:
     """Returns the error as one line; of ml_collections' long list of fields only its guess is kept."""
     text = " ".join(str(error.args[0] if error.args else error).split())
     renamed = re.match(r"'?(?:Key \"|Could not override field ')(\w+)", text)
-    if renamed and renamed[1] in RENAMED_RUN_KEYS:
-        return f"config.{renamed[1]} is now config.{RENAMED_RUN_KEYS[renamed[1]]}: write that"
+    renames = {old: new for task in (None, *RENAMED_KEYS) for old, new in renamed_keys(task).items()}
+    if renamed and renamed[1] in renames:
+        return f"config.{renamed[1]} is now config.{renames[renamed[1]]}: write that"
     guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
     if guess:
         return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"

@@ -170,6 +170,10 @@ def main(argv: Sequence[str]) -> None:
     if values.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", values.devices)
+    if values.profile and values.tpu is None:
+        raise UserError(
+            "--profile is given without --tpu, whose compiler has the estimates: add --tpu=v5e:2x2 or the like"
+        )
     if values.tpu is not None:
         jax.config.update("jax_platforms", "cpu")  # for computations during tracing
     tpu = None if values.tpu is None else open_slice(values.tpu)

@@ -174,6 +174,18 @@ def test_errors_in_a_config_file_are_one_sentence(tmp_path, body, sentence):
     assert "\n" not in str(caught.value) and ("line" not in sentence or str(path) in str(caught.value))
 
 
+def test_a_config_imports_what_is_beside_its_folder(tmp_path):
+    """As `from configs import clevr` does; an installed command has no folder of its own on the path."""
+    folder = tmp_path / "runs_of_mine"
+    folder.mkdir()
+    (folder / "first.py").write_text(f"from train_jax.config import base_config\n\n\n"
+                                     f"def get_config():\n    return base_config({TASK!r})\n")  # fmt: skip
+    (folder / "second.py").write_text("from runs_of_mine import first\n\n\n"
+                                      "def get_config():\n    config = first.get_config()\n    config.seed = 5\n"
+                                      "    return config\n")  # fmt: skip
+    assert load(f"--config={folder / 'second.py'}")[0].seed == 5
+
+
 def test_config_argument_that_is_unknown_keeps_its_own_sentence(file):
     with pytest.raises(UserError, match="config argument 'bigg': expected one of big, lr; did you mean 'big'"):
         load(f"--config={file}:bigg")

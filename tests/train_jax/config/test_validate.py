@@ -104,6 +104,8 @@ def raw(key, value):
         ("total_steps", None, "the duration 'total' is not set, expected exactly one of"),
         ("log_steps", 0, "config.log_steps=0, expected a number above 0: change it"),
         ("optimizer.warmup_percent", 3.0, "warmup_percent=3.0, expected a fraction from 0 to 1"),
+        ("optimizer.warmup_percent", math.nan, "warmup_percent=nan, expected a fraction from 0 to 1"),
+        ("optimizer.warmup_epochs", math.inf, "warmup_epochs=inf, expected 0 or more, finite: change it"),
         ("optimizer.name", "adamm", "config.optimizer.name='adamm', expected one of adamw, adam, sgd, adafactor, lion, "
          "adamw_8bit: change it; did you mean 'adam'?"),
         ("optimizer.schedule", "cosin", "config.optimizer.schedule='cosin', expected one of constant, linear, cosine, "
