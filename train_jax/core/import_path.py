@@ -34,7 +34,7 @@ def imported(key: str, path: str | None, form: str = "package.module:function") 
 
 
 def named(key: str, name: str, short_names: Mapping[str, str]) -> Any:
-    """Imports what a config key names by a short name in `short_names` or by an import path.
+    """Imports the function that a config key names by a short name in `short_names` or by an import path.
 
     Args:
       key: of the config, for messages.
@@ -42,10 +42,13 @@ def named(key: str, name: str, short_names: Mapping[str, str]) -> Any:
       short_names: {short name: import path}.
 
     Raises:
-      UserError: `name` is neither, or as `imported`.
+      UserError: `name` is neither, or not of a function, or as `imported`.
     """
     check_named(key, name, short_names)
-    return imported(key, short_names.get(name, name))
+    function = imported(key, short_names.get(name, name))
+    if not callable(function):
+        raise UserError(f"{key}={name!r} is {type(function).__name__}, expected a function: name another")
+    return function
 
 
 def check_named(key: str, name: str, short_names: Iterable[str]) -> None:
