@@ -1,4 +1,4 @@
-"""What configs of earlier releases call otherwise: the config.json of an old run is read by these tables."""
+"""Names in configs of earlier releases, old: new. They translate the config.json of old runs."""
 
 RENAMED_TASKS = {
     "flow_jax.task:PlaneFlow": "flow_jax.tasks.plane:PlaneFlow",
