@@ -155,6 +155,7 @@ def test_each_mistake_is_one_sentence(file, arguments, sentence):
         ("config.seed = 'x'", "line 5: TypeError: "),
         ("config.sweep = (('a', {'seed': 1}),)", "line 5: config.sweep is now config.sweep.runs: write that"),
         ("config.sweep_metric = 'loss'", "line 5: config.sweep_metric is now config.sweep.metric: write that"),
+        ("config.told = 'captions'", "line 5: config.told is now config.conditioning: write that"),
         ("print(config.model.nothing_like_it)", "line 5: AttributeError: "),
         ("return 1 / 0", "line 5: ZeroDivisionError: division by zero"),
         ("return (", "line 5: SyntaxError: '(' was never closed"),

@@ -234,3 +234,8 @@ def test_resident_memory_equals_the_plan():
     result = json.loads(run("-c", RESIDENT, JAX_PLATFORMS="cpu").splitlines()[-1])
     assert result["planned"] > 200e6
     assert result["resident"] == pytest.approx(result["planned"], rel=0.15)
+
+
+def test_a_profile_without_a_tpu_is_refused():
+    with pytest.raises(UserError, match="^--profile is given without --tpu, whose compiler has the estimates: add "):
+        plan_command.main(["plan", f"--config={ROOT}/configs/flow_2d.py", "--profile"])
