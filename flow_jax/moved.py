@@ -50,4 +50,15 @@ tasks.image_sampling               tasks.image_sampler
 tasks.plane_pictures               tasks.plane_figures
 toys                               data.toys
 """,
+    """
+data.image_sets        ArrayPictures    ArrayImages
+data.image_sets        FolderPictures   FolderImages
+data.image_sets        Picture          LabeledImage
+data.image_sets        Pictures         ImageSet
+data.image_sets        Subset           ImageSubset
+data.image_sets        TfdsPictures     TfdsImages
+data.synthetic_images  ShapePictures    ShapeImages
+tasks.image_sampler    Sampler          ImageSampler
+tasks.image_evaluation Evaluation       ImageEvaluation
+""",
 )

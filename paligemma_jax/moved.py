@@ -134,4 +134,17 @@ weights.random_weights             weights.random_init
 weights.tables                     weights.name_table
 word_logits                        losses.vocab_projection
 """,
+    """
+models.encoder_block               Attention   EncoderAttention
+models.encoder_block               Block       EncoderBlock
+models.encoder_block               Mlp         EncoderMlp
+generation.token_sampling          Sampler     TokenSampler
+data.sources.captioned             encode_pictures  encode_scenes
+losses.vocab_projection            logits_of   project
+tasks.image_sheet                  save_sheet  save_image_sheet
+tasks.text_to_image.siglip_scorer  Judge       SigLIPScorer
+tasks.vqa.evaluation               Evaluation  VQAEvaluation
+tasks.vqa.report                   Frequent    MajorityBaseline
+tasks.vqa.rows                     Rows        RowProcessor
+""",
 )

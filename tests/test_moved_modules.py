@@ -41,3 +41,22 @@ assert [n for (p, n), value in was.items() if getattr(p, n) is not value] == []
 def test_our_packages_do_not_import_old_paths():
     code = "import paligemma_jax, flow_jax, train_jax.loop, paligemma_jax.tasks.vqa, paligemma_jax.tasks.text_to_image"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], cwd=ROOT, check=True)
+
+
+NAMES = [
+    (f"{package}.{module}", old, new)
+    for package in ("paligemma_jax", "flow_jax")
+    for module, old, new in re.findall(
+        r"^([a-z]\S*) +(\S+) +(\S+)$", (ROOT / package / "moved.py").read_text(encoding="utf-8"), re.M
+    )
+]
+
+
+@pytest.mark.parametrize("module, old, new", NAMES)
+def test_an_old_path_has_the_old_names_too(module, old, new):
+    path = next(before for before, now in ROWS if now == module)
+    sys.modules.pop(path, None)
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        found = importlib.import_module(path)
+    assert getattr(found, old) is getattr(found, new)
+    sys.modules.pop(path, None)

@@ -8,16 +8,21 @@ import warnings
 from types import ModuleType
 
 
-def install(package: str, table: str) -> None:
+def install(package: str, table: str, names: str = "") -> None:
     """Makes old import paths of a package import the moved modules.
 
     Args:
       package: name of the package.
       table: one line for each module, with its old and new path below the package.
+      names: a line for each renamed name: the new path of its module, its old and its new name. Modules that are
+        imported by an old path have both.
     """
     rows = (line.split() for line in table.strip().splitlines())
+    renamed: dict[str, list[tuple[str, str]]] = {}
+    for module, old, new in (line.split() for line in names.strip().splitlines()):
+        renamed.setdefault(f"{package}.{module}", []).append((old, new))
     sys.modules[package].__class__ = _Package
-    sys.meta_path.append(_Moved({f"{package}.{old}": f"{package}.{new}" for old, new in rows}))
+    sys.meta_path.append(_Moved({f"{package}.{old}": f"{package}.{new}" for old, new in rows}, renamed))
 
 
 class _Package(ModuleType):
@@ -34,8 +39,8 @@ class _Package(ModuleType):
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds and loads moved modules by their old names, after all other finders have failed."""
 
-    def __init__(self, moved: dict[str, str]):
-        self._moved = moved
+    def __init__(self, moved: dict[str, str], renamed: dict[str, list[tuple[str, str]]]):
+        self._moved, self._renamed = moved, renamed
         self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
 
     def find_spec(self, fullname, path=None, target=None):
@@ -47,6 +52,8 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = self._moved[spec.name]
         warnings.warn(f"{spec.name} has moved: import {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
+        for old_name, name in self._renamed.get(new, ()):
+            setattr(module, old_name, getattr(module, name))
         self._specs[spec.name] = module.__spec__
         return module
 
