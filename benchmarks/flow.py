@@ -1,7 +1,7 @@
 """Compares 2D flow matching with torchcfm and torchdiffeq: training steps, exact couplings, sampling.
 
     pip install -e ".[bench]"
-    taskset -c 0,1 python benchmarks/flow.py [--steps=200] [--rounds=5] [--cases=step,coupled,sample] [--check]
+    taskset -c 0,1 python -m benchmarks.flow [--steps=200] [--rounds=5] [--cases=step,coupled,sample] [--check]
 
 Both implementations do the same work in one process on all of its cores, in turns. Prints the median wall time over
 rounds. `step` and `coupled` train from 8 Gaussians to moons, as in torchcfm's tutorial: an MLP of 3 x 256 (SELU, input
@@ -26,21 +26,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import torch
-from flax import nnx
 from ml_collections import ConfigDict
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 from torchdiffeq import odeint
 
 import flow_jax as fj
+from benchmarks.training import TrainingRun
 from flow_jax.data import toys
-from flow_jax.tasks.plane import PlaneFlow
 from train_jax.config.base import base_config
-from train_jax.core import metrics, param_tree
-from train_jax.data.pipeline import training_batches
-from train_jax.optim import optimizers
-from train_jax.parallel import sharding
-from train_jax.step import placement, train_step
+from train_jax.core import param_tree
 
 NOISE, DATA, POINTS = "8gaussians", "moons", 200_000
 WIDTH, RATE, SIGMA = 256, 1e-3, 0.1
@@ -58,44 +53,6 @@ class Case(NamedTuple):
     min_ratio: float
 
 
-class Ours:
-    """A training run of train_jax without logging, evaluation and checkpoints."""
-
-    def __init__(self, batch_size: int, coupling: str, threads: int):
-        self.config = make_config(batch_size, coupling, threads)
-        self.mesh = sharding.make_mesh(self.config.mesh)
-        task = PlaneFlow(self.config, self.mesh)
-        self.source, self.placed = task.train_source(), placement.build(task, self.mesh)
-        schedule = optimizers.make_schedule(self.config.optimizer, POINTS, 0)
-        optimizer = optimizers.make_optimizer(self.config.optimizer, schedule, self.placed.trainable)
-        self.state = placement.create_state(self.placed, optimizer, self.mesh, ema=False, float16=False)
-        self.place, self.done = sharding.batch_sharding(self.mesh).spec, 0
-        batch = sharding.to_global(self.pipeline(1).batch_at(0), self.mesh, self.place)
-        traced, totals = train_step.trace(
-            self.config, task, self.mesh, self.placed, optimizer, schedule, self.state, batch
-        )
-        self.step = traced.lower().compile()
-        self.totals = jax.device_put(metrics.zeros_like(totals), sharding.replicated(self.mesh))
-
-    def pipeline(self, num_steps: int):
-        """Returns the training batches of the first `num_steps` steps."""
-        return training_batches(self.config, self.source, num_steps)
-
-    def train(self, steps: int) -> None:
-        """Runs more steps, starting with an empty prefetch queue (as train_jax.loop.Trainer.train)."""
-        batches = self.pipeline(self.done + steps).iterate(self.done)
-        for _ in range(steps):
-            batch = sharding.to_global(next(batches), self.mesh, self.place)
-            self.state, self.totals = self.step(self.state, self.totals, self.placed.frozen, batch)
-        jax.block_until_ready(self.state)
-        batches.close()
-        self.done += steps
-
-    def model(self) -> nnx.Module:
-        """Returns a copy of the current model; later steps donate the original arrays."""
-        return self.placed.model({path: leaf.copy() for path, leaf in self.state.params.items()})
-
-
 def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
     """Returns the config of the comparison."""
     config = base_config("flow_jax.tasks.plane:PlaneFlow")
@@ -105,6 +62,7 @@ def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
     config.path.name, config.path.sigma = "cfm", SIGMA
     config.coupling.name = coupling
     config.optimizer.learning_rate = RATE  # of adamw without weight decay
+    config.total_steps = config.eval_steps = config.checkpoint_steps = 1_000_000  # the caller says how many
     return config
 
 
@@ -133,7 +91,7 @@ class Theirs:
             self.optimizer.step()
 
 
-def step_case(ours: Ours, steps: int) -> Case:
+def step_case(ours: TrainingRun, steps: int) -> Case:
     """Returns the comparison of training steps."""
     theirs = Theirs(ours.config.batch_size, ConditionalFlowMatcher(SIGMA))
     sizes = [sum(leaf.size for leaf in param_tree.flatten(ours.model()).values())]
@@ -145,12 +103,12 @@ def step_case(ours: Ours, steps: int) -> Case:
 
 def coupled_case(steps: int, threads: int) -> Case:
     """Returns the comparison of training steps with exact couplings."""
-    ours = Ours(1024, "exact", threads)
+    ours = TrainingRun(make_config(1024, "exact", threads))
     theirs = Theirs(1024, ExactOptimalTransportConditionalFlowMatcher(SIGMA))
     return Case("coupled", lambda: ours.train(steps), lambda: theirs.train(steps), steps, 1.2)
 
 
-def sample_case(ours: Ours, solves: int) -> Case:
+def sample_case(ours: TrainingRun, solves: int) -> Case:
     """Returns the comparison of sampling: both integrate the field that `ours` has learned, from 10,000 points."""
     ours.train(max(0, 1500 - ours.done))
     model, net = ours.model(), MLP(dim=2, w=WIDTH, time_varying=True)
@@ -227,7 +185,7 @@ def main() -> int:
     torch.set_num_threads(cores)
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     print(f"{cores} cores, torch {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; float32 on the CPU")
-    ours = Ours(256, "independent", options.threads)
+    ours = TrainingRun(make_config(256, "independent", options.threads))
     makers = {
         "step": lambda: step_case(ours, options.steps),
         "coupled": lambda: coupled_case(options.steps, options.threads),
