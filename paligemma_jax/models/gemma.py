@@ -102,7 +102,11 @@ class GemmaAttention(nnx.Module):
 
 
 class GemmaMlp(nnx.Module):
-    """The gated MLP down(act(gate(x)) * up(x)); act is the config's activation, the product is in float32."""
+    """The gated MLP down(act(gate(x)) * up(x)); act is the config's activation.
+
+    Gate and up are rounded to the compute dtype, as by transformers and big_vision: two arrays of the size of the MLP
+    are most of what a layer keeps or moves. The activation and the elementwise product are computed in float32.
+    """
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         encoder_block.check_activation(config.activation)
@@ -113,8 +117,9 @@ class GemmaMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        gate = encoder_block.ACTIVATIONS[self.activation](self.gate_proj(x, dropout_keys, jnp.float32))
-        return self.down_proj(gate * self.up_proj(x, dropout_keys, jnp.float32), dropout_keys, jnp.float32)
+        gate, up = (projection(x, dropout_keys).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
+        gate = encoder_block.ACTIVATIONS[self.activation](gate)
+        return self.down_proj(gate * up, dropout_keys, jnp.float32)
 
 
 class GemmaBlock(nnx.Module):

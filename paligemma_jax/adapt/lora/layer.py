@@ -1,5 +1,6 @@
 """A projection with a low-rank update: y = x W + b + s (drop(x) A) B, rescaled with DoRA. Axes: see models."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
@@ -33,7 +34,7 @@ class LoraProjection(Projection):
     lora_dropout: float
     lora_spec: LoraSpec
 
-    def affine(self, x: Array, dropout_keys: Key[Array, " B"] | None) -> Array:
+    def affine(self, x: Array, dropout_keys: Key[Array, " B"] | None, out_dtype=jnp.float32) -> Array:
         """Returns x W + b and the update, in float32."""
         base = self.product(x, dropout_keys)
         y = self.add_bias(base)
