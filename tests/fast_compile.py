@@ -40,6 +40,14 @@ def _configure(settings: dict) -> None:
     compilation_cache.reset_cache()  # JAX checks only once in a process whether there is a cache
 
 
+@pytest.fixture(scope="session", autouse=True)
+def commands_in_this_process_keep_no_programs() -> Iterator[None]:
+    """The cache that commands switch on would stay on for the tests after them, and is that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_jax.system.compilation_cache.enable", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def compiled_folder(tmp_path_factory) -> str:
     """The folder of the compiled programs of all tests."""

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from train_jax.config import command_line
 from train_jax.core.errors import UserError
+from train_jax.system import compilation_cache
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -75,6 +76,7 @@ def _lines(values: dict[str, Any], rest: list[str]) -> Iterable[str]:
         from paligemma_jax.inference import command
 
         command_line.parse_overrides(rest, ConfigDict(), list(values))
+        compilation_cache.enable()
         lines = command.class_lines if values["class"] else command.answer_lines
         return lines(values, model=values["model"])
     from paligemma_jax.loading import run_config
@@ -82,4 +84,5 @@ def _lines(values: dict[str, Any], rest: list[str]) -> Iterable[str]:
 
     config = run_config(values["workdir"])
     command_line.override(config, command_line.parse_overrides(rest, config, list(values)))
+    compilation_cache.enable(config.compilation_cache_mb)
     return task_class(config.task).predict(config, values["workdir"], values)

@@ -12,7 +12,7 @@ from absl import flags
 
 from train_jax.config import command_line
 from train_jax.parallel import distributed
-from train_jax.system import clock
+from train_jax.system import clock, compilation_cache
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
     from train_jax import loop  # slow to import, so only after the flags have been checked
 
+    compilation_cache.enable(config.compilation_cache_mb)
     distributed.start_from_flags(values)
     if values.print_batch:
         print(loop.describe_batch(config))

@@ -8,6 +8,7 @@ import dataclasses
 
 from train_jax.core.config_keys import key, section
 from train_jax.optim.optimizers import OPTIMIZERS, SCHEDULES
+from train_jax.system.compilation_cache import DEFAULT_MB
 
 UNITS = ("steps", "epochs", "examples", "percent")
 DURATIONS = ("total", "log", "eval", "checkpoint", "optimizer.warmup")
@@ -117,6 +118,12 @@ class RunKeys:
     )
     max_bad_steps: int = key(
         1, "updates in a row with a non-finite loss or gradient that stop the run", minimum=1, resume_safe=True
+    )
+    compilation_cache_mb: int = key(
+        DEFAULT_MB,
+        "limit of the folder of compiled programs, shared by all runs of this machine, in MB; 0 = keep none",
+        minimum=0,
+        resume_safe=True,
     )
     mesh: MeshKeys = section(MeshKeys, resume_safe=True)
     sweep: SweepKeys = section(SweepKeys)
