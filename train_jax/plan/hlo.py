@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -21,7 +22,9 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _NUMBER = re.compile(r"(\d+)\)")
+_CHANNEL = re.compile(r"\bchannel_id=\d+")
 _HALF = ("bf16", "f16")
+_COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while")
 
 
 class Instruction(NamedTuple):
@@ -75,29 +78,87 @@ def shapes(text: str) -> list[tuple[int, ...]]:
 
 def collectives(module: Module) -> Counter[tuple[str, str]]:
     """Counts collectives in one execution, with loop iterations: {(kind in COLLECTIVES, type of result): count}."""
+    total: Counter[tuple[str, str]] = Counter()
+    for one, times in _collectives(module).items():
+        total[one.kind, one.type] += times
+    return total
+
+
+def collective_bytes(module: Module, overlapped: bool | None = None) -> dict[str, int]:
+    """Returns the bytes of results of each kind of collective on one device in one execution; only kinds that occur.
+
+    Args:
+      module: the program.
+      overlapped: count only those that run while something is computed, or only the others; None counts all.
+    """
+    total: Counter[str] = Counter()
+    for one, times in _collectives(module).items():
+        if overlapped in (None, one.overlapped):
+            total[one.kind] += times * type_bytes(one.type)
+    return {kind: total[kind] for kind in COLLECTIVES if total[kind]}
+
+
+class _Collective(NamedTuple):
+    """A collective; `overlapped` if computations are scheduled between its start and its end."""
+
+    kind: str
+    type: str
+    overlapped: bool
+
+
+def _collectives(module: Module) -> Counter[_Collective]:
+    """Counts collectives in one execution, with loop iterations."""
 
     @functools.cache
-    def computation_collectives(name: str) -> Counter[tuple[str, str]]:
-        total: Counter[tuple[str, str]] = Counter()
-        for instruction in module.computations.get(name, ()):
-            kind = instruction.opcode.removesuffix("-done")  # the end of an asynchronous collective
-            if kind in COLLECTIVES:
-                total[kind, instruction.type] += 1
-            elif not instruction.opcode.endswith(("-done", "-update")):
+    def count(name: str) -> Counter[_Collective]:
+        body = module.computations.get(name, ())
+        total = Counter(_asynchronous(body, module))
+        for instruction in body:
+            if instruction.opcode in COLLECTIVES:
+                total[_Collective(instruction.opcode, instruction.type, False)] += 1
+            elif instruction.opcode != "fusion" and not instruction.opcode.endswith(("-done", "-update")):
                 for called, times in calls(instruction, module):
-                    for key, count in computation_collectives(called).items():
-                        total[key] += times * count
+                    for key, inner in count(called).items():
+                        total[key] += times * inner
         return total
 
-    return computation_collectives(module.entry)
+    return count(module.entry)
 
 
-def collective_bytes(module: Module) -> dict[str, int]:
-    """Returns the bytes of results of each kind of collective on one device in one execution; only kinds that occur."""
-    total: Counter[str] = Counter()
-    for (kind, type_), times in collectives(module).items():
-        total[kind] += times * type_bytes(type_)
-    return {kind: total[kind] for kind in COLLECTIVES if total[kind]}
+def _asynchronous(body: Sequence[Instruction], module: Module) -> list[_Collective]:
+    """Returns the collectives of a computation that have a start and an end in its schedule.
+
+    On TPUs a collective is a part of several fusions: one that starts it, those that advance it beside their own
+    computation, and one that ends it. All name its channel.
+    """
+    starts = {one.name: index for index, one in enumerate(body) if one.opcode.endswith("-start")}
+    spans: list[tuple[str, str, int, int]] = []  # kind, type, first and last index
+    fused: dict[tuple[str, str], tuple[str, str, int, int]] = {}
+    for index, one in enumerate(body):
+        kind = one.opcode.removesuffix("-done")
+        if kind in COLLECTIVES and kind != one.opcode:
+            operand = re.match(r"\(*%?([\w.\-]+)", one.rest)
+            spans.append((kind, one.type, starts.get(operand[1] if operand else "", index), index))
+        elif one.opcode == "fusion":
+            for inner in _inside(one, module):
+                key = inner.opcode, (_CHANNEL.search(inner.rest) or [inner.name])[0]
+                first = fused[key][2] if key in fused else index
+                fused[key] = inner.opcode, inner.type, first, index
+    computing = [index for index, one in enumerate(body) if one.opcode in _COMPUTES]
+    return [
+        _Collective(kind, type_, any(first < index < last for index in computing))
+        for kind, type_, first, last in (*spans, *fused.values())
+    ]
+
+
+def _inside(fusion: Instruction, module: Module) -> Iterator[Instruction]:
+    """Yields the collectives inside a fusion."""
+    for name, _ in calls(fusion, module):
+        for instruction in module.computations.get(name, ()):
+            if instruction.opcode in COLLECTIVES:
+                yield instruction
+            elif instruction.opcode == "fusion":
+                yield from _inside(instruction, module)
 
 
 def calls(instruction: Instruction, module: Module) -> list[tuple[str, int]]:

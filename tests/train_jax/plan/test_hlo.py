@@ -52,6 +52,44 @@ def test_collectives_count_with_their_loops_and_once_when_asynchronous():
     }
 
 
+FUSED = """\
+HloModule jit_f, is_scheduled=true
+
+%begin (p: bf16[2]) -> (bf16[2], bf16[16]) {
+  ROOT %g = bf16[16]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+
+%advance (p: bf16[2], x: f32[4]) -> (f32[4], bf16[16]) {
+  %c = f32[4]{0} convolution(%x, %x)
+  %g = bf16[16]{0} all-gather(%p), channel_id=6, dimensions={0}
+  ROOT %t = (f32[4], bf16[16]) tuple(%c, %g)
+}
+
+%end (p: bf16[2]) -> bf16[16] {
+  ROOT %g = bf16[16]{0} all-gather(%p), channel_id=6, dimensions={0}
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = (bf16[2], bf16[16]) fusion(%p), kind=kCustom, calls=%begin
+  %a = (f32[4], bf16[16]) fusion(%s, %x), kind=kOutput, calls=%advance
+  %d = bf16[16] fusion(%a), kind=kCustom, calls=%end
+  %alone = (f32[2]{0}, f32[8]{0}) all-reduce-start(%p), channel_id=7
+  ROOT %waited = f32[8]{0} all-reduce-done(%alone)
+}
+
+ENTRY %main (p: bf16[4]) -> f32[4] {
+  ROOT %w = (s32[], f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_a_collective_that_several_fusions_advance_counts_once_and_overlaps():
+    module = hlo.parse(FUSED)
+    assert hlo.collective_bytes(module) == {"all-gather": 5 * 32, "all-reduce": 5 * 32}
+    assert hlo.collective_bytes(module, overlapped=True) == {"all-gather": 5 * 32}
+    assert hlo.collective_bytes(module, overlapped=False) == {"all-reduce": 5 * 32}
+
+
 @pytest.mark.parametrize(
     "text, size",
     [("f32[8,64]{1,0}", 2048), ("pred[3]{0}", 3), ("s4[3]{0}", 2), ("bf16[]", 2), ("f8e4m3fn[5]", 5), ("token[]", 0),
