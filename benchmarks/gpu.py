@@ -68,7 +68,7 @@ def training(tiny: bool, argument: str, batch: int, steps: int = 10, aim: str = 
     sizes = run.placed.model().config
     assert isinstance(sizes, PaliGemmaConfig)
     passes = FULL if config.adapter.name == "none" else LORA
-    flops = model_flops(sizes, batch, text, supervised, passes)
+    flops = model_flops(sizes, batch, round(text), round(supervised), passes)
     image_tokens = batch * sizes.vision.grid**2
     return [
         Measurement("step", seconds, "s"),

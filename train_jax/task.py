@@ -28,12 +28,14 @@ class Blueprint(NamedTuple):
       example: shapes and dtypes of a training example `train_source()[i]`.
       programs: the functions of an evaluation: name -> (function, arguments), called as `function(model, *arguments)`;
         arguments are shapes with shardings.
+      model_flops: FLOPs that a training step of the whole batch needs, for model FLOPs utilisation; None if unknown.
     """
 
     task: "Task"
     model: nnx.Module
     example: Mapping[str, jax.ShapeDtypeStruct]
     programs: Mapping[str, tuple[Callable, tuple]]
+    model_flops: float | None = None
 
 
 class Task(abc.ABC):

@@ -40,7 +40,7 @@ def decoder_weights(config: GemmaConfig) -> int:
     return config.depth * config.width * (heads * config.head_dim + 3 * config.mlp_dim)
 
 
-def model_flops(config: PaliGemmaConfig, images: int, text_tokens: int, supervised: int, passes: Passes) -> float:
+def model_flops(config: PaliGemmaConfig, images: int, text_tokens: int, supervised: int, passes: Passes) -> int:
     """Returns the model FLOPs of a step.
 
     Args:

@@ -78,6 +78,7 @@ def plan(config: ConfigDict, tpu: Slice | None = None) -> RunPlan:
         optimizer=sharding.device_bytes(start) - trainable,
         batch=sharding.device_bytes(batch),
         programs=programs,
+        model_flops=None if blueprint.model_flops is None else blueprint.model_flops / mesh.size,
     )
 
 

@@ -50,6 +50,7 @@ class RunPlan(NamedTuple):
     optimizer: int  # with the moving average, counters and the guard
     batch: int
     programs: list[Program]
+    model_flops: float | None = None  # of a training step, without padding and recomputation
 
     @property
     def peak(self) -> int:
@@ -90,6 +91,8 @@ def report(plan: RunPlan, profile: bool = False) -> str:
     for program in plan.programs:
         if program.cost is not None:
             lines += ["", time_table(program.name, program.cost)]
+            if program is plan.programs[0] and plan.model_flops is not None:
+                lines.append(utilisation_line(program.cost, plan.model_flops))
             lines += ["", source_table(program.cost)] if profile else []
     return "\n".join([*lines, "", cards_table(plan)])
 
@@ -109,6 +112,15 @@ def time_table(name: str, cost: ProgramCost) -> str:
     )
     calls = ", ".join(f"{call} ({number} times)" for call, number in cost.unestimated.items())
     return "\n".join([head, aligned(rows), *([f"not estimated: {calls}"] if calls else [])])
+
+
+def utilisation_line(cost: ProgramCost, model_flops: float) -> str:
+    """Returns the model FLOPs utilisation of a training step, from its model FLOPs on one device."""
+    seconds = max(cost.seconds, cost.collective_seconds)
+    return (
+        f"model FLOPs utilisation at most {model_flops / seconds / cost.chip.flops:.1%} "
+        f"({model_flops:.3g} model FLOPs, without recomputation, if no position is padding)"
+    )
 
 
 def source_table(cost: ProgramCost, most: int = 10) -> str:

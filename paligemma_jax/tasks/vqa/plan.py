@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.records import blank_record
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.files import hub
+from paligemma_jax.metrics.model_flops import FULL, LORA, model_flops
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, VQAEvaluation, initial_batch_size
@@ -58,7 +59,16 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     example = {name: jax.ShapeDtypeStruct(np.shape(array), array.dtype) for name, array in arrays.items()}
     example["weight"] = jax.ShapeDtypeStruct((), np.float32)
     programs = _programs(config, mesh, task.processor, task.evaluation, model)
-    return Blueprint(task, model, example, programs)
+    return Blueprint(task, model, example, programs, _model_flops(config, model))
+
+
+def _model_flops(config: ConfigDict, model: PaliGemma) -> float:
+    """Returns the model FLOPs of a step whose rows have no padding."""
+    length, rows = config.data.prefix_length + config.data.suffix_length - 1, config.batch_size
+    passes = FULL if config.adapter.name == "none" else LORA
+    if config.cache_features:
+        passes = passes._replace(tower=0)
+    return model_flops(model.config, rows, rows * length, rows * config.data.suffix_length, passes)
 
 
 def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:

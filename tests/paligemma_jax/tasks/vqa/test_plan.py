@@ -45,7 +45,7 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
         with pytest.raises(TracedError):
             loop.fit(config_of(options), tmp_path / "run", "none")
     ((start, frozen, batch, memory),) = seen
-    task, model, example, _ = blueprint(options)
+    task, model, example, *_ = blueprint(options)
     shapes = placement.abstract(task, model, task.mesh)
     expected = {path: (leaf.shape, leaf.dtype) for path, leaf in (start.params | frozen).items()}
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in (shapes.trainable | shapes.frozen).items()} == expected
