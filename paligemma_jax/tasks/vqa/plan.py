@@ -68,7 +68,7 @@ def _model_flops(config: ConfigDict, model: PaliGemma) -> float:
     passes = FULL if config.adapter.name == "none" else LORA
     if config.cache_features:
         passes = passes._replace(tower=0)
-    return model_flops(model.config, rows, rows * length, rows * config.data.suffix_length, passes)
+    return float(model_flops(model.config, rows, rows * length, rows * config.data.suffix_length, passes))
 
 
 def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
