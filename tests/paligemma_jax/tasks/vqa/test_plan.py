@@ -76,7 +76,7 @@ def test_a_plan_reads_no_files_and_leaves_no_arrays(mini_options, monkeypatch):
      ("hf://google/paligemma-3b-pt-896", 2048, 896)],
 )  # fmt: skip
 def test_a_released_model_is_known_by_its_name(mini_options, name, width, image):
-    task, model, example, _ = blueprint(mini_options | {"model.path": name, "cache_features": False})
+    task, model, example, *_ = blueprint(mini_options | {"model.path": name, "cache_features": False})
     arrays = placement.abstract(task, model, task.mesh)
     leaves = arrays.trainable | arrays.frozen
     assert leaves["decoder/embed_tokens/embedding"].shape == (257_152, width)
