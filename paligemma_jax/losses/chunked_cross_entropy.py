@@ -1,9 +1,10 @@
 """Token cross entropy over a large vocabulary, without the `[B, T, V]` array of logits.
 
 PaliGemma's vocabulary has 257,152 tokens: the float32 logits of one row of 320 text positions take 330 MB, and a
-training step holds several copies. Here the vocabulary projection is part of the loss. A `lax.scan` processes
-`chunk_size` tokens at a time: it computes the logits, the loss and, if needed, the gradients of a chunk together and
-drops the logits. The backward pass only multiplies by the cotangent of the scalar loss. With `vocab_chunk` the
+training step holds several copies. Here the vocabulary projection is part of the loss. A loop processes `chunk_size`
+tokens at a time: it computes the logits, the loss and, if needed, the gradients of a chunk together and drops the
+logits. The backward pass only multiplies by the cotangent of the scalar loss. Few tokens of a row are supervised: the
+loop gathers these, and its length, not the shape of a chunk, depends on their number. With `vocab_chunk` the
 log-sum-exp is streamed over the vocabulary too, and the logits of a block are computed twice.
 
 Axes: B rows, T positions, D model width, V vocabulary; K chunks of N tokens each (token_chunks.py), v entries of a
@@ -47,6 +48,15 @@ class _StaticArguments(NamedTuple):
     chunk_size: int
     vocab_chunk: int | None
     softcap: float | None
+
+
+class _Sums(NamedTuple):
+    """The loss and its float32 gradients, of the chunks so far; None where a gradient is not needed."""
+
+    loss: jax.Array
+    hidden: jax.Array | None
+    embedding: jax.Array | None
+    weights: jax.Array | None
 
 
 class _NeedsGrad(NamedTuple):
@@ -102,8 +112,8 @@ def token_cross_entropy(
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
     that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
-    (row_sharding.over), every device splits its own rows into chunks, and the embedding is gathered once. Chunks
-    without any weight are skipped.
+    (row_sharding.over), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
+    weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
 
     Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
     """
@@ -131,29 +141,38 @@ def token_scores(
     chunk_size: int = 256,
     vocab_chunk: int | None = None,
     softcap: float | None = None,
+    counts: Bool[Array, "*batch"] | None = None,
 ) -> TokenScores:
     """Returns log-probability and arg-max correctness of every target; arguments as in `token_cross_entropy`.
 
-    Memory is that of one chunk. Do not differentiate it: autodiff would keep the logits.
+    Memory is that of one chunk. It cannot be differentiated with `counts`; without, autodiff would keep the logits.
+
+    Args:
+      counts: tokens to score; the others, which are not projected, have log-probability 0 and are not correct. None
+        scores all.
     """
     token_chunks.check_sizes(chunk_size, vocab_chunk)
     chunk_size = token_chunks.chunk_per_device(chunk_size, hidden)
     score = functools.partial(_score_rows, chunk_size, vocab_chunk, softcap)
-    scores = row_sharding.by_rows(score, (True, False, True), (True, True))(hidden, embedding, targets)
-    return TokenScores(*scores)
+    score_rows = row_sharding.by_rows(score, (True, False, True, True), (True, True))
+    return TokenScores(*score_rows(hidden, embedding, targets, counts))
 
 
-def _score_rows(chunk_size: int, vocab_chunk: int | None, softcap: float | None, hidden, embedding, targets):
+def _score_rows(chunk_size: int, vocab_chunk: int | None, softcap: float | None, hidden, embedding, targets, counts):
     """Returns the fields of `TokenScores` for the rows of one device."""
-    shape = targets.shape
+    chunks = token_chunks.chunks_of(targets.shape, chunk_size, counts)
 
-    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets = chunk
-        statistics = streamed_statistics(cast(hidden, embedding.dtype), embedding, targets, softcap, vocab_chunk)
-        return statistics.target - statistics.log_sum_exp, statistics.target >= statistics.maximum
+    def step(index, scores: TokenScores) -> TokenScores:
+        inputs, ids = cast(chunks.take(hidden, index), embedding.dtype), chunks.take(targets, index)
+        statistics = streamed_statistics(inputs, embedding, ids, softcap, vocab_chunk)
+        log_probs, correct = statistics.target - statistics.log_sum_exp, statistics.target >= statistics.maximum
+        if counts is not None:
+            counted = chunks.take(counts, index)
+            log_probs, correct = jnp.where(counted, log_probs, 0.0), correct & counted
+        return TokenScores(chunks.put(scores.log_probs, index, log_probs), chunks.put(scores.correct, index, correct))
 
-    chunks = tuple(token_chunks.split(array, shape, chunk_size) for array in (hidden, targets))
-    return tuple(token_chunks.join(array, shape, chunk_size) for array in lax.map(score, chunks))
+    zeros = TokenScores(jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool))
+    return tuple(lax.fori_loop(0, chunks.used, step, zeros))
 
 
 # ---- value and gradient ---------------------------------------------------------------------------------------------
@@ -196,40 +215,35 @@ def _value_and_grad(static: _StaticArguments, needs_grad: _NeedsGrad, hidden, em
 
 def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: _NeedsGrad, hidden, embedding, targets, weights):
     """Returns the loss and gradients for the rows of one device."""
-    shape = targets.shape
     # The gradient of a scan or remat around this loss hoists what depends on targets and weights alone, which could be
     # a comparison of shape [B, T, V]; the barrier makes them depend on hidden.
     hidden, targets, weights = lax.optimization_barrier((hidden, targets, weights))
-    chunks = tuple(token_chunks.split(array, shape, static.chunk_size) for array in (hidden, targets, weights))
-    initial = jnp.zeros(embedding.shape, jnp.float32) if needs_grad.embedding else None
+    # The gradient of a weight is the token's loss, also where the weight is 0.
+    chunks = token_chunks.chunks_of(targets.shape, static.chunk_size, None if needs_grad.weights else weights != 0)
+    zeros = _Sums(
+        jnp.zeros((), jnp.float32),
+        *(
+            jnp.zeros(array.shape, jnp.float32) if needed else None
+            for array, needed in zip((hidden, embedding, weights), needs_grad, strict=True)
+        ),
+    )
 
-    def step(d_embedding, chunk):
-        hidden, targets, weights = chunk
+    def step(index, sums: _Sums) -> _Sums:
+        chunk = [chunks.take(array, index) for array in (hidden, targets, weights)]
+        nll, d_hidden, d_embedding = _chunk_loss(static, needs_grad, *chunk, embedding, sums.embedding)
+        return _Sums(
+            sums.loss + token_chunks.apply_weights(chunk[2], nll).sum(),
+            None if sums.hidden is None else chunks.put(sums.hidden, index, d_hidden),
+            d_embedding,
+            None if sums.weights is None else chunks.put(sums.weights, index, nll),
+        )
 
-        def compute(d_embedding):
-            return _chunk_loss(static, needs_grad, hidden, targets, weights, embedding, d_embedding)
-
-        def skip(d_embedding):
-            d_hidden = jnp.zeros(hidden.shape, jnp.float32) if needs_grad.hidden else None
-            return d_embedding, (jnp.zeros(targets.shape, jnp.float32), d_hidden)
-
-        if needs_grad.weights:  # the gradient of a weight is the token's loss, also where the weight is 0
-            return compute(d_embedding)
-        return lax.cond(jnp.any(weights != 0), compute, skip, d_embedding)
-
-    d_embedding, (nll, d_hidden) = lax.scan(step, initial, chunks)
-    loss = token_chunks.apply_weights(chunks[2], nll).sum()
-    d_hidden = None if d_hidden is None else token_chunks.join(d_hidden, shape, static.chunk_size)
-    d_weights = token_chunks.join(nll, shape, static.chunk_size) if needs_grad.weights else None
-    return loss, (d_hidden, d_embedding, d_weights)
+    loss, *gradients = lax.fori_loop(0, chunks.used, step, zeros)
+    return loss, tuple(gradients)
 
 
 def _chunk_loss(static, needs_grad: _NeedsGrad, hidden, targets, weights, embedding, d_embedding):
-    """Computes one chunk.
-
-    Returns:
-      d_embedding plus this chunk's part, and the pair of losses [N] and gradient of the hidden states [N, D].
-    """
+    """Returns a chunk's losses [N], the gradient of its hidden states [N, D], and d_embedding plus its part."""
     _, vocab_chunk, softcap = static
     inputs = cast(hidden, embedding.dtype)
     logits = None
@@ -262,4 +276,4 @@ def _chunk_loss(static, needs_grad: _NeedsGrad, hidden, targets, weights, embedd
     d_hidden, d_embedding = gradients
     if d_hidden is not None:
         d_hidden = weights[:, None] * d_hidden
-    return d_embedding, (log_sum_exp - statistics.target, d_hidden)
+    return log_sum_exp - statistics.target, d_hidden, d_embedding

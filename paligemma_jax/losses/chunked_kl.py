@@ -100,25 +100,18 @@ def _value_and_grad(static: _StaticArguments, needs_grad: bool, hidden, frozen, 
 
 def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: bool, hidden, frozen, embedding, weights):
     """Returns the value and gradient for the rows of one device."""
-    shape = weights.shape
     hidden, frozen, weights = lax.optimization_barrier((hidden, frozen, weights))  # as in chunked_cross_entropy.py
-    chunks = tuple(token_chunks.split(array, shape, static.chunk_size) for array in (hidden, frozen, weights))
+    chunks = token_chunks.chunks_of(weights.shape, static.chunk_size, weights != 0)
 
-    def step(carry, chunk):
-        hidden, frozen, weights = chunk
+    def step(index, sums):
+        value, gradient = sums
+        *states, chunk_weights = (chunks.take(array, index) for array in (hidden, frozen, weights))
+        values, d_hidden = _chunk_divergence(static, needs_grad, *states, chunk_weights, embedding)
+        value += token_chunks.apply_weights(chunk_weights, values).sum()
+        return value, chunks.put(gradient, index, d_hidden) if needs_grad else None
 
-        def compute():
-            return _chunk_divergence(static, needs_grad, hidden, frozen, weights, embedding)
-
-        def skip():
-            gradient = jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None
-            return jnp.zeros(weights.shape, jnp.float32), gradient
-
-        return carry, lax.cond(jnp.any(weights != 0), compute, skip)
-
-    _, (values, gradient) = lax.scan(step, None, chunks)
-    value = token_chunks.apply_weights(chunks[2], values).sum()
-    return value, token_chunks.join(gradient, shape, static.chunk_size) if needs_grad else None
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None
+    return lax.fori_loop(0, chunks.used, step, zeros)
 
 
 def _chunk_divergence(static: _StaticArguments, needs_grad: bool, hidden, frozen, weights, embedding):

@@ -1,9 +1,10 @@
-"""Splits the tokens of a batch into chunks for a scan; every device splits its own rows.
+"""Splits the tokens of a batch into chunks for a loop; every device splits its own rows.
 
 Axes: B rows, T positions; K chunks of N tokens each.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,39 +20,63 @@ def chunk_per_device(chunk_size: int, array: jax.Array) -> int:
     return max(chunk_size // row_sharding.row_parts(len(array)), min(chunk_size, _MIN_CHUNK))
 
 
-def _chunk_shape(shape: tuple[int, ...], chunk_size: int) -> tuple[int, int, int]:
-    """Returns the number of row groups that share each chunk, of chunks, and of a group's tokens in a chunk.
+class TokenChunks(NamedTuple):
+    """The chunks of a batch's tokens: each has n tokens of each of G groups of neighboring rows, N = G n.
+
+    If B and T were simply flattened, each chunk would lie on one device of a batch sharded by rows; this way every
+    device has a part of every chunk.
+
+    Attributes:
+      shape: of the batch, [B, ...].
+      order: int32 [G, K, n], indices of tokens within a group; those beyond the group are padding.
+      used: the first chunks, which have all tokens that count; an integer if every token counts, else an int32 scalar.
+    """
+
+    shape: tuple[int, ...]
+    order: jax.Array
+    used: jax.Array | int
+
+    def take(self, array: jax.Array, chunk: jax.Array | int) -> jax.Array:
+        """Returns the values [N, ...] of one chunk's tokens in an array `[*shape, ...]`, zeros for padding."""
+        order = self.order[:, chunk]
+        values = jax.vmap(lambda group, index: group.at[index].get(mode="fill", fill_value=0))(
+            self._groups(array), order
+        )
+        # One token axis: with two, XLA would reshape the logits and not reuse their buffer for the gradient.
+        return values.reshape(order.size, *values.shape[2:])
+
+    def put(self, array: jax.Array, chunk: jax.Array | int, values: jax.Array) -> jax.Array:
+        """Returns an array `[*shape, ...]` with the values [N, ...] of one chunk's tokens replaced."""
+        order = self.order[:, chunk]
+        groups = jax.vmap(lambda group, index, new: group.at[index].set(new, mode="drop", unique_indices=True))(
+            self._groups(array), order, values.reshape(*order.shape, *values.shape[1:])
+        )
+        return groups.reshape(array.shape)
+
+    def _groups(self, array: jax.Array) -> jax.Array:
+        return array.reshape(len(self.order), -1, *array.shape[len(self.shape) :])
+
+
+def chunks_of(shape: tuple[int, ...], chunk_size: int, counts: jax.Array | None = None) -> TokenChunks:
+    """Splits the tokens of a batch into chunks of at most `chunk_size`.
 
     The number of groups divides B and is at most `chunk_size`; chunks are as even as possible.
+
+    Args:
+      shape: of the batch, [B, ...].
+      chunk_size: N at most.
+      counts: bool [*shape], tokens that count: they fill the first chunks. None if all do.
     """
     groups = max(g for g in range(1, min(shape[0], chunk_size) + 1) if shape[0] % g == 0)
     tokens = math.prod(shape) // groups
-    count = max(math.ceil(tokens / (chunk_size // groups)), 1)
-    return groups, count, math.ceil(tokens / count)
-
-
-def split(array: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
-    """Splits `[*shape, ...]` into chunks `[K, N, ...]` with N <= chunk_size; the last chunk is padded with zeros.
-
-    A chunk has N / G tokens of each of G groups of neighboring rows. If B and T were simply flattened, each chunk would
-    lie on one device of a batch sharded by rows; this way every device has a part of every chunk.
-    """
-    groups, count, tokens = _chunk_shape(shape, chunk_size)
-    tail = array.shape[len(shape) :]
-    array = array.reshape(groups, -1, *tail)
-    array = jnp.pad(array, [(0, 0), (0, count * tokens - array.shape[1]), *([(0, 0)] * len(tail))])
-    chunks = jnp.moveaxis(array.reshape(groups, count, tokens, *tail), 1, 0)
-    # One token axis: with two, XLA would reshape the logits and not reuse their buffer for the gradient.
-    return chunks.reshape(count, groups * tokens, *tail)
-
-
-def join(chunks: jax.Array, shape: tuple[int, ...], chunk_size: int) -> jax.Array:
-    """Joins chunks `[K, N, ...]` to `[*shape, ...]`, the inverse of `split`."""
-    groups, count, tokens = _chunk_shape(shape, chunk_size)
-    tail = chunks.shape[2:]
-    array = jnp.moveaxis(chunks.reshape(count, groups, tokens, *tail), 0, 1)
-    array = array.reshape(groups, count * tokens, *tail)[:, : math.prod(shape) // groups]
-    return array.reshape(*shape, *tail)
+    number = max(math.ceil(tokens / (chunk_size // groups)), 1)
+    size = math.ceil(tokens / number)
+    order, used = jnp.broadcast_to(jnp.arange(number * size), (groups, number * size)), number
+    if counts is not None:
+        counts = counts.reshape(groups, tokens)
+        order = order.at[:, :tokens].set(jnp.argsort(~counts, axis=1, stable=True))
+        used = (counts.sum(axis=1, dtype=jnp.int32).max() + size - 1) // size
+    return TokenChunks(shape, order.reshape(groups, number, size), used)
 
 
 def apply_weights(weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -308,8 +308,9 @@ class VQA(Task):
     def token_loss(self, model: PaliGemma, batch) -> tuple[jax.Array, jax.Array]:
         """Returns the summed nll in nats and the number of supervised tokens of each row; never makes [b, T, V]."""
         _, hidden, arrays, _ = self._forward(model, batch)
-        scores = token_scores(hidden, targets=arrays["targets"], **self._lm_head(model))
-        return -(scores.log_probs * arrays["weights"]).sum(1), arrays["weights"].sum(1)
+        weights = arrays["weights"]
+        scores = token_scores(hidden, targets=arrays["targets"], counts=weights != 0, **self._lm_head(model))
+        return -(scores.log_probs * weights).sum(1), weights.sum(1)
 
     # Evaluation.
 

@@ -9,7 +9,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from paligemma_jax.losses import loss_weights, token_cross_entropy, token_log_probs, token_scores
+from paligemma_jax.losses import (
+    chunked_cross_entropy,
+    loss_weights,
+    token_chunks,
+    token_cross_entropy,
+    token_log_probs,
+    token_scores,
+)
 from paligemma_jax.losses.reference import token_cross_entropy as plain_loss
 from paligemma_jax.losses.reference import token_log_probs as plain_log_probs
 from train_jax.core.errors import UserError
@@ -139,6 +146,60 @@ def test_scores():
         assert scores.log_probs.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("vocab_chunk", [None, 10])
+def test_scores_of_tokens_that_count(vocab_chunk):
+    hidden, embedding, targets, weights = make_batch()
+    counts = weights != 0
+    dirty = jnp.where(counts[..., None], hidden, jnp.nan)
+    scores = jax.jit(token_scores, static_argnums=(3, 4))(dirty, embedding, targets, 4, vocab_chunk, counts=counts)
+    want = token_scores(hidden, embedding, targets, 4, vocab_chunk)
+    np.testing.assert_allclose(scores.log_probs, jnp.where(counts, want.log_probs, 0.0), atol=1e-6)
+    np.testing.assert_array_equal(scores.correct, want.correct & counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk_size", "groups"),
+    [((3, 7), 8, 3), ((6, 5), 4, 3), ((4,), 100, 4), ((2, 3, 4), 1, 1), ((5, 2), 3, 1)],
+)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tokens_that_count_fill_the_first_chunks(shape, chunk_size, groups, share):
+    counts = np.random.default_rng(0).random(shape) < share
+    chunks = token_chunks.chunks_of(shape, chunk_size, jnp.asarray(counts))
+    orders = np.asarray(chunks.order)
+    assert len(orders) == groups and groups * orders.shape[2] <= chunk_size
+    tokens = math.prod(shape) // groups
+    for order, counted in zip(orders.reshape(groups, -1), counts.reshape(groups, -1), strict=True):
+        np.testing.assert_array_equal(np.sort(order)[:tokens], np.arange(tokens))  # every token once, then padding
+        np.testing.assert_array_equal(counted[order[: counted.sum()]], True)
+    assert chunks.used == math.ceil(counts.reshape(groups, -1).sum(1).max() / orders.shape[2])
+    array = jnp.arange(math.prod(shape) * 2).reshape(*shape, 2)
+    copy = jnp.zeros_like(array)
+    for chunk in range(orders.shape[1]):
+        copy = chunks.put(copy, chunk, chunks.take(array, chunk))
+    np.testing.assert_array_equal(copy, array)
+
+
+def test_a_loss_of_few_tokens_projects_one_chunk(monkeypatch):
+    """The loop's length follows the number of supervised tokens, whatever the positions."""
+    projected = []
+    project = chunked_cross_entropy.project
+
+    def counting(hidden, *arguments):
+        jax.debug.callback(lambda: projected.append(len(hidden)))
+        return project(hidden, *arguments)
+
+    monkeypatch.setattr(chunked_cross_entropy, "project", counting)
+    hidden, embedding, targets, weights = make_batch((2, 64))
+    for last, chunks in ((1, 1), (4, 1), (5, 2), (64, 16)):  # 4 tokens of each row in a chunk
+        weights = jnp.ones((2, 64)).at[:, : 64 - last].set(0.0)
+        jax.block_until_ready(
+            jax.jit(jax.grad(lambda h, w: token_cross_entropy(h, embedding, targets, w, 8)))(hidden, weights)
+        )
+        jax.effects_barrier()
+        assert projected == [8] * chunks
+        projected.clear()
+
+
 def test_vmap_and_the_gradient_of_a_scan():
     batches = [make_batch(seed=seed) for seed in range(3)]
     embedding = batches[0][1]
@@ -264,7 +325,7 @@ def test_sharded_equals_one_device(table, chunk_size, vocab_chunk):
 
 
 def test_rows_stay_on_their_devices():
-    """Data parallel with a frozen embedding: nothing but the scalar loss and skip flags crosses devices."""
+    """Data parallel with a frozen embedding: nothing but the scalar loss and number of chunks crosses devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     step = jax.jit(training(None), in_shardings=(rows, everywhere, rows, rows), out_shardings=(everywhere, rows))
