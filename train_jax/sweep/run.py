@@ -56,7 +56,7 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     for entry in config.sweep.runs:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
             raise UserError(
-                f"config.sweep.runs holds {quoted(entry)}, {EXPECTED_FORM}: correct it (one run alone needs its comma)"
+                f"config.sweep.runs holds {quoted(entry)}, {EXPECTED_FORM}: correct it (a tuple of one ends in a comma)"
             )
         name, overrides = entry
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
@@ -177,7 +177,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if stopped:
         raise RunStopped(
             f"{len(stopped)} of {len(runs)} runs stopped at non-finite updates ({', '.join(stopped)}); the others are "
-            f"complete and in {workdir / 'sweep.md'}: change what stopped in config.sweep.runs under a new name."
+            f"complete and in {workdir / 'sweep.md'}: change the overrides of the stopped runs and rename them."
         )
     return summary
 
