@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from train_jax.config.base import is_optional, leaves, node, read_config
+from train_jax.config.base import base_config, is_optional, leaves, node, read_config
 from train_jax.config.config_file import load_config
 from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.config.validate import unknown_key
@@ -86,6 +86,9 @@ def load_from_flags(
             define(values)
 
     values, rest = read_flags(argv, usage, define_all, "Flags (--config.KEY=VALUE overrides a key)")
+    for name in ("config", "workdir"):
+        if values[name].value == "":
+            raise UserError(f"--{name} is empty, expected a path: write it, or leave the flag out")
     config, workdir = _load(values.config, values.workdir)
     override(config, parse_overrides(rest, config, list(values)))
     return config, workdir, values
@@ -238,6 +241,19 @@ def override(config: ConfigDict, overrides: dict[str, str]) -> None:
             parent[name] = None
         else:
             _set(config, key, text)
+    if "task" in overrides:
+        _check_same_keys(config)
+
+
+def _check_same_keys(config: ConfigDict) -> None:
+    """Raises UserError if the config has keys that its task, which the command line names, does not have."""
+    known = leaves(base_config(config.task))
+    unknown = next((key for key in leaves(config) if key not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"config.task={config.task!r} has no key {unknown!r} of this config, expected a task with the same keys: "
+            "write a config file for the task"
+        )
 
 
 def _set(config: ConfigDict, key: str, text: str) -> None:

@@ -98,7 +98,7 @@ def _where(error: BaseException, path: Path) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     if isinstance(error, SyntaxError):
-        lines = [error.lineno]
+        lines = [error.lineno] if error.lineno else []
     return f"line {lines[-1]}: " if lines else ""
 
 
@@ -109,6 +109,13 @@ def _one_line(error: Exception) -> str:
     renames = {old: new for task in (None, *RENAMED_KEYS) for old, new in renamed_keys(task).items()}
     if renamed and renamed[1] in renames:
         return f"config.{renamed[1]} is now config.{renames[renamed[1]]}: write that"
+    wrong = re.match(
+        r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type (.*) and cannot .*", text
+    )
+    if wrong:
+        wanted = re.sub(r".*\W(\w+)'>$", r"\1", text)
+        found = "another section" if wrong[2].strip() in ("", "{}") else wrong[2]
+        return f"the key {wrong[1]!r} is set to {found}, expected {'a section' if wanted == 'ConfigDict' else wanted}"
     guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
     if guess:
         return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"

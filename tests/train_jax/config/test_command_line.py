@@ -144,6 +144,9 @@ def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
         (["--config.batchsize", "3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
         (["--config.seed=1", "--workdir"], "Missing value for flag --workdir: correct the flag"),
         (["--nohelp=3"], "--nohelp=3 does not take an argument: correct the flag"),
+        (["--workdir="], "--workdir is empty, expected a path: write it, or leave the flag out"),
+        (["--config="], "--config is empty, expected a path"),
+        (["--config.task=tests.train_jax.toy_task:Toy"], "Toy' has no key 'model.betas' of this config"),
         (["stray"], "unknown argument 'stray'; write --flag=value, or --config=FILE for a config"),
     ],
 )  # fmt: skip
@@ -157,7 +160,10 @@ def test_each_mistake_is_one_sentence(file, arguments, sentence):
     "body, sentence",
     [
         ("config.batchsize = 3", "line 5: there is no key 'batchsize'; did you mean 'batch_size'?"),
-        ("config.seed = 'x'", "line 5: TypeError: "),
+        ("config.seed = 'x'", "line 5: the key 'seed' is set to x, expected int"),
+        ("config.mesh = 3", "line 5: the key 'mesh' is set to 3, expected a section"),
+        ("config.seed = {}", "line 5: the key 'seed' is set to another section, expected int"),
+        ("return '\\0'", "get_config returned str, expected a ConfigDict"),
         ("config.sweep = (('a', {'seed': 1}),)", "line 5: config.sweep is now config.sweep.runs: write that"),
         ("config.sweep_metric = 'loss'", "line 5: config.sweep_metric is now config.sweep.metric: write that"),
         ("config.told = 'captions'", "line 5: config.told is now config.conditioning: write that"),
