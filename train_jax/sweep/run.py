@@ -76,7 +76,7 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     return list(runs.values())
 
 
-def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
+def _overridden(config: ConfigDict, name: str, overrides: Mapping[Any, Any]) -> ConfigDict:
     """Returns the config of one run.
 
     Overrides are applied as on the command line, where a duration in one unit replaces that in another unit.
