@@ -70,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     for name in ("qlora", "full", "peft"):
         refuse_together(arg, ("report", name), "the report's settings stand as they are")
     if arg.fp16 and not (arg["3b"] or arg.report):
-        raise UserError("config argument 'fp16' stands without 3b: write :3b,fp16, or --config.compute_dtype=float16.")
+        raise UserError("config argument 'fp16' needs 3b: write :3b,fp16, or --config.compute_dtype=float16.")
     config = base_config("paligemma_jax.tasks.vqa:VQA")
     config.best_metric = "accuracy"
     config.load_best_at_end = True

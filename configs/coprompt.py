@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         turned(config)
     if arg.dataset:
         if not arg.clip_b16:
-            raise UserError(f"the config argument dataset={arg.dataset} stands alone, expected clip_b16 too: add it.")
+            raise UserError(f"the config argument dataset={arg.dataset} needs clip_b16: add it.")
         of_dataset(config, arg.dataset)
     if arg.smoke:
         smoke(config)

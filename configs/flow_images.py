@@ -78,9 +78,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, **dict.fromkeys(names, False), coupling="independent")
     chosen = [name for name in names if arg[name]] or ["cifar10"]
     if len(chosen) > 1:
-        raise UserError(f"config arguments {' and '.join(chosen)} stand together, expected one of them: leave one out.")
+        raise UserError(
+            f"config arguments {' and '.join(chosen)} exclude each other, expected one of them: leave one out."
+        )
     if arg.coupling != "independent" and not arg.torchcfm:
-        raise UserError(f"config argument coupling={arg.coupling} stands without torchcfm: add it, or leave it out.")
+        raise UserError(f"config argument coupling={arg.coupling} needs torchcfm: add it, or leave it out.")
     config = base_config("flow_jax.tasks.images:ImageFlow")
     config.data.conditional = False
     if arg.smoke:

@@ -85,7 +85,7 @@ def run_config(path: str | Path) -> ConfigDict:
     """
     if not is_run(path):
         raise UserError(f"{path} holds no run with checkpoints: give the workdir of train.py, or --model=PATH.")
-    return config.from_json((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    return config.read_config(Path(path).expanduser() / "config.json")
 
 
 def is_run(path: str | Path) -> bool:

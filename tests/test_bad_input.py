@@ -246,7 +246,7 @@ def test_ctrl_c_before_the_first_step(own_options, tmp_path, capsys, monkeypatch
     argv = arguments(tmp_path / "run", own_options, config=OWN_DATA)
     status, lines, _ = ends(capsys, train.main, argv)
     assert status == 130
-    assert lines == ["train.py: interrupted; the same command goes on from the last save."]
+    assert lines == ["train.py: interrupted; the same command resumes from the latest checkpoint."]
 
 
 # eval.py and predict.py.

@@ -209,12 +209,15 @@ def test_full_fine_tuning_of_the_large_model():
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("3b,report,qlora", "report and qlora stand together, expected one: the report's settings stand as they are"),
-        ("report,peft=dora", "report and peft stand together"),
-        ("3b,full,peft=dora", "full and peft stand together"),
-        ("fp16", "'fp16' stands without 3b: write :3b,fp16"),
+        (
+            "3b,report,qlora",
+            "report and qlora exclude each other, expected one: the report's settings",
+        ),
+        ("report,peft=dora", "report and peft exclude each other"),
+        ("3b,full,peft=dora", "full and peft exclude each other"),
+        ("fp16", "'fp16' needs 3b: write :3b,fp16"),
         ("ranks", "'ranks' is now a config of its own: write --config=configs/clevr_ranks.py$"),
-        ("3b,ranks", "write --config=configs/clevr_ranks.py; it takes its own arguments in place of 3b$"),
+        ("3b,ranks", "write --config=configs/clevr_ranks.py; its docstring says whether it takes 3b too$"),
         ("family", "write --config=configs/clevr_peft.py$"),
         ("forgetting", "write --config=configs/clevr_forgetting.py$"),
     ],
@@ -301,12 +304,12 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     ("argument", "sentence"),
     [
         ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
-        ("dataset=dtd", "dataset=dtd stands alone, expected clip_b16 too"),
-        ("turned,clip_b16", "turned and clip_b16 stand together, expected one: turned is of the small SigLIP"),
+        ("dataset=dtd", "dataset=dtd needs clip_b16: add it"),
+        ("turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned is of the small SigLIP"),
         (
             "turned,methods",
-            "'methods' is now a config of its own: write --config=configs/coprompt_methods.py; it "
-            "takes its own arguments in place of turned$",
+            "'methods' is now a config of its own: write --config=configs/coprompt_methods.py; "
+            "its docstring says whether it takes turned too$",
         ),
         ("shots", "write --config=configs/coprompt_shots.py$"),
     ],
@@ -351,7 +354,7 @@ def test_quantised_bases_change_nothing_but_the_base(argument, kind):
         plain, quantized = leaves(load("clevr", run)), leaves(load("clevr", f"{run},{argument}"))
         changed = {key: value for key, value in quantized.items() if plain[key] != value}
         assert changed == {"model.quantize": kind, "model.param_dtype": plain["compute_dtype"]}
-    with pytest.raises(UserError, match="qlora and int8 stand together"):
+    with pytest.raises(UserError, match="qlora and int8 exclude each other"):
         load("clevr", "3b,qlora,int8")
 
 

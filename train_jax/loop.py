@@ -18,7 +18,7 @@ from train_jax import complete, evaluate_only
 from train_jax.checkpoints.best_metric import check_metric
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.config.base import to_json
-from train_jax.config.durations import Durations
+from train_jax.config.durations import Durations, check_length
 from train_jax.config.resume_check import inspect_workdir, refuse_sweep
 from train_jax.config.validate import validate
 from train_jax.core import files, metrics, row_sharding
@@ -89,6 +89,7 @@ def _fit(config: ConfigDict, workdir: Path, mesh: Mesh, progress: str, began: fl
         check_metric(config.best_metric, task.validation_metrics)
     if task.trainable() is None:
         return evaluate_only.fit(config, workdir, task, mesh, began)
+    check_length(config)
     paths = task.trainable_paths()
     if paths is not None:
         optimizers.check(config.optimizer, paths)

@@ -1,6 +1,7 @@
 """`Task`, the abstract base class of what a run trains. A config names its task by import path."""
 
 import abc
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from train_jax.config.base import task_class
 from train_jax.core.config_keys import config_dict
 from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import check_arguments
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
 
@@ -225,5 +227,20 @@ class Task(abc.ABC):
 
 
 def make_task(config: ConfigDict, mesh: Mesh) -> Task:
-    """Returns the task of a config."""
-    return task_class(config.task)(config, mesh)
+    """Returns the task of a config.
+
+    Raises:
+      UserError: the class is no `Task`, lacks a method, or defines one with other arguments; or as its constructor.
+    """
+    cls = task_class(config.task)
+    if not issubclass(cls, Task):
+        raise UserError(f"config.task={config.task!r} is no train_jax.task.Task, expected a subclass: derive it")
+    if inspect.isabstract(cls):
+        raise UserError(f"{config.task} lacks {', '.join(sorted(cls.__abstractmethods__))}, expected them: define them")
+    check_arguments(f"{config.task}(...)", cls, "config", "mesh")
+    task = cls(config, mesh)
+    for name, method in vars(Task).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            _, *arguments = inspect.signature(method).parameters
+            check_arguments(f"{config.task}.{name}", getattr(task, name), *arguments)
+    return task

@@ -14,7 +14,7 @@ from flow_jax.data.image_sets import ArrayImages, FolderImages, ImageSet, ImageS
 from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
-from train_jax.core.import_path import check_named, imported
+from train_jax.core.import_path import check_arguments, check_named, imported
 from train_jax.core.row_errors import BadRows
 
 BYTES = 256  # grey values of 8-bit images
@@ -109,7 +109,13 @@ def check_name(name: str) -> None:
 def _spec(config: ConfigDict) -> DatasetSpec:
     """Returns the DatasetSpec that `data.name` names, in `DATASETS` or by import path."""
     check_name(config.name)
-    return DATASETS.get(config.name) or imported("data.name", config.name, "package.module:SPEC")
+    spec = DATASETS.get(config.name) or imported("data.name", config.name, "package.module:SPEC")
+    if not isinstance(spec, DatasetSpec):
+        raise UserError(
+            f"data.name={config.name!r} is {type(spec).__name__}, expected a DatasetSpec "
+            "(flow_jax/data/image_datasets.py): name another."
+        )
+    return spec
 
 
 def shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -145,7 +151,13 @@ def open_data(config: ConfigDict) -> ImageData:
     """
     size, channels, levels = shape(config)
     spec = _spec(config)
+    check_arguments(f"data.name={config.name!r}: its open", spec.open, "config", "size", "channels")
     splits = spec.open(config, size, channels)
+    if not isinstance(splits, Splits):
+        raise UserError(
+            f"data.name={config.name!r} opened {type(splits).__name__}, expected Splits "
+            "(flow_jax/data/image_datasets.py): correct its open."
+        )
     if config.conditional:
         if not splits.classes:
             raise UserError(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from flow_jax import paths
 from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError
-from train_jax.core.import_path import imported
+from train_jax.core.import_path import check_arguments, imported
 
 PATHS = {
     "cond_ot": lambda config: paths.CondOT(config.sigma_min),
@@ -53,4 +53,5 @@ def _function(config: ConfigDict, name: str) -> Callable:
     function = imported(f"path.{name}", config[name])
     if not callable(function):
         raise UserError(f"path.{name}={config[name]!r} is not a function (t, x_1) of one example: name another.")
+    check_arguments(f"path.{name}={config[name]!r}", function, "t", "x_1")
     return function

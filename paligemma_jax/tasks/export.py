@@ -35,7 +35,7 @@ def export(run: Path, folder: Path, checkpoint: str = "latest") -> None:
     file = run / "config.json"
     if not file.is_file():
         raise UserError(f"{run} has no config.json, expected the workdir of configs/pretrain.py: correct the path.")
-    settings = config.from_json(file.read_text(encoding="utf-8"))
+    settings = config.read_config(file)
     if config.task_class(settings.task) is not Pretraining:
         raise UserError(f"{run} is a run of {settings.task}, expected one of configs/pretrain.py: correct the path.")
     task = Pretraining(settings, sharding.make_mesh(settings.mesh))

@@ -204,7 +204,7 @@ def test_checkpoints_without_their_config_are_refused(run):
 
 
 def test_nothing_to_train_is_refused(tmp_path):
-    with pytest.raises(UserError, match="the run has 0 steps, expected at least one"):
+    with pytest.raises(UserError, match="config.total_steps=0 trains nothing, expected a number above 0"):
         fit(tmp_path, total_steps=0)
 
 

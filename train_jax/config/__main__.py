@@ -4,13 +4,13 @@ python -m train_jax.config                               # of every run
 python -m train_jax.config paligemma_jax.tasks.vqa:VQA   # of a task
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from train_jax.config import command_line
-from train_jax.config.base import task_class
+from train_jax.config.base import is_optional, known_keys, leaves, node, task_class, task_defaults
 from train_jax.config.run_keys import RunKeys
 from train_jax.core.config_keys import Key, declared
-from train_jax.core.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,19 +19,29 @@ def main(argv: Sequence[str]) -> None:
     Raises:
       UserError: more than one argument, or no task of that name.
     """
-    if len(argv) > 2 or argv[1:2] == ["--help"]:
-        raise UserError(f"found {' '.join(argv[1:])}, expected the import path of a task, or nothing: see the README")
-    print(task_table(argv[1]) if argv[1:] else key_table(declared(RunKeys)))
+    expected = "the import path of one task, or nothing"
+    tasks, _ = command_line.parse(argv, __doc__, lambda values: None, expected, counts=(0, 1))
+    print(task_table(tasks[0]) if tasks else key_table(declared(RunKeys)))
 
 
 def task_table(task: str) -> str:
-    """Returns the table of a task's own keys; `task` is its import path.
+    """Returns the table of a task's own keys, and of the runtime's whose defaults it changes.
+
+    Args:
+      task: import path of the task.
 
     Raises:
       UserError: there is no such task.
     """
-    keys = task_class(task).keys
-    return key_table({} if keys is None else declared(keys))
+    keys, defaults = known_keys(task_class(task)), task_defaults(task)
+    own = getattr(task_class(task), "keys", None)
+    rows = {} if own is None else declared(own)
+    for name, value in leaves(defaults).items():
+        if name not in rows:
+            kind = node(defaults, name)[0].get_type(node(defaults, name)[1])
+            entry = keys.get(name, Key("", value_type=kind, optional=is_optional(defaults, name)))
+            rows[name] = dataclasses.replace(entry, default=value)
+    return key_table(rows)
 
 
 def key_table(keys: Mapping[str, Key]) -> str:
@@ -46,7 +56,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _default(key: Key) -> str:
-    return "of the machine" if key.made else f"`{key.default!r}`"
+    return "depends on the machine" if key.made else f"`{key.default!r}`"
 
 
 def _values(key: Key) -> str:
@@ -55,7 +65,7 @@ def _values(key: Key) -> str:
 
 
 def _note(key: Key) -> str:
-    """What a resumed run or an evaluation may change."""
+    """Returns what else may change the key: a resumed run ("resume"), or nothing after training ("model")."""
     return "resume" if key.resume_safe else "model" if key.architecture else ""
 
 

@@ -29,10 +29,12 @@ def parse_arg(arg: str | None, moved: Mapping[str, str] = MappingProxyType({}), 
         key, equals, text = item.partition("=")
         if key in moved:
             rest = [other for other in items if other != item]
-            others = f"; it takes its own arguments in place of {','.join(rest)}" if rest else ""
+            others = f"; its docstring says whether it takes {','.join(rest)} too" if rest else ""
             raise UserError(f"config argument {item!r} is now a config of its own: write --config={moved[key]}{others}")
+        if not defaults:
+            raise UserError(f"config argument {item!r}: this config takes none: leave it out")
         if key not in defaults:
-            expected = ", ".join(defaults) or "none"
+            expected = ", ".join(defaults)
             raise UserError(f"config argument {item!r}: expected one of {expected}{did_you_mean(key, defaults)}")
         values[key] = _parse_value(key, text if equals else None, defaults[key])
     return ConfigDict(values)
@@ -40,10 +42,11 @@ def parse_arg(arg: str | None, moved: Mapping[str, str] = MappingProxyType({}), 
 
 def _parse_value(key: str, text: str | None, default: Any) -> Any:
     wanted = type(default)
-    if text is None:
-        if wanted is not bool:
-            raise UserError(f"config argument {key!r} needs a value: write {key}={default}")
+    if text is None and wanted is bool:
         return True
+    if not text:
+        example = "VALUE" if default in ("", None) else default
+        raise UserError(f"config argument {key!r} needs a value: write {key}={example}")
     if wanted is bool:
         choices = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in choices:
@@ -68,4 +71,4 @@ def refuse_together(arg: ConfigDict, names: Iterable[str], reason: str) -> None:
     """
     given = [name for name in names if arg[name]]
     if len(given) > 1:
-        raise UserError(f"the config arguments {' and '.join(given)} stand together, expected one: {reason}.")
+        raise UserError(f"the config arguments {' and '.join(given)} exclude each other, expected one: {reason}.")

@@ -6,7 +6,6 @@ and by tasks; `validate.py` checks a config, `command_line.py` applies `--config
 compares two configs of one run.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from train_jax.config.renamed import RENAMED_TASKS, renamed_keys
+from train_jax.config import stored as stored_values
+from train_jax.config.renamed import RENAMED_HOOKS, RENAMED_TASKS
 from train_jax.config.run_keys import DURATIONS as DURATIONS
 from train_jax.config.run_keys import UNITS, RunKeys
 from train_jax.core.config_keys import Key, check_values, config_dict, declared
-from train_jax.core.errors import UserError
-from train_jax.core.import_path import imported
-from train_jax.core.patterns import did_you_mean
+from train_jax.core.errors import UserError, located, quoted
+from train_jax.core.import_path import check_arguments, imported
 
 
 def runtime_defaults() -> ConfigDict:
@@ -94,11 +93,18 @@ def task_class(path: str | None) -> type:
     """Imports the class that `config.task` names.
 
     Raises:
-      UserError: as for `imported`, or the task has moved.
+      UserError: as for `imported`, the task has moved, or it is no class with `defaults` or has a hook of before.
     """
     if path in RENAMED_TASKS:
         raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
-    return imported("config.task", path, "package.module:Class")
+    task = imported("config.task", path, "package.module:Class")
+    if not isinstance(task, type) or not callable(getattr(task, "defaults", None)):
+        found = f"{task.__name__}, a class without defaults()" if isinstance(task, type) else type(task).__name__
+        raise UserError(f"config.task={path!r} is {found}, expected a subclass of train_jax.task.Task: name another")
+    for old, new in RENAMED_HOOKS.items():
+        if hasattr(task, old):
+            raise UserError(f"config.task={path!r} defines {old}, which is now {new}: rename it")
+    return task
 
 
 def base_config(task: str | None) -> ConfigDict:
@@ -108,9 +114,31 @@ def base_config(task: str | None) -> ConfigDict:
       task: import path "package.module:Class" of a class with `defaults() -> ConfigDict`.
     """
     config = runtime_defaults()
-    _merge(config, task_class(task).defaults())
+    try:
+        _merge(config, task_defaults(task))
+    except TypeError as error:  # another type than the runtime's
+        raise UserError(f"{task}.defaults() changes the type of a key ({error}): correct it") from error
     config.task = task
     return config.lock()
+
+
+def task_defaults(task: str | None) -> ConfigDict:
+    """Returns what `defaults()` of a task returns.
+
+    Raises:
+      UserError: as `task_class`, or `defaults()` fails or returns something else.
+    """
+    defaults = task_class(task).defaults
+    check_arguments(f"{task}.defaults", defaults)
+    try:
+        config = defaults()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's program raises becomes one line that says where
+        raise UserError(f"{task}.defaults() failed ({located(error)}): correct it") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{task}.defaults() returned {type(config).__name__}, expected a ConfigDict: correct it")
+    return config
 
 
 def _merge(base: ConfigDict, extra: ConfigDict) -> None:
@@ -146,6 +174,25 @@ def is_optional(config: ConfigDict, key: str) -> bool:
     return isinstance(dict(parent.items(preserve_field_references=True))[name], FieldReference)
 
 
+def wrong_type(config: ConfigDict, key: str, value: Any) -> type | None:
+    """Returns the type of the dotted `key` if `value` is not of it, else None.
+
+    A key that holds None and is no placeholder has no type.
+    """
+    parent, name = node(config, key)
+    wanted = parent.get_type(name)
+    if value is None:
+        return None if parent[name] is None or is_optional(config, key) else wanted
+    return None if wanted is type(None) or has_type(value, wanted) else wanted
+
+
+def has_type(value: Any, wanted: type) -> bool:
+    """Returns whether `value` is valid for the type `wanted`: an int is a valid float, a bool is not a valid number."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
 def to_json(config: ConfigDict) -> str:
     """Returns the config with references resolved, as JSON; tuples become lists."""
     return config.to_json_best_effort(indent=2) + "\n"
@@ -157,47 +204,37 @@ def from_json(text: str) -> ConfigDict:
     Raises:
       UserError: the text is not JSON or names no task, the task has no such key, or a value has another type.
     """
-    try:
-        stored = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"config.json is not valid JSON ({error}): restore the file") from error
-    if not isinstance(stored, dict) or "task" not in stored:
-        raise UserError("config.json has no 'task', expected a config written by a run: restore the file")
-    stored["task"] = RENAMED_TASKS.get(stored["task"], stored["task"])
+    stored = stored_values.parse(text)
     config = base_config(stored["task"])
-    known = leaves(config)
-    renamed = renamed_keys(stored["task"])
-    for key, value in leaves(ConfigDict(stored)).items():
-        key = renamed.get(key, key)
-        if key not in known:
-            raise UserError(f"config.json: {stored['task']} has no key {key!r}{did_you_mean(key, known)}")
+    for key, value in stored_values.present_values(stored, leaves(config)).items():
+        wanted = wrong_type(config, key, value)
+        if wanted is not None:
+            raise UserError(f"config.json: {key}={quoted(value)}, expected {wanted.__name__}: restore the file")
         parent, name = node(config, key)
-        try:
-            parent[name] = _tuples(value)
-        except TypeError as error:
-            raise UserError(f"config.json: {key}={value!r}, expected {parent.get_type(name).__name__}") from error
+        parent[name] = value
     return config
+
+
+def read_config(file: Path) -> ConfigDict:
+    """Returns the config in a config.json; raises UserError as `from_json`, or if it is no text."""
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"config.json is not UTF-8 text ({error.reason}): restore the file") from error
 
 
 def stored_config(workdir: Path) -> ConfigDict:
     """Returns the config of the run in a workdir with checkpoints.
 
     Raises:
-      UserError: there is no config.json, or as for `from_json`.
+      UserError: there is no config.json, or as for `read_config`.
     """
     file = workdir / "config.json"
     if not file.is_file():
         raise UserError(
             f"{workdir} holds checkpoints but no config.json: restore the file, or choose another --workdir"
         )
-    return from_json(file.read_text(encoding="utf-8"))
-
-
-def _tuples(value: Any) -> Any:
-    """Converts lists to tuples: configs contain no lists, as the command line cannot set them."""
-    if isinstance(value, dict):  # the overrides of a sweep
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+    return read_config(file)
 
 
 def check_choices(config: ConfigDict, choices: Mapping[str, Iterable[str]]) -> None:

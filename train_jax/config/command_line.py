@@ -6,10 +6,8 @@ sentence about one flag or key. Each call has its own `FlagValues`, so that a pr
 """
 
 import errno
-import importlib.util
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from train_jax.config.base import from_json, is_optional, leaves, node
-from train_jax.config.renamed import RENAMED_KEYS, renamed_keys
+from train_jax.config.base import base_config, is_optional, leaves, node, read_config
+from train_jax.config.config_file import load_config
 from train_jax.config.run_keys import DURATIONS, UNITS
-from train_jax.config.validate import check_keys, unknown_key
+from train_jax.config.validate import unknown_key
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 
@@ -36,20 +34,29 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
     An `OSError` about a path is printed in the same way; other errors keep their traceback.
     """
     argv = sys.argv if argv is None else argv
+    program = _program(argv[0])
     try:
         main(argv)
     except KeyboardInterrupt:
-        print(f"{Path(argv[0]).name}: interrupted; the same command goes on from the last save.", file=sys.stderr)
+        print(f"{program}: interrupted; the same command resumes from the latest checkpoint.", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        print(f"{Path(argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:
         if error.errno not in PATH_FAULTS or error.filename is None:
             raise
         fault = f"{error.filename} cannot be used ({error.strerror})"
-        print(f"{Path(argv[0]).name}: error: {fault}: correct the path or its permissions.", file=sys.stderr)
+        print(f"{program}: error: {fault}: correct the path or its permissions.", file=sys.stderr)
         sys.exit(UserError.exit_status)
+
+
+def _program(path: str) -> str:
+    """Returns the name of a program for messages: "train.py", or "python -m train_jax.plan" of a package."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if Path(path).name == "__main__.py" and spec is not None:
+        return f"python -m {spec.parent}"
+    return Path(path).name
 
 
 def load_from_flags(
@@ -73,12 +80,15 @@ def load_from_flags(
     def define_all(values: flags.FlagValues) -> None:
         text = "FILE.py or FILE.py:argument; without it, the workdir's own"
         flags.DEFINE_string("config", None, text, flag_values=values)
-        text = "where the run lives (default: runs/<config and argument>)"
+        text = "folder of the run (default: runs/<config and argument>)"
         flags.DEFINE_string("workdir", None, text, flag_values=values)
         if define:
             define(values)
 
     values, rest = read_flags(argv, usage, define_all, "Flags (--config.KEY=VALUE overrides a key)")
+    for name in ("config", "workdir"):
+        if values[name].value == "":
+            raise UserError(f"--{name} is empty, expected a path: write it, or leave the flag out")
     config, workdir = _load(values.config, values.workdir)
     override(config, parse_overrides(rest, config, list(values)))
     return config, workdir, values
@@ -127,7 +137,7 @@ def read_flags(
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     define(values)
-    flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this", short_name="h", flag_values=values)
     try:
         rest = values(list(argv), known_only=True)[1:]
     except (flags.Error, ValueError) as error:
@@ -146,7 +156,7 @@ def _unknown_flag(argument: str, names: Iterable[str], hint: str) -> UserError:
 
 def flags_help(values: flags.FlagValues) -> str:
     """A line for each flag, without those that absl adds of its own."""
-    texts = {name: values[name].help for name in sorted(values) if name not in ABSL_FLAGS}
+    texts = {name: values[name].help for name in sorted(values) if name not in (*ABSL_FLAGS, "h")}
     width = max(map(len, texts))
     return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())
 
@@ -166,71 +176,7 @@ def _load(config_flag: str | None, workdir: str | None) -> tuple[ConfigDict, str
     stored = Path(workdir) / "config.json"
     if not stored.is_file():
         raise UserError(f"{stored} does not exist, expected a workdir of a run: correct --workdir, or give --config")
-    return from_json(stored.read_text(encoding="utf-8")), workdir
-
-
-def load_config(config_flag: str) -> ConfigDict:
-    """Returns what `get_config` of a config file returns, locked.
-
-    Args:
-      config_flag: "configs/clevr.py", or "configs/clevr.py:3b,lr=1e-4" where the text after the colon is its argument.
-
-    Raises:
-      UserError: no such file, no `get_config`, an error inside it, or keys other than those of its task.
-    """
-    name, colon, arg = config_flag.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        beside = [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"--config={config_flag}: there is no file {name}{did_you_mean(name, beside)}")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={config_flag}: {name} is not a Python file, expected a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    _make_importable(path)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*([arg] if colon else []))
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's program raises becomes one line that says where
-        raise UserError(f"--config={config_flag}: {_where(error, path)}{_one_line(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={config_flag}: get_config returned {type(config).__name__}, expected a ConfigDict")
-    check_keys(config)
-    return config.lock()
-
-
-def _make_importable(path: Path) -> None:
-    """Adds the folders that a config may import from: that of its own folder, as `configs`, and the current one.
-
-    A script has its own folder on the path; an installed command has neither.
-    """
-    for folder in (str(path.resolve().parents[1]), str(Path.cwd())):
-        if folder not in sys.path:
-            sys.path.append(folder)
-
-
-def _where(error: Exception, path: Path) -> str:
-    """Returns "line 12: " for the innermost line of the config file that the error passed through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    if isinstance(error, SyntaxError):
-        lines = [error.lineno]
-    return f"line {lines[-1]}: " if lines else ""
-
-
-def _one_line(error: Exception) -> str:
-    """Returns the error as one line; of ml_collections' long list of fields only its guess is kept."""
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    renamed = re.match(r"'?(?:Key \"|Could not override field ')(\w+)", text)
-    renames = {old: new for task in (None, *RENAMED_KEYS) for old, new in renamed_keys(task).items()}
-    if renamed and renamed[1] in renames:
-        return f"config.{renamed[1]} is now config.{renames[renamed[1]]}: write that"
-    guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
-    if guess:
-        return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"
-    return f"{type(error).__name__}: {text}"
+    return read_config(stored), workdir
 
 
 def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[str]) -> dict[str, str]:
@@ -295,6 +241,19 @@ def override(config: ConfigDict, overrides: dict[str, str]) -> None:
             parent[name] = None
         else:
             _set(config, key, text)
+    if "task" in overrides:
+        _check_same_keys(config)
+
+
+def _check_same_keys(config: ConfigDict) -> None:
+    """Raises UserError if the config has keys that its task, which the command line names, does not have."""
+    known = leaves(base_config(config.task))
+    unknown = next((key for key in leaves(config) if key not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"config.task={config.task!r} has no key {unknown!r} of this config, expected a task with the same keys: "
+            "write a config file for the task"
+        )
 
 
 def _set(config: ConfigDict, key: str, text: str) -> None:

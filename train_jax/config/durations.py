@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from train_jax.config.base import steps
+from train_jax.config.run_keys import UNITS
 from train_jax.core.errors import UserError
 
 
@@ -23,17 +24,21 @@ class Durations:
         """Converts all of them.
 
         Raises:
-          UserError: a duration in two units or none, or a run of no steps.
+          UserError: a duration in two units or none, or as `check_length`.
         """
 
         def convert(prefix, **options):
             holder = config.optimizer if prefix == "warmup" else config
             return steps(holder, prefix, config.batch_size, epoch_examples, **options)
 
+        check_length(config)
         total = convert("total")
-        if total < 1:
-            raise UserError(
-                "the run has 0 steps, expected at least one: lengthen config.total_steps (or its other units)"
-            )
         log, eval_, checkpoint = (max(convert(name, total_steps=total), 1) for name in ("log", "eval", "checkpoint"))
         return cls(total, convert("warmup", total_steps=total, default=0), log, eval_, checkpoint)
+
+
+def check_length(config: ConfigDict) -> None:
+    """Raises UserError if a run that trains has no steps; needs no data."""
+    for unit in UNITS:
+        if config.get(f"total_{unit}") == 0:  # not every duration has every unit
+            raise UserError(f"config.total_{unit}=0 trains nothing, expected a number above 0: lengthen the run")

@@ -25,6 +25,15 @@ RENAMED_RUN_KEYS = {
 """Config keys of the runtime, old: new."""
 
 
+RENAMED_HOOKS = {
+    "harmless_keys": "resume_safe_keys",
+    "model_keys": "architecture_keys",
+    "companions": "control_runs",
+    "single_split": "has_splits, with the opposite value",
+}
+"""Attributes and methods of tasks, old: new."""
+
+
 def renamed_keys(task: str | None) -> dict[str, str]:
     """Returns the renamed keys of a task's configs, old: new."""
     return RENAMED_RUN_KEYS | RENAMED_KEYS.get(task or "", {})

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, check_declared, is_optional, leaves, node, steps
+from train_jax.config.base import base_config, check_declared, has_type, leaves, node, steps, wrong_type
 from train_jax.config.renamed import renamed_keys
 from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.core.errors import UserError, quoted
@@ -43,6 +43,11 @@ def unknown_key(key: str, config: ConfigDict) -> UserError:
     new = renamed_keys(config.get("task")).get(key)
     if new is not None:
         return UserError(f"config.{key} is now config.{new}: write that")
+    inner = [name.removeprefix(f"{key}.") for name in leaves(config) if name.startswith(f"{key}.")]
+    if inner:
+        return UserError(
+            f"config.{key} is a section, expected one of its keys ({', '.join(inner)}): write config.{key}.{inner[0]}"
+        )
     return UserError(f"there is no key config.{key}{did_you_mean(key, leaves(config))}")
 
 
@@ -64,39 +69,32 @@ def check_keys(config: ConfigDict) -> ConfigDict:
 
 
 def _check_type(key: str, value: Any, base: ConfigDict) -> None:
+    wanted = wrong_type(base, key, value)
+    if wanted is not None:
+        found, remedy = ("", "set a value") if value is None else (f" is {type(value).__name__}", "change it")
+        raise UserError(f"config.{key}={quoted(value)}{found}, expected {wanted.__name__}: {remedy}")
     parent, name = node(base, key)
-    default, wanted = parent[name], parent.get_type(name)
-    if value is None:
-        if not (default is None or is_optional(base, key)):
-            raise UserError(f"config.{key}=None, expected {wanted.__name__}: set a value")
-        return
-    if wanted is type(None):
-        return  # the task declared no type
-    if not _is(value, wanted):
-        raise UserError(
-            f"config.{key}={quoted(value)} is {type(value).__name__}, expected {wanted.__name__}: change it"
-        )
-    if wanted is tuple and default and not _same_structure(value, default):
-        raise UserError(f"config.{key}={quoted(value)}, expected a tuple like {default!r}: change it")
+    default = parent[name]
+    if isinstance(value, tuple) and isinstance(default, tuple) and default and not _same_structure(value, default):
+        kind = "pair" if _is_pair(default) else "tuple"
+        raise UserError(f"config.{key}={quoted(value)}, expected a {kind} like {default!r}: change it")
 
 
-def _is(value: Any, wanted: type) -> bool:
-    """True if `value` may stand where `wanted` is expected: whole numbers serve as floats, bools never as numbers."""
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
+def _is_pair(default: tuple) -> bool:
+    """Whether a default is one pair of values, such as two numbers, and no list of pairs."""
+    return len(default) == 2 and not any(isinstance(item, tuple) for item in default)
 
 
 def _same_structure(value: Any, default: Any) -> bool:
-    """True if `value` is of the default's kind: a pair of numbers stays a pair, longer lists keep their elements' kind.
+    """Returns whether `value` has the structure of `default`: a pair for a pair, else elements of the same type.
 
-    (ml_collections reads `--config.betas=0.5` as `(0.5,)` without a word.)
+    This refuses `--config.betas=0.5`, which ml_collections silently reads as `(0.5,)`.
     """
     if not isinstance(default, tuple):
-        return _is(value, type(default))
+        return has_type(value, type(default))
     if not isinstance(value, tuple):
         return False
-    if len(default) == 2 and not any(isinstance(item, tuple) for item in default):
+    if _is_pair(default):
         return len(value) == 2 and all(map(_same_structure, value, default))
     return not default or all(any(_same_structure(item, kind) for kind in default) for item in value)
 
@@ -120,7 +118,8 @@ def _check_durations(config: ConfigDict) -> None:
     if config.total_epochs is None and config.optimizer.warmup_epochs is None:
         total = steps(config, "total", config.batch_size)
         warmup = steps(config.optimizer, "warmup", config.batch_size, total_steps=total, default=0)
-        optimizers.check_warmup(warmup, total)
+        if total:  # 0 where nothing trains: see durations.check_length
+            optimizers.check_warmup(warmup, total)
 
 
 def _check_batch(config: ConfigDict, device_count: int, process_count: int) -> None:

@@ -135,7 +135,7 @@ def config_dict(keys: Any) -> ConfigDict:
         if dataclasses.is_dataclass(value):
             config[field.name] = config_dict(value)
             continue
-        kind, optional = _kind(hints[field.name])
+        kind, optional = _kind(field.name, hints[field.name])
         if optional:
             config[field.name] = placeholder(kind)
         if value is not None:
@@ -156,7 +156,7 @@ def declared(keys: Any, prefix: str = "", **known: bool) -> dict[str, Key]:
         if dataclasses.is_dataclass(value):
             result |= declared(value, f"{name}.", **{**known, **field.metadata.get("section", {})})
             continue
-        kind, optional = _kind(hints[field.name])
+        kind, optional = _kind(field.name, hints[field.name])
         entry = field.metadata.get("key", Key(""))
         result[name] = dataclasses.replace(entry, default=value, value_type=kind, optional=optional, **known)
     return result
@@ -173,9 +173,19 @@ def check_values(keys: Mapping[str, Key], values: Mapping[str, Any]) -> None:
             entry.check(name, values[name])
 
 
-def _kind(hint: Any) -> tuple[type, bool]:
-    """Returns the type of an annotation and whether it admits None: (int, True) of `int | None`."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (kind,) = (part for part in typing.get_args(hint) if part is not type(None))
-        return _kind(kind)[0], True
-    return typing.get_origin(hint) or hint, False
+def _kind(name: str, hint: Any) -> tuple[type, bool]:
+    """Returns the type of an annotation and whether it admits None: (int, True) of `int | None`.
+
+    `int | float` is float, which admits whole numbers.
+
+    Raises:
+      UserError: the annotation is no class, nor one class and None.
+    """
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    parts = set(typing.get_args(hint)) if union else {hint}
+    kinds = parts - {type(None)}
+    kind = float if kinds == {int, float} else next(iter(kinds), None)
+    kind = typing.get_origin(kind) or kind
+    if not isinstance(kind, type) or kind is Any or (len(kinds) > 1 and kind is not float):
+        raise UserError(f"the key {name} is annotated {hint}, expected one type, with `| None` or without: change it")
+    return kind, parts != kinds

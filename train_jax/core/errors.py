@@ -1,5 +1,8 @@
 """Exceptions that are printed as one line without a traceback, and helpers for their messages."""
 
+import traceback
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake in the user's input.
@@ -15,6 +18,16 @@ class RunStopped(UserError):
     """A run that cannot continue, because of non-finite updates for example; exit status 1."""
 
     exit_status = 1
+
+
+def located(error: Exception) -> str:
+    """Returns an error as one line with the innermost line of code, such as "task.py, line 12: NameError: ..."."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file, line = (frames[-1].filename, frames[-1].lineno) if frames else ("", None)
+    if isinstance(error, SyntaxError):
+        file, line = error.filename or "", error.lineno
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    return f"{Path(file).name}, line {line}: {type(error).__name__}: {text}"
 
 
 def cut(text: str, most: int = 80) -> str:

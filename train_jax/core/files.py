@@ -57,9 +57,21 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, or an empty dict if there is no file."""
+    """Returns the object in a JSON file, or an empty dict if there is no file.
+
+    Raises:
+      UserError: the file holds something else.
+    """
     path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise UserError(f"{path} is not valid JSON ({error}): restore the file, or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, expected an object: restore the file, or remove it")
+    return value
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

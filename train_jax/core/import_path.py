@@ -1,10 +1,11 @@
 """Imports what a config key names by its import path, `package.module:name`."""
 
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from train_jax.core.errors import UserError
+from train_jax.core.errors import UserError, located
 from train_jax.core.patterns import did_you_mean
 
 
@@ -17,17 +18,20 @@ def imported(key: str, path: str | None, form: str = "package.module:function") 
       form: expected form of the path, for messages.
 
     Raises:
-      UserError: the path does not have that form, or there is no such module or no such name in it.
+      UserError: the path does not have that form, there is no such module, it cannot be imported, or it has no such
+        name.
     """
     module_name, _, name = (path or "").partition(":")
-    if not module_name or not name:
+    if not name or not all(part.isidentifier() for part in module_name.split(".")):
         raise UserError(f"{key}={path!r}, expected {form!r}: set it to an import path")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but a module that it imports does not
-        raise UserError(f"{key}={path!r}: there is no module {error.name!r}: correct the import path") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's program raises becomes one line that says where
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{key}={path!r}: there is no module {error.name!r}: correct the import path") from error
+        raise UserError(f"{key}={path!r}: {module_name} cannot be imported ({located(error)}): correct it") from error
     if not hasattr(module, name):
         raise UserError(f"{key}={path!r}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
     return getattr(module, name)
@@ -49,6 +53,28 @@ def named(key: str, name: str, short_names: Mapping[str, str]) -> Any:
     if not callable(function):
         raise UserError(f"{key}={name!r} is {type(function).__name__}, expected a function: name another")
     return function
+
+
+def check_arguments(what: str, function: Callable, *names: str) -> None:
+    """Checks that a function accepts positional arguments; one without a signature, of C, passes.
+
+    Args:
+      what: names the function in the message.
+      function: to check.
+      *names: of the arguments.
+
+    Raises:
+      UserError: it requires others.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        found = ", ".join(str(taken.replace(annotation=taken.empty)) for taken in signature.parameters.values())
+        raise UserError(f"{what} takes ({found}), expected ({', '.join(names)}): correct it") from error
 
 
 def check_named(key: str, name: str, short_names: Iterable[str]) -> None:

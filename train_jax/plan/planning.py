@@ -10,6 +10,7 @@ class of operation; `--profile` lists the most expensive source lines. Other arg
 Plans every run of a sweep, but only one of runs that differ in their seed.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -158,7 +159,7 @@ def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) 
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("devices", None, "plan for this many simulated CPU devices", 1, flag_values=values)
-    flags.DEFINE_list("mesh", [], "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
+    flags.DEFINE_string("mesh", None, "sizes of the mesh, e.g. data=2,fsdp=4", flag_values=values)
     flags.DEFINE_string("tpu", None, "plan for a slice of TPUs, e.g. v5e:4x4 (the extra [tpu])", flag_values=values)
     flags.DEFINE_bool("profile", False, "with --tpu: list the most expensive source lines", flag_values=values)
 
@@ -166,8 +167,8 @@ def _flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     """Parses the flags and prints the plans."""
     config, _, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
-    sizes = dict(size.partition("=")[::2] for size in values.mesh)
-    command_line.override(config, {f"mesh.{axis}": size for axis, size in sizes.items()})
+    if values.mesh is not None:
+        command_line.override(config, _mesh_overrides(values.mesh))
     if values.devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", values.devices)
@@ -181,6 +182,26 @@ def main(argv: Sequence[str]) -> None:
     for name, single in runs(config):
         print(f"{name}\n" if name else "", end="")
         print(report(plan(single, tpu), values.profile), end="\n\n" if name else "\n", flush=True)
+
+
+def _mesh_overrides(sizes: str) -> dict[str, str]:
+    """Returns the overrides that a value of --mesh stands for, such as "data=2,fsdp=4".
+
+    Raises:
+      UserError: a part is no AXIS=NUMBER, or names an axis twice or one that there is not.
+    """
+    overrides: dict[str, str] = {}
+    for size in sizes.split(","):
+        axis, _, number = size.partition("=")
+        if axis not in sharding.AXES or not re.fullmatch(r"-?\d+", number):
+            raise UserError(
+                f"--mesh has {size!r}, expected AXIS=NUMBER with an axis of {', '.join(sharding.AXES)}: write "
+                "--mesh=data=2,fsdp=4 or the like"
+            )
+        if f"mesh.{axis}" in overrides:
+            raise UserError(f"--mesh has {axis} twice, expected each axis once: leave one out")
+        overrides[f"mesh.{axis}"] = number
+    return overrides
 
 
 def runs(config: ConfigDict) -> list[tuple[str, ConfigDict]]:

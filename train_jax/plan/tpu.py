@@ -73,6 +73,8 @@ def open_slice(name: str) -> Slice:
     Raises:
       UserError: libtpu is not installed, or there is no such topology.
     """
+    if not name:
+        raise UserError("--tpu is empty, expected a topology: write --tpu=v5e:4x4 or the like")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--tpu={name} needs libtpu, which compiles for TPUs: pip install 'paligemma-jax[tpu]'")
     for variable, value in _ENVIRONMENT.items():

@@ -33,6 +33,7 @@ from train_jax.sweep.report import Outcome, SweepFields
 
 RUN_NAME = re.compile(r"\w[\w.=+-]*")
 EXPECTED_FORM = "expected a tuple of pairs ('name', {'dotted.key': value})"
+RESERVED = ("checkpoints", "tensorboard", "config.json", "eval.json", SWEEP_FILE, "sweep.md", "sweep.png")
 MEASURED_X = ("trainable_parameters", "seconds", "peak_memory_bytes")  # in the eval.json of every run
 
 
@@ -56,7 +57,7 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     for entry in config.sweep.runs:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
             raise UserError(
-                f"config.sweep.runs holds {quoted(entry)}, {EXPECTED_FORM}: correct it (one run alone needs its comma)"
+                f"config.sweep.runs holds {quoted(entry)}, {EXPECTED_FORM}: correct it (a tuple of one ends in a comma)"
             )
         name, overrides = entry
         if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
@@ -64,6 +65,8 @@ def expand(config: ConfigDict) -> list[SweepRun]:
                 f"config.sweep.runs names a run {quoted(name)}, expected letters, digits and _ . = + - (it becomes a "
                 "folder): rename it"
             )
+        if name in RESERVED:
+            raise UserError(f"config.sweep.runs names a run {name!r}, which a workdir holds itself: rename it")
         if name in runs:
             raise UserError(f"config.sweep.runs has two runs named {name!r}, expected different names: rename one")
         runs[name] = SweepRun(name, dict(overrides), _overridden(config, name, overrides))
@@ -73,7 +76,7 @@ def expand(config: ConfigDict) -> list[SweepRun]:
     return list(runs.values())
 
 
-def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> ConfigDict:
+def _overridden(config: ConfigDict, name: str, overrides: Mapping[Any, Any]) -> ConfigDict:
     """Returns the config of one run.
 
     Overrides are applied as on the command line, where a duration in one unit replaces that in another unit.
@@ -82,6 +85,8 @@ def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> 
     run_config.sweep = config_dict(SweepKeys)
     try:
         for key in overrides:
+            if not isinstance(key, str):
+                raise UserError(f"found the key {quoted(key)}, expected the name of a config key: correct it")
             if key not in leaves(config):
                 raise unknown_key(key, config)
             if key.startswith("sweep."):
@@ -96,6 +101,13 @@ def _overridden(config: ConfigDict, name: str, overrides: Mapping[str, Any]) -> 
 def _check_axes(config: ConfigDict, runs: list[SweepRun]) -> None:
     """Checks that `sweep.series` names config keys, and `sweep.x` a numeric config key or a measured number."""
     series, key = config.sweep.series, config.sweep.x
+    for field in ("more", "curves"):
+        for name in config.sweep[field]:
+            if not isinstance(name, str):
+                raise UserError(
+                    f"config.sweep.{field} holds {quoted(name)}, expected names in eval.json, such as ('loss',): "
+                    "correct it"
+                )
     for part in series.split(",") if series else ():
         if part not in leaves(config):
             raise UserError(
@@ -177,7 +189,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     if stopped:
         raise RunStopped(
             f"{len(stopped)} of {len(runs)} runs stopped at non-finite updates ({', '.join(stopped)}); the others are "
-            f"complete and in {workdir / 'sweep.md'}: change what stopped in config.sweep.runs under a new name."
+            f"complete and in {workdir / 'sweep.md'}: change the overrides of the stopped runs and rename them."
         )
     return summary
 

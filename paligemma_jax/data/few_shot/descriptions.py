@@ -1,7 +1,7 @@
 """Sentences about each class: from templates, or from a JSON object {class: [sentences]} that a language model wrote.
 
 For consistency with the frozen text encoder CoPrompt (Roy & Etemad 2024) draws one position in these lists per step,
-the same for all classes. A position is `draw` (a function of the seed and the step) times the length of a class's list,
+the same for all classes. A position is a uniform number (`uniform_of_step`) times the length of a class's list,
 so lists may differ in length.
 """
 
@@ -85,7 +85,7 @@ def write_descriptions(file: str | Path, sentences: Mapping[str, Sequence[str]])
     Path(file).write_text(json.dumps({k: list(v) for k, v in sentences.items()}, indent=1, ensure_ascii=False), "utf-8")
 
 
-def draw(seed: int, step: int) -> np.float32:
+def uniform_of_step(seed: int, step: int) -> np.float32:
     """Returns a uniform number in [0, 1) for a step, a multiple of 2^-16."""
     rng = np.random.Generator(np.random.PCG64((seed, _DRAWS, step)))
     return np.float32(int(rng.integers(_STEPS)) / _STEPS)

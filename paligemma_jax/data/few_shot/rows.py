@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from paligemma_jax.data.few_shot.dataset import FewShot
-from paligemma_jax.data.few_shot.descriptions import draw
+from paligemma_jax.data.few_shot.descriptions import uniform_of_step
 from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
 from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.images.preprocessing import Preprocessing
@@ -130,7 +130,7 @@ class TunedRows(DataSource):
     ) -> dict[str, np.ndarray]:
         """Returns the examples of a step, see DataSource; the row numbers within the batch do not matter."""
         batch = stack([self._row(int(index), step) for index in indices])
-        return batch | {"draw": np.full(len(indices), draw(self._seed, step))}
+        return batch | {"draw": np.full(len(indices), uniform_of_step(self._seed, step))}
 
     @property
     def bad_rows(self) -> dict[int, str]:

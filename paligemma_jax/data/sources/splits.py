@@ -5,15 +5,16 @@ tuning      questions on a share of the training split's images that training ne
 reported    the validation split
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import RecordSource, Subset
+from paligemma_jax.data.records import BadRow, Record, RecordSource, Subset
 from train_jax.core.errors import UserError
-from train_jax.core.import_path import named
+from train_jax.core.import_path import check_arguments, named
 
 OPENERS = {
     "synthetic_clevr": "paligemma_jax.data.sources.synthetic:open_questions",
@@ -22,6 +23,7 @@ OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
 }
 """Short names of `data.name`, which may also be the import path of a function like `open_source`."""
+SOURCE_PARTS = ("__len__", "__getitem__", "fingerprint", "image_numbers")  # of a RecordSource
 # A description of the work -> context manager that yields on_progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -37,7 +39,47 @@ def open_source(data: ConfigDict, split: str, progress: Progress) -> RecordSourc
     Raises:
       UserError: an unknown name, a missing source, or data of another kind than the name says.
     """
-    return named("data.name", data.name, OPENERS)(data, split, progress)
+    return open_by_name(data.name, OPENERS, data=data, split=split, progress=progress)
+
+
+def open_by_name(name: str, short_names: Mapping[str, str], **arguments: Any) -> RecordSource:
+    """Calls the function that `data.name` names, and checks what a function of a user's own returns.
+
+    Args:
+      name: a short name or an import path.
+      short_names: {short name: import path}.
+      **arguments: passed by position.
+
+    Raises:
+      UserError: there is no such function, it takes other arguments, or it returns no records.
+    """
+    function = named("data.name", name, short_names)
+    check_arguments(f"data.name={name!r}", function, *arguments)
+    source = function(*arguments.values())
+    missing = [part for part in SOURCE_PARTS if not hasattr(source, part)]
+    if missing:
+        raise UserError(
+            f"data.name={name!r} returned {type(source).__name__}, which has no {' and no '.join(missing)}, expected "
+            "a RecordSource (paligemma_jax/data/records.py): correct the function."
+        )
+    if name not in short_names:
+        _check_first(name, source)
+    return source
+
+
+def _check_first(name: str, source: RecordSource) -> None:
+    """Raises UserError if a source is empty or its first row is no Record; a row that cannot be read passes."""
+    if not len(source):
+        raise UserError(f"data.name={name!r} returned no rows, expected at least one: correct the function.")
+    try:
+        row = source[0]
+    except (BadRow, OSError):
+        return
+    if not isinstance(row, Record):
+        raise UserError(
+            f"data.name={name!r} returned rows of {type(row).__name__}, expected Record "
+            "(paligemma_jax/data/records.py): correct the function."
+        )
 
 
 def own_source(data: ConfigDict) -> str:

@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import RecordSource, Subset
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
+from paligemma_jax.data.sources.splits import open_by_name
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.tasks.rendered import rendered
-from train_jax.core.import_path import named
 
 OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_captions",
@@ -68,7 +68,7 @@ class ContrastiveData:
         )
 
     def _source(self, split: str) -> RecordSource:
-        return named("data.name", self._data.name, OPENERS)(self._data, split)
+        return open_by_name(self._data.name, OPENERS, data=self._data, split=split)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
         """Returns the folder of a stream's scenes, rendered on first use."""

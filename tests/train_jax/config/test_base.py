@@ -1,9 +1,11 @@
 import json
+import re
 
 import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from train_jax.config import renamed
 from train_jax.config.arguments import parse_arg
 from train_jax.config.base import (
     base_config,
@@ -76,11 +78,59 @@ def test_wrong_task_is_one_sentence(path, sentence):
         task_class(path)
 
 
-def test_missing_dependency_of_a_task_is_not_blamed_on_the_path(tmp_path, monkeypatch):
-    (tmp_path / "broken_task.py").write_text("import a_package_that_is_not_here\n")
+@pytest.mark.parametrize(
+    "code, sentence",
+    [
+        ("import a_package_that_is_not_here", "line 1: ModuleNotFoundError: No module named 'a_package_that_is_not_he"),
+        ("x = 1\nx.y", "line 2: AttributeError: 'int' object has no attribute 'y'"),
+        ("x = (", "line 1: SyntaxError: '(' was never closed"),
+    ],
+)
+def test_a_task_whose_module_fails_is_not_blamed_on_the_path(tmp_path, monkeypatch, code, sentence):
+    (tmp_path / "broken_task.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_here"):
+    with pytest.raises(UserError, match=re.escape(f"broken_task cannot be imported (broken_task.py, {sentence}")):
         task_class("broken_task:X")
+
+
+def defaults(value):
+    return staticmethod(lambda: value)
+
+
+OLD_HOOKS = {"harmless_keys": (), "model_keys": (), "companions": dict, "single_split": True}
+TASKS = {
+    "NoDefaults": type("NoDefaults", (), {}),
+    "SelfDefaults": type("SelfDefaults", (), {"defaults": lambda self: ConfigDict()}),
+    "FailingDefaults": type("FailingDefaults", (), {"defaults": staticmethod(lambda: 1 / 0)}),
+    "DictDefaults": type("DictDefaults", (), {"defaults": defaults({})}),
+    "OtherTypes": type("OtherTypes", (), {"defaults": defaults(ConfigDict({"optimizer": 3}))}),
+    **{f"Old_{name}": type("Old", (Dummy,), {name: value}) for name, value in OLD_HOOKS.items()},
+}
+globals().update(TASKS)
+
+
+@pytest.mark.parametrize(
+    "path, sentence",
+    [
+        ("os:path", "config.task='os:path' is module, expected a subclass of train_jax.task.Task: name another"),
+        ("builtins:int", "is int, a class without defaults(), expected a subclass of train_jax.task.Task"),
+        (".x:Y", "config.task='.x:Y', expected 'package.module:Class'"),
+        ("a b:Y", "config.task='a b:Y', expected 'package.module:Class'"),
+        (f"{__name__}:NoDefaults", "is NoDefaults, a class without defaults(), expected a subclass"),
+        (f"{__name__}:SelfDefaults", "SelfDefaults.defaults takes (self), expected (): correct it"),
+        (f"{__name__}:FailingDefaults", "FailingDefaults.defaults() failed (test_base.py, line "),
+        (f"{__name__}:DictDefaults", "DictDefaults.defaults() returned dict, expected a ConfigDict: correct it"),
+        (f"{__name__}:OtherTypes", "OtherTypes.defaults() changes the type of a key ("),
+        (f"{__name__}:Old_harmless_keys", "defines harmless_keys, which is now resume_safe_keys: rename it"),
+        (f"{__name__}:Old_model_keys", "defines model_keys, which is now architecture_keys: rename it"),
+        (f"{__name__}:Old_companions", "defines companions, which is now control_runs: rename it"),
+        (f"{__name__}:Old_single_split", "defines single_split, which is now has_splits, with the opposite value: re"),
+    ],
+)
+def test_what_is_no_task_is_one_sentence(path, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
+        base_config(path)
+    assert "\n" not in str(caught.value)
 
 
 def durations(**given):
@@ -162,12 +212,53 @@ def edited(**changes):
         ("{", "config.json is not valid JSON"),
         ("[]", "config.json has no 'task'"),
         (edited(batchsize=3), "has no key 'batchsize'; did you mean 'batch_size'"),
-        (edited(batch_size="three"), "config.json: batch_size='three', expected int"),
+        (edited(batch_size="three"), "config.json: batch_size='three', expected int: restore the file"),
+        (edited(batch_size=None), "config.json: batch_size=None, expected int: restore the file"),
+        (edited(batch_size={}), "config.json: batch_size={}, expected int: restore the file"),
+        (edited(batch_size={"a": 1}), "config.json: batch_size={'a': 1}, expected int: restore the file"),
+        (edited(batch_size=2.5), "config.json: batch_size=2.5, expected int: restore the file"),
+        (edited(ema_decay=True), "config.json: ema_decay=True, expected float: restore the file"),
+        (edited(task=5), "config.json: task=5, expected 'package.module:Class': restore the file"),
+        (edited(task=["a"]), "config.json: task=['a'], expected 'package.module:Class': restore the file"),
+        (edited(sweep=None), "config.json: sweep=None, expected an object with its keys: restore the"),
+        (edited(mesh=[]), "config.json: mesh=[], expected an object with its keys: restore the file"),
+        (edited(optimizer=None), "config.json: optimizer=None, expected an object with its keys"),
+        (
+            edited(sweep_metric="loss"),
+            "config.json has 'sweep.metric' and its old name 'sweep_metric', expected",
+        ),
+        (edited(extra={}), "has no key 'extra'"),
+        (edited(**{"optimizer.b1": 0.5}), "config.json has 'optimizer.b1' as a key and in its section, expected one"),
+        ('{"task": "x:Y", "task": "x:Z"}', "config.json has the key 'task' twice, expected it once: remove one"),
+        ("[" * 100_000, "config.json is not valid JSON"),
     ],
 )
 def test_damaged_json_is_one_sentence(text, sentence):
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
         from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_stored_sweep_by_old_names_is_translated(monkeypatch, old):
+    """Keys in the overrides of its runs and in its axes too."""
+    monkeypatch.setitem(renamed.RENAMED_KEYS, TASK, {"model.size": "model.width"})
+    size, more = ("model.size", "sweep_") if old else ("model.width", "sweep.")
+    runs = [["a", {size: 1, "seed": 0}], ["b", {size: 2}]]
+    sweep = {f"{more}x": size, f"{more}series": f"seed,{size}"}
+    if old:
+        stored = edited(**{"sweep": runs} | sweep)
+    else:
+        stored = edited(sweep={"runs": runs, "x": size, "series": f"seed,{size}"})
+    config = from_json(stored)
+    assert config.sweep.runs == (("a", {"model.width": 1, "seed": 0}), ("b", {"model.width": 2}))
+    assert (config.sweep.x, config.sweep.series) == ("model.width", "seed,model.width")
+
+
+def test_a_stored_override_by_both_names_is_refused(monkeypatch):
+    monkeypatch.setitem(renamed.RENAMED_KEYS, TASK, {"model.size": "model.width"})
+    with pytest.raises(UserError, match="run 'a' of the sweep overrides a key by its old and its present name"):
+        from_json(edited(sweep={"runs": [["a", {"model.size": 1, "model.width": 2}]]}))
 
 
 def test_parse_arg_types_by_defaults():
@@ -186,8 +277,23 @@ def test_parse_arg_types_by_defaults():
         ("lr", "config argument 'lr' needs a value: write lr=0.001"),
         ("lr=fast", "config argument lr='fast', expected float"),
         ("qlora=maybe", "config argument qlora='maybe', expected true or false"),
+        ("lr=", "config argument 'lr' needs a value: write lr=0.001"),
     ],
 )
 def test_parse_arg_refuses(arg, sentence):
     with pytest.raises(UserError, match=sentence):
         parse_arg(arg, qlora=False, lr=1e-3)
+
+
+@pytest.mark.parametrize("arg", ["peft", "peft="])
+def test_an_argument_of_text_needs_a_text(arg):
+    with pytest.raises(UserError, match="config argument 'peft' needs a value: write peft=VALUE"):
+        parse_arg(arg, peft="")
+
+
+def test_arguments_of_a_config_that_takes_none_or_of_one_that_has_moved():
+    with pytest.raises(UserError, match="config argument 'smoke': this config takes none: leave it out"):
+        parse_arg("smoke")
+    moved = {"ranks": "configs/ranks.py"}
+    with pytest.raises(UserError, match=r"write --config=configs/ranks\.py; its docstring says whether it takes 3b"):
+        parse_arg("3b,ranks", moved, **{"3b": False})

@@ -1,10 +1,14 @@
 import errno
 import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
+from train_jax.config.__main__ import main as table_main
+from train_jax.config.__main__ import task_table
 from train_jax.config.base import base_config, to_json
 from train_jax.config.command_line import default_workdir, load_from_flags, parse, run
 from train_jax.core.errors import UserError
@@ -121,7 +125,8 @@ def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
     [
         (["--config.batchsize=3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
         (["--config.learning_rate=3"], "there is no key config.learning_rate; did you mean 'optimizer.learning_rate'?"),
-        (["--config.optimizer=3"], "there is no key config.optimizer"),
+        (["--config.mesh=3"], "config.mesh is a section, expected one of its keys (data, fsdp, tensor): write"),
+        (["--config.optimizer=3"], "config.optimizer is a section, expected one of its keys (b1, "),
         (["--config.sweep=()"], "config.sweep is now config.sweep.runs: write that"),
         (["--config.sweep_x=seed"], "config.sweep_x is now config.sweep.x: write that"),
         (["--config.batch_size=1.5"], "config.batch_size='1.5', expected int: change the value"),
@@ -139,6 +144,9 @@ def test_explicit_none_beside_a_new_unit_is_no_contradiction(file):
         (["--config.batchsize", "3"], "there is no key config.batchsize; did you mean 'batch_size'?"),
         (["--config.seed=1", "--workdir"], "Missing value for flag --workdir: correct the flag"),
         (["--nohelp=3"], "--nohelp=3 does not take an argument: correct the flag"),
+        (["--workdir="], "--workdir is empty, expected a path: write it, or leave the flag out"),
+        (["--config="], "--config is empty, expected a path"),
+        (["--config.task=tests.train_jax.toy_task:Toy"], "Toy' has no key 'model.betas' of this config"),
         (["stray"], "unknown argument 'stray'; write --flag=value, or --config=FILE for a config"),
     ],
 )  # fmt: skip
@@ -152,7 +160,10 @@ def test_each_mistake_is_one_sentence(file, arguments, sentence):
     "body, sentence",
     [
         ("config.batchsize = 3", "line 5: there is no key 'batchsize'; did you mean 'batch_size'?"),
-        ("config.seed = 'x'", "line 5: TypeError: "),
+        ("config.seed = 'x'", "line 5: the key 'seed' is set to x, expected int"),
+        ("config.mesh = 3", "line 5: the key 'mesh' is set to 3, expected a section"),
+        ("config.seed = {}", "line 5: the key 'seed' is set to another section, expected int"),
+        ("return '\\0'", "get_config returned str, expected a ConfigDict"),
         ("config.sweep = (('a', {'seed': 1}),)", "line 5: config.sweep is now config.sweep.runs: write that"),
         ("config.sweep_metric = 'loss'", "line 5: config.sweep_metric is now config.sweep.metric: write that"),
         ("config.told = 'captions'", "line 5: config.told is now config.conditioning: write that"),
@@ -162,6 +173,7 @@ def test_each_mistake_is_one_sentence(file, arguments, sentence):
         ("return type(config)()", "config.task=None, expected 'package.module:Class'"),
         ("del config.unlock().optimizer; return config", "config.optimizer.b1 is missing: start the config from"),
         ("return None", "get_config returned NoneType, expected a ConfigDict"),
+        ("raise SystemExit('no data')", "line 5: the file exits (no data), expected it to return a config: remove the"),
     ],
 )
 def test_errors_in_a_config_file_are_one_sentence(tmp_path, body, sentence):
@@ -173,6 +185,23 @@ def test_errors_in_a_config_file_are_one_sentence(tmp_path, body, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)) as caught:
         load(f"--config={path}")
     assert "\n" not in str(caught.value) and ("line" not in sentence or str(path) in str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "body, argument, sentence",
+    [
+        ("", "", "x.py defines no get_config(), expected a config file: add it"),
+        ("get_config = 3", "", "x.py defines no get_config(), expected a config file: add it"),
+        ("def get_config(): pass", ":smoke", "x.py:smoke: get_config takes no argument: write --config="),
+        ("def get_config(arg): pass", "", "x.py: get_config requires an argument: write --config="),
+        ("def get_config(a, b): pass", ":smoke", "x.py:smoke: get_config takes (a, b), expected (smoke): correct it"),
+        ("import sys; sys.exit(3)", "", "line 1: the file exits (3), expected it to return a config: remove the call"),
+    ],
+)
+def test_a_config_file_of_another_form(tmp_path, body, argument, sentence):
+    (tmp_path / "x.py").write_text(body)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load(f"--config={tmp_path / 'x.py'}{argument}")
 
 
 def test_a_config_imports_what_is_beside_its_folder(tmp_path):
@@ -254,6 +283,29 @@ def test_mistakes_in_places_and_flags_are_one_sentence(arguments, sentence):
 def test_values_of_keys_may_hold_anything(file):
     config, _, _ = load(f"--config={file}", "--config.model.name=a=b\n--c", "--config.seed", "-1")
     assert (config.model.name, config.seed) == ("a=b\n--c", -1)
+
+
+def test_a_package_is_named_as_it_is_called():
+    """Not `__main__.py`, which is what its argv holds."""
+    command = [sys.executable, "-m", "train_jax.config", "os:path"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("python -m train_jax.config: error: config.task='os:path' is module, expected ")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_tables_of_keys(capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        table_main(["x", flag])
+    assert caught.value.code == 0 and "python -m train_jax.config paligemma_jax" in capsys.readouterr().out
+
+
+def test_the_table_of_a_task_without_declared_keys():
+    """Its own keys, and the runtime's whose defaults it changes."""
+    lines = task_table(TASK).splitlines()
+    assert "| `model.width` | `8` | int |  |  |" in lines
+    assert any(line.startswith("| `log_steps` | `10` | int or None | interval between") for line in lines)
+    assert len(lines) == 2 + 6
 
 
 def test_help_prints_usage_and_flags(capsys):

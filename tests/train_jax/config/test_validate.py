@@ -89,8 +89,8 @@ def raw(key, value):
         ("batch_size", None, "config.batch_size=None, expected int: set a value"),
         ("total_steps", "x", "config.total_steps='x' is str, expected int: change it"),
         ("model.causal", 1, "config.model.causal=1 is int, expected bool: change it"),
-        ("model.betas", (0.5,), "config.model.betas=(0.5,), expected a tuple like (0.9, 0.95): change it"),
-        ("model.betas", (0.5, "x"), "config.model.betas=(0.5, 'x'), expected a tuple like (0.9, 0.95): change it"),
+        ("model.betas", (0.5,), "config.model.betas=(0.5,), expected a pair like (0.9, 0.95): change it"),
+        ("model.betas", (0.5, "x"), "config.model.betas=(0.5, 'x'), expected a pair like (0.9, 0.95): change it"),
         ("model.stages", ("a", 1), "config.model.stages=('a', 1), expected a tuple like ('a', 'b', 'c'): change it"),
         ("compute_dtype", "bf16", "config.compute_dtype='bf16', expected one of float32, bfloat16, float16: change it"),
         ("best_mode", "maximum", "config.best_mode='maximum', expected one of max, min: change it"),
@@ -132,6 +132,7 @@ def raw(key, value):
          "multiple of 8, or fewer devices with config.mesh.data"),
         ("batch_size", 12, "config.batch_size=12 does not divide over the mesh's data=8 x fsdp=1 devices"),
         ("mesh.tensor", 16, "mesh data=-1 x fsdp=1 x tensor=16 on 8 devices"),
+        ("optimizer", 3, "config.optimizer"),
         ("task", "nowhere:X", "there is no module 'nowhere'"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any, Literal
 
 import pytest
 
@@ -97,3 +98,19 @@ def test_values_out_of_range_are_refused(name, good, bad, sentence):
     check_values(declared(Keys), {name: good})
     with pytest.raises(UserError, match=sentence):
         check_values(declared(Keys), {name: bad})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [(int | float, (float, False)), (int | float | None, (float, True)), (tuple[int, ...] | None, (tuple, True))],
+)
+def test_the_type_of_an_annotation(annotation, expected):
+    keys = dataclasses.make_dataclass("K", [("x", annotation, key(None, "a value"))])
+    assert (declared(keys)["x"].value_type, declared(keys)["x"].optional) == expected
+
+
+@pytest.mark.parametrize("annotation", [int | str, Literal["a", "b"], Any, None])
+def test_an_annotation_of_several_types_is_refused(annotation):
+    keys = dataclasses.make_dataclass("K", [("x", annotation, key(None, "a value"))])
+    with pytest.raises(UserError, match="the key x is annotated .*, expected one type, with `| None` or without"):
+        declared(keys)

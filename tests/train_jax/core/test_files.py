@@ -87,3 +87,14 @@ def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="a/b may not be written to, expected a folder of your own"):
         files.make_folder(tmp_path / "a/b")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"{", "is not valid JSON"), (b"\xff", "is not valid JSON"), (b"[]", "holds list, expected an object")],
+)
+def test_a_broken_json_file_is_named(tmp_path, content, sentence):
+    (tmp_path / "eval.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"eval.json {sentence}.*: restore the file, or remove it"):
+        files.read_json(tmp_path / "eval.json")
+    assert files.read_json(tmp_path / "none.json") == {}

@@ -168,8 +168,15 @@ def file(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--mesh=dat=2"], "there is no key config.mesh.dat; did you mean 'mesh.data'?"),
-        (["--mesh=data"], "config.mesh.data='', expected int"),
+        (
+            ["--mesh=dat=2"],
+            "--mesh has 'dat=2', expected AXIS=NUMBER with an axis of data, fsdp, tensor",
+        ),
+        (["--mesh=data"], "--mesh has 'data', expected AXIS=NUMBER"),
+        (["--mesh=data=x"], "--mesh has 'data=x', expected AXIS=NUMBER"),
+        (["--mesh="], "--mesh has '', expected AXIS=NUMBER"),
+        (["--mesh=data=1,data=2"], "--mesh has data twice, expected each axis once: leave one out"),
+        (["--tpu="], "--tpu is empty, expected a topology: write --tpu=v5e:4x4 or the like"),
         (["--mesh=data=3"], "config.batch_size=8 does not divide over the mesh's data=3"),
         (["--devices=0"], "correct the flag"),
     ],

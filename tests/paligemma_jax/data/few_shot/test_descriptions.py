@@ -6,7 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.data.few_shot.descriptions import draw, fill_templates, place, read_descriptions, write_descriptions
+from paligemma_jax.data.few_shot.descriptions import (
+    fill_templates,
+    place,
+    read_descriptions,
+    uniform_of_step,
+    write_descriptions,
+)
 from train_jax.core.errors import UserError
 
 CLASSES = ("border collie", "cat")
@@ -61,9 +67,9 @@ def test_templates():
 
 
 def test_draws_are_a_function_of_seed_and_step():
-    draws = np.array([draw(0, step) for step in range(3000)])
-    np.testing.assert_array_equal(draws[:5], [draw(0, step) for step in range(5)])
-    assert not np.array_equal(draws[:5], [draw(1, step) for step in range(5)])
+    draws = np.array([uniform_of_step(0, step) for step in range(3000)])
+    np.testing.assert_array_equal(draws[:5], [uniform_of_step(0, step) for step in range(5)])
+    assert not np.array_equal(draws[:5], [uniform_of_step(1, step) for step in range(5)])
     assert draws.dtype == np.float32 and draws.min() >= 0 and draws.max() < 1
     counts = np.bincount(place(draws, np.full(3000, 6)), minlength=6)
     assert counts.sum() == 3000 and np.abs(counts - 500).max() < 90  # 4.4 standard deviations

@@ -1,5 +1,6 @@
 """Opening the data of a config, and its division into training and tuning."""
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,3 +172,35 @@ def test_a_source_of_the_users_own(synthetic):
     synthetic.name = f"{__name__}:none_such"
     with pytest.raises(UserError, match="has no 'none_such'"):
         sources.open_source(synthetic, "train", silent)
+
+
+class Dicts(Rows):
+    def __getitem__(self, index):
+        return {"prefix": "a"}
+
+
+@pytest.mark.parametrize(
+    "function, sentence",
+    [
+        (lambda data, split: None, "takes (data, split), expected (data, split, progress): correct it"),
+        (
+            lambda data, split, progress: None,
+            "returned NoneType, which has no __len__ and no __getitem__ and",
+        ),
+        (
+            lambda data, split, progress: [1],
+            "returned list, which has no fingerprint and no image_numbers",
+        ),
+        (lambda data, split, progress: Rows([]), "returned no rows, expected at least one: correct the function"),
+        (lambda data, split, progress: Dicts([1]), "returned rows of dict, expected Record"),
+    ],
+)
+def test_a_function_that_returns_no_records(monkeypatch, function, sentence):
+    monkeypatch.setattr(sources, "own", function, raising=False)
+    with pytest.raises(UserError, match=re.escape(f"data.name='{sources.__name__}:own' {sentence}")):
+        sources.open_source(SimpleNamespace(name=f"{sources.__name__}:own"), "train", None)
+
+
+def test_a_function_of_ones_own(monkeypatch):
+    monkeypatch.setattr(sources, "own", lambda data, split, progress: rows([1, 2]), raising=False)
+    assert len(sources.open_by_name(f"{sources.__name__}:own", {}, data=None, split="train", progress=None)) == 3
