@@ -214,10 +214,10 @@ def test_full_fine_tuning_of_the_large_model():
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("3b,report,qlora", "report and qlora stand together, expected one: the report's settings stand as they are"),
+        ("3b,report,qlora", "report and qlora stand together, expected one: the report's settings are fixed"),
         ("report,peft=dora", "report and peft stand together"),
         ("3b,full,peft=dora", "full and peft stand together"),
-        ("fp16", "'fp16' stands without 3b: write :3b,fp16"),
+        ("fp16", "'fp16' needs 3b: write :3b,fp16"),
         ("ranks", "'ranks' is now a config of its own: write --config=configs/clevr_ranks.py$"),
         ("3b,ranks", "write --config=configs/clevr_ranks.py; it takes its own arguments in place of 3b$"),
         ("family", "write --config=configs/clevr_peft.py$"),
@@ -306,7 +306,7 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     ("argument", "sentence"),
     [
         ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
-        ("dataset=dtd", "dataset=dtd stands alone, expected clip_b16 too"),
+        ("dataset=dtd", "dataset=dtd needs clip_b16: write :clip_b16,dataset=dtd"),
         ("turned,clip_b16", "turned and clip_b16 stand together, expected one: turned is of the small SigLIP"),
         (
             "turned,methods",

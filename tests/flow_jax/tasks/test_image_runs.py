@@ -264,8 +264,8 @@ def test_the_papers_schedule():
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("cifar10,imagenet32", "cifar10 and imagenet32 stand together, expected one"),
-        ("cifar10,coupling=exact", "coupling=exact stands without torchcfm"),
+        ("cifar10,imagenet32", "cifar10 and imagenet32 exclude each other, expected one"),
+        ("cifar10,coupling=exact", "coupling=exact needs torchcfm"),
     ],
 )
 def test_contradictory_variants_are_refused(argument, sentence):
