@@ -81,16 +81,16 @@ def _check_type(key: str, value: Any, base: ConfigDict) -> None:
 
 
 def _is(value: Any, wanted: type) -> bool:
-    """True if `value` may stand where `wanted` is expected: whole numbers serve as floats, bools never as numbers."""
+    """Returns whether `value` is valid for the type `wanted`: an int is a valid float, a bool is not a valid number."""
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def _same_structure(value: Any, default: Any) -> bool:
-    """True if `value` is of the default's kind: a pair of numbers stays a pair, longer lists keep their elements' kind.
+    """Returns whether `value` has the structure of `default`: a pair for a pair, else elements of the same type.
 
-    (ml_collections reads `--config.betas=0.5` as `(0.5,)` without a word.)
+    This refuses `--config.betas=0.5`, which ml_collections silently reads as `(0.5,)`.
     """
     if not isinstance(default, tuple):
         return _is(value, type(default))

@@ -83,11 +83,11 @@ class Contrastive(Task):
         if config.model.path is not None:
             model = nnx.eval_shape(lambda: reader.new(config.model.path, **self._options()))
             if not isinstance(model, DualEncoder):
-                raise UserError(f"model.path is {config.model.path}, which is no SigLIP or CLIP: give another.")
+                raise UserError(f"model.path is {config.model.path}, expected a SigLIP or CLIP: give one.")
             if config.loss.name == "sigmoid" and model.logit_bias is None:
                 raise UserError(
-                    f"{config.model.path} has no bias, which the sigmoid loss needs, expected loss.name=softmax for a "
-                    "CLIP: set that."
+                    f"model.path is {config.model.path}, a CLIP, which has no bias for the sigmoid loss: set "
+                    "loss.name=softmax."
                 )
             return model.config
         try:

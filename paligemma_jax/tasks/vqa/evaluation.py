@@ -78,7 +78,7 @@ class VQAEvaluation:
         self.config, self.mesh, self.processor = config, mesh, processor
         self.model = model
         if config.eval.int8_outliers is not None:
-            # The clone shares the arrays, and training goes on with dequantised weights.
+            # The clone shares the arrays, and training continues with dequantised weights.
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
         self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
@@ -205,7 +205,7 @@ class VQAEvaluation:
                 size, need = max(size // 2 // self._parts, 1) * self._parts, need // 2
             self._limit = size
             logging.warning(
-                "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
+                "Evaluation continues with batches of %d questions: more need %d bytes beside the model, %d are free.",
                 size, needed, limit,
             )  # fmt: skip
         self._fitted = max(self._fitted, size)
@@ -259,7 +259,7 @@ class VQAEvaluation:
         """Returns half the batch size after the device ran out of memory; raises as `smaller_batch`."""
         remedy = "use a device with more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype"
         size = smaller_batch(error, size, self._parts, "eval.batch_size", remedy)
-        logging.warning("Evaluation goes on with %d questions at once: the device ran out of memory.", size)
+        logging.warning("Evaluation continues with batches of %d questions: the device ran out of memory.", size)
         return size
 
     def _tokenize_candidates(self) -> "_Candidates":

@@ -131,7 +131,8 @@ class VQA(Task):
         )
         if not isinstance(model, PaliGemma):
             raise UserError(
-                f"model.path is {config.model.path}, which is no PaliGemma: give it as init.vision, perhaps."
+                f"model.path is {config.model.path}, a {type(model).__name__}, expected a PaliGemma: give one. A "
+                "SigLIP's tower can be its vision tower: set init.vision."
             )
         if config.init.vision is None or self._custom_read:
             return model

@@ -47,7 +47,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     family = config.get("model_type")
     if family == NAFLEX:
-        raise UserError(f"{file} describes a NaFlex SigLIP 2, expected one of a fixed resolution: give such a one.")
+        raise UserError(
+            f"{file} describes a NaFlex SigLIP 2, expected one of fixed resolution: give one such as "
+            "google/siglip2-base-patch16-224."
+        )
     if family not in FAMILIES:
         raise UserError(f"{file} describes a {family!r} model, expected one of {', '.join(FAMILIES)}: give another.")
     account(config, DUAL[family][""], file)

@@ -137,7 +137,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, answer, expecte
     monkeypatch.setattr(vqa_evaluation, "generate", small)
     assert_same(answer(mini_rows), expected)
     assert small.failed == [13, 6]
-    assert "Evaluation goes on with 3 questions at once: the device ran out of memory" in caplog.text
+    assert "Evaluation continues with batches of 3 questions: the device ran out of memory" in caplog.text
 
 
 def test_not_even_one_row_fits(monkeypatch, answer, mini_rows):
