@@ -102,7 +102,7 @@ def token_cross_entropy(
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
     that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
-    (row_sharding.over), every device splits its own rows into chunks, and the embedding is gathered once. Chunks
+    (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once. Chunks
     without any weight are skipped.
 
     Raises UserError for a `chunk_size` or `vocab_chunk` below 1.

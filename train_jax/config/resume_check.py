@@ -48,7 +48,7 @@ def inspect_workdir(workdir: Path, config: ConfigDict) -> ExistingRun | None:
     step, meta = latest
     examples = meta["fingerprint"]["examples"]  # compared with the data when they are opened
     notes = check_resume(stored_config(workdir), config, examples)
-    early = gave_up(meta, config.patience)
+    early = is_early_stopped(meta, config.patience)
     done = early or step >= Durations.of(config, examples).total
     results = _final_results(workdir) if done else None
     outcome, remedy = f"{step} steps trained and evaluated", ""
@@ -92,7 +92,7 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+def is_early_stopped(meta: dict[str, Any], patience: int | None) -> bool:
     """Returns whether the run of a checkpoint stopped early and would do so again with this patience."""
     return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
 

@@ -205,7 +205,7 @@ class TextToImage(ImageFlowTask):
         held_out = self.data.held_out
         images = [held_out[index] for index in range(len(held_out))]
         real = np.stack([image.pixels for image in images]), np.array([image.label for image in images])
-        return [SigLIPScorer(*self.siglip, self.descriptions.said, real)]
+        return [SigLIPScorer(*self.siglip, self.descriptions.attributes, real)]
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -243,7 +243,7 @@ class TextToImage(ImageFlowTask):
             return self.vectors(texts), 0.0
         numbers = []
         for text in texts:
-            attributes = conditioning.said(text)
+            attributes = conditioning.named_attributes(text)
             missing = [name for name in conditioning.ATTRIBUTES if name not in attributes]
             if missing:
                 raise UserError(
