@@ -182,8 +182,8 @@ class ClevrQuestions:
         self._examples = _data_source(self._folder, split)
         self._prompt = prompt_checked(prompt)
         files = sorted(self._folder.glob(f"*-{split}.array_record*"))
-        place = self._folder / f"questions-{split}.npz"
-        index = digests.kept(place, files, lambda: _question_index(self._examples))
+        cache_file = self._folder / f"questions-{split}.npz"
+        index = digests.kept(cache_file, files, lambda: _question_index(self._examples))
         self._starts, self._images = index["starts"], digests.numbers(digests.keys(index["images"]))
         digest = hashlib.sha256(index["images"].tobytes() + bytes(index["texts"])).hexdigest()
         self._cache = ByteLRU(cache_bytes)

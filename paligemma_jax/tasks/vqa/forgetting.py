@@ -19,7 +19,7 @@ from paligemma_jax.data.records import BadRow, RecordSource, Subset
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.sources.scene_captions import SceneCaptions
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks.vqa.answer import TokenLoss, question_of
+from paligemma_jax.tasks.vqa.answer_record import TokenLoss, question_of
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core.errors import UserError

@@ -33,7 +33,7 @@ from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.metrics.text import Accuracy, RougeSums, exact_match
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa import forgetting
-from paligemma_jax.tasks.vqa.answer import Answer, TokenLoss, question_of
+from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation, candidate_answers
 from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from train_jax import loop

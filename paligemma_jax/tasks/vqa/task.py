@@ -127,7 +127,7 @@ class VQA(Task):
             quantize=config.model.quantize or None,
             block_size=config.model.quantize_block_size,
             double=config.model.quantize_double,
-            shardings=self._place,
+            shardings=self._leaf_sharding,
         )
         if not isinstance(model, PaliGemma):
             raise UserError(
@@ -138,7 +138,9 @@ class VQA(Task):
             return model
         return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
-    def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+    def _leaf_sharding(
+        self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct
+    ) -> jax.sharding.NamedSharding:
         """Returns the sharding of a leaf of the model."""
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
 
@@ -158,7 +160,7 @@ class VQA(Task):
 
     def attach(self, model: PaliGemma) -> PaliGemma:
         """Attaches the adapters that training starts with, in place; use the model returned."""
-        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._place)
+        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._leaf_sharding)
 
     def trainable(self) -> str:
         """Returns the pattern of the parameters that train."""

@@ -8,9 +8,9 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.hugging_face.config_keys import DUAL
 from paligemma_jax.weights.hugging_face.config_values import Values, theirs, tower_fields, vision_config
 from paligemma_jax.weights.hugging_face.folder import Folder
+from paligemma_jax.weights.hugging_face.transformers_keys import DUAL
 from train_jax.core.errors import UserError
 
 FAMILIES = tuple(DUAL)

@@ -205,7 +205,7 @@ def test_on_a_cpu_the_batch_is_fitted_to_the_hosts_memory(monkeypatch, options, 
     predictions = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
     assert predictions == [one.prediction for one in expected]
     assert evaluation._limit == 6
-    assert f"with 6 questions at once: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
+    assert f"with batches of 6 questions: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
 
 
 SCRIPT = """

@@ -14,7 +14,7 @@ from paligemma_jax.data.records import Record
 from paligemma_jax.metrics.text import Accuracy, rouge
 from paligemma_jax.tasks.vqa import figures
 from paligemma_jax.tasks.vqa import report as vqa_report
-from paligemma_jax.tasks.vqa.answer import Answer, question_of
+from paligemma_jax.tasks.vqa.answer_record import Answer, question_of
 from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
 from train_jax.core import param_tree
