@@ -80,7 +80,7 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: `config` defines a sweep, or the workdir contains one; the message names the folders of its runs.
     """
-    summary = files.read_json(workdir / SWEEP_FILE)
+    summary = files.read_json_or_empty(workdir / SWEEP_FILE)
     if summary:
         folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
         names = ", ".join(str(workdir / name) for name in folders) or "none has begun"
@@ -99,7 +99,7 @@ def is_early_stopped(meta: dict[str, Any], patience: int | None) -> bool:
 
 def _final_results(workdir: Path) -> dict[str, Any] | None:
     """Returns the contents of eval.json if the run wrote it at its end; eval.py writes it for unfinished runs too."""
-    results = files.read_json(workdir / "eval.json")
+    results = files.read_json_or_empty(workdir / "eval.json")
     return results if results.get("finished") else None
 
 

@@ -150,12 +150,12 @@ def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
     return folder
 
 
-def _is_of(noted: dict[str, Any], source: Path, data_dir: Path) -> bool:
-    """Returns whether an identity noted at preparation, perhaps with fewer entries, is that of a tree."""
+def _is_of(recorded: dict[str, Any], source: Path, data_dir: Path) -> bool:
+    """Returns whether an identity recorded at preparation, perhaps with fewer entries, is that of a tree."""
     identity = ClevrTree(source).identity(data_dir)
-    if noted.keys() != identity.keys():
+    if recorded.keys() != identity.keys():
         return False
-    return all(noted[split].items() <= identity[split].items() for split in identity)
+    return all(recorded[split].items() <= identity[split].items() for split in identity)
 
 
 class ClevrQuestions:

@@ -41,7 +41,7 @@ from paligemma_jax.weights.fingerprint import check_digest, model_digest, write_
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
-from train_jax.core.metrics import Metrics
+from train_jax.core.metrics import Metrics, row_count
 from train_jax.parallel.sharding import Spec
 from train_jax.task import Blueprint, Task
 
@@ -202,10 +202,7 @@ class Contrastive(Task):
 
     def normalizer(self, batch) -> jax.Array:
         """Returns the number of pairs, without bad rows."""
-        if "weight" in batch:
-            return jnp.maximum(batch["weight"].sum(), 1.0)
-        A, b = batch["tokens"].shape[:2]
-        return jnp.float32(A * b)
+        return row_count(batch, "tokens")
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the loss summed over images; the runtime normalizes by those that are valid."""
@@ -252,7 +249,7 @@ class Contrastive(Task):
         return (*contrastive_report.RETRIEVAL, *zero_shot)
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the weights that the run starts from with those noted in the workdir.
+        """Compares the weights that the run starts from with those recorded in the workdir.
 
         Raises:
           UserError: the workdir's run started from others.

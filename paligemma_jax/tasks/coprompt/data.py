@@ -162,7 +162,7 @@ def _copies(images: list[str], others: list[str], root: Path) -> set[str]:
 def _stored(file: Path) -> dict[str, Any]:
     """Returns the protocol that a run stored; empty if there is no file."""
     try:
-        stored = files.read_json(file)
+        stored = files.read_json_or_empty(file)
     except ValueError as error:
         raise UserError(f"{file} cannot be read as JSON ({error}), expected what the run wrote: restore it.") from None
     if not isinstance(stored, dict):

@@ -270,7 +270,7 @@ class CoPrompt(Task):
     # Evaluation.
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the base with the one noted in the workdir.
+        """Compares the base with the one recorded in the workdir.
 
         Raises:
           UserError: the workdir's run was trained on another base.

@@ -23,7 +23,7 @@ from flow_jax.data.image_pairs import to_levels
 from flow_jax.data.image_sets import LabeledImage
 from flow_jax.ode import sampling
 from flow_jax.ode.guidance import Guided
-from flow_jax.tasks.flow_task import solver
+from flow_jax.tasks.flow_task import solver_arguments
 from flow_jax.tasks.image_flow_task import ImageFlowKeys, ImageFlowTask
 from flow_jax.tasks.image_sampler import noise
 from paligemma_jax import zero_shot
@@ -234,7 +234,7 @@ class TextToImage(ImageFlowTask):
         options = self.config.eval
         velocity = model.model if options.guidance == 1.0 else Guided(model.model, options.guidance, null)
         x_0 = self.path.start(noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels)))
-        result = sampling.sample(velocity, x_0, **solver(options), args=(jnp.asarray(conditions),))
+        result = sampling.sample(velocity, x_0, **solver_arguments(options), args=(jnp.asarray(conditions),))
         return to_levels(np.asarray(result.x), BYTES, self.config.data.dequantize)
 
     def _conditions(self, texts: Sequence[str]) -> tuple[np.ndarray, float | tuple[int, ...]]:

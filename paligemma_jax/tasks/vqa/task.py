@@ -317,7 +317,7 @@ class VQA(Task):
     # Evaluation.
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the base, the adapters and the tower that the run starts from with those noted in the workdir.
+        """Compares the base, the adapters and the tower that the run starts from with those recorded in the workdir.
 
         Raises:
           UserError: the workdir's run started from others.
@@ -380,12 +380,12 @@ class VQA(Task):
             workdir,
             split=None if split == self.default_split else split,
             training=self.split("train") if config.controls else None,
-            untrained=lambda: self._untrained(model),
+            initial_model=lambda: self._initial_model(model),
             question_only=self.control_runs().get("question_only"),
             control_results=control_results,
         )
 
-    def _untrained(self, model: PaliGemma) -> PaliGemma:
+    def _initial_model(self, model: PaliGemma) -> PaliGemma:
         """Returns the model before training: without adapters, or with those that the run started from.
 
         It shares every frozen array; where a part of the base trained, the base is read again.
