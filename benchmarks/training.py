@@ -32,7 +32,7 @@ class TrainingRun:
 
     def __init__(self, config: ConfigDict):
         self.config, self.mesh, self.done = config, sharding.make_mesh(config.mesh), 0
-        with row_sharding.over(self.mesh):
+        with row_sharding.use_mesh(self.mesh):
             self.task = make_task(config, self.mesh)
             self._source = self.task.train_source()
             self.placed = placement.build(self.task, self.mesh, training=True)

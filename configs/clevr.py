@@ -1,46 +1,49 @@
-r"""LoRA fine-tuning of PaliGemma on CLEVR questions, then an evaluation with blind controls.
+r"""LoRA fine-tuning of PaliGemma on CLEVR questions, evaluated with blind controls.
 
     python train.py --config=configs/clevr.py
 
-The default trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes, with nothing downloaded:
-about 6 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the runs). The same on the real data, once you have
-them (docs/data.md):
+trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes. It downloads nothing and takes about
+6 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the results). The same model on the real CLEVR, once you
+have it (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
 
-`:3b` is PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, 1 % of CLEVR's questions, one
-epoch. Weights are gated, so you give their path:
+Arguments, written after a colon and joined by commas:
+
+    :3b           PaliGemma-3B at 224 pixels, LoRA of rank 8 on the decoder's q_proj and o_proj, in bfloat16
+    :3b,fp16      computes in float16, with loss scaling
+    :3b,qlora     quantizes the base to NF4; `:3b,int8` to int8
+    :peft=NAME    another method (docs/peft.md): lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning,
+                  last_layers, decoder, full; `:3b,peft=NAME` too
+    :full         trains all weights, as `:peft=full`; `:3b,full` needs a large accelerator or several
+    :3b,report    the settings of the report, row by row
+    :report       the same settings on the tiny model
+    :smoke        runs everything in a minute, to show that it works; its scores mean nothing
+
+`:3b` reads CLEVR itself. PaliGemma's weights are gated, so you give their path:
 
     python train.py --config=configs/clevr.py:3b \
         --config.model.path=paligemma-3b-pt-224 --config.data.source=CLEVR_v1.0.zip
 
-It computes in bfloat16 (`:3b,fp16` in float16 with loss scaling). Training and evaluation took 7.0 GiB of a GPU
-(docs/memory.md: random weights, short answers). It reports on 2,000 of the 149,991 validation questions, evenly spread
-(`--config.eval.max_examples=None` for all). The run on CLEVR has not been made: its score is not measured.
+It trains for one epoch on 1 % of the questions and evaluates on 2,000 of the 149,991 validation questions, evenly
+spread (`--config.eval.max_examples=None` for all). The 1 % is drawn with seed 42 by our own permutation, not by that of
+the `datasets` library, from the 95 % of questions that are not kept for choosing the checkpoint. With random weights
+and short answers, training and evaluation took 7.0 GiB of GPU memory, 3.8 with `qlora` and 4.8 with `int8`
+(docs/memory.md). No run on the real CLEVR has been made, so its score is unknown.
 
-`:3b,qlora` is the same on a base in NF4 and `:3b,int8` on one in int8, in 3.8 and 4.8 GiB (docs/memory.md); the
-tiny model goes with `--config.model.quantize=nf4`. `:3b,full` trains every weight, which takes a large card or several.
+`:3b,report` has an int8 base, 8-bit AdamW, float16 with loss scaling, and LoRA on all layers named q_proj or o_proj,
+those of the vision tower too (1,677,312 parameters). It accumulates two micro-batches of 2, evaluates and saves after
+the epoch, and chooses the checkpoint by loss. Settings that the report does not give are those of `:3b`. The report's
+rate of 2e-5 is too low for the tiny model to learn much in `:report` (docs/memory.md).
 
-`:3b,report` has the settings of the report, row by row: a base in int8, 8-bit AdamW, float16 with loss scaling, and
-LoRA on q_proj and o_proj by suffix, which reaches the tower's q_proj too (1,677,312 parameters); batch 2 with two
-accumulated, evaluation and saving after the epoch, the best checkpoint by loss. What it left open is as in `:3b`.
-`:report` runs the same settings on the tiny model, to see them work: a rate of 2e-5 teaches the tiny one little
-(docs/memory.md).
+The learning rates of `peft=NAME` were tuned on the tiny model. `:3b,peft=NAME` uses them too, except where weights of
+the base train: there it uses 1e-5, as most of PaliGemma's own transfers do.
 
-The third blind control, the same fine-tuning on black images, is a second run as long as the first. `:3b` leaves it out
-(its number is null); `--config.eval.question_only=True` adds it, and elsewhere `--config.eval.controls=False` switches
-all three off. Both runs share the frozen weights in memory.
+The third blind control, the same fine-tuning on black images, is a second training run. `:3b` omits it (its score is
+null); `--config.eval.question_only=True` adds it. `--config.eval.controls=False` omits all three controls. The second
+run shares the frozen weights of the first.
 
-The one per cent is drawn by our own permutation with seed 42, not by that of the `datasets` library: other questions,
-slightly fewer of them (1 % of the 95 % that are not kept to choose the checkpoint by).
-
-`:peft=NAME` trains by another method (lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning, last_layers,
-decoder, full: docs/peft.md), `:full` being `:peft=full`. The rates were tried on the tiny model; `:3b,peft=NAME` has
-them too, but 1e-5 where weights of the base train, as most of PaliGemma's transfers.
-
-`:smoke` runs everything in a minute, to show that it works; its numbers mean nothing.
-
-Studies on top of it have files of their own: `clevr_ranks.py`, `clevr_peft.py` and `clevr_forgetting.py`.
+Studies of this run have configs of their own: `clevr_ranks.py`, `clevr_peft.py` and `clevr_forgetting.py`.
 """
 
 from ml_collections import ConfigDict
@@ -57,10 +60,10 @@ MOVED = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config; arg is "peft=NAME" or names of the docstring, joined by commas.
+    """Returns the config; arg is described above.
 
     Raises:
-      UserError: another argument, or two that contradict each other.
+      UserError: an unknown argument, or two that exclude each other.
     """
     names = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke")
     arg = parse_arg(arg, MOVED, peft="", **dict.fromkeys(names, False))
@@ -68,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     refuse_together(arg, ("qlora", "int8"), "NF4 or int8")
     refuse_together(arg, ("full", "peft"), "full is peft=full")
     for name in ("qlora", "full", "peft"):
-        refuse_together(arg, ("report", name), "the report's settings stand as they are")
+        refuse_together(arg, ("report", name), "the report's settings are fixed")
     if arg.fp16 and not (arg["3b"] or arg.report):
         raise UserError("config argument 'fp16' needs 3b: write :3b,fp16, or --config.compute_dtype=float16.")
     config = base_config("paligemma_jax.tasks.vqa:VQA")
@@ -92,15 +95,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def tiny(config: ConfigDict) -> None:
-    """The default: the shipped model, synthetic scenes."""
+    """Sets the default: the shipped model on synthetic scenes."""
     config.model.remat = "none"  # 2.6 M parameters: recomputing would only cost time
-    config.model.unroll = True  # five layers compile soon enough, and a step on CPU is a third faster
+    config.model.unroll = True  # five layers compile quickly, and a step on a CPU is a third faster
     config.cache_features = True  # LoRA leaves the tower frozen: encode each image once
-    config.adapter.dropout = 0.0  # one epoch does not overfit, and on a CPU drawing the masks takes a third of a step
+    config.adapter.dropout = 0.0  # one epoch does not overfit; drawing masks takes a third of a step on a CPU
     config.data.num_train_scenes = 400
     config.total_epochs = 1.0
     config.batch_size = 32
-    config.optimizer.learning_rate = 3e-3  # high, as suits adapters of a small model
+    config.optimizer.learning_rate = 3e-3  # high, since the model is small and only adapters train
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_percent = 0.05
     config.log_steps = 10
@@ -111,7 +114,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def large(config: ConfigDict, dtype: str) -> None:
-    """PaliGemma-3B on CLEVR: the report's data, lengths, batch and rate, nothing quantised."""
+    """Sets PaliGemma-3B on CLEVR: the report's data, lengths, batch and rate, without quantisation."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
     config.data.name = "clevr"
@@ -123,9 +126,9 @@ def large(config: ConfigDict, dtype: str) -> None:
     config.batch_size = 4  # batch 2 x accumulation 2
     config.micro_batch = 2
     config.eval.batch_size = 4
-    config.eval.max_examples = 2000  # of 149,991: one standard error of an accuracy is 1.1 points
-    config.eval.question_only = False  # a second run of this length
-    config.eval.max_new_tokens = 384  # an answer stops at its EOS, so this costs nothing where answers are short
+    config.eval.max_examples = 2000  # of 149,991: the standard error of an accuracy is at most 1.1 points
+    config.eval.question_only = False  # it would be a second training run
+    config.eval.max_new_tokens = 384  # an answer ends at its EOS, so short answers stay cheap
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "linear"
     config.patience = 2
@@ -134,12 +137,12 @@ def large(config: ConfigDict, dtype: str) -> None:
 
 
 def report(config: ConfigDict) -> None:
-    """The report's table of settings, on either model; lengths, data and schedule are the model's."""
+    """Sets the rows of the report's table on either model; data, lengths and schedule stay those of the model."""
     config.compute_dtype = "float16"  # with loss scaling
     quantized(config, "int8")
-    config.adapter.targets = r".*/(q_proj|o_proj)"  # peft matches suffixes, in the tower too, whose output is out_proj
+    config.adapter.targets = r".*/(q_proj|o_proj)"  # by suffix, as peft matches: also the tower's q_proj
     config.adapter.rank, config.adapter.alpha, config.adapter.dropout = 8, 32.0, 0.1
-    config.cache_features = False  # the tower trains
+    config.cache_features = False  # they would change, since the tower trains
     config.optimizer.name = "adamw_8bit"
     config.optimizer.learning_rate = 2e-5
     config.optimizer.weight_decay = 0.01
@@ -151,13 +154,13 @@ def report(config: ConfigDict) -> None:
 
 
 def quantized(config: ConfigDict, kind: str) -> None:
-    """A base of few bits, rounded from the compute dtype whatever the files hold."""
+    """Quantizes the base to `kind`, from weights in the compute dtype, whatever dtype the files have."""
     config.model.quantize = kind
     config.model.param_dtype = config.compute_dtype
 
 
 def smoke(config: ConfigDict) -> None:
-    """A minute's run of the tiny model."""
+    """Shrinks the run of the tiny model to a minute."""
     config.data.num_train_scenes, config.data.num_validation_scenes = 24, 6
     config.data.tune_fraction, config.data.tune_examples = 0.2, 16
     config.batch_size = 16

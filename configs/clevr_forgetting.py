@@ -1,8 +1,10 @@
-"""Forgetting: configs/clevr.py tuned on questions for colours alone, with and without `config.consistency`.
+"""Sweep over the consistency loss: what tuning on one family of questions does to the others and to captions.
 
     python train.py --config=configs/clevr_forgetting.py
 
-With three seeds it reports what tuning does to the other families of questions and to captions (docs/consistency.md).
+tunes configs/clevr.py on questions for colours alone, without and with `config.consistency` at several weights, three
+seeds each, and reports the change of the scores of all families and of captions (docs/consistency.md). It takes no
+argument.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +24,7 @@ PROMPTS = (
     ("answer en What shape is the small metal thing?", ""),
     ("answer en Is the color of the sphere the same as the cube?", ""),
 )
-"""Texts of the kinds that are not tuned. They fit any scene; whether they are true of it does not matter."""
+"""Pairs of a prefix and its continuation, of the kinds of text that are not tuned; used with any scene, true or not."""
 
 CONSISTENCY = {
     "off": {},
@@ -31,15 +33,15 @@ CONSISTENCY = {
     "weight-4": {"consistency.weight": 4.0},
     "prompts-1": {"consistency.weight": 1.0, "consistency.prompts": PROMPTS},
 }
-"""Overrides of the runs that are compared."""
+"""Overrides of each run, by its name."""
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep: one family of questions is tuned; the others and captions are tested too, before and after."""
+    """Returns the sweep; arg must be empty."""
     parse_arg(arg)
     config = clevr.get_config()
     config.data.families = ("query_color",)
-    config.data.num_train_scenes = 1000  # 10,000 questions, of which about one in ten is for a colour
+    config.data.num_train_scenes = 1000  # 10,000 questions, about one in ten of them for a colour
     config.total_epochs = 4.0
     config.eval.captions = 100
     config.eval.controls = False

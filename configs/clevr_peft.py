@@ -1,9 +1,9 @@
-"""Adapter methods compared: configs/clevr.py by each method of docs/peft.md, three seeds each.
+"""Sweep over adapter methods: configs/clevr.py trained by each method of docs/peft.md, three seeds each.
 
     python train.py --config=configs/clevr_peft.py
 
-`sweep.png` shows accuracy against the number of trained parameters. The learning rates are those of the tiny model.
-`:smoke` is that of configs/clevr.py.
+`sweep.png` shows accuracy against the number of trained parameters. Each method has the learning rate that was tuned
+for it on the tiny model. `:smoke` is that of configs/clevr.py.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from train_jax.sweep.seeds import over_seeds
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep."""
+    """Returns the sweep; arg is "smoke"."""
     parse_arg(arg, smoke=False)
     config = clevr.get_config(arg)
     config.sweep.runs = over_seeds(PRESETS)

@@ -1,4 +1,4 @@
-"""LoRA rank against accuracy and cost: configs/clevr.py at ranks 1 to 32, three seeds each (docs/sweeps.md).
+"""Sweep over the rank of LoRA: configs/clevr.py at ranks 1 to 32, three seeds each (docs/sweeps.md).
 
     python train.py --config=configs/clevr_ranks.py
 
@@ -14,7 +14,10 @@ from train_jax.sweep.seeds import over_seeds
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep; alpha grows with the rank, so that the scale alpha / rank of the update stays the same."""
+    """Returns the sweep; arg is one of configs/clevr.py that is named above.
+
+    Alpha is proportional to the rank, so that the scale of the update, alpha / rank, is the same in all runs.
+    """
     parse_arg(arg, **dict.fromkeys(("3b", "fp16", "qlora", "int8", "smoke"), False))
     config = clevr.get_config(arg)
     config.sweep.runs = over_seeds(

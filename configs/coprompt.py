@@ -1,29 +1,33 @@
-r"""Few-shot tuning of a dual encoder by CoPrompt (Roy and Etemad 2024), and what it is compared with.
+r"""Few-shot tuning of a dual encoder by CoPrompt (Roy and Etemad 2024) or by one of its baselines.
 
     python train.py --config=configs/coprompt.py
 
-tunes the small SigLIP that ships with the package on 48 of the 96 classes of single synthetic objects, one picture of
-each, and tests it on these and on the 48 that it has not seen: accuracies `base` and `novel`, and their harmonic mean.
-Their names have words for materials and shapes that it has never met ("small shiny cyan block"); their descriptions do
-not ("a small cyan cube of metal"), as a language model describes what has a rare name. A minute on two CPU cores, once
-the pictures are rendered.
+tunes the small SigLIP that ships with the package on 48 of 96 classes of single synthetic objects, with one image of
+each class, and tests it on these classes (accuracy `base`), on the other 48 (`novel`), and reports the harmonic mean of
+both. Class names contain words for materials and shapes that the SigLIP has not been trained on ("small shiny cyan
+block"). Descriptions of the classes, which CoPrompt's consistency loss uses, contain only known words ("a small cyan
+cube of metal"), as a language model would describe an object with a rare name. The run takes a minute on two CPU cores
+once the images are rendered.
 
-Another method of the same run: --config.method=zero_shot (nothing trains), coop, maple, adapters or full.
+`--config.method=` chooses the method: coprompt (default), zero_shot (trains nothing), coop, maple, adapters or full.
 
-    :turned        no new words, but a light that the SigLIP has not met, and 16 pictures of a class
-    :smoke         seconds
+Arguments, written after a colon and joined by commas:
 
-Sweeps on top of it have files of their own and take the same arguments: `coprompt_methods.py` (all six methods),
-`coprompt_ablations.py` (of CoPrompt), `coprompt_shots.py` and `coprompt_domain.py` (other styles).
+    :turned         class names in known words, 16 images of a class, under a light that the SigLIP has not seen
+    :clip_b16       CLIP B/16 on your images, with the defaults of the released code
+    dataset=NAME    with clip_b16: what the released code sets for a data set (the names in `DATASETS`)
+    :smoke          takes seconds
 
-`:clip_b16` has the defaults of the released code for a CLIP B/16; `:clip_b16,dataset=oxford_pets` has what that code
-sets for a data set (`DATASETS`) in their place:
+For example:
 
     python train.py --config=configs/coprompt.py:clip_b16,dataset=oxford_pets --config.data.source=oxford_pets \
         --config.data.descriptions=oxford_pets.json --config.model.path=clip-vit-base-patch16
 
-where oxford_pets is a folder in CoOp's layout, or one of class folders (docs/few_shot.md). What was learned lies in the
-workdir's `adapter`, apart from its base.
+where oxford_pets is a folder in CoOp's layout, or one with a folder for each class (docs/few_shot.md). The trained
+parameters are written to the workdir's `adapter`, without the base.
+
+Sweeps over this run have configs of their own and take the same arguments: `coprompt_methods.py` (all six methods),
+`coprompt_ablations.py` (of CoPrompt), `coprompt_shots.py` (images of a class) and `coprompt_domain.py` (other styles).
 """
 
 from ml_collections import ConfigDict
@@ -47,16 +51,16 @@ DATASETS = {
     "sun397": (4, 12, 8.0),
     "ucf101": (4, 12, 2.0),
 }
-"""Prompts a layer, layers and lambda by data set: trainers/constants.py of the released code, which overrides its yaml
-and the command line; names are those of its configs/datasets."""
-EPOCHS = {"food101": 5.0}  # and 8 elsewhere
+"""{data set: (prompts in each layer, layers with prompts, lambda)}, from trainers/constants.py of the released code,
+which overrides its yaml and its command line. The names are those of its configs/datasets."""
+EPOCHS = {"food101": 5.0}  # all others: 8
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the config; arg "turned" or "clip_b16" (with "dataset=NAME"), and "smoke" for seconds.
+    """Returns the config; arg is described above.
 
     Raises:
-      UserError: another argument, "turned" beside "clip_b16", or a data set that has no settings.
+      UserError: an unknown argument, "turned" together with "clip_b16", or a data set without settings.
     """
     arg = parse_arg(arg, MOVED, turned=False, clip_b16=False, dataset="", smoke=False)
     refuse_together(arg, ("turned", "clip_b16"), "turned is of the small SigLIP")
@@ -66,7 +70,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         turned(config)
     if arg.dataset:
         if not arg.clip_b16:
-            raise UserError(f"the config argument dataset={arg.dataset} needs clip_b16: add it.")
+            dataset = f"dataset={arg.dataset}"
+            raise UserError(f"config argument {dataset} needs clip_b16: write :clip_b16,{dataset}.")
         of_dataset(config, arg.dataset)
     if arg.smoke:
         smoke(config)
@@ -74,8 +79,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def embedded(config: ConfigDict) -> None:
-    """The small SigLIP on synthetic classes; its text tower has one layer, so prompts are shallow."""
-    config.template, config.init_words = "a {}", "one object: a"  # its captions' words
+    """Sets the small SigLIP on synthetic classes; its text tower has one layer, so only that layer has prompts."""
+    config.template, config.init_words = "a {}", "one object: a"  # words of its captions
     config.data.words, config.shots = "others", 1
     config.batch_size, config.total_steps = 32, 150
     config.optimizer.name = "adam"
@@ -86,30 +91,30 @@ def embedded(config: ConfigDict) -> None:
 
 
 def turned(config: ConfigDict) -> None:
-    """The small SigLIP on classes in its captions' words, lit from the other side."""
+    """Sets class names in the words of the SigLIP's captions and images lit from the other side."""
     config.data.words, config.data.style, config.shots = "captions", "turned", 16
     config.total_steps, config.optimizer.warmup_steps, config.log_steps = 240, 12, 24
 
 
 def clip_b16(config: ConfigDict) -> None:
-    """The defaults of the released code (its configs/trainers/coprompt.yaml) where no other source is noted.
+    """Sets the defaults of the released code: its configs/trainers/coprompt.yaml, or the source that a comment names.
 
-    Prompts and adapters are those of `pg.few_shot_method`: 2 coupled prompts in each of 9 layers, 128 units.
+    The sizes of prompts and adapters come from `pg.few_shot_method`: 2 coupled prompts in each of 9 layers, 128 units.
     """
     config.model.path = "hf://openai/clip-vit-base-patch16"
     config.template = config.init_words + " {}."  # "a photo of a {}."
     config.data.name = "images"
-    # Views are ours: the code draws both by one RandAugment.
+    # The two strengths are ours: the released code draws both views with one RandAugment.
     config.views.tuned.update(vars(augment.LIGHT))
     config.views.frozen.update(vars(augment.STRONG))
-    config.consistency.weight = None  # lambda is the method's, 1 as in the yaml
+    config.consistency.weight = None  # takes the method's lambda, which is 1 as in the yaml
     config.batch_size, config.total_epochs = 4, 8.0
     config.optimizer.name, config.optimizer.learning_rate = "sgd", 0.0035
     config.optimizer.momentum = 0.9  # Dassl's default
-    # Dassl's default of 5e-4 is added to the gradient, which momentum sums up to ten times as much; ours is not.
+    # 10 x Dassl's 5e-4. Dassl adds the decay to the gradient, where momentum sums it up tenfold; ours is decoupled.
     config.optimizer.weight_decay, config.optimizer.weight_decay_mask = 5e-3, ".*"
-    # From the peak to 0, at every step. The code's goes down once an epoch, on a cosine of 8 epochs that begins behind
-    # the first: its last epoch is at 14.6 % of the peak.
+    # Ours decays at each step, from the peak to 0. The released code decays once an epoch, on a cosine of 8 epochs that
+    # starts after the first, so that its last epoch has 14.6 % of the peak.
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs, config.optimizer.warmup_constant = 1.0, 1e-5
     config.log_steps = 20
@@ -117,10 +122,10 @@ def clip_b16(config: ConfigDict) -> None:
 
 
 def of_dataset(config: ConfigDict, name: str) -> None:
-    """What the released code sets for a data set."""
+    """Sets what the released code sets for the data set `name`."""
     if name not in DATASETS:
         raise UserError(
-            f"the config argument dataset={name} has no settings, expected one of {', '.join(DATASETS)}"
+            f"config argument dataset={name} has no settings, expected one of {', '.join(DATASETS)}"
             f"{did_you_mean(name, DATASETS) or ': choose one, or leave it out'}"
         )
     tokens, config.prompts.depth, config.consistency.weight = DATASETS[name]
@@ -129,7 +134,7 @@ def of_dataset(config: ConfigDict, name: str) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Seconds: two pictures of a class, four steps."""
+    """Shrinks the run to seconds: two images of a class, four steps."""
     config.data.per_class, config.shots = (2, 1, 1), 2
     config.total_epochs, config.total_steps = None, 4
     config.log_steps = 2

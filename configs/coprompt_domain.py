@@ -1,9 +1,10 @@
-"""Domain generalisation: configs/coprompt.py tuned in one style and tested in others, three seeds (docs/coprompt.md).
+"""Sweep over methods for domain generalisation: tuned in one style, tested in others, three seeds (docs/coprompt.md).
 
     python train.py --config=configs/coprompt_domain.py
 
-The protocol is domain_generalization; with images of your own, set data.targets. Arguments are those of
-configs/coprompt.py: `:turned`, `:clip_b16`, `dataset=` (as in `:clip_b16,dataset=oxford_pets`) and `:smoke`.
+runs configs/coprompt.py by the protocol domain_generalization. For your own images, set `--config.data.targets` to the
+data sets to test on. Arguments are those of configs/coprompt.py: `:turned`, `:clip_b16`, `dataset=` (as in
+`:clip_b16,dataset=oxford_pets`) and `:smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ STYLES = ("plain", "turned", "bright", "dark_floor", "noise", "low_resolution")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep."""
+    """Returns the sweep; arg is that of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.protocol = "domain_generalization"
     if config.data.name == "scenes":

@@ -1,8 +1,8 @@
-"""CoPrompt and its baselines: configs/coprompt.py by six methods, three seeds each (docs/coprompt.md).
+"""Sweep over methods: configs/coprompt.py with CoPrompt and its five baselines, three seeds each (docs/coprompt.md).
 
     python train.py --config=configs/coprompt_methods.py
 
-`sweep.png` compares accuracies on the classes that were tuned on and on the others. Arguments are those of
+`sweep.png` compares the accuracy on the tuned classes with that on the others. Arguments are those of
 configs/coprompt.py: `:turned`, `:clip_b16`, `dataset=` (as in `:clip_b16,dataset=oxford_pets`) and `:smoke`.
 """
 
@@ -16,7 +16,7 @@ METHODS = ("zero_shot", "coop", "maple", "adapters", "coprompt", "full")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep."""
+    """Returns the sweep; arg is that of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.sweep.metric, config.sweep.more = "harmonic_mean", ("base", "novel")
     config.sweep.runs = over_seeds({name: method_overrides(config, name) for name in METHODS})

@@ -1,9 +1,10 @@
-"""Few-shot learning: configs/coprompt.py with 1 to 16 images of every class, three seeds each (docs/coprompt.md).
+"""Sweep over 1 to 16 training images of a class, by four methods, three seeds each (docs/coprompt.md).
 
     python train.py --config=configs/coprompt_shots.py
 
-All classes are tuned on and tested (protocol few_shot); `sweep.png` has a line for each method. Arguments are those of
-configs/coprompt.py: `:turned`, `:clip_b16`, `dataset=` (as in `:clip_b16,dataset=oxford_pets`) and `:smoke`.
+tunes configs/coprompt.py on all classes and tests it on all of them (protocol few_shot). `sweep.png` has a line for
+each method. Arguments are those of configs/coprompt.py: `:turned`, `:clip_b16`, `dataset=` (as in
+`:clip_b16,dataset=oxford_pets`) and `:smoke`.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ METHODS = ("coop", "maple", "adapters", "coprompt")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep."""
+    """Returns the sweep; arg is that of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.protocol = "few_shot"
     config.sweep.metric, config.sweep.x, config.sweep.series = "accuracy", "shots", "method"

@@ -1,18 +1,23 @@
-"""Text to image in miniature: a flow of 32 x 32 pictures of single objects, told what to draw.
+"""Text to image in miniature: a flow of 32 x 32 images of single objects, conditioned on attributes or captions.
 
     python train.py --config=configs/flow_clevr.py
     python train.py --config=configs/flow_clevr.py:captions
 
-The first flow is told attributes (size, colour, material, shape), the second captions ("a small red metal cube"), as
-the vector that a SigLIP's text tower makes of one: that of "tiny-siglip", which ships with the package, or another,
---config.siglip=PATH. The workdir gets samples.png, captions.png (each sample under its text, beside a real picture),
-flow.png, and in eval.json how often the SigLIP finds what was asked for, zero-shot, in samples and in real pictures.
-`:dit` trains a transformer instead of a U-Net: half the time a step on a CPU, and a larger loss after as much of it.
-`:smoke` and `:captions,smoke` take seconds.
+The first flow is conditioned on attributes (size, color, material, shape). The second is conditioned on captions such
+as "a small red metal cube", encoded as a vector by the text tower of a SigLIP: the "tiny-siglip" that ships with the
+package, or another, `--config.siglip=PATH`.
+
+The workdir gets samples.png, captions.png (each sample under its text and beside a real image) and flow.png. In
+eval.json, the SigLIP's zero-shot accuracy says how often samples, and real images, show what their text asks for.
+
+    :captions    conditions on captions
+    :dit         trains a transformer instead of a U-Net: half the time for a step on a CPU, but a larger loss after the
+                 same time
+    :smoke       takes seconds; also `:captions,smoke`
 
     python predict.py --workdir=runs/flow_clevr-captions --prompt="a small red metal cube"
 
-draws what it is told, into a PNG.
+writes an image of the prompt as a PNG.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +26,7 @@ from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "captions", "dit", "smoke" or some of them."""
+    """Returns the config; arg is "captions", "dit", "smoke", or several of them joined by commas."""
     arg = parse_arg(arg, captions=False, dit=False, smoke=False)
     config = base_config("paligemma_jax.tasks.text_to_image:TextToImage")
     config.conditioning = "captions" if arg.captions else "attributes"
@@ -40,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.log_steps = 50
     config.eval_steps = 800
     config.checkpoint_steps = 400
-    # Four minutes on two cores. Fixed steps are faster and do not solve for likelihoods (docs/text_to_image.md).
+    # Evaluation takes four minutes on two cores. A solver of fixed steps is faster but cannot compute likelihoods.
     config.eval.num_samples, config.eval.likelihood_examples = 200, 16
     if arg.smoke:
         config.total_steps, config.eval_steps, config.checkpoint_steps, config.log_steps = 4, 2, 4, 2

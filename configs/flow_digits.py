@@ -1,11 +1,13 @@
-"""Flow matching of real handwritten digits, 8 x 8 pixels, by label. Needs the extra [digits] (scikit-learn).
+"""Flow matching of real handwritten digits, 8 x 8 pixels, conditioned on the label. Needs the extra [digits].
 
     python train.py --config=configs/flow_digits.py
 
-leaves samples.png (samples beside held-out digits), flow.png (digits on their way from noise), and in eval.json how
-often a machine that has learned real digits reads the label that was asked for, how diverse samples are, and how near
-they come to training images. `:dit` trains a transformer instead of a U-Net; `:smoke` and `:dit,smoke`
-take seconds.
+writes samples.png (samples beside held-out digits) and flow.png (digits between noise and data) into the workdir. In
+eval.json stand the share of samples in which a classifier trained on real digits reads the requested label, their
+diversity, and their distance to the nearest training images. [digits] installs scikit-learn, which has the images.
+
+    :dit      trains a transformer instead of a U-Net
+    :smoke    takes seconds; also `:dit,smoke`
 """
 
 from ml_collections import ConfigDict
@@ -14,12 +16,12 @@ from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "dit", "smoke" or both."""
+    """Returns the config; arg is "dit", "smoke", or both joined by a comma."""
     arg = parse_arg(arg, dit=False, smoke=False)
     config = base_config("flow_jax.tasks.images:ImageFlow")
     config.coupling.name = "exact"  # within each class
     config.model.unet.multipliers, config.model.unet.attention = (1, 2), (4,)
-    config.total_steps = 1200  # after 2,500 samples lie nearer to the training images than held-out digits do
+    config.total_steps = 1200  # after 2,500, samples are nearer to training images than held-out digits are
     config.batch_size = 128
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"

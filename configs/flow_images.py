@@ -1,20 +1,26 @@
-"""Flow matching of images: the settings of Lipman et al. 2023 (table 3), and torchcfm's for CIFAR-10.
+"""Flow matching of images with the settings of Lipman et al. 2023 (table 3), or those of torchcfm for CIFAR-10.
 
     python train.py --config=configs/flow_images.py:cifar10 --config.data.folder=~/tensorflow_datasets/cifar10/3.0.2
 
-`:cifar10`, `:imagenet32`, `:imagenet64`, `:imagenet128` are the table's columns: conditional-OT path, independent
-coupling, no labels. `:torchcfm` is the recipe of torchcfm's examples/images/cifar10 for the same data;
-`:torchcfm,coupling=exact` couples by optimal transport. `:smoke` needs no data and takes seconds: a small model on
-made-up pictures.
+Arguments, written after a colon:
 
-Data, as array_record (docs/flow.md says how to prepare them), by data.folder:
-  cifar10, torchcfm     ~/tensorflow_datasets/cifar10/3.0.2
-  imagenet32, 64        ~/tensorflow_datasets/imagenet_resized/32x32/0.1.0 and 64x64/0.1.0
-  imagenet128           ~/tensorflow_datasets/imagenet2012/5.1.0, cut and shrunk when read
-Folders of picture files instead: --config.data.name=folder --config.data.folder=DIR [--config.data.held_out_folder=DIR]
+    :cifar10                     a column of the table: conditional-OT path, independent coupling, no labels (default);
+                                 also `:imagenet32`, `:imagenet64` and `:imagenet128`
+    :torchcfm                    CIFAR-10 by torchcfm's examples/images/cifar10
+    :torchcfm,coupling=exact     the same with minibatch optimal transport
+    :smoke                       a small model on made-up images, for seconds; needs no data
 
-Memory: `python -m train_jax.plan --config=configs/flow_images.py:cifar10 --devices=1` plans 61.5 GiB for the whole
-batch of 256 on one device, 2.6 GiB of them parameters, average and moments.
+`data.folder` is a data set that TFDS has prepared as array_record (docs/flow.md). Its defaults:
+
+    cifar10, torchcfm            ~/tensorflow_datasets/cifar10/3.0.2
+    imagenet32                   ~/tensorflow_datasets/imagenet_resized/32x32/0.1.0
+    imagenet64                   ~/tensorflow_datasets/imagenet_resized/64x64/0.1.0
+    imagenet128                  ~/tensorflow_datasets/imagenet2012/5.1.0, cropped and resized when read
+
+Image files in a folder: --config.data.name=folder --config.data.folder=DIR [--config.data.held_out_folder=DIR]
+
+Memory: `python -m train_jax.plan --config=configs/flow_images.py:cifar10 --devices=1` reports 61.5 GiB for the whole
+batch of 256 on one device, of which 2.6 GiB are parameters, their average and the optimizer's moments.
 """
 
 from ml_collections import ConfigDict
@@ -23,9 +29,9 @@ from train_jax.config import base_config, parse_arg
 from train_jax.core.errors import UserError
 
 TFDS = "~/tensorflow_datasets/"
-FINAL_RATE = 1e-8  # of the table's polynomial decay, of power 1, which its warm-up starts from too (ours: from 0)
+FINAL_RATE = 1e-8  # of the table's linear decay; its warm-up starts from there too, ours from 0
 
-# Table 3: data, shape of the model, batch, iterations, rate, warm-up (None: a constant rate), precision.
+# The columns of table 3. Warm-up None: the rate is constant.
 TABLE = {
     "cifar10": dict(
         folder="cifar10/3.0.2",
@@ -73,43 +79,50 @@ TABLE = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg one of the variants, cifar10 if none is given, and `coupling` beside torchcfm."""
+    """Returns the config; arg is described above.
+
+    Raises:
+      UserError: an unknown argument, or several that exclude each other.
+    """
     names = (*TABLE, "torchcfm", "smoke")
     arg = parse_arg(arg, **dict.fromkeys(names, False), coupling="independent")
     chosen = [name for name in names if arg[name]] or ["cifar10"]
     if len(chosen) > 1:
-        raise UserError(
-            f"config arguments {' and '.join(chosen)} exclude each other, expected one of them: leave one out."
-        )
+        raise UserError(f"config arguments {' and '.join(chosen)} exclude each other, expected one: leave one out.")
     if arg.coupling != "independent" and not arg.torchcfm:
-        raise UserError(f"config argument coupling={arg.coupling} needs torchcfm: add it, or leave it out.")
+        raise UserError(
+            f"config argument coupling={arg.coupling} needs torchcfm: write :torchcfm,coupling={arg.coupling}, or set "
+            f"--config.coupling.name={arg.coupling}."
+        )
     config = base_config("flow_jax.tasks.images:ImageFlow")
     config.data.conditional = False
     if arg.smoke:
-        return _smoke(config)
+        return smoke(config)
     column = TABLE["cifar10" if arg.torchcfm else chosen[0]]
-    _data(config, column)
-    _schedule(config)
+    tfds_data(config, column)
+    evaluation(config)
     if arg.torchcfm:
-        return _torchcfm(config, arg.coupling)
-    return _table(config, column)
+        return torchcfm(config, arg.coupling)
+    return table(config, column)
 
 
-def _data(config: ConfigDict, column: dict) -> None:
+def tfds_data(config: ConfigDict, column: dict) -> None:
+    """Sets the data of a column."""
     data = config.data
     data.name, data.folder, data.held_out = "tfds", TFDS + column["folder"], column["held_out"]
     data.image_size = column["size"]
 
 
-def _schedule(config: ConfigDict) -> None:
-    """How often, and what is measured."""
+def evaluation(config: ConfigDict) -> None:
+    """Sets how often the run logs, evaluates and saves, and on how many images."""
     config.log_steps, config.eval_steps, config.checkpoint_steps = 100, 10_000, 5_000
     config.eval.num_samples, config.eval.validation_samples, config.eval.batch_size = 10_000, 2_000, 250
     config.eval.tolerance = 1e-5
     config.eval.likelihood_examples = 500
 
 
-def _table(config: ConfigDict, column: dict) -> ConfigDict:
+def table(config: ConfigDict, column: dict) -> ConfigDict:
+    """Sets model, batch and optimizer of a column, and returns the config."""
     config.model.unet.head_width = 64
     for key, value in column["model"].items():
         config.model.unet[key] = value
@@ -120,11 +133,12 @@ def _table(config: ConfigDict, column: dict) -> ConfigDict:
         optimizer.schedule, optimizer.warmup_steps = "linear", column["warmup"]
         optimizer.end_factor = FINAL_RATE / column["rate"]
     config.compute_dtype = column.get("dtype", "float32")
-    config.ema_decay = 0.9999  # not in the table: that of ADM, whose model this is
+    config.ema_decay = 0.9999  # not in the table: the value of ADM, whose model it uses
     return config
 
 
-def _torchcfm(config: ConfigDict, coupling: str) -> ConfigDict:
+def torchcfm(config: ConfigDict, coupling: str) -> ConfigDict:
+    """Sets torchcfm's model, batch and optimizer, and returns the config."""
     config.model.unet.width, config.model.unet.num_blocks = 128, 2
     config.model.unet.multipliers, config.model.unet.attention = (1, 2, 2, 2), (16,)
     config.model.unet.head_width, config.model.dropout = 64, 0.1
@@ -137,7 +151,8 @@ def _torchcfm(config: ConfigDict, coupling: str) -> ConfigDict:
     return config
 
 
-def _smoke(config: ConfigDict) -> ConfigDict:
+def smoke(config: ConfigDict) -> ConfigDict:
+    """Sets a small model on made-up images, and returns the config."""
     config.data.name, config.data.image_size, config.data.conditional, config.data.flip = "shapes", 16, True, True
     config.coupling.name = "exact"
     unet = config.model.unet

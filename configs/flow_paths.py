@@ -1,11 +1,13 @@
-"""Paths and couplings of flow matching against each other in the plane: Lipman et al. 2023, Tong et al. 2024 in small.
+"""Sweep over paths and couplings of flow matching in the plane, after Lipman et al. 2023 and Tong et al. 2024.
 
     python train.py --config=configs/flow_paths.py
 
 trains conditional optimal transport (cond_ot), the variance-preserving diffusion path (vp) and minibatch optimal
-transport (ot_cfm) on a checkerboard with three seeds, and writes a table (sweep.md) and a figure (sweep.png):
-likelihood, W2, evaluations at equal tolerance, straightness; error against evaluations at fixed steps, and W2 in the
-course of training. `:sigma_min` varies what is left around a data point at the end of the path.
+transport (ot_cfm) on the checkerboard of configs/flow_2d.py, three seeds each. The table (sweep.md) and the figure
+(sweep.png) show likelihood, W2, evaluations of the velocity at equal tolerance, straightness, the error against the
+number of fixed steps, and W2 over the course of training.
+
+`:sigma_min` sweeps `path.sigma_min` instead, the standard deviation around a data point at the end of the path.
 """
 
 from ml_collections import ConfigDict
@@ -19,11 +21,11 @@ METHODS = {
     "vp": {"path.name": "vp", "coupling.name": "independent"},
     "ot_cfm": {"path.name": "cond_ot", "coupling.name": "exact"},
 }
-WIDTHS = (0.0, 0.05, 0.2)
+SIGMA_MIN = (0.0, 0.05, 0.2)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "sigma_min" for the other sweep."""
+    """Returns the sweep; arg is "sigma_min"."""
     arg = parse_arg(arg, sigma_min=False)
     config = flow_2d.get_config("checkerboard")
     config.sweep.metric = "nll"
@@ -33,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.sigma_min:
         config.coupling.name = "independent"
         config.sweep.x = "path.sigma_min"
-        runs = {f"sigma_min-{width}": {"path.sigma_min": width} for width in WIDTHS}
+        runs = {f"sigma_min-{sigma}": {"path.sigma_min": sigma} for sigma in SIGMA_MIN}
     else:
         runs = METHODS
     config.sweep.runs = over_seeds(runs)

@@ -1,11 +1,11 @@
-"""Pretrains the small PaliGemma that ships with this package, on synthetic scenes.
+"""Pretraining of the tiny PaliGemma that ships with this package, on synthetic scenes.
 
     python train.py --config=configs/pretrain.py:vision && python train.py --config=configs/pretrain.py
     python -m paligemma_jax.tasks.export runs/pretrain paligemma_jax/tiny
 
-The first line takes two to three hours on 2 CPU cores (docs/tiny_base.md has costs and scores), 3 GB of memory and
-600 MB of cache; interrupt it as you like, the same command goes on. `:vision` is the warm start of the tower; `:smoke`
-and `:vision,smoke` run a minute to show that they work.
+`:vision` trains the vision tower alone; the second run starts from it and trains the whole model. Both take two to
+three hours on 2 CPU cores, 3 GB of memory and 600 MB of cached images (docs/tiny_base.md has costs and scores). The
+same command continues an interrupted run. `:smoke` and `:vision,smoke` run for a minute, to show that they work.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "vision", "smoke" or both."""
+    """Returns the config; arg is "vision", "smoke", or both joined by a comma."""
     arg = parse_arg(arg, vision=False, smoke=False)
     config = vision() if arg.vision else texts()
     config.optimizer.schedule = "cosine"
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def vision() -> ConfigDict:
-    """The tower alone."""
+    """Returns the config of the vision tower alone."""
     config = base_config("paligemma_jax.tasks.pretraining.vision:VisionPretraining")
     config.total_steps = 2000
     config.batch_size = 64
@@ -45,14 +45,14 @@ def vision() -> ConfigDict:
 
 
 def texts() -> ConfigDict:
-    """The whole model."""
+    """Returns the config of the whole model."""
     config = base_config("paligemma_jax.tasks.pretraining:Pretraining")
     config.init_from = ("runs/pretrain-vision",)
     config.total_steps = 7500
-    config.batch_size = 16  # images; each carries about eight texts
+    config.batch_size = 16  # images, each with about eight texts
     config.eval_steps = 500
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 100
-    # The tower follows more slowly than the decoder, and its rate warms up longer (PaliGemma, section 3.2).
+    # The tower has 0.3 times the rate and a warm-up of 400 updates (PaliGemma, section 3.2).
     config.optimizer.rates = ((r"model/vision/.*", 0.3, 400),)
     return config

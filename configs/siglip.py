@@ -1,19 +1,26 @@
-"""Trains a SigLIP on captions of synthetic scenes: images and texts as vectors of one space.
+"""Training of a SigLIP, which embeds images and texts in one space, on captions of synthetic scenes.
 
     python train.py --config=configs/siglip.py
 
-The tiny model starts from the vision tower of the tiny PaliGemma that ships with the package
-(`--config.init.vision=None` starts from nothing, and takes longer). The workdir gets retrieval and zero-shot scores,
-similarity.png (captions against images) and neighbours.png (what is found for a caption). `:clip` trains with the
-softmax loss, `:smoke` and `:clip,smoke` for seconds. `:mini` trains the smaller one that ships with the package
-("tiny-siglip"), with a locked tower, in some two minutes.
+trains the tiny model, whose vision tower starts from that of the tiny PaliGemma that ships with the package
+(`--config.init.vision=None` starts from random weights and takes longer). The workdir gets retrieval and zero-shot
+scores, similarity.png (captions against images) and neighbours.png (the images retrieved for a caption).
 
-`:b16` is a SigLIP B/16 from nothing, on your own captions, by the recipe of Zhai et al. 2023:
+Arguments, written after a colon and joined by commas:
+
+    :clip     trains with the softmax loss of CLIP
+    :mini     trains "tiny-siglip", the smaller model that ships with the package, with its vision tower locked: about
+              two minutes
+    :b16      trains SigLIP B/16 from random weights on your captions, by the recipe of Zhai et al. 2023
+    :smoke    takes seconds; also `:clip,smoke`
+
+For your own captions:
 
     python train.py --config=configs/siglip.py:b16 --config.data.source=my_captions --config.tokenizer=FOLDER
 
-where my_captions/train.jsonl and validation.jsonl hold {"image": PATH, "caption": TEXT} a line, and FOLDER is that of a
-released SigLIP. `--config.data.name=tfds` reads what TFDS has prepared (docs/contrastive.md).
+where a line of my_captions/train.jsonl and validation.jsonl is {"image": PATH, "caption": TEXT}, and FOLDER contains
+the tokenizer of a released SigLIP. `--config.data.name=tfds` reads a data set that TFDS has prepared
+(docs/contrastive.md).
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +29,7 @@ from train_jax.config import base_config, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config; arg "clip", "mini", "b16", "smoke" or some of them."""
+    """Returns the config; arg is "clip", "mini", "b16", "smoke", or several of them joined by commas."""
     arg = parse_arg(arg, clip=False, mini=False, b16=False, smoke=False)
     config = base_config("paligemma_jax.tasks.contrastive:Contrastive")
     config.init.vision = "tiny"
@@ -33,9 +40,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.95
-    # 1e-4 in big_vision's sense, which is not multiplied by the rate: 1e-4 / 1e-3 in AdamW's.
+    # The paper's 1e-4. In big_vision it is not multiplied by the rate of 1e-3; in AdamW it is, hence 1e-4 / 1e-3.
     config.optimizer.weight_decay = 0.1
-    config.optimizer.weight_decay_mask = r".*/(kernel|embedding)"  # not the scale, the bias and norms
+    config.optimizer.weight_decay_mask = r".*/(kernel|embedding)"  # not the scale, the bias or norms
     config.optimizer.grad_clip_norm = 1.0
     config.log_steps = 20
     config.eval_steps = 250
@@ -55,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def mini(config: ConfigDict) -> None:
-    """A pooling head and a small text tower beside the tiny PaliGemma's tower, which is locked: LiT."""
+    """Sets a pooling head and a small text tower on the tiny PaliGemma's vision tower, which is locked (LiT)."""
     config.model.variant = "mini"
     config.trainable = r"(image_head|text).*|logit_.*"
     config.cache_features = True
@@ -66,13 +73,13 @@ def mini(config: ConfigDict) -> None:
 
 
 def b16(config: ConfigDict) -> None:
-    """The paper's recipe; the weight decay above is its 1e-4 too."""
+    """Sets SigLIP B/16 with the paper's recipe."""
     config.model.variant, config.model.remat, config.model.unroll = "siglip-b16-224", "block", False
     config.init.vision, config.init.scale, config.init.bias = None, 10.0, -10.0
     config.compute_dtype = "bfloat16"
     config.data.name, config.data.views, config.data.text_length = "jsonl", 1, 64
     config.batch_size = 32_768
-    config.embed_micro_batch = 4096  # on all devices together: a third more computing for an eighth of the activations
+    config.embed_micro_batch = 4096  # over all devices: an eighth of the activations for a third more compute
     config.total_steps = 274_658  # 9 billion pairs
-    config.optimizer.warmup_steps = 10_000  # ours; schedule "rsqrt" knows no end, for runs that may go on
+    config.optimizer.warmup_steps = 10_000  # ours; schedule "rsqrt" has no end, for runs to be extended
     config.log_steps, config.eval_steps, config.checkpoint_steps = 100, 5000, 5000

@@ -65,7 +65,7 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     with _progress_bar("real images", min(len(reference), options.reference_examples)) as bar:
         real = evaluation.moments(options.reference, bar.update)
     score = FrechetScore(evaluation.features, real)
-    with _progress_bar("samples", number) as bar, row_sharding.over(mesh):
+    with _progress_bar("samples", number) as bar, row_sharding.use_mesh(mesh):
         nfe = evaluation.score(model, evaluation.labels(number), [score], bar.update)
     settings = {
         name: options[name] for name in SHORT if name not in ("num_samples", "reference_examples", "batch_size")

@@ -4,6 +4,7 @@ Times drawn with density q weigh the loss at t by q(t). Each distribution has it
 1 / q(t) restore the objective of uniform times, at another variance.
 """
 
+import abc
 import dataclasses
 
 import jax
@@ -17,16 +18,16 @@ from flow_jax.row_keys import RowKeys
 from train_jax.core.errors import UserError
 
 
-class Times:
+class Times(abc.ABC):
     """A distribution of times in [0, 1]; a subclass defines `draw` and `log_density`."""
 
+    @abc.abstractmethod
     def draw(self, key: RandomKey, n: int) -> Float[Array, " n"]:
         """Draws n times."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def log_density(self, t: Float[AnyArray, " B"]) -> Float[Array, " B"]:
         """Returns log q(t), -inf outside the distribution's range."""
-        raise NotImplementedError
 
     def draw_rows(
         self, keys: RowKeys, rows: Int[AnyArray, " B"] | None = None, n: int | None = None

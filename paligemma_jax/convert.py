@@ -23,7 +23,7 @@ from absl import flags
 from paligemma_jax import loading
 from paligemma_jax.adapt.lora.adapter import lora_projections, merge_lora
 from paligemma_jax.adapt.lora.merge_quantized import merge_quantized
-from paligemma_jax.adapt.peft import methods as family
+from paligemma_jax.adapt.peft import methods as peft_methods
 from paligemma_jax.adapt.quantization.quantize import dequantize, describe, is_quantized
 from paligemma_jax.files import hub
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -141,7 +141,7 @@ def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
 
 def _merge_methods(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
     """Returns the model with the adapters of methods other than LoRA merged or removed."""
-    return family.merge(model) if isinstance(model, PaliGemma) else model
+    return peft_methods.merge(model) if isinstance(model, PaliGemma) else model
 
 
 def _has_lora(model: PaliGemma | DualEncoder) -> bool:

@@ -93,7 +93,8 @@ tasks.shared_base                  tasks.process_cache
 tasks.text_to_image.judge          tasks.text_to_image.siglip_scorer
 tasks.vision_pretraining           tasks.pretraining.vision
 tasks.vqa_adapter                  tasks.vqa.adapter
-tasks.vqa_answer                   tasks.vqa.answer
+tasks.vqa_answer                   tasks.vqa.answer_record
+tasks.vqa.answer                   tasks.vqa.answer_record
 tasks.vqa_config                   tasks.vqa.config
 tasks.vqa_consistency              tasks.vqa.consistency
 tasks.vqa_evaluation               tasks.vqa.evaluation
@@ -110,7 +111,8 @@ token_divergence                   losses.chunked_kl
 token_losses                       losses.chunked_cross_entropy
 weights.adapter_folder             weights.adapters.method_folder
 weights.big_vision_encoder         weights.big_vision.encoder
-weights.config_keys                weights.hugging_face.config_keys
+weights.config_keys                weights.hugging_face.transformers_keys
+weights.hugging_face.config_keys   weights.hugging_face.transformers_keys
 weights.config_values              weights.hugging_face.config_values
 weights.digest                     weights.fingerprint
 weights.dual_big_vision            weights.big_vision.dual_encoder

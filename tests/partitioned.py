@@ -68,7 +68,7 @@ def kept(mesh: jax.sharding.Mesh, loss: Callable, arguments: tuple) -> list[jax.
     def forward(first, second, *rest):
         return jax.vjp(lambda first, second: loss(first, second, *rest), first, second)[1]
 
-    return jax.tree.leaves(jax.eval_shape(row_sharding.within(mesh, forward), *arguments))
+    return jax.tree.leaves(jax.eval_shape(row_sharding.with_mesh(mesh, forward), *arguments))
 
 
 def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided]:

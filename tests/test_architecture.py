@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LINES = re.findall(r"^(\S.*?) {2,}(\S+:\S+ > .*)$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
 README = ("train_jax/loop.py", "paligemma_jax/models/gemma.py", "flow_jax/tasks/flow_task.py")
 """Files of the README's reading path; everything is at most two jumps from one of them."""
+COMMAND = "train_jax/commands/train.py:main"  # what train.py calls
 
 
 def function_of(place: str) -> ast.AST:
@@ -26,6 +27,12 @@ def names_in(function: ast.AST) -> set[str]:
     """Returns the names and attributes in a function's code, without docstrings and comments."""
     names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
     return names | {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("what, line", LINES)
+def test_a_line_starts_at_the_command_or_in_a_file_of_the_reading_path(what, line):
+    start = line.split(" > ")[0]
+    assert start == COMMAND or start.partition(":")[0] in README, what
 
 
 @pytest.mark.parametrize("what, line", LINES)

@@ -62,7 +62,12 @@ ARGUMENTS = {
     "flow_2d": ("", "moons", "8gaussians_to_moons"),
     "own_data": ("",),
     "pretrain": ("", "vision", "smoke", "vision,smoke"),
-    "siglip_batch_size": ("", "quick", "grid", "memory", "full", "bias", "negatives", "noise"),
+    "siglip_batch_size": ("", "quick", "full"),
+    "siglip_learning_rates": ("", "quick"),
+    "siglip_memory": ("",),
+    "siglip_bias": ("", "quick"),
+    "siglip_negatives": ("",),
+    "siglip_noise": ("",),
     "siglip": ("", "clip", "mini", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
@@ -211,7 +216,7 @@ def test_full_fine_tuning_of_the_large_model():
     [
         (
             "3b,report,qlora",
-            "report and qlora exclude each other, expected one: the report's settings",
+            "report and qlora exclude each other, expected one: the report's settings are fixed",
         ),
         ("report,peft=dora", "report and peft exclude each other"),
         ("3b,full,peft=dora", "full and peft exclude each other"),
@@ -304,7 +309,7 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
     ("argument", "sentence"),
     [
         ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
-        ("dataset=dtd", "dataset=dtd needs clip_b16: add it"),
+        ("dataset=dtd", "dataset=dtd needs clip_b16: write :clip_b16,dataset=dtd"),
         ("turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned is of the small SigLIP"),
         (
             "turned,methods",
@@ -324,17 +329,19 @@ def test_a_study_refuses_what_it_sets():
         load("clevr_ranks", "peft=full")
 
 
-@pytest.mark.parametrize("argument", ["", "quick", "grid", "bias"])
-def test_runs_of_large_batches_have_updates_to_warm_up_in(argument):
+@pytest.mark.parametrize(
+    ("name", "argument"), [("batch_size", ""), ("batch_size", "quick"), ("learning_rates", ""), ("bias", "")]
+)
+def test_runs_of_large_batches_have_updates_to_warm_up_in(name, argument):
     """The sigmoid loss collapsed at 4,096 with ten: docs/contrastive.md."""
-    for run in sweep.expand(one_device(load("siglip_batch_size", argument))):
+    for run in sweep.expand(one_device(load(f"siglip_{name}", argument))):
         updates = run.config.total_examples // run.config.batch_size
         assert run.config.optimizer.warmup_steps >= min(50, updates // 2), run.name
 
 
 def test_rates_of_the_batch_size_ablation_are_of_its_grid():
-    """One grid for every loss and batch size; the first seed's runs are the grid's own."""
-    tried, ablation = (sweep.expand(one_device(load("siglip_batch_size", name))) for name in ("grid", ""))
+    """The same rates are tried of every loss and batch size; the first seed's runs are those of that sweep."""
+    tried, ablation = (sweep.expand(one_device(load(f"siglip_{name}"))) for name in ("learning_rates", "batch_size"))
     rates = {}
     for run in tried:
         key = run.config.loss.name, run.config.batch_size
@@ -345,6 +352,23 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
         assert run.config.optimizer.learning_rate in rates[run.config.loss.name, run.config.batch_size]
         if run.config.seed == 0:
             assert run.config == by_name[run.name].config
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("grid", "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$"),
+        (
+            "quick,bias",
+            "'bias' is now a config of its own: write --config=configs/siglip_bias.py; it takes its own "
+            "arguments in place of quick$",
+        ),
+        ("full,quick", "quick and full .* expected one: quick is of the small model"),
+    ],
+)
+def test_arguments_of_the_batch_size_sweep_that_are_refused(argument, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load("siglip_batch_size", argument)
 
 
 @pytest.mark.parametrize(("argument", "kind"), [("qlora", "nf4"), ("int8", "int8")])

@@ -28,7 +28,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if latest is not None:
         source = task.train_records()
         check_data(latest[1]["fingerprint"], training_batches(config, source, num_steps=1).fingerprint, workdir)
-    stored, current = files.read_json(workdir / "eval.json").get(DATA), data_entry(task).get(DATA)
+    stored, current = files.read_json_or_empty(workdir / "eval.json").get(DATA), data_entry(task).get(DATA)
     if stored is not None and stored != current:
         raise UserError(
             f"the evaluation data of {workdir / 'eval.json'} have changed (fingerprint {stored}, now {current}): "

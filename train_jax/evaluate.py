@@ -60,10 +60,10 @@ def evaluate(
     if split is not None and not task.has_splits:
         raise UserError(f"split is {split!r}, but the evaluation data of this run have no splits: leave --split out.")
     files.make_folder(workdir)
-    stored = files.read_json(workdir / "eval.json")
-    controls = {name: files.read_json(workdir / name / "eval.json") for name in task.control_runs()}
+    stored = files.read_json_or_empty(workdir / "eval.json")
+    controls = {name: files.read_json_or_empty(workdir / name / "eval.json") for name in task.control_runs()}
     controls = {name: results for name, results in controls.items() if results and split is None}
-    with row_sharding.over(mesh):
+    with row_sharding.use_mesh(mesh):
         results = {"step": step} | task.evaluate(model, workdir, split, controls)
     results |= data_entry(task) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}

@@ -77,7 +77,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
         if existing.results is not None:
             return existing.results
     mesh = sharding.make_mesh(config.mesh)
-    with row_sharding.over(mesh):
+    with row_sharding.use_mesh(mesh):
         return _fit(config, workdir, mesh, progress, began)
 
 

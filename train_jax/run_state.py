@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from train_jax.checkpoints.manager import Checkpoints
-from train_jax.config.resume_check import check_data, gave_up
+from train_jax.config.resume_check import check_data, is_early_stopped
 from train_jax.core import files
 from train_jax.step.train_state import Params, TrainState, debias_ema
 
@@ -100,7 +100,7 @@ class RunState:
         self.step = latest
         self.best_score = -math.inf if meta["best_value"] is None else meta["best_value"]
         self.without_improvement = meta["without_improvement"]
-        self.stopped_early = gave_up(meta, patience)
+        self.stopped_early = is_early_stopped(meta, patience)
         self.earlier_seconds = meta.get("seconds", 0.0)
         self.step_temp_bytes = meta.get("step_temp_bytes")
 

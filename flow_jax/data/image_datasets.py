@@ -175,7 +175,7 @@ def open_data(config: ConfigDict) -> ImageData:
 
 
 def read(
-    images: ImageSet, rows: Int[np.ndarray, " N"], tally: BadRows, threads: int = 2
+    images: ImageSet, rows: Int[np.ndarray, " N"], bad_rows: BadRows, threads: int = 2
 ) -> Iterator[tuple[UInt8[np.ndarray, "n I I C"], Int[np.ndarray, " n"]]]:
     """Yields images and labels of the given rows in batches, in order, without bad rows, which are counted.
 
@@ -187,18 +187,18 @@ def read(
         try:
             return images[row]
         except UserError as error:
-            tally.skip(row, images.name(row), error)
+            bad_rows.skip(row, images.name(row), error)
             return None
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         for start in range(0, len(rows), _READ):
             numbers = [int(row) for row in rows[start : start + _READ]]
             batch = list(pool.map(read_one, numbers))
-            tally.count(numbers, [image is None for image in batch], images.name)
+            bad_rows.count(numbers, [image is None for image in batch], images.name)
             good = [image for image in batch if image is not None]
             if good:
                 yield np.stack([i.pixels for i in good]), np.array([i.label for i in good], np.int32)
-    tally.check()
+    bad_rows.check()
 
 
 def _digits(config: ConfigDict, size: int, channels: int) -> Splits:

@@ -49,7 +49,7 @@ class ImagePairs(DataSource):
         self._data, self._dequantize, self._coupling = data, dequantize, coupling
         self._seed, self._flip = seed, flip
         self.group = group if coupling == "exact" else 1
-        self._tally = BadRows(len(data.train), on_error, max_bad_fraction)
+        self._bad_row_counts = BadRows(len(data.train), on_error, max_bad_fraction)
         self.fingerprint = data.train.fingerprint
 
     def __len__(self) -> int:
@@ -92,16 +92,16 @@ class ImagePairs(DataSource):
 
     def on_rows(self, indices: Int[np.ndarray, " n"], bad: Bool[np.ndarray, " n"]) -> None:
         """Counts rows that were read, see BadRows."""
-        self._tally.count(indices, bad, self._data.train.name)
+        self._bad_row_counts.count(indices, bad, self._data.train.name)
 
     @property
     def bad_rows(self) -> dict[int, str]:
         """Name by row number of the bad rows counted so far."""
-        return self._tally.names
+        return self._bad_row_counts.names
 
     def check(self) -> None:
         """Raises UserError if the share of bad rows among all counted so far is too large."""
-        self._tally.check()
+        self._bad_row_counts.check()
 
     def _read(self, indices: Int[np.ndarray, " n"]):
         """Returns images [n, I, I, C], labels [n], and whether each is bad [n]."""
@@ -112,7 +112,7 @@ class ImagePairs(DataSource):
             try:
                 images[row], labels[row] = data.train[index]
             except UserError as error:
-                self._tally.skip(index, data.train.name(index), error)
+                self._bad_row_counts.skip(index, data.train.name(index), error)
                 bad[row] = True
         return images, labels, bad
 

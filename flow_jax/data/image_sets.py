@@ -103,8 +103,8 @@ class FolderImages:
             )
         self.classes = list(listing.classes)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
-        place = digests.place_of(cache, "folder", str(self.folder.resolve()))
-        file_digests = digests.of_files([self.folder / file for file in self._files], place, "images")
+        cache_file = digests.cache_file_of(cache, "folder", str(self.folder.resolve()))
+        file_digests = digests.of_files([self.folder / file for file in self._files], cache_file, "images")
         self.identity = digests.numbers(digests.keys(file_digests))
         names = "\n".join(self._files).encode("utf-8", "surrogateescape")
         self.fingerprint = _digest(names, f"{size}x{channels}".encode(), file_digests.tobytes())

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,7 +27,7 @@ from flow_jax.tasks.path_choice import PathKeys
 from train_jax.config.base import check_declared
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
-from train_jax.core.metrics import Metrics
+from train_jax.core.metrics import Metrics, row_count
 from train_jax.parallel.sharding import Spec
 from train_jax.step.randomness import ROW
 from train_jax.task import Blueprint, Task
@@ -127,10 +126,7 @@ class FlowTask(Task):
 
     def normalizer(self, batch) -> jax.Array:
         """Returns the sum of the rows' weights, at least 1; the number of rows if they have no weights."""
-        if "weight" in batch:
-            return jnp.maximum(batch["weight"].sum(), 1.0)
-        A, b = batch["x_1"].shape[:2]
-        return jnp.float32(A * b)
+        return row_count(batch, "x_1")
 
     def loss(self, model: nnx.Module, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the conditional flow-matching loss, summed over rows and weighted if rows have weights."""
@@ -195,7 +191,7 @@ def check_group(config: ConfigDict) -> None:
         )
 
 
-def solver(options: ConfigDict) -> dict[str, Any]:
+def solver_arguments(options: ConfigDict) -> dict[str, Any]:
     """Returns the solver arguments of `sample` from a config's `eval`."""
     if options.num_steps is not None:
         return {"solver": options.solver, "num_steps": options.num_steps}
@@ -204,5 +200,5 @@ def solver(options: ConfigDict) -> dict[str, Any]:
 
 def check_solver(options: ConfigDict) -> None:
     """Raises UserError if the solver of a config's `eval` is unknown or does not match its steps."""
-    arguments = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver(options)
+    arguments = {"num_steps": None, "rtol": TOLERANCE, "atol": TOLERANCE} | solver_arguments(options)
     SolverSettings.make(**arguments, t0=0.0, t1=1.0, per_sample=False)

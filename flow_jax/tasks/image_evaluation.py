@@ -22,7 +22,7 @@ from flow_jax.metrics.moments import Moments, frechet
 from flow_jax.ode import likelihood, sampling
 from flow_jax.row_keys import row_keys
 from flow_jax.tasks import image_figures
-from flow_jax.tasks.flow_task import solver
+from flow_jax.tasks.flow_task import solver_arguments
 from flow_jax.tasks.image_figures import Gallery
 from flow_jax.tasks.image_sampler import ImageSampler, batches_of, shard_rows
 from train_jax.core.row_errors import BadRow, BadRows
@@ -144,8 +144,8 @@ class ImageEvaluation:
     def read(self, image_set: ImageSet, rows: Int[np.ndarray, " N"]):
         """Yields images and labels of the given rows in batches, without bad rows; see image_datasets.read."""
         settings = self.settings
-        tally = BadRows(len(rows), settings.on_error, settings.max_bad_fraction)
-        return image_datasets.read(image_set, rows, tally, settings.threads)
+        bad_rows = BadRows(len(rows), settings.on_error, settings.max_bad_fraction)
+        return image_datasets.read(image_set, rows, bad_rows, settings.threads)
 
     def bits_per_dim(self, model: nnx.Module) -> float:
         """Returns the mean bits per dimension of held-out images, without guidance."""
@@ -166,7 +166,7 @@ class ImageEvaluation:
                 divergence=options.divergence,
                 args=args,
                 prior=likelihood.start_log_prob(self.path.start),
-                **solver(options),
+                **solver_arguments(options),
             )
             bits += np.asarray(batch)[:good].tolist()
         return float(np.mean(bits))

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from flow_jax.data.image_datasets import ImageData
 from flow_jax.data.image_pairs import to_levels
 from flow_jax.ode import guidance, sampling
-from flow_jax.tasks.flow_task import solver
+from flow_jax.tasks.flow_task import solver_arguments
 from train_jax.parallel import sharding
 
 
@@ -48,7 +48,7 @@ class ImageSampler:
         """Yields one sample for each entry of `labels`; a batch is divided over the devices of the mesh."""
         for numbers, good in batches_of(len(labels), self._options.batch_size):
             x_0, args = self.start(numbers, labels)
-            result = sampling.sample(self.velocity, x_0, **solver(self._options), args=args)
+            result = sampling.sample(self.velocity, x_0, **solver_arguments(self._options), args=args)
             images = to_levels(np.asarray(result.x)[:good], self._data.levels, self._dequantized)
             yield SampleBatch(images, labels[numbers[:good]], int(result.nfe))
 

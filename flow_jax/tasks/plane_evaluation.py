@@ -14,7 +14,7 @@ from flow_jax.data import toys
 from flow_jax.metrics import distances
 from flow_jax.ode import likelihood, sampling
 from flow_jax.tasks import plane_figures
-from flow_jax.tasks.flow_task import solver
+from flow_jax.tasks.flow_task import solver_arguments
 
 Curve = list[tuple[int, float]]  # x and y, for the plots of a sweep
 FRAMES = 41  # of the animation, and times of the trajectories
@@ -72,7 +72,7 @@ def evaluate(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict
 
 
 def _errors(model: nnx.Module, x_0: jax.Array, options: ConfigDict) -> Curve:
-    exact = sampling.sample(model, x_0, **solver(options)).x
+    exact = sampling.sample(model, x_0, **solver_arguments(options)).x
     curve = []
     for num_steps in STEPS:
         r = sampling.sample(model, x_0, "midpoint", num_steps)
@@ -92,7 +92,7 @@ def distance(model: nnx.Module, path: Any, data: ConfigDict, options: ConfigDict
     """Returns the mean W2 between samples and held-out data over `draws` of both, for a model trained along `path`."""
     values, nfe = [], []
     for draw in range(draws):
-        result = sampling.sample(model, _noise(path, data, options, draw), **solver(options))
+        result = sampling.sample(model, _noise(path, data, options, draw), **solver_arguments(options))
         values.append(distances.wasserstein(np.asarray(result.x), _held_out(data, options, draw), p=2))
         nfe.append(int(result.nfe))
     return Distance(float(np.mean(values)), float(np.mean(nfe)))
@@ -114,4 +114,6 @@ def _noise(path: Any, data: ConfigDict, options: ConfigDict, draw: int) -> jax.A
 
 def _log_density(model: nnx.Module, path: Any, options: ConfigDict):
     prior = likelihood.start_log_prob(path.start)
-    return lambda points: np.asarray(likelihood.log_prob(model, points, prior=prior, **solver(options)).log_prob)
+    return lambda points: np.asarray(
+        likelihood.log_prob(model, points, prior=prior, **solver_arguments(options)).log_prob
+    )

@@ -213,7 +213,7 @@ class GuardedSource(DataSource):
     ):
         self.source = source
         self.prepare = prepare
-        self.tally = BadRows(len(source), on_error, max_bad_fraction, policies)
+        self.bad_row_counts = BadRows(len(source), on_error, max_bad_fraction, policies)
         self._placeholder = dataclasses.replace(placeholder or blank_record(), weight=0.0)
 
     @property
@@ -232,22 +232,22 @@ class GuardedSource(DataSource):
             record = self.source[index]
             example, weight = self.prepare(record), record.weight
         except (UserError, OSError) as error:
-            self.tally.skip(index, record.image_name if record else f"row {index}", error)
+            self.bad_row_counts.skip(index, record.image_name if record else f"row {index}", error)
             example, weight, bad = self.prepare(self._placeholder), 0.0, True
         return {**example, "weight": np.float32(weight), "bad": np.bool_(bad)}
 
     def on_rows(self, indices: Sequence[int] | np.ndarray, bad: Sequence[bool] | np.ndarray) -> None:
         """Counts rows that were read, see `BadRows`; new bad rows are read again for their names."""
-        self.tally.count(indices, bad, self._name)
+        self.bad_row_counts.count(indices, bad, self._name)
 
     @property
     def bad_rows(self) -> dict[int, str]:
         """Names of the bad rows counted so far, by row number."""
-        return self.tally.names
+        return self.bad_row_counts.names
 
     def check(self) -> None:
         """Raises UserError if too large a share of the rows counted so far is bad."""
-        self.tally.check()
+        self.bad_row_counts.check()
 
     def _name(self, index: int) -> str:
         """Returns the name of a bad row if it can be read, else its number."""

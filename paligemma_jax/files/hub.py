@@ -38,7 +38,7 @@ def download(path: str | Path) -> Path:
         ) from error
 
 
-def push(place: str | Path, repository: str) -> str:
+def push(path: str | Path, repository: str) -> str:
     """Uploads a folder or a single file to a repository of the Hub, which is created private if it does not exist.
 
     Returns:
@@ -49,16 +49,16 @@ def push(place: str | Path, repository: str) -> str:
     """
     name = repository.removeprefix(SCHEME)
     _check(name, repository)
-    api, place = _library().HfApi(), Path(place)
+    api, path = _library().HfApi(), Path(path)
     try:
         address = str(api.create_repo(name, private=True, exist_ok=True))
-        if place.is_dir():
-            api.upload_folder(repo_id=name, folder_path=place)
+        if path.is_dir():
+            api.upload_folder(repo_id=name, folder_path=path)
         else:
-            api.upload_file(repo_id=name, path_or_fileobj=place, path_in_repo=place.name)
+            api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
     except Exception as error:  # as above
         raise UserError(
-            f"{place} cannot be pushed to {name} ({_first_line(error)}): check the connection, and set HF_TOKEN to a "
+            f"{path} cannot be pushed to {name} ({_first_line(error)}): check the connection, and set HF_TOKEN to a "
             "token that may write there."
         ) from error
     return address

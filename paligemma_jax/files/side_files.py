@@ -17,7 +17,7 @@ from train_jax.core.errors import UserError, quoted
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class KnownKeys:
     """The known keys of one JSON object. None means that a key is left out.
 
     Attributes:
@@ -33,7 +33,7 @@ class Keys:
     dropout: frozenset[str] = frozenset()
 
 
-def account(values: Mapping[str, Any], keys: Keys, file: str | Path, section: str = "") -> None:
+def account(values: Mapping[str, Any], keys: KnownKeys, file: str | Path, section: str = "") -> None:
     """Refuses keys and values that are neither read nor without effect.
 
     Args:

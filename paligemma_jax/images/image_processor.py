@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from paligemma_jax.files.side_files import Keys, account, refusal
+from paligemma_jax.files.side_files import KnownKeys, account, refusal
 from train_jax.core.errors import UserError
 
 HALF = (0.5, 0.5, 0.5)
@@ -45,7 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 CLASSES = {SIGLIP: SIGLIP, CLIP: CLIP, "CLIPFeatureExtractor": CLIP, "SiglipFeatureExtractor": SIGLIP} | {
     f"{name}{variant}": name for name in (SIGLIP, CLIP) for variant in ("Fast", "Pil")
 }
-KEYS = Keys(
+KEYS = KnownKeys(
     read=frozenset(
         {*DEFAULTS[CLIP], "default_to_square", "feature_extractor_type", "image_processor_type", "rescale_factor"}
     ),

@@ -63,7 +63,7 @@ def classify(
         options = {"which": checkpoint} if checkpoint != "best" else {}
         encoder, template = load(model, dtype or "float32", **options), "{}"
     if not isinstance(encoder, DualEncoder):
-        raise UserError(f"{model} is no SigLIP or CLIP, expected one for --class: leave it out, or give such a one.")
+        raise UserError(f"{model} is no SigLIP or CLIP, which --class needs: give one, or leave --class out.")
     text_tokenizer = load_text_tokenizer(tokenizer or model, encoder.config.text.length)
     text_tokenizer.fits(encoder.config.text.vocab_size)
     templates = templates or (template,)

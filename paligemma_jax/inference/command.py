@@ -17,12 +17,12 @@ SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty
 _ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 
 
-def answer_lines(flags: Mapping[str, Any], **places: Any) -> Iterator[str]:
+def answer_lines(flags: Mapping[str, Any], **model_or_run: Any) -> Iterator[str]:
     """Yields one line per (image, prompt) pair with the answer.
 
     Args:
       flags: images, prompts and sampling options.
-      places: `model`, or `workdir` and `config`, as for answer.predict.
+      model_or_run: `model`, or `workdir` and `config`, as for answer.predict.
 
     Raises:
       UserError: classes or an output file are given; as answer.predict.
@@ -35,7 +35,7 @@ def answer_lines(flags: Mapping[str, Any], **places: Any) -> Iterator[str]:
     refuse_out(flags)
     options = {name: flags[name] for name in ("dtype", "tokenizer", "checkpoint", "max_new_tokens", "sampler", "seed")}
     options |= {name: flags[name] for name in ("special_tokens", *SAMPLER_OPTIONS)}
-    for image, prompt, text in answer.predict(flags["image"], flags["prompt"], **places, **options):
+    for image, prompt, text in answer.predict(flags["image"], flags["prompt"], **model_or_run, **options):
         yield f"{image}  {prompt}  ->  {text}".translate(_ESCAPES)
 
 

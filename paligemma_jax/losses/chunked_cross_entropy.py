@@ -112,7 +112,7 @@ def token_cross_entropy(
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
     that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
-    (row_sharding.over), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
+    (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
     weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
 
     Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
@@ -229,10 +229,10 @@ def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: _NeedsGrad, hi
     )
 
     def step(index, sums: _Sums) -> _Sums:
-        chunk = [chunks.take(array, index) for array in (hidden, targets, weights)]
-        nll, d_hidden, d_embedding = _chunk_loss(static, needs_grad, *chunk, embedding, sums.embedding)
+        states, ids, factors = (chunks.take(array, index) for array in (hidden, targets, weights))
+        nll, d_hidden, d_embedding = _chunk_loss(static, needs_grad, states, ids, factors, embedding, sums.embedding)
         return _Sums(
-            sums.loss + token_chunks.apply_weights(chunk[2], nll).sum(),
+            sums.loss + token_chunks.apply_weights(factors, nll).sum(),
             None if sums.hidden is None else chunks.put(sums.hidden, index, d_hidden),
             d_embedding,
             None if sums.weights is None else chunks.put(sums.weights, index, nll),

@@ -105,9 +105,9 @@ def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: bool, hidden, 
 
     def step(index, sums):
         value, gradient = sums
-        *states, chunk_weights = (chunks.take(array, index) for array in (hidden, frozen, weights))
-        values, d_hidden = _chunk_divergence(static, needs_grad, *states, chunk_weights, embedding)
-        value += token_chunks.apply_weights(chunk_weights, values).sum()
+        states, frozen_states, factors = (chunks.take(array, index) for array in (hidden, frozen, weights))
+        values, d_hidden = _chunk_divergence(static, needs_grad, states, frozen_states, factors, embedding)
+        value += token_chunks.apply_weights(factors, values).sum()
         return value, chunks.put(gradient, index, d_hidden) if needs_grad else None
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None

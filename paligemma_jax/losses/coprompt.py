@@ -71,10 +71,10 @@ def coprompt_loss(
     kind: str = "cosine",
     on: str = "both",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the loss of a batch, for every few-shot method; differentiate it with respect to what trains.
+    """Returns the training loss of a batch, for every few-shot method.
 
-    The frozen branch is the model without its prompts: there is no second copy of the weights, and since none of its
-    parameters train, no activations are kept for it.
+    Take its gradient with respect to the trainable parameters alone. The frozen branch is the same model without its
+    prompts, so there is no second copy of the weights, and no activations are kept for it, since nothing of it trains.
 
     Args:
       model: with or without prompts and adapters.

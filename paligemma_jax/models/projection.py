@@ -117,8 +117,8 @@ def contract(x: Array, kernel: Array, num_contracted: int, out_dtype=jnp.float32
     """
     # XLA does not fuse the conversion of a product into it on GPUs. In float16 the cast saturates, a product does not.
     dtype = jnp.float32 if out_dtype == jnp.float16 else out_dtype
-    y = (_dot if x.dtype == jnp.float32 else _half_dot)((num_contracted, jnp.dtype(dtype)), x, kernel)
-    return cast(y, out_dtype)
+    product: Any = _dot if x.dtype == jnp.float32 else _half_dot
+    return cast(product((num_contracted, jnp.dtype(dtype)), x, kernel), out_dtype)
 
 
 def _dot(static: tuple[int, jnp.dtype], x: Array, kernel: Array) -> Array:

@@ -6,7 +6,9 @@ was saved again (in other shards or another format) has another digest.
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +76,23 @@ def _starts(size: int) -> list[int]:
     return np.linspace(0, size - PIECE, WHOLE // PIECE).astype(np.int64).tolist()
 
 
+class _Input(NamedTuple):
+    """What a run can start from: how an error relates the run to it, its config key, and its digest."""
+
+    relation: str
+    key: str
+    digest: Callable[[str | Path], str]
+
+
+_INPUTS = {
+    "path": _Input("on the base that was", "model.path", base_digest),
+    "adapter": _Input("from the adapters that were", "adapter.path", adapter_digest),
+    "vision": _Input("with the tower that was", "init.vision", model_digest),
+    "siglip": _Input("on the texts of", "siglip", model_digest),
+}
+"""By the argument of `write_digest` and `check_digest`."""
+
+
 def write_digest(
     workdir: Path,
     path: str | Path | None,
@@ -82,15 +101,15 @@ def write_digest(
     siglip: str | Path | None = None,
 ) -> None:
     """Writes the digests of a run's inputs into its workdir: base, adapters, vision tower, and SigLIP for texts."""
-    noted: dict = {} if path is None else {"path": str(path), "sha256": base_digest(path)}
-    if adapter is not None:
-        noted["adapter"] = {"path": str(adapter), "sha256": adapter_digest(adapter)}
-    if vision is not None:
-        noted["vision"] = {"path": str(vision), "sha256": model_digest(vision)}
-    if siglip is not None:
-        noted["siglip"] = {"path": str(siglip), "sha256": model_digest(siglip)}
+    inputs = {"path": path, "adapter": adapter, "vision": vision, "siglip": siglip}
+    entries = {
+        name: {"path": str(source), "sha256": _INPUTS[name].digest(source)}
+        for name, source in inputs.items()
+        if source is not None
+    }
+    contents = entries.pop("path", {}) | entries  # the base's entry is the file's top level
     # Other processes of a run may be reading it.
-    write_atomically(workdir / FILE, json.dumps(noted, indent=2) + "\n")
+    write_atomically(workdir / FILE, json.dumps(contents, indent=2) + "\n")
 
 
 def check_digest(
@@ -108,22 +127,14 @@ def check_digest(
     file = workdir / FILE
     if not file.is_file():
         return
-    noted = json.loads(file.read_text(encoding="utf-8"))
-    if path is not None and "path" in noted:
-        _compare(workdir, "on the base that was", noted, path, base_digest(path), "model.path")
-    if adapter is not None and "adapter" in noted:
-        _compare(
-            workdir, "from the adapters that were", noted["adapter"], adapter, adapter_digest(adapter), "adapter.path"
-        )
-    if vision is not None and "vision" in noted:
-        _compare(workdir, "with the tower that was", noted["vision"], vision, model_digest(vision), "init.vision")
-    if siglip is not None and "siglip" in noted:
-        _compare(workdir, "on the texts of", noted["siglip"], siglip, model_digest(siglip), "siglip")
-
-
-def _compare(workdir: Path, relation: str, noted: dict, path: str | Path | None, digest: str, key: str) -> None:
-    if digest != noted["sha256"]:
-        raise UserError(
-            f"{workdir} was trained {relation} at {noted['path']} (sha256 {noted['sha256'][:12]}...), found another at "
-            f"{path} ({digest[:12]}...), expected the same: set {key} to it."
-        )
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    for name, source in {"path": path, "adapter": adapter, "vision": vision, "siglip": siglip}.items():
+        if source is None or name not in contents:
+            continue
+        relation, key, digest_of = _INPUTS[name]
+        recorded, digest = contents if name == "path" else contents[name], digest_of(source)
+        if digest != recorded["sha256"]:
+            raise UserError(
+                f"{workdir} was trained {relation} at {recorded['path']} (sha256 {recorded['sha256'][:12]}...), found "
+                f"another at {source} ({digest[:12]}...), expected the same: set {key} to it."
+            )

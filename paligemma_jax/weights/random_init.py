@@ -17,7 +17,7 @@ Finish = Callable[[nnx.Module], nnx.Module]
 
 
 def random_arrays(
-    config: Config, finish: Finish, places: Mapping[str, jax.sharding.Sharding | None], seed: int = 0
+    config: Config, finish: Finish, shardings: Mapping[str, jax.sharding.Sharding | None], seed: int = 0
 ) -> Arrays:
     """Returns random parameters by path, created with their final sharding.
 
@@ -26,13 +26,13 @@ def random_arrays(
     Args:
       config: of the model.
       finish: applied to a new model in place, layer by layer (quantisation, or nothing).
-      places: sharding of every leaf of the finished model, None for the default device.
+      shardings: sharding of every leaf of the finished model, None for the default device.
       seed: of the weights.
     """
     arrays = {}
     for draw in draws(config, finish):
         drawn = jax.eval_shape(draw, jax.random.key(seed))
-        arrays |= jax.jit(draw, out_shardings={path: places[path] for path in drawn})(jax.random.key(seed))
+        arrays |= jax.jit(draw, out_shardings={path: shardings[path] for path in drawn})(jax.random.key(seed))
     return arrays
 
 

@@ -27,7 +27,7 @@ from paligemma_jax.weights.checkpoint import Checkpoint, Config, whole_model
 from paligemma_jax.weights.hugging_face import paligemma as hugging_face
 from paligemma_jax.weights.hugging_face.folder import Folder
 from paligemma_jax.weights.name_table import Transform, check_names, read_rows
-from paligemma_jax.weights.orbax import checkpoint as native
+from paligemma_jax.weights.orbax import checkpoint as orbax
 from paligemma_jax.weights.random_init import random_arrays
 from paligemma_jax.weights.tokenizer_files import check_added_tokens
 from train_jax.core import param_tree
@@ -135,11 +135,11 @@ def new(
     return _quantized(checkpoint.build(_changed(checkpoint.config.replace(both=both), image_size, None)), codec)
 
 
-def _check_vocabulary(place: Path, config: Config) -> None:
+def _check_vocabulary(local_path: Path, config: Config) -> None:
     """Refuses a folder whose tokenizer adds tokens beyond the embedding's rows; further rows are padding."""
-    if place.is_dir():
+    if local_path.is_dir():
         text = config.text if isinstance(config, DualEncoderConfig) else config.decoder
-        check_added_tokens(place, text.vocab_size)
+        check_added_tokens(local_path, text.vocab_size)
 
 
 def _check_options(both: dict, vocab_size: int | None) -> None:
@@ -222,37 +222,39 @@ def _random(
     config = _changed(config, image_size, vocab_size).replace(both=both)
     finish = functools.partial(_quantized, codec=codec)
     model = nnx.eval_shape(lambda: finish(whole_model(config)))
-    places = {path: shardings(path, leaf) if shardings else None for path, leaf in param_tree.abstract(model).items()}
-    return param_tree.assign(model, random_arrays(config, finish, places))
+    leaf_shardings = {
+        path: shardings(path, leaf) if shardings else None for path, leaf in param_tree.abstract(model).items()
+    }
+    return param_tree.assign(model, random_arrays(config, finish, leaf_shardings))
 
 
 def _open(path: str | Path, decoder: dict) -> Checkpoint:
     """Opens the checkpoint at a path with the reader of its format."""
     file, _, tower = str(path).rpartition(":") if ".npz:" in str(path) else (path, "", "")
-    place = _place(file)
-    if place.is_file():
-        checkpoint = big_vision.open_file(place, tower, **decoder)
-        return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, place))
-    checkpoint = native.open_folder(place) if native.is_native(place) else hugging_face.open_folder(place)
-    return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, place))
+    local_path = _local_path(file)
+    if local_path.is_file():
+        checkpoint = big_vision.open_file(local_path, tower, **decoder)
+        return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, local_path))
+    checkpoint = orbax.open_folder(local_path) if orbax.is_native(local_path) else hugging_face.open_folder(local_path)
+    return dataclasses.replace(checkpoint, config=_with_decoder(checkpoint.config, decoder, local_path))
 
 
-def _with_decoder(config: Config, decoder: dict, place: Path) -> Config:
+def _with_decoder(config: Config, decoder: dict, local_path: Path) -> Config:
     """Returns the config with the decoder's fields changed."""
     if not isinstance(config, DualEncoderConfig):
         return config.replace(decoder=decoder)
     if decoder:
-        raise UserError(f"{place} is a dual encoder, which has no decoder: leave out {', '.join(decoder)}.")
+        raise UserError(f"{local_path} is a dual encoder, which has no decoder: leave out {', '.join(decoder)}.")
     return config
 
 
-def _place(path: str | Path) -> Path:
+def _local_path(path: str | Path) -> Path:
     """Returns the folder or the .npz file."""
     if hub.is_remote(path):
         return hub.download(path)
-    place = local(path)
-    if place.is_dir() or (place.suffix == ".npz" and place.is_file()):
-        return place
+    local_path = local(path)
+    if local_path.is_dir() or (local_path.suffix == ".npz" and local_path.is_file()):
+        return local_path
     raise UserError(
         f"no model at {path}: expected a Hugging Face folder, a big_vision .npz file, hf://owner/name, or the name of "
         f"a model that ships with the package ({', '.join(SHIPPED)}); check the path."
@@ -267,10 +269,10 @@ def weight_files(path: str | Path) -> list[Path]:
     """
     if str(path).startswith(RANDOM):
         return []
-    place = _place(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
-    if native.is_native(place):
-        return sorted(file for file in (place / native.ARRAYS).rglob("*") if file.is_file())
-    return [place] if place.is_file() else Folder(place).files
+    local_path = _local_path(str(path).rpartition(":")[0] if ".npz:" in str(path) else path)
+    if orbax.is_native(local_path):
+        return sorted(file for file in (local_path / orbax.ARRAYS).rglob("*") if file.is_file())
+    return [local_path] if local_path.is_file() else Folder(local_path).files
 
 
 def _changed(config: Config, image_size: int | None, vocab_size: int | None) -> Config:

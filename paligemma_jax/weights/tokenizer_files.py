@@ -26,12 +26,12 @@ FILES = (
 
 def tokenizer_files(source: str | Path) -> list[Path]:
     """Returns the tokenizer files of a shipped model, a folder, beside a .npz, or a SentencePiece file; [] if none."""
-    place = local(source)
-    if place.name in (MODEL, SIGLIP_MODEL) and place.is_file():
-        return [place]
-    if not place.exists():
+    path = local(source)
+    if path.name in (MODEL, SIGLIP_MODEL) and path.is_file():
+        return [path]
+    if not path.exists():
         return []
-    folder = place if place.is_dir() else place.parent
+    folder = path if path.is_dir() else path.parent
     files = [folder / name for name in FILES if (folder / name).is_file()]
     return files if {file.name for file in files} & {MODEL, SIGLIP_MODEL, JSON} else []
 

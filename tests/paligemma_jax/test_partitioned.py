@@ -97,7 +97,7 @@ def test_greedy_answers_are_those_of_one_device(mini_options):
         task = task_of(mini_options | {f"mesh.{axis}": size for axis, size in sizes.items()})
         model = placement.build(task, task.mesh).model()
         rows = sharding.batch_sharding(task.mesh, accumulate=False)
-        with row_sharding.over(task.mesh):
+        with row_sharding.use_mesh(task.mesh):
             return np.asarray(generate(model, *jax.device_put((images, tokens, real), rows), 8, eos_id=-1))
 
     one = answers(ONE)
@@ -135,7 +135,7 @@ def test_samplers_choose_for_their_own_rows(sampler, mesh):
         def program(model, images, tokens, real):  # no EOS, rows from 0 on, 5 tokens
             return _generate(model, images, None, tokens, real, -1, chosen, jax.random.key(3), 0, 5, None, False)[0]
 
-        compiled = jax.jit(row_sharding.within(devices, program)).lower(model, *inputs).compile()
+        compiled = jax.jit(row_sharding.with_mesh(devices, program)).lower(model, *inputs).compile()
         return partitioned.read(compiled), np.asarray(compiled(model, *inputs)), arrays
 
     (_, expected, arrays), (divided, answers, _) = answered(ONE), answered(MESHES[mesh])
@@ -198,7 +198,7 @@ def gradient_of(kind: str, remat: str):
 def test_no_stack_of_weights_is_held_whole(kind, remat):
     """Every kernel is gathered once forwards and once backwards, a layer at a time, also where layers are unrolled."""
     mesh, loss, shapes = gradient_of(kind, remat)
-    compiled = jax.jit(row_sharding.within(mesh, jax.grad(loss, (0, 1)))).lower(*shapes).compile()
+    compiled = jax.jit(row_sharding.with_mesh(mesh, jax.grad(loss, (0, 1)))).lower(*shapes).compile()
     exchanged = partitioned.read(compiled).exchanged
     arrays = {path: x.shape for path, x in (shapes[0] | shapes[2]).items()}
     for size, number in partitioned.arrays_of(arrays).items():
@@ -247,7 +247,7 @@ def test_modules_in_no_stack_gather_their_weights_again():
     kept = partitioned.kept(mesh, loss, (shapes, x, tokens))
     whole = [x for x in kept if x.size in (64 * 64, 64 * 256, 64 * 128)]
     assert len(whole) <= sum(x.size in (64 * 64, 64 * 256, 64 * 128) for x in shapes.values())
-    step = jax.jit(row_sharding.within(mesh, jax.grad(loss, (0, 1))))
+    step = jax.jit(row_sharding.with_mesh(mesh, jax.grad(loss, (0, 1))))
     exchanged = partitioned.read(step.lower(shapes, x, tokens).compile()).exchanged
     assert exchanged["all-gather", (64, 128)] == 1 + 1  # the projector's
     assert exchanged["all-gather", (64, 256)] <= 2 * 4  # of two MLPs

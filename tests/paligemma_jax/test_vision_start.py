@@ -115,7 +115,7 @@ def test_a_config_starts_from_it_and_its_workdir_notes_it(dual, folder, mini_opt
         mini_options | {"init.vision": str(folder), "model.quantize": "int8"},
     )
     refused(
-        "is no PaliGemma: give it as init.vision",
+        "expected a PaliGemma: give one. A SigLIP's tower can be",
         task_of(mini_options | {"model.path": str(folder), "tokenizer": "tiny"}).init,
     )
 

@@ -224,11 +224,11 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` that was passed to `save`."""
-        return self._read_json(step)["meta"]
+        return self._read_metadata(step)["meta"]
 
     def read_metrics(self, step: int) -> dict[str, Any] | None:
         """Returns the `metrics` that were passed to `save`, or None."""
-        return self._read_json(step)["metrics"]
+        return self._read_metadata(step)["metrics"]
 
     def restore(self, step: int, abstract_params: Mapping, abstract_opt_state: Any, abstract_ema=None) -> Restored:
         """Restores a step as arrays of the given shapes, dtypes and shardings; it may have been saved on another mesh.
@@ -293,11 +293,11 @@ class Checkpoints:
         saved: Any = self._manager.item_metadata(step)
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in dict(saved[item].tree).items()}
 
-    def _read_json(self, step: int) -> dict[str, Any]:
+    def _read_metadata(self, step: int) -> dict[str, Any]:
         if step not in self.all_steps():
             self.resolve(step)  # raises an error that lists the existing steps
         self.wait()
-        return metadata.read_json(self.folder, step)
+        return metadata.read_metadata(self.folder, step)
 
     @contextlib.contextmanager
     def _explain_full_disk(self, step: int | None) -> Iterator[None]:

@@ -16,7 +16,7 @@ def meta_path(folder: Path, step: int) -> Path:
     return folder / str(step) / "meta" / META_FILE
 
 
-def read_json(folder: Path, step: int) -> dict[str, Any]:
+def read_metadata(folder: Path, step: int) -> dict[str, Any]:
     """Returns `{"meta": ..., "metrics": ...}` of a step."""
     return json.loads(meta_path(folder, step).read_text(encoding="utf-8"))
 
@@ -26,4 +26,4 @@ def read_latest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
     if not steps:
         return None
-    return max(steps), read_json(folder, max(steps))["meta"]
+    return max(steps), read_metadata(folder, max(steps))["meta"]

@@ -48,7 +48,7 @@ def inspect_workdir(workdir: Path, config: ConfigDict) -> ExistingRun | None:
     step, meta = latest
     examples = meta["fingerprint"]["examples"]  # compared with the data when they are opened
     notes = check_resume(stored_config(workdir), config, examples)
-    early = gave_up(meta, config.patience)
+    early = is_early_stopped(meta, config.patience)
     done = early or step >= Durations.of(config, examples).total
     results = _final_results(workdir) if done else None
     outcome, remedy = f"{step} steps trained and evaluated", ""
@@ -80,7 +80,7 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: `config` defines a sweep, or the workdir contains one; the message names the folders of its runs.
     """
-    summary = files.read_json(workdir / SWEEP_FILE)
+    summary = files.read_json_or_empty(workdir / SWEEP_FILE)
     if summary:
         folders = [run["name"] for run in summary["runs"] if (workdir / run["name"] / "config.json").is_file()]
         names = ", ".join(str(workdir / name) for name in folders) or "none has begun"
@@ -92,14 +92,14 @@ def refuse_sweep(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def gave_up(meta: dict[str, Any], patience: int | None) -> bool:
+def is_early_stopped(meta: dict[str, Any], patience: int | None) -> bool:
     """Returns whether the run of a checkpoint stopped early and would do so again with this patience."""
     return meta["stopped_early"] and patience is not None and meta["without_improvement"] >= patience
 
 
 def _final_results(workdir: Path) -> dict[str, Any] | None:
     """Returns the contents of eval.json if the run wrote it at its end; eval.py writes it for unfinished runs too."""
-    results = files.read_json(workdir / "eval.json")
+    results = files.read_json_or_empty(workdir / "eval.json")
     return results if results.get("finished") else None
 
 

@@ -118,7 +118,7 @@ def _save(cache_file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         logging.warning("%s is not kept (%s); it is computed again at the next start.", cache_file, error)
 
 
-def place_of(cache: str | Path | None, *source: object) -> Path | None:
+def cache_file_of(cache: str | Path | None, *source: object) -> Path | None:
     """Returns the cache file of the digests of a source, or None if `cache` is None.
 
     Args:

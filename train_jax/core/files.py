@@ -56,7 +56,7 @@ def write_atomically(path: str | Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json_or_empty(path: str | Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or an empty dict if there is no file.
 
     Raises:

@@ -6,13 +6,26 @@ of the last batch (weight 0) and number of devices; a mean of means is not.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Metrics = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+
+
+def row_count(batch: Mapping[str, Array], name: str) -> Float[Array, ""]:
+    """Returns the sum of the row weights of a batch [A, b, ...], at least 1: a normalizer of losses summed over rows.
+
+    Args:
+      batch: has the row weights as `weight` [A, b], which are 0 for bad rows, or no such array.
+      name: an array whose number of rows A * b is the result if there are no weights.
+    """
+    if "weight" in batch:
+        return jnp.maximum(batch["weight"].sum(), 1.0)
+    A, b = batch[name].shape[:2]
+    return jnp.float32(A * b)
 
 
 def zeros_like(names: Iterable[str]) -> Metrics:

@@ -25,16 +25,12 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_regex(pattern: str) -> re.Pattern[str]:
+    """Compiles a pattern; raises UserError if it is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"{pattern!r} is not a regular expression ({error}): correct the pattern") from error
-
-
-def check_regex(pattern: str) -> None:
-    """Raises UserError if a pattern is not a regular expression."""
-    _compile(pattern)
 
 
 def cover(rules: Sequence[tuple[str, T]], paths: Iterable[str], allow_unused: bool = False) -> dict[str, T]:
@@ -49,7 +45,7 @@ def cover(rules: Sequence[tuple[str, T]], paths: Iterable[str], allow_unused: bo
       UserError: a path matches no rule, or a rule matches no path.
     """
     paths = list(paths)
-    compiled = [(_compile(pattern), value) for pattern, value in rules]
+    compiled = [(compile_regex(pattern), value) for pattern, value in rules]
     covered: dict[str, T] = {}
     for path in paths:
         for pattern, value in compiled:
@@ -78,7 +74,7 @@ def select(pattern: str, paths: Iterable[str], what: str = "pattern") -> list[st
       UserError: no path matches; the message lists the most similar paths.
     """
     paths = list(paths)
-    compiled = _compile(pattern)
+    compiled = compile_regex(pattern)
     matched = [path for path in paths if compiled.fullmatch(path)]
     if not matched:
         examples = nearest(pattern, paths) or paths[:3]

@@ -6,8 +6,8 @@ number of devices and exchanges activations. Models therefore pin their activati
 and gather the weights of a block where they are used: fully sharded data parallelism (Rajbhandari et al. 2020, stage 3,
 https://arxiv.org/abs/1910.02054; Xu et al. 2021, https://arxiv.org/abs/2105.04663).
 
-A model only names the axis of its rows. The mesh is that of the context in which a program is traced (`over`). Without
-one, and for arrays outside `jax.jit`, every function here returns its argument.
+A model only names the axis of its rows. The mesh is that of the context in which a program is traced (`use_mesh`).
+Without one, and for arrays outside `jax.jit`, every function here returns its argument.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _METADATA = "gathered_spec"  # metadata of a Variable that "fsdp" splits: its sp
 T = TypeVar("T")
 
 
-def over(mesh: Mesh) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     """Returns the context in which programs are traced for a mesh with the axes ROW_AXES.
 
     It moves no arrays: the arguments of programs, in particular models, must be on this mesh.
@@ -38,12 +38,15 @@ def over(mesh: Mesh) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def within(mesh: Mesh, function: Callable) -> Callable:
+over = use_mesh  # its name in earlier releases
+
+
+def with_mesh(mesh: Mesh, function: Callable) -> Callable:
     """Returns `function` for `jax.jit`, traced for a mesh."""
 
     @functools.wraps(function)
     def traced(*arguments, **options):
-        with over(mesh):
+        with use_mesh(mesh):
             return function(*arguments, **options)
 
     return traced

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from train_jax.core.errors import UserError
-from train_jax.core.patterns import check_regex, cover, did_you_mean, select
+from train_jax.core.patterns import compile_regex, cover, did_you_mean, select
 from train_jax.optim.adamw_8bit import scale_by_adam_8bit
 
 # Matrices of the model and of adapters; not biases, norm scales, logit scales or position embeddings.
@@ -201,12 +201,12 @@ def _check_optimizer(config: ConfigDict) -> None:
             f"weight_decay={config.weight_decay} has no meaning for optimizer 'adam'; set it to 0 or use 'adamw'"
         )
     if config.weight_decay_mask is not None:
-        check_regex(config.weight_decay_mask)
+        compile_regex(config.weight_decay_mask)
     for entry in config.rates or ():
         if not _is_rate(entry):
             raise UserError(f"rates has {entry!r}, expected (pattern, factor) or (pattern, factor, warmup_steps)")
         pattern, factor = entry[:2]
-        check_regex(pattern)
+        compile_regex(pattern)
         if not factor > 0:
             raise UserError(
                 f"rates: the factor of '{pattern}' is {factor}, expected a number above 0; to stop these parameters "

@@ -126,7 +126,7 @@ def _traced(placed: PlacedModel, function, arguments: tuple, mesh: Mesh) -> jax.
     def program(arrays, *arguments):
         return function(param_tree.merge(placed.graph, arrays), *arguments)
 
-    return jax.jit(row_sharding.within(mesh, program)).trace(placed.trainable | placed.frozen, *arguments)
+    return jax.jit(row_sharding.with_mesh(mesh, program)).trace(placed.trainable | placed.frozen, *arguments)
 
 
 def program_of(name: str, compiled: jax.stages.Compiled, held: int, mesh: Mesh) -> Program:

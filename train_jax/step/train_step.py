@@ -149,10 +149,10 @@ def trace(
         keys = row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
         return task.loss(placed.merge(start.params | frozen), first, keys)[1]
 
-    names = jax.eval_shape(row_sharding.within(mesh, task_metrics), start, placed.frozen, batch)
+    names = jax.eval_shape(row_sharding.with_mesh(mesh, task_metrics), start, placed.frozen, batch)
     names = [*names, "loss", "grad_norm", "learning_rate"]
     replicated = sharding.replicated(mesh)
     totals = sharding.with_shardings(jax.eval_shape(lambda: metrics_lib.zeros_like(names)), lambda leaf: replicated)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (start, totals))
-    jitted = jax.jit(row_sharding.within(mesh, step), donate_argnums=(0, 1), out_shardings=shardings)
+    jitted = jax.jit(row_sharding.with_mesh(mesh, step), donate_argnums=(0, 1), out_shardings=shardings)
     return jitted.trace(start, totals, placed.frozen, batch), totals

@@ -20,7 +20,7 @@ def enable(megabytes: int = DEFAULT_MB) -> None:
     Args:
       megabytes: limit of the folder's size; 0 keeps none.
     """
-    if megabytes == 0 or jax.config.jax_compilation_cache_dir is not None:
+    if megabytes == 0 or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = Path(cache_dir()).expanduser() / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -110,9 +110,9 @@ def format_bytes(size: int | float) -> str:
 def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str) -> int:
     """Returns the batch size to retry with, about half, after an evaluation ran out of device memory.
 
-    With several processes there is no retry: a batch is one program over all devices, and the other processes are still
-    inside it, waiting for the one that failed. They cannot be told a smaller size, so the run ends with an error. All
-    processes can only agree on a size chosen in advance from the memory that the compiler plans.
+    With several processes there is no retry: a batch is one program over all devices, in which the other processes wait
+    for the one that failed, so they cannot agree on a smaller size, and the run ends with an error. Several processes
+    need a size chosen before the run, from the memory that the compiler plans.
 
     Args:
       error: the exception of the computation.

@@ -73,8 +73,8 @@ def read_class_folders(
         raise UserError(
             f"the image path {quoted(outside)} leaves {folder} by a link, expected one within: copy the image there."
         )
-    place = digests.place_of(cache, "folder", str(resolved))
-    numbers = iter(digests.numbers(digests.keys(digests.of_files(files_of_all, place, "images"))).tolist())
+    cache_file = digests.cache_file_of(cache, "folder", str(resolved))
+    numbers = iter(digests.numbers(digests.keys(digests.of_files(files_of_all, cache_file, "images"))).tolist())
     split_of: dict[int, str] = {}  # by image number, which copies share, perhaps in other classes
     for label, (name, files) in enumerate(classes.items()):
         images = [next(numbers) for _ in files]

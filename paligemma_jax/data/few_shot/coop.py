@@ -108,8 +108,10 @@ def _check_copies(data: FewShot, file: Path, cache: str | Path | None) -> None:
     sizes = [_size(data.root / image) for _, image in rows]
     splits_of_size = Counter(size for size, _ in {(size, split) for size, (split, _) in zip(sizes, rows, strict=True)})
     rows = [row for size, row in zip(sizes, rows, strict=True) if size and splits_of_size[size] > 1]
-    place = digests.place_of(cache, "coop", str(file.resolve()))
-    keys = digests.keys(digests.of_files([data.root / image for _, image in rows], place, f"images of {data.name}"))
+    cache_file = digests.cache_file_of(cache, "coop", str(file.resolve()))
+    keys = digests.keys(
+        digests.of_files([data.root / image for _, image in rows], cache_file, f"images of {data.name}")
+    )
     first: dict[bytes, tuple[str, str]] = {}
     copies = []
     for key, (split, image) in zip(keys, rows, strict=True):

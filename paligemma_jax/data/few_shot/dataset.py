@@ -94,8 +94,8 @@ class FewShot:
         """
         if len(self.classes) < 2 or self.part != ALL:
             raise UserError(
-                f"{self.name} ({self.part}) has {len(self.classes)} class(es) to divide into base and novel ones, "
-                "expected all of a data set with two at least: give that."
+                f"{self.name} ({self.part}) has {len(self.classes)} class(es), expected all classes of a data set, at "
+                "least two, to divide into base and novel ones: give such a data set."
             )
         middle = math.ceil(len(self.classes) / 2)
         return self._part(BASE, 0, middle), self._part(NOVEL, middle, len(self.classes))

@@ -121,18 +121,17 @@ def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol
         names = {data["name"] for data in (tuned, *tested.values())}
         missing = sorted(names - set(roots))
         if missing:
-            raise UserError(f"{file} is about {', '.join(missing)}, whose images have no folder: give it.")
+            raise UserError(f"{file} names {', '.join(missing)}, expected the folder of its images in roots: add it.")
         tested = {name: FewShot.from_dict(data, roots[data["name"]]) for name, data in tested.items()}
         protocol = Protocol(values["protocol"], FewShot.from_dict(tuned, roots[tuned["name"]]), tested)
         digest = values["digest"]
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is no protocol ({error!r}), expected what a few-shot run wrote: give that.") from None
+        raise UserError(f"{file} is no protocol ({error!r}), expected a file of `to_json`: give one.") from None
     if digest != protocol.digest or protocol.kind not in KINDS:
         raise UserError(
-            f"{file} has the digest {protocol.digest}, expected {digest}: it was changed after it was written; give "
-            "the original."
+            f"{file} has the digest {protocol.digest}, expected {digest}, since it was edited: restore the original."
         )
     for data in (protocol.tuned, *protocol.tested.values()):
         _check_inside(data)

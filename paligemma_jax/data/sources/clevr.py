@@ -150,12 +150,12 @@ def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
     return folder
 
 
-def _is_of(noted: dict[str, Any], source: Path, data_dir: Path) -> bool:
-    """Returns whether an identity noted at preparation, perhaps with fewer entries, is that of a tree."""
+def _is_of(recorded: dict[str, Any], source: Path, data_dir: Path) -> bool:
+    """Returns whether an identity recorded at preparation, perhaps with fewer entries, is that of a tree."""
     identity = ClevrTree(source).identity(data_dir)
-    if noted.keys() != identity.keys():
+    if recorded.keys() != identity.keys():
         return False
-    return all(noted[split].items() <= identity[split].items() for split in identity)
+    return all(recorded[split].items() <= identity[split].items() for split in identity)
 
 
 class ClevrQuestions:
@@ -182,8 +182,8 @@ class ClevrQuestions:
         self._examples = _data_source(self._folder, split)
         self._prompt = prompt_checked(prompt)
         files = sorted(self._folder.glob(f"*-{split}.array_record*"))
-        place = self._folder / f"questions-{split}.npz"
-        index = digests.kept(place, files, lambda: _question_index(self._examples))
+        cache_file = self._folder / f"questions-{split}.npz"
+        index = digests.kept(cache_file, files, lambda: _question_index(self._examples))
         self._starts, self._images = index["starts"], digests.numbers(digests.keys(index["images"]))
         digest = hashlib.sha256(index["images"].tobytes() + bytes(index["texts"])).hexdigest()
         self._cache = ByteLRU(cache_bytes)

@@ -143,8 +143,8 @@ class ClevrTree:
             images = (file.read_bytes() for file in progress)
             return {"sums": np.array([(zlib.crc32(image), len(image)) for image in images], np.int64).reshape(-1, 2)}
 
-        place = digests.place_of(cache, "clevr", str(self.root.resolve()), split)
-        return digests.kept(place, paths, compute)["sums"]
+        cache_file = digests.cache_file_of(cache, "clevr", str(self.root.resolve()), split)
+        return digests.kept(cache_file, paths, compute)["sums"]
 
     @contextlib.contextmanager
     def _open(self, kind: str, split: str) -> Iterator[Iterator[dict[str, Any]]]:

@@ -57,22 +57,24 @@ class JsonlRecords:
         self._fields = FIELDS if caption is None else ("image", caption)
         self.file = _jsonl_file(Path(path).expanduser(), split)
         self._offsets, self._lines = array.array("q"), array.array("q")
-        places, names, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
+        numbers, names, digest, offset = array.array("q"), {}, hashlib.sha256(), 0
         with self.file.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 digest.update(line)
                 if line.strip():
                     self._offsets.append(offset)
                     self._lines.append(line_number)
-                    places.append(self._place(line, line_number, names))
+                    numbers.append(self._image_number(line, line_number, names))
                 offset += len(line)
         if not self._offsets:
             raise UserError(f"{self.file} has no rows, expected one JSON object per line; add rows.")
-        place = digests.place_of(cache, "jsonl", str(self.file.resolve()))
-        digests_of = digests.of_files([self.file.parent / name for name in names], place, f"images of {self.file.name}")
+        cache_file = digests.cache_file_of(cache, "jsonl", str(self.file.resolve()))
+        digests_of = digests.of_files(
+            [self.file.parent / name for name in names], cache_file, f"images of {self.file.name}"
+        )
         # Lines that name the same missing file share an image number; a malformed line has one of its own.
         keys = [key or name for key, name in zip(digests.keys(digests_of), names, strict=True)]
-        self._images = digests.numbers(keys[place] if place >= 0 else None for place in places)
+        self._images = digests.numbers(keys[number] if number >= 0 else None for number in numbers)
         more = {} if caption is None else {"caption": caption}
         images = hashlib.sha256(digests_of.tobytes()).hexdigest()
         self.fingerprint = fingerprint_of(kind="jsonl", digest=digest.hexdigest(), images=images, **more)
@@ -123,7 +125,7 @@ class JsonlRecords:
             )
         return texts
 
-    def _place(self, line: bytes, line_number: int, names: dict[str, int]) -> int:
+    def _image_number(self, line: bytes, line_number: int, names: dict[str, int]) -> int:
         """Returns the position in `names`, which grows, of the image that a line names; -1 for a malformed line."""
         try:
             name = self._parse(line, line_number)[0]

@@ -77,8 +77,8 @@ class ParquetQuestions:
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if not len(self):
             raise UserError(f"{folder} holds no rows in its {split} shards, expected one per question; add rows.")
-        place = digests.place_of(cache, "parquet", str(folder.resolve()), split)
-        contents = digests.kept(place, self._files, lambda: _digest_shards(self._files))
+        cache_file = digests.cache_file_of(cache, "parquet", str(folder.resolve()), split)
+        contents = digests.kept(cache_file, self._files, lambda: _digest_shards(self._files))
         self._image_index = digests.numbers(digests.keys(contents["images"]))
         names = [file.name for file in self._files]
         self.fingerprint = fingerprint_of(

@@ -48,9 +48,9 @@ class TfdsCaptions:
         self._examples = open_split(builder, self._folder, split, image)
         self._image, self._caption, self._views, self._split = image, caption.split("/"), views, split
         info = builder.info
-        place = digests.place_of(cache, "tfds", str(self._folder.resolve()), split, image)
+        cache_file = digests.cache_file_of(cache, "tfds", str(self._folder.resolve()), split, image)
         files = sorted(self._folder.glob("*.array_record*"))
-        images = digests.kept(place, files, self._digests)["images"]
+        images = digests.kept(cache_file, files, self._digests)["images"]
         self._numbers = digests.numbers(digests.keys(images))
         self.fingerprint = fingerprint_of(
             kind="tfds",

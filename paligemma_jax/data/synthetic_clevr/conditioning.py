@@ -26,13 +26,13 @@ class Descriptions(NamedTuple):
 
     Attributes:
       texts: the descriptions as text.
-      said: the attributes that each names, with their values.
+      attributes: {attribute: value} of those that each text names.
       table: int32 [N + 1, 4], or float32 [N + 1, E]; the last row stands for none.
       numbers: row number of each text.
     """
 
     texts: Sequence[str]
-    said: Sequence[Mapping[str, str]]
+    attributes: Sequence[Mapping[str, str]]
     table: np.ndarray
     numbers: Mapping[str, int]
 
@@ -41,9 +41,9 @@ def of_attributes() -> Descriptions:
     """Returns all combinations of attributes, as indices into their values."""
     combined = list(itertools.product(*ATTRIBUTES.values()))
     texts = [" ".join(values) for values in combined]
-    said = [dict(zip(ATTRIBUTES, values, strict=True)) for values in combined]
+    attributes = [dict(zip(ATTRIBUTES, values, strict=True)) for values in combined]
     table = list(itertools.product(*map(range, SIZES)))
-    return Descriptions(texts, said, np.array([*table, SIZES], np.int32), _numbers(texts))
+    return Descriptions(texts, attributes, np.array([*table, SIZES], np.int32), _numbers(texts))
 
 
 def of_captions(captions: Iterable[str], embed: Callable[[Sequence[str]], Float[np.ndarray, "N E"]]) -> Descriptions:
@@ -56,7 +56,7 @@ def of_captions(captions: Iterable[str], embed: Callable[[Sequence[str]], Float[
     texts = sorted(set(captions))
     vectors = np.asarray(embed(texts), np.float32)
     table = np.concatenate([vectors, np.zeros_like(vectors[:1])])
-    return Descriptions(texts, [said(text) for text in texts], table, _numbers(texts))
+    return Descriptions(texts, [named_attributes(text) for text in texts], table, _numbers(texts))
 
 
 def text_of(item: Mapping[str, str]) -> str:
@@ -64,7 +64,7 @@ def text_of(item: Mapping[str, str]) -> str:
     return " ".join(item[name] for name in ATTRIBUTES)
 
 
-def said(caption: str) -> dict[str, str]:
+def named_attributes(caption: str) -> dict[str, str]:
     """Returns the attributes, with their values, that the caption of a single object names."""
     words = caption.split()
     return {name: value for name, values in ATTRIBUTES.items() for value in values if value in words}

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from paligemma_jax.data.row_texts import is_text
-from paligemma_jax.files.side_files import Keys, account, is_off, read_json, refusal
+from paligemma_jax.files.side_files import KnownKeys, account, is_off, read_json, refusal
 from train_jax.core.errors import UserError, quoted
 
 JSON, CONFIG, ADDED, SPECIAL = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-_TOKEN = Keys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
+_TOKEN = KnownKeys(read=frozenset({"content", "id", *FLAGS}), idle=frozenset({"__type"}))
 _MARKS = frozenset({"bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token"})
 # Special tokens of the model families themselves.
 OWN_MARKS = frozenset({"<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "<|startoftext|>", "<|endoftext|>"})
 # Keys that hold tokens by name; their ids are those of the pieces or of the files above.
 _NAMES = _MARKS | {"image_token", "boi_token", "eoi_token"}
 _LISTS = frozenset({"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"})
-CONFIG_KEYS = Keys(
+CONFIG_KEYS = KnownKeys(
     read=_NAMES | _LISTS | {"added_tokens_decoder", "do_lower_case", "model_max_length"},
     only={"split_special_tokens": (False,), "add_prefix_space": (False,)},
     # Special tokens, padding and truncation are handled by data/prompts.py and text_tower.py, which refuse any side but
@@ -65,7 +65,7 @@ CONFIG_KEYS = Keys(
         }
     ),
 )
-SPECIAL_KEYS = Keys(read=_NAMES | _LISTS)
+SPECIAL_KEYS = KnownKeys(read=_NAMES | _LISTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,12 +124,12 @@ def load_text_tokenizer(
 
 def _find(path: str | Path) -> Path:
     """Returns the tokenizer's file."""
-    place = hub.download(path) if hub.is_remote(path) else local(path)
-    if place.suffix == ".npz":
-        place = place.parent
-    if place.is_file():
-        return place
-    files = [place / name for name in (*PIECES, JSON) if (place / name).is_file()]
+    folder = hub.download(path) if hub.is_remote(path) else local(path)
+    if folder.suffix == ".npz":
+        folder = folder.parent
+    if folder.is_file():
+        return folder
+    files = [folder / name for name in (*PIECES, JSON) if (folder / name).is_file()]
     if not files:
         raise UserError(f"{path} holds no {', '.join(PIECES)} or {JSON}, expected one: give the tokenizer's folder.")
     return files[0]

@@ -108,13 +108,16 @@ def check(config: ConfigDict) -> None:
             "embed_micro_batch to a divisor."
         )
     if config.data.name == "scenes" and config.data.source is not None:
-        raise UserError(f"data.source is {config.data.source!r} of synthetic scenes: set data.name to jsonl or tfds.")
+        raise UserError(
+            f"data.source is {config.data.source!r} but data.name is 'scenes', which are rendered: set data.name to "
+            "jsonl or tfds."
+        )
     if config.data.name != "scenes" and config.data.source is None:
         raise UserError(f"data.name is {config.data.name!r} but data.source is not set: add --config.data.source=PATH.")
     if config.data.name != "scenes" and config.data.num_tuning:
-        raise UserError("data.num_tuning renders synthetic scenes to choose settings by: set data.num_tuning=0.")
+        raise UserError(f"data.num_tuning is {config.data.num_tuning}, which is for data.name=scenes: set it to 0.")
     if config.data.name != "scenes" and config.data.noise:
-        raise UserError("data.noise spoils synthetic scenes alone: set data.noise=''.")
+        raise UserError(f"data.noise is {config.data.noise!r}, which is for data.name=scenes: set it to ''.")
     if config.loss.negatives is not None and not 1 <= config.loss.negatives < config.batch_size:
         raise UserError(
             f"loss.negatives is {config.loss.negatives}, expected 1 to {config.batch_size - 1}, one fewer than the "

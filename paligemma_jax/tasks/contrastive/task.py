@@ -41,7 +41,7 @@ from paligemma_jax.weights.fingerprint import check_digest, model_digest, write_
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
-from train_jax.core.metrics import Metrics
+from train_jax.core.metrics import Metrics, row_count
 from train_jax.parallel.sharding import Spec
 from train_jax.task import Blueprint, Task
 
@@ -83,11 +83,11 @@ class Contrastive(Task):
         if config.model.path is not None:
             model = nnx.eval_shape(lambda: reader.new(config.model.path, **self._options()))
             if not isinstance(model, DualEncoder):
-                raise UserError(f"model.path is {config.model.path}, which is no SigLIP or CLIP: give another.")
+                raise UserError(f"model.path is {config.model.path}, expected a SigLIP or CLIP: give one.")
             if config.loss.name == "sigmoid" and model.logit_bias is None:
                 raise UserError(
-                    f"{config.model.path} has no bias, which the sigmoid loss needs, expected loss.name=softmax for a "
-                    "CLIP: set that."
+                    f"model.path is {config.model.path}, a CLIP, which has no bias for the sigmoid loss: set "
+                    "loss.name=softmax."
                 )
             return model.config
         try:
@@ -202,10 +202,7 @@ class Contrastive(Task):
 
     def normalizer(self, batch) -> jax.Array:
         """Returns the number of pairs, without bad rows."""
-        if "weight" in batch:
-            return jnp.maximum(batch["weight"].sum(), 1.0)
-        A, b = batch["tokens"].shape[:2]
-        return jnp.float32(A * b)
+        return row_count(batch, "tokens")
 
     def loss(self, model: DualEncoder, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the loss summed over images; the runtime normalizes by those that are valid."""
@@ -252,7 +249,7 @@ class Contrastive(Task):
         return (*contrastive_report.RETRIEVAL, *zero_shot)
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the weights that the run starts from with those noted in the workdir.
+        """Compares the weights that the run starts from with those recorded in the workdir.
 
         Raises:
           UserError: the workdir's run started from others.

@@ -108,7 +108,7 @@ def store(protocol: Protocol, workdir: Path) -> None:
 def tested_fingerprint(protocol: Protocol, cache: str | Path) -> str:
     """Returns a hash of the test sets: names, classes, and the bytes of the images, whose digests `cache` keeps."""
     images = [data.root / image for data in protocol.tested.values() for image, _ in data.splits["test"]]
-    file = digests.place_of(cache, "tested", protocol.digest, images[0])
+    file = digests.cache_file_of(cache, "tested", protocol.digest, images[0])
     digest = hashlib.sha256(digests.of_files(images, file, "test images").tobytes()).hexdigest()
     return fingerprint_of(protocol=protocol.digest, images=digest)
 
@@ -162,7 +162,7 @@ def _copies(images: list[str], others: list[str], root: Path) -> set[str]:
 def _stored(file: Path) -> dict[str, Any]:
     """Returns the protocol that a run stored; empty if there is no file."""
     try:
-        stored = files.read_json(file)
+        stored = files.read_json_or_empty(file)
     except ValueError as error:
         raise UserError(f"{file} cannot be read as JSON ({error}), expected what the run wrote: restore it.") from None
     if not isinstance(stored, dict):

@@ -99,7 +99,7 @@ class CoPrompt(Task):
         self.weight = coprompt_config.weight(config)
         base = nnx.eval_shape(lambda: reader.new(config.model.path, **self._options()))
         if not isinstance(base, DualEncoder):
-            raise UserError(f"model.path is {config.model.path}, which is no SigLIP or CLIP: give another.")
+            raise UserError(f"model.path is {config.model.path}, expected a SigLIP or CLIP: give one.")
         self.model_config = base.config
         self.method = coprompt_config.method(config, base.config)
         self.tokenizer: TextTokenizer = load_text_tokenizer(self._tokenizer_path(), base.config.text.length)
@@ -270,7 +270,7 @@ class CoPrompt(Task):
     # Evaluation.
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the base with the one noted in the workdir.
+        """Compares the base with the one recorded in the workdir.
 
         Raises:
           UserError: the workdir's run was trained on another base.

@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax.data.sources.pretraining_scenes import PretrainingScenes
 from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneTask, patch_loss
 from train_jax.core import metrics
 from train_jax.core.data_source import DataSource
-from train_jax.core.metrics import Metrics
+from train_jax.core.metrics import Metrics, row_count
 
 
 class Patches(DataSource):
@@ -54,8 +53,7 @@ class VisionPretraining(SceneTask):
 
     def normalizer(self, batch) -> jax.Array:
         """Returns the number of images."""
-        A, b = batch["image"].shape[:2]
-        return jnp.float32(A * b)
+        return row_count(batch, "image")
 
     def loss(self, model: PretrainingModel, batch, keys=None) -> tuple[jax.Array, Metrics]:
         """Returns the patch loss times the number of images, and accuracies on patches of objects."""

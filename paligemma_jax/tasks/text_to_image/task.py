@@ -23,7 +23,7 @@ from flow_jax.data.image_pairs import to_levels
 from flow_jax.data.image_sets import LabeledImage
 from flow_jax.ode import sampling
 from flow_jax.ode.guidance import Guided
-from flow_jax.tasks.flow_task import solver
+from flow_jax.tasks.flow_task import solver_arguments
 from flow_jax.tasks.image_flow_task import ImageFlowKeys, ImageFlowTask
 from flow_jax.tasks.image_sampler import noise
 from paligemma_jax import zero_shot
@@ -205,7 +205,7 @@ class TextToImage(ImageFlowTask):
         held_out = self.data.held_out
         images = [held_out[index] for index in range(len(held_out))]
         real = np.stack([image.pixels for image in images]), np.array([image.label for image in images])
-        return [SigLIPScorer(*self.siglip, self.descriptions.said, real)]
+        return [SigLIPScorer(*self.siglip, self.descriptions.attributes, real)]
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -234,7 +234,7 @@ class TextToImage(ImageFlowTask):
         options = self.config.eval
         velocity = model.model if options.guidance == 1.0 else Guided(model.model, options.guidance, null)
         x_0 = self.path.start(noise(seed, jnp.arange(len(texts)), (self.size, self.size, self.channels)))
-        result = sampling.sample(velocity, x_0, **solver(options), args=(jnp.asarray(conditions),))
+        result = sampling.sample(velocity, x_0, **solver_arguments(options), args=(jnp.asarray(conditions),))
         return to_levels(np.asarray(result.x), BYTES, self.config.data.dequantize)
 
     def _conditions(self, texts: Sequence[str]) -> tuple[np.ndarray, float | tuple[int, ...]]:
@@ -243,7 +243,7 @@ class TextToImage(ImageFlowTask):
             return self.vectors(texts), 0.0
         numbers = []
         for text in texts:
-            attributes = conditioning.said(text)
+            attributes = conditioning.named_attributes(text)
             missing = [name for name in conditioning.ATTRIBUTES if name not in attributes]
             if missing:
                 raise UserError(

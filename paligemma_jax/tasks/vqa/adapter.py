@@ -142,7 +142,7 @@ def _check_pairs(key: str, pairs: tuple, expected: str, valid: Callable[[Any], b
                 f"adapter.{key} holds {pair!r}, expected pairs of a pattern and a {expected}, such as "
                 r"((r'decoder/layers/0/.*', 4),): correct it."
             )
-        patterns.check_regex(pair[0])
+        patterns.compile_regex(pair[0])
 
 
 def attach(

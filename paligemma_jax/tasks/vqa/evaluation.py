@@ -30,7 +30,7 @@ from paligemma_jax.generation.generate import generate
 from paligemma_jax.metrics.text import Accuracy
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.vqa.answer import Answer, TokenLoss, question_of
+from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
 from paligemma_jax.tasks.vqa.features import Encode, FeatureCache, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core import param_tree
@@ -49,7 +49,7 @@ def candidate_answers(candidates: str) -> tuple[str, ...]:
 
 def initial_batch_size(config: ConfigDict, mesh: Mesh) -> int:
     """Returns `eval.batch_size`, rounded to a multiple of the parts into which the mesh splits rows."""
-    parts = common.row_parts(mesh)
+    parts = common.row_divisor(mesh)
     return max(config.eval.batch_size // parts, 1) * parts
 
 
@@ -78,11 +78,11 @@ class VQAEvaluation:
         self.config, self.mesh, self.processor = config, mesh, processor
         self.model = model
         if config.eval.int8_outliers is not None:
-            # The clone shares the arrays, and training goes on with dequantised weights.
+            # The clone shares the arrays, and training continues with dequantised weights.
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
         self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
-        self._parts = common.row_parts(mesh)
+        self._parts = common.row_divisor(mesh)
         self._limit = initial_batch_size(config, mesh)  # no batch is larger; lowered where the device has less memory
         self._fitted = 0  # the largest batch known to fit
         self._candidates = self._tokenize_candidates()
@@ -205,7 +205,7 @@ class VQAEvaluation:
                 size, need = max(size // 2 // self._parts, 1) * self._parts, need // 2
             self._limit = size
             logging.warning(
-                "Evaluation goes on with %d questions at once: more need %d bytes beside the model, %d are free.",
+                "Evaluation continues with batches of %d questions: more need %d bytes beside the model, %d are free.",
                 size, needed, limit,
             )  # fmt: skip
         self._fitted = max(self._fitted, size)
@@ -259,7 +259,7 @@ class VQAEvaluation:
         """Returns half the batch size after the device ran out of memory; raises as `smaller_batch`."""
         remedy = "use a device with more, lower data.prefix_length or eval.max_new_tokens, or a smaller compute_dtype"
         size = smaller_batch(error, size, self._parts, "eval.batch_size", remedy)
-        logging.warning("Evaluation goes on with %d questions at once: the device ran out of memory.", size)
+        logging.warning("Evaluation continues with batches of %d questions: the device ran out of memory.", size)
         return size
 
     def _tokenize_candidates(self) -> "_Candidates":

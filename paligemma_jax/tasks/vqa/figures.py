@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from paligemma_jax.data.records import RecordSource
-from paligemma_jax.tasks.vqa.answer import Answer
+from paligemma_jax.tasks.vqa.answer_record import Answer
 from train_jax.core.errors import UserError
 
 

@@ -19,7 +19,7 @@ from paligemma_jax.data.records import BadRow, RecordSource, Subset
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.sources.scene_captions import SceneCaptions
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks.vqa.answer import TokenLoss, question_of
+from paligemma_jax.tasks.vqa.answer_record import TokenLoss, question_of
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core.errors import UserError
@@ -64,21 +64,23 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def captions(evaluation: VQAEvaluation, source: RecordSource, untrained: PaliGemma | None) -> dict[str, float | None]:
+def captions(
+    evaluation: VQAEvaluation, source: RecordSource, initial_model: PaliGemma | None
+) -> dict[str, float | None]:
     """Returns the token loss of the captions of the source's scenes, after and before training.
 
     Args:
       evaluation: of the trained model.
       source: questions about the scenes.
-      untrained: the model before training; None if that is not evaluated.
+      initial_model: the model before training; None if that is not evaluated.
     """
     config = evaluation.config
     records = SceneCaptions(source, config.data.scene_seed, config.eval.captions)
     evaluation = evaluation.replace(processor=_caption_processor(evaluation.processor, records))
     after = _token_loss(evaluation, records)
-    if untrained is None:
+    if initial_model is None:
         return {"caption_loss": after, "caption_loss_before": None, "change_captions": None}
-    before = _token_loss(evaluation.replace(untrained), records)
+    before = _token_loss(evaluation.replace(initial_model), records)
     return {"caption_loss": after, "caption_loss_before": before, "change_captions": after - before}
 
 

@@ -96,7 +96,7 @@ def _programs(
     batch["features"] = jax.ShapeDtypeStruct((size, *feature_shape(model)), np.float32, sharding=rows)
     programs = {"image features": (encode_images, (shape(image),))}
     if config.cache_features:
-        parts = common.row_parts(mesh)
+        parts = common.row_divisor(mesh)
         programs["features of training images"] = (encode_images, (shape(image, -(-ENCODE_BATCH // parts) * parts),))
     names = OUTPUTS if config.eval.candidates else ("generate", "loss")
     return programs | {NAMES[name]: (functools.partial(_evaluate, evaluation, name), (batch,)) for name in names}

@@ -33,7 +33,7 @@ from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.metrics.text import Accuracy, RougeSums, exact_match
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa import forgetting
-from paligemma_jax.tasks.vqa.answer import Answer, TokenLoss, question_of
+from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation, candidate_answers
 from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from train_jax import loop
@@ -51,7 +51,7 @@ def report(
     *,
     split: str | None,
     training: RecordSource | None,
-    untrained: Callable[[], PaliGemma],
+    initial_model: Callable[[], PaliGemma],
     question_only: ConfigDict | None,
     control_results: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def report(
       workdir: of the run.
       split: a name for the files; None for the split that the run reports.
       training: the training records, for the most frequent answers; read under eval.controls.
-      untrained: returns the model before training; called under eval.before, after the trained model was evaluated.
+      initial_model: returns the model before training; called under eval.before, after the trained model was evaluated.
       question_only: config of the control run on black images; None if the run has none.
       control_results: results of control runs by name.
     """
@@ -83,7 +83,7 @@ def report(
             "accuracy_question_only": blank,
         }
         results |= _best_control(controls)
-    before = untrained() if config.eval.before else None
+    before = initial_model() if config.eval.before else None
     if before is not None:
         results |= _before(evaluation.replace(before), source)
     if config.eval.captions and split is None:

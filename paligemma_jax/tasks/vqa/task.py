@@ -127,17 +127,20 @@ class VQA(Task):
             quantize=config.model.quantize or None,
             block_size=config.model.quantize_block_size,
             double=config.model.quantize_double,
-            shardings=self._place,
+            shardings=self._leaf_sharding,
         )
         if not isinstance(model, PaliGemma):
             raise UserError(
-                f"model.path is {config.model.path}, which is no PaliGemma: give it as init.vision, perhaps."
+                f"model.path is {config.model.path}, a {type(model).__name__}, expected a PaliGemma: give one. A "
+                "SigLIP's tower can be its vision tower: set init.vision."
             )
         if config.init.vision is None or self._custom_read:
             return model
         return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
-    def _place(self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+    def _leaf_sharding(
+        self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct
+    ) -> jax.sharding.NamedSharding:
         """Returns the sharding of a leaf of the model."""
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
 
@@ -157,7 +160,7 @@ class VQA(Task):
 
     def attach(self, model: PaliGemma) -> PaliGemma:
         """Attaches the adapters that training starts with, in place; use the model returned."""
-        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._place)
+        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._leaf_sharding)
 
     def trainable(self) -> str:
         """Returns the pattern of the parameters that train."""
@@ -315,7 +318,7 @@ class VQA(Task):
     # Evaluation.
 
     def check_workdir(self, workdir: Path) -> None:
-        """Compares the base, the adapters and the tower that the run starts from with those noted in the workdir.
+        """Compares the base, the adapters and the tower that the run starts from with those recorded in the workdir.
 
         Raises:
           UserError: the workdir's run started from others.
@@ -378,12 +381,12 @@ class VQA(Task):
             workdir,
             split=None if split == self.default_split else split,
             training=self.split("train") if config.controls else None,
-            untrained=lambda: self._untrained(model),
+            initial_model=lambda: self._initial_model(model),
             question_only=self.control_runs().get("question_only"),
             control_results=control_results,
         )
 
-    def _untrained(self, model: PaliGemma) -> PaliGemma:
+    def _initial_model(self, model: PaliGemma) -> PaliGemma:
         """Returns the model before training: without adapters, or with those that the run started from.
 
         It shares every frozen array; where a part of the base trained, the base is read again.

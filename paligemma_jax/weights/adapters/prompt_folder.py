@@ -85,14 +85,14 @@ def _check_types(config: PromptConfig) -> None:
             raise TypeError(f"{field.name} is {value!r}")
 
 
-def _check_base(model: DualEncoder, noted: dict[str, np.ndarray], folder: Path) -> None:
-    """Raises UserError if the noted numbers are not those of the model."""
+def _check_base(model: DualEncoder, recorded: dict[str, np.ndarray], folder: Path) -> None:
+    """Raises UserError if the recorded numbers are not those of the model."""
     samples = _samples(model)
-    common = [name for name in samples if name in noted]  # a quantised kernel has no such numbers
+    common = [name for name in samples if name in recorded]  # a quantised kernel has no such numbers
     wrong = [
         name
         for name in common
-        if samples[name].shape != noted[name].shape or not np.allclose(samples[name], noted[name], _RTOL, _ATOL)
+        if samples[name].shape != recorded[name].shape or not np.allclose(samples[name], recorded[name], _RTOL, _ATOL)
     ]
     if wrong:
         raise UserError(

@@ -8,9 +8,9 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.vit import ViTConfig
-from paligemma_jax.weights.hugging_face.config_keys import DUAL
 from paligemma_jax.weights.hugging_face.config_values import Values, theirs, tower_fields, vision_config
 from paligemma_jax.weights.hugging_face.folder import Folder
+from paligemma_jax.weights.hugging_face.transformers_keys import DUAL
 from train_jax.core.errors import UserError
 
 FAMILIES = tuple(DUAL)
@@ -47,7 +47,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     family = config.get("model_type")
     if family == NAFLEX:
-        raise UserError(f"{file} describes a NaFlex SigLIP 2, expected one of a fixed resolution: give such a one.")
+        raise UserError(
+            f"{file} describes a NaFlex SigLIP 2, expected one of fixed resolution: give one such as "
+            "google/siglip2-base-patch16-224."
+        )
     if family not in FAMILIES:
         raise UserError(f"{file} describes a {family!r} model, expected one of {', '.join(FAMILIES)}: give another.")
     account(config, DUAL[family][""], file)

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from paligemma_jax.files.side_files import Keys, account, read_json
+from paligemma_jax.files.side_files import KnownKeys, account, read_json
 from train_jax.core.errors import UserError
 
 # Spellings of one prefix over the releases of transformers; all are read, the first of each pair is written.
@@ -20,7 +20,7 @@ PREFIXES = (
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Every array of every shard is read and accounted for, whichever shard the map gives.
-INDEX_KEYS = Keys(read=frozenset({"weight_map"}), idle=frozenset({"metadata"}))
+INDEX_KEYS = KnownKeys(read=frozenset({"weight_map"}), idle=frozenset({"metadata"}))
 # safetensors' names of the dtypes that weights are released in.
 DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 

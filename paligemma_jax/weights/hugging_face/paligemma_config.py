@@ -4,13 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.files.side_files import Keys, account, read_json
+from paligemma_jax.files.side_files import KnownKeys, account, read_json
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemmaConfig
-from paligemma_jax.weights.hugging_face.config_keys import GEMMA, GEMMA_2, PALIGEMMA, PALIGEMMA_TOKENS, PALIGEMMA_VISION
 from paligemma_jax.weights.hugging_face.config_values import LAYERS, Values, theirs, vision_config
 from paligemma_jax.weights.hugging_face.folder import Folder
 from paligemma_jax.weights.hugging_face.paligemma_names import EMBEDDING, TOWER
+from paligemma_jax.weights.hugging_face.transformers_keys import (
+    GEMMA,
+    GEMMA_2,
+    PALIGEMMA,
+    PALIGEMMA_TOKENS,
+    PALIGEMMA_VISION,
+)
 from train_jax.core.errors import UserError
 
 GENERATION = "generation_config.json"  # only its token ids are checked; sampling options are arguments here
@@ -67,7 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     account(config["vision_config"], PALIGEMMA_VISION, file, "vision_config.")
     if (file := folder / GENERATION).exists():
         tokens = {key: value for key, value in read_json(file).items() if key in PALIGEMMA_TOKENS}
-        account(tokens, Keys(only=PALIGEMMA_TOKENS), file)
+        account(tokens, KnownKeys(only=PALIGEMMA_TOKENS), file)
     return config
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from paligemma_jax.files.side_files import Keys, account, read_json, refusal
+from paligemma_jax.files.side_files import KnownKeys, account, read_json, refusal
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.weights.hugging_face.folder_write import write_json
@@ -11,7 +11,7 @@ from train_jax.core.errors import UserError
 IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
 NESTED = "image_processor"
 # The tokenizer's and the chat's keys are not needed: prompts are built by data/prompts.py.
-KEYS = Keys(
+KEYS = KnownKeys(
     read=frozenset({NESTED}),
     idle=frozenset(
         {"_processor_class", "chat_template", "image_seq_length", "image_token", "image_token_id", "processor_class"}

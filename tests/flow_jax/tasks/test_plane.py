@@ -219,6 +219,4 @@ def test_mistakes(tmp_path, capsys, changes, sentence):
 
 def test_an_unknown_argument_of_the_config(tmp_path, capsys):
     message = mistake(capsys, {}, tmp_path / "run", config=f"{FLOW}:swissroll")
-    assert message.startswith(
-        "the config argument is 'swissroll', expected one of checkerboard, 8gaussians, moons, spirals"
-    )
+    assert message.startswith("config argument 'swissroll': expected one of checkerboard, 8gaussians, moons, spirals")

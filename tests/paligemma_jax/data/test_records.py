@@ -184,7 +184,7 @@ def test_counts_are_exact_under_threads(image):
         parts = list(pool.map(lambda start: take(guarded, range(start, start + 10)), range(0, 400, 10)))
     assert [float(example["weight"]) for part in parts for example in part] == [float(i not in bad) for i in range(400)]
     assert set(guarded.bad_rows) == bad
-    assert guarded.tally.seen == 400 and guarded.tally.bad == 100
+    assert guarded.bad_row_counts.seen == 400 and guarded.bad_row_counts.bad == 100
 
 
 def test_bad_rows_read_by_copies_are_counted_with_their_names(image):

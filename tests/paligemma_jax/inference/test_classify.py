@@ -109,7 +109,7 @@ def test_predict_with_classes(folder, pictures, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--model=tiny", "--image=x.png"], "tiny is no SigLIP or CLIP, expected one for --class"),
+        (["--model=tiny", "--image=x.png"], "tiny is no SigLIP or CLIP, which --class needs"),
         (["--model=tiny", "--image=x.png", "--prompt=answer"], "found 'answer' beside --class"),
         (["--image=x.png"], "give either --workdir=DIR"),
         (["--model=tiny"], "no image is given to classify"),

@@ -105,7 +105,7 @@ def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monk
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "noted", "sentence"),
+    ("kind", "settings", "recorded", "sentence"),
     [
         (Contrastive, {"model": {"path": "SECOND"}, "init": {"vision": None}}, {"path": "FIRST"}, "set model.path to"),
         (
@@ -124,11 +124,11 @@ def test_adapters_are_refused_on_another_base(on_another_base, mini_folder, monk
     ],
 )
 def test_every_task_that_starts_from_weights_checks_the_workdir(
-    mini_folder, golden, tmp_path, kind, settings, noted, sentence
+    mini_folder, golden, tmp_path, kind, settings, recorded, sentence
 ):
     """The runtime checks it as soon as the task is made (train_jax/task.py)."""
     places = {"FIRST": str(mini_folder), "SECOND": str(golden / "hf_paligemma"), None: None}
-    write_digest(tmp_path, **{key: places[value] for key, value in noted.items()})
+    write_digest(tmp_path, **{key: places[value] for key, value in recorded.items()})
     task = object.__new__(kind)
     task.config = ConfigDict(json.loads(json.dumps(settings).replace("SECOND", places["SECOND"])))
     with pytest.raises(UserError, match=sentence):

@@ -15,7 +15,7 @@ from paligemma_jax.adapt.quantization.quantize import quantize, quantized_kernel
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.weights import save_big_vision, save_hugging_face, save_orbax
-from paligemma_jax.weights.orbax import checkpoint as native
+from paligemma_jax.weights.orbax import checkpoint as orbax
 from paligemma_jax.weights.reader import load
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -289,7 +289,7 @@ def test_an_invalid_quantised_folder_is_refused(golden, tmp_path, options):
 
 def test_codes_of_another_dtype_are_refused(golden, tmp_path, monkeypatch):
     save_orbax(load(golden / "hf_paligemma", quantize="nf4"), tmp_path / "a")
-    monkeypatch.setattr(native.OrbaxArrays, "dtype", lambda arrays, name: np.dtype("float16"))
+    monkeypatch.setattr(orbax.OrbaxArrays, "dtype", lambda arrays, name: np.dtype("float16"))
     refused("absmax is float16, expected float32 of a quantised kernel", load, tmp_path / "a")
 
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 
 from train_jax.checkpoints.manager import Checkpoints
-from train_jax.checkpoints.metadata import meta_path, read_json, read_latest
+from train_jax.checkpoints.metadata import meta_path, read_latest, read_metadata
 
 
 def test_the_latest_step_is_read_as_orbax_wrote_it(tmp_path):
@@ -20,5 +20,5 @@ def test_the_latest_step_is_read_as_orbax_wrote_it(tmp_path):
     checkpoints.close()
     (folder / "11.orbax-checkpoint-tmp-1").mkdir()  # from a killed save
     assert read_latest(folder) == (10, {"step": 10, "tries": 3})
-    assert read_json(folder, 9) == {"meta": {"step": 9, "tries": 3}, "metrics": {"accuracy": 0.9}}
+    assert read_metadata(folder, 9) == {"meta": {"step": 9, "tries": 3}, "metrics": {"accuracy": 0.9}}
     assert meta_path(folder, 9).is_file()

@@ -96,5 +96,5 @@ def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, monkeypatch):
 def test_a_broken_json_file_is_named(tmp_path, content, sentence):
     (tmp_path / "eval.json").write_bytes(content)
     with pytest.raises(UserError, match=f"eval.json {sentence}.*: restore the file, or remove it"):
-        files.read_json(tmp_path / "eval.json")
-    assert files.read_json(tmp_path / "none.json") == {}
+        files.read_json_or_empty(tmp_path / "eval.json")
+    assert files.read_json_or_empty(tmp_path / "none.json") == {}

@@ -57,7 +57,7 @@ def exchanged(compiled) -> set[tuple[str, tuple[int, ...]]]:
 
 def test_values_and_gradients_are_those_of_one_device_and_no_activation_is_exchanged(mesh):
     graph, arrays, x = placed(mesh)
-    step = jax.jit(row_sharding.within(mesh, jax.value_and_grad(lambda arrays, x: loss(graph, arrays, x))))
+    step = jax.jit(row_sharding.with_mesh(mesh, jax.value_and_grad(lambda arrays, x: loss(graph, arrays, x))))
     value, gradients = step(arrays, x)
     plain = jax.device_put((arrays, x), jax.devices()[0])
     expected = jax.jit(jax.value_and_grad(lambda arrays, x: loss(graph, arrays, x)))(*plain)
@@ -74,7 +74,7 @@ def test_without_a_mesh_arrays_are_returned_unchanged(mesh):
 
 
 def test_rows_that_the_mesh_does_not_divide_are_not_pinned(mesh):
-    with row_sharding.over(mesh):
+    with row_sharding.use_mesh(mesh):
         assert row_sharding.row_parts(16) == 8 and row_sharding.row_parts(12) == 1
         pinned = jax.make_jaxpr(row_sharding.pin_rows)
         assert "sharding_constraint" in str(pinned(jnp.zeros((16, 3))))
@@ -82,7 +82,7 @@ def test_rows_that_the_mesh_does_not_divide_are_not_pinned(mesh):
 
 
 def test_rows_may_be_on_another_axis(mesh):
-    pin = row_sharding.within(mesh, lambda tree: row_sharding.pin_rows(tree, (0, 1)))
+    pin = row_sharding.with_mesh(mesh, lambda tree: row_sharding.pin_rows(tree, (0, 1)))
     x = jax.device_put(np.zeros((16, 8)), NamedSharding(mesh, P()))
     first, (second, nothing) = jax.jit(pin)((x, (x, None)))
     assert first.sharding.spec == P(("data", "fsdp")) and second.sharding.spec == P(None, ("data", "fsdp"))
@@ -93,7 +93,7 @@ def test_gathered_weights_stay_split_over_other_axes():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     graph, arrays, _ = placed(mesh)
     gather = lambda arrays: param_tree.flatten(row_sharding.gather(param_tree.merge(graph, arrays)))  # noqa: E731
-    result = jax.jit(row_sharding.within(mesh, gather))(arrays)
+    result = jax.jit(row_sharding.with_mesh(mesh, gather))(arrays)
     assert result["hidden/kernel"].sharding.spec == P(None, "tensor")
     assert result["outputs/kernel"].sharding.shard_shape((2 * WIDTH, WIDTH)) == (WIDTH, WIDTH)
     np.testing.assert_array_equal(result["hidden/kernel"], arrays["hidden/kernel"])
@@ -108,10 +108,10 @@ def test_a_function_by_rows(mesh):
     by_rows = row_sharding.by_rows(function, (True, False), (True, {"total": False}))
     x = np.arange(32, dtype=np.float32).reshape(16, 2)
     place = NamedSharding(mesh, P())
-    rows, sums = jax.jit(row_sharding.within(mesh, by_rows))(*jax.device_put((x, np.float32(3)), place))
+    rows, sums = jax.jit(row_sharding.with_mesh(mesh, by_rows))(*jax.device_put((x, np.float32(3)), place))
     np.testing.assert_array_equal(rows, 3 * x)
     np.testing.assert_allclose(sums["total"], 3 * x.sum())
-    few = jax.jit(row_sharding.within(mesh, by_rows))(*jax.device_put((x[:3], np.float32(3)), place))
+    few = jax.jit(row_sharding.with_mesh(mesh, by_rows))(*jax.device_put((x[:3], np.float32(3)), place))
     np.testing.assert_allclose(few[1]["total"], 3 * x[:3].sum())
 
 
@@ -119,7 +119,7 @@ def test_a_function_by_rows_of_a_tree(mesh):
     by_rows = row_sharding.by_rows(lambda tree, scale: {"sorted": jnp.sort(scale * tree["x"])}, (True, False), True)
     x = np.random.default_rng(0).standard_normal((16, 5)).astype(np.float32)
     place = sharding.batch_sharding(mesh, accumulate=False)
-    run = jax.jit(row_sharding.within(mesh, by_rows))
+    run = jax.jit(row_sharding.with_mesh(mesh, by_rows))
     arguments = {"x": jax.device_put(x, place)}, jax.device_put(np.float32(-1), NamedSharding(mesh, P()))
     np.testing.assert_array_equal(run(*arguments)["sorted"], np.sort(-x))
     assert not exchanged(run.lower(*arguments).compile())

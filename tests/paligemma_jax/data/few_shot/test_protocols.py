@@ -64,8 +64,8 @@ def changed(tmp_path, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda v: v["tested"]["novel"]["splits"]["test"].pop(), "it was changed after it was written"),
-        (lambda v: v["tuned"].update(name="others"), "is about others, whose images have no folder"),
+        (lambda v: v["tested"]["novel"]["splits"]["test"].pop(), "since it was edited"),
+        (lambda v: v["tuned"].update(name="others"), "names others, expected the folder of its images in roots"),
         (lambda v: v["tuned"].pop("splits"), "is no protocol"),
         (lambda v: v["tuned"]["splits"]["train"][0].__setitem__(0, "../x.png"), "leaves its folder"),
         (lambda v: v["tuned"]["splits"].update(train=v["tested"]["base"]["splits"]["test"]), "tuned on and tested on"),

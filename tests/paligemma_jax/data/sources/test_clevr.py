@@ -341,9 +341,9 @@ def test_data_prepared_by_an_older_version_are_accepted(make_clevr_tree, tmp_pat
     """Their stored identity lacks entries that are stored now."""
     tree = make_clevr_tree(tmp_path / "CLEVR_v1.0", {"train": 2})
     folder = prepare_clevr(tree, tmp_path / "out")
-    noted = json.loads((folder / "source.json").read_text())
-    del noted["train"]["images_sha256"]
-    (folder / "source.json").write_text(json.dumps(noted))
+    recorded = json.loads((folder / "source.json").read_text())
+    del recorded["train"]["images_sha256"]
+    (folder / "source.json").write_text(json.dumps(recorded))
     assert prepare_clevr(tree, tmp_path / "out") == folder
 
 

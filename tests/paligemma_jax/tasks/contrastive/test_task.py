@@ -174,9 +174,9 @@ def test_training_starts_from_the_tower_of_another_model(options, run):
         ({"loss.negatives": 8}, "loss.negatives is 8, expected 1 to 7, one fewer than the batch"),
         ({"loss.negatives": 2, "loss.name": "softmax"}, "loss.negatives leaves pairs out of the sigmoid loss"),
         ({"data.name": "jsonl"}, "data.name is 'jsonl' but data.source is not set"),
-        ({"data.source": "x"}, "data.source is 'x' of synthetic scenes: set data.name to jsonl or tfds"),
+        ({"data.source": "x"}, "but data.name is 'scenes', which are rendered: set data.name to jsonl or tfds"),
         ({"loss.full_matrix": True, "loss.negatives": 4}, "expected no loss.negatives and data.name=scenes with it"),
-        ({"data.name": "jsonl", "data.source": "x", "data.num_tuning": 4}, "set data.num_tuning=0"),
+        ({"data.name": "jsonl", "data.source": "x", "data.num_tuning": 4}, "which is for data.name=scenes"),
         ({"data.noise": "colours"}, "config.data.noise='colours', expected one of '', images, texts, pairs"),
         ({"data.noise_share": 1.5}, "config.data.noise_share=1.5, expected a number from 0 to 1"),
         ({"model.variant": "siglip-b16-224"}, "tokenizer is not set, expected the one for texts of siglip-b16-224"),
@@ -315,7 +315,7 @@ def test_training_continues_from_a_model(options, run, tmp_path):
     for path, array in theirs.items():
         np.testing.assert_array_equal(ours[path], array, err_msg=path)
     assert task.tokenizer.length == 24
-    with pytest.raises(UserError, match="has no bias, which the sigmoid loss needs"):
+    with pytest.raises(UserError, match="which has no bias for the sigmoid loss: set loss.name=softmax"):
         task_of(options, **{"model.path": "random:clip-b32-224"})
 
 

@@ -83,7 +83,7 @@ def test_captions_are_conditions_embedded_by_the_text_tower(options, siglip):
     expected, _ = model.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
     np.testing.assert_allclose(task.descriptions.table[number], expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(task.descriptions.table[-1], 0.0)
-    named = conditioning.said(text)
+    named = conditioning.named_attributes(text)
     truth = task.data.train._scenes.scenes[3]["objects"][0]
     assert named == {name: truth[name] for name in named} and "shape" in named
 

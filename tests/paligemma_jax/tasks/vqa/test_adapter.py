@@ -140,8 +140,8 @@ def test_a_run_continues_from_the_adapters_of_another(mini_options, mini_run, mi
     before = load_file(start / "adapter_model.safetensors")
     after = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     assert_same(after, before)  # the rate is 0
-    noted = json.loads((tmp_path / "run" / FILE).read_text())
-    assert noted["adapter"]["path"] == str(start)
+    recorded = json.loads((tmp_path / "run" / FILE).read_text())
+    assert recorded["adapter"]["path"] == str(start)
     check_digest(tmp_path / "run", mini_folder, start)
     config = json.loads((start / "adapter_config.json").read_text()) | {"lora_alpha": 1}
     (start / "adapter_config.json").write_text(json.dumps(config))
@@ -153,7 +153,7 @@ def test_the_untrained_model_has_the_adapters_of_the_folder(mini_options, mini_f
     task = task_of(mini_options | STEP | {"adapter.path": str(folder)})
     model = task.init()
     moved = param_tree.assign(model, {path: jnp.asarray(array) * 2 for path, array in adapters(model).items()})
-    assert_same(adapters(task._untrained(moved)), adapters(model))
+    assert_same(adapters(task._initial_model(moved)), adapters(model))
 
 
 # Mistakes, all of them before the model is read.

@@ -137,7 +137,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch, answer, expecte
     monkeypatch.setattr(vqa_evaluation, "generate", small)
     assert_same(answer(mini_rows), expected)
     assert small.failed == [13, 6]
-    assert "Evaluation goes on with 3 questions at once: the device ran out of memory" in caplog.text
+    assert "Evaluation continues with batches of 3 questions: the device ran out of memory" in caplog.text
 
 
 def test_not_even_one_row_fits(monkeypatch, answer, mini_rows):
@@ -205,7 +205,7 @@ def test_on_a_cpu_the_batch_is_fitted_to_the_hosts_memory(monkeypatch, options, 
     predictions = [one.prediction for one in evaluation.answers(mini_rows, ("generate",))]
     assert predictions == [one.prediction for one in expected]
     assert evaluation._limit == 6
-    assert f"with 6 questions at once: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
+    assert f"with batches of 6 questions: more need {need} bytes beside the model, {need - 1} are free" in caplog.text
 
 
 SCRIPT = """

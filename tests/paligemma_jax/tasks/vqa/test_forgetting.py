@@ -9,7 +9,7 @@ import pytest
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.sources.scene_captions import SceneCaptions
 from paligemma_jax.data.synthetic_clevr.build import split_scene
-from paligemma_jax.tasks.vqa.answer import question_of
+from paligemma_jax.tasks.vqa.answer_record import question_of
 from paligemma_jax.tasks.vqa.forgetting import changes
 from tests.paligemma_jax.mini import Rows, mistake, task_of, train_main
 

@@ -14,7 +14,7 @@ from paligemma_jax.data.records import Record
 from paligemma_jax.metrics.text import Accuracy, rouge
 from paligemma_jax.tasks.vqa import figures
 from paligemma_jax.tasks.vqa import report as vqa_report
-from paligemma_jax.tasks.vqa.answer import Answer, question_of
+from paligemma_jax.tasks.vqa.answer_record import Answer, question_of
 from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of
 from train_jax.core import param_tree
@@ -156,7 +156,7 @@ def test_the_model_before_training(mini_options, mini_run):
     """It is the base, which shares the run's frozen arrays."""
     task = task_of(mini_options)
     trained = pg.load(mini_run)
-    before = param_tree.flatten(task._untrained(trained))
+    before = param_tree.flatten(task._initial_model(trained))
     base, after = param_tree.flatten(task.base()), param_tree.flatten(trained)
     assert before.keys() == base.keys() < after.keys()
     for path, array in base.items():
@@ -165,5 +165,5 @@ def test_the_model_before_training(mini_options, mini_run):
     changed = task_of(mini_options | {"adapter.name": "none", "cache_features": False})
     spoiled = nnx.clone(changed.base())
     spoiled.projector.linear.kernel[...] *= 0
-    again = param_tree.flatten(changed._untrained(spoiled))
+    again = param_tree.flatten(changed._initial_model(spoiled))
     np.testing.assert_array_equal(again["projector/linear/kernel"], base["projector/linear/kernel"])

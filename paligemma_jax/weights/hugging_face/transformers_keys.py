@@ -3,7 +3,7 @@
 Sources: the config classes of transformers 4.41 to 5.24 and of the released models.
 """
 
-from paligemma_jax.files.side_files import Keys
+from paligemma_jax.files.side_files import KnownKeys
 
 # Keys of any config: provenance, initialisation, what a call returns, and how texts are generated. They do not change
 # what is computed here; generation takes its options as arguments.
@@ -87,7 +87,7 @@ DROPOUT = frozenset({"attention_dropout"})
 PALIGEMMA_TOKENS = {"bos_token_id": (2,), "eos_token_id": (1, [1]), "pad_token_id": (0,)}
 TIED = {"tie_word_embeddings": (True, False)}  # whether they are tied is checked together with the arrays
 
-PALIGEMMA = Keys(
+PALIGEMMA = KnownKeys(
     read=frozenset(
         {
             "image_token_id",
@@ -103,7 +103,7 @@ PALIGEMMA = Keys(
     idle=GENERIC
     | {"_vocab_size", "hidden_size", "ignore_index", "num_hidden_layers", "num_image_tokens", "vocab_size"},
 )
-GEMMA = Keys(
+GEMMA = KnownKeys(
     read=SIZES
     | {
         "head_dim",
@@ -123,35 +123,35 @@ GEMMA = Keys(
     idle=GENERIC | TOKEN_IDS | {"max_position_embeddings", "num_image_tokens", "use_bidirectional_attention"},
     dropout=DROPOUT,
 )
-GEMMA_2 = Keys(
+GEMMA_2 = KnownKeys(
     read=GEMMA.read | {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"},
     only=GEMMA.only,
     idle=GEMMA.idle,
     dropout=DROPOUT,
 )
-VISION = Keys(
+VISION = KnownKeys(
     read=SIZES | {"hidden_act", "image_size", "layer_norm_eps", "patch_size"},
     only={"num_channels": (3,)},
     # dropout is in CLIP's first configs, and no release reads it; the last three are from PaliGemma's converter
     idle=GENERIC | TOKEN_IDS | {"dropout", "projection_dim", "num_image_tokens", "projector_hidden_act", "vocab_size"},
     dropout=DROPOUT,
 )
-TEXT = Keys(
+TEXT = KnownKeys(
     read=SIZES | {"hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size"},
     idle=GENERIC | {"bos_token_id", "dropout", "pad_token_id"},
     dropout=DROPOUT,
 )
 
 
-def _with(keys: Keys, read=(), only=(), idle=()) -> Keys:
-    return Keys(keys.read | set(read), dict(keys.only) | dict(only), keys.idle | set(idle), keys.dropout)
+def _with(keys: KnownKeys, read=(), only=(), idle=()) -> KnownKeys:
+    return KnownKeys(keys.read | set(read), dict(keys.only) | dict(only), keys.idle | set(idle), keys.dropout)
 
 
 _TIED = {"tie_word_embeddings"}  # there is no output embedding
 # Keys of a dual encoder's config and of its towers' configs, by model_type.
 DUAL = {
     "siglip": {
-        "": Keys(frozenset({"model_type", "vision_config", "text_config"}), {}, GENERIC | _TIED | TOKEN_IDS),
+        "": KnownKeys(frozenset({"model_type", "vision_config", "text_config"}), {}, GENERIC | _TIED | TOKEN_IDS),
         "vision_config": _with(
             VISION,
             only={"model_type": ("siglip_vision_model",), "vision_use_head": (True,)},
@@ -165,7 +165,7 @@ DUAL = {
         ),
     },
     "clip": {
-        "": Keys(
+        "": KnownKeys(
             frozenset(
                 {
                     "model_type",
