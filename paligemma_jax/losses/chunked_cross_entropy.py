@@ -233,7 +233,7 @@ def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: _NeedsGrad, hi
         nll, d_hidden, d_embedding = _chunk_loss(static, needs_grad, states, ids, factors, embedding, sums.embedding)
         return _Sums(
             sums.loss + token_chunks.apply_weights(factors, nll).sum(),
-            None if sums.hidden is None else chunks.put(sums.hidden, index, d_hidden),
+            None if sums.hidden is None or d_hidden is None else chunks.put(sums.hidden, index, d_hidden),
             d_embedding,
             None if sums.weights is None else chunks.put(sums.weights, index, nll),
         )
