@@ -35,9 +35,8 @@ EMBEDDINGS = ((8,), (8, 16), (16,), (64,), (16, 64), (2, 16))  # the last is of 
 @pytest.fixture(scope="module")
 def cases(mini_options, make_random, tmp_path_factory) -> dict[str, Case]:
     vqa = mini_options | {"batch_size": 64, "eval.batch_size": 64, "cache_features": False}
-    vqa |= {
-        "data.prefix_length": 61
-    }  # 64 places that are supervised: chunks of the loss are whole on 1 and on 8 devices
+    # The loop over chunks of supervised tokens counts once: one chunk holds all tokens, on 1 and on 8 devices.
+    vqa |= {"data.prefix_length": 61, "loss.chunk_size": 64 * 64}
     dual = {"batch_size": 64, "model.path": str(save_small_siglip(make_random, tmp_path_factory.mktemp("dual")))}
     pairs = dual | {"init.vision": None, "data.text_length": 16, "loss.chunk_size": 4}
     many = {"batch_size": 1024, "embed_micro_batch": 512}
