@@ -3,6 +3,7 @@
 The image and text towers of SigLIP and CLIP share it; they differ in sizes, mask, epsilon and activation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Protocol, cast, runtime_checkable
 
@@ -37,6 +38,16 @@ def check_activation(name: str) -> None:
     """Raises ValueError for a name that is not in ACTIVATIONS."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}.")
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def activate(name: str, x: Array, factor: Array | None = None) -> Array:
+    """Returns act(x) in float32, times `factor` if given; the backward pass saves the arguments alone.
+
+    Autodiff would save every step of the function, in float32: five arrays for `gelu_tanh`.
+    """
+    y = ACTIVATIONS[name](x.astype(jnp.float32))
+    return y if factor is None else y * factor.astype(jnp.float32)
 
 
 @runtime_checkable
@@ -144,7 +155,7 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = ACTIVATIONS[self.activation](self.fc1(x, dropout_keys, jnp.float32))
+        hidden = activate(self.activation, self.fc1(x, dropout_keys, jnp.float32))
         return self.fc2(hidden, dropout_keys, jnp.float32)
 
 

@@ -117,9 +117,8 @@ class GemmaMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        gate, up = (projection(x, dropout_keys).astype(jnp.float32) for projection in (self.gate_proj, self.up_proj))
-        gate = encoder_block.ACTIVATIONS[self.activation](gate)
-        return self.down_proj(gate * up, dropout_keys, jnp.float32)
+        gate, up = self.gate_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
+        return self.down_proj(encoder_block.activate(self.activation, gate, up), dropout_keys, jnp.float32)
 
 
 class GemmaBlock(nnx.Module):

@@ -1,6 +1,5 @@
 """The linear layer of every tower. Axes: see models."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +102,7 @@ def depth(module: Projection) -> int | None:
 
 
 def contract(x: Array, kernel: Array, num_contracted: int, out_dtype=jnp.float32) -> Array:
-    """Contracts the last axes of x with the first of kernel, accumulating in float32.
+    """Contracts the last axes of x with the first of kernel, accumulating in float32. Differentiable in reverse mode.
 
     In half precision the cotangent is rounded to the operands' dtype before the products of the backward pass, as where
     a layer's output has that dtype. A float32 cotangent would make these products float32: half as fast on a GPU with
@@ -117,11 +116,10 @@ def contract(x: Array, kernel: Array, num_contracted: int, out_dtype=jnp.float32
     """
     # XLA does not fuse the conversion of a product into it on GPUs. In float16 the cast saturates, a product does not.
     dtype = jnp.float32 if out_dtype == jnp.float16 else out_dtype
-    product: Any = _dot if x.dtype == jnp.float32 else _half_dot
-    return cast(product((num_contracted, jnp.dtype(dtype)), x, kernel), out_dtype)
+    return cast(_dot((num_contracted, jnp.dtype(dtype)), x, kernel), out_dtype)
 
 
-def _dot(static: tuple[int, jnp.dtype], x: Array, kernel: Array) -> Array:
+def _plain_dot(static: tuple[int, jnp.dtype], x: Array, kernel: Array) -> Array:
     """Contracts as `contract`; `static` is the number of contracted axes and the dtype of the result."""
     num_contracted, dtype = static
     lhs = tuple(range(x.ndim - num_contracted, x.ndim))
@@ -129,20 +127,50 @@ def _dot(static: tuple[int, jnp.dtype], x: Array, kernel: Array) -> Array:
     return lax.dot_general(x, kernel, ((lhs, rhs), ((), ())), preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _half_dot(static: tuple[int, jnp.dtype], x: Array, kernel: Array) -> Array:
-    return _dot(static, x, kernel)
+_dot = jax.custom_vjp(_plain_dot, nondiff_argnums=(0,))
 
 
-def _half_dot_forward(static: tuple[int, jnp.dtype], x: Array, kernel: Array):
-    return _dot(static, x, kernel), (x, kernel)
+def _dot_forward(static: tuple[int, jnp.dtype], x, kernel):
+    # What only the gradient of a frozen argument would need is not saved.
+    residuals = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return _plain_dot(static, x.value, kernel.value), residuals
 
 
-def _half_dot_backward(static: tuple[int, jnp.dtype], operands: tuple[Array, Array], cotangent: Array):
+def _dot_backward(static: tuple[int, jnp.dtype], residuals: tuple[Array | None, Array | None], cotangent: Array):
+    num_contracted, (x, kernel) = static[0], residuals
+    d_x = d_kernel = None
     # The products accumulate in float32 and are rounded once, to the dtype of x and kernel.
-    dtype = operands[0].dtype
-    _, pull = jax.vjp(functools.partial(_dot, (static[0], dtype)), *operands)
-    return pull(cotangent.astype(dtype))
+    if kernel is not None:
+        outputs = kernel.ndim - num_contracted
+        shape = (*cotangent.shape[: cotangent.ndim - outputs], *kernel.shape[:num_contracted])
+        like = jax.ShapeDtypeStruct(shape, kernel.dtype)
+        pull = jax.linear_transpose(lambda x: _plain_dot((num_contracted, kernel.dtype), x, kernel), like)
+        (d_x,) = pull(cotangent.astype(kernel.dtype))
+    if x is not None:
+        d_kernel = _kernel_gradient(x, cotangent.astype(x.dtype), num_contracted)
+    return d_x, d_kernel
 
 
-_half_dot.defvjp(_half_dot_forward, _half_dot_backward)
+_dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
+
+
+def _kernel_gradient(x: Array, cotangent: Array, num_contracted: int) -> Array:
+    """Returns the gradient of the kernel, in the dtype of `x` and of the product's cotangent.
+
+    The transpose of the forward product contracts the axes of rows and of positions. For such a product XLA on CPUs
+    computes the cotangent, with all that is fused into it, in transposed order: several times slower than a product of
+    two matrices.
+    """
+    rows = x.ndim - num_contracted
+    shape = (*x.shape[rows:], *cotangent.shape[rows:])
+
+    def transposed(x, cotangent):
+        like = jax.ShapeDtypeStruct(shape, x.dtype)
+        return jax.linear_transpose(lambda kernel: _plain_dot((num_contracted, x.dtype), x, kernel), like)(cotangent)[0]
+
+    def of_matrices(x, cotangent):
+        x, cotangent = (array.reshape(math.prod(array.shape[:rows]), -1) for array in (x, cotangent))
+        product = lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())), preferred_element_type=x.dtype)
+        return product.reshape(shape)
+
+    return lax.platform_dependent(x, cotangent, cpu=of_matrices, default=transposed)
