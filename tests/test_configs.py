@@ -360,8 +360,8 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
         ("grid", "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$"),
         (
             "quick,bias",
-            "'bias' is now a config of its own: write --config=configs/siglip_bias.py; it takes its own "
-            "arguments in place of quick$",
+            "'bias' is now a config of its own: write --config=configs/siglip_bias.py; its docstring "
+            "says whether it takes quick too$",
         ),
         ("full,quick", "quick and full .* expected one: quick is of the small model"),
     ],

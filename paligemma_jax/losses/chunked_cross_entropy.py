@@ -141,11 +141,24 @@ def token_scores(
     chunk_size: int = 256,
     vocab_chunk: int | None = None,
     softcap: float | None = None,
-    counts: Bool[Array, "*batch"] | None = None,
 ) -> TokenScores:
     """Returns log-probability and arg-max correctness of every target; arguments as in `token_cross_entropy`.
 
-    Memory is that of one chunk. It cannot be differentiated with `counts`; without, autodiff would keep the logits.
+    Memory is that of one chunk. It is for evaluation: autodiff would keep the logits.
+    """
+    return counted_scores(hidden, embedding, targets, None, chunk_size, vocab_chunk, softcap)
+
+
+def counted_scores(
+    hidden: Float[Array, "*batch D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "*batch"],
+    counts: Bool[Array, "*batch"] | None,
+    chunk_size: int = 256,
+    vocab_chunk: int | None = None,
+    softcap: float | None = None,
+) -> TokenScores:
+    """Returns the `token_scores` of the tokens that count; it cannot be differentiated.
 
     Args:
       counts: tokens to score; the others, which are not projected, have log-probability 0 and are not correct. None

@@ -23,7 +23,8 @@ from paligemma_jax.data.records import GuardedSource, RecordSource, evenly_space
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.inference import command
-from paligemma_jax.losses import loss_weights, token_cross_entropy, token_scores
+from paligemma_jax.losses import loss_weights, token_cross_entropy
+from paligemma_jax.losses.chunked_cross_entropy import counted_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.process_cache import PROCESS_CACHE
@@ -312,7 +313,7 @@ class VQA(Task):
         """Returns the summed nll in nats and the number of supervised tokens of each row; never makes [b, T, V]."""
         _, hidden, arrays, _ = self._forward(model, batch)
         weights = arrays["weights"]
-        scores = token_scores(hidden, targets=arrays["targets"], counts=weights != 0, **self._lm_head(model))
+        scores = counted_scores(hidden, targets=arrays["targets"], counts=weights != 0, **self._lm_head(model))
         return -(scores.log_probs * weights).sum(1), weights.sum(1)
 
     # Evaluation.

@@ -151,7 +151,9 @@ def test_scores_of_tokens_that_count(vocab_chunk):
     hidden, embedding, targets, weights = make_batch()
     counts = weights != 0
     dirty = jnp.where(counts[..., None], hidden, jnp.nan)
-    scores = jax.jit(token_scores, static_argnums=(3, 4))(dirty, embedding, targets, 4, vocab_chunk, counts=counts)
+    scores = jax.jit(chunked_cross_entropy.counted_scores, static_argnums=(4, 5))(
+        dirty, embedding, targets, counts, 4, vocab_chunk
+    )
     want = token_scores(hidden, embedding, targets, 4, vocab_chunk)
     np.testing.assert_allclose(scores.log_probs, jnp.where(counts, want.log_probs, 0.0), atol=1e-6)
     np.testing.assert_array_equal(scores.correct, want.correct & counts)
