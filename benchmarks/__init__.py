@@ -1,1 +1,1 @@
-"""Benchmarks of speed and memory: `python -m benchmarks --suite=cpu|tpu-compile|gpu` (__main__.py)."""
+"""Benchmarks of speed and memory: `python -m benchmarks --suite=gpu` (__main__.py), and scripts of their own."""

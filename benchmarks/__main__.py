@@ -1,6 +1,6 @@
 """Runs a suite of benchmarks and prints one table.
 
-    python -m benchmarks --suite=cpu|tpu-compile|gpu [--only=CASES] [--minutes=10] [--tiny] [--folder=runs/benchmarks]
+    python -m benchmarks --suite=gpu [--only=CASES] [--minutes=10] [--tiny] [--folder=runs/benchmarks]
 
 Cases run one after another, each in a process of its own, the most valuable first. Results are stored in
 FOLDER/SUITE.json; the same command runs only what is not there yet, so that a suite can be measured in pieces:
@@ -35,7 +35,8 @@ def main() -> None:
     options = parser.parse_args()
     cases = SUITES[options.suite]
     if options.case:
-        print(json.dumps([dataclasses.asdict(one) for one in cases[options.case](options.tiny)]))
+        measurements = [dataclasses.asdict(one) for one in cases[options.case](options.tiny)]
+        print(json.dumps(results.environment() | {"measurements": measurements}))
         return
     names = [name for name in options.only.split(",") if name] or list(cases)
     unknown = [name for name in names if name not in cases]
@@ -54,14 +55,14 @@ def main() -> None:
 
 
 def run(suite: str, case: str, tiny: bool) -> dict:
-    """Runs a case in a process of its own and returns its entry; its standard error is passed on."""
+    """Runs a case in a process of its own and returns its entry; this process opens no device."""
     command = [sys.executable, "-m", "benchmarks", f"--suite={suite}", f"--case={case}", *(["--tiny"] if tiny else [])]
     began = time.monotonic()
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=results.ROOT)
     entry = {"seconds": round(time.monotonic() - began, 1)}
     if process.returncode:
         return entry | {"error": f"exit status {process.returncode}"}
-    return entry | results.environment() | {"measurements": json.loads(process.stdout.splitlines()[-1])}
+    return entry | json.loads(process.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -305,25 +305,6 @@ def test_settings_of_a_data_set_are_coprompts_alone(name, dataset):
             assert result.prompts.depth == (12 if dataset else 9)
 
 
-@pytest.mark.parametrize(
-    ("argument", "sentence"),
-    [
-        ("clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
-        ("dataset=dtd", "dataset=dtd needs clip_b16: write :clip_b16,dataset=dtd"),
-        ("turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned is of the small SigLIP"),
-        (
-            "turned,methods",
-            "'methods' is now a config of its own: write --config=configs/coprompt_methods.py; "
-            "its docstring says whether it takes turned too$",
-        ),
-        ("shots", "write --config=configs/coprompt_shots.py$"),
-    ],
-)
-def test_arguments_of_coprompt_that_are_refused(argument, sentence):
-    with pytest.raises(UserError, match=sentence):
-        load("coprompt", argument)
-
-
 def test_a_study_refuses_what_it_sets():
     with pytest.raises(UserError, match="'peft=full': expected one of 3b, fp16, qlora, int8, smoke"):
         load("clevr_ranks", "peft=full")
@@ -355,20 +336,25 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
 
 
 @pytest.mark.parametrize(
-    ("argument", "sentence"),
+    ("name", "argument", "sentence"),
     [
-        ("grid", "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$"),
+        ("coprompt", "clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
+        ("coprompt", "dataset=dtd", "dataset=dtd needs clip_b16: write :clip_b16,dataset=dtd"),
+        ("coprompt", "turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned is of the small"),
+        ("coprompt", "turned,methods", "write --config=configs/coprompt_methods.py; .* whether it takes turned too$"),
+        ("coprompt", "shots", "write --config=configs/coprompt_shots.py$"),
         (
-            "quick,bias",
-            "'bias' is now a config of its own: write --config=configs/siglip_bias.py; its docstring "
-            "says whether it takes quick too$",
+            "siglip_batch_size",
+            "grid",
+            "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$",
         ),
-        ("full,quick", "quick and full .* expected one: quick is of the small model"),
+        ("siglip_batch_size", "quick,bias", "write --config=configs/siglip_bias.py; .* whether it takes quick too$"),
+        ("siglip_batch_size", "full,quick", "quick and full .* expected one: quick is of the small model"),
     ],
 )
-def test_arguments_of_the_batch_size_sweep_that_are_refused(argument, sentence):
+def test_arguments_of_studies_that_are_refused(name, argument, sentence):
     with pytest.raises(UserError, match=sentence):
-        load("siglip_batch_size", argument)
+        load(name, argument)
 
 
 @pytest.mark.parametrize(("argument", "kind"), [("qlora", "nf4"), ("int8", "int8")])
