@@ -25,7 +25,7 @@ TINY = "-tiny"
 
 def main() -> None:
     """Parses the arguments, runs the cases that are missing and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--suite", required=True, choices=tuple(SUITES))
     parser.add_argument("--only", default="", help="names of cases, separated by commas")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after that time")

@@ -158,7 +158,7 @@ CASES = {
     "first token": first_token,
     "sigmoid loss": sigmoid,
     "full step": functools.partial(training, argument="3b,full", batch=32, aim="at least 50", **FITTED),
-    "LoRA step, 511 text positions": functools.partial(training, argument="3b", batch=16),
+    "LoRA step of 511 text positions": functools.partial(training, argument="3b", batch=16),
     "evaluation": evaluation,
     "U-Net step": unet,
     "LoRA step at 896 px": functools.partial(training, argument="3b", batch=4, **FITTED, pixels=896),
