@@ -146,7 +146,11 @@ def test_frozen_parameters_do_not_change_and_are_not_saved(tmp_path, monkeypatch
     from tests.train_jax.toy_task import Toy
     from train_jax.core import param_tree
 
-    monkeypatch.setattr(Toy, "evaluate", lambda self, model, workdir, **_: seen.append(param_tree.flatten(model)) or {})
+    def evaluate(self, model, workdir, split=None, control_results=None):
+        seen.append(param_tree.flatten(model))
+        return {}
+
+    monkeypatch.setattr(Toy, "evaluate", evaluate)
     fit(tmp_path, total_steps=4)
     initial = param_tree.flatten(Toy(toy_config(), None).init())
     same = {path for path, leaf in seen[0].items() if (np.asarray(leaf) == np.asarray(initial[path])).all()}

@@ -21,6 +21,7 @@ from flow_jax.tasks.images import ImageFlow
 from tests.flow_jax.images_on_disk import colours, pixels, prepare, write_folder
 from tests.paligemma_jax.mini import ROOT, arguments, config_of, mistake
 from train_jax.config import command_line
+from train_jax.config.base import read_config
 from train_jax.core.errors import UserError
 from train_jax.evaluate import load_model
 from train_jax.optim import optimizers
@@ -71,7 +72,7 @@ def run(options, tmp_path_factory):
 
 
 def parameters(workdir, step):
-    config = command_line.from_json((workdir / "config.json").read_text())
+    config = read_config(workdir / "config.json")
     model = load_model(config, workdir, step)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
@@ -104,7 +105,7 @@ def test_a_run_on_tfds_without_labels(tmp_path):
 
 
 def test_an_evaluation_does_not_depend_on_its_batch_size(run, tmp_path):
-    config = command_line.from_json((run / "config.json").read_text())
+    config = read_config(run / "config.json")
     config.eval.likelihood_examples, config.eval.num_samples = 5, 7
     model, scores = load_model(config, run), []
     for size in (7, 3):
@@ -119,7 +120,7 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
     fid.main(["fid", str(run), *chosen, "--solver=heun", "--num_steps=3", "--batch_size=4"])
     result = json.loads((run / "fid.json").read_text())
     assert result["nfe"] == 6 and result["samples"] == 11 and result["real_images"] == 29
-    config = command_line.from_json((run / "config.json").read_text())
+    config = read_config(run / "config.json")
     config.eval.solver, config.eval.num_steps = "heun", 3
     task = ImageFlow(config, sharding.make_mesh(config.mesh))
     labels = task.evaluation.labels(11)
