@@ -5,7 +5,7 @@ The image and text towers of SigLIP and CLIP share it; they differ in sizes, mas
 
 import functools
 from collections.abc import Callable
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,33 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}.")
 
 
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def activate(name: str, x: Array, factor: Array | None = None) -> Array:
     """Returns act(x) in float32, times `factor` if given; the backward pass saves the arguments alone.
 
-    Autodiff would save every step of the function, in float32: five arrays for `gelu_tanh`.
+    Autodiff would save every step of the function, in float32: five arrays for `gelu_tanh`. So would `jax.checkpoint`
+    inside another one whose policy saves everything, as of blocks with gathered weights.
     """
+    return _activate(name, x, factor)
+
+
+def _plain_activate(name: str, x: Array, factor: Array | None) -> Array:
     y = ACTIVATIONS[name](x.astype(jnp.float32))
     return y if factor is None else y * factor.astype(jnp.float32)
+
+
+_activate: Any = jax.custom_vjp(_plain_activate, nondiff_argnums=(0,))
+
+
+def _activate_forward(name: str, x: Array, factor: Array | None):
+    return _plain_activate(name, x, factor), (x, factor)
+
+
+def _activate_backward(name: str, arguments: tuple[Array, Array | None], cotangent: Array):
+    _, pull = jax.vjp(functools.partial(_plain_activate, name), *arguments)
+    return pull(cotangent)
+
+
+_activate.defvjp(_activate_forward, _activate_backward)
 
 
 @runtime_checkable
