@@ -150,12 +150,10 @@ def _innermost_axis(function: Any, axes: int) -> int:
 
 
 def _as_hlo(type_: str) -> str:
-    """Returns a memref or vector type such as memref<8x128xbf16, ...> as bf16[8,128], with int32 as s32."""
+    """Returns a type such as memref<8x128xi32, ...> as s32[8,128]."""
     match = re.match(r"\w+<((?:\d+x)*)(\w+)", type_)
     assert match is not None
-    return (
-        f"{match[2].replace('i', 's', 1) if match[2].startswith('i') else match[2]}[{match[1][:-1].replace('x', ',')}]"
-    )
+    return f"{re.sub('^i', 's', match[2])}[{match[1][:-1].replace('x', ',')}]"
 
 
 def _shape(value: Any) -> list[int] | None:
