@@ -7,6 +7,7 @@ counted as they are written there: what Mosaic adds or removes later (layouts, s
 import base64
 import functools
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from train_jax.plan.hlo import Instruction
 _BODY = re.compile(r'"custom_call_config":\{"body":"([^"]*)"')
 _CONTRACTED = re.compile(r"<\[(\d+)\]")  # the first entry of the dimension numbers of a product
 _SERIALIZED = "stable_mosaic."
+_INTEGER_OPS = {"arith.addi": operator.add, "arith.subi": operator.sub, "arith.muli": operator.mul}
 _TILE = (8, 128)  # of a vector register: sublanes, lanes
 
 
@@ -113,11 +115,17 @@ def _cost(op: Any) -> KernelCost:
 
 def _trips(loop: Any) -> int:
     """Returns the iterations of a loop; 1 if they are unknown."""
-    owners = [getattr(bound.owner, "attributes", {}) for bound in list(loop.operands)[:3]]
-    if not all("value" in attributes for attributes in owners):
-        return 1
-    low, high, step = (int(str(attributes["value"]).partition(":")[0]) for attributes in owners)
-    return max(-(-(high - low) // step), 0)
+    low, high, step = (_integer(bound) for bound in list(loop.operands)[:3])
+    return 1 if low is None or high is None or not step else max(-(-(high - low) // step), 0)
+
+
+def _integer(value: Any) -> int | None:
+    """Returns the value of an integer that is computed from constants; None for another."""
+    name = getattr(value.owner, "name", "").removeprefix(_SERIALIZED)
+    if name == "arith.constant":
+        return int(_text(value.owner, "value").partition(":")[0])
+    parts = [_integer(part) for part in value.owner.operands] if name in _INTEGER_OPS else [None]
+    return None if None in parts else _INTEGER_OPS[name](*parts)
 
 
 def _traffic(kernel: Any, functions: Mapping[str, Any], grid: Sequence[int], in_hbm: Sequence[bool]) -> int:
