@@ -13,8 +13,9 @@ from paligemma_jax.models.attention.plain import plain_attention
 KERNELS = ("auto", "plain", "flash")
 """Values of `kernel`, and of the config key model.attention."""
 
-# Shorter sequences are left to the compiler, which fuses what surrounds a plain attention and pads no blocks.
-SHORTEST = {"tpu": 512, "gpu": 512}
+SHORTEST = {"tpu": 512}
+"""Length from which "auto" takes a flash kernel. Below, the compiler's fusions around plain attention are faster; on
+platforms that are not here flash attention has not been measured."""
 
 
 def attention(
@@ -50,8 +51,8 @@ def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: fl
     """Returns whether attention over `length` tokens uses a flash kernel, which holds no matrix of scores.
 
     Args:
-      kernel: "plain"; "flash", on a CPU by an interpreter, for tests; or "auto", which takes a flash kernel where the
-        platform has one for half precision and the sequence is long.
+      kernel: "plain"; "flash", on a CPU by an interpreter, for tests; or "auto", flash from the length of SHORTEST on
+        if the platform has a kernel for these arrays (on TPUs, for bfloat16).
       length: T.
       head_dim: H.
       dtype: compute dtype.

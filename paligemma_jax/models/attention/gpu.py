@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from paligemma_jax.models.attention.masks import TokenMask
 
+IMPLEMENTATION = "cudnn"  # tests on a CPU set "xla"
 _MULTIPLE = 8  # of the length, with a mask
 
 
@@ -32,9 +33,9 @@ def gpu_attention(
 ) -> Float[Array, "B T N H"]:
     """Returns attention of one device; arguments as of `dispatch.attention`."""
     if mask is None:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=IMPLEMENTATION)
     length = q.shape[1]
     extra = -length % _MULTIPLE
     q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
     visible = jnp.pad(mask.dense(), ((0, 0), (0, extra), (0, extra)))[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation="cudnn")[:, :length]
+    return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale, implementation=IMPLEMENTATION)[:, :length]

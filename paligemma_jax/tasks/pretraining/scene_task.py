@@ -51,7 +51,7 @@ class ModelKeys:
     unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
     attention: str = key(
         "auto",
-        "plain; flash, which holds no scores; auto = flash on long sequences of TPUs and GPUs (docs/attention.md)",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
         choices=KERNELS,
         resume_safe=True,
     )

@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from paligemma_jax.models.attention import attention, block_mask, gpu, has_flash, partition, prefix_lm_mask, tpu
+from paligemma_jax.models.attention import (
+    attention,
+    block_mask,
+    dispatch,
+    gpu,
+    has_flash,
+    partition,
+    prefix_lm_mask,
+    tpu,
+)
 from paligemma_jax.models.gemma import sliding_mask
 from paligemma_jax.models.paligemma import PaliGemma
 from tests.paligemma_jax.mini import MINI
@@ -204,8 +213,20 @@ def test_auto_takes_flash_where_there_is_one_for_long_sequences(monkeypatch, pla
     monkeypatch.setattr(gpu.jax, "local_devices", lambda: [device])
     monkeypatch.setattr(partition, "platform", lambda: platform)
     monkeypatch.setattr(partition, "is_partitioned_unseen", lambda: False)
+    monkeypatch.setattr(dispatch, "SHORTEST", {"tpu": 512, "gpu": 512})
     assert has_flash("auto", length, 256, jnp.dtype(dtype), cap) is expected
     assert not has_flash("plain", length, 256, jnp.dtype(dtype), cap)
+    monkeypatch.setattr(partition, "is_partitioned_unseen", lambda: True)
+    assert not has_flash("auto", length, 256, jnp.dtype(dtype), cap)
+
+
+def test_what_surrounds_the_gpus_kernel(monkeypatch):
+    """With XLA's attention in place of cuDNN's, which is not here: the padding, the mask and the scale."""
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", "xla")
+    monkeypatch.setattr(gpu, "fits_gpu", lambda *_: True)
+    monkeypatch.setattr(partition, "platform", lambda: "gpu")
+    assert_flash_is_plain(inputs(4, 2, 16), *packed_inputs())
+    assert_flash_is_plain(inputs(2, 2, 72), None, jnp.ones((1, 1, 1, 1)))
 
 
 def test_a_kernel_that_a_gpu_lacks_is_refused(monkeypatch):
