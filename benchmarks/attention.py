@@ -19,7 +19,6 @@ from paligemma_jax.models.attention import TokenMask, attention, prefix_lm_mask
 from train_jax.system.memory import step_memory
 
 MIB = 2**20
-ROUNDS, CALLS = 7, 5
 
 
 class Shape(NamedTuple):
@@ -61,7 +60,9 @@ def measure(tiny: bool) -> list[Measurement]:
             errors[kernel] = largest_error(call(*arrays), exact)
             memory = step_memory(call)
             rows += [
-                Measurement(f"{name}: {kernel}", 1e3 * median_seconds(call, arrays), "ms"),
+                Measurement(
+                    f"{name}: {kernel}", 1e3 * median_seconds(call, arrays, *((1, 1) if tiny else (7, 5))), "ms"
+                ),
                 Measurement(f"{name}: {kernel}, memory", (memory.temp if memory else math.nan) / MIB, "MiB"),
             ]
         aim = f"at most {2 * errors['plain'] + 1e-6}"
@@ -98,13 +99,12 @@ def largest_error(results: tuple[jax.Array, ...], exact: tuple[jax.Array, ...]) 
     return max(float(jnp.abs(one.astype(jnp.float32) - other).max() / jnp.abs(other).max()) for one, other in pairs)
 
 
-def median_seconds(call: Callable, arrays: list[jax.Array]) -> float:
+def median_seconds(call: Callable, arrays: list[jax.Array], rounds: int, calls: int) -> float:
     """Returns the median time of a call over rounds of several calls, after a round of warm-up."""
     seconds = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        for _ in range(CALLS):
-            result = call(*arrays)
-        jax.block_until_ready(result)
-        seconds.append((time.perf_counter() - began) / CALLS)
+        results = [call(*arrays) for _ in range(calls)]
+        jax.block_until_ready(results)
+        seconds.append((time.perf_counter() - began) / calls)
     return float(np.median(seconds[1:]))

@@ -71,7 +71,7 @@ def kernel_cost(instruction: Instruction, types: Mapping[str, str]) -> KernelCos
 def _module_cost(body: str, in_hbm: tuple[bool, ...]) -> KernelCost | None:
     """Returns the cost of a serialized module, whose arguments and results are in HBM or on the chip."""
     try:
-        from jax._src.lib import tpu  # JAX exports the dialect nowhere
+        from jax._src.lib import tpu  # pyright: ignore[reportPrivateImportUsage]  (JAX exports the dialect nowhere)
     except ImportError:
         return None
     from jax.extend.mlir import ir
@@ -83,7 +83,8 @@ def _module_cost(body: str, in_hbm: tuple[bool, ...]) -> KernelCost | None:
         module = ir.Module.parse(base64.b64decode(body))
         functions = {_text(one, "sym_name"): one for one in module.body.operations}
         kernel = next(one for one in module.body.operations if "iteration_bounds" in one.attributes)
-        grid = [max(int(size), 1) for size in kernel.attributes["iteration_bounds"]]  # an unknown size is negative
+        bounds: Any = kernel.attributes["iteration_bounds"]
+        grid = [max(int(size), 1) for size in bounds]  # an unknown size is negative
         steps = _region_cost(kernel.regions).times(math.prod(grid))
         return steps + KernelCost(0, _traffic(kernel, functions, grid, in_hbm), 0)
 

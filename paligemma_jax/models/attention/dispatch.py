@@ -41,8 +41,8 @@ def attention(
     Raises:
       ValueError: see `has_flash`.
     """
-    by_token = mask is None or isinstance(mask, TokenMask)
-    if by_token and q.shape[1] == k.shape[1] and has_flash(kernel, q.shape[1], q.shape[3], q.dtype, cap):
+    (_, T, _, H), S = q.shape, k.shape[1]
+    if (mask is None or isinstance(mask, TokenMask)) and T == S and has_flash(kernel, T, H, q.dtype, cap):
         return partition.on_each_device(_flash_kernel(scale, cap), q, k, v, mask)
     return plain_attention(q, k, v, mask.dense() if isinstance(mask, TokenMask) else mask, scale=scale, cap=cap)
 

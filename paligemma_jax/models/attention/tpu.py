@@ -36,17 +36,17 @@ def tpu_attention(
       mask: of one device; None attends to all keys.
       interpret: run on a CPU, slowly.
     """
-    length, size = padded_length(q.shape[1])
-    extra = length - q.shape[1]
-    visible, segment = _visible(mask, *q.shape[:2], length)
+    B, T = q.shape[:2]
+    length, size = padded_length(T)
+    visible, segment = _visible(mask, B, T, length)
     # The kernel has no scale. In bfloat16 it costs the queries a rounding unless it is a power of two.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    q, k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
+    q, k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, length - T), (0, 0))) for x in (q, k, v))
     attend = functools.partial(
         _attend_one, size=size, cap=cap, windowed=mask is not None and mask.first is not None, interpret=interpret
     )
     out = jax.vmap(attend)(q, k, v, visible, segment)
-    return out.transpose(0, 2, 1, 3)[:, : length - extra]
+    return out.transpose(0, 2, 1, 3)[:, :T]
 
 
 def padded_length(length: int) -> tuple[int, int]:
@@ -114,7 +114,9 @@ def _attend_one(q, k, v, visible, segment, *, size: int, cap: float | None, wind
         interpret=interpret,
     )
     segments = None if segment is None else splash.SegmentIds(segment, segment)
-    return kernel(q, k[0] if one_head else k, v[0] if one_head else v, segments)
+    out = kernel(q, k[0] if one_head else k, v[0] if one_head else v, segments)
+    assert isinstance(out, jax.Array)  # no residuals were asked for
+    return out
 
 
 def _up_to(last: Array, key: Array) -> Array:
