@@ -167,7 +167,7 @@ def test_rows_and_heads_are_split_over_the_mesh(several_blocks, mesh, heads, key
         out, backward = jax.vjp(lambda *qkv: attention(*qkv, mask, scale=0.3, kernel="flash") * real, q, k, v)
         return out, *backward(cotangent)
 
-    compiled = jax.jit(row_sharding.within(devices, run)).lower(*jax.device_put(arrays, rows)).compile()
+    compiled = jax.jit(row_sharding.with_mesh(devices, run)).lower(*jax.device_put(arrays, rows)).compile()
     assert f"f32[1,{heads // 2},384,16]" in compiled.as_text()  # a kernel has half of the rows and heads
     for flash, plain in zip(compiled(*jax.device_put(arrays, rows)), expected, strict=True):
         np.testing.assert_allclose(flash, plain, atol=2e-5 * np.abs(plain).max())
