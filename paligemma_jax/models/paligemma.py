@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.attention import packed_mask, prefix_mask
+from paligemma_jax.models.attention import TokenMask, block_mask, packed_mask
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.vit import ViT, ViTConfig
@@ -184,8 +184,7 @@ class PaliGemma(nnx.Module):
             mask_input = jnp.ones(tokens.shape, bool)
         features = self.context(features)
         valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
-        mask = prefix_mask(valid, causal)
-        return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
+        return self.decode(features, tokens, positions_of(valid), block_mask(valid, causal), dropout_keys)
 
     def hidden_of_texts(
         self, features: Float[Array, "B P D"], arrays: Mapping[str, Array], dropout_keys=None
@@ -218,7 +217,7 @@ class PaliGemma(nnx.Module):
         features: Float[Array, "B P D"],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S S"],
+        mask: Bool[Array, "B S S"] | TokenMask,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
         """Returns what `hidden` returns, for given positions and mask of all S = P + T inputs.

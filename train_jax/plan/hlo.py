@@ -23,6 +23,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _NUMBER = re.compile(r"(\d+)\)")
 _CHANNEL = re.compile(r"\bchannel_id=\d+")
+_OPERANDS = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\(\d+\)")  # memory space of a layout
 _HALF = ("bf16", "f16")
 _COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while")
 
@@ -55,7 +58,25 @@ def parse(text: str) -> Module:
             entry = current if header[1] else entry
         elif current and (match := _INSTRUCTION.match(line)):
             computations[current].append(Instruction(match[1], match[2], match[3], match[4]))
+        elif current and computations[current] and line != "}":  # the metadata of a kernel may have several lines
+            last = computations[current][-1]
+            computations[current][-1] = last._replace(rest=f"{last.rest}\n{line}")
     return Module(computations, entry)
+
+
+def operands(instruction: Instruction) -> list[str]:
+    """Returns the names of the operands of an instruction."""
+    return _OPERANDS.findall(instruction.rest.partition(")")[0])
+
+
+def arrays(text: str) -> list[str]:
+    """Returns the types of all arrays in a type, with their layouts."""
+    return _ARRAY.findall(text)
+
+
+def is_in_hbm(array: str) -> bool:
+    """Whether an array of this type, with its layout, is in HBM and not in memory on the chip of a TPU."""
+    return _ON_CHIP.search(array) is None
 
 
 def type_bytes(text: str) -> int:

@@ -109,6 +109,7 @@ class Contrastive(Task):
             "param_dtype": "float32",
             "remat": config.model.remat,
             "unroll": config.model.unroll,
+            "attention": config.model.attention,
         }
 
     def _tokenizer_path(self) -> str:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa import adapter as vqa_adapter
 from paligemma_jax.tasks.vqa import consistency
@@ -26,6 +27,12 @@ class ModelKeys:
     remat: str = key("block", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
     unroll: bool = key(
         False, "compile the layers without a loop: faster steps on a CPU, slower to compile", resume_safe=True
+    )
+    attention: str = key(
+        "auto",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
     )
     param_dtype: str | None = key(None, "of the weights; None = compute_dtype if frozen, float32 if trained")
     quantize: str = key(

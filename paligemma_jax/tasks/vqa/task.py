@@ -125,6 +125,7 @@ class VQA(Task):
             param_dtype=config.model.param_dtype or self._default_param_dtype(),
             remat=config.model.remat,
             unroll=config.model.unroll,
+            attention=config.model.attention,
             quantize=config.model.quantize or None,
             block_size=config.model.quantize_block_size,
             double=config.model.quantize_double,
