@@ -107,6 +107,13 @@ class SourceKeys:
     on_truncation: str = key(
         "raise", "a text that does not fit is never cut; skip: its row is a bad row", choices=("raise", "skip")
     )
+    buckets: int = key(
+        2,
+        "shapes of a batch at most, chosen by the lengths of the texts, beside that of the longest text allowed; a "
+        "step takes the smallest one that it fits in. 0 = that of the longest text alone",
+        minimum=0,
+        resume_safe=True,
+    )
     special_tokens: str = key(
         "refuse",
         "<bos>, <eos>, <pad> and <image> in a text, which the format adds; parse reads them as transformers does",
