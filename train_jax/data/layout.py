@@ -15,15 +15,14 @@ numbers, from which their random keys are made. Packing only divides them differ
 the longest first, each to the device with the fewest positions so far that still lacks one of its g examples; then
 into the rows of the device, the longest first, each into the first row with room (first-fit decreasing, Johnson 1973).
 
-The shapes (r, L) are chosen once, from the lengths of the first steps of the stream, so that a resumed run chooses the
-same: first the cheapest shape in which all of these steps fit, then further ones as long as each saves SAVING of the
-cost. The cost of a shape counts its positions, and attention by the square of the row length. A step takes the cheapest
-shape in which it fits. The shape with one example of the limit in each row is always there; it is compiled if ever a
-step needs it. All is a function of the lengths of the examples of a step, which all processes know.
+The shapes (r, L) are chosen once, for steps drawn from the lengths of the first examples of the stream, so that a
+resumed run chooses the same: first the cheapest shape in which all of these steps fit, then further ones as long as
+each saves a share SAVING of the cost. The cost of a shape counts its positions, and attention by the square of the row
+length. A step takes the cheapest shape in which it fits. The shape with one example of the limit in each row is always
+there; it is compiled if ever a step needs it. All is a function of lengths, which all processes know.
 """
 
 import heapq
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +32,12 @@ from train_jax.core.data_source import Lengths
 from train_jax.core.errors import UserError
 
 MULTIPLE = 8  # of row lengths and of room for tokens
-SAVING = 0.1  # share of the cost that a shape must save, as it takes a compilation
-SAMPLE = 1024  # examples of the steps by which shapes are chosen, about
+SAVING, PACKED_SAVING = 0.1, 0.01  # share of the cost that a shape must save, as it takes a compilation
+SAMPLE = 1024  # examples by whose lengths shapes are chosen
+FEWEST, MOST, DRAWN = 8, 128, 8192  # steps drawn from them, and their examples, about
+EXAMPLES = 8  # of average length in a packed row at most
 ROW_NUMBERS = 8  # numbers of rows that are tried
-QUANTILES = (1.0, 0.9, 0.75, 0.5)  # of the row lengths that the steps need, of which shapes are made
+QUANTILES = (1.0, 0.95, 0.85, 0.7, 0.5, 0.25)  # of the row lengths that the steps need, of which shapes are made
 
 
 class Shape(NamedTuple):
@@ -70,17 +71,20 @@ class Layout:
       shapes: those chosen, the cheapest first; every step fits in the last.
     """
 
-    def __init__(self, lengths: Lengths, size: tuple[int, int, int], sample: Sequence[Int[np.ndarray, " n"]]):
+    def __init__(self, lengths: Lengths, size: tuple[int, int, int], sample: Int[np.ndarray, " n"]):
         """Chooses the shapes.
 
         Args:
           lengths: of the source.
           size: A micro-batches, G devices, g examples of a device in a micro-batch.
-          sample: number of tokens of all examples, in order, of some steps.
+          sample: numbers of tokens of some examples, from which steps are drawn.
         """
         self._lengths, self._size = lengths, size
+        batch = size[0] * size[1] * size[2]
+        drawn = np.random.PCG64(0).random_raw(max(FEWEST, min(MOST, DRAWN // batch)) * batch)  # stable over releases
+        steps = sample[(drawn % len(sample)).astype(int)].reshape(-1, batch)
         full = Shape(size[2], lengths.context + lengths.limit, lengths.limit)
-        fits = self._packed_shapes(sample) if lengths.packed else self._buckets(sample)
+        fits = self._packed_shapes(steps) if lengths.packed else self._buckets(steps)
         self.shapes = sorted([full, *self._choose(full, fits)], key=self._cost)
 
     def place(self, tokens: Int[np.ndarray, " n"]) -> Placement:
@@ -130,7 +134,7 @@ class Layout:
         return shape.rows * shape.length * (1 + self._lengths.quadratic * shape.length)
 
     def _choose(self, full: Shape, fits: dict[Shape, np.ndarray]) -> list[Shape]:
-        """Chooses among shapes, given whether each step of the sample fits in them."""
+        """Chooses among shapes, given whether each of the drawn steps fits in them."""
         chosen: list[Shape] = []
         costs = np.full(len(next(iter(fits.values()))), self._cost(full))
         remaining = {shape: where for shape, where in fits.items() if where.all()}
@@ -140,28 +144,27 @@ class Layout:
                 for shape, where in remaining.items()
             }
             best = min(after, key=lambda shape: after[shape].sum())
-            if after[best].sum() > (1 - SAVING) * costs.sum():
+            saving = PACKED_SAVING if self._lengths.packed else SAVING
+            if after[best].sum() > (1 - saving) * costs.sum():
                 break
             chosen.append(best)
             costs, remaining = after[best], {shape: where for shape, where in fits.items() if shape not in chosen}
         return chosen
 
-    def _buckets(self, sample: Sequence[np.ndarray]) -> dict[Shape, np.ndarray]:
-        """Returns the shapes of one example in each row, and whether each step of the sample fits in them."""
-        longest = np.array([step.max() for step in sample])
+    def _buckets(self, steps: Int[np.ndarray, "steps n"]) -> dict[Shape, np.ndarray]:
+        """Returns the shapes of one example in each row, and whether each step fits in them."""
+        longest = steps.max(axis=1)
         rooms = {min(_rounded(room), self._lengths.limit) for room in longest.tolist()}
         return {Shape(self._size[2], self._lengths.context + room, room): longest <= room for room in rooms}
 
-    def _packed_shapes(self, sample: Sequence[np.ndarray]) -> dict[Shape, np.ndarray]:
-        """Returns shapes of several numbers of rows, and whether each step of the sample fits in them."""
+    def _packed_shapes(self, steps: Int[np.ndarray, "steps n"]) -> dict[Shape, np.ndarray]:
+        """Returns shapes of several numbers of rows, and whether each step fits in them."""
         g, context, limit = self._size[2], self._lengths.context, self._lengths.limit
-        room = min(_rounded(max(int(step.max()) for step in sample)), limit)
-        steps = [(step + context)[self._divided(step)].reshape(-1, g) for step in sample]
-        most = max(int(groups.sum(1).max()) for groups in steps)
-        fewest = -(-most // (context + limit))  # rows are no longer than an example of the limit
-        shapes = {}
+        room = min(_rounded(int(steps.max())), limit)
+        sizes = [(step + context)[self._divided(step)].reshape(-1, g) for step in steps]
+        fewest, shapes = -(-g // EXAMPLES), {}
         for rows in np.unique(np.geomspace(fewest, g, ROW_NUMBERS).round().astype(int)).tolist():
-            needed = np.array([max(_row_length(group, rows) for group in groups) for groups in steps])
+            needed = np.array([max(_row_length(group, rows) for group in groups) for groups in sizes])
             for quantile in QUANTILES:
                 length = _rounded(int(np.quantile(needed, quantile, method="higher")))
                 shapes[Shape(rows, length, min(room, length - context))] = needed <= length

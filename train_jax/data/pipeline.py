@@ -151,11 +151,10 @@ class Pipeline:
             self._groups = local_rows(process_index, process_count, math.lcm(devices, process_count))
 
     def _make_layout(self, groups: int) -> Layout | None:
-        """Chooses the shapes of batches by the lengths of the examples of the first steps, see layout.py."""
+        """Chooses the shapes of batches by the lengths of the first examples, see layout.py."""
         if self.source.lengths is None:
             return None
-        steps = range(max(4, min(64, SAMPLE // self._batch_size)))
-        sample = [self.source.lengths_of(self._indices(step)) for step in steps]
+        sample = self.source.lengths_of(self._order.at(np.arange(min(SAMPLE, len(self.source)))))
         micro_batches = self._batch_size // self.micro_batch
         return Layout(self.source.lengths, (micro_batches, groups, self.micro_batch // groups), sample)
 

@@ -44,7 +44,7 @@ from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_d
 from paligemma_jax.weights.reader import load, stored_dtype
 from train_jax.config.base import leaves
 from train_jax.core import param_tree, patterns
-from train_jax.core.data_source import DataSource, ExampleList, Lengths
+from train_jax.core.data_source import POSITIONS, SLOTS, DataSource, ExampleList, Lengths
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
@@ -246,12 +246,19 @@ class VQA(Task):
         else:
             source = self.processor.guarded(records, self.processor.image_and_text)
         self._warn_of_cut_references()
-        return self._trimmed(source, records) if self.config.data.get("buckets", 0) else source
+        return self.trimmed(source, records) if self.config.data.get("buckets", 0) else source
 
-    def _trimmed(self, source: DataSource, records: RecordSource) -> TrimmedRows:
+    def trimmed(self, source: DataSource, records: RecordSource) -> TrimmedRows:
         """Returns training rows with the lengths of their texts."""
+        data, decoder = self.config.data, self.base().config.decoder
         patches, _ = feature_shape(self.base())
-        lengths = Lengths(patches, self.processor.text_limit, self.config.data.buckets)
+        lengths = Lengths(
+            context=patches + vqa_adapter.prompt_length(self.config.adapter),
+            limit=self.processor.text_limit,
+            shapes=data.buckets,
+            packed=data.packing,
+            quadratic=decoder.attention_share,
+        )
         return TrimmedRows(source, records, self.processor, lengths)
 
     def _warn_of_cut_references(self) -> None:
@@ -272,7 +279,7 @@ class VQA(Task):
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """Returns the rows of the first micro-batch, decoded, with their masks (--print_batch)."""
-        first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES)}
+        first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES, SLOTS, POSITIONS)}
         return prompts.format_batch(self.tokenizer, first)
 
     # Loss.
@@ -304,6 +311,7 @@ class VQA(Task):
         if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.NOISE_PER_STEP:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), batch_features(model, batch, keys)
+        arrays |= {name: batch[name] for name in (SLOTS, POSITIONS) if name in batch}  # of packed rows
         return consistency.TunedForward(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
 
     def _lm_head(self, model: PaliGemma) -> dict[str, Any]:
