@@ -17,9 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from paligemma_jax.models.dropout import Keys
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class PackedRows(NamedTuple):
@@ -53,7 +51,7 @@ class PackedRows(NamedTuple):
         values = jnp.take_along_axis(x.reshape(G, -1), jnp.maximum(self.slots, 0).reshape(G, r * L), axis=1)
         return values.reshape(G * r, L)
 
-    def of_examples(self, keys: Keys) -> Keys:
+    def of_examples(self, keys: Key[Array, " B"]) -> Key[Array, "R L"]:
         """Returns the key of the example at each position of the rows, [R, L], from those of the examples, [B]."""
         G, r, L = self.slots.shape
         example = jnp.maximum(self.slots, 0) // self.positions.shape[1]

@@ -108,7 +108,7 @@ class SourceKeys:
         "raise", "a text that does not fit is never cut; skip: its row is a bad row", choices=("raise", "skip")
     )
     buckets: int = key(
-        2,
+        4,
         "shapes of a batch at most, chosen by the lengths of the texts, beside that of the longest text allowed; a "
         "step takes the smallest one that it fits in. 0 = that of the longest text alone",
         minimum=0,

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data.records import Record
-from tests.paligemma_jax.mini import MINI, Rows, png, task_of
+from paligemma_jax.models.gemma import GemmaConfig
+from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.tasks.vqa.trimmed import TrimmedRows
+from tests.paligemma_jax.mini import Rows, png, read_lines, task_of, train_main, write_rows
 from tests.test_randomness import KEPT, assert_same, stirred
-from train_jax.core.data_source import SLOTS
-from train_jax.data.pipeline import training_batches
+from train_jax import loop
+from train_jax.core.data_source import SLOTS, Lengths
+from train_jax.core.errors import UserError
+from train_jax.data.pipeline import Pipeline, training_batches
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
 from train_jax.step import placement, train_step
@@ -84,7 +89,6 @@ def test_the_gradient_is_that_of_padded_rows(mini_options, rows, padded, cut):
     assert_same(result, wanted)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("adapter", ["prompt", "prefix", "bottleneck", "diff_pruning"])
 def test_so_it_is_for_other_adapters(mini_options, rows, adapter):
     options = mini_options | LIVELY | {"adapter.targets": None, "adapter.dropout": 0.0, "adapter.name": adapter}
@@ -99,20 +103,76 @@ def test_consistency_of_packed_rows(mini_options, rows):
     assert_same(result, wanted)
 
 
-def real_share(options: dict, steps: int = 12) -> float:
-    """Returns the share of real tokens among those that the tower and the decoder compute in some steps."""
-    task = task_of(options)
-    batches = training_batches(task.config, task.train_source(), num_steps=steps)
-    patches, real, computed = MINI.vision.num_patches * 16, 0, 0
-    for batch in batches.iterate():
-        examples = batch["weight"].size
-        real += examples * 2 * patches + int((batch["mask_input"].sum(-1) - 1).sum())
-        width = batch[SLOTS].size if SLOTS in batch else examples * (patches + batch["tokens"].shape[-1] - 1)
-        computed += examples * patches + width
+def real_share(task, changes: dict) -> float:
+    """Returns the share of real tokens among those that tower and decoder of PaliGemma-3B compute in some steps.
+
+    Batches of 32 over four devices. Image slots and tower tokens count, as each of them is a patch.
+    """
+    patches, data, records = ViTConfig().num_patches, task.config.data, task.split("train")
+    task.base()
+    lengths = Lengths(patches, task.processor.text_limit, 4, data.packing, GemmaConfig().attention_share)
+    source = TrimmedRows(task.processor.guarded(records, task.processor.text), records, task.processor, lengths)
+    source.lengths = dataclasses.replace(lengths, **changes)
+    real = computed = 0
+    for batch in Pipeline(source, 32, num_steps=12, devices=4, threads=0).iterate():
+        tower = 32 * patches
+        real += 2 * tower + int((batch["mask_input"].sum(-1) - 1).sum())
+        width = batch[SLOTS].size if SLOTS in batch else tower + 32 * (batch["tokens"].shape[-1] - 1)
+        computed += tower + width
     return real / computed
 
 
-def test_most_tokens_of_packed_clevr_are_real(mini_options):
-    """With image slots and tower counted; the batches hold the examples of padded ones."""
-    options = mini_options | {"batch_size": 32, "data.prefix_length": 128, "data.suffix_length": 384}
-    assert real_share(options | PADDED) < 0.4 < 0.95 < real_share(options | PACKED)
+def test_most_tokens_of_clevr_are_real(mini_options):
+    """With the limits of configs/clevr.py:3b."""
+    task = task_of(mini_options | {"data.prefix_length": 128, "data.suffix_length": 384, "data.num_train_scenes": 20})
+    shares = [real_share(task, change) for change in ({"shapes": 0}, {}, {"packed": True})]
+    assert shares[0] < 0.55 and shares[1] > 0.95 and shares[2] > 0.98
+
+
+def test_most_tokens_of_mixed_data_are_real_if_packed(mini_options, tmp_path):
+    """Short captions, answers and long descriptions in one file, over images of one pixel."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "1.png").write_bytes(png(1))
+    kinds = [("answer en what is it", 1), ("caption en", 12), ("describe en", 120), ("ocr", 60)]
+    rows = []
+    for index in range(200):
+        prefix, longest = kinds[rng.choice(4, p=(0.4, 0.3, 0.1, 0.2))]
+        suffix = " ".join(rng.choice(WORDS, rng.integers(1, longest + 1)))
+        rows.append({"image": f"{index % 2}.png", "prefix": prefix, "suffix": suffix})
+    write_rows(tmp_path, "train", rows)
+    options = {"data.name": "jsonl", "data.source": str(tmp_path), "data.prefix_length": 64, "data.suffix_length": 500}
+    task = task_of(mini_options | options | {"data.tune_fraction": 0.5})
+    shares = [real_share(task, change) for change in ({}, {"packed": True})]
+    assert shares[0] < 0.9 and shares[1] > 0.95
+
+
+def test_a_packed_run_resumes_bit_for_bit(mini_options, tmp_path, monkeypatch):
+    """In the middle of an epoch."""
+    monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
+    options = mini_options | PACKED | {"eval.controls": False, "eval.candidates": "", "eval.before": False}
+    options |= {"load_best_at_end": False, "log_steps": 1, "optimizer.schedule": "constant", "total_steps": 4}
+    options |= {"optimizer.warmup_percent": None, "eval_steps": 4, "checkpoint_steps": 2}
+    train_main(tmp_path / "straight", options)
+    train_main(tmp_path / "resumed", options | {"total_steps": 2})
+    train_main(tmp_path / "resumed", options)
+    runs = [tmp_path / name for name in ("straight", "resumed")]
+    losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    adapters = [(run / "adapter/adapter_model.safetensors").read_bytes() for run in runs]
+    assert adapters[0] == adapters[1]
+
+
+def test_packing_without_shapes_is_refused(mini_options):
+    with pytest.raises(UserError, match="data.packing is True beside data.buckets=0"):
+        task_of(mini_options | PACKED | PADDED)
+
+
+def test_a_row_that_has_grown_since_it_was_counted_stops_the_run(mini_options, rows):
+    task = task_of(mini_options | LIVELY)
+    source = source_of(task, rows)
+    batch = source.get_batch(np.arange(16), 0, np.arange(16))
+    longest = int(source.lengths_of(np.arange(16)).max())
+    assert source.cut(batch, longest)["tokens"].shape == (16, longest + 1)
+    with pytest.raises(UserError, match=f"more than the {longest - 1} tokens that were counted"):
+        source.cut(batch, longest - 1)
