@@ -67,6 +67,18 @@ def prefix_mask(mask_input: Bool[Array, "B S"], mask_ar: Int[Array, "B S"]) -> B
     return visible & mask_input[:, None, :] & mask_input[:, :, None]
 
 
+def prefix_lm_mask(segment: Int[Array, "B T"], prefix: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """Returns the mask of packed prefix-LM examples: a key of the same segment is seen if it is earlier or a prefix.
+
+    Args:
+      segment: the example that a token belongs to, from 1; 0 is padding.
+      prefix: True on the tokens of a bidirectional prefix.
+    """
+    index = jnp.arange(segment.shape[1])
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
+    return same & ((index[None] <= index[:, None])[None] | prefix[:, None, :])
+
+
 def packed_mask(segment: Int[Array, "B T"], suffix: Int[Array, "B T"], num_patches: int) -> Bool[Array, "B S S"]:
     """Returns the attention mask of several texts packed behind one image, S = num_patches + T.
 

@@ -18,13 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.attention import packed_mask, prefix_mask
+from paligemma_jax.models.attention import packed_mask, prefix_lm_mask, prefix_mask
 from paligemma_jax.models.dropout import token_keys
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
-from paligemma_jax.models.packing import PackedRows, prefix_lm_mask
 from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.vit import ViT, ViTConfig
 from train_jax.core import row_sharding
+from train_jax.core.packed_rows import PackedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class PaliGemma(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns `hidden` for the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays.
 
-        With the arrays `slots` and `positions`, several examples share a row of the decoder, see packing.PackedRows.
+        With the arrays `slots` and `positions`, several examples share a row of the decoder, see train_jax/core/packed_rows.py.
         """
         tokens, mask_ar, mask_input = (arrays[name] for name in ("tokens", "mask_ar", "mask_input"))
         if "slots" not in arrays:

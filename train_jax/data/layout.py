@@ -4,7 +4,7 @@ A compiled step has one shape, and examples differ in length. Two means, both ex
 those of rows that are padded to the limit, up to rounding.
 
   buckets   A step takes the shortest of a few lengths in which its longest example fits.
-  packing   Several examples share a row, in which they do not see one another (models/attention.py). Every device has
+  packing   Several examples share a row, in which they do not see one another. Every device has
             r rows of L positions for its g examples of a micro-batch:
 
     three examples, r = 2      image a  text a   image b  text b

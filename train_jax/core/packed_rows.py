@@ -1,16 +1,14 @@
-r"""Several examples in one row of the decoder, which do not see one another; exact in value and gradient.
+"""Several examples in one row of a batch: moves arrays between examples and rows, exactly in value and gradient.
 
-The decoder computes rows of L positions. A row may hold several examples, each an image with its text, and padding:
+A model may compute rows of L positions that hold several examples each, and padding:
 
-  slots       0  1  2  3  4  8  9 10 11 -1     example 0 has positions 0-4, example 1 has 8-11 (of C + T = 8 each)
-  segment     1  1  1  1  1  2  2  2  2  0     the example, from 1
-  prefix      1  1  1  0  0  1  1  0  0  .     image and prompt are bidirectional, the answer is causal
-  position    0  1  2  3  4  0  1  2  3  .     restarts with every example
+  slots      0  1  2  3  4  8  9 10 11 -1     example 0 has positions 0-4, example 1 has 8-11 (each has room for S = 8)
+  segment    1  1  1  1  1  2  2  2  2  0     the example, from 1
+  position   0  1  2  3  4  0  1  2  3  .     restarts with every example
 
-Only the decoder is packed. The tower encodes one image an example, and hidden states return to the examples' own layout
-[B, T, D], so that losses do not know of rows. Rows and examples are divided into G groups, one for each device of the
-mesh: no example leaves its device. The layout is chosen in train_jax/data/layout.py. Axes: B = G g examples, R = G r
-rows of L positions, C + T positions of an example (context and text).
+Rows and examples are divided into G groups, one for each device of the mesh, so that no example leaves its device. The
+layout is chosen in train_jax/data/layout.py. Axes: B = G g examples with room for S positions, R = G r rows of L
+positions.
 """
 
 from typing import NamedTuple
@@ -24,14 +22,14 @@ class PackedRows(NamedTuple):
     """Which position of which example stands where.
 
     Attributes:
-      slots: for each position of a row, the one among the g (C + T) positions of the group's examples; -1 is padding.
+      slots: for each position of a row, the one among the g S positions of the group's examples; -1 is padding.
       positions: the inverse, for each position of an example the one among the r L of the group's rows; -1 is none.
     """
 
     slots: Int[Array, "G r L"]
-    positions: Int[Array, "B CT"]
+    positions: Int[Array, "B S"]
 
-    def pack(self, x: Float[Array, "B CT D"]) -> Float[Array, "R L D"]:
+    def pack(self, x: Float[Array, "B S D"]) -> Float[Array, "R L D"]:
         """Returns the rows of the examples' arrays; padding is 0."""
         G, r, L = self.slots.shape
         return _move(_grouped(x, G), self.slots.reshape(G, r * L), self._places()).reshape(G * r, L, x.shape[-1])
@@ -46,7 +44,7 @@ class PackedRows(NamedTuple):
         return _move(x.reshape(G, r * L, x.shape[-1]), places, back).reshape(B, width - first, x.shape[-1])
 
     def of_positions(self, x: Array) -> Array:
-        """Returns integers or booleans [B, C + T] in rows [R, L]; those of padding are of any position."""
+        """Returns integers or booleans [B, S] in rows [R, L]; those of padding are of any position."""
         G, r, L = self.slots.shape
         values = jnp.take_along_axis(x.reshape(G, -1), jnp.maximum(self.slots, 0).reshape(G, r * L), axis=1)
         return values.reshape(G * r, L)
@@ -57,26 +55,14 @@ class PackedRows(NamedTuple):
         example = jnp.maximum(self.slots, 0) // self.positions.shape[1]
         return jax.vmap(lambda keys, example: keys[example])(keys.reshape(G, -1), example).reshape(G * r, L)
 
-    def segment(self, valid: Bool[Array, "B CT"]) -> Int[Array, "R L"]:
+    def segment(self, valid: Bool[Array, "B S"]) -> Int[Array, "R L"]:
         """Returns the example of each position, from 1 in each group; 0 for padding and for positions not valid."""
         G, r, L = self.slots.shape
         example = self.slots // self.positions.shape[1] + 1
         return jnp.where((self.slots.reshape(G * r, L) >= 0) & self.of_positions(valid), example.reshape(G * r, L), 0)
 
-    def _places(self) -> Int[Array, "G gCT"]:
+    def _places(self) -> Int[Array, "G gS"]:
         return self.positions.reshape(self.slots.shape[0], -1)
-
-
-def prefix_lm_mask(segment: Int[Array, "B T"], prefix: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Returns the mask of packed prefix-LM examples: a key of the same segment is seen if it is earlier or a prefix.
-
-    Args:
-      segment: the example that a token belongs to, from 1; 0 is padding.
-      prefix: True on the tokens of a bidirectional prefix.
-    """
-    index = jnp.arange(segment.shape[1])
-    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] > 0)
-    return same & ((index[None] <= index[:, None])[None] | prefix[:, None, :])
 
 
 def _grouped(x: Array, groups: int) -> Array:
