@@ -194,7 +194,7 @@ class PaliGemma(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns `hidden` for the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays.
 
-        With the arrays `slots` and `positions`, several examples share a row of the decoder, see train_jax/core/packed_rows.py.
+        With the arrays `slots` and `positions`, several examples share a row of the decoder, see PackedRows.
         """
         tokens, mask_ar, mask_input = (arrays[name] for name in ("tokens", "mask_ar", "mask_input"))
         if "slots" not in arrays:
