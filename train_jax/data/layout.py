@@ -33,7 +33,7 @@ from train_jax.core.errors import UserError
 
 MULTIPLE = 8  # of row lengths and of room for tokens
 SAVING, PACKED_SAVING = 0.1, 0.01  # share of the cost that a shape must save, as it takes a compilation
-SAMPLE = 1024  # examples by whose lengths shapes are chosen
+SAMPLE = 512  # examples by whose lengths shapes are chosen
 FEWEST, MOST, DRAWN = 8, 128, 8192  # steps drawn from them, and their examples, about
 EXAMPLES = 8  # of average length in a packed row at most
 ROW_NUMBERS = 8  # numbers of rows that are tried
@@ -122,7 +122,7 @@ class Layout:
         positions = np.full((A * G, g, width), -1, np.int32)
         for group, (row, start) in enumerate(rows):
             for example, number in enumerate(numbers.reshape(A * G, g)[group]):
-                first, size = row[example] * shape.length + start[example], sizes[number]
+                first, size = row[example] * shape.length + start[example], int(sizes[number])
                 slots[group, first : first + size] = example * width + np.arange(size)
                 positions[group, example, :size] = first + np.arange(size)
         slots = slots.reshape(A, G, shape.rows, shape.length)

@@ -146,9 +146,9 @@ class Pipeline:
         self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
         self._read_rows = _whole_groups(self._rows, batch_size, self.source.group)
         self._order = Order(len(source), seed if shuffle else None)
-        self._layout, self._groups = self._make_layout(math.lcm(devices, process_count)), slice(None)
-        if self._layout is not None:
-            self._groups = local_rows(process_index, process_count, math.lcm(devices, process_count))
+        groups = math.lcm(devices, process_count)
+        self._groups = local_rows(process_index, process_count, groups)  # those of this process
+        self._layout = self._make_layout(groups)
 
     def _make_layout(self, groups: int) -> Layout | None:
         """Chooses the shapes of batches by the lengths of the first examples, see layout.py."""
@@ -156,7 +156,8 @@ class Pipeline:
             return None
         sample = self.source.lengths_of(self._order.at(np.arange(min(SAMPLE, len(self.source)))))
         micro_batches = self._batch_size // self.micro_batch
-        return Layout(self.source.lengths, (micro_batches, groups, self.micro_batch // groups), sample)
+        layout = Layout(self.source.lengths, (micro_batches, groups, self.micro_batch // groups), sample)
+        return layout if len(layout.shapes) > 1 else None  # the lengths of further examples need not be counted
 
     def iterate(self, start_step: int = 0) -> Batches:
         """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1."""
