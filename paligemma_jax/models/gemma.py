@@ -47,6 +47,12 @@ class GemmaConfig:
     param_dtype: str = "float32"
     attention: str = "auto"  # the kernel, see attention.has_flash
 
+    @property
+    def attention_share(self) -> float:
+        """FLOPs of scores and weighted values for each key that a token attends to, over those of a layer's kernels."""
+        heads, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return 2 * heads / (self.width * (2 * heads + 2 * keys + 3 * self.mlp_dim))
+
 
 class Embedder(nnx.Module):
     """The token embedding, scaled by sqrt(D); the vocabulary projection is tied to it."""
@@ -197,7 +203,7 @@ class Gemma(nnx.Module):
             `sliding_mask` narrows the mask in every other layer. A TokenMask is for calls without a cache.
           cache: from `empty_cache`, or None.
           start: first cache slot to write.
-          dropout_keys: one key per example for adapter dropout, or None.
+          dropout_keys: one key per example or token for adapter dropout, or None.
 
         Returns:
           Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual

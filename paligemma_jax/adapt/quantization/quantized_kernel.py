@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from paligemma_jax.adapt.quantization import int8
 from paligemma_jax.adapt.quantization.int4 import Int4
 from paligemma_jax.adapt.quantization.int8 import Int8PerChannel
 from paligemma_jax.adapt.quantization.nf4 import NF4
+from paligemma_jax.models.dropout import Keys
 from train_jax.core.errors import UserError
 
 Codec = NF4 | Int4 | Int8PerChannel
@@ -139,7 +140,7 @@ class QuantizedKernel(nnx.Module):
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
 
-    def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
+    def contract(self, x: Float[Array, "..."], keys: Keys | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
         The kernel is dequantised to the dtype of x in the forward and again in the backward pass; nothing of its full

@@ -114,6 +114,19 @@ class SourceKeys:
     on_truncation: str = key(
         "raise", "a text that does not fit is never cut; skip: its row is a bad row", choices=("raise", "skip")
     )
+    buckets: int = key(
+        4,
+        "shapes of a batch at most, chosen by the lengths of the texts, beside that of the longest text allowed; a "
+        "step takes the smallest one that it fits in. 0 = that of the longest text alone",
+        minimum=0,
+        resume_safe=True,
+    )
+    packing: bool = key(
+        False,
+        "put several examples into one row of the decoder, where none sees another: the same loss and gradient with "
+        "little padding. A step still holds batch_size examples",
+        resume_safe=True,
+    )
     special_tokens: str = key(
         "refuse",
         "<bos>, <eos>, <pad> and <image> in a text, which the format adds; parse reads them as transformers does",
@@ -209,6 +222,11 @@ def check(config: ConfigDict) -> None:
     _check_quantize(config)
     consistency.check(config)
     _check_families(config.data)
+    if config.data.get("packing", False) and not config.data.buckets:
+        raise UserError(
+            "data.packing is True beside data.buckets=0, which leaves the one shape that holds one example a row, "
+            "expected 1 or more shapes to pack into: raise it."
+        )
     if config.eval.captions and config.data.name != "synthetic_clevr":
         raise UserError(
             f"eval.captions is {config.eval.captions} beside data.name={config.data.name!r}, expected 0, as only the "
