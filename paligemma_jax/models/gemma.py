@@ -178,8 +178,8 @@ class Gemma(nnx.Module):
 
     @property
     def stacks(self) -> Sequence[GemmaBlock]:
-        """The stacks of blocks, first to last."""
-        return [self.layers]
+        """The stacks of blocks, first to last; `layers` may be a list of several (generation/layers_apart.py)."""
+        return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
         """Returns all inputs before the text: here the image features alone."""
