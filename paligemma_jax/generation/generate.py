@@ -29,7 +29,7 @@ from paligemma_jax.generation.stacked_kernels import logits as decoder_logits
 from paligemma_jax.generation.stacked_kernels import read_in_place
 from paligemma_jax.generation.token_sampling import TokenSampler, make_sampler, row_keys, sample_tokens
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
-from train_jax.core import row_sharding
+from train_jax.core import devices, row_sharding
 from train_jax.core.errors import UserError
 
 CACHE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -101,7 +101,7 @@ def generate(
     if first_row < 0:
         raise UserError(f"first_row is {first_row}, expected 0 or more, the number of earlier rows: change it.")
     key = jax.random.key(seed)
-    with row_sharding.over_one_device((nnx.state(model), tokens)):
+    with devices.use_one_device((nnx.state(model), tokens)):
         new_tokens, out = _generate(
             model, images, image_features, tokens, mask_input, eos_id, token_sampler, key, first_row, max_new_tokens,
             cache_dtype, return_out,

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from paligemma_jax.models.gemma import Gemma
-from train_jax.core import row_sharding
+from train_jax.core import devices
 
 FEWEST_TOKENS = 16  # for fewer new tokens, slicing and the compilation of every layer by itself do not pay
 MOST_BYTES = 1 << 30  # of the layers, which are held twice
@@ -25,7 +25,7 @@ def take_apart(decoder: Gemma, num_tokens: int) -> Gemma:
     """
     graph, arrays = nnx.split(decoder.layers)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    on_one_cpu = row_sharding.is_one_device() and row_sharding.device_kind() == "cpu"
+    on_one_cpu = devices.is_one_device() and devices.device_kind() == "cpu"
     if not on_one_cpu or num_tokens < FEWEST_TOKENS or size > MOST_BYTES:
         return decoder
     depth = len(decoder.layers.pre_attention_norm.scale)

@@ -26,7 +26,7 @@ from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.numerics import cast, soft_cap
 from paligemma_jax.models.projection import contract, projections
 from paligemma_jax.models.stack import Shared
-from train_jax.core import row_sharding
+from train_jax.core import devices
 
 
 class StackedKernel(nnx.Module):
@@ -131,7 +131,7 @@ def logits(decoder: Gemma, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V
 
 def _applies(decoder: Gemma) -> bool:
     """Whether the context is that of one TPU, and the decoder computes in bfloat16."""
-    on_one_tpu = row_sharding.is_one_device() and row_sharding.device_kind().startswith("TPU")
+    on_one_tpu = devices.is_one_device() and devices.device_kind().startswith("TPU")
     return on_one_tpu and decoder.config.dtype == "bfloat16"
 
 

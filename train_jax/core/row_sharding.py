@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
@@ -111,41 +110,6 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
         )(*arguments)
 
     return mapped
-
-
-def on_each_device(function: Callable) -> Callable | None:
-    """Returns `function` for arrays that every device holds whole, or None where arrays may be split in other ways.
-
-    For Pallas kernels, which the compiler cannot partition. None means that there is no mesh, or that an axis besides
-    ROW_AXES splits it.
-    """
-    if is_one_device():
-        return function
-    if _mesh() is None or row_devices() != jax.sharding.get_abstract_mesh().size:
-        return None
-    return jax.shard_map(function, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-
-
-def device_kind() -> str:
-    """Returns the kind of the devices of the context's mesh, such as "cpu" or "TPU v5 lite"; "" if it is unknown."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return "" if device is None else device.device_kind
-
-
-def is_one_device() -> bool:
-    """Whether the context's mesh has one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size == 1
-
-
-def over_one_device(tree: Any) -> contextlib.AbstractContextManager:
-    """Returns the context of a mesh of one device, if all arrays of a tree are on one and there is no other context."""
-    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    traced = any(isinstance(array, Tracer) for array in arrays)
-    devices = set() if traced else {device for array in arrays for device in array.devices()}
-    if len(devices) != 1 or not jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
-    return use_mesh(Mesh(np.array([*devices]).reshape(1, 1), ROW_AXES))
 
 
 def mark(model: nnx.Module, shardings: Mapping[str, NamedSharding]) -> nnx.Module:

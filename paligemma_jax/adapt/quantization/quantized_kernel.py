@@ -23,7 +23,7 @@ from paligemma_jax.adapt.quantization.int8 import Int8PerChannel
 from paligemma_jax.adapt.quantization.nf4 import NF4
 from paligemma_jax.models.dropout import Keys
 from paligemma_jax.models.numerics import broadcast
-from train_jax.core import row_sharding
+from train_jax.core import devices
 from train_jax.core.errors import UserError
 
 Codec = NF4 | Int4 | Int8PerChannel
@@ -211,8 +211,8 @@ def _times_transposed(codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, ar
 
 def _decoded(codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array]) -> Float[Array, "O I"]:
     """Returns one layer's matrix in `dtype`; on TPUs a Pallas kernel decodes NF4 to bfloat16, to the same numbers."""
-    if isinstance(codec, NF4) and dtype == jnp.bfloat16 and row_sharding.device_kind().startswith("TPU"):
-        kernel = row_sharding.on_each_device(functools.partial(nf4_tpu.dequantize, block_size=codec.block_size))
+    if isinstance(codec, NF4) and dtype == jnp.bfloat16 and devices.device_kind().startswith("TPU"):
+        kernel = devices.on_whole_arrays(functools.partial(nf4_tpu.dequantize, block_size=codec.block_size))
         if kernel is not None:
             groups = kernel(arrays["codes"], codec.constants(arrays))
             return blocks.join(groups[:, : math.prod(shape) // len(groups)], shape)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from paligemma_jax.models.attention import gpu, partition, tpu
 from paligemma_jax.models.attention.masks import TokenMask
 from paligemma_jax.models.attention.plain import plain_attention
+from train_jax.core import devices
 
 KERNELS = ("auto", "plain", "flash")
 """Values of `kernel`, and of the config key model.attention."""
@@ -65,7 +66,7 @@ def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: fl
         raise ValueError(f"the attention kernel is {kernel!r}, expected one of {', '.join(KERNELS)}.")
     if kernel == "plain":
         return False
-    platform = partition.platform()
+    platform = devices.platform()
     fits = platform != "gpu" or gpu.fits_gpu(head_dim, dtype, cap)
     if kernel == "flash":
         if not fits:
@@ -82,6 +83,6 @@ def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: fl
 
 def _flash_kernel(scale: float, cap: float | None):
     """Returns the platform's flash kernel, a function of q, k, v and a TokenMask or None."""
-    if partition.platform() == "gpu":
+    if devices.platform() == "gpu":
         return functools.partial(gpu.gpu_attention, scale=scale)
-    return functools.partial(tpu.tpu_attention, scale=scale, cap=cap, interpret=partition.platform() == "cpu")
+    return functools.partial(tpu.tpu_attention, scale=scale, cap=cap, interpret=devices.platform() == "cpu")

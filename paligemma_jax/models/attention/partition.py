@@ -44,12 +44,6 @@ def on_each_device(
     )(q, k, v, mask)
 
 
-def platform() -> str:
-    """Returns the platform that a program is traced for: of the context's mesh, else of JAX's default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def is_partitioned_unseen() -> bool:
     """Whether the compiler may split arrays over several devices without a mesh in the context."""
     return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1

@@ -15,7 +15,7 @@ from paligemma_jax.generation.generate import generate
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.vit import ViTConfig
-from train_jax.core import row_sharding
+from train_jax.core import devices
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -57,7 +57,7 @@ def test_decoding_in_place_equals_decoding_by_slices(kind, monkeypatch):
     def interpreted(name, product):
         return lambda *given, **options: called.append(name) or product(*given, interpret=True, **options)
 
-    monkeypatch.setattr(row_sharding, "device_kind", lambda: "TPU v5 lite")
+    monkeypatch.setattr(devices, "device_kind", lambda: "TPU v5 lite")
     monkeypatch.setattr(few_rows, "product", interpreted("few_rows", few_rows.product))
     monkeypatch.setattr(nf4_tpu, "product", interpreted("nf4_tpu", nf4_tpu.product))
     monkeypatch.setattr(nf4_tpu, "dequantize", functools.partial(nf4_tpu.dequantize, interpret=True))

@@ -22,7 +22,7 @@ from paligemma_jax.models.attention import (
 from paligemma_jax.models.gemma import sliding_mask
 from paligemma_jax.models.paligemma import PaliGemma
 from tests.paligemma_jax.mini import MINI
-from train_jax.core import param_tree, row_sharding
+from train_jax.core import devices, param_tree, row_sharding
 from train_jax.parallel.sharding import make_mesh
 
 # Rows of (start, prefix, suffix): the second example of a row follows the first, with padding around them.
@@ -159,15 +159,15 @@ def test_rows_and_heads_are_split_over_the_mesh(several_blocks, mesh, heads, key
     mask, real = packed_inputs()
     arrays = inputs(heads, keys, 16)
     expected = values_and_gradients("plain", arrays, mask, real)
-    devices = make_mesh(mesh, jax.devices()[:4])
-    rows = NamedSharding(devices, PartitionSpec(row_sharding.ROW_AXES))
+    on_mesh = make_mesh(mesh, jax.devices()[:4])
+    rows = NamedSharding(on_mesh, PartitionSpec(row_sharding.ROW_AXES))
 
     def run(*arrays):
         q, k, v, cotangent = arrays
         out, backward = jax.vjp(lambda *qkv: attention(*qkv, mask, scale=0.3, kernel="flash") * real, q, k, v)
         return out, *backward(cotangent)
 
-    compiled = jax.jit(row_sharding.with_mesh(devices, run)).lower(*jax.device_put(arrays, rows)).compile()
+    compiled = jax.jit(row_sharding.with_mesh(on_mesh, run)).lower(*jax.device_put(arrays, rows)).compile()
     assert f"f32[1,{heads // 2},384,16]" in compiled.as_text()  # a kernel has half of the rows and heads
     for flash, plain in zip(compiled(*jax.device_put(arrays, rows)), expected, strict=True):
         np.testing.assert_allclose(flash, plain, atol=2e-5 * np.abs(plain).max())
@@ -211,7 +211,7 @@ def test_a_model_computes_alike_with_either_kernel(make_random):
 def test_auto_takes_flash_where_there_is_one_for_long_sequences(monkeypatch, platform, dtype, length, cap, expected):
     device = dataclasses.make_dataclass("Device", ["compute_capability"])("9.0")
     monkeypatch.setattr(gpu.jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(partition, "platform", lambda: platform)
+    monkeypatch.setattr(devices, "platform", lambda: platform)
     monkeypatch.setattr(partition, "is_partitioned_unseen", lambda: False)
     monkeypatch.setattr(dispatch, "SHORTEST", {"tpu": 512, "gpu": 512})
     assert has_flash("auto", length, 256, jnp.dtype(dtype), cap) is expected
@@ -224,13 +224,13 @@ def test_what_surrounds_the_gpus_kernel(monkeypatch):
     """With XLA's attention in place of cuDNN's, which is not here: the padding, the mask and the scale."""
     monkeypatch.setattr(gpu, "IMPLEMENTATION", "xla")
     monkeypatch.setattr(gpu, "fits_gpu", lambda *_: True)
-    monkeypatch.setattr(partition, "platform", lambda: "gpu")
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
     assert_flash_is_plain(inputs(4, 2, 16), *packed_inputs())
     assert_flash_is_plain(inputs(2, 2, 72), None, jnp.ones((1, 1, 1, 1)))
 
 
 def test_a_kernel_that_a_gpu_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr(partition, "platform", lambda: "gpu")
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
     monkeypatch.setattr(gpu, "fits_gpu", lambda *_: False)
     with pytest.raises(ValueError, match="'flash', but this GPU has none .*: set it to auto"):
         has_flash("flash", 512, 256, jnp.dtype("bfloat16"), 50.0)
