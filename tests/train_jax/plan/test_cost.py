@@ -28,7 +28,12 @@ def test_loops_count_with_the_constant_of_their_condition():
     [
         ("%n = s32[] constant(7)\n  ROOT %lt = pred[] compare(%i, %n), direction=LT", 7),
         ("%n = s32[] constant(7)\n  ROOT %lt = pred[] fusion(%i, %n), calls=%less", 7),
-        ("%n = s32[] constant(7)\n  ROOT %and = pred[] and(%lt, %running)", 1),  # it may end early
+        (
+            "%n = s32[] constant(7)\n  %lt = pred[] compare(%i, %n), direction=LT\n"
+            "  ROOT %and = pred[] and(%lt, %running)",
+            7,  # it may end early
+        ),
+        ("%n = s32[] constant(7)\n  ROOT %and = pred[] and(%waiting, %running)", 1),
         ("%n = s32[] constant(7)\n  ROOT %ne = pred[] compare(%i, %n), direction=NE", 1),
     ],
 )
