@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from flax import nnx
 
 from paligemma_jax.adapt.few_shot import prompts
-from paligemma_jax.adapt.few_shot.prompts import PromptConfig
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean

@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 from flax import nnx
 
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
+from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptedDualEncoder, attach_module, attach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.weights.adapters.method_folder import DESCRIPTION, put_arrays, read_arrays, write_folder
 from train_jax.core import param_tree, patterns
@@ -37,7 +38,7 @@ def save_prompts(model: DualEncoder, folder: str | Path) -> None:
     Raises:
       UserError: the model has none.
     """
-    if model.prompts is None:
+    if not isinstance(model, PromptedDualEncoder):
         raise UserError("the model has no prompts, expected some to be saved: attach them first.")
     arrays = param_tree.flatten(model)
     description = {
@@ -69,12 +70,11 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
             "wrote: give another folder."
         ) from None
     arrays = read_arrays(folder)
-    attached = attach_prompts(nnx.merge(*nnx.split(model)), config, rngs=nnx.Rngs(0))
+    attached = attach_prompts(nnx.clone(model), config, rngs=nnx.Rngs(0))
     paths = patterns.select(TRAINABLE, param_tree.abstract(attached), what="prompts")
     filled = put_arrays(attached, arrays, paths, folder)
     _check_base(model, base, folder)
-    model.prompts = filled.prompts
-    return model
+    return attach_module(model, filled.prompts)
 
 
 def _check_types(config: PromptConfig) -> None:
