@@ -76,34 +76,42 @@ class BlockConfig(Protocol):
     @property
     def width(self) -> int:
         """D, the width of the residual stream."""
+        ...
 
     @property
     def mlp_dim(self) -> int:
         """F, the width of the MLP's hidden layer."""
+        ...
 
     @property
     def num_heads(self) -> int:
         """N, the number of attention heads."""
+        ...
 
     @property
     def head_dim(self) -> int:
         """H, the width of one attention head."""
+        ...
 
     @property
     def eps(self) -> float:
         """Epsilon of the layer norms."""
+        ...
 
     @property
     def activation(self) -> str:
         """Activation of the MLP, a key of ACTIVATIONS."""
+        ...
 
     @property
     def dtype(self) -> str:
         """Compute dtype: that of the inputs of matrix products."""
+        ...
 
     @property
     def param_dtype(self) -> str:
         """Dtype of new parameters."""
+        ...
 
 
 class EncoderAttention(nnx.Module):

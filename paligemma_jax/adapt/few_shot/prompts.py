@@ -167,7 +167,7 @@ class PromptedDualEncoder(DualEncoder):
 
 def attach_prompts(
     model: DualEncoder, config: PromptConfig, *, init_words: Sequence[int] | None = None, rngs: nnx.Rngs
-) -> DualEncoder:
+) -> PromptedDualEncoder:
     """Attaches prompts and adapters to a dual encoder, in place.
 
     They change the embeddings before any training: prompts take part in every softmax, and adapters in the features.
