@@ -1,7 +1,7 @@
 """The protocol of all methods that adapt a model: attach, detach, merge, trainable, export and load.
 
-A method is a subclass of `Method`; its fields are its options. Registries by name: peft/methods.py for a PaliGemma,
-few_shot/methods.py for a dual encoder.
+A method is a subclass of `Method`, whose fields are its options. peft/methods.py has those of a PaliGemma by name,
+few_shot/methods.py has that of a dual encoder.
 """
 
 import abc

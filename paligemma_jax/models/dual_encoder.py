@@ -73,8 +73,8 @@ class DualEncoderConfig:
 class DualEncoder(nnx.Module):
     """Maps images and texts to embeddings of unit length.
 
-    A subclass may add parts to the model, by name. `NAME=False` among the arguments leaves a part out of a call, which
-    is always the case here: so code may call any dual encoder as its base.
+    A subclass may add parts to the model. The argument `NAME=False` leaves the part of that name out of a call; a model
+    without the part takes it too, so that the same code calls the base of any dual encoder.
     """
 
     def __init__(self, config: DualEncoderConfig, *, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""Adapters of a VQA run: checks their config keys, attaches them (new or from a folder) and writes them at the end.
+"""Adapters of a VQA run: checks their config keys, makes the method of the run, and writes what it trained.
 
 The keys are in config.py, the methods in adapt/peft/methods.py, their files in weights/adapters.
 """
@@ -16,7 +16,6 @@ from paligemma_jax.adapt.method import Method
 from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights.adapters.method_folder import save_adapter
-from paligemma_jax.weights.adapters.peft import Adapter, Shardings, load_peft
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -140,35 +139,6 @@ def _check_pairs(key: str, pairs: tuple, expected: str, valid: Callable[[Any], b
                 r"((r'decoder/layers/0/.*', 4),): correct it."
             )
         patterns.compile_regex(pair[0])
-
-
-def attach(
-    model: PaliGemma,
-    method: Method[PaliGemma],
-    opened: Adapter | None,
-    adapter: ConfigDict,
-    seed: int,
-    shardings: Shardings | None = None,
-) -> PaliGemma:
-    """Attaches the adapters that a run starts with, in float32.
-
-    Args:
-      model: the base, without adapters; changed in place.
-      method: see `method_of`.
-      opened: the folder of adapter.path, None for new adapters.
-      adapter: the keys.
-      seed: of new adapters.
-      shardings: of the arrays of a folder, see `load_peft`.
-
-    Returns:
-      The model with adapters; use it in place of `model`.
-
-    Raises:
-      UserError: keys or a folder that do not fit the model.
-    """
-    if opened is not None:
-        return load_peft(model, opened, dtype="float32", dropout=adapter.dropout, shardings=shardings)
-    return method.attach(model, nnx.Rngs(seed))
 
 
 def trained_paths(model: PaliGemma, pattern: str, attach: Callable[[PaliGemma], PaliGemma]) -> list[str]:

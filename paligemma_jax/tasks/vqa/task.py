@@ -38,7 +38,7 @@ from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa.report import report
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from paligemma_jax.vision_start import with_vision
-from paligemma_jax.weights.adapters.peft import open_peft
+from paligemma_jax.weights.adapters.peft import load_peft, open_peft
 from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_digest, write_digest
 from paligemma_jax.weights.reader import load, stored_dtype
 from train_jax.config.base import leaves
@@ -162,8 +162,10 @@ class VQA(Task):
     def attach(self, model: PaliGemma) -> PaliGemma:
         """Attaches the adapters that training starts with, in place; use the model returned."""
         assert self._method is not None, "adapter.name=none attaches nothing"
-        adapter, seed = self.config.adapter, self.config.seed
-        return vqa_adapter.attach(model, self._method, self._adapter, adapter, seed, self._leaf_sharding)
+        if self._adapter is None:
+            return self._method.attach(model, nnx.Rngs(self.config.seed))
+        dropout, shardings = self.config.adapter.dropout, self._leaf_sharding
+        return load_peft(model, self._adapter, dtype="float32", dropout=dropout, shardings=shardings)
 
     def trainable(self) -> str:
         """Returns the pattern of the parameters that train."""
