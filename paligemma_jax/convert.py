@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import cast
 
 from absl import flags
+from flax import nnx
 
 from paligemma_jax import loading
-from paligemma_jax.adapt.lora.adapter import lora_projections, merge_lora
-from paligemma_jax.adapt.lora.merge_quantized import merge_quantized
-from paligemma_jax.adapt.peft import methods as peft_methods
+from paligemma_jax.adapt.lora.adapter import largest_logit_gap
+from paligemma_jax.adapt.lora.merge_quantized import probe_inputs
+from paligemma_jax.adapt.peft.methods import attached_to, merge
 from paligemma_jax.adapt.quantization.quantize import dequantize, describe, is_quantized
 from paligemma_jax.files import hub
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -67,8 +68,8 @@ def convert(source: str, target: str, format: str, dtype: str | None = None, qua
         base = loading.run_config(source).model.path if loading.is_run(source) else source
         save_peft(model, place, base=base)
     else:
-        keep_quantized = format == ORBAX and not _has_lora(model)
-        write(_merge_methods(model) if keep_quantized else plain(model), place, format, source)
+        keep_quantized = format == ORBAX and not attached_to(model)
+        write(model if keep_quantized else plain(model), place, format, source)
     return place
 
 
@@ -126,26 +127,28 @@ def write(model: PaliGemma | DualEncoder, place: Path, format: str, source: str)
 
 def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
     """Returns the model with adapters merged and kernels dequantised; prints a line if any kernel was quantised."""
-    model = _merge_methods(model)
-    adapted = _has_lora(model)
+    if isinstance(model, PaliGemma) and attached_to(model):
+        return _merged(model)
     if not is_quantized(model):
-        return cast(PaliGemma | DualEncoder, merge_lora(model)) if adapted else model
-    print(f"dequantised: {describe(model)}; the rounding of quantisation is not undone")
-    if not adapted:
-        return cast(PaliGemma | DualEncoder, dequantize(model))
-    assert isinstance(model, PaliGemma), "only PaliGemma has LoRA adapters"
-    merged, gap = merge_quantized(model)
+        return model
+    _print_dequantised(model)
+    return cast(PaliGemma | DualEncoder, dequantize(model))
+
+
+def _merged(model: PaliGemma) -> PaliGemma:
+    """Returns the model with adapters merged; prints how much that moves logits if it was quantised."""
+    if not is_quantized(model):
+        return merge(model)
+    unmerged = nnx.clone(model)  # shares all arrays; merging replaces those that change
+    merged = cast(PaliGemma, dequantize(merge(model)))
+    _print_dequantised(unmerged)
+    gap = largest_logit_gap(unmerged, merged, **probe_inputs(merged))
     print(f"merged the adapters in float32: logits move by at most {gap:.2g} on random inputs")
-    return cast(PaliGemma, merged)
+    return merged
 
 
-def _merge_methods(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
-    """Returns the model with the adapters of methods other than LoRA merged or removed."""
-    return peft_methods.merge(model) if isinstance(model, PaliGemma) else model
-
-
-def _has_lora(model: PaliGemma | DualEncoder) -> bool:
-    return bool(lora_projections(model))
+def _print_dequantised(model: PaliGemma | DualEncoder) -> None:
+    print(f"dequantised: {describe(model)}; the rounding of quantisation is not undone")
 
 
 def _flags(values: flags.FlagValues) -> None:

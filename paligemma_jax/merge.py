@@ -1,7 +1,7 @@
-"""Merges LoRA adapters into their base: python -m paligemma_jax.merge RUN_OR_BASE [--adapter=FOLDER] DST.
+"""Merges adapters into their base: python -m paligemma_jax.merge RUN_OR_BASE [--adapter=FOLDER] DST.
 
 RUN_OR_BASE  the workdir of one of our runs, or the base that --adapter was trained on: any path that pg.load reads.
---adapter    a folder as peft saves it, or hf://owner/name; not for a run, which has its own adapters.
+--adapter    a folder as peft or a run of ours saves it, or hf://owner/name; not for a run, which has its own adapters.
 DST          a folder that does not exist yet, or a file ending in .npz.
 --format     hugging_face (opened by transformers), big_vision (a .npz) or orbax; default: from the ending of DST.
 --dtype      float32, bfloat16 or float16; default: the dtype of the base (float32 for a run).
@@ -18,8 +18,9 @@ from pathlib import Path
 from absl import flags
 
 from paligemma_jax import loading
-from paligemma_jax.adapt.lora.adapter import largest_logit_gap, lora_projections
+from paligemma_jax.adapt.lora.adapter import largest_logit_gap
 from paligemma_jax.adapt.lora.merge_quantized import probe_inputs
+from paligemma_jax.adapt.peft.methods import attached_to
 from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
 from paligemma_jax.files import hub
 from paligemma_jax.models.paligemma import PaliGemma
@@ -49,8 +50,8 @@ def merge(
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, adapter)
-    if not isinstance(model, PaliGemma) or not lora_projections(model):
-        raise UserError(f"{source} has no LoRA adapters to merge: write it with paligemma_jax.convert.")
+    if not isinstance(model, PaliGemma) or not attached_to(model):
+        raise UserError(f"{source} has no adapters to merge: write it with paligemma_jax.convert.")
     unmerged = param_tree.merge(*param_tree.split(model))  # shares all arrays; merging replaces those that change
     model = plain(model)
     assert isinstance(model, PaliGemma), "merging keeps the kind of model"

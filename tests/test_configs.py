@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from paligemma_jax.adapt.few_shot.methods import few_shot_method
-from paligemma_jax.adapt.few_shot.prompts import PromptConfig
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.models.paligemma import variant
 from paligemma_jax.models.variants import variant as variant_of_dual
 from paligemma_jax.tasks.contrastive import config as contrastive_config

@@ -7,7 +7,7 @@ Models contain no adapter code. An adapter is a subclass of the layer that it ch
 
 `attach` turns a layer of a model into an instance of the subclass, in place, and `detach` turns it back. The layer
 keeps its place in the model, so its parameters keep their paths ("q_proj/kernel"), and those of the adapter are beside
-them ("q_proj/lora_a").
+them ("q_proj/lora_a"). method.py has the protocol of the methods, which attach such layers to a model.
 """
 
 from typing import Any, ClassVar, Protocol, TypeVar, cast

@@ -6,14 +6,10 @@
 SigLIP pools with an attention head and has no image projection; CLIP pools its class token. The logit of an image and a
 text is exp(logit_scale) times their cosine, plus logit_bias in SigLIP. Axes: see models; E embedding width, C texts
 (their number may differ from that of the images).
-
-`prompts` holds the learned prompts of `adapt/few_shot/prompts.py`; it is None in a base model. A call with
-`prompts=False` computes exactly what the base does, so a frozen branch needs no second copy of the weights.
 """
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -75,7 +71,11 @@ class DualEncoderConfig:
 
 
 class DualEncoder(nnx.Module):
-    """Maps images and texts to embeddings of unit length."""
+    """Maps images and texts to embeddings of unit length.
+
+    A subclass may add parts to the model. The argument `NAME=False` leaves the part of that name out of a call; a model
+    without the part takes it too, so that the same code calls the base of any dual encoder.
+    """
 
     def __init__(self, config: DualEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -90,7 +90,6 @@ class DualEncoder(nnx.Module):
         self.logit_scale = nnx.Param(jnp.asarray(config.initial_scale, dtype))
         bias = config.initial_bias
         self.logit_bias = nnx.data(None) if bias is None else nnx.Param(jnp.asarray(bias, dtype))
-        self.prompts: Any = nnx.data(None)  # a module with the methods of few_shot.prompts.Prompts once attached
 
     def __call__(
         self,
@@ -98,7 +97,7 @@ class DualEncoder(nnx.Module):
         tokens: Int[Array, "C T"],
         mask: Bool[Array, "C T"] | Int[Array, "C T"] | None = None,
         dropout_keys=None,
-        prompts: bool = True,
+        **parts: bool,
     ) -> tuple[Float[Array, "B E"], Float[Array, "C E"], dict]:
         """Embeds images and texts; their numbers may differ.
 
@@ -107,30 +106,29 @@ class DualEncoder(nnx.Module):
           tokens: ids padded by the model's tokenizer (data/tokenizers/text_tower.py).
           mask: true on real tokens, for CLIP; None attends to all tokens, as SigLIP does.
           dropout_keys: one key per pair switches adapter dropout on (training); None is deterministic.
-          prompts: whether to use the attached prompts and output adapters, if any.
+          parts: see the class.
 
         Returns:
           image_embeds, text_embeds: float32, of unit length.
-          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (before output adapters
-            and normalization).
+          out: named intermediates `vision/*`, `text/*`, `image_features` and `text_features` (of any length).
         """
-        image_embeds, image_out = self.encode_image(images, dropout_keys, prompts)
-        text_embeds, text_out = self.encode_text(tokens, mask, dropout_keys, prompts)
+        image_embeds, image_out = self.encode_image(images, dropout_keys, **parts)
+        text_embeds, text_out = self.encode_text(tokens, mask, dropout_keys, **parts)
         return image_embeds, text_embeds, image_out | text_out
 
     def encode_image(
-        self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: bool = True
+        self, images: Float[Array, "B I I 3"], dropout_keys=None, **parts: bool
     ) -> tuple[Float[Array, "B E"], dict]:
         """Returns embeddings of images, float32 of unit length, and intermediates."""
-        learned = self.prompts if prompts else None
-        x, out = self.vision(images, dropout_keys, None if learned is None else learned.vision_prompts())
-        embeds, head_out = self.embed_features(x, dropout_keys, prompts)
+        x, out = self.vision(images, dropout_keys)
+        embeds, head_out = self.embed_features(x, dropout_keys, **parts)
         return embeds, {f"vision/{k}": v for k, v in out.items()} | head_out
 
     def embed_features(
-        self, x: Float[Array, "B S D"], dropout_keys=None, prompts: bool = True
+        self, x: Float[Array, "B S D"], dropout_keys=None, **parts: bool
     ) -> tuple[Float[Array, "B E"], dict]:
         """Returns embeddings of images from the vision tower's output, and the intermediate `image_features`."""
+        _check_left_out(parts)
         config = self.config
         if config.pool == "map":
             features = self.image_head(x, dropout_keys)
@@ -138,28 +136,42 @@ class DualEncoder(nnx.Module):
             features = x.mean(axis=1) if config.pool == "gap" else x[:, 0]
         if config.image_projection:
             features = self.image_projection(features, dropout_keys, jnp.float32)
-        learned = self.prompts if prompts else None
-        return unit(features if learned is None else learned.adapt_image(features)), {"image_features": features}
+        return self.image_embeds(features), {"image_features": features}
 
     def encode_text(
         self,
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         dropout_keys=None,
-        prompts: bool = True,
+        **parts: bool,
     ) -> tuple[Float[Array, "B E"], dict]:
         """Returns embeddings of texts, float32 of unit length, and intermediates."""
-        learned = self.prompts if prompts else None
-        pooled, out = self.text(tokens, mask, dropout_keys, None if learned is None else learned.text_prompts())
+        _check_left_out(parts)
+        pooled, out = self.text(tokens, mask, dropout_keys)
         features = self.text_projection(pooled, dropout_keys, jnp.float32)
-        embeds = unit(features if learned is None else learned.adapt_text(features))
-        return embeds, {f"text/{k}": v for k, v in out.items()} | {"text_features": features}
+        out = {f"text/{k}": v for k, v in out.items()} | {"text_features": features}
+        return self.text_embeds(features), out
+
+    def image_embeds(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        """Returns embeddings from features of images."""
+        return unit(features)
+
+    def text_embeds(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        """Returns embeddings from features of texts."""
+        return unit(features)
 
     def logits(self, image_embeds: Float[Array, "B E"], text_embeds: Float[Array, "C E"]) -> Float[Array, "B C"]:
         """Returns exp(logit_scale) * cosine + logit_bias for every image and text, float32."""
         scale = jnp.exp(self.logit_scale[...].astype(jnp.float32))
         logits = scale * jnp.einsum("BE,CE->BC", image_embeds, text_embeds, precision=lax.Precision.HIGHEST)
         return logits if self.logit_bias is None else logits + self.logit_bias[...].astype(jnp.float32)
+
+
+def _check_left_out(parts: dict[str, bool]) -> None:
+    """Raises TypeError if an argument asks for a part, as a base model has none."""
+    for name, value in parts.items():
+        if value is not False:
+            raise TypeError(f"the model has no part {name!r}, but {name}={value!r}: leave it out, or attach the part.")
 
 
 def unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -75,32 +75,32 @@ class BlockConfig(Protocol):
 
     @property
     def width(self) -> int:
-        """Width of the residual stream."""
+        """D, the width of the residual stream."""
         ...
 
     @property
     def mlp_dim(self) -> int:
-        """Width of the MLP's hidden layer."""
+        """F, the width of the MLP's hidden layer."""
         ...
 
     @property
     def num_heads(self) -> int:
-        """Number of attention heads."""
+        """N, the number of attention heads."""
         ...
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """H, the width of one attention head."""
         ...
 
     @property
     def eps(self) -> float:
-        """Epsilon of the norms."""
+        """Epsilon of the layer norms."""
         ...
 
     @property
     def activation(self) -> str:
-        """A key of ACTIVATIONS."""
+        """Activation of the MLP, a key of ACTIVATIONS."""
         ...
 
     @property
@@ -110,12 +110,12 @@ class BlockConfig(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Compute dtype."""
+        """Compute dtype: that of the inputs of matrix products."""
         ...
 
     @property
     def param_dtype(self) -> str:
-        """Dtype of the parameters."""
+        """Dtype of new parameters."""
         ...
 
 
@@ -162,7 +162,7 @@ class EncoderAttention(nnx.Module):
 
     @property
     def has_plain_kernels(self) -> bool:
-        """Whether no projection is quantised or has an adapter."""
+        """Whether every projection is a `Projection` itself, no subclass, whose kernel is one array."""
         return all(
             type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
             for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
@@ -232,8 +232,6 @@ def run_blocks(
     *,
     depth: int,
     mask: Bool[Array, "B T T"] | None = None,
-    prompts: Float[Array, "K M D"] | None = None,
-    start: int = 0,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T D"]:
@@ -241,34 +239,12 @@ def run_blocks(
 
     Args:
       blocks, dropout_keys, mask, remat, unroll: see scan_stack and EncoderBlock.
-      x: input of the first layer; with prompts, its positions `start` to `start + M` hold `prompts[0]`.
+      x: input of the first layer.
       depth: number of layers.
-      prompts: of the first K layers; before layer k, 1 <= k < K, those positions are replaced by `prompts[k]`
-        (deep prompts: Jia et al. 2022; Khattak et al. 2023).
-      start: first position of the prompts.
     """
-    deep = None if prompts is None or len(prompts) == 1 else _deep_prompts(prompts, depth)
 
-    def call(block, x, inputs):
-        layer, deep = inputs
-        if deep is not None:
-            prompt, has_prompt = deep
-            x = _replace(x, prompt, has_prompt, start)
+    def call(block, x, layer):
         keys = None if dropout_keys is None else fold_in_name(dropout_keys, layer)
         return block(x, keys, mask=mask), None
 
-    return scan_stack(blocks, call, x, (jnp.arange(depth), deep), remat=remat, unroll=unroll)[0]
-
-
-def _deep_prompts(prompts: Float[Array, "K M D"], depth: int) -> tuple[Float[Array, "L M D"], Bool[Array, " L"]]:
-    """Prompts of every layer, zeros from layer K on, and whether a layer replaces them (the first does not)."""
-    padded = jnp.pad(prompts, ((0, depth - len(prompts)), (0, 0), (0, 0)))
-    return padded, (jnp.arange(depth) > 0) & (jnp.arange(depth) < len(prompts))
-
-
-def _replace(
-    x: Float[Array, "B T D"], prompt: Float[Array, "M D"], has_prompt: Bool[Array, ""], start: int
-) -> Float[Array, "B T D"]:
-    """Replaces the positions from `start` on by a layer's prompt, if it has one."""
-    positions = slice(start, start + len(prompt))
-    return x.at[:, positions].set(jnp.where(has_prompt, prompt[None], x[:, positions]))
+    return scan_stack(blocks, call, x, jnp.arange(depth), remat=remat, unroll=unroll)[0]

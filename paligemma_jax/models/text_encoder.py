@@ -86,7 +86,6 @@ class TextEncoder(nnx.Module):
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         dropout_keys=None,
-        prompts: Float[Array, "K M D"] | None = None,
     ) -> tuple[Float[Array, "B D"], dict]:
         """Encodes texts.
 
@@ -94,39 +93,31 @@ class TextEncoder(nnx.Module):
           tokens: at most `config.length` ids per text. SigLIP pools the last position of the array: pad to full length.
           mask: true on tokens to attend to; None means all, padding included, as SigLIP was trained.
           dropout_keys: one key per example switches adapter dropout on.
-          prompts: M learned inputs for each of the first K layers (adapt/few_shot/prompts.py), at the positions from
-            `prompt_start` on.
 
         Returns:
           The pooled vectors, float32, and the named intermediates `embedded`, `encoded` [B, T, D] and `pooled`.
 
         Raises:
-          ValueError: more tokens than positions, or no room for the prompts.
+          ValueError: more tokens than positions.
         """
         config = self.config
         T = tokens.shape[1]
         if config.length < T:
             raise ValueError(f"texts have {T} tokens, expected at most {config.length}: cut them to that.")
-        start = self.prompt_start
-        if prompts is None:
-            embedded = self.token_embedding(tokens)
-        else:
-            tokens, mask = _insert_placeholders(tokens, mask, prompts.shape[1], start)
-            embedded = self.token_embedding(tokens).at[:, start : start + prompts.shape[1]].set(prompts[:1])
-        embedded = embedded + self.position_embedding[...][None, :T].astype(jnp.float32)
+        embedded = self.embed(tokens) + self.position_embedding[...][None, :T].astype(jnp.float32)
         visible = _attention_mask(mask, tokens, config.causal)
-        if dropout_keys is None and prompts is None and config.last_block_pools:
+        if dropout_keys is None and config.last_block_pools:
             # `pooled` needs one position of the last block; under jit `encoded` costs nothing if it is not used.
             before, last = split_last(self.layers)
             x = row_sharding.pin_rows(embedded)
             if config.depth > 1:
                 x = run_blocks(before, x, depth=config.depth - 1, mask=visible, unroll=True)
 
-            def apply_last(method):
-                call = lambda block, x, mask: method(block, x, mask=mask)  # noqa: E731
+            def apply_last(call):
                 return self.final_layer_norm(row_sharding.apply_block(last, x, visible, call=call))
 
-            encoded, pooled = apply_last(EncoderBlock.__call__), apply_last(EncoderBlock.last)[:, 0]
+            encoded = apply_last(lambda block, x, mask: block(x, mask=mask))
+            pooled = apply_last(lambda block, x, mask: block.last(x, mask=mask))[:, 0]
         else:
             x = run_blocks(
                 self.layers,
@@ -134,8 +125,6 @@ class TextEncoder(nnx.Module):
                 dropout_keys,
                 depth=config.depth,
                 mask=visible,
-                prompts=prompts,
-                start=start,
                 remat=config.remat,
                 unroll=config.unroll,
             )
@@ -143,10 +132,9 @@ class TextEncoder(nnx.Module):
             pooled = self._pooled(encoded, tokens)
         return pooled, {"embedded": embedded, "encoded": encoded, "pooled": pooled}
 
-    @property
-    def prompt_start(self) -> int:
-        """First position of the prompts: after CLIP's start token, or 0 in SigLIP, which has no start token."""
-        return 1 if self.config.pool == "eos" else 0
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the inputs of the tower without positions, float32."""
+        return self.token_embedding(tokens)
 
     def _pooled(self, encoded: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
         """Returns one position per text; take_along_axis needs no communication when rows are sharded."""
@@ -155,36 +143,6 @@ class TextEncoder(nnx.Module):
             return encoded[:, -1]
         position = jnp.argmax(tokens if config.eos_token is None else tokens == config.eos_token, axis=1)
         return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
-
-
-def _insert_placeholders(
-    tokens: Int[Array, "B T"], mask: Array | None, num_prompts: int, start: int
-) -> tuple[Int[Array, "B T"], Array | None]:
-    """Returns tokens and mask with `num_prompts` visible placeholders from position `start` on.
-
-    The texts keep their length. With two prompts P:
-
-      CLIP     start a photo of a cat end        start P P of a cat end       prompts replace the tokens there
-      SigLIP   a photo of a cat </s> </s> </s>   P P a photo of a cat </s>    the text moves, the pooled token stays
-      SigLIP   one two three four five six </s>  P P one two three four </s>  a text without padding is truncated
-
-    Raises:
-      ValueError: no token of a text would be left.
-    """
-    T = tokens.shape[1]
-    if start + num_prompts >= T:
-        raise ValueError(
-            f"texts have {T} tokens, expected more than the {start + num_prompts} up to the last of the prompts."
-        )
-
-    def shift(rows: Array) -> Array:
-        return jnp.concatenate([rows[:, :num_prompts], rows[:, : T - num_prompts - 1], rows[:, -1:]], axis=1)
-
-    if start == 0:
-        tokens, mask = shift(tokens), None if mask is None else shift(mask)
-    if mask is not None:
-        mask = jnp.asarray(mask, bool).at[:, start : start + num_prompts].set(True)
-    return tokens, mask
 
 
 def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:

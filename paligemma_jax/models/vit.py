@@ -88,16 +88,12 @@ class ViT(nnx.Module):
         self.layers = make_stack(lambda rngs: encoder_block.EncoderBlock(config, rngs=rngs), config.depth, rngs)
         self.post_layernorm = LayerNorm(config.width, eps=config.eps, param_dtype=config.param_dtype)
 
-    def __call__(
-        self, images: Float[Array, "B I I 3"], dropout_keys=None, prompts: Float[Array, "K M D"] | None = None
-    ) -> tuple[Float[Array, "B S D"], dict]:
+    def __call__(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B S D"], dict]:
         """Encodes images.
 
         Args:
           images: float32 in the checkpoint's value range (SigLIP: [-1, 1]).
           dropout_keys: one key per example switches adapter dropout on.
-          prompts: M learned inputs for each of the first K layers (adapt/few_shot/prompts.py). They follow the patches,
-            have no position, and are not returned.
 
         Returns:
           Patch features after the final norm, float32, in row-major order, preceded by those of the class token if
@@ -124,22 +120,16 @@ class ViT(nnx.Module):
         x = out["embedded"] = x + self.position_embedding[...].astype(jnp.float32)[None]
         if config.class_token:
             x = self.pre_layernorm(x)
-        if prompts is not None:
-            first = self.pre_layernorm(prompts[0]) if config.class_token else prompts[0]
-            x = jnp.concatenate([x, jnp.broadcast_to(first[None], (B, *first.shape))], axis=1)
-        x = encoder_block.run_blocks(
-            self.layers,
-            x,
-            dropout_keys,
-            depth=config.depth,
-            prompts=prompts,
-            start=config.num_tokens,
-            remat=config.remat,
-            unroll=config.unroll,
-        )
-        x = out["blocks"] = x if prompts is None else x[:, : config.num_tokens]
+        x = out["blocks"] = self.run_layers(x, dropout_keys)
         x = out["encoded"] = self.post_layernorm(x)
         return x, out
+
+    def run_layers(self, x: Float[Array, "B S D"], dropout_keys=None) -> Float[Array, "B S D"]:
+        """Returns the residual stream after all blocks, float32."""
+        config = self.config
+        return encoder_block.run_blocks(
+            self.layers, x, dropout_keys, depth=config.depth, remat=config.remat, unroll=config.unroll
+        )
 
 
 def _initial_positions(config: ViTConfig, rngs: nnx.Rngs) -> Float[Array, "S D"]:

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from train_jax.core.errors import UserError
+from train_jax.core.errors import UserError, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,13 +275,6 @@ def _join(group: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
     if group[0].part is None:
         return parts[0]
     return np.concatenate(parts) if group[0].packed else np.stack(parts)
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Formats the first names of a list and the number of the others."""
-    if not names:
-        return "nothing"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def count_layers(names: Iterable[str], template: str) -> int:

@@ -35,6 +35,13 @@ def cut(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def listed(names: list[str], most: int = 8) -> str:
+    """Formats the first names of a list and the number of the others."""
+    if not names:
+        return "nothing"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def quoted(value: object, most: int = 80) -> str:
     """Returns the `repr` of a value for a message, shortened to about `most` characters."""
     if isinstance(value, str | bytes) and len(value) > most:

@@ -2,14 +2,51 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flax import nnx
 
 from paligemma_jax.adapt.few_shot import prompts
-from paligemma_jax.adapt.few_shot.prompts import PromptConfig
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
+from paligemma_jax.adapt.method import Method, not_mergeable
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPrompts(Method[DualEncoder]):
+    """Prompts and adapters, by the protocol of all methods.
+
+    Attributes:
+      config: sizes.
+      init_words: see `attach_prompts`.
+    """
+
+    name: ClassVar[str] = "prompts"
+    modules: ClassVar = (prompts.PromptedDualEncoder,)
+
+    config: PromptConfig
+    init_words: tuple[int, ...] | None = None
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of all parameters of the prompts and adapters."""
+        return prompts.TRAINABLE
+
+    def attach(self, model: DualEncoder, rngs: nnx.Rngs) -> DualEncoder:
+        """As in Method."""
+        return prompts.attach_prompts(model, self.config, init_words=self.init_words, rngs=rngs)
+
+    @classmethod
+    def detach(cls, model: DualEncoder) -> DualEncoder:
+        """As in Method."""
+        return prompts.detach_prompts(model)
+
+    @classmethod
+    def merge(cls, model: DualEncoder) -> DualEncoder:
+        """Raises UserError."""
+        raise not_mergeable("learned prompts", "they come from no image and no text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,4 +110,5 @@ def attach_method(
     """Attaches a method's prompts and adapters, if any, in place; arguments and errors as in `attach_prompts`."""
     if method.prompts is None:
         return model
-    return prompts.attach_prompts(model, method.prompts, init_words=init_words, rngs=rngs)
+    words = None if init_words is None else tuple(init_words)
+    return LearnedPrompts(method.prompts, words).attach(model, rngs)

@@ -7,11 +7,12 @@ replaces the prompts of the layer before by its own; layers after the K-th keep 
 CoPrompt (Roy and Etemad 2024, https://arxiv.org/abs/2306.01195): MaPLe with adapters on the features z of both towers,
 m relu(relu(z D) U) + (1 - m) z, before these are scaled to length 1.
 
-All parameters are in one module, `model.prompts`. Without it, or when called with `prompts=False`, the model computes
-exactly what the base does. Axes: see models; M prompts per layer, K layers with prompts, E embedding width.
+All parameters are in one module, `model.prompts`. A call attaches what is computed from them to the layers of a copy of
+the model that shares its arrays (prompted_towers.py). With `prompts=False` it computes exactly what the base does, so a
+frozen branch needs no second copy of the weights. Axes: see models; M prompts per layer, K layers with prompts, E
+embedding width.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -19,8 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from paligemma_jax.adapt import attachment
+from paligemma_jax.adapt.few_shot import prompt_config
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
+from paligemma_jax.adapt.few_shot.prompted_towers import attach_to_text, attach_to_vision, start_of_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.numerics import cast
 from paligemma_jax.models.projection import contract
@@ -30,35 +35,6 @@ TRAINABLE = r"prompts/.*"
 """Pattern of the parameters that train."""
 
 _INITIAL_STD = 0.02  # of prompts that are not initialized from tokens, as in the code of CoOp, MaPLe and CoPrompt
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptConfig:
-    """Sizes of prompts and adapters; the defaults are CoPrompt's prompts, without adapters.
-
-    Attributes:
-      text_tokens, vision_tokens: number of prompts M of either tower, 0 for none.
-      depth: number of layers K with prompts in the text tower; with 1 only the input has prompts.
-      vision_depth: K of the vision tower; None means `depth`.
-      coupled: whether vision prompts are linear maps of text prompts, or else parameters of their own.
-      text_adapter, image_adapter: hidden units of the adapters of the embeddings, 0 for none.
-      text_mix, image_mix: m, the weight of an adapter's output, 0 to 1.
-    """
-
-    text_tokens: int = 2
-    vision_tokens: int = 2
-    depth: int = 9
-    vision_depth: int | None = None
-    coupled: bool = True
-    text_adapter: int = 0
-    image_adapter: int = 0
-    text_mix: int | float = 0.2
-    image_mix: int | float = 0.1
-
-    @property
-    def depths(self) -> tuple[int, int]:
-        """K of the text tower and of the vision tower."""
-        return self.depth, self.depth if self.vision_depth is None else self.vision_depth
 
 
 class OutputAdapter(nnx.Module):
@@ -122,22 +98,76 @@ class Prompts(nnx.Module):
     def vision_prompts(self) -> Float[Array, "K M D"] | None:
         """Returns the prompts of the first K layers of the vision tower, float32."""
         if self.coupling is not None:
-            assert self.text is not None, "_check_coupled asks for as many text prompts as vision prompts"
+            assert self.text is not None, "prompt_config.check asks for as many text prompts as vision prompts"
             return self.coupling(self.text[...], self.dtype)
         return None if self.vision is None else self.vision[...]
 
-    def adapt_text(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
-        """Applies the text adapter, if there is one."""
-        return features if self.text_adapter is None else self.text_adapter(features)
 
-    def adapt_image(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
-        """Applies the image adapter, if there is one."""
-        return features if self.image_adapter is None else self.image_adapter(features)
+class AdaptedDualEncoder(DualEncoder):
+    """A dual encoder with adapters of its features, either of which may be None."""
+
+    ADDS = ("text_adapter", "image_adapter")
+
+    text_adapter: OutputAdapter | None
+    image_adapter: OutputAdapter | None
+
+    def text_embeds(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        """As in DualEncoder."""
+        return super().text_embeds(features if self.text_adapter is None else self.text_adapter(features))
+
+    def image_embeds(self, features: Float[Array, "B E"]) -> Float[Array, "B E"]:
+        """As in DualEncoder."""
+        return super().image_embeds(features if self.image_adapter is None else self.image_adapter(features))
+
+
+class PromptedDualEncoder(DualEncoder):
+    """A dual encoder with prompts and adapters, which `prompts=False` leaves out of a call."""
+
+    ADDS = ("prompts",)
+
+    prompts: Prompts
+
+    def encode_image(
+        self, images: Float[Array, "B I I 3"], dropout_keys=None, *, prompts: bool = True
+    ) -> tuple[Float[Array, "B E"], dict]:
+        """As in DualEncoder."""
+        model = self._view(prompts)
+        if prompts and (vision := self.prompts.vision_prompts()) is not None:
+            attach_to_vision(model.vision, vision)
+        return model.encode_image(images, dropout_keys)
+
+    def embed_features(
+        self, x: Float[Array, "B S D"], dropout_keys=None, *, prompts: bool = True
+    ) -> tuple[Float[Array, "B E"], dict]:
+        """As in DualEncoder."""
+        return self._view(prompts).embed_features(x, dropout_keys)
+
+    def encode_text(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        dropout_keys=None,
+        *,
+        prompts: bool = True,
+    ) -> tuple[Float[Array, "B E"], dict]:
+        """As in DualEncoder."""
+        model = self._view(prompts)
+        if prompts and (text := self.prompts.text_prompts()) is not None:
+            attach_to_text(model.text, text)
+        return model.encode_text(tokens, mask, dropout_keys)
+
+    def _view(self, with_adapters: bool) -> DualEncoder:
+        """Returns a copy of the base that shares its arrays, with or without the adapters of features."""
+        model = detach_prompts(nnx.clone(self))
+        if with_adapters:
+            adapters = {name: getattr(self.prompts, name) for name in AdaptedDualEncoder.ADDS}
+            attachment.attach(model, AdaptedDualEncoder, **adapters)
+        return model
 
 
 def attach_prompts(
     model: DualEncoder, config: PromptConfig, *, init_words: Sequence[int] | None = None, rngs: nnx.Rngs
-) -> DualEncoder:
+) -> PromptedDualEncoder:
     """Attaches prompts and adapters to a dual encoder, in place.
 
     They change the embeddings before any training: prompts take part in every softmax, and adapters in the features.
@@ -157,21 +187,25 @@ def attach_prompts(
       UserError: a config without prompts and adapters, with contradictions, or that does not fit the model; too few
         token ids; or a model that has prompts already.
     """
-    if model.prompts is not None:
+    if isinstance(model, PromptedDualEncoder):
         raise UserError("the model has prompts already: detach them before attaching others.")
-    _check(config, model.config)
+    prompt_config.check(config, model.config)
     text = None
     if config.text_tokens:
         text = _normal(rngs, (config.depth, config.text_tokens, model.config.text.width))
         if init_words is not None:
             text = text.at[0].set(_embed(model, init_words, config.text_tokens))
-    model.prompts = Prompts(config, model.config, text, rngs=rngs)
-    return model
+    return attach_module(model, Prompts(config, model.config, text, rngs=rngs))
+
+
+def attach_module(model: DualEncoder, prompts: Prompts) -> PromptedDualEncoder:
+    """Attaches prompts and adapters with their parameters to a dual encoder, in place."""
+    return attachment.attach(model, PromptedDualEncoder, prompts=prompts)
 
 
 def detach_prompts(model: DualEncoder) -> DualEncoder:
     """Removes prompts and adapters, in place, which leaves the base."""
-    model.prompts = nnx.data(None)
+    attachment.detach(model, PromptedDualEncoder)
     return model
 
 
@@ -187,8 +221,9 @@ def check_texts(model: DualEncoder, tokens: Int[np.ndarray, "C T"]) -> None:
     Raises:
       UserError: prompts would replace tokens in which the texts differ, or the end of a text.
     """
-    start, count = model.text.prompt_start, 0 if model.prompts is None else model.prompts.config.text_tokens
-    if start == 0 or count == 0:  # at the start of SigLIP's texts they replace no token, see TextEncoder
+    start = start_of_prompts(model.config.text)
+    count = model.prompts.config.text_tokens if isinstance(model, PromptedDualEncoder) else 0
+    if start == 0 or count == 0:  # at the start of SigLIP's texts they replace no token, see insert_placeholders
         return
     replaced = np.asarray(tokens)[:, start : start + count]
     last = model.config.text.eos_token
@@ -199,50 +234,6 @@ def check_texts(model: DualEncoder, tokens: Int[np.ndarray, "C T"]) -> None:
             f"text {wrong[0]} ends or differs from text 0 within its first {count} tokens, which {count} prompts "
             f"replace, expected {count} tokens at the start that all texts share: begin them with a photo of a, say, "
             "or set fewer text_tokens."
-        )
-
-
-def _check(config: PromptConfig, model: DualEncoderConfig) -> None:
-    """Raises UserError for a config that is invalid or does not fit the model."""
-    sizes = dataclasses.asdict(config)
-    for key in ("text_tokens", "vision_tokens", "text_adapter", "image_adapter"):
-        if sizes[key] < 0:
-            raise UserError(f"{key} is {sizes[key]}, expected 0 or more: change it.")
-    for key in ("text_mix", "image_mix"):
-        if not 0.0 <= sizes[key] <= 1.0:
-            raise UserError(f"{key} is {sizes[key]}, expected a share between 0 and 1: change it.")
-    if not any((config.text_tokens, config.vision_tokens, config.text_adapter, config.image_adapter)):
-        raise UserError("text_tokens, vision_tokens and both adapters are 0, expected one to be learned: raise one.")
-    text, vision = config.depths
-    for key, tokens, depth, tower in (
-        ("depth", config.text_tokens, text, model.text),
-        ("vision_depth", config.vision_tokens, vision, model.vision),
-    ):
-        if tokens and not 1 <= depth <= tower.depth:
-            raise UserError(
-                f"{key} is {depth}, expected 1 to {tower.depth}, the layers of its tower: change it (vision_depth is "
-                "depth where it is None)."
-            )
-    if config.coupled and config.vision_tokens:
-        _check_coupled(config)
-    if config.text_tokens and model.text.length <= config.text_tokens + 1:
-        raise UserError(
-            f"text_tokens is {config.text_tokens}, expected less than {model.text.length - 1}, as texts have "
-            f"{model.text.length} tokens: lower it."
-        )
-
-
-def _check_coupled(config: PromptConfig) -> None:
-    if config.text_tokens != config.vision_tokens:
-        raise UserError(
-            f"text_tokens is {config.text_tokens} and vision_tokens is {config.vision_tokens}, expected equal numbers "
-            "of coupled prompts: make them equal, or set coupled=False."
-        )
-    text, vision = config.depths
-    if vision > text:
-        raise UserError(
-            f"vision_depth is {vision}, expected at most depth, {text}, of coupled prompts: lower it, or set "
-            "coupled=False."
         )
 
 

@@ -38,14 +38,14 @@ class LoraProjection(Projection):
         """Returns x W + b and the update, in float32."""
         base = self.product(x, dropout_keys)
         y = self.add_bias(base)
-        dropped = dropout_keys is not None and self.lora_dropout > 0.0
-        if dropout_keys is not None and dropped:
-            x = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
-        update = contract(x, self.lora_a[...].astype(x.dtype), len(self.in_shape))
+        dropped = x
+        if dropout_keys is not None and self.lora_dropout > 0.0:
+            dropped = example_dropout(x, self.lora_dropout, fold_in_name(dropout_keys, self.name))
+        update = contract(dropped, self.lora_a[...].astype(x.dtype), len(self.in_shape))
         update = contract(cast(update * self.scale, x.dtype), self.lora_b[...].astype(x.dtype), 1)
         if self.lora_magnitude is not None:
             gain = broadcast(self._gain(self.lora_magnitude, self.dense_kernel() + self.low_rank_delta()), y)
-            update = gain * update + (gain - 1.0) * (self.product(x, dropout_keys) if dropped else base)
+            update = gain * update + (gain - 1.0) * (base if dropped is x else self.product(dropped, dropout_keys))
         return y + update
 
     @property

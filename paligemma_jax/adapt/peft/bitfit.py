@@ -4,8 +4,13 @@ Gemma has no biases, so in the decoder only the scales of its RMSNorms train; th
 biases, and the tower's norms have scales and biases.
 """
 
-import jax.numpy as jnp
+import dataclasses
+from typing import ClassVar
 
+import jax.numpy as jnp
+from flax import nnx
+
+from paligemma_jax.adapt.method import Method, not_detachable
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core import param_tree, patterns
 
@@ -22,3 +27,32 @@ def prepare_bitfit(model: PaliGemma, targets: str = SCALES_AND_BIASES) -> PaliGe
     trained = patterns.select(targets, arrays, what="biases and scales")
     copies = {path: jnp.array(arrays[path], jnp.float32, copy=True) for path in trained}  # the base keeps its arrays
     return param_tree.assign(model, copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFit(Method[PaliGemma]):
+    """BitFit, by the protocol of all methods."""
+
+    name: ClassVar[str] = "bitfit"
+    keeps_base: ClassVar[bool] = False
+
+    targets: str = SCALES_AND_BIASES
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of the scales and biases."""
+        return self.targets
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """Returns another model; the one given does not change."""
+        return prepare_bitfit(model, self.targets)
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """Raises UserError."""
+        raise not_detachable(cls.name)
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """Returns the model, which is plain."""
+        return model

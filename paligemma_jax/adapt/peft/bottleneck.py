@@ -4,12 +4,16 @@ The output b of the attention and of the MLP becomes b + up(gelu(down(b))) befor
 `up` is zero initially. Only the decoder has them. They are not linear, so they cannot be merged into kernels.
 """
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from paligemma_jax.adapt import attachment
+from paligemma_jax.adapt.method import Method, not_mergeable
 from paligemma_jax.models.gemma import GemmaBlock
 from paligemma_jax.models.numerics import broadcast, cast
 from paligemma_jax.models.paligemma import PaliGemma
@@ -87,3 +91,33 @@ def detach_bottlenecks(model: PaliGemma) -> PaliGemma:
     """Removes the adapters, in place."""
     attachment.detach(model.decoder.layers, BottleneckBlock)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottlenecks(Method[PaliGemma]):
+    """Bottleneck adapters in every layer of the decoder, by the protocol of all methods."""
+
+    name: ClassVar[str] = "bottleneck"
+    modules: ClassVar = (BottleneckBlock,)
+    size_is: ClassVar[str] = "width"
+
+    size: int = 16
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of both adapters of every layer."""
+        return TRAINABLE
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """As in Method."""
+        return attach_bottlenecks(model, self.size, rngs=rngs)
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method."""
+        return detach_bottlenecks(model)
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """Raises UserError."""
+        raise not_mergeable("bottleneck adapters", "they are not linear")

@@ -10,9 +10,9 @@ over all entries, the expected number of entries that change. Outside training z
 clipped in the same way. A run saves the difference in a sparse format.
 """
 
+import dataclasses
 import math
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from paligemma_jax.adapt.method import Arrays, Method
 from paligemma_jax.models.dropout import Keys, fold_in_name
+from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.projection import Projection, contract, projections
 from train_jax.core import patterns
 from train_jax.core.errors import UserError
@@ -147,27 +149,21 @@ def sparse_delta(model: nnx.Module) -> dict[str, np.ndarray]:
     return out
 
 
-def save_sparse(model: nnx.Module, file: str | Path) -> None:
-    """Writes `sparse_delta` to an .npz file."""
-    arrays: dict[str, Any] = sparse_delta(model)  # Any: savez_compressed also has a keyword allow_pickle
-    np.savez_compressed(file, **arrays)
+def add_sparse(model: nnx.Module, arrays: Arrays, source: str = "the difference") -> nnx.Module:
+    """Adds a sparse difference to a plain base, in place.
 
-
-def add_sparse(model: nnx.Module, file: str | Path) -> nnx.Module:
-    """Adds a saved difference to a plain base, in place.
+    Args:
+      model: the base.
+      arrays: see `sparse_delta`.
+      source: where they come from, for messages.
 
     Raises:
-      UserError: the file does not exist, is not a saved difference, or belongs to another model.
+      UserError: the difference belongs to another model.
     """
     modules = projections(model)
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            saved = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no saved difference ({error}), expected an .npz of save_sparse.") from None
-    for name in [name for name in saved if name.endswith("/kernel/positions")]:
+    for name in [name for name in arrays if name.endswith("/kernel/positions")]:
         path = name.removesuffix("/kernel/positions")
-        positions, values = saved[name], saved.get(f"{path}/kernel/values")
+        positions, values = arrays[name], arrays.get(f"{path}/kernel/values")
         kernel = modules[path].kernel if path in modules else None
         if (
             not isinstance(kernel, nnx.Variable)
@@ -175,7 +171,50 @@ def add_sparse(model: nnx.Module, file: str | Path) -> nnx.Module:
             or values.shape != positions.shape
             or (positions.size and not 0 <= positions.min() <= positions.max() < kernel.size)
         ):
-            raise UserError(f"{file} changes {path}, which this model has not in that size: load it on its own base.")
+            raise UserError(f"{source} changes {path}, which this model has not in that size: load it on its own base.")
         flat = kernel[...].astype(jnp.float32).ravel().at[positions].add(values)
         kernel[...] = flat.reshape(kernel.shape).astype(kernel.dtype)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffPruning(Method[PaliGemma]):
+    """Diff pruning, by the protocol of all methods; `penalty` is the weight of the share of entries that change."""
+
+    name: ClassVar[str] = "diff_pruning"
+    modules: ClassVar = (DiffKernel,)
+    noise_per_step: ClassVar[bool] = True
+
+    targets: str = r"decoder/.*_proj"
+    penalty: int | float = 0.0
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of the differences and gates."""
+        return TRAINABLE
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """As in Method."""
+        return cast(PaliGemma, attach_diff(model, self.targets))  # the same model
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method."""
+        return cast(PaliGemma, detach_diff(model))  # the same model
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method; see `merge_diff`."""
+        return cast(PaliGemma, merge_diff(model))  # the same model
+
+    def export(self, model: PaliGemma) -> dict[str, Any]:
+        """Returns the entries that change, see `sparse_delta`."""
+        return sparse_delta(model)
+
+    def load(self, model: PaliGemma, arrays: Arrays, source: str = "the difference") -> PaliGemma:
+        """Adds the difference to the base, which stays a plain model."""
+        return cast(PaliGemma, add_sparse(model, arrays, source))  # the same model
+
+    def loss_term(self, model: PaliGemma) -> jax.Array | float:
+        """Returns the penalty."""
+        return self.penalty * expected_share(model) if self.penalty else 0.0

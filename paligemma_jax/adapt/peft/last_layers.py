@@ -4,14 +4,16 @@ A part of a stacked array cannot train alone, since gradients and moments would 
 layers get their own arrays, in float32, and the first ones do not change.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from paligemma_jax.adapt import attachment
+from paligemma_jax.adapt.method import Method, not_detachable
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel
 from paligemma_jax.models.gemma import Gemma, GemmaBlock
 from paligemma_jax.models.paligemma import PaliGemma
@@ -86,3 +88,34 @@ def _arrays(stack: GemmaBlock) -> dict[str, jax.Array]:
 def _replace_arrays(stack: GemmaBlock, arrays: dict[str, jax.Array]) -> GemmaBlock:
     """Returns a copy of a stack with other arrays, which may have another number of layers."""
     return cast(GemmaBlock, param_tree.merge(nnx.graphdef(stack), arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLayers(Method[PaliGemma]):
+    """Tuning of the last layers, by the protocol of all methods."""
+
+    name: ClassVar[str] = "last_layers"
+    modules: ClassVar = (SplitGemma,)
+    keeps_base: ClassVar[bool] = False
+    size_is: ClassVar[str] = "number of layers"
+
+    size: int = 1
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of the parameters of the last layers."""
+        return TRAINABLE
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """As in Method."""
+        return split_last_layers(model, self.size)
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """Raises UserError."""
+        raise not_detachable(cls.name)
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method; see `join_last_layers`."""
+        return join_last_layers(model)

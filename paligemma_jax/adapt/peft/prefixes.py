@@ -11,12 +11,16 @@ Both change the output before any training, since every softmax includes them: k
 zero, and embeddings to those of random tokens, as both papers advise.
 """
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from paligemma_jax.adapt import attachment
+from paligemma_jax.adapt.method import Method, not_mergeable
 from paligemma_jax.models.attention import TokenMask
 from paligemma_jax.models.gemma import Gemma, GemmaAttention
 from paligemma_jax.models.paligemma import PaliGemma
@@ -108,3 +112,68 @@ def detach_prompt(model: PaliGemma) -> PaliGemma:
     """Removes the embeddings, in place."""
     attachment.detach(model.decoder, PromptedGemma)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Method[PaliGemma]):
+    """Prefix tuning, by the protocol of all methods."""
+
+    name: ClassVar[str] = "prefix"
+    modules: ClassVar = (PrefixAttention,)
+    size_is: ClassVar[str] = "length"
+
+    size: int = 16
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of the keys and values."""
+        return TRAINABLE_PREFIX
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """As in Method."""
+        return attach_prefix(model, self.size, rngs=rngs)
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method."""
+        return detach_prefix(model)
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """Raises UserError."""
+        raise not_mergeable("a prefix", "its keys and values come from no input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt(Method[PaliGemma]):
+    """Prompt tuning, by the protocol of all methods."""
+
+    name: ClassVar[str] = "prompt"
+    modules: ClassVar = (PromptedGemma,)
+    size_is: ClassVar[str] = "length"
+
+    size: int = 16
+
+    @property
+    def trainable(self) -> str:
+        """Pattern of the embeddings."""
+        return TRAINABLE_PROMPT
+
+    @property
+    def extra_inputs(self) -> int:
+        """Number of learned embeddings between image and text."""
+        return self.size
+
+    def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
+        """As in Method."""
+        return attach_prompt(model, self.size, rngs=rngs)
+
+    @classmethod
+    def detach(cls, model: PaliGemma) -> PaliGemma:
+        """As in Method."""
+        return detach_prompt(model)
+
+    @classmethod
+    def merge(cls, model: PaliGemma) -> PaliGemma:
+        """Raises UserError."""
+        raise not_mergeable("a soft prompt", "its embeddings belong to no token")

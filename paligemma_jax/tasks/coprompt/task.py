@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
 from paligemma_jax.adapt.few_shot.methods import attach_method
-from paligemma_jax.adapt.few_shot.prompts import check_texts
+from paligemma_jax.adapt.few_shot.prompts import PromptedDualEncoder, check_texts
 from paligemma_jax.data.few_shot.descriptions import fill, place
 from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import TunedRows
@@ -182,7 +182,7 @@ class CoPrompt(Task):
 
     def describe(self, model: DualEncoder) -> str:
         """Returns the method, its prompts and the weight of consistency, for the start-up report."""
-        prompts = "" if model.prompts is None else f": {model.prompts.config}"
+        prompts = f": {model.prompts.config}" if isinstance(model, PromptedDualEncoder) else ""
         return f"{self.config.method}{prompts}; consistency {self.weight:g}"
 
     # Data.
@@ -290,7 +290,7 @@ class CoPrompt(Task):
 
     def export(self, model: DualEncoder, workdir: Path) -> None:
         """Writes prompts and adapters without the base, for `pg.load(base, adapter=...)`."""
-        if model.prompts is not None and jax.process_index() == 0:
+        if isinstance(model, PromptedDualEncoder) and jax.process_index() == 0:
             save_prompts(model, workdir / ADAPTER)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:

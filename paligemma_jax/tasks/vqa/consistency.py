@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt.peft import methods as peft_methods
+from paligemma_jax.adapt.peft.methods import KEEP_BASE, base_of
 from paligemma_jax.data.prompts import make_example, training_arrays
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.losses import consistency_loss, token_divergence
@@ -73,10 +73,10 @@ def check(config: ConfigDict) -> None:
                 f"consistency.prompts holds {quoted(pair)}, expected pairs of a prefix and a continuation, such as "
                 "(('caption en', 'a small'),): correct it."
             )
-    if consistency.weight and name not in peft_methods.DETACH:
+    if consistency.weight and name not in KEEP_BASE:
         raise UserError(
             f"consistency.weight is {consistency.weight} beside adapter.name={name!r}, which trains parameters of the "
-            f"base, so that no frozen model is left, expected one of {', '.join(peft_methods.DETACH)}: change one of "
+            f"base, so that no frozen model is left, expected one of {', '.join(KEEP_BASE)}: change one of "
             "the two."
         )
 
@@ -104,7 +104,7 @@ class Consistency:
 
         Args:
           config: `config.consistency`.
-          adapter: `adapter.name`, one of `adapt.peft.methods.DETACH`.
+          adapter: `adapter.name`, one of `adapt.peft.methods.KEEP_BASE`.
           tokenizer: of the model.
         """
         self._config, self._adapter = config, adapter
@@ -129,7 +129,7 @@ class Consistency:
           keys: one for each example.
           lm_head: the vocabulary projection's arguments of `losses.token_divergence`.
         """
-        base = peft_methods.base_of(model, self._adapter)
+        base = base_of(model, self._adapter)
         features = tuned.features
         if not _same_image_paths(model, base):
             features = batch_features(base, batch)

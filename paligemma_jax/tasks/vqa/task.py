@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from paligemma_jax.adapt.peft.methods import base_of
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.data import prompts
 from paligemma_jax.data.records import RecordSource, evenly_spaced
@@ -40,7 +39,7 @@ from paligemma_jax.tasks.vqa.report import report
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from paligemma_jax.tasks.vqa.trimmed import TrimmedRows
 from paligemma_jax.vision_start import with_vision
-from paligemma_jax.weights.adapters.peft import open_peft
+from paligemma_jax.weights.adapters.peft import load_peft, open_peft
 from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_digest, write_digest
 from paligemma_jax.weights.reader import load, stored_dtype
 from train_jax.config.base import leaves
@@ -73,6 +72,7 @@ class VQA(Task):
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         # Opened here, so that its faults are reported before the base is read.
         self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
+        self._method = vqa_adapter.method_of(config.adapter)
         self._consistency = None
         if config.consistency.weight:
             self._consistency = consistency.Consistency(config.consistency, config.adapter.name, self.tokenizer)
@@ -102,7 +102,7 @@ class VQA(Task):
         """
         if self._base is None:
             config = self.config
-            if config.adapter.name == "none" or self._custom_read is not None:
+            if self._method is None or self._custom_read is not None:
                 self._base = self._read()  # trained arrays are donated, so no other task may share them
             else:
                 options = tuple(leaves(config.model).items())
@@ -148,7 +148,7 @@ class VQA(Task):
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
 
     def _default_param_dtype(self) -> str:
-        if self.config.adapter.name == "none":
+        if self._method is None:
             return "float32"
         if self.config.model.quantize:
             # Not the compute dtype: a run evaluated or merged in another dtype must have the same quantised weights.
@@ -159,16 +159,19 @@ class VQA(Task):
         """Returns the base with the adapters that training starts with."""
         model = self.base()
         self._base = None  # adapters are attached in place
-        return model if self.config.adapter.name == "none" else self.attach(model)
+        return model if self._method is None else self.attach(model)
 
     def attach(self, model: PaliGemma) -> PaliGemma:
         """Attaches the adapters that training starts with, in place; use the model returned."""
-        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._leaf_sharding)
+        assert self._method is not None, "adapter.name=none attaches nothing"
+        if self._adapter is None:
+            return self._method.attach(model, nnx.Rngs(self.config.seed))
+        dropout, shardings = self.config.adapter.dropout, self._leaf_sharding
+        return load_peft(model, self._adapter, dtype="float32", dropout=dropout, shardings=shardings)
 
     def trainable(self) -> str:
         """Returns the pattern of the parameters that train."""
-        adapter = self.config.adapter
-        return self.config.trainable or r".*" if adapter.name == "none" else vqa_adapter.trainable(adapter)
+        return self.config.trainable or r".*" if self._method is None else self._method.trainable
 
     def trainable_paths(self) -> list[str]:
         """Returns the paths of the parameters that train.
@@ -176,11 +179,11 @@ class VQA(Task):
         Raises:
           UserError: a pattern that matches none, or `cache_features` with a tower that trains.
         """
-        model, adapter = self.base(), self.config.adapter
-        if adapter.name == "none":
+        model = self.base()
+        if self._method is None:
             paths = patterns.select(self.trainable(), param_tree.abstract(model), what="trainable parameters")
         else:
-            paths = vqa_adapter.trained_paths(model, adapter, self.attach)
+            paths = vqa_adapter.trained_paths(model, self.trainable(), self.attach)
         quantize.refuse_trained(paths)
         consistency.check_paths(self.config, paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
@@ -197,10 +200,10 @@ class VQA(Task):
 
     def describe(self, model: PaliGemma) -> str:
         """Returns the adapter's table and the base's quantisation, for the start-up report."""
-        if self.config.adapter.name == "none":
+        if self._method is None:
             lines = [f"trains {self.trainable()!r}, no adapters"]
         else:
-            lines = [vqa_adapter.describe(model, self.config.adapter)]
+            lines = [self._method.describe(model)]
         if quantize.is_quantized(model):
             lines.append(quantize.describe(model))
         return "\n".join(lines)
@@ -255,7 +258,7 @@ class VQA(Task):
         data, decoder = self.config.data, self.base().config.decoder
         patches, _ = feature_shape(self.base())
         lengths = Lengths(
-            context=patches + vqa_adapter.prompt_length(self.config.adapter),
+            context=patches + (0 if self._method is None else self._method.extra_inputs),
             limit=self.processor.text_limit,
             shapes=data.buckets,
             packed=data.packing,
@@ -301,7 +304,8 @@ class VQA(Task):
         weights, normalizer = self._weights(batch)
         lm_head = self._lm_head(model)
         loss = token_cross_entropy(tuned.hidden, targets=tuned.arrays["targets"], weights=weights, **lm_head)
-        loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
+        if self._method is not None:
+            loss += normalizer * self._method.loss_term(model)  # normalizers of micro-batches add up
         metrics = {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # share of good rows
         if self._consistency is not None:
             for part, term in self._consistency.terms(model, batch, tuned, weights, keys, lm_head).items():
@@ -310,7 +314,8 @@ class VQA(Task):
         return loss, metrics
 
     def _forward(self, model: PaliGemma, batch, keys=None) -> consistency.TunedForward:
-        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.NOISE_PER_STEP:
+        noise_per_step = self._method is not None and self._method.noise_per_step
+        if keys is not None and STEP in batch and noise_per_step:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), batch_features(model, batch, keys)
         arrays |= {name: batch[name] for name in (SLOTS, POSITIONS) if name in batch}  # of packed rows
@@ -354,8 +359,8 @@ class VQA(Task):
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters, for peft and for the adapter.path of another run."""
-        if self.config.adapter.name != "none":
-            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
+        if self._method is not None:
+            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self._method, self.config.model.path)
 
     def control_runs(self) -> dict[str, ConfigDict]:
         """Returns the question-only control run: the same fine-tuning on black images."""
@@ -408,7 +413,7 @@ class VQA(Task):
 
         It shares every frozen array; where a part of the base trained, the base is read again.
         """
-        if self.config.adapter.name == "lora":
-            base = base_of(model, "lora")
-            return base if self.config.adapter.path is None else self.attach(base)
-        return self.base()
+        if self._method is None or not self._method.keeps_base:
+            return self.base()
+        base = self._method.detach(nnx.clone(model))
+        return base if self._adapter is None else self.attach(base)

@@ -1,69 +1,76 @@
-"""Adapter folders of the methods in adapt/peft/methods.py, without the base; for LoRA see peft.py.
+"""Adapter folders without the base, of the methods in adapt/peft/methods.py; those of LoRA are peft's, see peft.py.
 
 Dual encoders have folders of the same form (prompt_folder.py).
 
-adapter.json            {"method": "prefix", "size": 16, "targets": null}
-adapter.safetensors     the trained arrays by path; for diff pruning difference.npz instead, the entries that change
+adapter.json            {"method": "prefix", "size": 16, "targets": null}: the method and its options
+adapter.safetensors     the arrays that the method exports, the trained ones by path
+difference.npz          the same, of diff pruning
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from paligemma_jax.adapt.peft import diff_pruning
+from paligemma_jax.adapt.method import Method
+from paligemma_jax.adapt.peft.diff_pruning import DiffPruning
 from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.weights.name_table import listed
-from train_jax.core import param_tree, patterns
+from paligemma_jax.weights.adapters.peft import save_peft
 from train_jax.core.errors import UserError
 
-M = TypeVar("M", bound=nnx.Module)
-DESCRIPTION, ARRAYS, DIFFERENCE = "adapter.json", "adapter.safetensors", "difference.npz"
+DESCRIPTION, ARRAYS = "adapter.json", "adapter.safetensors"
+FILES = {DiffPruning.name: "difference.npz"}
+"""Files of arrays by method, where it is not ARRAYS."""
+
+OPTIONS = ("size", "targets")
+"""Options in the description."""
 
 
-def save_adapter(
-    model: PaliGemma, folder: str | Path, method: str, size: int | None = None, targets: str | None = None
-) -> None:
-    """Writes the trained arrays of a method.
+def save_adapter(model: PaliGemma, folder: str | Path, method: Method[PaliGemma], base: str | None = None) -> None:
+    """Writes what a method trained.
 
     Args:
       model: with the method attached.
       folder: created if missing.
-      method, size, targets: the options that it was attached with.
+      method: with the options that it was attached with.
+      base: path of the base, noted in a folder of peft.
     """
-    folder, arrays = Path(folder), {}
+    if method.in_peft_format:
+        save_peft(model, folder, base=base)
+        return
+    options = {name: value for name, value in dataclasses.asdict(method).items() if name in OPTIONS}
+    description = {"method": method.name} | dict.fromkeys(OPTIONS) | options
+    write_folder(Path(folder), description, method.export(model), FILES.get(method.name, ARRAYS))
+
+
+def write_folder(
+    folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array | np.ndarray], file: str = ARRAYS
+) -> None:
+    """Writes a description and arrays by name; the folder is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    if method == "diff_pruning":
-        diff_pruning.save_sparse(model, folder / DIFFERENCE)
+    on_host: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}  # Any: savez has options too
+    if file.endswith(".npz"):
+        np.savez_compressed(folder / file, **on_host)
     else:
-        arrays = param_tree.flatten(model)
-        arrays = {path: arrays[path] for path in patterns.select(_trainable(method, targets), arrays, what="adapters")}
-    write_folder(folder, {"method": method, "size": size, "targets": targets}, arrays)
-
-
-def write_folder(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
-    """Writes a description and the arrays by path, if there are any; the folder is created if missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if arrays:
-        save_file({path: np.asarray(array) for path, array in arrays.items()}, folder / ARRAYS)
+        save_file(on_host, folder / file)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Returns whether a folder was written by `save_adapter`."""
+    """Returns whether a folder is one of ours, of any method but those in peft's format."""
     return (Path(folder).expanduser() / DESCRIPTION).is_file()
 
 
 def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
-    """Attaches an adapter that `save_adapter` wrote to its base.
+    """Attaches an adapter that `save_adapter` wrote to its base; a folder of peft is for `load_peft`.
 
     Returns:
       The model; for diff pruning a plain one with its entries changed.
@@ -74,57 +81,29 @@ def load_adapter(model: PaliGemma, folder: str | Path) -> PaliGemma:
     folder = Path(folder).expanduser()
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        name, size, targets = (description[key] for key in ("method", "size", "targets"))
-        method = METHODS[name]
+        kind = METHODS[description["method"]]
+        options = {name: description[name] for name in OPTIONS if description[name] is not None}
+        method = kind(**options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / DESCRIPTION} names no method of {', '.join(METHODS)} ({error}): restore it."
         ) from None
-    if name == "diff_pruning":
-        return cast(PaliGemma, diff_pruning.add_sparse(model, folder / DIFFERENCE))
-    arrays = read_arrays(folder)
-    size = size or (method.size and method.size[1])
-    model = cast(PaliGemma, method.attach(model, size, targets or method.targets, nnx.Rngs(0)))
-    paths = patterns.select(_trainable(name, targets), param_tree.abstract(model), what="adapters")
-    return put_arrays(model, arrays, paths, folder)
+    file = FILES.get(method.name, ARRAYS)
+    return method.load(model, read_arrays(folder, file), source=str(folder / file))
 
 
-def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays by path.
+def read_arrays(folder: Path, file: str = ARRAYS) -> dict[str, np.ndarray]:
+    """Returns the arrays of a folder by name.
 
     Raises:
       UserError: a file that is missing or broken.
     """
     try:
-        return load_file(folder / ARRAYS)
-    except (OSError, SafetensorError) as error:
+        if not file.endswith(".npz"):
+            return load_file(folder / file)
+        with np.load(folder / file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{folder / ARRAYS} cannot be read ({error}), expected the adapter's arrays: restore it."
+            f"{folder / file} cannot be read ({error}), expected the adapter's arrays: restore it."
         ) from None
-
-
-def put_arrays(model: M, arrays: Mapping[str, np.ndarray], paths: Iterable[str], folder: Path) -> M:
-    """Returns the model with the arrays at `paths`, which they must match exactly.
-
-    Raises:
-      UserError: paths or shapes that do not match (lists them).
-    """
-    leaves = param_tree.abstract(model)
-    expected = {path: leaves[path].shape for path in paths}
-    shapes = {path: array.shape for path, array in arrays.items()}
-    wrong = [
-        f"{shapes.get(path, 'nothing')} for {path} where the model has {expected.get(path, 'nothing')}"
-        for path in sorted(expected | shapes)
-        if expected.get(path) != shapes.get(path)
-    ]
-    if wrong:
-        raise UserError(
-            f"{folder / ARRAYS} has {listed(wrong)}: it is an adapter of another model; load it on its own base."
-        )
-    return param_tree.assign(model, {path: jnp.asarray(array) for path, array in arrays.items()})
-
-
-def _trainable(method: str, targets: str | None) -> str:
-    pattern = METHODS[method].trainable or targets or METHODS[method].targets
-    assert pattern is not None, f"the method {method} has neither trainable nor targets"
-    return pattern

@@ -24,8 +24,7 @@ from paligemma_jax.weights.adapters.peft_config import PeftConfig, read_config
 from paligemma_jax.weights.adapters.peft_describe import Origin, describe
 from paligemma_jax.weights.adapters.peft_names import PREFIX, RELEASES, Slot, disk_name, in_memory, module_of, slots
 from paligemma_jax.weights.hugging_face.folder import Folder
-from paligemma_jax.weights.name_table import listed
-from train_jax.core.errors import UserError
+from train_jax.core.errors import UserError, listed
 from train_jax.core.files import atomic
 
 FILE = "adapter_model.safetensors"

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from paligemma_jax.files.side_files import is_off, read_json
-from paligemma_jax.weights.name_table import listed
-from train_jax.core.errors import UserError, quoted
+from train_jax.core.errors import UserError, listed, quoted
 
 FILE = "adapter_config.json"
 # Supported options and their defaults in peft, which a file may leave out.

@@ -14,13 +14,14 @@ from typing import Any, cast
 import numpy as np
 from flax import nnx
 
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts
+from paligemma_jax.adapt.few_shot.methods import LearnedPrompts
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
+from paligemma_jax.adapt.few_shot.prompts import PromptedDualEncoder, attach_module
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.weights.adapters.method_folder import DESCRIPTION, put_arrays, read_arrays, write_folder
-from train_jax.core import param_tree, patterns
+from paligemma_jax.weights.adapters.method_folder import ARRAYS, DESCRIPTION, read_arrays, write_folder
+from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 
-METHOD = "prompts"
 SAMPLED = ("text/position_embedding", "vision/post_layernorm/scale", "text_projection/kernel")
 """Arrays that the numbers are taken from; no option of loading resizes them."""
 _NUMBERS = 8
@@ -37,16 +38,14 @@ def save_prompts(model: DualEncoder, folder: str | Path) -> None:
     Raises:
       UserError: the model has none.
     """
-    if model.prompts is None:
+    if not isinstance(model, PromptedDualEncoder):
         raise UserError("the model has no prompts, expected some to be saved: attach them first.")
-    arrays = param_tree.flatten(model)
     description = {
-        "method": METHOD,
+        "method": LearnedPrompts.name,
         "config": dataclasses.asdict(model.prompts.config),
         "base": {name: numbers.tolist() for name, numbers in _samples(model).items()},
     }
-    chosen = patterns.select(TRAINABLE, arrays, what="prompts")
-    write_folder(Path(folder).expanduser(), description, {path: arrays[path] for path in chosen})
+    write_folder(Path(folder).expanduser(), description, LearnedPrompts(model.prompts.config).export(model))
 
 
 def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
@@ -58,7 +57,7 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
     folder = Path(folder).expanduser()
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if description["method"] != METHOD:
+        if description["method"] != LearnedPrompts.name:
             raise ValueError(f"its method is {description['method']!r}")
         config, base = PromptConfig(**description["config"]), dict(description["base"])
         _check_types(config)
@@ -69,12 +68,10 @@ def load_prompts(model: DualEncoder, folder: str | Path) -> DualEncoder:
             "wrote: give another folder."
         ) from None
     arrays = read_arrays(folder)
-    attached = attach_prompts(nnx.merge(*nnx.split(model)), config, rngs=nnx.Rngs(0))
-    paths = patterns.select(TRAINABLE, param_tree.abstract(attached), what="prompts")
-    filled = put_arrays(attached, arrays, paths, folder)
+    filled = LearnedPrompts(config).load(nnx.clone(model), arrays, source=str(folder / ARRAYS))
     _check_base(model, base, folder)
-    model.prompts = filled.prompts
-    return model
+    assert isinstance(filled, PromptedDualEncoder)  # as `load` attaches prompts
+    return attach_module(model, filled.prompts)
 
 
 def _check_types(config: PromptConfig) -> None:

@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts, check_texts, detach_prompts
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
+from paligemma_jax.adapt.few_shot.prompted_towers import insert_placeholders
+from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, attach_prompts, check_texts, detach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
-from paligemma_jax.models.text_encoder import TextConfig, _insert_placeholders
+from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.variants import variant
 from paligemma_jax.models.vit import ViTConfig
 from train_jax.core import param_tree, patterns
@@ -182,8 +184,13 @@ def test_prompts_cost_nothing_where_they_are_not_used(bases):
 
     base = bases["clip"]
     assert program(with_prompts(base, COUPLED), prompts=False) == program(base, prompts=False) == program(base)
-    in_loops = [program(with_prompts(base, config)).count("stablehlo.select") for config in (SHALLOW, COUPLED)]
-    assert program(base).count("stablehlo.select") == in_loops[0] < in_loops[1]
+    shallow, deep = (program(with_prompts(base, config)) for config in (SHALLOW, COUPLED))
+    selects, loops = (
+        [each.count(f"stablehlo.{operation}") for each in (program(base), shallow, deep)]
+        for operation in ("select", "while")
+    )
+    assert selects[0] == selects[1] < selects[2]
+    assert loops[0] == loops[1] == loops[2] == 2  # one over the layers of each tower
 
 
 def loss_and_gradients(model, **options):
@@ -211,17 +218,35 @@ def test_unrolled_and_rematerialised_it_is_the_same(bases):
         np.testing.assert_allclose(others[path], gradient, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+def test_the_last_block_alone_has_its_prompts(bases):
+    """A SigLIP's unrolled text tower computes one position of its last block, which has prompts of its own here."""
+    model = with_prompts(bases["map"], COUPLED)
+    assert not model.config.text.last_block_pools
+    arrays, unrolled = param_tree.flatten(model), abstract(model.config.replace(text={"unroll": True}), COUPLED)
+    assert unrolled.config.text.last_block_pools and COUPLED.depth == model.config.text.depth
+    encode = jax.jit(lambda model: model.encode_text(TOKENS)[0])
+    again = encode(param_tree.merge(nnx.graphdef(unrolled), arrays))
+    np.testing.assert_allclose(again, encode(model), rtol=0, atol=1e-6)
+
+
+def test_a_base_has_no_parts_to_ask_for(bases):
+    with pytest.raises(TypeError, match="the model has no part 'prompts', but prompts=True: leave it out, or attach"):
+        bases["gap"](IMAGES, TOKENS, prompts=True)
+    with pytest.raises(TypeError, match="promts"):  # a name that is not its part's
+        with_prompts(bases["gap"], SHALLOW)(IMAGES, TOKENS, promts=False)
+
+
 def test_placeholders_for_prompts():
     tokens = jnp.asarray([[1, 5, 6, 7, 8, 2, 2], [1, 5, 6, 7, 8, 9, 2]])
     mask = jnp.asarray([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
-    moved, seen = _insert_placeholders(tokens, mask, 2, 0)
+    moved, seen = insert_placeholders(tokens, mask, 2, 0)
     np.testing.assert_array_equal(moved[:, 2:], [[1, 5, 6, 7, 2], [1, 5, 6, 7, 2]])  # the last stays last
     np.testing.assert_array_equal(seen, [[1, 1, 1, 1, 1, 1, 0], [1] * 7])
-    kept, seen = _insert_placeholders(tokens, None, 2, 1)
+    kept, seen = insert_placeholders(tokens, None, 2, 1)
     np.testing.assert_array_equal(kept, tokens)
     assert seen is None
     with pytest.raises(ValueError, match="texts have 7 tokens, expected more than the 7"):
-        _insert_placeholders(tokens, None, 6, 1)
+        insert_placeholders(tokens, None, 6, 1)
 
 
 def test_a_mask_does_not_hide_prompts(bases):
@@ -308,7 +333,7 @@ def test_configs_that_do_not_fit_are_refused(bases, changes, sentence):
     base = nnx.clone(bases["clip"])
     with pytest.raises(UserError, match=sentence):
         attach_prompts(base, dataclasses.replace(SHALLOW, **changes), rngs=nnx.Rngs(0))
-    assert base.prompts is None
+    assert type(base) is DualEncoder
 
 
 def test_user_errors_of_attach_prompts(bases):

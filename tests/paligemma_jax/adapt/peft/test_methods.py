@@ -1,4 +1,4 @@
-"""Every method: what trains, that nothing else does, generation with a cache, and the way to disk and back."""
+"""Every method but LoRA: what trains, that nothing else does, generation with a cache, and the way to disk and back."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from paligemma_jax import generate
+from paligemma_jax.adapt.method import Method
 from paligemma_jax.adapt.peft import diff_pruning
-from paligemma_jax.adapt.peft.methods import METHODS, merge
+from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.generation.candidate_scoring import score_candidates
 from paligemma_jax.models.paligemma import PaliGemma, variant
 from paligemma_jax.weights.adapters.method_folder import load_adapter, save_adapter
@@ -17,7 +18,7 @@ from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 
 EXACT = ("bottleneck", "bitfit", "diff_pruning", "last_layers")  # change nothing at first
-MERGED = ("bitfit", "diff_pruning", "last_layers")
+NAMES = [name for name in METHODS if name != "lora"]
 SIZES = {"bottleneck": 3, "prefix": 5, "prompt": 4, "last_layers": 1}
 L, D, K, H = MINI.decoder.depth, MINI.decoder.width, MINI.decoder.num_kv_heads, MINI.decoder.head_dim
 NUMBERS = {
@@ -36,14 +37,16 @@ def base() -> PaliGemma:
     return PaliGemma(MINI, rngs=nnx.Rngs(0))
 
 
+def method_of(name: str) -> Method:
+    return METHODS[name](**({"size": SIZES[name]} if name in SIZES else {}))
+
+
 def attach(name: str, model: PaliGemma) -> PaliGemma:
-    method = METHODS[name]
-    return method.attach(model, SIZES.get(name), method.targets, nnx.Rngs(1))
+    return method_of(name).attach(model, nnx.Rngs(1))
 
 
 def trained_paths(name: str, model: PaliGemma) -> list[str]:
-    method = METHODS[name]
-    return patterns.select(method.trainable or method.targets, param_tree.abstract(model), what="adapters")
+    return patterns.select(method_of(name).trainable, param_tree.abstract(model), what="adapters")
 
 
 def stirred(name: str) -> PaliGemma:
@@ -68,7 +71,7 @@ def logits(model: PaliGemma, **more) -> jax.Array:
     return jax.jit(lambda model, given: model(**given, **more)[0])(model, inputs())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_only_its_parameters_have_gradients_and_they_are_as_many_as_it_says(name):
     model = attach(name, base())
     graph, arrays = param_tree.split(model)
@@ -94,15 +97,10 @@ def test_attaching_does_not_change_the_output(name):
     np.testing.assert_allclose(logits(attach(name, base())), logits(base()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_trained_parameters_change_the_output(name):
-    assert float(jnp.abs(logits(stirred(name)) - logits(base())).max()) > 1e-2
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_save_and_load(name, tmp_path):
     model = stirred(name)
-    save_adapter(model, tmp_path, name, SIZES.get(name))
+    save_adapter(model, tmp_path, method_of(name))
     again = load_adapter(base(), tmp_path)
     np.testing.assert_allclose(logits(again), logits(model), rtol=0, atol=1e-6)
     held = sum(file.stat().st_size for file in tmp_path.iterdir())
@@ -110,7 +108,7 @@ def test_save_and_load(name, tmp_path):
     assert held < trained + 4000  # and nothing of the base
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_generation_with_a_cache_equals_reading_everything_again(name):
     model, given = stirred(name), inputs()
     prompt = given["tokens"][:, :4]
@@ -134,21 +132,6 @@ def test_candidates_are_scored_as_they_are_read_one_by_one(name):
         log_probs = jax.nn.log_softmax(model(given["images"], text, jnp.asarray([[0] * 4 + [1, 1]] * 2))[0])
         expected = log_probs[:, 3, candidate[0]] + log_probs[:, 4, candidate[1]]
         np.testing.assert_allclose(scores[:, index], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_merged_equals_unmerged(name):
-    model = stirred(name)
-    before = logits(model)
-    plain = merge(model)
-    assert param_tree.abstract(plain) == param_tree.abstract(base())
-    np.testing.assert_allclose(logits(plain), before, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(MERGED)))
-def test_methods_that_cannot_be_merged_are_refused(name):
-    with pytest.raises(UserError, match="which no plain model can hold"):
-        merge(attach(name, base()))
 
 
 def test_last_layers_leave_the_first_ones_as_they_are():
@@ -196,13 +179,13 @@ def test_user_errors(tmp_path):
         ("last_layers", L, f"the last {L} layers are to train, expected 1 to {L - 1}"),
     ):
         with pytest.raises(UserError, match=expected):
-            METHODS[name].attach(base(), size, None, nnx.Rngs(0))
+            METHODS[name](size=size).attach(base(), nnx.Rngs(0))
     for name in ("bottleneck", "prefix", "prompt", "last_layers", "diff_pruning"):
         with pytest.raises(UserError):
             attach(name, attach(name, base()))
-    with pytest.raises(UserError, match=r"adapter.json names no method of bottleneck, prefix"):
+    with pytest.raises(UserError, match=r"adapter.json names no method of lora, bottleneck, prefix"):
         load_adapter(base(), tmp_path)
-    save_adapter(stirred("prefix"), tmp_path, "prefix", 5)
+    save_adapter(stirred("prefix"), tmp_path, method_of("prefix"))
     other = PaliGemma(MINI.replace(decoder={"head_dim": 16}), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="it is an adapter of another model; load it on its own base"):
         load_adapter(other, tmp_path)
@@ -211,6 +194,7 @@ def test_user_errors(tmp_path):
 @pytest.mark.parametrize(
     ("name", "number"),
     [
+        ("lora", 18 * 2 * 8 * (2048 + 2048)),
         ("bottleneck", 2 * 18 * (2 * 16 * 2048 + 16 + 2048)),
         ("prefix", 2 * 18 * 16 * 1 * 256),
         ("prompt", 16 * 2048),
@@ -219,12 +203,8 @@ def test_user_errors(tmp_path):
     ],
 )
 def test_numbers_of_parameters_at_3b(name, number):
-    method = METHODS[name]
-    size = method.size and method.size[1]
-
-    def make():
-        return method.attach(PaliGemma(variant("3b-224"), rngs=nnx.Rngs(0)), size, method.targets, nnx.Rngs(1))
-
+    method = METHODS[name]()
+    make = lambda: method.attach(PaliGemma(variant("3b-224"), rngs=nnx.Rngs(0)), nnx.Rngs(1))  # noqa: E731
     shapes = param_tree.abstract(nnx.eval_shape(make))
-    chosen = patterns.select(method.trainable or method.targets, shapes, what="adapters")
+    chosen = patterns.select(method.trainable, shapes, what="adapters")
     assert sum(shapes[path].size for path in chosen) == number

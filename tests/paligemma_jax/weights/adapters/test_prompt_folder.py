@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.peft.prefixes import attach_prefix
+from paligemma_jax.adapt.peft.prefixes import Prefix
 from paligemma_jax.weights.adapters.method_folder import save_adapter
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
@@ -104,9 +104,10 @@ def test_errors(trained, saved, golden, tmp_path, hugging_face_model):
     folder = shutil.copytree(saved, tmp_path / "cut")
     (folder / "adapter.safetensors").write_bytes(b"short")
     refused("cannot be read", folder, base)
-    save_adapter(attach_prefix(nnx.clone(hugging_face_model), 2, rngs=nnx.Rngs(0)), tmp_path / "prefix", "prefix", 2)
+    prefix = Prefix(2)
+    save_adapter(prefix.attach(nnx.clone(hugging_face_model), nnx.Rngs(0)), tmp_path / "prefix", prefix)
     refused("its method is 'prefix'", tmp_path / "prefix", base)
-    with pytest.raises(UserError, match="names no method of bottleneck"):
+    with pytest.raises(UserError, match="names no method of lora, bottleneck"):
         pg.load(golden / "hf_paligemma", adapter=saved)
 
 
