@@ -4,6 +4,7 @@ The keys are in config.py. LoRA's arithmetic and layout are in adapt/lora/adapte
 weights/adapters/peft.py; the other methods are in adapt/peft/methods.py.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -82,8 +83,6 @@ def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
       UserError: the first fault.
     """
     changed = [key for key in (*FROM_FILES, "path") if adapter[key] != defaults[key]]
-    if not 0 <= adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {adapter.dropout}, expected 0 or more and less than 1: change it.")
     foreign = [key for key in LORA_ONLY if key in changed]
     if adapter.name != "lora" and foreign:
         raise UserError(
@@ -99,7 +98,11 @@ def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
         )
     _check_layers(adapter.layers)
     _check_pairs("rank_pattern", adapter.rank_pattern, "whole number of 1 or more", lambda r: type(r) is int and r >= 1)
-    _check_pairs("alpha_pattern", adapter.alpha_pattern, "number but 0", lambda a: type(a) in (int, float) and a != 0)
+    _check_pairs("alpha_pattern", adapter.alpha_pattern, "finite number above 0", _is_alpha)
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _check_method(adapter: ConfigDict) -> None:
@@ -111,26 +114,23 @@ def _check_method(adapter: ConfigDict) -> None:
         raise UserError(
             f"adapter.size is {adapter.size} beside {name}, which has none, expected one of {sized}: leave it out."
         )
-    if adapter.size is not None and size is not None and adapter.size < 1:
-        raise UserError(f"adapter.size is {adapter.size} (the {size[0]}), expected 1 or more: raise it.")
     if adapter.targets is not None and adapter.name != "lora" and (method is None or method.targets is None):
         raise UserError(
             f"adapter.targets is {adapter.targets!r} beside {name}, which takes none: set adapter.targets=None."
         )
-    if adapter.penalty < 0 or (adapter.penalty and adapter.name != "diff_pruning"):
+    if adapter.penalty and adapter.name != "diff_pruning":
         raise UserError(
-            f"adapter.penalty is {adapter.penalty} beside {name}, expected 0, or a positive number beside "
-            "diff_pruning: change one of the two."
+            f"adapter.penalty is {adapter.penalty} beside {name}, which has none, expected diff_pruning: set "
+            "adapter.penalty=0 or adapter.name=diff_pruning."
         )
 
 
 def _check_layers(layers: tuple) -> None:
-    """Raises UserError unless the numbers are different and not negative."""
-    valid = all(type(layer) is int and layer >= 0 for layer in layers)
-    if not valid or len(set(layers)) != len(layers):
+    """Raises UserError unless the numbers are different."""
+    if len(set(layers)) != len(layers):
         raise UserError(
-            f"adapter.layers is {layers!r}, expected different numbers of layers from 0 on, such as (0, 1), or () for "
-            "all: correct it."
+            f"adapter.layers is {layers!r}, expected different numbers of layers, such as (0, 1), or () for all: "
+            "correct it."
         )
 
 

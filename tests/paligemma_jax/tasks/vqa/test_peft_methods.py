@@ -91,12 +91,11 @@ def test_the_penalty_is_added_to_the_mean_loss(mini_options):
          "prompt, bitfit, diff_pruning, last_layers: change it; did you mean 'prefix'?"),
         ({"adapter.name": "bitfit", "adapter.size": 4}, "adapter.size is 4 beside adapter.name='bitfit', which has "
          "none, expected one of bottleneck, prefix, prompt, last_layers: leave it out."),
-        ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "
-         "it."),
+        ({"adapter.name": "prefix", "adapter.size": 0}, "config.adapter.size=0, expected 1 or more: change it"),
         ({"adapter.name": "prefix", "adapter.targets": "decoder/.*"}, "adapter.targets is 'decoder/.*' beside "
          "adapter.name='prefix', which takes none: set adapter.targets=None."),
-        ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', expected 0, or a positive "
-         "number beside diff_pruning: change one of the two."),
+        ({"adapter.penalty": 1.0}, "adapter.penalty is 1.0 beside adapter.name='lora', which has none, expected "
+         "diff_pruning: set adapter.penalty=0 or adapter.name=diff_pruning."),
         ({"adapter.name": "last_layers", "adapter.size": 2}, "the last 2 layers are to train, expected 1 to 1 of the "
          "2: change the number."),
         ({"adapter.name": "last_layers", "model.quantize": "nf4"}, "the last layers are to train but the base is "
