@@ -49,7 +49,7 @@ def texts() -> ConfigDict:
     config = base_config("paligemma_jax.tasks.pretraining:Pretraining")
     config.init_from = ("runs/pretrain-vision",)
     config.total_steps = 7500
-    config.batch_size = 16  # images, each with about eight texts
+    config.batch_size = 16  # images, each with about ten texts
     config.eval_steps = 500
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.warmup_steps = 100

@@ -36,8 +36,8 @@ def nothing_runs(monkeypatch):
          "expected one: leave one out"),
         ({"total_steps": "None"}, "the duration 'total' is not set, expected exactly one of total_steps, total_epochs, "
          "total_examples: set one"),
-        ({"eval_steps": 0}, "config.eval_steps=0, expected a number above 0: change it"),
-        ({"total_steps": -1}, "total_steps=-1, expected 0 or more: change it"),
+        ({"eval_steps": 0}, "config.eval_steps=0, expected 1 or more: change it"),
+        ({"total_steps": -1}, "config.total_steps=-1, expected 0 or more: change it"),
         ({"batch_size": 12}, "config.batch_size=12 does not divide over the mesh's data=8 x fsdp=1 devices: use a "
          "multiple of 8, or fewer devices with config.mesh.data"),
         ({"micro_batch": 3}, "config.batch_size=8 does not divide into micro-batches of 3: set config.micro_batch to "

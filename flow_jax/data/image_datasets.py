@@ -82,23 +82,37 @@ class DatasetSpec(NamedTuple):
 class ImageDataKeys:
     """`config.data`: a data set of images."""
 
-    name: str = key("digits", "digits, shapes (synthetic), folder, tfds, or an import path of a DatasetSpec")
-    folder: str | None = key(None, "of class folders or of files; of tfds the version folder")
-    held_out_folder: str | None = key(None, "of folder; None = a share of `folder` is held out")
-    held_out_fraction: float = key(0.02, "that share")
-    split: str = key("train", "of tfds")
-    held_out: str = key("test", "of tfds")
-    image: str = key("image", "tfds: feature of the image")
-    label: str = key("label", "tfds: feature of the label")
-    image_size: int | None = key(
-        None, "side; larger images are cropped to a square and shrunk. Digits have 8", architecture=True
+    name: str = key("digits", "the data: digits, shapes (synthetic), folder, tfds, or the import path of a DatasetSpec")
+    folder: str | None = key(None, "folder of the images (as class folders or as files), or the version folder of tfds")
+    held_out_folder: str | None = key(
+        None, "folder of the held-out images of `folder`; None = a share of `folder` is held out"
     )
-    channels: int | None = key(None, "1 or 3; None = 3, of digits 1", architecture=True)
-    conditional: bool = key(True, "by label", architecture=True)
-    num_classes: int | None = key(None, "None = as many as the data have", architecture=True)
-    num_examples: int = key(2000, "of shapes")
-    flip: bool = key(False, "mirror every second image, another half in every step")
-    dequantize: bool = key(True, "add uniform noise of one grey value; without it there is no likelihood")
+    held_out_fraction: float = key(
+        0.02, "share of the images that is held out without held_out_folder", above=0, below=1
+    )
+    split: str = key("train", "name of the split of tfds to train on")
+    held_out: str = key("test", "name of the split of tfds that is held out")
+    image: str = key("image", "name of the image feature of tfds")
+    label: str = key("label", "name of the label feature of tfds")
+    image_size: int | None = key(
+        None,
+        "side of an image in pixels; larger images are cropped to a square and shrunk. None = that of the data, 8 "
+        "for digits",
+        minimum=1,
+        architecture=True,
+    )
+    channels: int | None = key(
+        None, "number of channels; None = 1 for digits, 3 for all others", choices=(1, 3), architecture=True
+    )
+    conditional: bool = key(True, "whether the model is conditioned on labels", architecture=True)
+    num_classes: int | None = key(
+        None, "number of classes; None = as many as the data have", minimum=1, architecture=True
+    )
+    num_examples: int = key(2000, "number of synthetic images (shapes) to train on", minimum=2)
+    flip: bool = key(False, "whether half of the images, drawn anew in every step, are mirrored from left to right")
+    dequantize: bool = key(
+        True, "whether uniform noise of one grey value is added to the images; without it no likelihood is measured"
+    )
 
 
 def check_name(name: str) -> None:

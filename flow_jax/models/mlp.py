@@ -34,15 +34,19 @@ class MLPConfig:
     activation: str = "silu"
     dropout: int | float = 0.0
 
+    def __post_init__(self):
+        conditional = self.num_classes or self.vector_width
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth}, expected 1 or more hidden layers.")
+        if self.time_width == 1 or (conditional and not self.time_width):
+            raise ValueError(f"time_width is {self.time_width}, expected 2 or more, or 0 without labels.")
+        activation(self.activation)  # raises ValueError for an unknown name
+
 
 class MLP(nnx.Module):
     """Velocity of points [B, dim]; the output starts at zero."""
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
-        conditional = config.num_classes or config.vector_width
-        if config.depth < 1 or (conditional and not config.time_width):
-            raise ValueError(f"{config}: expected depth >= 1, and time_width > 0 with labels.")
-        activation(config.activation)  # raises ValueError for an unknown name
         self.config = config
         sizes = config.width, config.num_classes, config.time_width, config.vector_width
         self.condition = nnx.data(Condition(*sizes, rngs=rngs) if config.time_width else None)

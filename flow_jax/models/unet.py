@@ -56,6 +56,11 @@ class UNetConfig:
         missing = sorted(set(self.attention) - set(sides))
         if missing:
             raise ValueError(f"attention at {missing}, but the feature maps have sides {sides}.")
+        widths = [self.width * multiplier for multiplier in self.multipliers]
+        attended = [width for width, side in zip(widths, sides, strict=True) if side in self.attention]
+        for channels in [*attended, widths[-1]]:  # the last are those of the middle
+            if channels % self.head_width:
+                raise ValueError(f"{channels} channels cannot be divided into attention heads of {self.head_width}.")
 
 
 def conv(
@@ -117,8 +122,6 @@ class SpatialAttention(nnx.Module):
 
     def __init__(self, channels: int, config: UNetConfig, *, rngs: nnx.Rngs):
         head_width, dtype = config.head_width, config.dtype
-        if channels % head_width:
-            raise ValueError(f"{channels} channels cannot be divided into attention heads of {head_width}.")
         self.head_width = head_width
         self.norm = group_norm(channels, dtype, rngs)
         self.qkv_proj = linear(channels, 3 * channels, dtype=dtype, rngs=rngs)

@@ -20,7 +20,7 @@ from flow_jax import losses
 from flow_jax import times as times_of
 from flow_jax.arrays import BatchArray
 from flow_jax.couplings import pairings
-from flow_jax.ode.integrate import TOLERANCE, SolverSettings
+from flow_jax.ode.integrate import ADAPTIVE, FIXED, TOLERANCE, SolverSettings
 from flow_jax.row_keys import RowKeys, normal_rows, stream
 from flow_jax.tasks import path_choice
 from flow_jax.tasks.path_choice import PathKeys
@@ -59,12 +59,23 @@ SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
 class CouplingKeys:
     """`config.coupling`: how noise and data are paired in a batch (Tong et al. 2024)."""
 
-    name: str = key("independent", "exact is solved on the host ahead of the step, sinkhorn in it", choices=COUPLINGS)
-    epsilon: float = key(0.05, "sinkhorn: in standard deviations of the squared distances; a bridge has its own")
+    name: str = key(
+        "independent",
+        "how noise and data are paired: at random, or by optimal transport, exact on the host ahead of the step or "
+        "entropic (sinkhorn) in the step",
+        choices=COUPLINGS,
+    )
+    epsilon: float = key(
+        0.05,
+        "entropic regularisation of sinkhorn, in standard deviations of the squared distances; a Schroedinger "
+        "bridge has its own",
+        above=0,
+    )
     group: int | None = key(
         None,
-        "rows of a batch that are paired with one another, a divisor of batch_size; None = all, which every process "
-        "reads for an exact coupling",
+        "number of rows that are paired with one another, a divisor of batch_size; None = all of the batch, which "
+        "every process then reads for an exact coupling",
+        minimum=1,
     )
 
 
@@ -74,7 +85,18 @@ class FlowKeys:
 
     path: PathKeys = section(PathKeys, architecture=True)
     coupling: CouplingKeys = section(CouplingKeys)
-    times: str = key("uniform", "distribution of t", choices=TIMES)
+    times: str = key("uniform", "distribution of the training times t", choices=TIMES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverKeys:
+    """Keys of `config.eval` of every flow: how samples are integrated; a task may have another tolerance."""
+
+    solver: str = key(
+        "dopri5", "ODE solver, of adaptive steps (dopri5, tsit5, dopri8) or of fixed steps", choices=(*FIXED, *ADAPTIVE)
+    )
+    tolerance: float = key(1e-4, "relative and absolute tolerance of an adaptive solver", above=0)
+    num_steps: int | None = key(None, "number of steps of a fixed-step solver; None for an adaptive one", minimum=1)
 
 
 class FlowTask(Task):
@@ -173,7 +195,7 @@ def check_group(config: ConfigDict) -> None:
             f"coupling.group is {group} beside coupling.name='independent', which pairs no rows with one another, "
             "expected None: leave one of the two out."
         )
-    if group is not None and (group < 1 or batch % group):
+    if group is not None and batch % group:
         raise UserError(
             f"coupling.group is {group}, expected a divisor of batch_size={batch}, so that groups fill a batch: "
             "change it, or set it to None for all rows of a batch."

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from flow_jax.data.image_datasets import ImageData
 from flow_jax.data.image_pairs import ImagePairs
+from flow_jax.metrics.frechet import features_of
 from flow_jax.models.dit import DiT, DiTConfig
 from flow_jax.models.unet import UNet, UNetConfig
 from flow_jax.ode import likelihood
 from flow_jax.tasks import image_evaluation
-from flow_jax.tasks.flow_task import FlowKeys, FlowTask
+from flow_jax.tasks.flow_task import FlowKeys, FlowTask, SolverKeys
 from flow_jax.tasks.image_evaluation import ImageEvaluation
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
@@ -30,53 +31,70 @@ MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
 class UNetKeys:
     """`config.model.unet`."""
 
-    width: int = key(32, "channels at the highest resolution")
-    multipliers: tuple = key((), "of the width, one per resolution; () = (1, 2)")
-    num_blocks: int = key(1, "residual blocks per resolution")
-    attention: tuple = key((), "side lengths of the feature maps that have attention")
-    head_width: int = key(32, "channels per attention head")
+    width: int = key(32, "number of channels at the highest resolution", minimum=2)
+    multipliers: tuple[int, ...] = key((), "factors of the width, one for each resolution; () = (1, 2)", minimum=1)
+    num_blocks: int = key(1, "number of residual blocks at each resolution", minimum=1)
+    attention: tuple[int, ...] = key((), "side lengths of the feature maps that have attention", minimum=1)
+    head_width: int = key(32, "number of channels of an attention head", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTKeys:
     """`config.model.dit`."""
 
-    patch_size: int = key(2, "side of a patch")
-    width: int = key(128, "of a token")
-    depth: int = key(6, "number of blocks")
-    num_heads: int = key(4, "attention heads")
+    patch_size: int = key(2, "side of a patch in pixels", minimum=1)
+    width: int = key(128, "number of channels of a token", minimum=4)
+    depth: int = key(6, "number of blocks", minimum=1)
+    num_heads: int = key(4, "number of attention heads", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelKeys:
     """`config.model`: a velocity model of images."""
 
-    name: str = key("unet", "architecture", choices=MODELS)
-    dropout: float = key(0.0, "in the blocks")
-    label_dropout: float = key(0.1, "share of labels that are replaced by none, for classifier-free guidance")
-    remat: bool = key(False, "recompute blocks in the backward pass: less memory, a third more time")
+    name: str = key("unet", "architecture of the velocity model", choices=MODELS)
+    dropout: float = key(
+        0.0, "probability with which an activation in a block is dropped in training", minimum=0, below=1
+    )
+    label_dropout: float = key(
+        0.1,
+        "share of labels that training replaces by the null label, for classifier-free guidance",
+        minimum=0,
+        maximum=1,
+    )
+    remat: bool = key(
+        False, "whether the backward pass recomputes blocks, which takes less memory and a third more time"
+    )
     unet: UNetKeys = section(UNetKeys)
     dit: DiTKeys = section(DiTKeys)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalKeys:
+class EvalKeys(SolverKeys):
     """`config.eval`: samples and likelihoods."""
 
-    num_samples: int | None = key(None, "None = as many as there are held-out images")
-    validation_samples: int = key(200, "samples of an evaluation in the course of training")
-    batch_size: int = key(1000, "samples drawn, and likelihoods measured, at once")
-    features: str = key("pixels", "of the Frechet distance: pixels, or module:function (docs/flow.md)")
-    reference: str = key("held_out", "real images that samples are compared with", choices=image_evaluation.SPLITS)
-    reference_examples: int = key(50_000, "of them, at most")
-    guidance: float = key(1.0, "scale of classifier-free guidance; 1 = the model itself")
-    solver: str = key("dopri5", "ODE solver")
-    tolerance: float = key(1e-4, "relative and absolute tolerance of an adaptive solver")
-    num_steps: int | None = key(None, "steps of a fixed-step solver")
-    likelihood_examples: int = key(100, "held-out images whose bits per dimension are measured")
-    divergence: str = key("hutchinson", "of the likelihood: hutchinson is unbiased, exact costs a product per pixel")
-    likelihood_samples: int = key(1, "draws of the dequantisation noise")
-    seed: int = key(1000, "of the noise to sample from")
+    num_samples: int | None = key(
+        None, "number of samples of the final evaluation; None = as many as there are held-out images", minimum=2
+    )
+    validation_samples: int = key(200, "number of samples of an evaluation during training", minimum=2)
+    batch_size: int = key(1000, "number of samples drawn, and of likelihoods measured, at once", minimum=1)
+    features: str = key(
+        "pixels", "features of the Frechet distance: pixels, or the import path of a function (docs/flow.md)"
+    )
+    reference: str = key(
+        "held_out", "split of the real images that samples are compared with", choices=image_evaluation.SPLITS
+    )
+    reference_examples: int = key(50_000, "largest number of these real images", minimum=2)
+    guidance: float = key(1.0, "scale of classifier-free guidance; 1 = the model itself, 0 = without labels")
+    likelihood_examples: int = key(100, "number of held-out images whose bits per dimension are measured", minimum=1)
+    divergence: str = key(
+        "hutchinson",
+        "how the likelihood computes the divergence: hutchinson is an unbiased estimate, exact takes one product "
+        "for each pixel",
+        choices=likelihood.DIVERGENCES,
+    )
+    likelihood_samples: int = key(1, "number of draws of the dequantisation noise for each likelihood", minimum=1)
+    seed: int = key(1000, "seed of the noise that samples start from", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +123,13 @@ class ImageFlowTask(FlowTask):
             raise UserError(
                 "coupling.name is 'sinkhorn', which pairs across classes, expected independent or exact: change it."
             )
-        likelihood.check_divergence(config.eval.divergence)
         if config.eval.guidance != 1.0 and not config.model.label_dropout > 0:
             raise UserError(
                 f"eval.guidance is {config.eval.guidance} with model.label_dropout={config.model.label_dropout}, "
                 "expected guidance 1, or a share of labels to drop in training: guidance needs a model that is also "
                 "trained without labels."
             )
+        features_of(config.eval.features)  # reports a function that does not exist before training
         self.label_dropout = config.model.label_dropout
 
     @property
@@ -126,8 +144,17 @@ class ImageFlowTask(FlowTask):
 
     def velocity_model(self, **condition: Any) -> UNet | DiT:
         """Returns a new model with the config's sizes; `condition` is its num_classes or vector_width."""
+        make_model, _ = MODELS[self.config.model.name]
+        return make_model(self.model_config(**condition), rngs=nnx.Rngs(self.config.seed))
+
+    def model_config(self, **condition: Any) -> UNetConfig | DiTConfig:
+        """Returns the sizes of `velocity_model`.
+
+        Raises:
+          UserError: the sizes do not fit each other or the images.
+        """
         settings = self.config.model
-        make_model, make_config = MODELS[settings.name]
+        _, make_config = MODELS[settings.name]
         sizes = dict(settings[settings.name])
         if settings.name == "unet":
             sizes["multipliers"] = sizes["multipliers"] or (1, 2)
@@ -135,8 +162,7 @@ class ImageFlowTask(FlowTask):
         sizes |= {"dropout": settings.dropout, "remat": settings.remat, **condition}
         sizes["dtype"] = None if dtype == "float32" else dtype
         try:
-            config = make_config(image_size=self.size, channels=self.channels, **sizes)
-            return make_model(config, rngs=nnx.Rngs(self.config.seed))
+            return make_config(image_size=self.size, channels=self.channels, **sizes)
         except ValueError as error:
             raise UserError(f"model.{settings.name}: {error}") from None
 

@@ -35,6 +35,7 @@ class ImageFlow(ImageFlowTask):
                 "labels."
             )
         self.size, self.channels, _ = image_datasets.shape(config.data)
+        self.model_config()  # checks sizes before the data are opened
 
     @functools.cached_property
     def data(self) -> ImageData:

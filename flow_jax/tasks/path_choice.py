@@ -28,16 +28,20 @@ STOCHASTIC = ("cfm", "schroedinger_bridge")  # paths that add noise
 class PathKeys:
     """`config.path`."""
 
-    name: str = key("cond_ot", "probability path (docs/flow.md)", choices=PATHS)
-    sigma_min: float = key(0.0, "cond_ot: standard deviation around a data point at t = 1")
-    sigma: float = key(0.1, "cfm and schroedinger_bridge: standard deviation of the noise around the line")
-    beta_min: float = key(0.1, "vp: noise rate at one end")
-    beta_max: float = key(20.0, "vp: noise rate at the other")
-    ve_sigma_min: float = key(0.01, "ve: standard deviation of the noise at t = 1")
-    ve_sigma_max: float = key(50.0, "ve: standard deviation of the noise at t = 0, where sampling starts")
-    degree: float = key(2.0, "polynomial: the exponent")
-    mu: str | None = key(None, "gaussian: import path, module:function, of GaussianPath's mu")
-    std: str | None = key(None, "gaussian: import path of its sigma; both are those of the noise at t = 0")
+    name: str = key("cond_ot", "probability path from noise to data (docs/flow.md)", choices=PATHS)
+    sigma_min: float = key(0.0, "standard deviation of cond_ot around a data point at t = 1", minimum=0, maximum=1)
+    sigma: float = key(0.1, "standard deviation of the noise around the line in cfm and schroedinger_bridge", minimum=0)
+    beta_min: float = key(0.1, "noise rate of vp at t = 1", minimum=0)
+    beta_max: float = key(20.0, "noise rate of vp at t = 0", above=0)
+    ve_sigma_min: float = key(0.01, "standard deviation of the noise of ve at t = 1", above=0)
+    ve_sigma_max: float = key(50.0, "standard deviation of the noise of ve at t = 0, where sampling starts", above=0)
+    degree: float = key(2.0, "exponent of polynomial", minimum=1)
+    mu: str | None = key(None, "import path, module:function, of the mean of gaussian (mu of GaussianPath)")
+    std: str | None = key(
+        None,
+        "import path, module:function, of the standard deviation of gaussian (sigma of GaussianPath); at t = 0, "
+        "mean and deviation are those of the noise",
+    )
 
 
 def make_path(config: ConfigDict):

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from flow_jax.data.plane_pairs import ToyPairs
 from flow_jax.data.toys import TOYS
 from flow_jax.models.mlp import MLP, MLPConfig
 from flow_jax.tasks import plane_evaluation
-from flow_jax.tasks.flow_task import FlowKeys, FlowTask
+from flow_jax.tasks.flow_task import FlowKeys, FlowTask, SolverKeys
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.step.placement import own_copy
@@ -21,32 +23,33 @@ from train_jax.step.placement import own_copy
 class ModelKeys:
     """`config.model`: a multilayer perceptron."""
 
-    width: int = key(256, "of the hidden layers")
-    depth: int = key(4, "number of layers")
-    activation: str = key("silu", "a function of jax.nn")
-    time_width: int = key(64, "number of time features")
+    width: int = key(256, "number of units of a hidden layer", minimum=1)
+    depth: int = key(4, "number of hidden layers", minimum=1)
+    activation: str = key("silu", "name of the activation, a function of jax.nn")
+    time_width: int = key(64, "number of features of the time; 0 = t itself", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class PointKeys:
     """`config.data`: distributions in the plane."""
 
-    name: str = key("checkerboard", "data distribution", choices=TOYS)
-    noise: str = key("gaussian", "distribution at t = 0; any other too, for a transport between two", choices=TOYS)
-    num_examples: int = key(200_000, "points to train on")
+    name: str = key("checkerboard", "distribution of the data, at t = 1", choices=TOYS)
+    noise: str = key(
+        "gaussian",
+        "distribution at t = 0; one other than gaussian makes a transport between two distributions",
+        choices=TOYS,
+    )
+    num_examples: int = key(200_000, "number of points to train on", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalKeys:
+class EvalKeys(SolverKeys):
     """`config.eval`: distances between samples and held-out points."""
 
-    num_samples: int = key(2000, "points on each side of a distance")
-    draws: int = key(10, "distances whose mean is reported")
-    validation_draws: int = key(1, "the same in the course of training")
-    solver: str = key("dopri5", "ODE solver")
-    tolerance: float = key(1e-5, "relative and absolute tolerance of an adaptive solver")
-    num_steps: int | None = key(None, "steps of a fixed-step solver")
-    seed: int = key(1000, "of held-out points and of the noise to sample from")
+    num_samples: int = key(2000, "number of points on each side of a distance", minimum=6)
+    draws: int = key(10, "number of distances whose mean the final evaluation reports", minimum=1)
+    validation_draws: int = key(1, "number of distances whose mean an evaluation during training reports", minimum=1)
+    seed: int = key(1000, "seed of the held-out points and of the noise that samples start from", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Keys(FlowKeys):
 
     model: ModelKeys = section(ModelKeys, architecture=True)
     data: PointKeys = section(PointKeys)
-    eval: EvalKeys = section(EvalKeys, resume_safe=True)
+    eval: EvalKeys = section(lambda: EvalKeys(tolerance=1e-5), resume_safe=True)
 
 
 class PlaneFlow(FlowTask):
@@ -64,16 +67,20 @@ class PlaneFlow(FlowTask):
     keys = Keys
     validation_metrics = ("w2",)
 
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        super().__init__(config, mesh)
+        try:
+            self._model_config = MLPConfig(dim=2, **config.model)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+
     def blank_row(self) -> dict[str, np.ndarray]:
         """Returns a row of zeros with the keys, shapes and dtypes of the training source."""
         return {name: np.zeros(2, np.float32) for name in ("x_0", "x_1")}
 
     def init(self) -> nnx.Module:
         """Returns the velocity model at the start of training."""
-        try:
-            return MLP(MLPConfig(dim=2, **self.config.model), rngs=nnx.Rngs(self.config.seed))
-        except ValueError as error:
-            raise UserError(f"model: {error}") from None
+        return MLP(self._model_config, rngs=nnx.Rngs(self.config.seed))
 
     def train_source(self) -> ToyPairs:
         """Returns pairs of noise and points."""

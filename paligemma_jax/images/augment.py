@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
 from paligemma_jax.images.preprocessing import Preprocessing
+from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError
 
 _ASPECT = 4 / 3  # largest aspect ratio of a crop, either way
@@ -21,6 +22,8 @@ _TRIES = 10
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """Ranges of the random augmentations; the default changes nothing.
+
+    The fields are also config keys (train_jax/core/config_keys.py).
 
     Attributes:
       crop: smallest share of the image's area that a crop keeps; the share is uniform up to 1, the aspect ratio at most
@@ -35,10 +38,10 @@ class Augmentation:
       UserError: a number out of range.
     """
 
-    crop: float = 1.0
-    flip: bool = False
-    color_jitter: float = 0.0
-    rotation: float = 0.0
+    crop: float = key(1.0, "smallest share of the image's area that a crop keeps; 1 = no crop", above=0, maximum=1)
+    flip: bool = key(False, "whether half of the views are mirrored from left to right")
+    color_jitter: float = key(0.0, "strength of random changes of colour; 0 = none", minimum=0, maximum=1)
+    rotation: float = key(0.0, "largest angle of a random rotation, in degrees; 0 = none", minimum=0, maximum=180)
 
     def __post_init__(self):
         if not (0 < self.crop <= 1 and 0 <= self.color_jitter <= 1 and 0 <= self.rotation <= 180):

@@ -1,6 +1,7 @@
-"""Helpers that several tasks share: sharding rules of parameters, rows on the mesh, a progress bar."""
+"""What several tasks share: keys of models, sharding rules of parameters, rows on the mesh, a progress bar."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +14,41 @@ from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
 from paligemma_jax.models.stack import REMAT_POLICIES
+from train_jax.core.config_keys import key
 from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
 
 REMAT = ("none", *REMAT_POLICIES)
 """Values of the config key model.remat, see models.stack.scan_stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StackKeys:
+    """Keys of `config.model` of every transformer; a task may have other defaults."""
+
+    remat: str = key(
+        "none",
+        "what the backward pass recomputes: nothing, whole blocks, or all but matrix products",
+        choices=REMAT,
+        resume_safe=True,
+    )
+    unroll: bool = key(
+        False,
+        "whether layers are compiled one by one instead of as a loop; steps are faster on a CPU, compiling is slower",
+        resume_safe=True,
+    )
+    attention: str = key(
+        "auto",
+        "kernel of attention: plain, or flash, which holds no matrix of scores; auto = flash on TPUs from 512 "
+        "tokens on, plain elsewhere (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
+    )
+
 
 WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays: below the kernel's path, of its shape
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an

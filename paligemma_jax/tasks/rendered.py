@@ -1,5 +1,6 @@
 """Folders of synthetic scenes, rendered on first use and kept in the cache directory."""
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -7,6 +8,16 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.sources import pretraining_scenes
 from paligemma_jax.data.synthetic_clevr import VERSION
 from paligemma_jax.tasks import common
+from train_jax.core.config_keys import key
+from train_jax.core.files import cache_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderKeys:
+    """Keys of `config.data` of a task that renders scenes."""
+
+    cache_dir: str = key(cache_dir, "folder in which rendered scenes are kept", resume_safe=True)
+    build_workers: int = key(2, "number of processes that render scenes", minimum=1, resume_safe=True)
 
 
 def rendered(
@@ -15,7 +26,7 @@ def rendered(
     """Returns the folder of a stream's scenes, see pretraining_scenes.build.
 
     Args:
-      data: config with cache_dir and build_workers.
+      data: `config.data`, with the keys of RenderKeys.
       stream: name of a set of scenes; two streams share no scene.
       number: number of scenes.
       size: pixels a side.

@@ -144,7 +144,7 @@ def test_the_evaluation_data_of_a_complete_run_are_checked(tmp_path, monkeypatch
     [
         ({"name": "adamm"}, "config.optimizer.name='adamm', expected one of adamw, adam, sgd, "),
         ({"schedule": "step"}, "config.optimizer.schedule='step', expected one of constant, linear, cosine, rsqrt"),
-        ({"grad_clip_norm": -1.0}, "grad_clip_norm is -1.0, expected a norm above 0"),
+        ({"grad_clip_norm": -1.0}, "config.optimizer.grad_clip_norm=-1.0, expected a number above 0"),
         ({"name": "adam", "weight_decay": 0.1}, "weight_decay=0.1 has no meaning for optimizer 'adam'"),
         ({"rates": (("tower/.*", 2.0),)}, "rule: 'tower/.*' matches none of 2 paths .nearest are head"),
         ({"weight_decay": 0.1, "weight_decay_mask": "tower/.*"}, "weight_decay_mask .* matches none of 2 paths"),

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def task_table(task: str) -> str:
-    """Returns the table of a task's own keys, and of the runtime's whose defaults it changes.
+    """Returns the table of a task's own keys, and of the runtime's whose defaults it changes; or that there are none.
 
     Args:
       task: import path of the task.
@@ -41,6 +41,8 @@ def task_table(task: str) -> str:
             kind = node(defaults, name)[0].get_type(node(defaults, name)[1])
             entry = keys.get(name, Key("", value_type=kind, optional=is_optional(defaults, name)))
             rows[name] = dataclasses.replace(entry, default=value)
+    if not rows:
+        return f"{task} has no config keys of its own; `python -m train_jax.config` prints those of every run."
     return key_table(rows)
 
 
@@ -60,8 +62,12 @@ def _default(key: Key) -> str:
 
 
 def _values(key: Key) -> str:
-    optional = " or None" if key.optional else ""
-    return (key.values() or key.value_type.__name__) + optional
+    """Returns type and range of a key: "int, 1 or more, or None"."""
+    if key.choices is None and key.item_type is None:
+        text = ", ".join(filter(None, [key.value_type.__name__, key.bounds()]))
+    else:
+        text = f"tuple of {key.values()}" if key.item_type is not None and key.choices is None else key.values()
+    return f"{text}, or None" if key.optional else text
 
 
 def _note(key: Key) -> str:

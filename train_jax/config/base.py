@@ -6,7 +6,6 @@ and by tasks; `validate.py` checks a config, `command_line.py` applies `--config
 compares two configs of one run.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from train_jax.config import stored as stored_values
 from train_jax.config.renamed import RENAMED_HOOKS, RENAMED_TASKS
 from train_jax.config.run_keys import DURATIONS as DURATIONS
 from train_jax.config.run_keys import UNITS, RunKeys
-from train_jax.core.config_keys import Key, check_values, config_dict, declared
+from train_jax.core.config_keys import Key, check_values, config_dict, declared, has_type
 from train_jax.core.errors import UserError, located, quoted
 from train_jax.core.import_path import check_arguments, imported
 
@@ -58,7 +57,7 @@ def steps(
       default: returned if no unit is set; None raises an error instead.
 
     Raises:
-      UserError: two units or none are set, the number is negative, or the unit needs a size that is None.
+      UserError: two units or none are set, or the unit needs a size that is None.
     """
     units = [f"{prefix}_{unit}" for unit in UNITS if f"{prefix}_{unit}" in config]
     given = {name: config[name] for name in units if config[name] is not None}
@@ -71,11 +70,6 @@ def steps(
         raise UserError(f"the duration {prefix!r} is not set, expected exactly one of {', '.join(units)}: set one")
     ((name, value),) = given.items()
     unit = name.removeprefix(f"{prefix}_")
-    if not (0 <= value < math.inf) or (unit == "percent" and value > 1):
-        expected = (
-            "a fraction from 0 to 1" if unit == "percent" else "0 or more" + ", finite" * (not math.isfinite(value))
-        )
-        raise UserError(f"{name}={value}, expected {expected}: change it")
     known = {"epochs": epoch_examples, "percent": total_steps}
     if unit in known and known[unit] is None:
         reason = "the size of the training data" if unit == "epochs" else "the length of the run"
@@ -184,13 +178,6 @@ def wrong_type(config: ConfigDict, key: str, value: Any) -> type | None:
     if value is None:
         return None if parent[name] is None or is_optional(config, key) else wanted
     return None if wanted is type(None) or has_type(value, wanted) else wanted
-
-
-def has_type(value: Any, wanted: type) -> bool:
-    """Returns whether `value` is valid for the type `wanted`: an int is a valid float, a bool is not a valid number."""
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 def to_json(config: ConfigDict) -> str:

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from train_jax.config.base import steps
 from train_jax.config.run_keys import UNITS
+from train_jax.core.config_keys import WHOLE_MAX
 from train_jax.core.errors import UserError
 
 
@@ -24,7 +25,7 @@ class Durations:
         """Converts all of them.
 
         Raises:
-          UserError: a duration in two units or none, or as `check_length`.
+          UserError: a duration in two units or none, too many steps for JAX's 32-bit integers, or as `check_length`.
         """
 
         def convert(prefix, **options):
@@ -33,6 +34,8 @@ class Durations:
 
         check_length(config)
         total = convert("total")
+        if total > WHOLE_MAX:
+            raise UserError(f"the run takes {total:,} steps, expected at most {WHOLE_MAX:,}: shorten it")
         log, eval_, checkpoint = (max(convert(name, total_steps=total), 1) for name in ("log", "eval", "checkpoint"))
         return cls(total, convert("warmup", total_steps=total, default=0), log, eval_, checkpoint)
 

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from train_jax.config.base import base_config, check_declared, has_type, leaves, node, steps, wrong_type
+from train_jax.config.base import base_config, check_declared, leaves, node, steps, wrong_type
 from train_jax.config.renamed import renamed_keys
-from train_jax.config.run_keys import DURATIONS, UNITS
+from train_jax.config.run_keys import DURATIONS
+from train_jax.core.config_keys import has_type
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.optim import optimizers
@@ -107,14 +108,11 @@ def _check_best_metric(config: ConfigDict) -> None:
 
 
 def _check_durations(config: ConfigDict) -> None:
-    """Checks that every duration has one unit and is above 0 if it repeats; the data count as one example here."""
+    """Checks that every duration has one unit; the data count as one example here."""
     for duration in DURATIONS:
         parent, prefix = node(config, duration)
         optional = 0 if prefix == "warmup" else None
-        length = steps(parent, prefix, config.batch_size, epoch_examples=1, total_steps=1, default=optional)
-        if length == 0 and prefix not in ("total", "warmup"):
-            name = next(f"{prefix}_{unit}" for unit in UNITS if parent[f"{prefix}_{unit}"] is not None)
-            raise UserError(f"config.{name}=0, expected a number above 0: change it")
+        steps(parent, prefix, config.batch_size, epoch_examples=1, total_steps=1, default=optional)
     if config.total_epochs is None and config.optimizer.warmup_epochs is None:
         total = steps(config, "total", config.batch_size)
         warmup = steps(config.optimizer, "warmup", config.batch_size, total_steps=total, default=0)

@@ -101,13 +101,6 @@ def _overridden(config: ConfigDict, name: str, overrides: Mapping[Any, Any]) -> 
 def _check_axes(config: ConfigDict, runs: list[SweepRun]) -> None:
     """Checks that `sweep.series` names config keys, and `sweep.x` a numeric config key or a measured number."""
     series, key = config.sweep.series, config.sweep.x
-    for field in ("more", "curves"):
-        for name in config.sweep[field]:
-            if not isinstance(name, str):
-                raise UserError(
-                    f"config.sweep.{field} holds {quoted(name)}, expected names in eval.json, such as ('loss',): "
-                    "correct it"
-                )
     for part in series.split(",") if series else ():
         if part not in leaves(config):
             raise UserError(

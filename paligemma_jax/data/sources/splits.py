@@ -98,13 +98,8 @@ def training_and_tuning(source: RecordSource, data: ConfigDict) -> tuple[Subset,
         their questions; `fraction` of the other images' questions (drawn with `subset_seed`) are for training.
 
     Raises:
-      UserError: a share or a number out of range, or a single image, which cannot be divided.
+      UserError: a single image, which cannot be divided.
     """
-    if not 0 < data.tune_fraction < 1 or data.tune_examples < 1:
-        raise UserError(
-            f"data.tune_fraction is {data.tune_fraction} and data.tune_examples {data.tune_examples}, expected a share "
-            "between 0 and 1 and at least one example: change them."
-        )
     numbers, images = np.unique(source.image_numbers(), return_inverse=True)
     if len(numbers) < 2:
         raise UserError(

@@ -5,31 +5,24 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.sources.captioned import NOISE
-from paligemma_jax.models.attention import KERNELS
-from paligemma_jax.tasks import common
+from paligemma_jax.tasks.common import StackKeys
 from paligemma_jax.tasks.contrastive.data import OPENERS
+from paligemma_jax.tasks.rendered import RenderKeys
 from train_jax.config.base import check_declared
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
-from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_named
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelKeys:
+class ModelKeys(StackKeys):
     """`config.model`: a new dual encoder, or one to continue from."""
 
     variant: str = key("tiny", "sizes of a new model: tiny, siglip-b16-224, clip-b16-224, ...", architecture=True)
     path: str | None = key(
-        None, "a SigLIP or CLIP to continue from instead: folder, hf://owner/name, or .npz", architecture=True
-    )
-    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
-    unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
-    attention: str = key(
-        "auto",
-        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
-        choices=KERNELS,
-        resume_safe=True,
+        None,
+        "SigLIP or CLIP from which training continues: folder, hf://owner/name, or .npz; None = a new model",
+        architecture=True,
     )
 
 
@@ -37,12 +30,19 @@ class ModelKeys:
 class InitKeys:
     """`config.init`: initial values."""
 
-    vision: str | None = key(None, "a model whose vision tower to start from", architecture=True)
+    vision: str | None = key(
+        None, "model whose vision tower the run starts from; None = the model's own", architecture=True
+    )
     scale: float = key(
-        10.0, "new models: factor of the cosines at first (the parameter is its logarithm)", architecture=True
+        10.0,
+        "initial factor of the cosines in a new model, whose parameter is the logarithm of it",
+        above=0,
+        architecture=True,
     )
     bias: float | None = key(
-        -10.0, "new models: of the sigmoid loss, near -log(batch_size); None = no bias is learned", architecture=True
+        -10.0,
+        "initial bias of the sigmoid loss in a new model, best near -log(batch_size); None = no bias is learned",
+        architecture=True,
     )
 
 
@@ -50,49 +50,92 @@ class InitKeys:
 class LossKeys:
     """`config.loss`: which loss, and of which pairs (docs/contrastive.md)."""
 
-    name: str = key("sigmoid", "sigmoid is SigLIP's, softmax CLIP's", choices=("sigmoid", "softmax"))
-    chunk_size: int = key(256, "texts whose logits exist at one time", resume_safe=True)
-    full_matrix: bool = key(False, "the plain form, which holds the logits of all pairs: a reference")
-    mask_duplicates: bool = key(True, "equal captions, and captions of equal images, are no negatives of each other")
-    negatives: int | None = key(None, "of each image, that count; None = all. Costs a matrix of all pairs")
-    negatives_by: str = key("random", "which ones", choices=("random", "hard", "easy"))
+    name: str = key(
+        "sigmoid", "loss of all pairs of a batch: SigLIP's sigmoid or CLIP's softmax", choices=("sigmoid", "softmax")
+    )
+    chunk_size: int = key(256, "number of texts whose logits exist at one time", minimum=1, resume_safe=True)
+    full_matrix: bool = key(
+        False, "whether the plain loss is used, which holds the logits of all pairs and is the reference for the other"
+    )
+    mask_duplicates: bool = key(
+        True, "whether equal captions, and captions of equal images, are left out of each other's negatives"
+    )
+    negatives: int | None = key(
+        None,
+        "number of negatives of each image; None = all. A number takes the memory of a matrix of all pairs",
+        minimum=1,
+    )
+    negatives_by: str = key(
+        "random",
+        "how these negatives are chosen: at random, or those most (hard) or least (easy) similar to the image",
+        choices=("random", "hard", "easy"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceKeys:
+class SourceKeys(RenderKeys):
     """`config.data`: pairs of images and texts."""
 
-    name: str = key("scenes", "scenes (synthetic), jsonl, tfds, or an import path of your own")
-    views: int = key(100, "captions of a scene, or of an example of TFDS, before they repeat")
-    text_length: int = key(64, "tokens, of a new model; one that is read has its own")
-    source: str | None = key(None, "jsonl and tfds: the folder")
-    split: str = key("train", "jsonl and tfds: to train on")
-    validation_split: str = key("validation", "jsonl and tfds: to evaluate on")
-    image: str = key("image", "tfds: key of the image")
-    caption: str = key("caption", "tfds: key of the text; captions/text of nested features")
-    max_held_out: int = key(5000, "pairs of the validation split that retrieval is measured on")
-    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
-    num_scenes: int = key(4000, "synthetic scenes to train on")
-    num_objects: tuple = key((1, 4), "fewest and most objects in a scene")
-    num_held_out: int = key(400, "scenes for retrieval, and as many with a single object for zero-shot")
-    num_tuning: int = key(0, "further scenes that tuning_mean_r1 is measured on, to choose settings by")
-    build_workers: int = key(2, "processes that render", resume_safe=True)
-    noise: str = key("", "what is corrupted in training, in a share of the rows", choices=("", *NOISE))
-    noise_share: float = key(0.0, "that share", minimum=0, maximum=1)
+    name: str = key("scenes", "the data: scenes (synthetic), jsonl, tfds, or the import path of your own function")
+    views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
+    text_length: int = key(64, "number of tokens of a text in a new model; one that is read has its own", minimum=2)
+    source: str | None = key(None, "folder of jsonl or tfds")
+    split: str = key("train", "name of the split of jsonl or tfds to train on")
+    validation_split: str = key("validation", "name of the split of jsonl or tfds to evaluate on")
+    image: str = key("image", "key of the image in an example of tfds")
+    caption: str = key("caption", "key of the caption in an example of tfds; captions/text in nested features")
+    max_held_out: int = key(
+        5000, "largest number of pairs of the validation split on which retrieval is measured", minimum=1
+    )
+    num_scenes: int = key(4000, "number of synthetic scenes to train on", minimum=1)
+    num_objects: tuple[int, int] = key(
+        (1, 4), "smallest and largest number of objects in a scene", minimum=1, maximum=10
+    )
+    num_held_out: int = key(
+        400,
+        "number of scenes for retrieval, and of scenes with a single object for zero-shot classification",
+        minimum=1,
+    )
+    num_tuning: int = key(
+        0, "number of further scenes on which tuning_mean_r1 is measured, to choose settings by", minimum=0
+    )
+    noise: str = key(
+        "",
+        "what is corrupted in some of the training rows: images, texts, or which text belongs to which image "
+        "(pairs); '' = nothing",
+        choices=("", *NOISE),
+    )
+    noise_share: float = key(0.0, "share of the training rows that is corrupted", minimum=0, maximum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
     """The keys of the task."""
 
-    model: ModelKeys = section(ModelKeys)
+    model: ModelKeys = section(lambda: ModelKeys(unroll=True))
     init: InitKeys = section(InitKeys)
-    trainable: str = key(".*", "pattern of parameter paths; without vision/ and image_head/ the tower is locked (LiT)")
-    tokenizer: str | None = key(None, "its folder or file; None = beside model.path, or the tiny model's")
-    cache_features: bool = key(False, "encode each training image once; exact while vision/ is locked, costs memory")
-    cache_features_mb: int = key(2048, "host memory for that, MiB; data that need more stop the run at its start")
+    trainable: str = key(
+        ".*", "pattern of the parameters that train; one without vision/ and image_head/ locks the tower (LiT)"
+    )
+    tokenizer: str | None = key(
+        None, "folder or file of the tokenizer; None = beside model.path, or that of the tiny model"
+    )
+    cache_features: bool = key(
+        False,
+        "whether each training image is encoded once and its features are kept in memory, which is exact while "
+        "vision/ is locked",
+    )
+    cache_features_mb: int = key(
+        2048,
+        "largest size of these features in MiB of host memory; if they need more, the run stops at its start",
+        minimum=0,
+    )
     loss: LossKeys = section(LossKeys)
-    embed_micro_batch: int | None = key(None, "rows embedded at once, without activations kept; None = all")
+    embed_micro_batch: int | None = key(
+        None,
+        "number of rows that are embedded at once, without keeping their activations; None = all of the batch",
+        minimum=1,
+    )
     data: SourceKeys = section(SourceKeys)
 
 
@@ -125,7 +168,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.num_tuning is {config.data.num_tuning}, which is for data.name=scenes: set it to 0.")
     if config.data.name != "scenes" and config.data.noise:
         raise UserError(f"data.noise is {config.data.noise!r}, which is for data.name=scenes: set it to ''.")
-    if config.loss.negatives is not None and not 1 <= config.loss.negatives < config.batch_size:
+    if config.data.num_objects[0] > config.data.num_objects[1]:
+        raise UserError(
+            f"data.num_objects is {config.data.num_objects}, expected the fewest objects before the most, such as "
+            "(1, 4): change it."
+        )
+    if config.loss.negatives is not None and config.loss.negatives >= config.batch_size:
         raise UserError(
             f"loss.negatives is {config.loss.negatives}, expected 1 to {config.batch_size - 1}, one fewer than the "
             "batch: change it."

@@ -13,13 +13,12 @@ from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.images import augment
 from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.losses.coprompt import KINDS, SIDES
-from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
-from paligemma_jax.tasks import common
+from paligemma_jax.tasks.common import StackKeys
+from paligemma_jax.tasks.rendered import RenderKeys
 from train_jax.config.base import check_declared, leaves
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.files import cache_dir
 
 SOURCES = ("scenes", "images")
 FULL_RATE = 0.1  # of the learning rate, where all weights train
@@ -27,21 +26,13 @@ OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on fu
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelKeys:
+class ModelKeys(StackKeys):
     """`config.model`: the base."""
 
     path: str = key(
         "tiny-siglip",
-        "a SigLIP or CLIP: folder, hf://owner/name, .npz, or a name that ships with the package",
+        "the SigLIP or CLIP to tune: folder, hf://owner/name, .npz, or a name that ships with the package",
         architecture=True,
-    )
-    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
-    unroll: bool = key(False, "compile the layers without a loop", resume_safe=True)
-    attention: str = key(
-        "auto",
-        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
-        choices=KERNELS,
-        resume_safe=True,
     )
 
 
@@ -49,46 +40,95 @@ class ModelKeys:
 class PromptKeys:
     """`config.prompts`; None = the method's own value (adapt/few_shot/methods.py), limited by the towers' depth."""
 
-    text_tokens: int | None = key(None, "learned tokens of the text tower")
-    vision_tokens: int | None = key(None, "learned tokens of the image tower")
-    depth: int | None = key(None, "layers that have prompts")
-    vision_depth: int | None = key(None, "the same of the image tower, if it differs")
-    coupled: bool | None = key(None, "image prompts are linear functions of the text prompts")
-    text_adapter: int | None = key(None, "hidden units of the adapter of text embeddings; 0 = none")
-    image_adapter: int | None = key(None, "hidden units of the adapter of image embeddings; 0 = none")
-    text_mix: float | None = key(None, "share of the text adapter's output in its embedding")
-    image_mix: float | None = key(None, "share of the image adapter's output in its embedding")
+    text_tokens: int | None = key(
+        None, "number of learned tokens in the text tower; None = the method's own", minimum=0
+    )
+    vision_tokens: int | None = key(
+        None, "number of learned tokens in the image tower; None = the method's own", minimum=0
+    )
+    depth: int | None = key(
+        None,
+        "number of layers that have learned tokens; None = the method's own, at most those of the tower",
+        minimum=1,
+    )
+    vision_depth: int | None = key(
+        None, "number of layers of the image tower that have learned tokens; None = depth", minimum=1
+    )
+    coupled: bool | None = key(
+        None,
+        "whether the tokens of the image tower are linear functions of those of the text tower; None = the method's "
+        "own",
+    )
+    text_adapter: int | None = key(
+        None,
+        "number of hidden units of the adapter of text embeddings, 0 = no adapter; None = the method's own",
+        minimum=0,
+    )
+    image_adapter: int | None = key(
+        None,
+        "number of hidden units of the adapter of image embeddings, 0 = no adapter; None = the method's own",
+        minimum=0,
+    )
+    text_mix: float | None = key(
+        None,
+        "share of the text adapter's output in the adapted embedding; None = the method's own",
+        minimum=0,
+        maximum=1,
+    )
+    image_mix: float | None = key(
+        None,
+        "share of the image adapter's output in the adapted embedding; None = the method's own",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ConsistencyKeys:
     """`config.consistency`: with the frozen base."""
 
-    weight: float | None = key(None, "lambda; None = 1 in coprompt, 0 in all others", minimum=0)
-    kind: str = key("cosine", "distance of embeddings", choices=KINDS)
-    on: str = key("both", "whose embeddings", choices=SIDES)
+    weight: float | None = key(
+        None,
+        "weight of consistency with the frozen model in the loss, the paper's lambda; None = 1 for method coprompt, "
+        "0 for all others",
+        minimum=0,
+    )
+    kind: str = key("cosine", "distance of tuned and frozen embeddings", choices=KINDS)
+    on: str = key("both", "whose embeddings are kept consistent", choices=SIDES)
     perturb: bool = key(
-        True, "the frozen branch has descriptions and a view of its own; False = the tuned branch's inputs"
+        True,
+        "whether the frozen model reads descriptions of the classes and a view of the image of its own, or else the "
+        "inputs of the tuned model",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceKeys:
+class SourceKeys(RenderKeys):
     """`config.data`: classes and their images (docs/few_shot.md)."""
 
-    name: str = key("scenes", "scenes (synthetic classes) or images", choices=SOURCES)
-    descriptions: str | None = key(None, "a JSON file {class: [sentences]}; None = those of the synthetic classes")
-    source: str | None = key(None, "images: class folders, or CoOp's layout")
-    targets: tuple = key((), "images: further data sets to test on, of cross_dataset and domain_generalization")
-    style: str = key(PLAIN, "scenes: what is tuned on and tested on", choices=STYLES)
-    novel: str = key(COMBINATIONS, "scenes: what distinguishes novel classes", choices=HALVES)
-    words: str = key(
-        IN_CAPTIONS, "scenes: whether names of classes use the words of the small SigLIP's captions", choices=WORDS
+    name: str = key("scenes", "the data: scenes (synthetic classes) or images", choices=SOURCES)
+    descriptions: str | None = key(
+        None,
+        "JSON file {class: [sentences]} that the frozen model reads; None = the descriptions of the synthetic classes",
     )
-    target_styles: tuple = key((), "scenes: further styles to test on, of domain_generalization")
-    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
-    build_workers: int = key(2, "processes that render", resume_safe=True)
-    per_class: tuple = key((16, 4, 10), "scenes: images per class to draw shots from, to validate on, to test on")
+    source: str | None = key(None, "folder of images, as class folders or in CoOp's layout")
+    targets: tuple[str, ...] = key(
+        (), "folders of further images to test on, for cross_dataset and domain_generalization"
+    )
+    style: str = key(PLAIN, "style of the synthetic scenes that the run is tuned and tested on", choices=STYLES)
+    novel: str = key(COMBINATIONS, "what distinguishes the novel classes of synthetic scenes", choices=HALVES)
+    words: str = key(
+        IN_CAPTIONS,
+        "words of the names of synthetic classes: those of the captions that the small SigLIP was trained on, or "
+        "others",
+        choices=WORDS,
+    )
+    target_styles: tuple[str, ...] = key(
+        (), "further styles of the synthetic scenes to test on, for domain_generalization", choices=STYLES
+    )
+    per_class: tuple[int, int, int] = key(
+        (16, 4, 10), "numbers of synthetic images of a class: to draw shots from, to validate on, to test on", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +144,23 @@ class Keys:
     """The keys of the task."""
 
     model: ModelKeys = section(ModelKeys)
-    tokenizer: str | None = key(None, "its folder or file; None = beside model.path")
-    method: str = key("coprompt", "what is tuned", choices=FEW_SHOT_METHODS, architecture=True)
+    tokenizer: str | None = key(None, "folder or file of the tokenizer; None = beside model.path")
+    method: str = key(
+        "coprompt", "few-shot method, which decides what is tuned", choices=FEW_SHOT_METHODS, architecture=True
+    )
     prompts: PromptKeys = section(PromptKeys, architecture=True)
-    init_words: str | None = key("a photo of a", "what text prompts of the first layer start as; None = random")
-    template: str = key("a photo of a {}.", "text of a class")
+    init_words: str | None = key(
+        "a photo of a",
+        "words whose embeddings are the initial learned tokens of the first layer of the text tower; None = random",
+    )
+    template: str = key("a photo of a {}.", "text of a class, with {} in place of its name")
     consistency: ConsistencyKeys = section(ConsistencyKeys)
-    protocol: str = key("base_to_novel", "what is tested on what (docs/few_shot.md)", choices=protocols.KINDS)
-    shots: int = key(16, "images of a class, drawn by the seed", minimum=1)
+    protocol: str = key(
+        "base_to_novel",
+        "which classes and data sets the run is tuned on and tested on (docs/few_shot.md)",
+        choices=protocols.KINDS,
+    )
+    shots: int = key(16, "number of training images of a class, drawn by the seed", minimum=1)
     data: SourceKeys = section(SourceKeys)
     views: ViewKeys = section(ViewKeys)
 
@@ -123,8 +172,6 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     check_declared(config)
-    for side in config.views.values():
-        Augmentation(**side)
     if config.template.count("{}") != 1:
         raise UserError(
             f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
@@ -169,13 +216,11 @@ def _check_scenes(config: ConfigDict) -> None:
             f"{config.protocol!r} of synthetic classes, expected styles with domain_generalization and nothing "
             "otherwise: change one."
         )
-    if set(data.target_styles) - set(STYLES) or data.style in data.target_styles:
+    if data.style in data.target_styles:
         raise UserError(
-            f"data.target_styles is {data.target_styles} beside {data.style!r}, expected others of "
-            f"{', '.join(STYLES)}: change them."
+            f"data.target_styles is {data.target_styles} beside data.style={data.style!r}, expected other styles than "
+            "that of the run: change one of the two."
         )
-    if len(data.per_class) != 3 or min(data.per_class) < 1:
-        raise UserError(f"data.per_class is {data.per_class}, expected three numbers of 1 or more: change it.")
 
 
 def _check_images(config: ConfigDict) -> None:

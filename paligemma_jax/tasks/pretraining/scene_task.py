@@ -16,17 +16,16 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.loading import run_config
-from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.rendered import rendered
+from paligemma_jax.tasks.common import StackKeys
+from paligemma_jax.tasks.rendered import RenderKeys, rendered
 from paligemma_jax.vision_start import vision_config_of, with_vision
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.config.base import check_declared
 from train_jax.core import param_tree, patterns
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
-from train_jax.core.files import cache_dir
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
 from train_jax.task import Blueprint, Task
@@ -43,45 +42,37 @@ class PretrainingModel(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelKeys:
+class ModelKeys(StackKeys):
     """`config.model`."""
 
     variant: str = key("tiny", "sizes of the model")
-    remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
-    unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
-    attention: str = key(
-        "auto",
-        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
-        choices=KERNELS,
-        resume_safe=True,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
 class InitKeys:
     """`config.init`."""
 
-    vision: str | None = key(None, "a SigLIP whose vision tower to start from")
+    vision: str | None = key(None, "SigLIP whose vision tower the run starts from; None = a new tower")
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneDataKeys:
+class SceneDataKeys(RenderKeys):
     """`config.data`: synthetic scenes."""
 
-    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
-    num_scenes: int = key(20_000, "scenes to train on")
-    build_workers: int = key(2, "processes that render", resume_safe=True)
-    num_held_out: int = key(200, "scenes to evaluate on")
+    num_scenes: int = key(20_000, "number of scenes to train on", minimum=1)
+    num_held_out: int = key(200, "number of scenes to evaluate on", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneKeys:
     """The keys of both pretraining tasks."""
 
-    model: ModelKeys = section(ModelKeys)
+    model: ModelKeys = section(lambda: ModelKeys(unroll=True))
     init: InitKeys = section(InitKeys)
-    init_from: tuple = key(
-        (), "workdirs of pretraining runs whose averaged parameters to start from, the last one wins"
+    init_from: tuple[str, ...] = key(
+        (),
+        "workdirs of pretraining runs from whose averaged parameters the run starts; where two have one parameter, "
+        "that of the last is used",
     )
     data: SceneDataKeys = section(SceneDataKeys)
 

@@ -25,6 +25,7 @@ from paligemma_jax.tasks.pretraining.detection import detection_scores
 from paligemma_jax.tasks.pretraining.scene_task import PretrainingModel, SceneDataKeys, SceneKeys, SceneTask, patch_loss
 from train_jax.core.config_keys import key, section
 from train_jax.core.data_source import DataSource
+from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 
 TASKS = ("answer", "caption", "detect", "point", "describe")
@@ -82,20 +83,22 @@ def pack(
 class TextDataKeys(SceneDataKeys):
     """`config.data`: scenes with texts."""
 
-    views: int = key(100, "times a scene is read with new texts before they repeat")
-    text_length: int = key(192, "tokens of a packed row")
-    num_segments: int = key(16, "texts offered for a row; those that do not fit are left out")
+    views: int = key(100, "number of times that a scene is read with new texts before they repeat", minimum=1)
+    text_length: int = key(192, "number of tokens of a row of packed texts", minimum=1)
+    num_segments: int = key(
+        16, "number of texts that are offered for a row; those that do not fit are left out", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextWeightKeys:
     """`config.weights`: of the loss of each kind of text."""
 
-    answer: float = key(3.0, "answers to questions")
-    caption: float = key(0.5, "captions")
-    detect: float = key(0.3, "boxes")
-    point: float = key(0.5, "locations")
-    describe: float = key(1.0, "descriptions of a location")
+    answer: float = key(3.0, "weight of answers to questions", minimum=0)
+    caption: float = key(0.5, "weight of captions", minimum=0)
+    detect: float = key(0.3, "weight of boxes", minimum=0)
+    point: float = key(0.5, "weight of locations", minimum=0)
+    describe: float = key(1.0, "weight of descriptions of a location", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +106,8 @@ class Keys(SceneKeys):
     """The keys of the task."""
 
     data: TextDataKeys = section(TextDataKeys)
-    tokenizer: str = key("tiny", "folder or file of a tokenizer, or one that ships with the package")
-    patch_loss: float = key(0.5, "weight of the patch heads' loss")
+    tokenizer: str = key("tiny", "folder or file of the tokenizer, or the name of one that ships with the package")
+    patch_loss: float = key(0.5, "weight of the loss of the patch heads", minimum=0)
     weights: TextWeightKeys = section(TextWeightKeys)
 
 
@@ -115,6 +118,8 @@ class Pretraining(SceneTask):
 
     def __init__(self, config: ConfigDict, mesh):
         super().__init__(config, mesh)
+        if not any(config.weights.values()):
+            raise UserError("all of weights are 0, expected one above 0, as no text would count: raise one.")
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.tokenizer.fits(self.model_config.decoder.vocab_size)
 

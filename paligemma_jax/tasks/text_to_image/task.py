@@ -34,12 +34,11 @@ from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_to
 from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.image_sheet import save_image_sheet
-from paligemma_jax.tasks.rendered import rendered
+from paligemma_jax.tasks.rendered import RenderKeys, rendered
 from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError, quoted
-from train_jax.core.files import cache_dir
 from train_jax.parallel import sharding
 from train_jax.step.placement import own_copy
 
@@ -88,17 +87,21 @@ class SceneImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneDataKeys:
+class SceneDataKeys(RenderKeys):
     """`config.data`: synthetic scenes."""
 
-    cache_dir: str = key(cache_dir, "folder for rendered scenes", resume_safe=True)
-    build_workers: int = key(2, "processes that render", resume_safe=True)
-    num_scenes: int = key(8000, "scenes to train on")
-    num_held_out: int = key(400, "scenes to evaluate on")
-    image_size: int = key(32, "pixels")
-    views: int = key(100, "captions of a scene before they repeat")
-    flip: bool = key(False, "mirror every second image; mirrored scenes are lit from the other side")
-    dequantize: bool = key(True, "add uniform noise of one grey value; without it there is no likelihood")
+    num_scenes: int = key(8000, "number of scenes to train on", minimum=2)
+    num_held_out: int = key(400, "number of scenes to evaluate on", minimum=2)
+    image_size: int = key(32, "side of an image in pixels", minimum=1)
+    views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
+    flip: bool = key(
+        False,
+        "whether half of the images, drawn anew in every step, are mirrored from left to right; mirrored scenes are "
+        "lit from the other side",
+    )
+    dequantize: bool = key(
+        True, "whether uniform noise of one grey value is added to the images; without it no likelihood is measured"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,10 @@ class Keys(ImageFlowKeys):
         "attributes", "what the model is given about each image", choices=CONDITIONINGS, architecture=True
     )
     siglip: str | None = key(
-        None, "folder, run or name of a SigLIP or CLIP, which encodes captions and scores samples", architecture=True
+        None,
+        "folder, run or name of the SigLIP or CLIP that encodes captions and scores samples; None = samples are not "
+        "scored",
+        architecture=True,
     )
     data: SceneDataKeys = section(SceneDataKeys)
 
@@ -132,6 +138,7 @@ class TextToImage(ImageFlowTask):
                 "expected independent: change it."
             )
         self.size, self.channels = config.data.image_size, 3
+        self.model_config()  # checks sizes before scenes are rendered
 
     # Conditions.
 

@@ -4,6 +4,7 @@ The keys are in config.py, the methods in adapt/peft/methods.py, their files in 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -75,8 +76,6 @@ def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
       UserError: the first fault.
     """
     changed = [key for key in defaults if adapter[key] != defaults[key]]
-    if not 0 <= adapter.dropout < 1:
-        raise UserError(f"adapter.dropout is {adapter.dropout}, expected 0 or more and less than 1: change it.")
     _check_method(adapter, changed)
     decided = [key for key in FROM_FILES if key in changed]
     if adapter.path is not None and decided:
@@ -86,11 +85,15 @@ def check(adapter: ConfigDict, defaults: ConfigDict) -> None:
         )
     _check_layers(adapter.layers)
     _check_pairs("rank_pattern", adapter.rank_pattern, "whole number of 1 or more", lambda r: type(r) is int and r >= 1)
-    _check_pairs("alpha_pattern", adapter.alpha_pattern, "number but 0", lambda a: type(a) in (int, float) and a != 0)
+    _check_pairs("alpha_pattern", adapter.alpha_pattern, "finite number above 0", _is_alpha)
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _check_method(adapter: ConfigDict, changed: list[str]) -> None:
-    """Raises UserError for keys that the method does not have, and for a size or a penalty out of range."""
+    """Raises UserError for keys that the method does not have."""
     for key in REFUSED:
         having = [name for name in METHODS if key in keys_of(name)]
         if key in changed and adapter.name not in having:
@@ -98,11 +101,6 @@ def _check_method(adapter: ConfigDict, changed: list[str]) -> None:
                 f"adapter.{key} is {adapter[key]!r} beside adapter.name={adapter.name!r}, which has none, expected "
                 f"{'one of ' if len(having) > 1 else ''}{', '.join(having)}: leave it out or change the name."
             )
-    if adapter.size is not None and adapter.size < 1:
-        size = METHODS[adapter.name].size_is
-        raise UserError(f"adapter.size is {adapter.size} (the {size}), expected 1 or more: raise it.")
-    if adapter.penalty < 0:
-        raise UserError(f"adapter.penalty is {adapter.penalty}, expected 0 or more: raise it.")
 
 
 def keys_of(name: str) -> set[str]:
@@ -121,12 +119,11 @@ def method_of(adapter: ConfigDict) -> Method[PaliGemma] | None:
 
 
 def _check_layers(layers: tuple) -> None:
-    """Raises UserError unless the numbers are different and not negative."""
-    valid = all(type(layer) is int and layer >= 0 for layer in layers)
-    if not valid or len(set(layers)) != len(layers):
+    """Raises UserError unless the numbers are different."""
+    if len(set(layers)) != len(layers):
         raise UserError(
-            f"adapter.layers is {layers!r}, expected different numbers of layers from 0 on, such as (0, 1), or () for "
-            "all: correct it."
+            f"adapter.layers is {layers!r}, expected different numbers of layers, such as (0, 1), or () for all: "
+            "correct it."
         )
 
 

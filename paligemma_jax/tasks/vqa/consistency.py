@@ -49,14 +49,20 @@ class TunedForward(NamedTuple):
 class Keys:
     """`config.consistency`."""
 
-    weight: float = key(0.0, "of consistency beside the loss; 0 leaves it out of the program", minimum=0)
-    on: str = key("answers", "images need a tower or a projector that is adapted", choices=SIDES)
+    weight: float = key(0.0, "weight of consistency with the frozen model in the loss; 0 = not computed", minimum=0)
+    on: str = key(
+        "answers",
+        "what is kept consistent: distributions of answer tokens, image features (of an adapted tower or "
+        "projector), or both",
+        choices=SIDES,
+    )
     kind: str = key("cosine", "distance of image features", choices=KINDS)
-    temperature: float = key(1.0, "of both next-token distributions", above=0)
+    temperature: float = key(1.0, "temperature of both distributions of the next token", above=0)
     prompts: tuple = key(
         (),
-        "((prefix, continuation), ...): texts whose next tokens are compared, such as (('caption en', 'a red'),), at "
-        "the end of the prefix and after every token of the continuation; () = the rows' own",
+        "pairs (prefix, continuation), such as (('caption en', 'a red'),), of the texts whose next tokens are "
+        "compared, at the end of the prefix and after every token of the continuation; () = the row's own question "
+        "and answer",
     )
 
 

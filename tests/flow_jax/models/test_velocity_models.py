@@ -265,7 +265,8 @@ def test_resizing_keeps_the_mean():
         (lambda: UNetConfig(image_size=30), "cannot be halved 3 times"),
         (lambda: UNetConfig(attention=(12,)), "feature maps have sides .32, 16, 8, 4."),
         (lambda: DiTConfig(image_size=31), "must divide"),
-        (lambda: MLP(MLPConfig(depth=0), rngs=nnx.Rngs(0)), "depth >= 1"),
+        (lambda: MLPConfig(depth=0), "depth is 0, expected 1 or more hidden layers"),
+        (lambda: MLPConfig(time_width=1), "time_width is 1, expected 2 or more, or 0 without labels"),
         (
             lambda: make("mlp")[0](0.5, jnp.ones((2, 3)), jnp.array([0, 1])),
             "takes nothing for each row, but got one",
@@ -275,11 +276,11 @@ def test_resizing_keeps_the_mean():
             "takes one label for each row, but got nothing",
         ),
         (lambda: make("mlp", num_classes=2, vector_width=3), "expected one kind"),
-        (lambda: make("mlp", vector_width=3, time_width=0), "time_width > 0 with labels"),
+        (lambda: make("mlp", vector_width=3, time_width=0), "time_width is 0, expected 2 or more, or 0 without labels"),
         (lambda: make("unet")[0](0.5, jnp.ones((1, 4, 4, 2))), "expected .8, 8, 2."),
         (lambda: make("dit")[0](0.5, jnp.ones((1, 4, 4, 2))), "built for 6 x 6 x 2"),
         (
-            lambda: UNet(UNetConfig(width=8, head_width=7), rngs=nnx.Rngs(0)),
+            lambda: UNetConfig(width=8, head_width=7),
             "cannot be divided into attention heads of 7",
         ),
     ],

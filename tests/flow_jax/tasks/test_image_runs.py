@@ -283,8 +283,8 @@ def test_contradictory_variants_are_refused(argument, sentence):
             {"eval.guidance": 2.0, "model.label_dropout": 0.0},
             "guidance needs a model that is also trained without labels",
         ),
-        ({"eval.divergence": "foo"}, "divergence='foo' is unknown, expected one of exact, hutchinson"),
-        ({"data.channels": 2}, "data.channels is 2, expected 1"),
+        ({"eval.divergence": "foo"}, "config.eval.divergence='foo', expected one of exact, hutchinson"),
+        ({"data.channels": 2}, "config.data.channels=2, expected one of 1, 3"),
     ],
 )
 def test_a_mistake_is_one_sentence(changes, sentence, capsys, tmp_path):

@@ -88,8 +88,8 @@ def test_a_gaussian_path_by_config_is_that_of_its_functions():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("ve", {"path.ve_sigma_min": 0.0}, "VE(sigma_min=0.0, sigma_max=50.0): expected 0 < sigma_min"),
-        ("polynomial", {"path.degree": 0.5}, "Polynomial(n=0.5): the velocity is infinite at t = 0"),
+        ("ve", {"path.ve_sigma_min": 60.0}, "VE(sigma_min=60.0, sigma_max=50.0): expected 0 < sigma_min"),
+        ("polynomial", {"path.degree": 0.5}, "config.path.degree=0.5, expected 1 or more: change it"),
         ("bridge", {}, "config.path.name='bridge', expected one of cond_ot, cfm, vp, linear_vp, ve, cosine"),
     ],
 )

@@ -206,11 +206,11 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
          "batch: change it, or set it to None for all rows of a batch."),
         ({"coupling.name": "independent", "coupling.group": 4}, "coupling.group is 4 beside "
          "coupling.name='independent', which pairs no rows with one another, expected None: leave one of the two out."),
-        ({"eval.solver": "foo"}, "solver='foo' is unknown, expected one of euler, midpoint, heun, rk4, dopri5, tsit5, "
-         "dopri8."),
+        ({"eval.solver": "foo"}, "config.eval.solver='foo', expected one of euler, midpoint, heun, rk4, dopri5, "
+         "tsit5, dopri8: change it"),
         ({"model.activation": "foo"}, "model: the activation is 'foo', expected a function of jax.nn, such as silu, "
          "gelu or selu."),
-        ({"path.sigma_min": -0.5}, "CondOT(sigma_min=-0.5): expected 0 to 1, the size of the noise at t = 1."),
+        ({"path.sigma_min": -0.5}, "config.path.sigma_min=-0.5, expected a number from 0 to 1: change it"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, capsys, changes, sentence):

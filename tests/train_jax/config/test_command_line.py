@@ -304,8 +304,12 @@ def test_the_table_of_a_task_without_declared_keys():
     """Its own keys, and the runtime's whose defaults it changes."""
     lines = task_table(TASK).splitlines()
     assert "| `model.width` | `8` | int |  |  |" in lines
-    assert any(line.startswith("| `log_steps` | `10` | int or None | interval between") for line in lines)
+    assert any(line.startswith("| `log_steps` | `10` | int, 1 or more, or None | interval between") for line in lines)
     assert len(lines) == 2 + 6
+
+
+def test_a_task_without_keys_is_said_to_have_none():
+    assert task_table("train_jax.task:Task").startswith("train_jax.task:Task has no config keys of its own; ")
 
 
 def test_help_prints_usage_and_flags(capsys):

@@ -216,8 +216,6 @@ def test_a_constant_warmup():
     for step, value in {0: 0.5, 9: 0.5, 10: 4.0, 60: 2.0, 110: 0.0}.items():
         assert float(schedule(step)) == pytest.approx(value, abs=1e-6), step
     assert float(schedule(10, warmup_steps=40)) == 0.5
-    with pytest.raises(UserError, match="warmup_constant is -1.0, expected a rate of 0 or more"):
-        make_schedule(config(warmup_constant=-1.0), 110, 10)
 
 
 def test_an_own_warmup_does_not_change_the_decay():
@@ -230,14 +228,12 @@ def test_an_own_warmup_does_not_change_the_decay():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": "adamw8bit"}, r"is 'adamw8bit', expected one of adamw, .*; did you mean 'adamw_8bit'\?"),
-        ({"name": "shampoo"}, r"is 'shampoo', expected one of adamw, adam, sgd, .*; correct it"),
         ({"name": "adam", "weight_decay": 0.1}, "no meaning for optimizer 'adam'"),
         ({"weight_decay": 0.1, "weight_decay_mask": ".*/weight"}, "weight_decay_mask .*matches none of 3 paths"),
         ({"rates": (("visoin/.*", 2.0),)}, r"'visoin/\.\*' matches none of 3 paths"),
         ({"rates": (("vision/.*", 0.0),)}, "freeze them by pattern"),
+        ({"rates": (("vision/.*", float("inf")),)}, "the factor of 'vision/.*' is inf, expected a finite number"),
         ({"rates": (("vision/.*",),)}, r"expected \(pattern, factor\)"),
-        ({"grad_clip_norm": 0.0}, "grad_clip_norm is 0.0"),
     ],
 )
 def test_optimizer_errors(changes, sentence):
@@ -249,14 +245,7 @@ def test_optimizer_errors(changes, sentence):
 @pytest.mark.parametrize(
     ("changes", "steps", "sentence"),
     [
-        (
-            {"schedule": "step"},
-            (10, 0),
-            "optimizer.schedule is 'step', expected one of constant, linear",
-        ),
         ({"schedule": "rsqrt", "end_factor": 0.1}, (10, 0), "has no meaning for schedule='rsqrt'"),
-        ({"schedule": "rsqrt", "rsqrt_timescale": 0}, (10, 0), "rsqrt_timescale is 0"),
-        ({"learning_rate": -1.0}, (10, 0), "learning_rate is -1.0"),
         ({}, (10, 11), "takes 11 steps, expected 0 to the run's 10"),
     ],
 )

@@ -73,9 +73,6 @@ def test_a_small_set_keeps_an_image_in_each_split(counts, share):
     "source, changes, sentence",
     [
         (rows([5]), {}, "the training data hold one image, expected at least two"),
-        (rows([1, 1]), {"tune_fraction": 0.0}, "data.tune_fraction is 0.0"),
-        (rows([1, 1]), {"tune_fraction": 1.0}, "data.tune_fraction is 1.0"),
-        (rows([1, 1]), {"tune_examples": 0}, "data.tune_examples 0"),
         (rows([1, 1]), {"fraction": 0.0}, "data fraction is 0.0"),
     ],
 )

@@ -479,7 +479,7 @@ def test_names_of_further_sets_must_be_unique(options, tmp_path, names):
         ({"data.descriptions": None}, "data.descriptions is not set, which the frozen branch reads"),
         ({"protocol": "cross_dataset"}, r"data.targets is \(\) .* expected folders with cross_dataset and"),
         ({"data.name": "scenes"}, "data.source is .* of synthetic classes: set data.name=images"),
-        ({"views.tuned.crop": 0.0}, "an augmentation has crop=0.0"),
+        ({"views.tuned.crop": 0.0}, "config.views.tuned.crop=0.0, expected a number above 0"),
     ],
 )
 def test_invalid_configs_are_refused(options, changes, sentence):
@@ -495,9 +495,13 @@ def test_invalid_configs_are_refused(options, changes, sentence):
         ({"data.target_styles": "('dim',)"}, r"data.target_styles is \('dim',\) .* and nothing otherwise"),
         (
             {"protocol": "domain_generalization", "data.target_styles": "('dark',)"},
-            r"data.target_styles is \('dark',\) beside 'plain', expected others of plain, dim",
+            r"config.data.target_styles holds 'dark', expected some of plain, dim",
         ),
-        ({"data.per_class": "(1, 1)"}, r"data.per_class is \(1, 1\), expected three numbers"),
+        (
+            {"protocol": "domain_generalization", "data.target_styles": "('dim', 'plain')"},
+            r"data.target_styles is .* beside data.style='plain', expected other styles",
+        ),
+        ({"data.per_class": "(1, 1)"}, r"config.data.per_class=\(1, 1\), expected 3 whole numbers"),
     ],
 )
 def test_invalid_configs_of_synthetic_classes_are_refused(options, changes, sentence):

@@ -92,9 +92,9 @@ def test_a_run_reports_what_it_forgot(mini_options, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"data.families": ("colour",)}, "data.families holds 'colour', expected some of exist, count, equal_integer, "
-         "less_than, greater_than, query_size, query_color, query_material, query_shape, equal_size, equal_color, "
-         "equal_material, equal_shape: change it."),
+        ({"data.families": ("colour",)}, "config.data.families holds 'colour', expected some of exist, count, "
+         "equal_integer, less_than, greater_than, query_size, query_color, query_material, query_shape, equal_size, "
+         "equal_color, equal_material, equal_shape: change it"),
         ({"data.name": "jsonl", "eval.captions": 5}, "eval.captions is 5 beside data.name='jsonl', expected 0, as only "
          "the scenes of synthetic_clevr have captions: change it."),
         ({"eval.captions": -1}, "config.eval.captions=-1, expected 0 or more: change it"),

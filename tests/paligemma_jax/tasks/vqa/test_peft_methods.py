@@ -91,8 +91,7 @@ def test_the_penalty_is_added_to_the_mean_loss(mini_options):
          "bitfit, diff_pruning, last_layers, none: change it; did you mean 'prefix'?"),
         ({"adapter.name": "bitfit", "adapter.size": 4}, "adapter.size is 4 beside adapter.name='bitfit', which has "
          "none, expected one of bottleneck, prefix, prompt, last_layers: leave it out or change the name."),
-        ({"adapter.name": "prefix", "adapter.size": 0}, "adapter.size is 0 (the length), expected 1 or more: raise "
-         "it."),
+        ({"adapter.name": "prefix", "adapter.size": 0}, "config.adapter.size=0, expected 1 or more: change it"),
         ({"adapter.name": "prefix", "adapter.targets": "decoder/.*"}, "adapter.targets is 'decoder/.*' beside "
          "adapter.name='prefix', which has none, expected one of lora, bitfit, diff_pruning: leave it out or "
          "change the name."),
