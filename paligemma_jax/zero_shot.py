@@ -153,10 +153,10 @@ class Calibration(NamedTuple):
 
 def calibration(likely: Float[np.ndarray, " N"], true: Bool[np.ndarray, " N"], bins: int = 10) -> Calibration:
     """Compares likelihoods with outcomes, in `bins` bins between 0 and 1 (Guo et al. 2017, section 2)."""
-    place = np.minimum((likely * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    bin_of_pair = np.minimum((likely * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of_pair, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean, share = (np.bincount(place, values, minlength=bins) / count for values in (likely, true))
+        mean, share = (np.bincount(bin_of_pair, values, minlength=bins) / count for values in (likely, true))
     return Calibration(mean, share, count)
 
 

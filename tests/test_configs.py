@@ -10,14 +10,14 @@ from types import ModuleType
 import pytest
 from absl import flags
 
+from paligemma_jax.adapt.few_shot.learned_prompts import PromptConfig
 from paligemma_jax.adapt.few_shot.methods import few_shot_method
-from paligemma_jax.adapt.few_shot.prompts import PromptConfig
 from paligemma_jax.models.paligemma import variant
 from paligemma_jax.models.variants import variant as variant_of_dual
 from paligemma_jax.tasks.contrastive import config as contrastive_config
 from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.tasks.vqa import config as vqa_config
-from paligemma_jax.tasks.vqa.adapter import PRESETS
+from paligemma_jax.tasks.vqa.adapter_config import PRESETS
 from paligemma_jax.tasks.vqa.task import VQA
 from train_jax.config import command_line
 from train_jax.config.__main__ import key_table, task_table

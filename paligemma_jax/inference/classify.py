@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
-from paligemma_jax.adapt.few_shot.prompts import check_texts
+from paligemma_jax.adapt.few_shot.learned_prompts import check_texts
 from paligemma_jax.data.few_shot.descriptions import fill_templates
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
 from paligemma_jax.inference.answer import read_pixels

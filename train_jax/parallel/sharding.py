@@ -144,9 +144,9 @@ def shardings(
     return chosen, notes
 
 
-def with_shardings(tree: Any, place: Callable[[Any], NamedSharding]) -> Any:
-    """Returns the shapes of a tree's leaves, each with the sharding `place(leaf)`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), tree)
+def with_shardings(tree: Any, sharding_of: Callable[[Any], NamedSharding]) -> Any:
+    """Returns the shapes of a tree's leaves, each with the sharding `sharding_of(leaf)`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), tree)
 
 
 def device_bytes(tree: Any) -> int:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from paligemma_jax.adapt.few_shot import prompts
-from paligemma_jax.adapt.few_shot.prompts import PromptConfig
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE, PromptConfig, attach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 from train_jax.core.patterns import did_you_mean
@@ -29,12 +28,10 @@ class FewShotMethod:
 
 FEW_SHOT_METHODS = {
     "zero_shot": FewShotMethod(None, None),
-    "coop": FewShotMethod(PromptConfig(4, 0, depth=1, coupled=False), prompts.TRAINABLE),
-    "maple": FewShotMethod(PromptConfig(), prompts.TRAINABLE),
-    "adapters": FewShotMethod(
-        PromptConfig(0, 0, coupled=False, text_adapter=128, image_adapter=128), prompts.TRAINABLE
-    ),
-    "coprompt": FewShotMethod(PromptConfig(text_adapter=128, image_adapter=128), prompts.TRAINABLE, consistency=True),
+    "coop": FewShotMethod(PromptConfig(4, 0, depth=1, coupled=False), TRAINABLE),
+    "maple": FewShotMethod(PromptConfig(), TRAINABLE),
+    "adapters": FewShotMethod(PromptConfig(0, 0, coupled=False, text_adapter=128, image_adapter=128), TRAINABLE),
+    "coprompt": FewShotMethod(PromptConfig(text_adapter=128, image_adapter=128), TRAINABLE, consistency=True),
     "full": FewShotMethod(None, r".*"),
 }
 """Methods with the default sizes of the released code for CLIP B/16; `few_shot_method` changes them.
@@ -73,4 +70,4 @@ def attach_method(
     """Attaches a method's prompts and adapters, if any, in place; arguments and errors as in `attach_prompts`."""
     if method.prompts is None:
         return model
-    return prompts.attach_prompts(model, method.prompts, init_words=init_words, rngs=rngs)
+    return attach_prompts(model, method.prompts, init_words=init_words, rngs=rngs)

@@ -5,8 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE
 from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, FewShotMethod, few_shot_method
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE
 from paligemma_jax.data.few_shot import protocols
 from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from paligemma_jax import zero_shot
-from paligemma_jax.adapt.few_shot.prompts import check_texts
+from paligemma_jax.adapt.few_shot.learned_prompts import check_texts
 from paligemma_jax.data.few_shot.dataset import BASE, NOVEL, FewShot
 from paligemma_jax.data.few_shot.descriptions import fill
 from paligemma_jax.data.few_shot.protocols import Protocol

@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
+from paligemma_jax.adapt.few_shot.learned_prompts import check_texts
 from paligemma_jax.adapt.few_shot.methods import attach_method
-from paligemma_jax.adapt.few_shot.prompts import check_texts
-from paligemma_jax.data.few_shot.descriptions import fill, place
+from paligemma_jax.data.few_shot.descriptions import fill, positions
 from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import TunedRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
@@ -81,8 +81,8 @@ class ClassTexts(NamedTuple):
 
     def frozen_sentences(self, draw: Float[Array, ""]) -> Float[Array, "C E"]:
         """Returns the embedding of the sentence of each class that a draw in [0, 1) selects."""
-        places = place(draw, self.lengths)
-        return jnp.take_along_axis(jnp.asarray(self.frozen), places[:, None, None], axis=1)[:, 0]
+        chosen = positions(draw, self.lengths)
+        return jnp.take_along_axis(jnp.asarray(self.frozen), chosen[:, None, None], axis=1)[:, 0]
 
 
 class CoPrompt(Task):

@@ -8,8 +8,7 @@ from paligemma_jax.adapt.quantization.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.vqa import adapter as vqa_adapter
-from paligemma_jax.tasks.vqa import consistency
+from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa.consistency import Keys as ConsistencyKeys
 from train_jax.config.base import check_declared
 from train_jax.core.config_keys import config_dict, key, section
@@ -51,7 +50,9 @@ class InitKeys:
 class AdapterKeys:
     """`config.adapter`: what trains beside a frozen base (docs/peft.md)."""
 
-    name: str = key("lora", "method; none trains what `trainable` says", choices=vqa_adapter.NAMES, architecture=True)
+    name: str = key(
+        "lora", "method; none trains what `trainable` says", choices=adapter_config.NAMES, architecture=True
+    )
     targets: str | None = key(
         None,
         r"pattern of modules (lora, diff_pruning) or parameters (bitfit); None = the method's own, lora's being "
@@ -192,7 +193,7 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     check_declared(config)
-    vqa_adapter.check(config.adapter, config_dict(AdapterKeys))
+    adapter_config.check(config.adapter, config_dict(AdapterKeys))
     if config.adapter.name != "none" and config.trainable is not None:
         raise UserError(
             f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "

@@ -28,9 +28,8 @@ from paligemma_jax.losses.chunked_cross_entropy import counted_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.process_cache import PROCESS_CACHE
-from paligemma_jax.tasks.vqa import adapter as vqa_adapter
+from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa import config as vqa_config
-from paligemma_jax.tasks.vqa import consistency
 from paligemma_jax.tasks.vqa import plan as vqa_plan
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features
@@ -161,12 +160,12 @@ class VQA(Task):
 
     def attach(self, model: PaliGemma) -> PaliGemma:
         """Attaches the adapters that training starts with, in place; use the model returned."""
-        return vqa_adapter.attach(model, self.config.adapter, self._adapter, self.config.seed, self._leaf_sharding)
+        return adapter_config.attach(model, self.config.adapter, self._adapter, self.config.seed, self._leaf_sharding)
 
     def trainable(self) -> str:
         """Returns the pattern of the parameters that train."""
         adapter = self.config.adapter
-        return self.config.trainable or r".*" if adapter.name == "none" else vqa_adapter.trainable(adapter)
+        return self.config.trainable or r".*" if adapter.name == "none" else adapter_config.trainable(adapter)
 
     def trainable_paths(self) -> list[str]:
         """Returns the paths of the parameters that train.
@@ -178,7 +177,7 @@ class VQA(Task):
         if adapter.name == "none":
             paths = patterns.select(self.trainable(), param_tree.abstract(model), what="trainable parameters")
         else:
-            paths = vqa_adapter.trained_paths(model, adapter, self.attach)
+            paths = adapter_config.trained_paths(model, adapter, self.attach)
         quantize.refuse_trained(paths)
         consistency.check_paths(self.config, paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
@@ -198,7 +197,7 @@ class VQA(Task):
         if self.config.adapter.name == "none":
             lines = [f"trains {self.trainable()!r}, no adapters"]
         else:
-            lines = [vqa_adapter.describe(model, self.config.adapter)]
+            lines = [adapter_config.describe(model, self.config.adapter)]
         if quantize.is_quantized(model):
             lines.append(quantize.describe(model))
         return "\n".join(lines)
@@ -286,7 +285,7 @@ class VQA(Task):
         weights, normalizer = self._weights(batch)
         lm_head = self._lm_head(model)
         loss = token_cross_entropy(tuned.hidden, targets=tuned.arrays["targets"], weights=weights, **lm_head)
-        loss += normalizer * vqa_adapter.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
+        loss += normalizer * adapter_config.penalty(model, self.config.adapter)  # normalizers of micro-batches add up
         metrics = {"good_rows": (batch["weight"].sum(), jnp.float32(len(batch["weight"])))}  # share of good rows
         if self._consistency is not None:
             for part, term in self._consistency.terms(model, batch, tuned, weights, keys, lm_head).items():
@@ -295,7 +294,7 @@ class VQA(Task):
         return loss, metrics
 
     def _forward(self, model: PaliGemma, batch, keys=None) -> consistency.TunedForward:
-        if keys is not None and STEP in batch and self.config.adapter.name in vqa_adapter.NOISE_PER_STEP:
+        if keys is not None and STEP in batch and self.config.adapter.name in adapter_config.NOISE_PER_STEP:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), batch_features(model, batch, keys)
         return consistency.TunedForward(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
@@ -339,7 +338,7 @@ class VQA(Task):
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters, for peft and for the adapter.path of another run."""
         if self.config.adapter.name != "none":
-            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self.config.adapter, self.config.model.path)
+            adapter_config.export(model, workdir / adapter_config.FOLDER, self.config.adapter, self.config.model.path)
 
     def control_runs(self) -> dict[str, ConfigDict]:
         """Returns the question-only control run: the same fine-tuning on black images."""

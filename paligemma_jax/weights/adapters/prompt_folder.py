@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from flax import nnx
 
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE, PromptConfig, attach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.weights.adapters.method_folder import DESCRIPTION, put_arrays, read_arrays, write_folder
 from train_jax.core import param_tree, patterns

@@ -9,7 +9,13 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, PromptConfig, attach_prompts, check_texts, detach_prompts
+from paligemma_jax.adapt.few_shot.learned_prompts import (
+    TRAINABLE,
+    PromptConfig,
+    attach_prompts,
+    check_texts,
+    detach_prompts,
+)
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
 from paligemma_jax.models.text_encoder import TextConfig, _insert_placeholders
 from paligemma_jax.models.variants import variant

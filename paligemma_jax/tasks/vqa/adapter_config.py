@@ -17,7 +17,7 @@ from paligemma_jax.adapt.peft import diff_pruning
 from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.weights.adapters.method_folder import save_adapter
-from paligemma_jax.weights.adapters.peft import Adapter, Shardings, load_peft, save_peft
+from paligemma_jax.weights.adapters.peft import PeftFolder, Shardings, load_peft, save_peft
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
@@ -146,7 +146,7 @@ def _check_pairs(key: str, pairs: tuple, expected: str, valid: Callable[[Any], b
 
 
 def attach(
-    model: PaliGemma, adapter: ConfigDict, opened: Adapter | None, seed: int, shardings: Shardings | None = None
+    model: PaliGemma, adapter: ConfigDict, opened: PeftFolder | None, seed: int, shardings: Shardings | None = None
 ) -> PaliGemma:
     """Attaches the adapters that a run starts with, in float32.
 
