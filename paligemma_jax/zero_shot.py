@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt8
 
 from paligemma_jax.data.few_shot.descriptions import fill_templates
-from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.core.errors import UserError
 
@@ -168,7 +168,7 @@ def calibration_error(bins: Calibration) -> float:
 @jax.jit
 def embed_rows(model: DualEncoder, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Returns the embeddings [B, E] of uint8 `image` [B, I, I, 3], and of `tokens` and `mask` [B, T]."""
-    images = _preprocessing(model).normalize(rows["image"])
+    images = preprocessing_of(model.config).normalize(rows["image"])
     return model(jnp.asarray(images), rows["tokens"], rows["mask"])[:2]
 
 
@@ -176,7 +176,7 @@ def embed_images(
     model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = BATCH_SIZE
 ) -> Float[np.ndarray, "N E"]:
     """Returns the embeddings of images of any size, resized as the model's family does; pads the last batch."""
-    resize, batches = _preprocessing(model).resize, _batches(images, batch_size)
+    resize, batches = preprocessing_of(model.config).resize, _batches(images, batch_size)
     parts = [np.asarray(embed_pixels(model, np.stack([resize(image) for image in batch]))) for batch in batches]
     return np.concatenate(parts)[: len(images)]
 
@@ -184,14 +184,7 @@ def embed_images(
 @jax.jit
 def embed_pixels(model: DualEncoder, pixels: UInt8[jax.Array, "B I I 3"]) -> Float[jax.Array, "B E"]:
     """Returns the embeddings of images resized by `Preprocessing.resize`."""
-    return model.encode_image(jnp.asarray(_preprocessing(model).normalize(pixels)))[0]
-
-
-def _preprocessing(model: DualEncoder) -> Preprocessing:
-    preprocessing = model.config.preprocessing
-    if preprocessing is None:
-        raise ValueError("the model has no preprocessing, expected one in its config.")
-    return preprocessing
+    return model.encode_image(jnp.asarray(preprocessing_of(model.config).normalize(pixels)))[0]
 
 
 def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:

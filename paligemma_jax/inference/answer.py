@@ -13,7 +13,7 @@ from paligemma_jax.data.row_texts import check_prompt, is_text
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
 from paligemma_jax.generation.generate import generate
 from paligemma_jax.generation.token_sampling import make_sampler
-from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing, preprocessing_of
 from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core.errors import UserError, cut, quoted
@@ -80,8 +80,7 @@ def predict(
         raise UserError(f"{source} is no PaliGemma, the only model that answers prompts: give classes with --class.")
     text_tokenizer = load_tokenizer(tokenizer or source)
     text_tokenizer.fits(loaded.config.decoder.vocab_size)
-    preprocessing = loaded.config.preprocessing
-    assert preprocessing is not None, "models that are loaded have a preprocessing"
+    preprocessing = preprocessing_of(loaded.config)
     pixels = {image: read_pixels(image, preprocessing) for image in dict.fromkeys(images)}
     prompts = [template.replace("{question}", text) for text in texts]
     rows = _prompt_rows(text_tokenizer, prompts, special_tokens or default_marks)

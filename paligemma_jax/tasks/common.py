@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
-from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.images.preprocessing import preprocessing_of
+from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.stack import REMAT_POLICIES
 from train_jax.parallel import sharding
 from train_jax.parallel.sharding import Spec
@@ -67,12 +67,6 @@ def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
     return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
-
-
-def preprocessing_of(config: PaliGemmaConfig | DualEncoderConfig) -> Preprocessing:
-    """Returns how images are prepared for a model; only a model made by hand lacks it."""
-    assert config.preprocessing is not None
-    return config.preprocessing
 
 
 def normalize(model: PaliGemma | DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:

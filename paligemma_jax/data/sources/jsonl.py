@@ -163,6 +163,7 @@ def open_questions(data: ConfigDict, split: str, progress: Callable[[str], objec
     return JsonlRecords(own_source(data), split, cache=data.cache_dir)
 
 
-def open_captions(data: ConfigDict, split: str) -> JsonlRecords:
-    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
+def open_captions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> JsonlRecords:
+    """Opens the captions of a contrastive run; see splits.open_source."""
+    del progress
     return JsonlRecords(data.source, split, data.caption, data.cache_dir)

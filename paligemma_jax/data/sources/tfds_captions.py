@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _check_feature(features: Any, name: str, folder: Path) -> None:
         features = inner[part]
 
 
-def open_captions(data: ConfigDict, split: str) -> TfdsCaptions:
-    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
+def open_captions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> TfdsCaptions:
+    """Opens the captions of a contrastive run; see splits.open_source."""
+    del progress
     return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)

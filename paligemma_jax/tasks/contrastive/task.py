@@ -25,6 +25,7 @@ from paligemma_jax.data.sources.captioned import (
     encode_scenes,
 )
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference import command
 from paligemma_jax.losses import reference as contrastive_reference
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -62,7 +63,7 @@ class Contrastive(Task):
         self.model_config = model_config
         self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
         self.tokenizer.fits(self.model_config.text.vocab_size)
-        preprocessing = common.preprocessing_of(model_config)
+        preprocessing = preprocessing_of(model_config)
         self.data = ContrastiveData(config.data, self.tokenizer, preprocessing, model_config.vision)
 
     @classmethod

@@ -18,8 +18,8 @@ from paligemma_jax.data.few_shot.descriptions import fill
 from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import LabelledRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
 from paligemma_jax.tasks.image_sheet import save_image_sheet
 from train_jax.core import files

@@ -22,6 +22,7 @@ from paligemma_jax.data import prompts
 from paligemma_jax.data.records import GuardedSource, RecordSource, evenly_spaced
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference import command
 from paligemma_jax.losses import loss_weights, token_cross_entropy
 from paligemma_jax.losses.chunked_cross_entropy import counted_scores
@@ -107,7 +108,7 @@ class VQA(Task):
                 key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
                 self._base = PROCESS_CACHE.model(key, self._read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            preprocessing = common.preprocessing_of(self._base.config)
+            preprocessing = preprocessing_of(self._base.config)
             self._processor = RowProcessor(self.tokenizer, preprocessing, config.data)
         return self._base
 
