@@ -43,6 +43,10 @@ CoPrompt's code has other prompts for each data set (docs/coprompt.md).
 def few_shot_method(name: str, **changes) -> FewShotMethod:
     """Returns a method by name, with fields of its `PromptConfig` changed.
 
+    Args:
+      name: a key of `FEW_SHOT_METHODS`: zero_shot, coop, maple, adapters, coprompt or full.
+      **changes: fields of `PromptConfig` and their new values.
+
     Raises:
       UserError: an unknown name or field, or changes to a method without prompts and adapters.
     """
