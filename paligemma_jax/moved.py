@@ -101,7 +101,8 @@ tasks.vqa_config                   tasks.vqa.config
 tasks.vqa_consistency              tasks.vqa.consistency
 tasks.vqa_evaluation               tasks.vqa.evaluation
 tasks.vqa_forgetting               tasks.vqa.forgetting
-tasks.vqa_lengths                  tasks.vqa.lengths
+tasks.vqa_lengths                  tasks.vqa.rows
+tasks.vqa.lengths                  tasks.vqa.rows
 tasks.vqa_pictures                 tasks.vqa.figures
 tasks.vqa_plan                     tasks.vqa.plan
 tasks.vqa_report                   tasks.vqa.report

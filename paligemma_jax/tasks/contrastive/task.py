@@ -287,7 +287,7 @@ class Contrastive(Task):
         if split not in (None, self.default_split):
             change = "" if self.config.data.name == "scenes" else ", or name it by --config.data.validation_split"
             raise UserError(
-                f"split is {split!r}, expected {self.default_split!r}, what is held out: leave --split out{change}."
+                f"split is {split!r}, expected {self.default_split!r}, the held-out data: leave --split out{change}."
             )
         objects = self.data.single_objects()
         results = contrastive_report.report(model, self.tokenizer, self.data.held_out(), objects, workdir)

@@ -144,7 +144,7 @@ def _check_sides(config: ConfigDict) -> None:
         if on in (side, "both") and not learned:
             raise UserError(
                 f"consistency.on is {on!r} but method {config.method!r} has neither prompts nor an adapter on the "
-                f"{side} side, whose embeddings stay what they are: set consistency.on={other}, or give it some."
+                f"{side} side, whose embeddings do not change: set consistency.on={other}, or give it some."
             )
 
 

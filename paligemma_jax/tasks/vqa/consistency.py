@@ -37,7 +37,7 @@ SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "im
 
 
 class TunedForward(NamedTuple):
-    """The forward pass of the tuned model, which the loss has already computed."""
+    """Results of the forward pass of the tuned model on a batch, from which the loss is computed too."""
 
     features: jax.Array  # [B, P, D]
     hidden: jax.Array  # [B, T, D]
@@ -86,8 +86,8 @@ def check_paths(config: ConfigDict, trained: list[str]) -> None:
     on = config.consistency.on
     if config.consistency.weight and "images" in SIDES[on] and all(path.startswith("decoder/") for path in trained):
         raise UserError(
-            f"consistency.on is {on!r} but nothing of the tower or the projector trains, so image features stay what "
-            "they are: set consistency.on=answers, or let adapter.targets reach one of them."
+            f"consistency.on is {on!r} but nothing of the tower or the projector trains, so the image features do "
+            "not change: set consistency.on=answers, or let adapter.targets reach one of them."
         )
 
 

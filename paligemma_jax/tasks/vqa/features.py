@@ -31,7 +31,13 @@ def encode_images(model: PaliGemma, images: jax.Array | np.ndarray) -> jax.Array
 def batch_features(
     model: PaliGemma, batch: Mapping[str, jax.Array], keys: jax.Array | None = None
 ) -> Float[jax.Array, "B P D"]:
-    """Returns the features of a batch, else those of its images; `keys` [B] are for the tower's dropout."""
+    """Returns the image features of a batch: those it has, or else those of its images.
+
+    Args:
+      model: with the tower.
+      batch: with `features`, or with `image` uint8 [B, I, I, 3].
+      keys: [B], for the tower's dropout; None: no dropout.
+    """
     if FEATURES in batch:
         return batch[FEATURES]
     return model.encode_image(common.normalize(model, batch["image"]), keys)[0]
@@ -76,9 +82,9 @@ class FeatureCache:
 class FeatureStore(DataSource):
     """Training rows with `features` [P, D] in place of `image`; every image is encoded once, at the start.
 
-    Exact while the tower is frozen. Takes P x D x 4 bytes of host memory per image (41 KB for the tiny model, 2.1 MB
-    for 3B at 224 pixels), and the same again in every worker process (`data.workers`); black images are stored once.
-    All rows of an image that cannot be used are bad.
+    The features are exact while the tower is frozen. They take P x D x 4 bytes of host memory per image (41 KB for the
+    tiny model, 2.1 MB for 3B at 224 pixels), and the same again in every worker process (`data.workers`); black images
+    are stored once. All rows of an image that cannot be used are bad.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The shapes of a VQA run for train_jax.plan, from the config alone; the checkpoint need not exist on this machine.
 
 Sizes come from the checkpoint's config if it is on this machine, else from the name of a released checkpoint
-("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used:
-it decides the length of the candidate answers, nothing else.
+("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used,
+which changes only the length of the candidate answers.
 """
 
 import functools

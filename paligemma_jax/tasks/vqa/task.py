@@ -7,7 +7,7 @@ the reported numbers and their controls in report.py. Axes: see models.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,17 @@ from paligemma_jax.losses import loss_weights, token_cross_entropy
 from paligemma_jax.losses.chunked_cross_entropy import counted_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.process_cache import PROCESS_CACHE
 from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import plan as vqa_plan
+from paligemma_jax.tasks.vqa.base_model import open_base
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
-from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa.report import report
-from paligemma_jax.tasks.vqa.rows import RowProcessor
-from paligemma_jax.vision_start import with_vision
+from paligemma_jax.tasks.vqa.rows import RowProcessor, warn_of_cut_references
 from paligemma_jax.weights.adapters.peft import open_peft
-from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_digest, write_digest
-from paligemma_jax.weights.reader import load, stored_dtype
-from train_jax.config.base import leaves
+from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.core import param_tree, patterns
 from train_jax.core.data_source import ExampleList
 from train_jax.core.errors import UserError
@@ -65,7 +61,7 @@ class VQA(Task):
         Args:
           config: of the run.
           mesh: of devices.
-          read: makes the base in place of weights.reader.load, with the same arguments; such a base is not cached.
+          read: reads the base in place of weights.reader.load, with the same arguments; such a base is not cached.
         """
         vqa_config.check(config)
         self.config, self.mesh, self._custom_read = config, mesh, read
@@ -100,58 +96,17 @@ class VQA(Task):
         call reads it again.
         """
         if self._base is None:
-            config = self.config
-            if config.adapter.name == "none" or self._custom_read is not None:
-                self._base = self._read()  # trained arrays are donated, so no other task may share them
-            else:
-                options = tuple(leaves(config.model).items())
-                key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
-                self._base = PROCESS_CACHE.model(key, self._read)
+            self._base = open_base(self.config, self.mesh, self._leaf_sharding, self._custom_read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
             preprocessing = preprocessing_of(self._base.config)
-            self._processor = RowProcessor(self.tokenizer, preprocessing, config.data)
+            self._processor = RowProcessor(self.tokenizer, preprocessing, self.config.data)
         return self._base
-
-    def _vision_digest(self) -> str | None:
-        vision = self.config.init.vision
-        return None if vision is None else model_digest(vision)
-
-    def _read(self) -> PaliGemma:
-        config = self.config
-        model = (self._custom_read or load)(
-            config.model.path,
-            config.compute_dtype,
-            image_size=config.model.image_size,
-            param_dtype=config.model.param_dtype or self._default_param_dtype(),
-            remat=config.model.remat,
-            unroll=config.model.unroll,
-            quantize=config.model.quantize or None,
-            block_size=config.model.quantize_block_size,
-            double=config.model.quantize_double,
-            shardings=self._leaf_sharding,
-        )
-        if not isinstance(model, PaliGemma):
-            raise UserError(
-                f"model.path is {config.model.path}, a {type(model).__name__}, expected a PaliGemma: give one. A "
-                "SigLIP's tower can be its vision tower: set init.vision."
-            )
-        if config.init.vision is None or self._custom_read:
-            return model
-        return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
     def _leaf_sharding(
         self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct
     ) -> jax.sharding.NamedSharding:
         """Returns the sharding of a leaf of the model."""
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
-
-    def _default_param_dtype(self) -> str:
-        if self.config.adapter.name == "none":
-            return "float32"
-        if self.config.model.quantize:
-            # Not the compute dtype: a run evaluated or merged in another dtype must have the same quantised weights.
-            return stored_dtype(self.config.model.path)
-        return self.config.compute_dtype
 
     def init(self) -> PaliGemma:
         """Returns the base with the adapters that training starts with."""

@@ -195,7 +195,7 @@ def test_other_splits_than_the_held_out_data_are_refused(options, tmp_path, chan
     """Another's results would be those of this one under its name."""
     task = task_of(options, **changes)
     assert task.default_split == "validation"
-    with pytest.raises(UserError, match=f"split is 'train', expected 'validation', what is held out: .*{repair}"):
+    with pytest.raises(UserError, match=f"split is 'train', expected 'validation', the held-out data: .*{repair}"):
         task.evaluate(task.abstract(), tmp_path, "train")
 
 
