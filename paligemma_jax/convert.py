@@ -104,7 +104,7 @@ def read(
     model = loading.load(source, dtype, **options)
     if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
-    if isinstance(model, DualEncoder) and loading.is_run(source):  # its parameters are float32 whatever dtype computes
+    if isinstance(model, DualEncoder) and loading.is_run(source):  # its parameters are float32 for any compute dtype
         arrays = param_tree.flatten(model)
         return param_tree.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
     return model

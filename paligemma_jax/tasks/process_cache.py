@@ -47,7 +47,7 @@ class LatestCache:
 
 
 def _weakly(model: Model) -> Callable[[], Model | None]:
-    """Returns a function that builds the module anew over the same arrays, or returns None once one is gone."""
+    """Returns a function that builds a module over the same arrays, or returns None once one is gone."""
     graph, arrays = param_tree.split(model)
     references = {path: weakref.ref(array) for path, array in arrays.items()}
 

@@ -189,7 +189,7 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
     values.set_gnu_getopt(True)
     for key in leaves(config):
         parent, name = node(config, key)
-        is_bool = parent.get_type(name) is bool  # may stand without a value, or as --noconfig.KEY
+        is_bool = parent.get_type(name) is bool  # may be given without a value, or as --noconfig.KEY
         flag = flags.Flag(flags.ArgumentParser(), None, f"config.{key}", None, "", boolean=is_bool)
         flags.DEFINE_flag(flag, flag_values=values)
     try:

@@ -56,7 +56,7 @@ def read_class_folders(
       folder: see `class_folders`.
       seed: of the division; `coop.write_split_file` stores the division.
       shares: of a class's images for train and val, rounded; the others are for test. Train and test get at least one.
-      cache: folder that stores digests of the images, by which copies are found; None computes them anew.
+      cache: folder that stores digests of the images, by which copies are found; None computes them every time.
 
     Raises:
       UserError: as `class_folders`, and for a class with one image (or copies of one), an image outside the folder (by

@@ -41,7 +41,7 @@ class JsonlRecords:
       split: name of the file within a folder, such as "train" or "validation".
       caption: key of the caption, for pairs of an image and a text; it becomes the record's suffix, with an empty
         prefix. None: lines have a prefix and a suffix.
-      cache: folder that stores digests of the images; None computes them anew.
+      cache: folder that stores digests of the images; None computes them every time.
 
     Raises:
       UserError: if there is no such file, it has no rows, or an image path leaves its folder (naming file and line).

@@ -27,7 +27,8 @@ class TfdsCaptions:
       caption: name of the feature with the text or texts; parts of nested features are joined by a slash, as in
         "captions/text".
       views: rows per example, usually its number of captions.
-      cache: folder that stores digests of the images, by which equal ones share an index; None computes them anew.
+      cache: folder that stores digests of the images, by which equal ones share an index; None computes them every
+        time.
 
     Raises:
       UserError: no such folder, split or feature, or files without random access.

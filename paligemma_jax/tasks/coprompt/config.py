@@ -120,7 +120,7 @@ def check(config: ConfigDict) -> None:
         Augmentation(**side)
     if config.template.count("{}") != 1:
         raise UserError(
-            f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
+            f"template is {quoted(config.template)}, expected one {{}} where the class's name goes: change it."
         )
     if (few_shot_method(config.method).trainable != TRAINABLE) and config.consistency.weight:
         raise UserError(

@@ -288,7 +288,7 @@ class VQA(Task):
         self.tokenizer.save(workdir)
 
     def _starting_weights(self) -> tuple[str | None, ...]:
-        """Returns the paths of the base, of the adapters to go on from, and of the vision tower put in."""
+        """Returns the paths of the base, of the adapters and of the vision tower that training starts from, or None."""
         return self.config.model.path, self.config.adapter.path, self.config.init.vision
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
