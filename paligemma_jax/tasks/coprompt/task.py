@@ -34,14 +34,14 @@ from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import plan as coprompt_plan
 from paligemma_jax.tasks.coprompt import report as coprompt_report
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.weights import reader, save_prompts
-from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
-from train_jax.task import Blueprint, Task
+from train_jax.task import Blueprint
 
 AnyArray = jax.Array | np.ndarray
 ADAPTER = "adapter"  # folder of the workdir with the trained prompts and adapters
@@ -85,7 +85,7 @@ class ClassTexts(NamedTuple):
         return jnp.take_along_axis(jnp.asarray(self.frozen), chosen[:, None, None], axis=1)[:, 0]
 
 
-class CoPrompt(Task):
+class CoPrompt(StartsFromWeights):
     """Tunes a dual encoder on a few images of each class; see the module."""
 
     keys = coprompt_config.Keys
@@ -269,13 +269,9 @@ class CoPrompt(Task):
 
     # Evaluation.
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Compares the base with the one recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run was trained on another base.
-        """
-        check_digest(workdir, self.config.model.path)
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the path of the base."""
+        return {"path": self.config.model.path}
 
     def start(self, workdir: Path) -> None:
         """Writes the protocol, the tokenizer, and a digest of the base to the workdir.
@@ -285,7 +281,7 @@ class CoPrompt(Task):
         """
         workdir.mkdir(parents=True, exist_ok=True)
         coprompt_data.store(self.protocol, workdir)
-        write_digest(workdir, self.config.model.path)
+        super().start(workdir)
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def export(self, model: DualEncoder, workdir: Path) -> None:

@@ -28,6 +28,7 @@ from paligemma_jax.losses import loss_weights, token_cross_entropy
 from paligemma_jax.losses.chunked_cross_entropy import counted_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import plan as vqa_plan
@@ -38,17 +39,16 @@ from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.report import report
 from paligemma_jax.tasks.vqa.rows import RowProcessor, warn_of_cut_references
 from paligemma_jax.weights.adapters.peft import open_peft
-from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.core import param_tree, patterns
 from train_jax.core.data_source import ExampleList
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
 from train_jax.step.randomness import STEP, step_key
-from train_jax.task import Blueprint, Task
+from train_jax.task import Blueprint
 
 
-class VQA(Task):
+class VQA(StartsFromWeights):
     """Fine-tunes a PaliGemma on questions; see the module."""
 
     keys = vqa_config.Keys
@@ -273,23 +273,15 @@ class VQA(Task):
 
     # Evaluation.
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Compares the base, the adapters and the tower that the run starts from with those recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run started from others.
-        """
-        check_digest(workdir, *self._starting_weights())
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the paths of the base, the adapters and the vision tower that training starts from."""
+        config = self.config
+        return {"path": config.model.path, "adapter": config.adapter.path, "vision": config.init.vision}
 
     def start(self, workdir: Path) -> None:
         """Writes the tokenizer and the digests of the starting weights to the workdir."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_digest(workdir, *self._starting_weights())
+        super().start(workdir)
         self.tokenizer.save(workdir)
-
-    def _starting_weights(self) -> tuple[str | None, ...]:
-        """Returns the paths of the base, of the adapters and of the vision tower that training starts from, or None."""
-        return self.config.model.path, self.config.adapter.path, self.config.init.vision
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters, for peft and for the adapter.path of another run."""
