@@ -167,7 +167,7 @@ def save_neighbours(
     figure.savefig(file, dpi=100)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: int | float, height: int | float) -> Any:
     """Returns an empty figure of this size in inches."""
     from matplotlib.figure import Figure  # takes 0.5 s to import, and is needed once at the end
 
