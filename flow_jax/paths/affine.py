@@ -180,7 +180,7 @@ class VP(AffinePath):
         return r * (self.beta_min + r * (0.5 * (self.beta_max - self.beta_min)))
 
     def _rate(self, t):
-        """-dT/dt."""
+        """Returns -dT/dt."""
         return self.beta_min + (1 - t) * (self.beta_max - self.beta_min)
 
     def alpha(self, t):

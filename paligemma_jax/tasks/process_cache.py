@@ -36,7 +36,10 @@ class LatestCache:
     def _get(
         self, kind: str, key: Hashable, make: Callable[[], Value], hold: Callable[[Value], Callable[[], Value | None]]
     ) -> Value:
-        """`hold` turns a value into a function that returns it again, or None once it is gone."""
+        """Returns the value of a key.
+
+        `hold` turns a value into a function that returns it again, or None once it is gone.
+        """
         cached_key, restore = self._latest.get(kind, (None, lambda: None))
         value = restore() if cached_key == key else None
         if value is None:

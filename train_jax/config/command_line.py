@@ -155,7 +155,7 @@ def _unknown_flag(argument: str, names: Iterable[str], hint: str) -> UserError:
 
 
 def flags_help(values: flags.FlagValues) -> str:
-    """A line for each flag, without those that absl adds of its own."""
+    """Returns a line for each flag, without those that absl adds of its own."""
     texts = {name: values[name].help for name in sorted(values) if name not in (*ABSL_FLAGS, "h")}
     width = max(map(len, texts))
     return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())

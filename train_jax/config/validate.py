@@ -81,7 +81,7 @@ def _check_type(key: str, value: Any, base: ConfigDict) -> None:
 
 
 def _is_pair(default: tuple) -> bool:
-    """Whether a default is one pair of values, such as two numbers, and no list of pairs."""
+    """Returns whether a default is one pair of values, such as two numbers, and no list of pairs."""
     return len(default) == 2 and not any(isinstance(item, tuple) for item in default)
 
 

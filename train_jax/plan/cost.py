@@ -151,7 +151,7 @@ class ProgramCost(NamedTuple):
         return flops_ / self.chip.flops / self.seconds if self.seconds else 0.0
 
     def bound(self, cost: ClassCost) -> float:
-        """Least seconds of a class: its FLOPs over the peak or its bytes over the bandwidth of HBM."""
+        """Returns the least seconds of a class: its FLOPs over the peak or its bytes over the bandwidth of HBM."""
         return max(cost.flops / self.chip.flops, cost.bytes / self.chip.bandwidth)
 
 

@@ -189,14 +189,14 @@ def _check_images(config: ConfigDict) -> None:
 
 
 def weight(config: ConfigDict) -> float:
-    """Lambda, of the config or else of the method."""
+    """Returns lambda, of the config or else of the method."""
     if config.consistency.weight is not None:
         return float(config.consistency.weight)
     return 1.0 if few_shot_method(config.method).consistency else 0.0
 
 
 def needs_descriptions(config: ConfigDict) -> bool:
-    """Whether the frozen branch reads descriptions."""
+    """Returns whether the frozen branch reads descriptions."""
     return bool(weight(config)) and config.consistency.on != "image" and config.consistency.perturb
 
 
@@ -206,7 +206,7 @@ def _changes(config: ConfigDict) -> dict[str, Any]:
 
 
 def method(config: ConfigDict, model: DualEncoderConfig) -> FewShotMethod:
-    """What the config's method attaches to a model; layers that its towers lack are left out of the preset's.
+    """Returns the config's method; layers that the model's towers lack are left out of the preset's.
 
     Raises:
       UserError: an unknown method, or `prompts` of one that attaches nothing.

@@ -153,7 +153,7 @@ class Consistency:
 
 
 def _same_image_paths(model: PaliGemma, base: PaliGemma) -> bool:
-    """Whether image features equal those of the base: nothing is attached to the tower or to the projector."""
+    """Returns whether image features equal those of the base: nothing is attached to the tower or to the projector."""
     return all(
         param_tree.abstract(getattr(model, part)).keys() == param_tree.abstract(getattr(base, part)).keys()
         for part in ("vision", "projector")
