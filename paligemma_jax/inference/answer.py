@@ -38,7 +38,7 @@ def predict(
     special_tokens: str | None = None,
     **sampler_options: int | float | None,
 ) -> list[tuple[str, str, str]]:
-    """Answers every (image, prompt) pair.
+    """Returns a model's answer to every (image, prompt) pair.
 
     Args:
       images, texts: image files and prompts: equally many, or one of either for all of the other.
@@ -60,12 +60,7 @@ def predict(
       UserError: an image that cannot be read, a prompt that is not text, neither or both of workdir and model, a model
         that is not a PaliGemma, or image and prompt counts that do not match.
     """
-    if workdir is not None and model is None:
-        source = workdir
-    elif model is not None and workdir is None:
-        source = model
-    else:
-        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    source = _one_of(workdir, model)
     if workdir is not None and dtype is not None:
         raise UserError(f"dtype={dtype} is given with a run, which has its own: change config.compute_dtype instead.")
     images, texts = _pairs(images, texts)
@@ -101,6 +96,14 @@ def predict(
         )
         answers += [text_tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))
+
+
+def _one_of(workdir: str | None, model: str | None) -> str:
+    """Returns the path that is given. Raises UserError for none or both."""
+    paths = [path for path in (workdir, model) if path is not None]
+    if len(paths) != 1:
+        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    return paths[0]
 
 
 def _pairs(images: Sequence[str], texts: Sequence[str]) -> tuple[list[str], list[str]]:
