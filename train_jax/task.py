@@ -59,7 +59,7 @@ class Task(abc.ABC):
     """Patterns of keys that a resumed run may change, for keys that `defaults` returns without a declaration."""
 
     architecture_keys: Sequence[str] = ()
-    """Patterns of keys that shape the model and that an evaluation may not change, likewise."""
+    """Patterns of keys that shape the model and that an evaluation may not change, also without a declaration."""
 
     validation_metrics: Sequence[str] | None = None
     """Names of the metrics that `validate` returns, to reject a misspelt `best_metric` before data are prepared.
@@ -73,7 +73,7 @@ class Task(abc.ABC):
 
     op_classes: Sequence[tuple[str, str]] = ()
     """(class, pattern) pairs for the plan command, which sums estimated time by class: an operation is of the first
-    class whose pattern is found in "file:function" of a place that it was traced from."""
+    class whose pattern is found in "file:function" of a source location that it was traced from."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh

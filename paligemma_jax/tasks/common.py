@@ -62,7 +62,7 @@ OP_CLASSES = (
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_divisor(mesh)`."""
+    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_divisor(mesh.shape)`."""
     size = len(next(iter(arrays.values())))
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
@@ -72,11 +72,6 @@ def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def normalize(model: PaliGemma | DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
     """Converts images uint8 [..., I, I, 3] to float32 in the range of the model's tower."""
     return jnp.asarray(preprocessing_of(model.config).normalize(images))
-
-
-def row_divisor(mesh: Mesh) -> int:
-    """Returns the number of parts into which the mesh splits rows."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from train_jax.config.run_keys import DURATIONS, UNITS
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.optim import optimizers
-from train_jax.parallel.sharding import mesh_shape
+from train_jax.parallel.sharding import mesh_shape, row_divisor
 
 
 def validate(config: ConfigDict, training: bool = True, device_count: int | None = None) -> None:
@@ -132,7 +132,7 @@ def _check_batch(config: ConfigDict, device_count: int, process_count: int) -> N
             f"of {divisors}"
         )
     shape = mesh_shape(config.mesh, device_count, process_count)
-    parts = shape["data"] * shape["fsdp"]
+    parts = row_divisor(shape)
     if chunk % parts:
         name = "batch_size" if config.micro_batch is None else "micro_batch"
         raise UserError(

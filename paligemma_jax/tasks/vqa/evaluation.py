@@ -49,7 +49,7 @@ def candidate_answers(candidates: str) -> tuple[str, ...]:
 
 def initial_batch_size(config: ConfigDict, mesh: Mesh) -> int:
     """Returns `eval.batch_size`, rounded to a multiple of the parts into which the mesh splits rows."""
-    parts = common.row_divisor(mesh)
+    parts = sharding.row_divisor(mesh.shape)
     return max(config.eval.batch_size // parts, 1) * parts
 
 
@@ -82,7 +82,7 @@ class VQAEvaluation:
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
         self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
-        self._parts = common.row_divisor(mesh)
+        self._parts = sharding.row_divisor(mesh.shape)
         self._limit = initial_batch_size(config, mesh)  # no batch is larger; lowered where the device has less memory
         self._fitted = 0  # the largest batch known to fit
         self._candidates = self._tokenize_candidates()

@@ -117,7 +117,7 @@ class FeatureStore(DataSource):
         _check_size(4 * math.prod(shape), distinct, limit_mb)
         # The share of bad rows is checked in `_examples`: an image may have one question or many.
         images = processor.guarded(Subset(source, indices=first), processor.image, max_bad_fraction=1.0)
-        encode, parts = encoder(model, mesh), common.row_divisor(mesh)
+        encode, parts = encoder(model, mesh), sharding.row_divisor(mesh.shape)
         batch = -(-ENCODE_BATCH // parts) * parts
         self._features = np.empty(shape, np.float32)
         self._row_of_image: dict[int, int] = {}  # row of `_features`

@@ -22,7 +22,6 @@ from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.files import hub
 from paligemma_jax.metrics.model_flops import FULL, LORA, model_flops
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, VQAEvaluation, initial_batch_size
 from paligemma_jax.tasks.vqa.features import ENCODE_BATCH, FEATURES, encode_images, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
@@ -96,7 +95,7 @@ def _programs(
     batch["features"] = jax.ShapeDtypeStruct((size, *feature_shape(model)), np.float32, sharding=rows)
     programs = {"image features": (encode_images, (shape(image),))}
     if config.cache_features:
-        parts = common.row_divisor(mesh)
+        parts = sharding.row_divisor(mesh.shape)
         programs["features of training images"] = (encode_images, (shape(image, -(-ENCODE_BATCH // parts) * parts),))
     names = OUTPUTS if config.eval.candidates else ("generate", "loss")
     return programs | {NAMES[name]: (functools.partial(_evaluate, evaluation, name), (batch,)) for name in names}
