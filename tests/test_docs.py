@@ -1,4 +1,4 @@
-"""The pages: their commands parse, and the files, headings and names that they point to exist."""
+"""The pages and docstrings: their commands parse, and the files, headings and names that they point to exist."""
 
 import ast
 import functools
@@ -19,6 +19,11 @@ from train_jax.config import command_line
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+MODULES = [
+    str(file.relative_to(ROOT))
+    for folder in ("configs", "benchmarks", "train_jax", "paligemma_jax", "flow_jax")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
 WITH_CONFIG = ("train", "eval", "predict", "train_jax.plan", "flow_jax.fid")  # take --config, --workdir or both
 NOT_HERE = {"configs/x.py", "sweep.md", "trainers/constants.py"}  # a placeholder, a sweep's report, CoPrompt's own code
 BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
@@ -29,9 +34,11 @@ def read(page: str) -> str:
 
 
 def code(page: str) -> list[str]:
-    """The lines of a page's code blocks, continued ones joined, and its inline code."""
-    text = read(page).replace("\\\n", " ")
-    lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    """The lines of the code blocks of a page or of a module's docstring, continued ones joined, and its inline code."""
+    text = (ast.get_docstring(ast.parse(read(page))) or "") if page.endswith(".py") else read(page)
+    text = text.replace("\\\n", " ")
+    blocks = [text] if page.endswith(".py") else BLOCK.findall(text)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("    ") or ".md" in page]
     return lines + [" ".join(part.split()) for part in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
 
 
@@ -47,7 +54,7 @@ def commands(page: str) -> list[str]:
     return found
 
 
-NAMED = sorted({(page, command) for page in PAGES for command in commands(page)})
+NAMED = sorted({(page, command) for page in (*PAGES, *MODULES) for command in commands(page)})
 
 
 def module_of(words: list[str]) -> tuple[str, list[str]]:
@@ -62,10 +69,11 @@ def flags_of(name: str) -> set[str]:
     """The flags that a module takes: as it declares them, or as its source names them for argparse."""
     spec = importlib.util.find_spec(name)
     assert spec is not None, f"there is no module {name}"
-    if name.startswith("benchmarks"):
-        if spec.submodule_search_locations:
-            spec = importlib.util.find_spec(f"{name}.__main__")
-        return set(re.findall(r"add_argument\(\s*\"--(\w+)\"", Path(spec.origin).read_text(encoding="utf-8")))
+    if spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    if "import argparse" in source:
+        return set(re.findall(r"add_argument\(\s*\"--(\w+)\"", source))
     module, values = command_of(name), flags.FlagValues()
     if hasattr(module, "_flags"):
         module._flags(values)
@@ -95,7 +103,7 @@ def test_commands_parse(page, command, monkeypatch):
         assert all(word.startswith("--") for word in words)
     if "config" in given:
         config, _, _ = command_line.load_from_flags([name, *words], "", command_of(name)._flags)
-        if name == "train":  # the other commands need no data of their own
+        if name == "train" and page in PAGES:  # tests/test_configs.py checks the configs
             check(config)
 
 
