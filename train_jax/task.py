@@ -157,7 +157,7 @@ class Task(abc.ABC):
     def check_workdir(self, workdir: Path) -> None:
         """Raises UserError if the run in `workdir` started from other weights than the config's.
 
-        Called by every process, in training and evaluation, before data are prepared or the model is loaded.
+        Every process calls it, in training and evaluation, before data are prepared or the model is loaded.
         """
 
     def trainable_paths(self) -> Sequence[str] | None:
@@ -172,7 +172,7 @@ class Task(abc.ABC):
     def train_records(self) -> DataSource:
         """Returns a source with the length and fingerprint of `train_source`, if possible without loading the model.
 
-        Used to check that the data of a complete run have not changed.
+        The runtime checks with it that the data of a complete run have not changed.
         """
         return self.train_source()
 

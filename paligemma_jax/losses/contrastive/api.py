@@ -65,8 +65,8 @@ def sigmoid_loss(
         chunk_size: texts per chunk; a device holds its images x `chunk_size` float32 pairs at a time. None means 256.
         mask: the pairs that count, split by rows like `zimg`; the others add nothing. Takes B x T booleans of memory.
         text_ids: equal numbers for equal texts (hashes, for example). A text of another image that equals one of the
-            image's own texts does not count. Needs no B x T array.
-        image_ids: equal numbers for equal images: texts of one do not count with the other. Needs no B x T array.
+            image's own texts does not count. This needs no B x T array.
+        image_ids: equal numbers for equal images: texts of one do not count with the other. This needs no B x T array.
         valid: the images that count, with their texts; where False, neither adds anything to any sum.
 
     Raises:
