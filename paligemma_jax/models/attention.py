@@ -26,7 +26,7 @@ def attention(
     scale: float,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns the values of each query by grouped-query attention, with float32 scores and softmax.
+    """Grouped-query attention with float32 scores and softmax.
 
     Args:
       q, k, v: in the compute dtype; N is a multiple of K, query head n uses key/value head n // (N / K).
