@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"), help="of the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process of a case
     options = parser.parse_args()
-    cases = SUITES[options.suite]
+    cases, compared = SUITES[options.suite]
     if options.case:
         measurements = [dataclasses.asdict(one) for one in cases[options.case](options.tiny)]
         print(json.dumps(results.environment() | {"measurements": measurements}))
@@ -50,7 +50,7 @@ def main() -> None:
             break
         results.add(file, name, run(options.suite, name, options.tiny))
     stored = results.load(file)
-    print(results.table(stored, names))
+    print(results.table(stored, names, compared))
     sys.exit(1 if any("error" in stored.get(name, {}) for name in names) else 0)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import paligemma_jax as pg
+from benchmarks import attention
 from benchmarks.results import Measurement
 from benchmarks.training import TrainingRun
 from configs import clevr, flow_images
@@ -157,6 +158,7 @@ CASES = {
     "int8 LoRA step": functools.partial(training, argument="3b,int8", batch=64, **FITTED),
     "first token": first_token,
     "sigmoid loss": sigmoid,
+    "attention": attention.measure,
     "full step": functools.partial(training, argument="3b,full", batch=32, aim="at least 50", **FITTED),
     "LoRA step of 511 text positions": functools.partial(training, argument="3b", batch=16),
     "evaluation": evaluation,

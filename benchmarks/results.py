@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,24 +75,66 @@ def add(file: Path, case: str, entry: dict[str, Any]) -> None:
     files.write_atomically(file, json.dumps(load(file) | {case: entry}, indent=1))
 
 
-def table(results: dict[str, Any], cases: list[str]) -> str:
-    """Returns a Markdown table of the results of some cases, with the environments they were measured in."""
-    rows = ["| case | measured | | aim | |", "|---|---|---|---|---|"]
+def table(results: dict[str, Any], cases: Sequence[str], compared: Collection[str] = ()) -> str:
+    """Returns Markdown tables of the results of some cases, with the environments they were measured in.
+
+    Args:
+      results: of `load`.
+      cases: their names, in the order of the table.
+      compared: names of cases with the same measurements, which get one row each, in a table of their own.
+    """
     environments: dict[str, str] = {}
+    alone = [case for case in cases if case not in compared]
+    together = [case for case in cases if case in compared]
+    lines = [*_rows_by_measurement(results, alone, environments), ""] if alone else []
+    lines += [*_rows_by_case(results, together, environments), ""] if together else []
+    return "\n".join([*lines, *(f"{mark}: {text}" for text, mark in environments.items())])
+
+
+def _rows_by_measurement(results: dict[str, Any], cases: Sequence[str], environments: dict[str, str]) -> list[str]:
+    """Returns a table with a row for each measurement of each case."""
+    rows = ["| case | measured | | aim | |", "|---|---|---|---|---|"]
     for case in cases:
         entry = results.get(case)
-        if entry is None:
-            rows.append(f"| {case} | not run | | | |")
+        if missing := _missing(entry):
+            rows.append(f"| {case} | {missing} | | | |")
             continue
-        if "error" in entry:
-            rows.append(f"| {case} | failed: {entry['error']} | | | |")
-            continue
-        versions = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
-        text = f"commit {entry['commit']}, {entry['machine']}, {versions}"
-        mark = environments.setdefault(text, chr(ord("a") + len(environments)))
-        for values in entry["measurements"]:
-            one = Measurement(**values)
+        mark = _mark(entry, environments)
+        for one in _measurements(entry):
             met = {None: "", True: "met", False: "missed"}[one.met]
             rows.append(f"| {case} ({mark}): {one.name} | {one.value:.4g} | {one.unit} | {one.aim} | {met} |")
-    notes = [f"{mark}: {text}" for text, mark in environments.items()]
-    return "\n".join([*rows, "", *notes])
+    return rows
+
+
+def _rows_by_case(results: dict[str, Any], cases: Sequence[str], environments: dict[str, str]) -> list[str]:
+    """Returns a table with a row for each case and a column for each measurement."""
+    found = {case: _measurements(results.get(case)) for case in cases}
+    columns = max(found.values(), key=len)  # a case that does not fit has fewer
+    heads = [f"{one.name}, {one.unit}" if one.unit else one.name for one in columns] or ["measured"]
+    rows = [f"| case | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for case, measurements in found.items():
+        if missing := _missing(results.get(case)):
+            rows.append(f"| {case} | {missing} |" + " |" * (len(heads) - 1))
+            continue
+        numbers = {one.name: f"{one.value:.3g}" for one in measurements}
+        cells = " | ".join(numbers.get(one.name, "") for one in columns)
+        rows.append(f"| {case} ({_mark(results[case], environments)}) | {cells} |")
+    return rows
+
+
+def _missing(entry: dict[str, Any] | None) -> str:
+    """Returns why a case has no measurements; "" if it has."""
+    if entry is None:
+        return "not run"
+    return f"failed: {entry['error']}" if "error" in entry else ""
+
+
+def _measurements(entry: dict[str, Any] | None) -> list[Measurement]:
+    return [Measurement(**values) for values in (entry or {}).get("measurements", [])]
+
+
+def _mark(entry: dict[str, Any], environments: dict[str, str]) -> str:
+    """Returns the letter of a case's environment, and adds a new one to the dictionary."""
+    versions = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
+    text = f"commit {entry['commit']}, {entry['machine']}, {versions}"
+    return environments.setdefault(text, chr(ord("a") + len(environments)))

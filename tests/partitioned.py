@@ -81,9 +81,7 @@ def programs(case: Case, mesh: dict[str, int], monkeypatch) -> dict[str, Divided
 
     with monkeypatch.context() as patch:
         patch.setattr(planning, "program_of", program_of)
-        if not case.evaluates:
-            patch.setattr(planning, "_evaluations", lambda *_: [])
-        planning.plan(_config(case, mesh))
+        planning.plan(_config(case, mesh), only=None if case.evaluates else [planning.TRAINING])
     return result
 
 

@@ -34,8 +34,9 @@ from train_jax.report.reporter import Reporter
 from train_jax.report.startup import startup_report
 from train_jax.run_state import RunState
 from train_jax.step import placement, train_state, train_step
+from train_jax.step.compiled_steps import CompiledSteps
 from train_jax.system.interrupt import Interrupt
-from train_jax.system.memory import reported_peak, step_memory
+from train_jax.system.memory import reported_peak
 from train_jax.task import Task, make_task
 
 __all__ = ["describe_batch", "evaluate", "fit", "load_model"]
@@ -183,15 +184,17 @@ class Trainer:
             (self.workdir / "eval.json").unlink(missing_ok=True)
         reporter = Reporter(self.workdir, durations.total, state.step, self.config.batch_size, progress)
         try:
-            step, zeros = self._compile(reporter)
+            steps, zeros = self._compile(reporter)
             batch_spec = sharding.batch_sharding(self.mesh).spec
             synchronous = jax.process_count() > 1 and jax.default_backend() == "cpu"  # gloo hangs when steps queue up
             totals, wait_seconds = _copy(zeros), 0.0
             while not self.done:
                 batch = sharding.to_global(next(batches), self.mesh, batch_spec)
                 wait_seconds += batches.wait_seconds
+                step = steps.of(batch)
                 state.train, totals = step(state.train, totals, self.model.frozen, batch)
                 state.step += 1
+                state.step_temp_bytes = steps.temp_bytes
                 if synchronous:
                     jax.block_until_ready(totals)
                 last = state.step == durations.total
@@ -212,18 +215,23 @@ class Trainer:
             batches.close()
             reporter.close()
 
-    def _compile(self, reporter: Reporter) -> tuple[jax.stages.Compiled, Metrics]:
-        """Returns the compiled step and metrics of zero; prints the start-up report."""
-        state = self.state.train
-        batch = sharding.to_global(self.pipeline.batch_at(0), self.mesh, sharding.batch_sharding(self.mesh).spec)
-        traced, totals = train_step.trace(
-            self.config, self.task, self.mesh, self.model, self.optimizer, self.schedule, state, batch
-        )
-        zeros = jax.device_put(metrics.zeros_like(totals), sharding.replicated(self.mesh))
-        began = time.perf_counter()
-        compiled = traced.lower().compile()
-        memory = step_memory(compiled)
-        self.state.step_temp_bytes = None if memory is None else memory.temp
+    def _compile(self, reporter: Reporter) -> tuple[CompiledSteps, Metrics]:
+        """Returns the step, compiled for the first batch, and metrics of zero; prints the start-up report."""
+        state, began = self.state.train, time.perf_counter()
+        batch = self.pipeline.batch_at(self.state.step)
+        batch = sharding.to_global(batch, self.mesh, sharding.batch_sharding(self.mesh).spec)
+        names: list[str] = []
+
+        def trace(batch: dict[str, jax.Array]) -> jax.stages.Traced:
+            traced, totals = train_step.trace(
+                self.config, self.task, self.mesh, self.model, self.optimizer, self.schedule, self.state.train, batch
+            )
+            names[:] = totals
+            return traced
+
+        steps = CompiledSteps(trace, reporter.say)
+        compiled = steps.of(batch)
+        zeros = jax.device_put(metrics.zeros_like(names), sharding.replicated(self.mesh))
         model = self.model.model(state.params)
         counts = self.task.parameter_counts(model)
         reporter.say(startup_report(state.params, self.model.frozen, state.opt_state, compiled, counts))
@@ -232,7 +240,7 @@ class Trainer:
             reporter.say(text)
         resumed = f", resuming at step {self.state.step}" if self.state.step else ""
         reporter.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.durations.total} steps{resumed}")
-        return compiled, zeros
+        return steps, zeros
 
     def _log(self, reporter: Reporter, totals: Metrics, wait_seconds: float) -> None:
         """Reads the metrics of the interval from the device, logs them and checks the guard."""

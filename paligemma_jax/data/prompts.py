@@ -34,6 +34,8 @@ from train_jax.core.errors import UserError, quoted
 _ROWS = ("tokens", "targets", "mask_ar", "mask_input", "mask_loss", "weights")
 _LINE = 120
 SPECIAL_TOKENS = ("refuse", "parse")
+MASKS = ("mask_ar", "mask_input", "mask_loss")
+"""Names of the arrays of an example beside `tokens`."""
 
 
 class TruncationError(UserError):

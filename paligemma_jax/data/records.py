@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint_of",
     "prompt_checked",
     "suffix_of",
+    "texts_of",
 ]
 
 
@@ -158,6 +159,10 @@ class Subset:
         """Returns `image_index` of every row, without reading any row."""
         return self.source.image_numbers()[self.indices]
 
+    def texts(self, index: int) -> tuple[str, str]:
+        """Returns prefix and suffix of a row, see `texts_of`."""
+        return texts_of(self.source, int(self.indices[checked_index(index, len(self))]))
+
     def suffix(self, index: int) -> str:
         """Returns the suffix of a row, see `suffix_of`."""
         return suffix_of(self.source, int(self.indices[checked_index(index, len(self))]))
@@ -167,6 +172,15 @@ def suffix_of(source: RecordSource, index: int) -> str:
     """Returns the suffix of a row, without reading its image if the source has a method `suffix`."""
     suffix = getattr(source, "suffix", None)
     return source[index].suffix if suffix is None else suffix(index)
+
+
+def texts_of(source: RecordSource, index: int) -> tuple[str, str]:
+    """Returns prefix and suffix of a row, without reading its image if the source has a method `texts`."""
+    texts = getattr(source, "texts", None)
+    if texts is not None:
+        return texts(index)
+    record = source[index]
+    return record.prefix, record.suffix
 
 
 def evenly_spaced(source: RecordSource, most: int | None) -> RecordSource:

@@ -17,15 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from paligemma_jax.generation.beam_search import beam_search
 from paligemma_jax.generation.inputs import PAD, check_images, check_integers, check_prompt
+from paligemma_jax.generation.layers_apart import take_apart
+from paligemma_jax.generation.stacked_kernels import logits as decoder_logits
+from paligemma_jax.generation.stacked_kernels import read_in_place
 from paligemma_jax.generation.token_sampling import TokenSampler, make_sampler, row_keys, sample_tokens
 from paligemma_jax.models.paligemma import PaliGemma, join_masks, positions_of
-from train_jax.core import row_sharding
+from train_jax.core import devices, row_sharding
 from train_jax.core.errors import UserError
 
 CACHE_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -97,10 +101,11 @@ def generate(
     if first_row < 0:
         raise UserError(f"first_row is {first_row}, expected 0 or more, the number of earlier rows: change it.")
     key = jax.random.key(seed)
-    new_tokens, out = _generate(
-        model, images, image_features, tokens, mask_input, eos_id, token_sampler, key, first_row, max_new_tokens,
-        cache_dtype, return_out,
-    )  # fmt: skip
+    with devices.use_one_device((nnx.state(model), tokens)):
+        new_tokens, out = _generate(
+            model, images, image_features, tokens, mask_input, eos_id, token_sampler, key, first_row, max_new_tokens,
+            cache_dtype, return_out,
+        )  # fmt: skip
     return (new_tokens, out) if return_out else new_tokens
 
 
@@ -124,7 +129,9 @@ def _generate(
         features, _ = model.encode_image(images)
     # Gather the embedding once, before the loop over tokens, every step of which uses it twice.
     model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
+    read_in_place(model.decoder)
     logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens, cache_dtype)
+    take_apart(model.decoder, num_tokens)
     if sampler.name == "beam":
         advance = functools.partial(_advance, model, jnp.repeat(valid, sampler.num_beams, axis=0))
         new_tokens, score, steps = beam_search(
@@ -181,7 +188,7 @@ def _prefill(
     x = jnp.concatenate([features.astype(jnp.float32), model.decoder.embed_tokens(tokens)], axis=1)
     hidden, cache, _ = model.decoder(x, positions_of(valid), mask, cache, 0)
     assert cache is not None, "the decoder returns a cache when it is given one"
-    return model.decoder.logits(last_real(hidden, valid)[:, None])[:, 0], cache, valid
+    return decoder_logits(model.decoder, last_real(hidden, valid)[:, None])[:, 0], cache, valid
 
 
 def _advance(model: PaliGemma, valid: Bool[Array, "B S"], cache, tokens: Int[Array, " B"], index: Int[Array, ""]):
@@ -193,7 +200,7 @@ def _advance(model: PaliGemma, valid: Bool[Array, "B S"], cache, tokens: Int[Arr
     positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + index
     x = model.decoder.embed_tokens(tokens[:, None])
     hidden, cache, _ = model.decoder(x, positions, mask[:, None, :], cache, prompt + index)
-    return model.decoder.logits(hidden)[:, 0], cache
+    return decoder_logits(model.decoder, hidden)[:, 0], cache
 
 
 def last_real(hidden: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:

@@ -1,24 +1,48 @@
-"""Dropout with one key per example, so that splitting a batch does not change its masks."""
+"""Dropout with one key per example or token, so that splitting or packing a batch does not change its masks."""
 
 import zlib
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from paligemma_jax.models.numerics import cast
 
+Keys: TypeAlias = Key[Array, " B"] | Key[Array, "B T"]
+"""One key for each example, or for each of its tokens."""
 
-def fold_in_name(keys: Key[Array, " B"], name: str | int | Array) -> Key[Array, " B"]:
-    """Folds a name or a number into the key of each example."""
+
+def fold_in_name(keys: Keys, name: str | int | Array) -> Keys:
+    """Folds a name or a number into every key."""
     data = zlib.crc32(name.encode()) if isinstance(name, str) else name
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+    return _for_each(keys, lambda key: jax.random.fold_in(key, data))
 
 
-def example_dropout(x: Array, rate: float, keys: Key[Array, " B"]) -> Array:
-    """Applies inverted dropout; the mask of an example depends on its key alone, not on its index in the batch.
+def token_keys(keys: Keys, positions: Int[Array, "B T"]) -> Key[Array, "B T"]:
+    """Returns a key for each token, a function of the key of its example and of its position in it.
+
+    Args:
+      keys: of the examples, [B], or of the example of each token, [B, T].
+      positions: of the tokens in their example.
+    """
+    if keys.ndim == 1:
+        keys = jnp.broadcast_to(keys[:, None], positions.shape)
+    return jax.vmap(jax.vmap(jax.random.fold_in))(keys, positions)
+
+
+def example_dropout(x: Array, rate: float, keys: Keys) -> Array:
+    """Applies inverted dropout; the mask of an example or token depends on its key alone, not on where it stands.
 
     Splitting a batch into micro-batches or over devices therefore does not change the masks.
     """
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    shape = x.shape[keys.ndim :]
+    keep = _for_each(keys, lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))
     return jnp.where(keep, cast(x.astype(jnp.float32) / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+
+
+def _for_each(keys: Keys, function):
+    """Maps a function over all axes of the keys."""
+    for _ in range(keys.ndim):
+        function = jax.vmap(function)
+    return function(keys)

@@ -104,6 +104,11 @@ class BlockConfig(Protocol):
         ...
 
     @property
+    def attention(self) -> str:
+        """The attention kernel, see attention.has_flash."""
+        ...
+
+    @property
     def dtype(self) -> str:
         """Compute dtype."""
         ...
@@ -118,6 +123,7 @@ class EncoderAttention(nnx.Module):
     """Multi-head attention with biases; `name` is the tower's, for the dropout keys of adapters."""
 
     def __init__(self, config: BlockConfig, name: str = "vision", *, rngs: nnx.Rngs):
+        self.kernel = config.attention
         width, heads = (config.width,), (config.num_heads, config.head_dim)
         self.q_proj = _projection(config, f"{name}/q_proj", width, heads, rngs)
         self.k_proj = _projection(config, f"{name}/k_proj", width, heads, rngs)
@@ -135,7 +141,7 @@ class EncoderAttention(nnx.Module):
         """Attends to x, or to `keys_from`; `mask` is True where query t attends to key s, None for all keys."""
         source = x if keys_from is None else keys_from
         q, k, v = self.q_proj(x, dropout_keys), self.k_proj(source, dropout_keys), self.v_proj(source, dropout_keys)
-        out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
+        out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=self.kernel)
         return self.out_proj(out, dropout_keys, jnp.float32)
 
     def pool(self, query: Float[Array, " D"], x: Float[Array, "B S D"]) -> Float[Array, "B 1 D"]:

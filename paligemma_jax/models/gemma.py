@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models import encoder_block
-from paligemma_jax.models.attention import attention, rotary
+from paligemma_jax.models.attention import TokenMask, attention, has_flash, rotary
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import RMSNorm
 from paligemma_jax.models.numerics import cast, soft_cap
@@ -45,6 +45,13 @@ class GemmaConfig:
     unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
+    attention: str = "auto"  # the kernel, see attention.has_flash
+
+    @property
+    def attention_share(self) -> float:
+        """FLOPs of scores and weighted values for each key that a token attends to, over those of a layer's kernels."""
+        heads, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return 2 * heads / (self.width * (2 * heads + 2 * keys + 3 * self.mlp_dim))
 
 
 class Embedder(nnx.Module):
@@ -103,11 +110,12 @@ class GemmaAttention(nnx.Module):
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
-        mask: Bool[Array, "B T S"] | None,
+        mask: Bool[Array, "B T S"] | TokenMask | None,
     ) -> Float[Array, "B T N H"]:
         """Returns the weighted values of each query, before the output projection."""
-        scale = self.config.query_scale or self.config.head_dim**-0.5
-        return attention(q, k, v, mask, scale=scale, cap=self.config.attn_softcap)
+        config = self.config
+        scale = config.query_scale or config.head_dim**-0.5
+        return attention(q, k, v, mask, scale=scale, cap=config.attn_softcap, kernel=config.attention)
 
 
 class GemmaMlp(nnx.Module):
@@ -179,8 +187,8 @@ class Gemma(nnx.Module):
 
     @property
     def stacks(self) -> Sequence[GemmaBlock]:
-        """The stacks of blocks, first to last."""
-        return [self.layers]
+        """The stacks of blocks, first to last; `layers` may be a list of several (generation/layers_apart.py)."""
+        return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
         """Returns all inputs before the text: here the image features alone."""
@@ -190,7 +198,7 @@ class Gemma(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | TokenMask,
         cache: dict | None = None,
         start: Int[Array, ""] | int = 0,
         dropout_keys=None,
@@ -201,17 +209,22 @@ class Gemma(nnx.Module):
           x: embedded tokens (scaled by sqrt(D)) and image features (unscaled), float32.
           positions: rotary position of each input, counted over real tokens.
           mask: attention mask; S is T without a cache, else the cache's length. If the config has a sliding window,
-            `sliding_mask` narrows the mask in every other layer.
+            `sliding_mask` narrows the mask in every other layer. A TokenMask is for calls without a cache.
           cache: from `empty_cache`, or None.
           start: first cache slot to write.
-          dropout_keys: one key per example for adapter dropout, or None.
+          dropout_keys: one key per example or token for adapter dropout, or None.
 
         Returns:
           Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual
           stream before the final norm).
         """
         window, windowed, new_positions = self.config.sliding_window, None, {}
-        if window is not None and mask.shape[2] > window:
+        if isinstance(mask, TokenMask) and not self._has_flash(x.shape[1]):
+            mask = mask.dense()  # once, not in every layer
+        if isinstance(mask, TokenMask):
+            if window is not None and x.shape[1] > window:
+                windowed, mask = mask.windowed(positions, window), mask._replace(first=jnp.zeros_like(mask.last))
+        elif window is not None and mask.shape[2] > window:
             key_positions = positions
             if cache is not None:
                 key_positions = lax.dynamic_update_slice(cache["positions"], positions[None], (0, 0, start))[0]
@@ -223,7 +236,9 @@ class Gemma(nnx.Module):
         def call(block, carry, layer):
             x, cache = carry
             keys = None if dropout_keys is None else fold_in_name(dropout_keys, layer)
-            visible = mask if windowed is None else jnp.where(layer % 2 == 0, windowed, mask)
+            visible = mask
+            if windowed is not None:
+                visible = jax.tree.map(lambda near, all: jnp.where(layer % 2 == 0, near, all), windowed, mask)
             return block(x, positions, visible, cache, (layer, start), keys), None
 
         carry, first = (x.astype(jnp.float32), cache), 0
@@ -235,6 +250,11 @@ class Gemma(nnx.Module):
             )
         x, cache = carry
         return self.norm(x), None if cache is None else cache | new_positions, {"encoded": x}
+
+    def _has_flash(self, length: int) -> bool:
+        """Returns whether attention without a cache uses a flash kernel."""
+        config = self.config
+        return has_flash(config.attention, length, config.head_dim, jnp.dtype(config.dtype), config.attn_softcap)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits over the vocabulary, with the config's final soft cap."""

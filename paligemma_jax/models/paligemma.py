@@ -18,11 +18,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.images.preprocessing import Preprocessing
-from paligemma_jax.models.attention import packed_mask, prefix_mask
+from paligemma_jax.models.attention import TokenMask, block_mask, packed_mask, prefix_lm_mask
+from paligemma_jax.models.dropout import token_keys
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.projection import Projection
 from paligemma_jax.models.vit import ViT, ViTConfig
 from train_jax.core import row_sharding
+from train_jax.core.packed_rows import PackedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,14 +198,26 @@ class PaliGemma(nnx.Module):
             mask_input = jnp.ones(tokens.shape, bool)
         features = self.context(features)
         valid, causal = join_masks(features.shape[1], mask_input, mask_ar)
-        mask = prefix_mask(valid, causal)
-        return self.decode(features, tokens, positions_of(valid), mask, dropout_keys)
+        return self.decode(features, tokens, positions_of(valid), block_mask(valid, causal), dropout_keys)
 
     def hidden_of_texts(
         self, features: Float[Array, "B P D"], arrays: Mapping[str, Array], dropout_keys=None
     ) -> Float[Array, "B T D"]:
-        """Returns `hidden` for the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays."""
-        return self.hidden(features, arrays["tokens"], arrays["mask_ar"], arrays["mask_input"], dropout_keys)[0]
+        """Returns `hidden` for the arrays `tokens`, `mask_ar` and `mask_input` of data.prompts.training_arrays.
+
+        With the arrays `slots` and `positions`, several examples share a row of the decoder, see PackedRows.
+        """
+        tokens, mask_ar, mask_input = (arrays[name] for name in ("tokens", "mask_ar", "mask_input"))
+        if "slots" not in arrays:
+            return self.hidden(features, tokens, mask_ar, mask_input, dropout_keys)[0]
+        rows, context = PackedRows(arrays["slots"], arrays["positions"]), self.context(features)
+        valid, causal = join_masks(context.shape[1], mask_input, mask_ar)
+        mask = prefix_lm_mask(rows.segment(valid), rows.of_positions(causal == 0))
+        x = jnp.concatenate([context.astype(jnp.float32), self.decoder.embed_tokens(tokens)], axis=1)
+        positions = rows.of_positions(positions_of(valid))
+        keys = None if dropout_keys is None else token_keys(rows.of_examples(dropout_keys), positions)
+        hidden, _, _ = self.decoder(rows.pack(x), positions, mask, dropout_keys=keys)
+        return rows.unpack(hidden, context.shape[1])
 
     def hidden_of_packed(
         self,
@@ -230,7 +244,7 @@ class PaliGemma(nnx.Module):
         features: Float[Array, "B P D"],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S S"],
+        mask: Bool[Array, "B S S"] | TokenMask,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
         """Returns what `hidden` returns, for given positions and a given mask.
@@ -244,7 +258,8 @@ class PaliGemma(nnx.Module):
         """
         embedded = self.decoder.embed_tokens(tokens)
         x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)
-        hidden, _, out = self.decoder(x, positions, mask, dropout_keys=dropout_keys)
+        keys = None if dropout_keys is None else token_keys(dropout_keys, positions)
+        hidden, _, out = self.decoder(x, positions, mask, dropout_keys=keys)
         hidden = hidden[:, features.shape[1] :]
         return hidden, {"embedded": embedded, "encoded": out["encoded"], "hidden": hidden}
 

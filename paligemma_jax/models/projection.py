@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
+from paligemma_jax.models.dropout import Keys
 from paligemma_jax.models.numerics import broadcast, cast
 
 
@@ -52,25 +53,25 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), self.in_shape + self.out_shape, jnp.dtype(param_dtype)))
         self.bias = nnx.Param(jnp.zeros(self.out_shape, jnp.dtype(param_dtype))) if use_bias else nnx.data(None)
 
-    def __call__(self, x: Array, dropout_keys: Key[Array, " B"] | None = None, out_dtype=None) -> Array:
+    def __call__(self, x: Array, dropout_keys: Keys | None = None, out_dtype=None) -> Array:
         """Maps [B, ..., *in_shape] to [B, ..., *out_shape].
 
         Args:
           x: input of any float dtype; multiplied in the compute dtype with float32 accumulation.
-          dropout_keys: one key per example, for dropout and other randomness in training; None is deterministic.
+          dropout_keys: one key per example or token, for dropout and other randomness in training, or None.
           out_dtype: dtype of the result; None means the compute dtype.
         """
         dtype = jnp.dtype(self.dtype)
         out_dtype = jnp.dtype(out_dtype or dtype)
         return cast(self.affine(cast(x, dtype), dropout_keys, out_dtype), out_dtype)
 
-    def affine(self, x: Array, dropout_keys: Key[Array, " B"] | None, out_dtype=jnp.float32) -> Array:
+    def affine(self, x: Array, dropout_keys: Keys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W + b in float32, or x W in `out_dtype` if there is no bias."""
         if self.bias is None:
             return self.product(x, dropout_keys, out_dtype)
         return self.add_bias(self.product(x, dropout_keys))
 
-    def product(self, x: Array, keys: Key[Array, " B"] | None, out_dtype=jnp.float32) -> Array:
+    def product(self, x: Array, keys: Keys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W, accumulated in float32, in `out_dtype`; that of a kernel in another form in float32."""
         if isinstance(self.kernel, nnx.Variable):
             return contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape), out_dtype)

@@ -18,6 +18,10 @@ REMAT_POLICIES = {
 Block = TypeVar("Block", bound=nnx.Module)
 
 
+class Shared(nnx.Variable):
+    """An array that `scan_stack` passes whole to every layer."""
+
+
 def make_stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
     """Makes `depth` blocks as one module whose parameters have a leading layer axis."""
 
@@ -44,7 +48,7 @@ def scan_stack(
     The scan compiles one block, whatever the depth, and keeps the weights and activations of one layer alive at a time.
 
     Args:
-      blocks: a module made by `make_stack`.
+      blocks: a module made by `make_stack`; every layer gets a slice of its Variables, except `Shared` ones.
       call: pure function of one layer's module, the carry and that layer's slice of `per_layer`.
       carry: pytree passed from layer to layer.
       per_layer: pytree whose leaves have a leading layer axis, or None.
@@ -60,11 +64,11 @@ def scan_stack(
     Raises:
       ValueError: an unknown value of remat.
     """
-    graph, params = nnx.split(blocks)
+    graph, shared, params = nnx.split(blocks, Shared, ...)
 
     def body(carry, inputs):
         layer, x = inputs
-        block = nnx.merge(graph, row_sharding.gather(layer))
+        block = nnx.merge(graph, shared, row_sharding.gather(layer))
         carry, y = call(block, row_sharding.pin_rows(carry, row_axes), x)
         return row_sharding.pin_rows(carry, row_axes), y
 

@@ -42,6 +42,7 @@ class TextConfig:
     unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
+    attention: str = "auto"  # the kernel, see attention.has_flash
 
     @property
     def head_dim(self) -> int:

@@ -42,6 +42,7 @@ class ViTConfig:
     unroll: bool = False  # see stack.scan_stack
     dtype: str = "float32"  # compute dtype
     param_dtype: str = "float32"
+    attention: str = "auto"  # the kernel, see attention.has_flash
 
     @property
     def grid(self) -> int:

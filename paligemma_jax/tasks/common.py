@@ -54,7 +54,7 @@ OP_CLASSES = (
     ("vocabulary", r"losses/(vocab_projection|chunked_\w+|token_chunks)\.py:|:Embedder\."),
     ("loss", r"paligemma_jax/losses/"),
     ("vision", r"models/vit\.py:|:ViT\.|:\w+\.encode_image"),
-    ("attention", r"models/attention\.py:|:\w*Attention\."),
+    ("attention", r"models/attention/|:\w*Attention\."),
     ("feed-forward", r":\w*Mlp\.|:\w*MLP\."),
     ("norms", r"models/norms\.py:"),
 )

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
+from train_jax.report.figure_text import drawable
+
 COLUMNS = 6
 
 
@@ -36,7 +38,8 @@ def save_image_sheet(
         if index < len(images):
             shown = [images[index]] if real is None else [images[index], _gap(images[index]), real[index]]
             axes.imshow(np.concatenate(shown, axis=1), interpolation="nearest")
-            axes.set_title(textwrap.fill(texts[index], 15 * images_per_cell + 3), fontsize=7, parse_math=False)
+            text = drawable(textwrap.fill(texts[index], 15 * images_per_cell + 3))
+            axes.set_title(text, fontsize=7, parse_math=False)
     figure.savefig(file, dpi=110)
 
 

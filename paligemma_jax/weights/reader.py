@@ -17,6 +17,7 @@ from paligemma_jax.files import hub
 from paligemma_jax.files.shipped import SHIPPED, local
 from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models import variants
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma, variant
@@ -50,6 +51,7 @@ def load(
     param_dtype: str | None = None,
     remat: str = "none",
     unroll: bool = False,
+    attention: str = "auto",
     vocab_size: int | None = None,
     quantize: str | None = None,
     block_size: int = 64,
@@ -73,6 +75,7 @@ def load(
       param_dtype: dtype of the parameters, `dtype` if None.
       remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
         models.stack.scan_stack.
+      attention: the kernel of attention, see models.attention.has_flash.
       vocab_size: rows of the word embedding, if not the checkpoint's (257,152 in big_vision, 257,216 in transformers):
         the last rows are removed, or rows are added with the mean of all others, whose logit is never the largest.
       quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels while loading, with the same result as
@@ -85,10 +88,12 @@ def load(
       The model; `model.config` holds its sizes and its preprocessing.
 
     Raises:
-      UserError: no such file or folder, another format, an unknown dtype or remat, an image size that is no multiple
-        of the patch size, or arrays that do not match the model; no partly loaded model is returned.
+      UserError: no such file or folder, another format, an unknown dtype, remat or attention, an image size that is no
+        multiple of the patch size, or arrays that do not match the model; no partly loaded model is returned.
     """
-    both: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    both: dict[str, Any] = dict(
+        dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll, attention=attention
+    )
     _check_options(both, vocab_size)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
@@ -118,6 +123,7 @@ def new(
     param_dtype: str | None = None,
     remat: str = "none",
     unroll: bool = False,
+    attention: str = "auto",
     quantize: str | None = None,
     block_size: int = 64,
     double: bool = False,
@@ -127,7 +133,9 @@ def new(
     Only sizes are read: under `nnx.eval_shape` it needs nothing but the checkpoint's config (or an npz's headers).
     Arguments and errors: see `load`.
     """
-    both: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll)
+    both: dict[str, Any] = dict(
+        dtype=dtype, param_dtype=param_dtype or dtype, remat=remat, unroll=unroll, attention=attention
+    )
     _check_options(both, None)
     codec = (quantize, block_size, double) if quantize else None
     if str(path).startswith(RANDOM):
@@ -151,6 +159,9 @@ def _check_options(both: dict, vocab_size: int | None) -> None:
     remat = both["remat"]
     if remat != "none" and remat not in REMAT_POLICIES:
         raise UserError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}: choose one of these.")
+    if both["attention"] not in KERNELS:
+        expected = ", ".join(KERNELS)
+        raise UserError(f"attention is {both['attention']!r}, expected one of {expected}: choose one of these.")
     if vocab_size is not None and vocab_size < 1:
         raise UserError(f"vocab_size is {vocab_size}, expected at least 1: leave it out to keep the checkpoint's.")
 

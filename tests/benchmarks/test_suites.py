@@ -1,5 +1,6 @@
 """The suites of benchmarks run on small models, so that they cannot rot where no accelerator is at hand."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -29,7 +30,17 @@ def test_a_suite_runs_what_is_missing_and_prints_one_table(tmp_path):
 
 
 def test_a_case_that_was_not_run_says_so():
-    assert "| full step | not run |" in results.table({}, list(SUITES["gpu"]))
+    assert "| full step | not run |" in results.table({}, list(SUITES["gpu"].cases))
+
+
+def test_cases_that_are_compared_have_a_row_each():
+    small, large = results.Measurement("memory", 3.0, "GiB"), results.Measurement("memory", 462.0, "GiB")
+    entry = {"commit": "abc", "machine": "m", "versions": {"jax": "1"}}
+    measured = {"on 4": [small, results.Measurement("time", 150.0, "ms")], "on 1": [large]}
+    stored = {case: entry | {"measurements": list(map(dataclasses.asdict, found))} for case, found in measured.items()}
+    text = results.table(stored, ["on 1", "on 4", "on 16"], compared=["on 1", "on 4", "on 16"])
+    assert text.splitlines()[0] == "| case | memory, GiB | time, ms |"
+    assert text.splitlines()[2:5] == ["| on 1 (a) | 462 |  |", "| on 4 (a) | 3 | 150 |", "| on 16 | not run | |"]
 
 
 @pytest.mark.parametrize(("value", "aim", "met"), [(1.2, "at most 1.3", True), (49.0, "at least 50", False)])

@@ -1,6 +1,7 @@
 """`DataSource`, the interface from which the input pipeline reads training examples."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,27 @@ Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # numpy arrays and scalars
 
 BAD = "bad"  # key of an example, see DataSource
+ROW = "row_number"  # key of a batch: index of each example in the global batch, int32
+SLOTS, POSITIONS = "slots", "positions"  # keys of a batch of packed rows, see data.layout.Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How examples of different lengths are laid out in a batch (train_jax/data/layout.py).
+
+    Attributes:
+      context: computed positions before the tokens of every example, such as image patches.
+      limit: most tokens of an example.
+      shapes: most shapes of a batch, beside the one in which every example fits.
+      packed: whether several examples may share a row.
+      quadratic: cost of attention to one position, in units of the cost of everything else.
+    """
+
+    context: int
+    limit: int
+    shapes: int
+    packed: bool = False
+    quadratic: float = 0.0
 
 
 class DataSource(abc.ABC):
@@ -22,11 +44,14 @@ class DataSource(abc.ABC):
     Attributes:
       fingerprint: stable hash of the examples and their order, or None. A run may only resume with an equal one.
       group: number of rows that are read together, see `get_batch`.
+      lengths: for examples of different lengths, which the methods `lengths_of` and `cut` then serve; None if all
+        examples have one length. Only with `group` 1.
       bad_rows: {index: name} of the bad rows counted so far.
     """
 
     fingerprint: str | None = None
     group: int | None = 1
+    lengths: Lengths | None = None
     bad_rows: Mapping[int, str] = {}
 
     @abc.abstractmethod
@@ -50,6 +75,17 @@ class DataSource(abc.ABC):
         """
         del step, rows
         return stack([self[int(index)] for index in indices])
+
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the number of tokens of examples, int [n], at most `lengths.limit`.
+
+        Every process calls it for all examples of a step, so it should read as little of them as it can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has `lengths`, expected a method lengths_of: add it")
+
+    def cut(self, batch: Batch, length: int) -> Batch:
+        """Returns a batch whose examples have room for `length` tokens in place of `lengths.limit`."""
+        raise NotImplementedError(f"{type(self).__name__} has `lengths`, expected a method cut: add it")
 
     def on_rows(self, indices: np.ndarray, bad: np.ndarray) -> None:
         """Counts the rows of a batch; called in the training process when the batch is used, wherever it was read.

@@ -54,9 +54,14 @@ def with_mesh(mesh: Mesh, function: Callable) -> Callable:
 
 def row_parts(rows: int) -> int:
     """Returns the number of parts into which the context's mesh splits rows; 1 without a mesh or an even split."""
-    mesh = _mesh()
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    parts = row_devices()
     return parts if rows % parts == 0 else 1
+
+
+def row_devices() -> int:
+    """Returns the number of devices along ROW_AXES of the context's mesh; 1 without one."""
+    mesh = _mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def pin_rows(tree: T, axes: Any = 0) -> T:

@@ -6,10 +6,12 @@ of processes, workers or threads, nor on the micro-batch:
     position k of the stream = step * batch_size + row,    example = order(seed, k)
 
 where `order` is grain's global shuffle, a new permutation in every epoch, computed one step at a time (shuffle.py).
+Examples of different lengths are laid out in one of a few shapes (layout.py), where the batch holds their rows as ROW.
 Seeking to any step is free, and a run resumes from the step alone (grain's iterator state is invalid when the number of
 workers changes). Axes: A micro-batches, b rows of a micro-batch.
 """
 
+import math
 import os
 import signal
 import time
@@ -25,10 +27,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from train_jax.core.data_source import BAD, Batch, DataSource
+from train_jax.core.data_source import BAD, POSITIONS, ROW, SLOTS, Batch, DataSource
 from train_jax.core.errors import UserError
+from train_jax.data.layout import SAMPLE, Layout, Placement
 from train_jax.data.shuffle import Order
-from train_jax.parallel.sharding import local_rows
+from train_jax.parallel.sharding import local_rows, mesh_shape
 
 
 class Batches(Iterator[Batch]):
@@ -80,7 +83,8 @@ class _StepBatches:
         """Passes the marks of bad rows to the source, which may raise; returns the batch without them."""
         bad = batch.pop(BAD, None)
         if bad is not None:
-            self._pipeline.source.on_rows(self._pipeline.rows_at(self._start + index).ravel(), bad.ravel())
+            indices = self._pipeline.rows_at(self._start + index, batch.get(ROW))
+            self._pipeline.source.on_rows(indices.ravel(), bad.ravel())
         return batch
 
 
@@ -106,6 +110,7 @@ class Pipeline:
         workers: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        devices: int = 1,
     ):
         """Prepares the stream without reading examples.
 
@@ -120,6 +125,7 @@ class Pipeline:
           workers: processes that read; 0 reads in this process, which is faster unless decoding holds the GIL.
           process_index: index of this process.
           process_count: number of processes that share every batch.
+          devices: number of parts into which the mesh splits rows; packed rows are divided among them.
 
         Raises:
           UserError: the source is empty, or the batch does not divide into micro-batches, processes and groups.
@@ -140,6 +146,18 @@ class Pipeline:
         self._rows = np.arange(batch_size).reshape(-1, self.micro_batch)[:, rows]  # [A, b_local] of the global batch
         self._read_rows = _whole_groups(self._rows, batch_size, self.source.group)
         self._order = Order(len(source), seed if shuffle else None)
+        groups = math.lcm(devices, process_count)
+        self._groups = local_rows(process_index, process_count, groups)  # those of this process
+        self._layout = self._make_layout(groups)
+
+    def _make_layout(self, groups: int) -> Layout | None:
+        """Chooses the shapes of batches by the lengths of the first examples, see layout.py."""
+        if self.source.lengths is None:
+            return None
+        sample = self.source.lengths_of(self._order.at(np.arange(min(SAMPLE, len(self.source)))))
+        micro_batches = self._batch_size // self.micro_batch
+        layout = Layout(self.source.lengths, (micro_batches, groups, self.micro_batch // groups), sample)
+        return layout if len(layout.shapes) > 1 else None  # the lengths of further examples need not be counted
 
     def iterate(self, start_step: int = 0) -> Batches:
         """Returns an iterator over the batches of steps `start_step` ... `num_steps` - 1."""
@@ -151,20 +169,50 @@ class Pipeline:
 
     def read(self, step: int) -> Batch:
         """Reads the batch of one step, with the marks of bad rows."""
-        batch, shape = self._examples(step), self._rows.shape
+        if self._layout is not None:
+            return self._laid_out(step, self._layout)
+        batch, shape = self._examples(step, self._read_rows), self._rows.shape
         if len(self._read_rows) > self._rows.size:  # some groups are shared with other processes
             own = np.searchsorted(self._read_rows, self._rows.ravel())
             batch = {name: values[own] for name, values in batch.items()}
         return {name: values.reshape(shape + values.shape[1:]) for name, values in batch.items()}
 
-    def _examples(self, step: int) -> Batch:
-        """Reads the examples of a step that this process needs, [n, ...]."""
-        indices = self._order.at(step * self._batch_size + self._read_rows)
-        return self.source.get_batch(indices, step, self._read_rows)
+    def _laid_out(self, step: int, layout: Layout) -> Batch:
+        """Reads the batch of one step in the shape that the lengths of its examples ask for."""
+        assert self.source.group == 1, "examples of different lengths are read one by one"
+        placement: Placement = layout.place(self.source.lengths_of(self._indices(step)))
+        own = placement.numbers[:, self._groups]  # [A, G_local, g]
+        order = np.argsort(own.ravel())
+        batch = self._examples(step, own.ravel()[order])
+        batch = {name: values[np.argsort(order)] for name, values in batch.items()}
+        batch = self.source.cut(batch, placement.shape.tokens)
+        batch_shape = (len(own), own[0].size)  # [A, b_local]
+        batch = {name: values.reshape(batch_shape + values.shape[1:]) for name, values in batch.items()}
+        if placement.slots is None or placement.positions is None:
+            return batch
+        positions = placement.positions[:, self._groups]
+        return batch | {
+            ROW: own.reshape(batch_shape).astype(np.int32),
+            SLOTS: placement.slots[:, self._groups],
+            POSITIONS: positions.reshape(*batch_shape, -1),
+        }
 
-    def rows_at(self, step: int) -> np.ndarray:
-        """Returns the source indices of this process's rows of one step, int [A, b_local]."""
-        return self._order.at(step * self._batch_size + self._rows)
+    def _examples(self, step: int, rows: np.ndarray) -> Batch:
+        """Reads some examples of a step, [n, ...]."""
+        return self.source.get_batch(self._indices(step, rows), step, rows)
+
+    def _indices(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Returns the source indices of some rows of the global batch of a step; None: of all."""
+        return self._order.at(step * self._batch_size + (np.arange(self._batch_size) if rows is None else rows))
+
+    def rows_at(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Returns the source indices of this process's rows of one step, int [A, b_local].
+
+        Args:
+          step: of the run.
+          rows: those of a batch whose examples are packed, its ROW.
+        """
+        return self._indices(step, self._rows if rows is None else rows)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -214,6 +262,8 @@ def _check_picklable(batches: _StepBatches) -> None:
 
 def training_batches(config: ConfigDict, source: DataSource, num_steps: int) -> Pipeline:
     """Returns the pipeline of this process for a run's training batches."""
+    processes = jax.process_count()
+    mesh = mesh_shape(config.mesh, jax.device_count(), processes)
     return Pipeline(
         source,
         config.batch_size,
@@ -223,5 +273,6 @@ def training_batches(config: ConfigDict, source: DataSource, num_steps: int) -> 
         threads=config.data.threads,
         workers=config.data.workers,
         process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_count=processes,
+        devices=mesh["data"] * mesh["fsdp"],
     )

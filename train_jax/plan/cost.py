@@ -2,8 +2,9 @@
 
 The compiler annotates every fusion with `estimated_cycles` and its source lines. Cycles are summed over the program,
 with every iteration of its loops. A class's bound is the larger of its products' FLOPs over the peak
-and of the bytes that its fusions read and write in HBM over the bandwidth. Collectives and Pallas calls have no
-estimate: collectives are bound by the bandwidth of the links.
+and of the bytes that its fusions read and write in HBM over the bandwidth. Collectives and Pallas kernels have no
+estimate: collectives are bound by the bandwidth of the links, and a kernel counts as the largest of its FLOPs at the
+peak, its bytes at the bandwidth and its vector operations.
 """
 
 import re
@@ -12,18 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from train_jax.plan import flops, hlo
+from train_jax.plan import flops, hlo, pallas
 from train_jax.plan.hlo import Instruction, Module
 from train_jax.plan.tpu import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
-_OPERANDS = re.compile(r"%([\w.\-]+)")
-_ON_CHIP = re.compile(r"S\(\d+\)")  # memory space of a layout: not HBM
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 OTHER = "other"
+VECTOR_LANES = 4096  # vector operations of a core in a cycle: four units of 8 x 128
 ROOT = str(Path(__file__).parents[2])  # of our packages
 
 
@@ -125,18 +125,25 @@ class ProgramCost(NamedTuple):
       classes: by class of operation, the most expensive first.
       sources: (source line, kind of operation, cycles), the most expensive first.
       received: bytes of the results of collectives.
-      unestimated: {name: number} of custom calls without an estimate, such as Pallas kernels.
+      pallas: Pallas kernels; `cycles` are our count, see the module.
+      unestimated: {name: number} of Pallas kernels that could not be read.
     """
 
     chip: Chip
     classes: dict[str, ClassCost]
     sources: list[tuple[str, str, int]]
     received: int
+    pallas: ClassCost
     unestimated: dict[str, int]
 
     @property
     def seconds(self) -> float:
         """Estimated time of computation, without collectives."""
+        return self.compiler_seconds + self.pallas.cycles / self.chip.clock
+
+    @property
+    def compiler_seconds(self) -> float:
+        """The compiler's own estimate, without Pallas kernels."""
         return sum(cost.cycles for cost in self.classes.values()) / self.chip.clock
 
     @property
@@ -147,7 +154,7 @@ class ProgramCost(NamedTuple):
     @property
     def utilisation(self) -> float:
         """FLOPs of products over the chip's peak, in the estimated time; recomputation counts as work."""
-        flops_ = sum(cost.flops for cost in self.classes.values())
+        flops_ = self.pallas.flops + sum(cost.flops for cost in self.classes.values())
         return flops_ / self.chip.flops / self.seconds if self.seconds else 0.0
 
     def bound(self, cost: ClassCost) -> float:
@@ -158,13 +165,27 @@ class ProgramCost(NamedTuple):
 def program_cost(text: str, chip: Chip, classes: Sequence[tuple[str, str]]) -> ProgramCost:
     """Returns the cost of a program that was compiled for a TPU, from `compiled.as_text()`."""
     module, ops = hlo.parse(text), operations(text)
-    custom: Counter[str] = Counter()
+    kernels, unread = _pallas(module, chip)
+    received = sum(hlo.collective_bytes(module).values())
+    return ProgramCost(chip, by_class(ops, classes), by_source(ops, ROOT), received, kernels, unread)
+
+
+def _pallas(module: Module, chip: Chip) -> tuple[ClassCost, dict[str, int]]:
+    """Returns the cost of all Pallas kernels, and the number of calls of those that could not be read."""
+    cycles, total, unread = 0.0, pallas.NOTHING, Counter[str]()
+    types = {name: {one.name: one.type for one in body} for name, body in module.computations.items()}
     for computation, index, count in _executed(module, module.entry, 1):
         instruction = module.computations[computation][index]
-        if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
-            custom[instruction.name] += count
-    received = sum(hlo.collective_bytes(module).values())
-    return ProgramCost(chip, by_class(ops, classes), by_source(ops, ROOT), received, dict(custom))
+        if not pallas.is_kernel(instruction):
+            continue
+        cost = pallas.kernel_cost(instruction, types[computation])
+        if cost is None:
+            unread[instruction.name] += count
+            continue
+        seconds = max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
+        cycles += count * max(seconds * chip.clock, cost.vector_ops / VECTOR_LANES)
+        total += cost.times(count)
+    return ClassCost(round(cycles), total.flops, total.bytes), dict(unread)
 
 
 def by_source(ops: Sequence[Operation], root: str) -> list[tuple[str, str, int]]:
@@ -197,7 +218,7 @@ def _hbm_bytes(instruction: Instruction, module: Module, types: Mapping[str, str
 
     A fused dynamic slice reads only the slice, and a fused in-place update writes only the update.
     """
-    reads = [_in_hbm(types.get(operand, "")) for operand in _operands(instruction)]
+    reads = [_in_hbm(types.get(operand, "")) for operand in hlo.operands(instruction)]
     writes = _in_hbm(instruction.type)
     if instruction.opcode == "fusion":
         body = _body(instruction, module)
@@ -206,10 +227,6 @@ def _hbm_bytes(instruction: Instruction, module: Module, types: Mapping[str, str
     elif instruction.opcode in ("dynamic-slice", "slice", "gather"):
         reads = [writes]
     return sum(reads) + writes
-
-
-def _operands(instruction: Instruction) -> list[str]:
-    return _OPERANDS.findall(instruction.rest.partition(")")[0])
 
 
 def _body(fusion: Instruction, module: Module) -> list[Instruction]:
@@ -224,7 +241,7 @@ def _fused_reads(body: Sequence[Instruction], index: int, size: int, module: Mod
         return size
     total = 0
     for user in body:
-        for position, operand in enumerate(_operands(user)):
+        for position, operand in enumerate(hlo.operands(user)):
             if operand != parameter.name:
                 continue
             if user.opcode in ("dynamic-slice", "gather"):
@@ -240,13 +257,13 @@ def _fused_writes(body: Sequence[Instruction], module: Module) -> int:
     """Returns the bytes that a fused computation writes."""
     by_name = {one.name: one for one in body}
     root = body[-1]
-    results = [by_name[name] for name in _operands(root)] if root.opcode == "tuple" else [root]
+    results = [by_name[name] for name in hlo.operands(root)] if root.opcode == "tuple" else [root]
     total = 0
     for one in results:
         while one.opcode == "bitcast":
-            one = by_name[_operands(one)[0]]
+            one = by_name[hlo.operands(one)[0]]
         if one.opcode == "dynamic-update-slice":
-            total += hlo.type_bytes(by_name[_operands(one)[1]].type)
+            total += hlo.type_bytes(by_name[hlo.operands(one)[1]].type)
         elif one.opcode == "fusion":
             total += _fused_writes(_body(one, module), module)
         else:
@@ -256,8 +273,7 @@ def _fused_writes(body: Sequence[Instruction], module: Module) -> int:
 
 def _in_hbm(type_: str) -> int:
     """Returns the bytes of the arrays of a type that are in HBM."""
-    arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", type_)
-    return sum(hlo.type_bytes(array) for array in arrays if not _ON_CHIP.search(array))
+    return sum(hlo.type_bytes(array) for array in hlo.arrays(type_) if hlo.is_in_hbm(array))
 
 
 def _frames(text: str) -> dict[int, tuple[Frame, ...]]:

@@ -2,7 +2,8 @@
 
 The text is XLA's (`compiled.as_text()`) after partitioning, so shapes are those of one device. It contains the body of
 a loop once; the loop's `known_trip_count` is its number of iterations, or, in programs for TPUs, which lack it, the
-constant that its condition compares the counter with. A loop of unknown length counts once.
+constant that its condition compares the counter with. A loop that may end early, such as generation, counts with the
+most iterations, and one without a limit counts once.
 """
 
 import functools
@@ -23,6 +24,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _NUMBER = re.compile(r"(\d+)\)")
 _CHANNEL = re.compile(r"\bchannel_id=\d+")
+_OPERANDS = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\(\d+\)")  # memory space of a layout
 _HALF = ("bf16", "f16")
 _COMPUTES = ("fusion", "dot", "convolution", "custom-call", "while")
 
@@ -55,7 +59,25 @@ def parse(text: str) -> Module:
             entry = current if header[1] else entry
         elif current and (match := _INSTRUCTION.match(line)):
             computations[current].append(Instruction(match[1], match[2], match[3], match[4]))
+        elif current and computations[current] and line != "}":  # the metadata of a kernel may have several lines
+            last = computations[current][-1]
+            computations[current][-1] = last._replace(rest=f"{last.rest}\n{line}")
     return Module(computations, entry)
+
+
+def operands(instruction: Instruction) -> list[str]:
+    """Returns the names of the operands of an instruction."""
+    return _OPERANDS.findall(instruction.rest.partition(")")[0])
+
+
+def arrays(text: str) -> list[str]:
+    """Returns the types of all arrays in a type, with their layouts."""
+    return _ARRAY.findall(text)
+
+
+def is_in_hbm(array: str) -> bool:
+    """Whether an array of this type, with its layout, is in HBM and not in memory on the chip of a TPU."""
+    return _ON_CHIP.search(array) is None
 
 
 def type_bytes(text: str) -> int:
@@ -171,17 +193,18 @@ def calls(instruction: Instruction, module: Module) -> list[tuple[str, int]]:
 
 
 def _trip_count(loop: Instruction, module: Module) -> int:
-    """Returns the iterations of a `while`; 1 if they are unknown, as of a loop that may end early."""
+    """Returns the most iterations of a `while`; 1 if they are unknown."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = _CONDITION.search(loop.rest)
     instructions = list(module.computations.get(condition[1], ())) if condition else []
     if instructions and instructions[-1].opcode == "fusion":  # the comparison may be fused
         instructions += [inner for name, _ in calls(instructions[-1], module) for inner in module.computations[name]]
-    if not instructions or instructions[-1].opcode != "compare" or "direction=LT" not in instructions[-1].rest:
+    if not instructions or instructions[-1].opcode not in ("compare", "and"):
         return 1
+    compares = [one for one in instructions if one.opcode == "compare" and "direction=LT" in one.rest]
     limits = {int(match[1]) for one in instructions if one.opcode == "constant" and (match := _NUMBER.match(one.rest))}
-    return limits.pop() if len(limits) == 1 else 1
+    return limits.pop() if len(compares) == len(limits) == 1 else 1
 
 
 def float32_copies(module: Module) -> int:

@@ -11,7 +11,7 @@ arguments are those of train.py. For a sweep it plans every run, but only one of
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from train_jax.optim import optimizers
 from train_jax.parallel import sharding
 from train_jax.plan import cost, flops, hlo
 from train_jax.plan.report import Program, RunPlan, report
-from train_jax.plan.tpu import Slice, open_slice
+from train_jax.plan.tpu import DoesNotFitError, Slice, open_slice
 from train_jax.step import placement, train_step
 from train_jax.step.placement import PlacedModel
 from train_jax.sweep import run as sweep
@@ -37,15 +37,17 @@ from train_jax.system.memory import step_memory
 from train_jax.task import Blueprint
 
 OP_CLASSES = (("optimizer", r"train_jax/optim/|/optax/|train_state\.py:"),)
+TRAINING = "training step"
 NOMINAL_EXAMPLES = 1_000_000  # stands for the size of the data, which only affects the schedule
 
 
-def plan(config: ConfigDict, tpu: Slice | None = None) -> RunPlan:
-    """Compiles all programs of a run and returns its plan.
+def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | None = None) -> RunPlan:
+    """Compiles the programs of a run and returns its plan.
 
     Args:
       config: of the run.
       tpu: the slice to compile for; None for the available devices.
+      only: names of the programs to compile, TRAINING and those of the task's blueprint; None compiles all.
 
     Raises:
       UserError: the config is invalid, or the task has no `blueprint` (see task.py).
@@ -58,18 +60,19 @@ def plan(config: ConfigDict, tpu: Slice | None = None) -> RunPlan:
     compiler = _Compiler(mesh, tpu, (*OP_CLASSES, *blueprint.task.op_classes))
     if blueprint.task.trainable() is None:
         frozen = sharding.device_bytes(placed.frozen)
-        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, _evaluations(blueprint, placed, frozen, compiler))
+        programs = _evaluations(blueprint, placed, frozen, compiler, only)
+        return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, programs)
     steps = Durations.of(config, NOMINAL_EXAMPLES)
     schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
     float16 = config.compute_dtype == "float16"
     start = placement.abstract_state(placed, optimizer, mesh, ema=config.ema_decay is not None, float16=float16)
     batch = batch_shapes(config, blueprint, mesh)
-    traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
-    state_bytes = sharding.device_bytes((start, placed.frozen))
-    held = state_bytes + sharding.device_bytes((totals, batch))
-    programs = [compiler.compile("training step", traced, held)]
-    programs += _evaluations(blueprint, placed, state_bytes, compiler)
+    state_bytes, programs = sharding.device_bytes((start, placed.frozen)), []
+    if only is None or TRAINING in only:
+        traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+        programs = [compiler.compile(TRAINING, traced, state_bytes + sharding.device_bytes((totals, batch)))]
+    programs += _evaluations(blueprint, placed, state_bytes, compiler, only)
     trainable = sharding.device_bytes(start.params)
     return RunPlan(
         device=device,
@@ -91,18 +94,27 @@ class _Compiler(NamedTuple):
     op_classes: Sequence[tuple[str, str]]
 
     def compile(self, name: str, traced: jax.stages.Traced, held: int) -> Program:
-        """Returns the plan of a program that runs while `held` bytes are in use."""
+        """Returns the plan of a program that runs while `held` bytes are in use. Raises DoesNotFitError."""
         if self.tpu is None:
             return program_of(name, traced.lower().compile(), held, self.mesh)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        try:
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFitError(name, self.tpu.chip, error) from error
         program = program_of(name, compiled, held, self.mesh)
         return program._replace(cost=cost.program_cost(compiled.as_text() or "", self.tpu.chip, self.op_classes))
 
 
-def _evaluations(blueprint: Blueprint, placed: PlacedModel, state_bytes: int, compiler: _Compiler) -> list[Program]:
-    """Returns the programs of an evaluation that runs while `state_bytes` are in use."""
+def _evaluations(
+    blueprint: Blueprint, placed: PlacedModel, state_bytes: int, compiler: _Compiler, only: Collection[str] | None
+) -> list[Program]:
+    """Returns the programs of an evaluation that runs while `state_bytes` are in use; `only` as of `plan`."""
     programs = []
     for name, (function, arguments) in blueprint.programs.items():
+        if only is not None and name not in only:
+            continue
         held = state_bytes + sharding.device_bytes(arguments)
         traced = _traced(placed, function, arguments, compiler.mesh)
         programs.append(compiler.compile(f"evaluation: {name}", traced, held))

@@ -101,17 +101,21 @@ def time_table(name: str, cost: ProgramCost) -> str:
     """Returns a table of a program's estimated time by class of operation, and what bounds it."""
     total = cost.seconds
     rows = [["", "estimate", "share", "bound", "FLOPs", "HBM"]]
-    for kind, one in cost.classes.items():
+    kernels = {"Pallas": cost.pallas} if cost.pallas.cycles else {}
+    for kind, one in {**cost.classes, **kernels}.items():
         seconds = one.cycles / cost.chip.clock
         sizes = [f"{one.flops:.3g}", format_bytes(one.bytes)]
         rows.append([kind, _milliseconds(seconds), f"{seconds / total:.1%}", _milliseconds(cost.bound(one)), *sizes])
     rows.append(["collectives", "", "", _milliseconds(cost.collective_seconds), "", ""])
+    source = "by the compiler's estimate"
+    if kernels:
+        source += f" and our count of Pallas kernels ({_milliseconds(cost.compiler_seconds)} without them)"
     head = (
-        f"{name} on {cost.chip.name}: {_milliseconds(total)} by the compiler's estimate, without collectives; products "
+        f"{name} on {cost.chip.name}: {_milliseconds(total)} {source}, without collectives; products "
         f"at {cost.utilisation:.1%} of the peak"
     )
     calls = ", ".join(f"{call} ({number} times)" for call, number in cost.unestimated.items())
-    return "\n".join([head, aligned(rows), *([f"not estimated: {calls}"] if calls else [])])
+    return "\n".join([head, aligned(rows), *([f"Pallas kernels that could not be read: {calls}"] if calls else [])])
 
 
 def utilisation_line(cost: ProgramCost, model_flops: float) -> str:

@@ -24,6 +24,10 @@ _ENVIRONMENT = {
 }
 
 
+# Of the compiler: "HLO temporaries (461.65G) exceeds", "Used 17.2G of 15.75G hbm".
+_NEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMGT])")
+
+
 class Chip(NamedTuple):
     """A TPU chip, or a core of one.
 
@@ -60,6 +64,24 @@ CHIPS = {
 """Chips by `device_kind`."""
 
 
+class DoesNotFitError(UserError):
+    """A program needs more memory than a chip has, so the compiler makes none.
+
+    Attributes:
+      needed: memory of the program in GiB by the compiler's message; NaN if it does not say.
+    """
+
+    def __init__(self, name: str, chip: Chip, error: Exception):
+        """Takes the name of the program and the compiler's error."""
+        sizes = _NEEDED.search(str(error))
+        self.needed = float("nan") if sizes is None else float(sizes[1]) * 1024 ** (" KMGT".index(sizes[2]) - 3)
+        amount = "more memory" if sizes is None else f"{self.needed:.3g} GiB of memory"
+        super().__init__(
+            f"the {name} needs {amount} on each {chip.name}, expected at most {chip.memory / 2**30:.3g} GiB: plan for "
+            "more chips with --mesh=fsdp=N, a smaller batch or micro-batch, or a quantized base"
+        )
+
+
 class Slice(NamedTuple):
     """The devices of a slice to compile for, and the properties of one of them."""
 
@@ -81,13 +103,14 @@ def open_slice(name: str) -> Slice:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    chips = math.prod(int(size) for size in re.findall(r"\d+", name.partition(":")[2]))
+    hosts = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}  # the default is four chips
     try:
-        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts).devices)
     except Exception as error:  # JAX's own class for errors of the compiler is not public
         reason = str(error).splitlines()[0]
         raise UserError(f"--tpu={name} is no topology ({reason}): write one such as v5e:4x4 or v5p:2x2x4") from error
     kind = devices[0].device_kind
     if kind not in CHIPS:
         raise UserError(f"--tpu={name} has chips of kind {kind!r}, expected one of {', '.join(CHIPS)}: choose another")
-    chips = math.prod(int(size) for size in re.findall(r"\d+", name.partition(":")[2]))
     return Slice(devices, CHIPS[kind].core(len(devices) // chips))

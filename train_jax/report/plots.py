@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from train_jax.report.figure_text import drawable
+
 EVALUATION = "eval/"  # prefix of evaluation metrics
 LEARNING_RATE = "learning_rate"
 # Metrics without a curve.
@@ -70,7 +72,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path, title: str = "") -> 
     for axis in axes[len(layout) :]:
         axis.set_axis_off()
     if title:
-        figure.suptitle(title)
+        figure.suptitle(drawable(title), parse_math=False)
     figure.savefig(png, dpi=120)
 
 

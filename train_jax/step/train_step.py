@@ -21,7 +21,7 @@ from train_jax.core.metrics import Metrics
 from train_jax.optim.optimizers import Schedule
 from train_jax.parallel import sharding
 from train_jax.step.placement import PlacedModel
-from train_jax.step.randomness import numbered, row_keys
+from train_jax.step.randomness import ROW, numbered, row_keys
 from train_jax.step.train_state import Params, TrainState, update_guard, where
 from train_jax.task import Task
 
@@ -56,10 +56,9 @@ def make_train_step(
 
     def accumulate(state, frozen, batch):
         """Returns the gradient, the loss and the metrics of the whole batch."""
-        first = jax.tree.leaves(batch)[0]
-        keys = row_keys(seed, state.step, first.shape[0] * first.shape[1]).reshape(first.shape[:2])
         scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
         batch = numbered(batch, state.step)
+        keys = row_keys(seed, state.step, batch[ROW])
         loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
 
         def of_micro_batch(batch, keys):
@@ -77,7 +76,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, of_micro_batch(*inputs)), None
 
         total = of_micro_batch(jax.tree.map(lambda x: x[0], batch), keys[0])
-        if first.shape[0] > 1:
+        if len(batch[ROW]) > 1:
             total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
         grads, value, metrics = total
         return jax.tree.map(lambda g: g / loss_scale, grads), value, metrics
@@ -145,7 +144,7 @@ def trace(
 
     def task_metrics(start, frozen, batch):
         first = jax.tree.map(lambda x: x[0], numbered(batch, start.step))
-        keys = row_keys(config.seed, start.step, jax.tree.leaves(first)[0].shape[0])
+        keys = row_keys(config.seed, start.step, first[ROW])
         return task.loss(placed.merge(start.params | frozen), first, keys)[1]
 
     names = jax.eval_shape(row_sharding.with_mesh(mesh, task_metrics), start, placed.frozen, batch)

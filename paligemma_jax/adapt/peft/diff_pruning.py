@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from paligemma_jax.models.dropout import fold_in_name
+from paligemma_jax.models.dropout import Keys, fold_in_name
 from paligemma_jax.models.projection import Projection, contract, projections
 from train_jax.core import patterns
 from train_jax.core.errors import UserError
@@ -54,11 +54,11 @@ class DiffKernel(nnx.Module):
         """Dtype of the plain kernel."""
         return self.base.dtype
 
-    def contract(self, x: Array, keys: Key[Array, " B"] | None) -> Array:
+    def contract(self, x: Array, keys: Keys | None) -> Array:
         """Returns x (W + z d) in float32; with keys (training) z is sampled with the first key, once per batch."""
         u = None
         if keys is not None:
-            key = fold_in_name(keys[:1], self.name)[0]
+            key = fold_in_name(keys.ravel()[:1], self.name)[0]
             u = jax.random.uniform(key, self.shape, jnp.float32, 1e-6, 1.0 - 1e-6)
         kernel = self.base[...].astype(jnp.float32) + self._gated(u)
         return contract(x, kernel.astype(x.dtype), self.num_in)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from paligemma_jax.adapt import attachment
+from paligemma_jax.models.attention import TokenMask
 from paligemma_jax.models.gemma import Gemma, GemmaAttention
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core.errors import UserError
@@ -36,6 +37,8 @@ class PrefixAttention(GemmaAttention):
     def attend(self, q, k, v, mask):
         """As in GemmaAttention."""
         k, v = (_prepend(prefix[...], rows) for prefix, rows in ((self.prefix_k, k), (self.prefix_v, v)))
+        if isinstance(mask, TokenMask):
+            mask = mask.dense()  # which leaves attention to the plain kernel
         if mask is not None:
             mask = jnp.pad(mask, ((0, 0), (0, 0), (self.prefix_k.shape[0], 0)), constant_values=True)
         return super().attend(q, k, v, mask)

@@ -97,11 +97,15 @@ class NF4:
             arrays |= zip(self.leaves[1:], double_quantization.compress(absmax), strict=True)
         return arrays
 
+    def constants(self, arrays: dict[str, Array]) -> Float[Array, "R M"]:
+        """Returns the absmax of each block."""
+        if not self.double:
+            return arrays["absmax"]
+        return double_quantization.expand(arrays["absmax"], arrays["nested_absmax"], arrays["offset"])
+
     def decode(self, arrays: dict[str, Array], shape: tuple[int, int]) -> Float[Array, "O I"]:
         """Returns the float32 matrix of `shape`."""
-        absmax = arrays["absmax"]
-        if self.double:
-            absmax = double_quantization.expand(absmax, arrays["nested_absmax"], arrays["offset"])
+        absmax = self.constants(arrays)
         count = shape[0] * shape[1] // absmax.shape[0]
         levels = level(blocks.unpack(arrays["codes"], count))
         return blocks.join(levels * blocks.repeat_per_weight(absmax, self.block_size, count), shape)

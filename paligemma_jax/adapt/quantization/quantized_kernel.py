@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from paligemma_jax.adapt.quantization import int8
+from paligemma_jax.adapt.quantization import blocks, int8, nf4_tpu
 from paligemma_jax.adapt.quantization.int4 import Int4
 from paligemma_jax.adapt.quantization.int8 import Int8PerChannel
 from paligemma_jax.adapt.quantization.nf4 import NF4
+from paligemma_jax.models.dropout import Keys
+from paligemma_jax.models.numerics import broadcast
+from train_jax.core import devices
 from train_jax.core.errors import UserError
 
 Codec = NF4 | Int4 | Int8PerChannel
@@ -139,7 +142,7 @@ class QuantizedKernel(nnx.Module):
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
 
-    def contract(self, x: Float[Array, "..."], keys: Key[Array, " B"] | None = None) -> Float[Array, "..."]:
+    def contract(self, x: Float[Array, "..."], keys: Keys | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
         The kernel is dequantised to the dtype of x in the forward and again in the backward pass; nothing of its full
@@ -193,8 +196,27 @@ def _frozen_product(
 
 
 def _times_transposed(codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array]):
-    matrix = codec.decode(arrays, shape).astype(dtype)
-    return lambda x: lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if isinstance(codec, Int8PerChannel):
+        # Codes are exact in every float dtype; scaled after the product, they are converted as it reads them.
+        matrix, scale = arrays["codes"].reshape(shape).astype(dtype), arrays["channel_absmax"] / int8.LARGEST
+    else:
+        matrix, scale = _decoded(codec, shape, dtype, arrays), None
+
+    def product(x):
+        y = lax.dot_general(x, matrix, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return y if scale is None else y * broadcast(scale, y)
+
+    return product
+
+
+def _decoded(codec: Codec, shape: tuple[int, int], dtype: jnp.dtype, arrays: dict[str, Array]) -> Float[Array, "O I"]:
+    """Returns one layer's matrix in `dtype`; on TPUs a Pallas kernel decodes NF4 to bfloat16, to the same numbers."""
+    if isinstance(codec, NF4) and dtype == jnp.bfloat16 and devices.device_kind().startswith("TPU"):
+        kernel = devices.on_whole_arrays(functools.partial(nf4_tpu.dequantize, block_size=codec.block_size))
+        if kernel is not None:
+            groups = kernel(arrays["codes"], codec.constants(arrays))
+            return blocks.join(groups[:, : math.prod(shape) // len(groups)], shape)
+    return codec.decode(arrays, shape).astype(dtype)
 
 
 def _forward(codec, shape, dtype, arrays, x):

@@ -94,6 +94,10 @@ class JsonlRecords:
             ) from error
         return Record(image, name, int(self._images[index]), prefix, suffix)
 
+    def texts(self, index: int) -> tuple[str, str]:
+        """Returns prefix and suffix of a row without reading its image. Raises BadRow."""
+        return self._texts(checked_index(index, len(self)))[1:]
+
     def suffix(self, index: int) -> str:
         """Returns the suffix of a row without reading its image. Raises BadRow."""
         return self._texts(checked_index(index, len(self)))[2]

@@ -102,6 +102,13 @@ class ParquetQuestions:
         question, answer = check_texts(texts, tuple(texts), where, "correct the shard")
         return Record(image, name, int(self._image_index[index]), self._prompt.replace("{question}", question), answer)
 
+    def texts(self, index: int) -> tuple[str, str]:
+        """Returns prefix and suffix of a row without reading its image. Raises BadRow."""
+        index, fields = checked_index(index, len(self)), ("question", "answer")
+        row = self._row(index, fields)
+        question, answer = check_texts(row, fields, f"row {index}", "correct the shard")
+        return self._prompt.replace("{question}", question), answer
+
     def suffix(self, index: int) -> str:
         """Returns the suffix of a row without reading its image. Raises BadRow."""
         index = checked_index(index, len(self))

@@ -5,6 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.sources.captioned import NOISE
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.contrastive.data import OPENERS
 from train_jax.config.base import check_declared
@@ -24,6 +25,12 @@ class ModelKeys:
     )
     remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
     unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
+    attention: str = key(
+        "auto",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

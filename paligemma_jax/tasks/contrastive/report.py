@@ -16,6 +16,7 @@ from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.inference.attribute_scoring import TEMPLATES, attribute_hits
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.zero_shot import Embedded
+from train_jax.report.figure_text import drawable
 
 RETRIEVAL = (*(f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)), "mean_r1")
 COUNT_TEMPLATES = ("{}", "{}: a cube", "{}: a sphere and a cylinder")  # for images with several objects
@@ -156,7 +157,7 @@ def save_neighbours(
     queries, shown = min(queries, len(captions)), min(shown, len(captions))
     figure = _figure(1.6 * shown, 1.9 * queries)
     for query, part in enumerate(figure.subfigures(queries, 1, squeeze=False)[:, 0]):
-        part.suptitle(textwrap.fill(captions[query], 90), x=0.01, ha="left", fontsize=8, parse_math=False)
+        part.suptitle(drawable(textwrap.fill(captions[query], 90)), x=0.01, ha="left", fontsize=8, parse_math=False)
         best = np.argsort(-cosines[:, query], kind="stable")[:shown]
         for axis, index in zip(part.subplots(1, shown, squeeze=False)[0], best, strict=True):
             axis.imshow(image(int(index)))

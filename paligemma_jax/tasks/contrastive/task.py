@@ -110,6 +110,7 @@ class Contrastive(StartsFromWeights):
             "param_dtype": "float32",
             "remat": config.model.remat,
             "unroll": config.model.unroll,
+            "attention": config.model.attention,
         }
 
     def _tokenizer_path(self) -> str:

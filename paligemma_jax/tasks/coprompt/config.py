@@ -13,6 +13,7 @@ from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.images import augment
 from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.losses.coprompt import KINDS, SIDES
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks import common
 from train_jax.config.base import check_declared, leaves
@@ -36,6 +37,12 @@ class ModelKeys:
     )
     remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
     unroll: bool = key(False, "compile the layers without a loop", resume_safe=True)
+    attention: str = key(
+        "auto",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
 from paligemma_jax.tasks.image_sheet import save_image_sheet
 from train_jax.core import files
+from train_jax.report.figure_text import drawable
 
 SHOWN = 24  # images of the figure of mistakes
 RESERVED = (
@@ -147,11 +148,12 @@ def save_confusion(by_set: Mapping[str, tuple[Scores, tuple[str, ...]]], workdir
     axes = figure.subplots(1, len(by_set), squeeze=False)[0]
     for axis, (name, (scores, classes)) in zip(axes, by_set.items(), strict=True):
         axis.imshow(confusion(scores.scores, scores.labels), cmap="viridis", vmin=0, vmax=1)
-        axis.set_title(f"{name}: accuracy {scores.accuracy:.3f}", parse_math=False)
+        axis.set_title(drawable(f"{name}: accuracy {scores.accuracy:.3f}"), parse_math=False)
         axis.set(xlabel="predicted class", ylabel="class")
         if len(classes) <= 60:
-            axis.set_yticks(range(len(classes)), classes, fontsize=5, parse_math=False)
-            axis.set_xticks(range(len(classes)), classes, fontsize=5, rotation=90, parse_math=False)
+            labels = list(map(drawable, classes))
+            axis.set_yticks(range(len(classes)), labels, fontsize=5, parse_math=False)
+            axis.set_xticks(range(len(classes)), labels, fontsize=5, rotation=90, parse_math=False)
     figure.colorbar(axes[-1].images[0], label="share of the class's images")
     figure.savefig(workdir / "confusion.png", dpi=110)
 

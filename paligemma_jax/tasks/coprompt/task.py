@@ -123,8 +123,8 @@ class CoPrompt(StartsFromWeights):
 
     def _options(self) -> dict[str, Any]:
         """Returns the options with which the base is read."""
-        model = {"remat": self.config.model.remat, "unroll": self.config.model.unroll}
-        return {"dtype": self.config.compute_dtype, "param_dtype": "float32"} | model
+        options = {name: self.config.model[name] for name in ("remat", "unroll", "attention")}
+        return {"dtype": self.config.compute_dtype, "param_dtype": "float32"} | options
 
     def _tokenizer_path(self) -> str:
         return self.config.tokenizer or self.config.model.path

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.loading import run_config
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
@@ -49,6 +50,12 @@ class ModelKeys:
     variant: str = key("tiny", "sizes of the model")
     remat: str = key("none", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
     unroll: bool = key(True, "compile the layers without a loop", resume_safe=True)
+    attention: str = key(
+        "auto",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +106,8 @@ class SceneTask(Task):
         except ValueError as error:
             raise UserError(f"model.variant: {error}") from None
         self.config, self.mesh = config, mesh
-        sizes = sizes.replace(
-            both=dict(dtype=config.compute_dtype, remat=config.model.remat, unroll=config.model.unroll)
-        )
+        options = {name: config.model[name] for name in ("remat", "unroll", "attention")}
+        sizes = sizes.replace(both=dict(dtype=config.compute_dtype, **options))
         model_config = vision_config_of(sizes, config.init.vision)
         assert isinstance(model_config, PaliGemmaConfig)
         self.model_config = model_config

@@ -187,6 +187,14 @@ def attach(
     return cast(PaliGemma, attached)  # of the same class
 
 
+def prompt_length(adapter: ConfigDict) -> int:
+    """Returns the number of learned inputs between image and text."""
+    if adapter.name != "prompt":
+        return 0
+    assert METHODS["prompt"].size is not None
+    return adapter.size or METHODS["prompt"].size[1]
+
+
 def trainable(adapter: ConfigDict) -> str:
     """Returns the pattern of the parameters that train."""
     if adapter.name == "lora":

@@ -48,6 +48,7 @@ def _read(config: ConfigDict, shardings: Shardings, read: Read | None = None) ->
         param_dtype=config.model.param_dtype or _default_param_dtype(config),
         remat=config.model.remat,
         unroll=config.model.unroll,
+        attention=config.model.attention,
         quantize=config.model.quantize or None,
         block_size=config.model.quantize_block_size,
         double=config.model.quantize_double,

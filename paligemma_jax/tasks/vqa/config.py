@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.quantization.quantized_kernel import KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
+from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa.consistency import Keys as ConsistencyKeys
@@ -25,6 +26,12 @@ class ModelKeys:
     remat: str = key("block", "what the backward pass recomputes", choices=common.REMAT, resume_safe=True)
     unroll: bool = key(
         False, "compile the layers without a loop: faster steps on a CPU, slower to compile", resume_safe=True
+    )
+    attention: str = key(
+        "auto",
+        "plain; flash, which holds no matrix of scores; auto = flash on TPUs from 512 tokens on (docs/attention.md)",
+        choices=KERNELS,
+        resume_safe=True,
     )
     param_dtype: str | None = key(None, "of the weights; None = compute_dtype if frozen, float32 if trained")
     quantize: str = key(
@@ -107,6 +114,19 @@ class SourceKeys:
     suffix_length: int = key(16, "tokens of the answer with its EOS", minimum=1)
     on_truncation: str = key(
         "raise", "a text that does not fit is never cut; skip: its row is a bad row", choices=("raise", "skip")
+    )
+    buckets: int = key(
+        4,
+        "shapes of a batch at most, chosen by the lengths of the texts, beside that of the longest text allowed; a "
+        "step takes the smallest one that it fits in. 0 = that of the longest text alone",
+        minimum=0,
+        resume_safe=True,
+    )
+    packing: bool = key(
+        False,
+        "put several examples into one row of the decoder, where none sees another: the same loss and gradient with "
+        "little padding. A step still holds batch_size examples",
+        resume_safe=True,
     )
     special_tokens: str = key(
         "refuse",
@@ -203,6 +223,11 @@ def check(config: ConfigDict) -> None:
     _check_quantize(config)
     consistency.check(config)
     _check_families(config.data)
+    if config.data.get("packing", False) and not config.data.buckets:
+        raise UserError(
+            "data.packing is True beside data.buckets=0, which leaves the one shape that holds one example a row, "
+            "expected 1 or more shapes to pack into: raise it."
+        )
     if config.eval.captions and config.data.name != "synthetic_clevr":
         raise UserError(
             f"eval.captions is {config.eval.captions} beside data.name={config.data.name!r}, expected 0, as only the "

@@ -30,8 +30,7 @@ from paligemma_jax.metrics.text import Accuracy
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
-from paligemma_jax.tasks.vqa.features import encode_images, encoder, feature_shape
-from paligemma_jax.tasks.vqa.question_reader import QuestionReader
+from paligemma_jax.tasks.vqa.features import QuestionReader, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError

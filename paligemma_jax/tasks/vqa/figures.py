@@ -11,6 +11,7 @@ from PIL import Image
 from paligemma_jax.data.records import RecordSource
 from paligemma_jax.tasks.vqa.answer_record import Answer
 from train_jax.core.errors import UserError
+from train_jax.report.figure_text import drawable
 
 
 def save_answer_sheet(
@@ -43,8 +44,8 @@ def save_answer_sheet(
         prediction = (answer.prediction or "").strip() or "(nothing)"
         title = prediction if answer.correct else f"{prediction}   (right: {answer.reference})"
         # Texts may hold any character: a dollar sign does not start a formula.
-        axis.set_title(title, fontsize=11, color="green" if answer.correct else "red", parse_math=False)
-        axis.set_xlabel("\n".join(textwrap.wrap(answer.question, 44)), fontsize=9, parse_math=False)
+        axis.set_title(drawable(title), fontsize=11, color="green" if answer.correct else "red", parse_math=False)
+        axis.set_xlabel(drawable(textwrap.fill(answer.question, 44)), fontsize=9, parse_math=False)
     figure.tight_layout()
     figure.savefig(file, dpi=90)
 

@@ -2,7 +2,8 @@
 
 Sizes come from the checkpoint's config if it is on this machine, else from the name of a released checkpoint
 ("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used,
-which changes only the length of the candidate answers.
+which changes only the length of the candidate answers. The training step is planned for rows of the longest text that
+the config allows, which a run computes only if it has them (data.buckets).
 """
 
 import functools

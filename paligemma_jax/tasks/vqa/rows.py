@@ -28,14 +28,30 @@ class RowProcessor:
     preprocessing: Preprocessing
     data: ConfigDict
 
+    @property
+    def text_limit(self) -> int:
+        """Most tokens that the model reads of a training row's text: T, as the last token is only a target."""
+        return self.data.prefix_length + self.data.suffix_length - 1
+
+    def length(self, prefix: str, suffix: str) -> int:
+        """Returns the number of tokens that the model reads of a training row with these texts.
+
+        Raises:
+          UserError: as `text`.
+        """
+        return int(self._example(prefix, suffix)["mask_input"].sum()) - 1
+
     def text(self, record: Record) -> dict[str, np.ndarray]:
         """Returns tokens [T + 1] and masks of a training row."""
+        return self._example(record.prefix, record.suffix)
+
+    def _example(self, prefix: str, suffix: str) -> dict[str, np.ndarray]:
         prefix_length, suffix_length = self.data.prefix_length, self.data.suffix_length
         return prompts.make_example(
             self.tokenizer,
-            record.prefix,
-            record.suffix,
-            prefix_length + suffix_length - 1,
+            prefix,
+            suffix,
+            self.text_limit,
             prefix_length=prefix_length,
             suffix_length=suffix_length,
             special_tokens=self._special_tokens,

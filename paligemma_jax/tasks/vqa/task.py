@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.adapt.peft.methods import base_of
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import GuardedSource, RecordSource, evenly_spaced
+from paligemma_jax.data.records import RecordSource, evenly_spaced
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.images.preprocessing import preprocessing_of
@@ -34,13 +34,14 @@ from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import plan as vqa_plan
 from paligemma_jax.tasks.vqa.base_model import open_base
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
-from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features
+from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features, feature_shape
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.report import report
 from paligemma_jax.tasks.vqa.rows import RowProcessor, warn_of_cut_references
+from paligemma_jax.tasks.vqa.trimmed import TrimmedRows
 from paligemma_jax.weights.adapters.peft import open_peft
 from train_jax.core import param_tree, patterns
-from train_jax.core.data_source import ExampleList
+from train_jax.core.data_source import POSITIONS, SLOTS, DataSource, ExampleList, Lengths
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
@@ -190,7 +191,7 @@ class VQA(StartsFromWeights):
         """The split that a run reports."""
         return self.config.data.validation_split
 
-    def train_source(self) -> GuardedSource | FeatureStore:
+    def train_source(self) -> DataSource:
         """Returns the training rows, with image features under `cache_features`."""
         self.trainable_paths()  # first, as its errors need no images to be rendered or encoded
         records = self.split("train")
@@ -201,7 +202,20 @@ class VQA(StartsFromWeights):
         else:
             source = self.processor.guarded(records, self.processor.image_and_text)
         self._warn_of_cut_references()
-        return source
+        return self.trimmed(source, records) if self.config.data.get("buckets", 0) else source
+
+    def trimmed(self, source: DataSource, records: RecordSource) -> TrimmedRows:
+        """Returns training rows with the lengths of their texts."""
+        data, decoder = self.config.data, self.base().config.decoder
+        patches, _ = feature_shape(self.base())
+        lengths = Lengths(
+            context=patches + adapter_config.prompt_length(self.config.adapter),
+            limit=self.processor.text_limit,
+            shapes=data.buckets,
+            packed=data.packing,
+            quadratic=decoder.attention_share,
+        )
+        return TrimmedRows(source, records, self.processor, lengths)
 
     def _warn_of_cut_references(self) -> None:
         """Warns of evaluated references that do not fit into `eval.max_new_tokens`."""
@@ -221,7 +235,7 @@ class VQA(StartsFromWeights):
 
     def describe_batch(self, batch: dict[str, np.ndarray]) -> str:
         """Returns the rows of the first micro-batch, decoded, with their masks (--print_batch)."""
-        first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES)}
+        first = {name: rows[0] for name, rows in batch.items() if name not in ("image", FEATURES, SLOTS, POSITIONS)}
         return prompts.format_batch(self.tokenizer, first)
 
     # Loss.
@@ -253,6 +267,7 @@ class VQA(StartsFromWeights):
         if keys is not None and STEP in batch and self.config.adapter.name in adapter_config.NOISE_PER_STEP:
             keys = jnp.broadcast_to(step_key(self.config.seed, batch[STEP][0]), keys.shape)
         arrays, features = prompts.training_arrays(batch), batch_features(model, batch, keys)
+        arrays |= {name: batch[name] for name in (SLOTS, POSITIONS) if name in batch}  # of packed rows
         return consistency.TunedForward(features, model.hidden_of_texts(features, arrays, keys), arrays, keys)
 
     def _lm_head(self, model: PaliGemma) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import pytest
 from train_jax.core.errors import UserError
 from train_jax.plan import cost, flops, hlo, report, tpu
 
-TEXT = (Path(__file__).parents[2] / "golden/tpu/step.hlo").read_text(encoding="utf-8")
+GOLDEN = Path(__file__).parents[2] / "golden/tpu"
+TEXT = (GOLDEN / "step.hlo").read_text(encoding="utf-8")
+KERNEL = (GOLDEN / "kernel.hlo").read_text(encoding="utf-8")
 CLASSES = (("layer", r"program\.py:layer"), ("loss", r"program\.py:loss"))
 LAYERS, ROWS, WIDTH = 6, 512 // 4, 512
 V5E = tpu.CHIPS["TPU v5 lite"]
@@ -26,7 +28,12 @@ def test_loops_count_with_the_constant_of_their_condition():
     [
         ("%n = s32[] constant(7)\n  ROOT %lt = pred[] compare(%i, %n), direction=LT", 7),
         ("%n = s32[] constant(7)\n  ROOT %lt = pred[] fusion(%i, %n), calls=%less", 7),
-        ("%n = s32[] constant(7)\n  ROOT %and = pred[] and(%lt, %running)", 1),  # it may end early
+        (
+            "%n = s32[] constant(7)\n  %lt = pred[] compare(%i, %n), direction=LT\n"
+            "  ROOT %and = pred[] and(%lt, %running)",
+            7,  # it may end early
+        ),
+        ("%n = s32[] constant(7)\n  ROOT %and = pred[] and(%waiting, %running)", 1),
         ("%n = s32[] constant(7)\n  ROOT %ne = pred[] compare(%i, %n), direction=NE", 1),
     ],
 )
@@ -62,7 +69,7 @@ def test_cost_by_class():
     assert result.received == LAYERS * WIDTH * WIDTH * 2
     assert result.collective_seconds == result.received / V5E.link_bandwidth
     assert list(result.classes)[0] == "layer" and "loss" in result.classes and cost.OTHER in result.classes
-    assert result.unestimated == {}
+    assert result.pallas.cycles == 0 and result.unestimated == {}
 
 
 def test_cycles_are_those_that_the_compiler_notes():
@@ -77,7 +84,7 @@ def test_cycles_are_those_that_the_compiler_notes():
 
 
 def test_the_innermost_source_line_is_named():
-    lines = (Path(__file__).parents[2] / "golden/tpu/program.py").read_text(encoding="utf-8").splitlines()
+    lines = (GOLDEN / "program.py").read_text(encoding="utf-8").splitlines()
     place, kind, _ = cost.program_cost(TEXT, V5E, ()).sources[0]
     number = int(place.partition(":")[2].partition(" ")[0])
     assert kind == "dot_general" and place.endswith(" layer") and "x @ kernel" in lines[number - 1]
@@ -94,6 +101,58 @@ def test_the_table_of_times():
         "training step on v5e: 0.129 ms by the compiler's estimate, without collectives; products at 4.7%"
     )
     assert "layer" in text and "collectives" in text
+
+
+# Pallas kernels.
+
+CALLS, OUTPUTS, INNER, ROWS_OF_KERNEL = 3, 16_384 * 4096, 512, 16_384  # as in kernel.py
+
+
+def test_a_kernel_counts_with_its_grid_and_loops():
+    """Each of 64 x 16 steps adds two products and takes a tanh; the weights are in memory on the chip."""
+    result = cost.program_cost(KERNEL, V5E, ())
+    assert result.pallas.flops == CALLS * 2 * OUTPUTS * INNER
+    assert result.pallas.bytes == CALLS * (ROWS_OF_KERNEL * INNER * 2 + OUTPUTS * 4)
+    assert "S(1)" in re.search(r"%dynamic-slice_bitcast_fusion[.\d]* = (\S+)", KERNEL)[1]
+    assert result.seconds == result.compiler_seconds + result.pallas.cycles / V5E.clock
+    assert result.utilisation == result.pallas.flops / V5E.flops / result.seconds
+
+
+def test_a_block_moves_when_its_index_changes():
+    """Of the inner axis of the grid the rows' blocks do not depend; the weights' do, and come again for every row."""
+    result = cost.program_cost(KERNEL.replace("S(1)", ""), V5E, ())
+    weights = INNER * 4096 * 2
+    assert result.pallas.bytes == CALLS * (ROWS_OF_KERNEL * INNER * 2 + OUTPUTS * 4 + ROWS_OF_KERNEL // 256 * weights)
+
+
+@pytest.mark.parametrize("slow", ["flops", "bandwidth", "vector"])
+def test_a_kernel_takes_as_long_as_what_bounds_it(monkeypatch, slow):
+    chip = V5E._replace(flops=1e30, bandwidth=1e30)
+    monkeypatch.setattr(cost, "VECTOR_LANES", 4096 if slow == "vector" else 1e30)
+    if slow != "vector":
+        chip = chip._replace(**{slow: 1e12})
+    pallas = cost.program_cost(KERNEL, chip, ()).pallas
+    expected = {
+        "flops": pallas.flops / 1e12 * chip.clock,
+        "bandwidth": pallas.bytes / 1e12 * chip.clock,
+        "vector": CALLS * 3 * OUTPUTS / 4096,
+    }
+    assert pallas.cycles == round(expected[slow])
+
+
+def test_the_table_says_what_kernels_take():
+    text = report.time_table("forward", cost.program_cost(KERNEL, V5E, ()))
+    assert re.match(
+        r"forward on v5e: \S+ ms by the compiler's estimate and our count of Pallas kernels \(\S+ ms without", text
+    )
+    assert re.search(r"^Pallas +1.05 ms", text, re.M)
+
+
+def test_a_kernel_that_cannot_be_read_is_named(monkeypatch):
+    monkeypatch.setattr(cost.pallas, "_module_cost", lambda *_: None)
+    result = cost.program_cost(KERNEL, V5E, ())
+    assert list(result.unestimated.values()) == [CALLS] and result.pallas.cycles == 0
+    assert "could not be read: layer" in report.time_table("forward", result)
 
 
 def test_fits_is_of_the_chip_that_was_compiled_for():

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from train_jax.report import plots
+from train_jax.report.figure_text import drawable
 
 RECORDS = [
     {"step": 10, "loss": 3.0, "learning_rate": 1e-4, "grad_norm": 2.0, "examples_per_second": 90.0},
@@ -46,6 +47,10 @@ def test_every_panel_has_a_curve(tmp_path):
     cells = [coloured[row * height // 3 : (row + 1) * height // 3] for row in range(3)]
     inked = [cell[:, half].any() for cell in cells for half in (slice(0, width // 2), slice(width // 2, None))]
     assert inked == [True] * 5 + [False]  # five panels, the sixth place is empty
+
+
+def test_characters_that_the_font_lacks_are_replaced():
+    assert drawable("a $5\x13\n\u4e2d") == "a $5\ufffd\n\ufffd"
 
 
 def test_without_metrics_no_figure_is_written(tmp_path):

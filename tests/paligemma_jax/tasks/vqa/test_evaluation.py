@@ -16,8 +16,7 @@ from paligemma_jax.data.records import Record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.tasks.vqa import evaluation as vqa_evaluation
 from paligemma_jax.tasks.vqa.evaluation import candidate_answers
-from paligemma_jax.tasks.vqa.features import FeatureCache
-from paligemma_jax.tasks.vqa.question_reader import QuestionReader, other_images
+from paligemma_jax.tasks.vqa.features import FeatureCache, QuestionReader, other_images
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
 from train_jax.core.errors import UserError
 from train_jax.step import placement

@@ -142,7 +142,7 @@ def test_black_images_are_encoded_once(source, broken, monkeypatch, mini_options
     options = {"data__blank_images": True, "data__max_bad_fraction": 0.5, "data__on_truncation": "skip"}
     rows = source(broken, cache_features=True, **options)
     assert len(encoded) == 1 and not encoded[0].any()
-    assert rows._features.shape == (1, 4, 32)
+    assert rows._rows._features.shape == (1, 4, 32)
     with_images = source(broken, cache_features=False, **options)
     # An unreadable image is bad all the same: the control trains on the rows of the run.
     assert [rows[i]["weight"] for i in range(13)] == [with_images[i]["weight"] for i in range(13)]

@@ -131,6 +131,18 @@ def test_four_micro_batches_of_eight_equal_a_batch_of_32(options, reduction):
         np.testing.assert_allclose(array, whole.trained()[path], rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+def test_flash_attention_in_micro_batches_on_a_mesh_is_plain_attention(options, one_device):
+    """Rows over two axes, heads over the third; the kernel runs in an interpreter."""
+    expected, trained, _ = one_device
+    changes = {"model.attention": "flash", "model.remat": "block", "micro_batch": 4, **MESHES["2x2x2"]}
+    training = Training(options | changes, long_answers())
+    for result, reference in zip(training.run(2), expected, strict=True):
+        np.testing.assert_allclose(result["loss"], reference["loss"], rtol=1e-5)
+        np.testing.assert_allclose(result["grad_norm"], reference["grad_norm"], rtol=1e-4)
+    for path, array in training.trained().items():
+        np.testing.assert_allclose(array, trained[path], rtol=1e-3, atol=2e-5, err_msg=path)
+
+
 # Half precision.
 
 
