@@ -70,7 +70,7 @@ def compare(name: str, source: str | Path, tokenizer: Path | None, folder: Path)
 
 
 def _same_tokens(folder: Path, length: int) -> bool:
-    """Whether transformers' tokenizer of the folder returns our tokens."""
+    """Returns whether transformers' tokenizer of the folder returns our tokens."""
     import transformers
 
     ours, _ = pg.load_text_tokenizer(folder, length)(TEXTS)
@@ -80,7 +80,7 @@ def _same_tokens(folder: Path, length: int) -> bool:
 
 
 def _same_pixels(folder: Path, preprocessing) -> bool:
-    """Whether transformers' image processor of the folder returns our pixels."""
+    """Returns whether transformers' image processor of the folder returns our pixels."""
     import transformers
 
     image = np.random.default_rng(2).integers(0, 256, (60, 80, 3)).astype(np.uint8)

@@ -48,7 +48,7 @@ Studies of this run have configs of their own: `clevr_ranks.py`, `clevr_peft.py`
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.tasks.vqa.adapter import use_method
+from paligemma_jax.tasks.vqa.adapter_config import use_method
 from train_jax.config import base_config, parse_arg, refuse_together
 from train_jax.core.errors import UserError
 

@@ -9,7 +9,7 @@ for it on the tiny model. `:smoke` is that of configs/clevr.py.
 from ml_collections import ConfigDict
 
 from configs import clevr
-from paligemma_jax.tasks.vqa.adapter import PRESETS
+from paligemma_jax.tasks.vqa.adapter_config import PRESETS
 from train_jax.config import parse_arg
 from train_jax.sweep.seeds import over_seeds
 

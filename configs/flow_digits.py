@@ -2,8 +2,8 @@
 
     python train.py --config=configs/flow_digits.py
 
-writes samples.png (samples beside held-out digits) and flow.png (digits between noise and data) into the workdir. In
-eval.json stand the share of samples in which a classifier trained on real digits reads the requested label, their
+writes samples.png (samples beside held-out digits) and flow.png (digits between noise and data) into the workdir.
+eval.json has the share of samples in which a classifier trained on real digits reads the requested label, their
 diversity, and their distance to the nearest training images. [digits] installs scikit-learn, which has the images.
 
     :dit      trains a transformer instead of a U-Net

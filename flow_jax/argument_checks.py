@@ -16,7 +16,7 @@ from train_jax.core.errors import UserError
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is a tracer, whose numbers are not known."""
+    """Returns whether a value is a tracer, whose numbers are not known."""
     return isinstance(value, Tracer)
 
 

@@ -67,7 +67,7 @@ def call_now(function: Callable, *args):
 
 
 def _uses_current_arrays(function: Callable) -> bool:
-    """Whether a function reads no arrays but those of its modules, and no wrapper caches traces over these."""
+    """Returns whether a function reads no arrays but those of its modules, and no wrapper caches traces over these."""
     contents = _Contents()
     _split(function, contents)
     return not contents.unwrapped and read(contents.code).complete
@@ -190,7 +190,7 @@ def _is_array(value) -> bool:
 
 
 def _is_cached(value) -> bool:
-    """Whether `jax.jit` or `functools.cache` wraps a function of the user, and so may cache results of older arrays."""
+    """Returns whether `jax.jit` or `functools.cache` wraps a user's function, and may cache results of older arrays."""
     compiled = is_transformed(value) and hasattr(value, "lower")
     return (compiled or isinstance(value, _CACHED_FUNCTION)) and not is_of_library(value)
 

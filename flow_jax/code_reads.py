@@ -65,12 +65,12 @@ def read(values: list) -> CodeFacts:
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module belongs to a package that is assumed to hold no weights."""
+    """Returns whether a module belongs to a package that is assumed to hold no weights."""
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
 def is_transformed(value) -> bool:
-    """Whether a callable is the result of a transformation of jax or flax: jit, custom_jvp, checkpoint, grad."""
+    """Returns whether a callable is the result of a transformation of jax or flax, such as jit, checkpoint or grad."""
     module = _defining_module(value) if isinstance(value, types.FunctionType) else type(value).__module__
     return module.partition(".")[0] in ("flax", "jax", "jaxlib") and hasattr(value, "__wrapped__")
 
@@ -160,17 +160,20 @@ class _Visitor:
 
 
 def _defining_module(function: types.FunctionType) -> str:
-    """The module that contains a function's code; `__module__` is not reliable, as wrappers copy it."""
+    """Returns the module that contains a function's code; `__module__` is not reliable, as wrappers copy it."""
     return function.__globals__.get("__name__") or ""
 
 
 def _scalar_fact(value) -> tuple:
-    """A number or string with its type: 1, 1.0 and True are equal, as are 0.0 and -0.0, but programs of them differ."""
+    """Returns a number or string with its type.
+
+    1, 1.0 and True are equal, as are 0.0 and -0.0, but programs of them differ.
+    """
     return type(value), repr(value) if isinstance(value, float | complex | np.generic) else value
 
 
 def is_of_library(value) -> bool:
-    """Whether a value is a library's module, or an object that a library's module defines."""
+    """Returns whether a value is a library's module, or an object that a library's module defines."""
     if isinstance(value, types.ModuleType):
         return is_library(value.__name__)
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -183,7 +186,10 @@ def is_of_library(value) -> bool:
 
 
 def _references_of(function) -> list:
-    """A function's defaults and closure; of a transformed callable the function it wraps and its derivative rules."""
+    """Returns a function's defaults and closure.
+
+    Of a transformed callable, these are the function that it wraps and its derivative rules.
+    """
     if not isinstance(function, types.FunctionType):
         rules = [] if hasattr(function, "lower") else [rule for rule in vars(function).values() if callable(rule)]
         return [function.__wrapped__, *rules]
@@ -198,7 +204,7 @@ def _cell_contents(cell: types.CellType):
 
 
 def _parts(value) -> tuple | None:
-    """The values that determine a value completely; None if there are none."""
+    """Returns the values that determine a value completely; None if there are none."""
     kind = type(value)
     if kind in (tuple, list, set, frozenset):
         return tuple(value)
@@ -221,7 +227,7 @@ def _parts(value) -> tuple | None:
 
 
 def frozen_fields(value) -> tuple[str, ...] | None:
-    """The fields of a frozen dataclass that stores only these and cached properties; None for every other object."""
+    """Returns the fields of a frozen dataclass that stores only these and cached properties; None for other objects."""
     if isinstance(value, type) or not dataclasses.is_dataclass(value):
         return None
     if not value.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]  (not in typeshed)

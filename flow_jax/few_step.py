@@ -74,7 +74,20 @@ def mean_flow(
 def draw_intervals(
     key: RandomKey, n: int, times: Times, same: Number = 0.75
 ) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
-    """Draws n pairs of times t <= s; a random share `same` of them has s = t (the paper's best value is 75 %)."""
+    """Draws the start t and end s >= t of n intervals, for `mean_flow`.
+
+    Args:
+      key: for the draws.
+      n: number of intervals.
+      times: distribution from which both ends are drawn.
+      same: share of the intervals, in the mean, with s = t; the paper's best value is 0.75.
+
+    Returns:
+      t [n] and s [n].
+
+    Raises:
+      UserError: `times` is no distribution, n is negative, or the share is outside [0, 1].
+    """
     check_key("key", key)
     check_whole("n", n, 0)
     if not isinstance(times, Times):
@@ -88,7 +101,16 @@ def draw_intervals(
 
 
 def sample_mean_flow(mean_velocity: Callable, x_0: CheckedBatch, num_steps: int = 1, *args) -> Float[Array, "B ..."]:
-    """Samples in `num_steps` jumps x_s = x_t + (s - t) u(t, x_t, s), one evaluation each, with scalar t and s.
+    """Samples in `num_steps` jumps x_s = x_t + (s - t) u(t, x_t, s), one evaluation each.
+
+    Args:
+      mean_velocity: (t, x, s, *args) -> [B, ...], with scalar t and s.
+      x_0: noise [B, ...].
+      num_steps: number of jumps of equal length from t = 0 to 1.
+      *args: arrays [B, ...] that are passed to the mean velocity, such as labels.
+
+    Returns:
+      Samples [B, ...].
 
     Raises:
       UserError: `num_steps` is below 1, or the mean velocity does not have x's shape.

@@ -1,6 +1,6 @@
-"""Where the modules of flow_jax were before the packages were laid out anew: import paths of before still work.
+"""Old import paths of flow_jax, from before its modules were grouped in subpackages; they still work.
 
-They give a DeprecationWarning, and go with the release after the next.
+Importing one gives a DeprecationWarning. They will be removed in the release after next.
 """
 
 from train_jax.core.moved_modules import install

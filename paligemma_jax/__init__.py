@@ -7,9 +7,9 @@ tokens = pg.generate(model, images, prompt_tokens)
 
 from paligemma_jax import losses, metrics, weights, zero_shot
 from paligemma_jax import moved as _moved  # noqa: F401  (old import paths)
+from paligemma_jax.adapt.few_shot.learned_prompts import attach_prompts, detach_prompts
 from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, attach_method, few_shot_method
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
-from paligemma_jax.adapt.few_shot.prompts import attach_prompts, detach_prompts
 from paligemma_jax.adapt.lora.adapter import attach_lora, detach_lora, format_lora_table, lora_table, merge_lora
 from paligemma_jax.adapt.quantization import nf4
 from paligemma_jax.adapt.quantization.quantize import dequantize, quantize

@@ -54,7 +54,7 @@ def convert(source: str, target: str, format: str, dtype: str | None = None, qua
     Raises:
       UserError: an unknown format, a target that exists, or a source that cannot be read.
     """
-    place = checked_place(target, format, CHOICES)
+    path = checked_target(target, format, CHOICES)
     if quantize is not None and format != ORBAX:
         raise UserError(f"--quantize is {quantize} beside --format={format}, expected {ORBAX}, which stores it.")
     if hub.is_remote(source):
@@ -66,14 +66,14 @@ def convert(source: str, target: str, format: str, dtype: str | None = None, qua
                 f"{source} is a dual encoder, which has no adapters for --format=peft: choose another format."
             )
         base = loading.run_config(source).model.path if loading.is_run(source) else source
-        save_peft(model, place, base=base)
+        save_peft(model, path, base=base)
     else:
         keep_quantized = format == ORBAX and not attached_to(model)
-        write(model if keep_quantized else plain(model), place, format, source)
-    return place
+        write(model if keep_quantized else plain(model), path, format, source)
+    return path
 
 
-def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) -> Path:
+def checked_target(target: str, format: str, formats: Sequence[str] = FORMATS) -> Path:
     """Returns the path that a model of this format is to be written to.
 
     Raises:
@@ -81,12 +81,12 @@ def checked_place(target: str, format: str, formats: Sequence[str] = FORMATS) ->
     """
     if format not in formats:
         raise UserError(f"--format is {format!r}, expected one of {', '.join(formats)}: choose one of these.")
-    place = Path(target).expanduser()
-    if place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise UserError(f"{place} exists already: choose another path, or remove it.")
-    if format == "big_vision" and place.suffix != ".npz":
-        raise UserError(f"{place} does not end in .npz, as big_vision's files do: rename it.")
-    return place
+    path = Path(target).expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{path} exists already: choose another path, or remove it.")
+    if format == "big_vision" and path.suffix != ".npz":
+        raise UserError(f"{path} does not end in .npz, as big_vision's files do: rename it.")
+    return path
 
 
 def read(
@@ -105,24 +105,24 @@ def read(
     model = loading.load(source, dtype, **options)
     if not isinstance(model, PaliGemma | DualEncoder):
         raise UserError(f"{source} is one tower, expected a whole model: leave out what follows the colon.")
-    if isinstance(model, DualEncoder) and loading.is_run(source):  # its parameters are float32 whatever dtype computes
+    if isinstance(model, DualEncoder) and loading.is_run(source):  # its parameters are float32 for any compute dtype
         arrays = param_tree.flatten(model)
         return param_tree.assign(model, {path: array.astype(dtype) for path, array in arrays.items()})
     return model
 
 
-def write(model: PaliGemma | DualEncoder, place: Path, format: str, source: str) -> None:
+def write(model: PaliGemma | DualEncoder, path: Path, format: str, source: str) -> None:
     """Writes a model (unquantised unless the format is orbax) and the source's tokenizer files beside it."""
     tokenizer = source if tokenizer_files(source) else None
     if format == "hugging_face":
-        save_hugging_face(model, place, tokenizer)
+        save_hugging_face(model, path, tokenizer)
     elif format == ORBAX:
-        save_orbax(model, place, tokenizer)
+        save_orbax(model, path, tokenizer)
     else:
-        save_big_vision(model, place)
+        save_big_vision(model, path)
         for file in tokenizer_files(source):
-            if file.name in (MODEL, SIGLIP_MODEL) and not (place.parent / file.name).exists():
-                shutil.copyfile(file, place.parent / file.name)
+            if file.name in (MODEL, SIGLIP_MODEL) and not (path.parent / file.name).exists():
+                shutil.copyfile(file, path.parent / file.name)
 
 
 def plain(model: PaliGemma | DualEncoder) -> PaliGemma | DualEncoder:
@@ -164,10 +164,10 @@ def main(argv: Sequence[str]) -> None:
     (source, target), values = command_line.parse(argv, __doc__ or "", _flags, expected)
     if values.format is None:
         raise UserError(f"found no --format, expected {expected}")
-    place = convert(source, target, values.format, values.dtype, values.quantize)
-    print(f"wrote {place}")
+    path = convert(source, target, values.format, values.dtype, values.quantize)
+    print(f"wrote {path}")
     if values.push:
-        print(f"pushed to {hub.push(place, values.push)}")
+        print(f"pushed to {hub.push(path, values.push)}")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,6 @@ def run_config(path: str | Path) -> ConfigDict:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a folder is the workdir of a run."""
+    """Returns whether a folder is the workdir of a run."""
     folder = Path(path).expanduser()
     return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()

@@ -21,7 +21,7 @@ from paligemma_jax import loading
 from paligemma_jax.adapt.lora.adapter import largest_logit_gap
 from paligemma_jax.adapt.lora.merge_quantized import probe_inputs
 from paligemma_jax.adapt.peft.methods import attached_to
-from paligemma_jax.convert import FORMATS, checked_place, plain, read, write
+from paligemma_jax.convert import FORMATS, checked_target, plain, read, write
 from paligemma_jax.files import hub
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.config import command_line
@@ -46,7 +46,7 @@ def merge(
     if adapter is None and not loading.is_run(source):
         raise UserError(f"{source} is no run and has no adapters, expected --adapter=FOLDER beside a base.")
     format = format or ("big_vision" if target.endswith(".npz") else "hugging_face")
-    place = checked_place(target, format)
+    path = checked_target(target, format)
     if hub.is_remote(source):
         source = str(hub.download(source))
     model = read(source, dtype, adapter)
@@ -57,8 +57,8 @@ def merge(
     assert isinstance(model, PaliGemma), "merging keeps the kind of model"
     gap = largest_logit_gap(unmerged, model, **probe_inputs(model))
     del unmerged
-    write(model, place, format, source)
-    return place, gap
+    write(model, path, format, source)
+    return path, gap
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -70,8 +70,8 @@ def _flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     """Runs `merge` from the command line."""
     (source, target), values = command_line.parse(argv, __doc__ or "", _flags, "RUN_OR_BASE [--adapter=FOLDER] DST")
-    place, gap = merge(source, target, values.adapter, values.format, values.dtype)
-    print(f"wrote {place}; merging changed logits by {gap:.2g} at most")
+    path, gap = merge(source, target, values.adapter, values.format, values.dtype)
+    print(f"wrote {path}; merging changed logits by {gap:.2g} at most")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ adapt.lora_spec                    adapt.lora.spec
 adapt.nf4                          adapt.quantization.nf4
 adapt.prefixes                     adapt.peft.prefixes
 adapt.prompt_methods               adapt.few_shot.methods
-adapt.prompts                      adapt.few_shot.prompts
+adapt.prompts                      adapt.few_shot.learned_prompts
+adapt.few_shot.prompts             adapt.few_shot.learned_prompts
 adapt.quantize                     adapt.quantization.quantize
 adapt.quantized_kernel             adapt.quantization.quantized_kernel
 attribute_scores                   inference.attribute_scoring
@@ -92,14 +93,16 @@ tasks.scene_task                   tasks.pretraining.scene_task
 tasks.shared_base                  tasks.process_cache
 tasks.text_to_image.judge          tasks.text_to_image.siglip_scorer
 tasks.vision_pretraining           tasks.pretraining.vision
-tasks.vqa_adapter                  tasks.vqa.adapter
+tasks.vqa_adapter                  tasks.vqa.adapter_config
+tasks.vqa.adapter                  tasks.vqa.adapter_config
 tasks.vqa_answer                   tasks.vqa.answer_record
 tasks.vqa.answer                   tasks.vqa.answer_record
 tasks.vqa_config                   tasks.vqa.config
 tasks.vqa_consistency              tasks.vqa.consistency
 tasks.vqa_evaluation               tasks.vqa.evaluation
 tasks.vqa_forgetting               tasks.vqa.forgetting
-tasks.vqa_lengths                  tasks.vqa.lengths
+tasks.vqa_lengths                  tasks.vqa.rows
+tasks.vqa.lengths                  tasks.vqa.rows
 tasks.vqa_pictures                 tasks.vqa.figures
 tasks.vqa_plan                     tasks.vqa.plan
 tasks.vqa_report                   tasks.vqa.report
@@ -140,6 +143,7 @@ word_logits                        losses.vocab_projection
 models.encoder_block               Attention   EncoderAttention
 models.encoder_block               Block       EncoderBlock
 models.encoder_block               Mlp         EncoderMlp
+data.few_shot.descriptions         place       positions
 generation.token_sampling          Sampler     TokenSampler
 data.sources.captioned             encode_pictures  encode_scenes
 losses.vocab_projection            logits_of   project
@@ -148,5 +152,6 @@ tasks.text_to_image.siglip_scorer  Judge       SigLIPScorer
 tasks.vqa.evaluation               Evaluation  VQAEvaluation
 tasks.vqa.report                   Frequent    MajorityBaseline
 tasks.vqa.rows                     Rows        RowProcessor
+weights.adapters.peft              Adapter     PeftFolder
 """,
 )

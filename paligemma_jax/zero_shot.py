@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, UInt8
 
 from paligemma_jax.data.few_shot.descriptions import fill_templates
-from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.core.errors import UserError
 
@@ -40,6 +40,10 @@ def class_embeddings(
 def check_tokens(model: DualEncoder, tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens and mask unchanged after checking that they come from the model's tokenizer.
 
+    Args:
+      model: a SigLIP or a CLIP.
+      tokens, mask: int [N, T] and bool [N, T], as its tokenizer returns them.
+
     Raises:
       UserError: an id outside the model's vocabulary, or, for a CLIP, a text without the end mark that it pools at.
     """
@@ -65,8 +69,10 @@ def zero_shot(
 
     Args:
       images: as `model.config.preprocessing` prepares them.
+      model, tokenize, classes, templates: as in `class_embeddings`.
 
-    For the other arguments and errors see `class_embeddings`.
+    Raises:
+      UserError: as `class_embeddings`.
     """
     texts = class_embeddings(model, tokenize, classes, templates)
     batches = _batches(images, _batch_size(len(images)))
@@ -100,7 +106,7 @@ def recall(
 
 
 def retrieval(images: ArrayLike, texts: ArrayLike, captions: Sequence[str] | None = None) -> Mapping[str, float]:
-    """Returns R@1, 5 and 10 of N pairs in both directions, and `mean_r1`, the mean of the two R@1.
+    """Returns R@1, 5 and 10 of N pairs in both directions, in [0, 1], and `mean_r1`, the mean of the two R@1.
 
     Images may have equal captions. Any of these captions, or of these images, is then a hit, as no model can tell
     them apart.
@@ -109,6 +115,9 @@ def retrieval(images: ArrayLike, texts: ArrayLike, captions: Sequence[str] | Non
       images, texts: embeddings [N, E], pairs in order.
       captions: the N texts. None: equal embeddings count as equal captions, unless all are equal: a text tower that
         maps everything to one point retrieves nothing.
+
+    Returns:
+      `image_to_text_r1`, `_r5`, `_r10`, `text_to_image_r1`, `_r5`, `_r10` and `mean_r1`.
 
     Raises:
       UserError: embeddings of different shapes, no pairs, or another number of captions.
@@ -152,11 +161,17 @@ class Calibration(NamedTuple):
 
 
 def calibration(likely: Float[np.ndarray, " N"], true: Bool[np.ndarray, " N"], bins: int = 10) -> Calibration:
-    """Compares likelihoods with outcomes, in `bins` bins between 0 and 1 (Guo et al. 2017, section 2)."""
-    place = np.minimum((likely * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    """Compares likelihoods with outcomes (Guo et al. 2017, section 2).
+
+    Args:
+      likely: likelihood that the model gives to each pair, in [0, 1].
+      true: whether each pair is true.
+      bins: number of bins of equal width between 0 and 1.
+    """
+    bin_of_pair = np.minimum((likely * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of_pair, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean, share = (np.bincount(place, values, minlength=bins) / count for values in (likely, true))
+        mean, share = (np.bincount(bin_of_pair, values, minlength=bins) / count for values in (likely, true))
     return Calibration(mean, share, count)
 
 
@@ -168,34 +183,34 @@ def calibration_error(bins: Calibration) -> float:
 @jax.jit
 def embed_rows(model: DualEncoder, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Returns the embeddings [B, E] of uint8 `image` [B, I, I, 3], and of `tokens` and `mask` [B, T]."""
-    images = _preprocessing(model).normalize(rows["image"])
+    images = preprocessing_of(model.config).normalize(rows["image"])
     return model(jnp.asarray(images), rows["tokens"], rows["mask"])[:2]
 
 
 def embed_images(
     model: DualEncoder, images: Sequence[UInt8[np.ndarray, "height width 3"]], batch_size: int = BATCH_SIZE
 ) -> Float[np.ndarray, "N E"]:
-    """Returns the embeddings of images of any size, resized as the model's family does; pads the last batch."""
-    resize, batches = _preprocessing(model).resize, _batches(images, batch_size)
+    """Returns the embeddings of RGB images of any size, in batches; resizes them as the model's family does.
+
+    The last batch is padded, so that one program is compiled. Embeddings are float32, of unit length.
+    """
+    resize, batches = preprocessing_of(model.config).resize, _batches(images, batch_size)
     parts = [np.asarray(embed_pixels(model, np.stack([resize(image) for image in batch]))) for batch in batches]
     return np.concatenate(parts)[: len(images)]
 
 
 @jax.jit
 def embed_pixels(model: DualEncoder, pixels: UInt8[jax.Array, "B I I 3"]) -> Float[jax.Array, "B E"]:
-    """Returns the embeddings of images resized by `Preprocessing.resize`."""
-    return model.encode_image(jnp.asarray(_preprocessing(model).normalize(pixels)))[0]
-
-
-def _preprocessing(model: DualEncoder) -> Preprocessing:
-    preprocessing = model.config.preprocessing
-    if preprocessing is None:
-        raise ValueError("the model has no preprocessing, expected one in its config.")
-    return preprocessing
+    """Returns the embeddings, float32 of unit length, of images that `Preprocessing.resize` has resized."""
+    return model.encode_image(jnp.asarray(preprocessing_of(model.config).normalize(pixels)))[0]
 
 
 def embed_texts(model: DualEncoder, tokenize: Tokenize, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
-    """Returns the embeddings of any number of texts, in batches; pads the last batch."""
+    """Returns the embeddings, float32 of unit length, of any number of texts, in batches; pads the last batch.
+
+    Raises:
+      UserError: as `check_tokens`.
+    """
     batches = _batches(texts, _batch_size(len(texts)))
     parts = [np.asarray(_embed_tokens(model, *check_tokens(model, *tokenize(batch)))) for batch in batches]
     return np.concatenate(parts)[: len(texts)]
@@ -227,7 +242,7 @@ class Rows(Protocol):
 
 
 class Embedded(NamedTuple):
-    """Embeddings of pairs, and the numbers of their rows."""
+    """Embeddings of pairs, float32 of unit length, and the numbers of their rows."""
 
     images: Float[np.ndarray, "N E"]
     texts: Float[np.ndarray, "N E"]
@@ -238,15 +253,18 @@ def embed(model: DualEncoder, rows: Rows, batch_size: int = BATCH_SIZE) -> Embed
     """Applies `embed_rows` to any number of rows in batches, leaving out rows that cannot be used.
 
     The last batch is padded, so that one program is compiled.
+
+    Raises:
+      UserError: as `check_tokens`.
     """
     images, texts, used = [], [], []
     for start in range(0, len(rows), batch_size):
         part = [rows[min(index, len(rows) - 1)] for index in range(start, start + batch_size)]
         batch = {name: np.stack([row[name] for row in part]) for name in ("image", "tokens", "mask")}
         check_tokens(model, batch["tokens"], batch["mask"])
-        good = [at for at, row in enumerate(part[: len(rows) - start]) if row.get("weight", 1)]
+        good = [index for index, row in enumerate(part[: len(rows) - start]) if row.get("weight", 1)]
         zimg, ztxt = jax.device_get(embed_rows(model, batch))
         images.append(zimg[good])
         texts.append(ztxt[good])
-        used += [start + at for at in good]
+        used += [start + index for index in good]
     return Embedded(np.concatenate(images), np.concatenate(texts), used)

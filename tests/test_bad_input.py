@@ -197,7 +197,7 @@ def test_too_many_broken_images_stop_the_run(own_options, own_rows, tmp_path, ca
     options = own_options | {"data.max_bad_fraction": 0.2, "cache_features": cached}
     sentence = mistake(capsys, options, tmp_path / "run", config=OWN_DATA)
     assert " rows read were bad (" in sentence and ".png" in sentence
-    assert sentence.endswith("expected at most 20.0%; mend the data or raise data.max_bad_fraction.")
+    assert sentence.endswith("expected at most 20.0%; correct the data or raise data.max_bad_fraction.")
     assert not (tmp_path / "run/eval.json").exists()
 
 

@@ -1,14 +1,8 @@
-"""Every config in configs/: valid with each of its arguments; the report's settings; the commands that docs name."""
+"""Every config in configs/: valid with each of its arguments; the report's settings; the tables of docs/config.md."""
 
-import importlib
-import re
-import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from absl import flags
 
 from paligemma_jax.adapt.few_shot.methods import few_shot_method
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
@@ -17,7 +11,7 @@ from paligemma_jax.models.variants import variant as variant_of_dual
 from paligemma_jax.tasks.contrastive import config as contrastive_config
 from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.tasks.vqa import config as vqa_config
-from paligemma_jax.tasks.vqa.adapter import PRESETS
+from paligemma_jax.tasks.vqa.adapter_config import PRESETS
 from paligemma_jax.tasks.vqa.task import VQA
 from train_jax.config import command_line
 from train_jax.config.__main__ import key_table, task_table
@@ -71,7 +65,6 @@ ARGUMENTS = {
     "siglip": ("", "clip", "mini", "b16", "smoke", "clip,smoke"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
-PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 
 
 def load(name, argument=""):
@@ -374,50 +367,6 @@ def test_the_default_of_each_config_is_the_shipped_model():
         assert config.model.path == "tiny"
         task = make_task(config, make_mesh(config.mesh))  # which checks its own keys
         task.tokenizer.fits(variant("tiny").decoder.vocab_size)
-
-
-# The commands that a reader copies.
-
-
-def commands(page: str) -> list[list[str]]:
-    """The calls of our entry points in a page: argument lists, continued lines joined."""
-    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    result = re.findall(r"python3? ((?:train|eval|predict)\.py [^\n`&|]*)", text)
-    return [shlex.split(command.partition(" # ")[0]) for command in result]
-
-
-NAMED = [(page, shlex.join(words)) for page in PAGES for words in commands(page)]
-
-
-def test_the_readme_names_every_entry_point():
-    scripts = {command.split()[0] for page, command in NAMED if page == "README.md"}
-    assert scripts == {"train.py", "eval.py", "predict.py"}
-    assert any(command == "train.py --config=configs/clevr.py" for _, command in NAMED)
-
-
-def flags_of(script: str) -> set[str]:
-    """Names of a script's flags."""
-    values = flags.FlagValues()
-    command_of(script)._flags(values)
-    return {*values, "help"} | (set() if script == "predict.py" else {"config", "workdir"})
-
-
-def command_of(script: str) -> ModuleType:
-    """The module whose `main` a script calls."""
-    return sys.modules[importlib.import_module(script.removesuffix(".py")).main.__module__]
-
-
-@pytest.mark.parametrize(("page", "command"), sorted(set(NAMED)))
-def test_commands_of_the_documentation_parse(page, command, monkeypatch):
-    """Flags are flags of the script; the config exists, and its argument and every override are known."""
-    script, *words = shlex.split(command)
-    monkeypatch.chdir(ROOT)
-    names = [word.lstrip("-").partition("=")[0] for word in words]
-    assert all(word.startswith("--") for word in words)
-    assert {name for name in names if not name.startswith("config.")} <= flags_of(script)
-    if "config" in names:
-        config, _, _ = command_line.load_from_flags([script, *words], "", command_of(script)._flags)
-        check(config)
 
 
 # Tasks in the order of docs/config.md.

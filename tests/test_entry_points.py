@@ -12,7 +12,7 @@ import predict as predict_script
 import train
 from paligemma_jax.data.sources.clevr import ClevrQuestions
 from paligemma_jax.data.train_tokenizer import build_model
-from paligemma_jax.tasks.vqa import task as vqa
+from paligemma_jax.tasks.vqa import base_model
 from tests.paligemma_jax.mini import (
     ROOT,
     SCENES,
@@ -359,8 +359,8 @@ def test_own_data(mini_options, tmp_path, capsys, monkeypatch):
     options |= {"data.source": str(ROOT / "docs/sample_data"), "total_steps": 4, "batch_size": 4, "data.threads": 0}
     options |= {"eval.max_new_tokens": 4}
     config = str(ROOT / "configs/own_data.py")
-    reads, load = [], vqa.load
-    monkeypatch.setattr(vqa, "load", lambda *args, **more: reads.append(args) or load(*args, **more))
+    reads, load = [], base_model.load
+    monkeypatch.setattr(base_model, "load", lambda *args, **more: reads.append(args) or load(*args, **more))
     train.main(arguments(tmp_path / "run", options, "--progress=none", config=config))
     assert len(reads) == 1  # the control run shares the frozen weights
     results = results_of(tmp_path / "run")

@@ -1,6 +1,6 @@
 """Old import paths of modules that have moved. They still work, with a DeprecationWarning.
 
-They will be removed in the release after the next.
+They will be removed in the release after next.
 """
 
 from train_jax.core.moved_modules import install

@@ -59,7 +59,7 @@ class Task(abc.ABC):
     """Patterns of keys that a resumed run may change, for keys that `defaults` returns without a declaration."""
 
     architecture_keys: Sequence[str] = ()
-    """Patterns of keys that shape the model and that an evaluation may not change, likewise."""
+    """Patterns of keys that shape the model and that an evaluation may not change, also without a declaration."""
 
     validation_metrics: Sequence[str] | None = None
     """Names of the metrics that `validate` returns, to reject a misspelt `best_metric` before data are prepared.
@@ -73,7 +73,7 @@ class Task(abc.ABC):
 
     op_classes: Sequence[tuple[str, str]] = ()
     """(class, pattern) pairs for the plan command, which sums estimated time by class: an operation is of the first
-    class whose pattern is found in "file:function" of a place that it was traced from."""
+    class whose pattern is found in "file:function" of a source location that it was traced from."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
@@ -157,7 +157,7 @@ class Task(abc.ABC):
     def check_workdir(self, workdir: Path) -> None:
         """Raises UserError if the run in `workdir` started from other weights than the config's.
 
-        Called by every process, in training and evaluation, before data are prepared or the model is loaded.
+        Every process calls it, in training and evaluation, before data are prepared or the model is loaded.
         """
 
     def trainable_paths(self) -> Sequence[str] | None:
@@ -172,7 +172,7 @@ class Task(abc.ABC):
     def train_records(self) -> DataSource:
         """Returns a source with the length and fingerprint of `train_source`, if possible without loading the model.
 
-        Used to check that the data of a complete run have not changed.
+        The runtime checks with it that the data of a complete run have not changed.
         """
         return self.train_source()
 

@@ -112,7 +112,7 @@ def solve(
     tolerance: Scalar = 1e-3,
     max_iterations: int = 20_000,
 ) -> Solution:
-    """Solves the entropic problem.
+    """Minimizes <P, M> + epsilon KL(P | a b^T) over plans with marginals a and b (Cuturi 2013).
 
     Args:
       cost: [N, M]; the computation has its dtype, at least float32.

@@ -169,7 +169,7 @@ def sinkhorn(
     tolerance: Scalar = 1e-3,
     max_iterations: int = 2_000,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """Returns pairs from the entropic plan, on the device.
+    """Returns pairs from the entropic optimal-transport plan of a batch, on the device (Tong et al. 2024, SB-CFM).
 
     Args:
       x_0, x_1: noise and data with the same number of rows; the computation is in float32 at least.

@@ -1,6 +1,6 @@
-"""Handwritten digits of 8 x 8 pixels and 17 grey values (Alpaydin and Kaynak 1998), from scikit-learn.
+"""Handwritten digits of 8 x 8 pixels, 17 grey values (Alpaydin and Kaynak 1998), from scikit-learn (extra [digits]).
 
-Of the 1,797 images two thirds of each class are for training and the rest are held out. Needs the extra [digits].
+Of the 1,797 images two thirds of each class are for training and the rest are held out.
 """
 
 import importlib

@@ -121,7 +121,11 @@ def mmd(a: Cloud, b: OtherCloud, bandwidth: Number | None = None, *, unbiased: b
 
 
 def energy_distance(a: Cloud, b: OtherCloud) -> float:
-    """Returns 2 E|x - y| - E|x - x'| - E|y - y'| over all pairs, including x = x' (Szekely and Rizzo 2013)."""
+    """Returns 2 E|x - y| - E|x - x'| - E|y - y'| over all pairs, including x = x' (Szekely and Rizzo 2013).
+
+    Raises:
+      UserError: a cloud is empty or not finite, or the examples of the two differ in shape.
+    """
     x, y = _host(a, b)
 
     def mean(x, y):
@@ -131,7 +135,7 @@ def energy_distance(a: Cloud, b: OtherCloud) -> float:
 
 
 def frechet_distance(features_a: CheckedBatch, features_b: CheckedBatch) -> float:
-    """Returns the Frechet distance between Gaussians with the moments of two sets of features.
+    """Returns the squared Frechet distance of Gaussians with the moments of two sets of features (Heusel et al. 2017).
 
     `moments.Moments` computes the moments of sets that do not fit into memory.
 

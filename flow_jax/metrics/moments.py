@@ -1,6 +1,6 @@
 """Mean and covariance of features that come in batches, and the Frechet distance between two of them.
 
-Computed on the host in float64. Axes: N examples, F features.
+They are computed on the host in float64. Axes: N examples, F features.
 """
 
 import functools

@@ -96,7 +96,10 @@ class DiTBlock(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Velocity of images [B, size, size, channels]; the output starts at zero."""
+    """A DiT that returns the velocity of images [B, size, size, channels]; the output starts at zero.
+
+    `model(t, x, labels=None, dropout_keys=None)`; layers.py describes the arguments.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         p, D, dtype = config.patch_size, config.width, config.dtype

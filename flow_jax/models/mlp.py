@@ -44,7 +44,10 @@ class MLPConfig:
 
 
 class MLP(nnx.Module):
-    """Velocity of points [B, dim]; the output starts at zero."""
+    """A multilayer perceptron that returns the velocity of points [B, dim]; the output starts at zero.
+
+    `model(t, x, labels=None, dropout_keys=None)`; layers.py describes the arguments.
+    """
 
     def __init__(self, config: MLPConfig, *, rngs: nnx.Rngs):
         self.config = config

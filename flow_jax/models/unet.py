@@ -150,7 +150,10 @@ class Stage(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Velocity of images [B, size, size, channels]; the output starts at zero."""
+    """A U-Net that returns the velocity of images [B, size, size, channels]; the output starts at zero.
+
+    `model(t, x, labels=None, dropout_keys=None)`; layers.py describes the arguments.
+    """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config

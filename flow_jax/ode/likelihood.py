@@ -41,7 +41,7 @@ PROBES = {
 
 
 class LogProbResult(NamedTuple):
-    """The log-likelihood of data.
+    """The log-likelihood of data under a flow.
 
     Attributes:
       log_prob: [B] in nats; with Hutchinson's divergence an unbiased estimate, up to the solver's error.
@@ -179,7 +179,7 @@ def log_prob(
     args: tuple = (),
     max_steps: int = MAX_STEPS,
 ) -> LogProbResult:
-    """Returns the log-likelihood of data under the flow of a velocity.
+    """Returns the log-likelihood of data under the flow of a velocity, by the formula in the module's docstring.
 
     The result is differentiable in the velocity's weights and in x_1.
 
@@ -199,6 +199,9 @@ def log_prob(
       prior: x_0 -> log-density [B] at t0; standard normal if None. For a path that starts elsewhere, such as VE, pass
         `start_log_prob(path.start)`.
       times: the steps of a fixed solver, decreasing from the time of the data to that of the noise.
+
+    Returns:
+      A `LogProbResult`; its log_prob [B] is in nats.
 
     Raises:
       UserError: arguments contradict each other or have no effect; the velocity does not have x's shape, or the prior

@@ -14,7 +14,7 @@ from train_jax.core.errors import UserError
 
 
 class SampleResult(NamedTuple):
-    """Samples, and the number of evaluations that they took.
+    """Samples, and the number of evaluations of the velocity.
 
     Attributes:
       x: [B, ...] at the last time.
@@ -45,7 +45,7 @@ def sample(
     args: tuple = (),
     max_steps: int = MAX_STEPS,
 ) -> SampleResult:
-    """Integrates dx/dt = velocity(t, x) from x_0.
+    """Returns the solution at t1 of dx/dt = velocity(t, x) with x(t0) = x_0: samples, where x_0 is noise.
 
     Args:
       velocity: function (t, x, *args) -> velocity of x's shape, with a scalar t and x [B, ...]. An `nnx.Module` with
@@ -66,6 +66,9 @@ def sample(
       trajectory: also return x at all times; for an adaptive solver at `times`.
       args: arrays [B, ...] that are passed to the velocity, such as labels.
       max_steps: limit of an adaptive solver.
+
+    Returns:
+      A `SampleResult`; x has the shape and float dtype of x_0.
 
     Raises:
       UserError: arguments contradict each other or have no effect; the velocity does not have x's shape, or an array in

@@ -33,9 +33,10 @@ def sample_sde(
     trajectory: bool = False,
     args: tuple = (),
 ) -> SampleResult:
-    """Samples by Euler-Maruyama with g(t)^2 = 2 strength sigma(t), for flows trained on independent pairs.
+    """Samples from the module's SDE by Euler-Maruyama's method, for flows trained on independent pairs.
 
-    As this g vanishes with sigma, the drift strength sigma score = -strength E[noise | x] is bounded everywhere.
+    The noise has g(t)^2 = 2 strength sigma(t) (Ma et al. 2024). As this g vanishes with sigma, the added drift,
+    strength sigma score = -strength E[noise | x], is bounded everywhere.
 
     Args:
       velocity: (t, x, *args) -> [B, ...], trained along `path`; see `sample`.
@@ -46,6 +47,9 @@ def sample_sde(
       strength: 0 or more; 0 is Euler's method for the flow itself.
       trajectory: also return x at all times.
       args: arrays [B, ...] that are passed to the velocity.
+
+    Returns:
+      A `SampleResult`; x has the shape of x_0.
 
     Raises:
       UserError: num_steps is below 1, the strength negative, or the path not affine; or the velocity does not have x's

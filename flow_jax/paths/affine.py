@@ -28,7 +28,15 @@ from train_jax.core.errors import UserError
 
 
 class PathSample(NamedTuple):
-    """Points on the paths between pairs of noise and data; `dx_t` is the target of a velocity model at (t, x_t)."""
+    """Points on the paths between pairs of noise and data.
+
+    Attributes:
+      x_0: noise.
+      x_1: data.
+      t: times, from 0 (noise) to 1 (data).
+      x_t: the points.
+      dx_t: time derivative of the path at x_t, the target of a velocity model at (t, x_t).
+    """
 
     x_0: Float[Array, "B ..."]
     x_1: Float[Array, "B ..."]
@@ -172,7 +180,7 @@ class VP(AffinePath):
         return r * (self.beta_min + r * (0.5 * (self.beta_max - self.beta_min)))
 
     def _rate(self, t):
-        """-dT/dt."""
+        """Returns -dT/dt."""
         return self.beta_min + (1 - t) * (self.beta_max - self.beta_min)
 
     def alpha(self, t):

@@ -120,7 +120,7 @@ class Convertible(abc.ABC):
         return per_row(self.d_alpha(t), x_t) * x_1 + per_row(self.d_sigma(t), x_t) * noise
 
     def x1_to_score(self, x_1: CheckedBatch, x_t: CheckedBatch, t: CheckedTime) -> Float[Array, "B ..."]:
-        """The score, given E[x_1 | x_t]."""
+        """Returns the score for a prediction of the data."""
         return self.epsilon_to_score(self.x1_to_epsilon(x_1, x_t, t), x_t, t)
 
     def epsilon_to_x1(self, epsilon: CheckedBatch, x_t: CheckedBatch, t: CheckedTime) -> Float[Array, "B ..."]:

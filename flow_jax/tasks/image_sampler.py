@@ -79,7 +79,7 @@ def batches_of(number: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 def shard_rows(rows, mesh: Mesh):
     """Divides rows over the devices of a mesh if their number allows it and there is one process; else returns them."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = sharding.row_divisor(mesh.shape)
     if jax.process_count() > 1 or any(len(leaf) % parts for leaf in jax.tree.leaves(rows)):
         return rows
     return jax.device_put(rows, sharding.batch_sharding(mesh, accumulate=False))

@@ -1,4 +1,4 @@
-"""Converts a TFRecord data set of TFDS to array_record, which has random access. Needs no TensorFlow.
+"""Converts a TFRecord data set of TFDS to array_record, which has random access, without TensorFlow.
 
 A TFRecord file is a sequence of frames. The payload, a serialised `tf.train.Example`, is the same in both formats and
 is copied unchanged (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details):

@@ -1,4 +1,4 @@
-"""Downloads models from the Hugging Face Hub ("hf://owner/name") and uploads them. Needs the extra [hub]."""
+"""Downloads models from the Hugging Face Hub ("hf://owner/name") and uploads them; needs the extra [hub]."""
 
 import importlib
 import re

@@ -14,7 +14,7 @@ Decoding gives RGB uint8 for all families. Where libraries differ:
 
 import dataclasses
 import io
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -211,3 +211,24 @@ class Preprocessing:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+
+@runtime_checkable
+class WithPreprocessing(Protocol):
+    """A model's config, such as PaliGemmaConfig or DualEncoderConfig."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images are prepared; every model that is read from files has one."""
+        ...
+
+
+def preprocessing_of(config: WithPreprocessing) -> Preprocessing:
+    """Returns how images are prepared for a model.
+
+    Raises:
+      ValueError: the config has none, as that of a model made by hand may.
+    """
+    if config.preprocessing is None:
+        raise ValueError("the model has no preprocessing, expected one in its config: set config.preprocessing.")
+    return config.preprocessing

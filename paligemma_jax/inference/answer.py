@@ -13,7 +13,7 @@ from paligemma_jax.data.row_texts import check_prompt, is_text
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
 from paligemma_jax.generation.generate import generate
 from paligemma_jax.generation.token_sampling import make_sampler
-from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.images.preprocessing import Preprocessing, preprocessing_of
 from paligemma_jax.loading import load, load_run, run_config
 from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core.errors import UserError, cut, quoted
@@ -38,7 +38,7 @@ def predict(
     special_tokens: str | None = None,
     **sampler_options: int | float | None,
 ) -> list[tuple[str, str, str]]:
-    """Answers every (image, prompt) pair.
+    """Returns a model's answer to every (image, prompt) pair.
 
     Args:
       images, texts: image files and prompts: equally many, or one of either for all of the other.
@@ -60,12 +60,7 @@ def predict(
       UserError: an image that cannot be read, a prompt that is not text, neither or both of workdir and model, a model
         that is not a PaliGemma, or image and prompt counts that do not match.
     """
-    if workdir is not None and model is None:
-        source = workdir
-    elif model is not None and workdir is None:
-        source = model
-    else:
-        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    source = _one_of(workdir, model)
     if workdir is not None and dtype is not None:
         raise UserError(f"dtype={dtype} is given with a run, which has its own: change config.compute_dtype instead.")
     images, texts = _pairs(images, texts)
@@ -80,8 +75,7 @@ def predict(
         raise UserError(f"{source} is no PaliGemma, the only model that answers prompts: give classes with --class.")
     text_tokenizer = load_tokenizer(tokenizer or source)
     text_tokenizer.fits(loaded.config.decoder.vocab_size)
-    preprocessing = loaded.config.preprocessing
-    assert preprocessing is not None, "models that are loaded have a preprocessing"
+    preprocessing = preprocessing_of(loaded.config)
     pixels = {image: read_pixels(image, preprocessing) for image in dict.fromkeys(images)}
     prompts = [template.replace("{question}", text) for text in texts]
     rows = _prompt_rows(text_tokenizer, prompts, special_tokens or default_marks)
@@ -102,6 +96,14 @@ def predict(
         )
         answers += [text_tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
     return list(zip(images, texts, answers, strict=True))
+
+
+def _one_of(workdir: str | None, model: str | None) -> str:
+    """Returns the path that is given. Raises UserError for none or both."""
+    paths = [path for path in (workdir, model) if path is not None]
+    if len(paths) != 1:
+        raise UserError("give either --workdir=DIR (a run) or --model=PATH (a base model), one of the two.")
+    return paths[0]
 
 
 def _pairs(images: Sequence[str], texts: Sequence[str]) -> tuple[list[str], list[str]]:

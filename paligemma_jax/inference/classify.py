@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
-from paligemma_jax.adapt.few_shot.prompts import check_texts
+from paligemma_jax.adapt.few_shot.learned_prompts import check_texts
 from paligemma_jax.data.few_shot.descriptions import fill_templates
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference.answer import read_pixels
 from paligemma_jax.loading import is_run, load, load_run, run_config
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -70,8 +71,7 @@ def classify(
     prompts = [prompt for group in fill_templates(classes, templates) for prompt in group]
     check_texts(encoder, text_tokenizer(prompts)[0])
     texts = jnp.asarray(zero_shot.class_embeddings(encoder, text_tokenizer, classes, templates))
-    preprocessing = encoder.config.preprocessing
-    assert preprocessing is not None, "models that are loaded have a preprocessing"
+    preprocessing = preprocessing_of(encoder.config)
     batches = []
     for start in range(0, len(images), BATCH):
         part = [images[min(index, len(images) - 1)] for index in range(start, start + min(BATCH, len(images)))]

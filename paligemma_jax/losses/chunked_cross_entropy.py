@@ -73,10 +73,16 @@ def loss_weights(
 ) -> tuple[Float[Array, "*batch T"], Float[Array, ""]]:
     """Returns weights and a normalizer such that `token_cross_entropy(..., weights) / normalizer` is the mean loss.
 
-    `token_mean`: every supervised token has weight 1, the normalizer is their number (as in transformers).
-    `example_mean`: the supervised tokens of a row share the weight 1, the normalizer is the number of rows that have
-    any (as in big_vision). Sum losses and normalizers over micro-batches before dividing; the normalizer of an empty
-    batch is 0.
+    Sum losses and normalizers over micro-batches before dividing.
+
+    Args:
+        mask_loss: 1 or True at supervised tokens, 0 elsewhere.
+        reduction: "token_mean": every supervised token has weight 1, and the normalizer is their number (as in
+            transformers). "example_mean": the supervised tokens of a row share the weight 1, and the normalizer is the
+            number of rows that have any (as in big_vision).
+
+    Returns:
+        Float32 weights of the shape of `mask_loss`, and the float32 normalizer, 0 for an empty batch.
     """
     mask = mask_loss.astype(jnp.float32)
     if reduction == "token_mean":
@@ -98,6 +104,11 @@ def token_cross_entropy(
 
     The specification is losses.reference.token_cross_entropy, which computes the logits of all tokens at once.
 
+    Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
+    that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
+    (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
+    weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
+
     Args:
         hidden: final hidden states, `[B, T, D]` or `[N, D]`, any float dtype.
         embedding: the output (tied) embedding. Products run in its dtype and accumulate in float32; it is never cast.
@@ -110,12 +121,8 @@ def token_cross_entropy(
             each device then holds its part of the logits anyway, and slicing would gather the embedding.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), exact in value and gradient.
 
-    Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
-    that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
-    (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
-    weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
-
-    Raises UserError for a `chunk_size` or `vocab_chunk` below 1.
+    Raises:
+        UserError: a `chunk_size` or `vocab_chunk` below 1.
     """
     token_chunks.check_sizes(chunk_size, vocab_chunk)
     static = _StaticArguments(chunk_size, vocab_chunk, softcap)
@@ -130,7 +137,7 @@ def token_log_probs(
     vocab_chunk: int | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "*batch"]:
-    """Returns the natural log-probability of every target, float32; see `token_scores`."""
+    """Returns the natural log-probability of every target, float32; arguments and errors as in `token_scores`."""
     return token_scores(hidden, embedding, targets, chunk_size, vocab_chunk, softcap).log_probs
 
 
@@ -144,7 +151,11 @@ def token_scores(
 ) -> TokenScores:
     """Returns log-probability and arg-max correctness of every target; arguments as in `token_cross_entropy`.
 
-    Memory is that of one chunk. It is for evaluation: autodiff would keep the logits.
+    It needs the memory of one chunk. Use it for evaluation only, since its derivative would keep the logits of all
+    chunks.
+
+    Raises:
+        UserError: a `chunk_size` or `vocab_chunk` below 1.
     """
     return counted_scores(hidden, embedding, targets, None, chunk_size, vocab_chunk, softcap)
 

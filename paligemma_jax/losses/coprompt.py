@@ -26,7 +26,7 @@ SIDES = ("text", "image", "both")
 def class_cross_entropy(
     logits: Float[Array, "B C"], labels: Int[Array, " B"], weights: Float[Array, " B"] | None = None
 ) -> Float[Array, ""]:
-    """Returns the weighted mean of -log softmax(logits)[label] over rows.
+    """Returns the weighted mean over rows of -log softmax(logits)[label], in nats.
 
     Args:
       logits: float32.
@@ -71,7 +71,7 @@ def coprompt_loss(
     kind: str = "cosine",
     on: str = "both",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the training loss of a batch, for every few-shot method.
+    """Returns L of the module's docstring for a batch; with `weight=0` it is the loss of the other few-shot methods.
 
     Take its gradient with respect to the trainable parameters alone. The frozen branch is the same model without its
     prompts, so there is no second copy of the weights, and no activations are kept for it, since nothing of it trains.

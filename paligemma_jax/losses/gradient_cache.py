@@ -16,7 +16,8 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
 
     The gradient of `sigmoid_loss(*embed_in_micro_batches(...), ...)` equals that of the loss of `embed(batch)`, in the
     memory of one micro-batch: the backward pass embeds every micro-batch again, given the gradient of the loss with
-    respect to its embeddings. A task's loss function calls this; its training step does not change.
+    respect to its embeddings. A task's loss function calls this; its training step does not change. Micro-batch m of M
+    has the rows m, m + M, ...: if the batch is split over devices, each device embeds its own rows.
 
     Args:
       embed: a pure function of arrays [b, ...] that returns a tree of embeddings [b, ...], each row computed from its
@@ -26,8 +27,11 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
       batch: arrays [B, ...].
       micro_batch: rows embedded at a time over all devices, a divisor of B; None embeds all at once.
 
-    Micro-batch m of M has the rows m, m + M, ...: if the batch is split over devices, each device embeds its own rows.
-    Raises UserError if `micro_batch` does not divide B.
+    Returns:
+      What `embed(batch)` returns.
+
+    Raises:
+      UserError: `micro_batch` does not divide B.
     """
     embed = functools.partial(_call_retraced, embed)
     if micro_batch is None:
@@ -39,7 +43,7 @@ def embed_in_micro_batches(embed: Callable, batch, micro_batch: int | None):
     number = rows // micro_batch
 
     def part(index):
-        """Returns micro-batch `index`, a slice along an axis that is not sharded, so that no rows are exchanged."""
+        """Returns micro-batch `index`: a slice along an axis that is not sharded, so that no rows are exchanged."""
         return jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(
                 array.reshape(micro_batch, number, *array.shape[1:]), index, axis=1, keepdims=False

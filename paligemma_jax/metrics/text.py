@@ -41,7 +41,7 @@ class Accuracy:
         self.total: Counter[str] = Counter()
 
     def add(self, correct: bool, family: str = "") -> None:
-        """Counts one answer."""
+        """Counts one answer; `family` is the kind of its question."""
         self.correct[family] += bool(correct)
         self.total[family] += 1
 
@@ -87,9 +87,17 @@ class RougeSums:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Returns the mean precision, recall and F1 over pairs, in [0, 1], of ROUGE-1, 2, 3, L, S and W.
+    """Returns the mean precision, recall and F1 over pairs, in [0, 1], of ROUGE-1, 2, 3, L, S and W (Lin 2004).
 
-    Raises ValueError for lists of different lengths and for empty ones.
+    Args:
+      predictions: the texts to score.
+      references: one for each prediction.
+
+    Returns:
+      {"rouge1": {"precision", "recall", "f1"}, "rouge2": ..., "rouge3", "rougeL", "rougeS", "rougeW"}.
+
+    Raises:
+      ValueError: the lists have different lengths, or are empty.
     """
     sums = RougeSums()
     for prediction, reference in zip(predictions, references, strict=True):

@@ -24,7 +24,7 @@ from train_jax.core import row_sharding
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """Sizes of a decoder. Soft caps, sliding window and post norms are Gemma 2's."""
+    """Sizes of a decoder; the defaults are PaliGemma 3B's. Soft caps, sliding window and post norms are Gemma 2's."""
 
     vocab_size: int = 257_152
     width: int = 2048
@@ -62,7 +62,7 @@ class Embedder(nnx.Module):
         self.embedding = nnx.Param(table.astype(jnp.dtype(config.param_dtype)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeds tokens; an id outside the vocabulary gives NaN."""
+        """Returns the scaled embeddings of tokens, float32; an id outside the vocabulary gives NaN."""
         x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
         return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
 
@@ -80,7 +80,16 @@ class GemmaAttention(nnx.Module):
         self.o_proj = _projection(config, "decoder/o_proj", queries, width, rngs)
 
     def __call__(self, x, positions, mask, cache=None, layer_and_slot=(0, 0), dropout_keys=None):
-        """Returns the attention's output [B, T, D] in float32, and the cache with the new keys and values written."""
+        """Returns the attention's output [B, T, D] in float32, and the cache with the new keys and values written.
+
+        Args:
+          x: normalized inputs [B, T, D].
+          positions: rotary positions [B, T].
+          mask: whether input t attends to key s, bool [B, T, S].
+          cache: {"k", "v"} of [L, B, S, K, H] for all layers, or None.
+          layer_and_slot: number of this layer and first slot of the cache to write.
+          dropout_keys: one key per example for adapter dropout, or None.
+        """
         config = self.config
         q = rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
         k = rotary(self.k_proj(x, dropout_keys), positions, config.rope_theta)

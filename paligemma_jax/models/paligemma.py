@@ -130,7 +130,10 @@ class Projector(nnx.Module):
 
 
 class PaliGemma(nnx.Module):
-    """Maps images and text to next-token logits at the text positions."""
+    """Maps images and text to next-token logits at the text positions; see the module for the masks.
+
+    `model(images, tokens, mask_ar, mask_input)` returns (logits, intermediates).
+    """
 
     def __init__(self, config: PaliGemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -164,13 +167,18 @@ class PaliGemma(nnx.Module):
         return self.decoder.logits(hidden), out | text_out
 
     def encode_image(self, images: Float[Array, "B I I 3"], dropout_keys=None) -> tuple[Float[Array, "B P D"], dict]:
-        """Returns projected patch features for the decoder (float32, unscaled), and intermediates."""
+        """Returns image features in the decoder's width, float32 and not scaled by sqrt(D), and intermediates.
+
+        Args:
+          images: as in a call of the model.
+          dropout_keys: as in a call of the model.
+        """
         x, out = self.vision(images, dropout_keys)
         features = self.projector(x, dropout_keys)
         return features, {f"vision/{k}": v for k, v in out.items()} | {"image_features": features}
 
     def context(self, features: Float[Array, "B P D"]) -> Float[Array, "B C D"]:
-        """Returns all inputs before the text, see Gemma.context."""
+        """Returns the inputs of the decoder before the text, C of them, see Gemma.context."""
         return self.decoder.context(features)
 
     def hidden(
@@ -181,7 +189,11 @@ class PaliGemma(nnx.Module):
         mask_input: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """Returns hidden states after the final norm at the text positions, from which losses compute logits."""
+        """Returns float32 hidden states after the final norm at the text positions, and intermediates.
+
+        Losses compute logits from these in chunks. `features` are those of `encode_image`; the other arguments are as
+        in a call of the model.
+        """
         if mask_input is None:
             mask_input = jnp.ones(tokens.shape, bool)
         features = self.context(features)
@@ -235,9 +247,14 @@ class PaliGemma(nnx.Module):
         mask: Bool[Array, "B S S"] | TokenMask,
         dropout_keys=None,
     ) -> tuple[Float[Array, "B T D"], dict]:
-        """Returns what `hidden` returns, for given positions and mask of all S = P + T inputs.
+        """Returns what `hidden` returns, for given positions and a given mask.
 
-        `features` are all inputs before the text, see `context`.
+        Args:
+          features: the inputs before the text, from `context`.
+          tokens: of the text.
+          positions: rotary position of each of the S = P + T inputs.
+          mask: whether input t attends to input s, [b, t, s].
+          dropout_keys: as in a call of the model.
         """
         embedded = self.decoder.embed_tokens(tokens)
         x = jnp.concatenate([features.astype(jnp.float32), embedded], axis=1)

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from paligemma_jax.adapt.quantization import quantize
-from paligemma_jax.images.preprocessing import Preprocessing
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.attention import KERNELS
-from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
+from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.stack import REMAT_POLICIES
 from train_jax.core.config_keys import key
 from train_jax.parallel import sharding
@@ -90,27 +90,16 @@ OP_CLASSES = (
 
 
 def to_mesh(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_divisor(mesh)`."""
+    """Splits rows [B, ...] that every process has over the mesh; B is a multiple of `row_divisor(mesh.shape)`."""
     size = len(next(iter(arrays.values())))
     rows = sharding.local_rows(jax.process_index(), jax.process_count(), size)
     local = {name: array[rows] for name, array in arrays.items()}
     return sharding.to_global(local, mesh, sharding.batch_sharding(mesh, accumulate=False).spec)
 
 
-def preprocessing_of(config: PaliGemmaConfig | DualEncoderConfig) -> Preprocessing:
-    """Returns how images are prepared for a model; only a model made by hand lacks it."""
-    assert config.preprocessing is not None
-    return config.preprocessing
-
-
 def normalize(model: PaliGemma | DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
     """Converts images uint8 [..., I, I, 3] to float32 in the range of the model's tower."""
     return jnp.asarray(preprocessing_of(model.config).normalize(images))
-
-
-def row_divisor(mesh: Mesh) -> int:
-    """Returns the number of parts into which the mesh splits rows."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paligemma_jax.tasks.common import preprocessing_of
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.tasks.pretraining.task import Pretraining
 from paligemma_jax.weights.hugging_face import paligemma as hugging_face
 from paligemma_jax.weights.hugging_face.processor import write_preprocessing

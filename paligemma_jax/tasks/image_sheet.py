@@ -33,12 +33,12 @@ def save_image_sheet(
     if real is not None:
         figure.suptitle("left: sample; right: a real image", fontsize=9)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, axes in enumerate(grid):
+    for index, axes in enumerate(grid):
         axes.set_axis_off()
-        if place < len(images):
-            shown = [images[place]] if real is None else [images[place], _gap(images[place]), real[place]]
+        if index < len(images):
+            shown = [images[index]] if real is None else [images[index], _gap(images[index]), real[index]]
             axes.imshow(np.concatenate(shown, axis=1), interpolation="nearest")
-            text = drawable(textwrap.fill(texts[place], 15 * images_per_cell + 3))
+            text = drawable(textwrap.fill(texts[index], 15 * images_per_cell + 3))
             axes.set_title(text, fontsize=7, parse_math=False)
     figure.savefig(file, dpi=110)
 

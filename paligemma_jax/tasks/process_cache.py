@@ -36,7 +36,10 @@ class LatestCache:
     def _get(
         self, kind: str, key: Hashable, make: Callable[[], Value], hold: Callable[[Value], Callable[[], Value | None]]
     ) -> Value:
-        """`hold` turns a value into a function that returns it again, or None once it is gone."""
+        """Returns the value of a key.
+
+        `hold` turns a value into a function that returns it again, or None once it is gone.
+        """
         cached_key, restore = self._latest.get(kind, (None, lambda: None))
         value = restore() if cached_key == key else None
         if value is None:
@@ -47,7 +50,7 @@ class LatestCache:
 
 
 def _weakly(model: Model) -> Callable[[], Model | None]:
-    """Returns a function that builds the module anew over the same arrays, or returns None once one is gone."""
+    """Returns a function that builds a module over the same arrays, or returns None once one is gone."""
     graph, arrays = param_tree.split(model)
     references = {path: weakref.ref(array) for path, array in arrays.items()}
 

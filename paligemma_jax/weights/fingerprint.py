@@ -95,7 +95,7 @@ _INPUTS = {
 
 def write_digest(
     workdir: Path,
-    path: str | Path | None,
+    path: str | Path | None = None,
     adapter: str | Path | None = None,
     vision: str | Path | None = None,
     siglip: str | Path | None = None,
@@ -114,7 +114,7 @@ def write_digest(
 
 def check_digest(
     workdir: Path,
-    path: str | Path | None,
+    path: str | Path | None = None,
     adapter: str | Path | None = None,
     vision: str | Path | None = None,
     siglip: str | Path | None = None,

@@ -15,6 +15,7 @@ from paligemma_jax.adapt.quantization import quantize as quantization
 from paligemma_jax.adapt.quantization.quantized_kernel import QuantizedKernel
 from paligemma_jax.files import hub
 from paligemma_jax.files.shipped import SHIPPED, local
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models import variants
 from paligemma_jax.models.attention import KERNELS
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -177,8 +178,7 @@ def stored_dtype(path: str | Path) -> str:
 def _fitted(path: str, array: np.ndarray, stored: Config, config: Config) -> np.ndarray:
     """Returns a leaf at the image size and vocabulary of `config`; paths in a single tower lack the tower's name."""
     if POSITIONS.endswith(path) and config.vision.grid != stored.vision.grid:
-        assert config.preprocessing is not None, "checkpoints with a vision tower have a preprocessing"
-        method = "bilinear" if config.preprocessing.source == "big_vision" else "bicubic"
+        method = "bilinear" if preprocessing_of(config).source == "big_vision" else "bicubic"
         first, patches = np.split(array.astype("float32"), [int(config.vision.class_token)])
         return np.concatenate([first, resample_positions(patches, config.vision.grid, method)]).astype(array.dtype)
     if isinstance(config, DualEncoderConfig) or isinstance(stored, DualEncoderConfig):

@@ -155,7 +155,7 @@ def _unknown_flag(argument: str, names: Iterable[str], hint: str) -> UserError:
 
 
 def flags_help(values: flags.FlagValues) -> str:
-    """A line for each flag, without those that absl adds of its own."""
+    """Returns a line for each flag, without those that absl adds of its own."""
     texts = {name: values[name].help for name in sorted(values) if name not in (*ABSL_FLAGS, "h")}
     width = max(map(len, texts))
     return "\n".join(f"  --{name.ljust(width)}  {text}" for name, text in texts.items())
@@ -189,7 +189,7 @@ def parse_overrides(rest: Sequence[str], config: ConfigDict, flag_names: list[st
     values.set_gnu_getopt(True)
     for key in leaves(config):
         parent, name = node(config, key)
-        is_bool = parent.get_type(name) is bool  # may stand without a value, or as --noconfig.KEY
+        is_bool = parent.get_type(name) is bool  # may be given without a value, or as --noconfig.KEY
         flag = flags.Flag(flags.ArgumentParser(), None, f"config.{key}", None, "", boolean=is_bool)
         flags.DEFINE_flag(flag, flag_values=values)
     try:

@@ -12,7 +12,7 @@ from train_jax.core.config_keys import has_type
 from train_jax.core.errors import UserError, quoted
 from train_jax.core.patterns import did_you_mean
 from train_jax.optim import optimizers
-from train_jax.parallel.sharding import mesh_shape
+from train_jax.parallel.sharding import mesh_shape, row_divisor
 
 
 def validate(config: ConfigDict, training: bool = True, device_count: int | None = None) -> None:
@@ -82,7 +82,7 @@ def _check_type(key: str, value: Any, base: ConfigDict) -> None:
 
 
 def _is_pair(default: tuple) -> bool:
-    """Whether a default is one pair of values, such as two numbers, and no list of pairs."""
+    """Returns whether a default is one pair of values, such as two numbers, and no list of pairs."""
     return len(default) == 2 and not any(isinstance(item, tuple) for item in default)
 
 
@@ -130,7 +130,7 @@ def _check_batch(config: ConfigDict, device_count: int, process_count: int) -> N
             f"of {divisors}"
         )
     shape = mesh_shape(config.mesh, device_count, process_count)
-    parts = shape["data"] * shape["fsdp"]
+    parts = row_divisor(shape)
     if chunk % parts:
         name = "batch_size" if config.micro_batch is None else "micro_batch"
         raise UserError(

@@ -55,8 +55,21 @@ def named(key: str, name: str, short_names: Mapping[str, str]) -> Any:
     return function
 
 
+def takes(function: Callable, count: int) -> bool:
+    """Returns whether a function can be called with `count` positional arguments; True where C hides its signature."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
 def check_arguments(what: str, function: Callable, *names: str) -> None:
-    """Checks that a function accepts positional arguments; one without a signature, of C, passes.
+    """Checks that a function accepts positional arguments, see `takes`.
 
     Args:
       what: names the function in the message.
@@ -66,15 +79,10 @@ def check_arguments(what: str, function: Callable, *names: str) -> None:
     Raises:
       UserError: it requires others.
     """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*names)
-    except TypeError as error:
-        found = ", ".join(str(taken.replace(annotation=taken.empty)) for taken in signature.parameters.values())
-        raise UserError(f"{what} takes ({found}), expected ({', '.join(names)}): correct it") from error
+    if not takes(function, len(names)):
+        parameters = inspect.signature(function).parameters.values()
+        found = ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
+        raise UserError(f"{what} takes ({found}), expected ({', '.join(names)}): correct it")
 
 
 def check_named(key: str, name: str, short_names: Iterable[str]) -> None:

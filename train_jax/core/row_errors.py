@@ -108,7 +108,7 @@ class BadRows:
             first = ", ".join(names[: self.NAMES_IN_MESSAGE])
             raise UserError(
                 f"{bad} of {seen} rows read were bad ({bad / seen:.1%}; first: {first}), expected at most "
-                f"{self.max_bad_fraction:.1%}; mend the data or raise data.max_bad_fraction."
+                f"{self.max_bad_fraction:.1%}; correct the data or raise data.max_bad_fraction."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def gathered(variable: nnx.Variable) -> jax.Array:
 
 
 def gathers() -> bool:
-    """Whether the context's mesh splits parameters over "fsdp"."""
+    """Returns whether the context's mesh splits parameters over "fsdp"."""
     mesh = _mesh()
     return mesh is not None and mesh.shape[_WEIGHTS] > 1
 
@@ -198,7 +198,7 @@ def _weight_sizes(state: nnx.State, stacked: bool) -> set[int]:
 
 
 def _is_low_rank_update(primitive: Any, operands: tuple, parameters: dict[str, Any], sizes: set[int]) -> bool:
-    """Whether an operation is a product A B of a weight's size that is larger than A and B, as few activations are."""
+    """Returns whether an operation is a product A B of a weight's size, larger than A and B, as few activations are."""
     if primitive.name != "dot_general" or any(parameters["dimension_numbers"][1]):
         return False
     (result,) = _results(primitive, operands, parameters)

@@ -164,7 +164,7 @@ def _sgd(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
-    """Shazeer and Stern (2018), arXiv 1804.04235, with the default stages of optax.adafactor."""
+    """Returns Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) with the default stages of optax.adafactor."""
     average = optax.ema(config.momentum, debias=False) if config.momentum else optax.identity()
     return optax.chain(
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(), average
@@ -203,7 +203,7 @@ def _check_optimizer(config: ConfigDict) -> None:
 
 
 def _is_rate(entry: Any) -> bool:
-    """Whether an entry of `rates` is valid."""
+    """Returns whether an entry of `rates` is valid."""
     if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
         return False
     pattern, factor, warmup = (*entry, None)[:3]

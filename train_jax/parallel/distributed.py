@@ -1,9 +1,9 @@
-"""Multi-process runs: how the processes find each other.
+"""Starts multi-process runs: reads the flags by which the processes find each other.
 
 Every process runs the same command. On a TPU pod, under Slurm, Open MPI or Kubernetes, `--distributed` is enough.
 Elsewhere each process is given its index:
 
-    python train.py --config=... --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0    # and 1 on the other
+    python train.py --config=configs/clevr.py --coordinator=10.0.0.1:1234 --num_processes=2 --process_id=0   # and 1
 """
 
 from typing import Any

@@ -57,9 +57,9 @@ def mesh_shape(sizes: Mapping[str, int] | ConfigDict, device_count: int, process
         expected = "exactly that many" if process_count > 1 else "at most that many"
         raise UserError(f"mesh {text} needs {total} devices and there are {device_count}, expected {expected}: "
                         f"change config.mesh, or set one axis to -1")  # fmt: skip
-    if shape["data"] * shape["fsdp"] % process_count:
+    if row_divisor(shape) % process_count:
         raise UserError(
-            f"mesh {text}: data x fsdp = {shape['data'] * shape['fsdp']} is not a multiple of the {process_count} "
+            f"mesh {text}: data x fsdp = {row_divisor(shape)} is not a multiple of the {process_count} "
             f"processes, so some would have no rows of their own: make data x fsdp larger and tensor smaller"
         )
     return shape
@@ -89,6 +89,11 @@ def make_mesh(
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered[: math.prod(shape.values())]).reshape(tuple(shape.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_divisor(shape: Mapping[str, int]) -> int:
+    """Returns the number of parts into which a mesh of this shape, `mesh.shape`, splits rows."""
+    return math.prod(shape[axis] for axis in ROW_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -144,9 +149,9 @@ def shardings(
     return chosen, notes
 
 
-def with_shardings(tree: Any, place: Callable[[Any], NamedSharding]) -> Any:
-    """Returns the shapes of a tree's leaves, each with the sharding `place(leaf)`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), tree)
+def with_shardings(tree: Any, sharding_of: Callable[[Any], NamedSharding]) -> Any:
+    """Returns the shapes of a tree's leaves, each with the sharding `sharding_of(leaf)`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), tree)
 
 
 def device_bytes(tree: Any) -> int:

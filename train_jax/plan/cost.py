@@ -28,7 +28,7 @@ ROOT = str(Path(__file__).parents[2])  # of our packages
 
 
 class Frame(NamedTuple):
-    """A place in the source from which an operation was traced."""
+    """The source location from which an operation was traced."""
 
     file: str
     function: str
@@ -91,9 +91,9 @@ def classify(operation: Operation, classes: Sequence[tuple[str, str]]) -> str:
       operation: its frames are tried from the innermost on for each pattern.
       classes: (class, pattern) pairs; "other" if none matches.
     """
-    places = [f"{frame.file}:{frame.function}" for frame in operation.frames]
+    locations = [f"{frame.file}:{frame.function}" for frame in operation.frames]
     for name, pattern in classes:
-        if any(re.search(pattern, place) for place in places):
+        if any(re.search(pattern, location) for location in locations):
             return name
     return OTHER
 
@@ -158,7 +158,7 @@ class ProgramCost(NamedTuple):
         return flops_ / self.chip.flops / self.seconds if self.seconds else 0.0
 
     def bound(self, cost: ClassCost) -> float:
-        """Least seconds of a class: its FLOPs over the peak or its bytes over the bandwidth of HBM."""
+        """Returns the least seconds of a class: its FLOPs over the peak or its bytes over the bandwidth of HBM."""
         return max(cost.flops / self.chip.flops, cost.bytes / self.chip.bandwidth)
 
 
@@ -199,9 +199,9 @@ def by_source(ops: Sequence[Operation], root: str) -> list[tuple[str, str, int]]
     for operation in ops:
         own = [frame for frame in operation.frames if frame.file.startswith(root)]
         frame = next(iter(own or operation.frames), None)
-        place = str(frame._replace(file=frame.file.removeprefix(root).lstrip("/"))) if frame else ""
-        total[place, operation.name.rpartition("/")[2]] += operation.cycles
-    return [(place, kind, cycles) for (place, kind), cycles in total.most_common()]
+        location = str(frame._replace(file=frame.file.removeprefix(root).lstrip("/"))) if frame else ""
+        total[location, operation.name.rpartition("/")[2]] += operation.cycles
+    return [(location, kind, cycles) for (location, kind), cycles in total.most_common()]
 
 
 def _executed(module: Module, name: str, times: int) -> Iterator[tuple[str, int, int]]:
@@ -294,9 +294,9 @@ def _frames(text: str) -> dict[int, tuple[Frame, ...]]:
     links = {number: dict(re.findall(r"(\w+)=(\d+)", row)) for number, row in stacks.items()}
 
     def frame(number: int) -> Frame:
-        place = fields[int(links[number]["file_location_id"])]
-        file, function = (int(place[name]) for name in ("file_name_id", "function_name_id"))
-        return Frame(files[file].strip('"'), functions[function].strip('"'), int(place["line"]))
+        location = fields[int(links[number]["file_location_id"])]
+        file, function = (int(location[name]) for name in ("file_name_id", "function_name_id"))
+        return Frame(files[file].strip('"'), functions[function].strip('"'), int(location["line"]))
 
     def chain(number: int) -> tuple[Frame, ...]:
         result: list[Frame] = []

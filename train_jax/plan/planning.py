@@ -1,13 +1,13 @@
 """Plans the memory, compute and communication of a run without running it.
 
-    python -m train_jax.plan --config=configs/clevr.py:3b [--devices=N] [--tpu=v5e:4x4] [--mesh=data=2,fsdp=4]
+    python -m train_jax.plan --config=configs/clevr.py:3b [--devices=8] [--tpu=v5e:4x4] [--mesh=data=2,fsdp=4]
 
-Compiles the training step and the programs of evaluation for abstract arrays: reads no weights or data and allocates
-nothing, so that a laptop can plan for a pod. Prints the memory, FLOPs and bytes of collectives of one device, and which
-common accelerators have enough memory. `--devices` plans for N (CPU) devices instead of the available ones. `--tpu`
-compiles with the TPU compiler for a slice, which need not exist (the extra [tpu]), and adds its estimate of the time by
-class of operation; `--profile` lists the most expensive source lines. Other arguments are those of train.py.
-Plans every run of a sweep, but only one of runs that differ in their seed.
+The command compiles the training step and the programs of evaluation for abstract arrays. It reads no weights or data
+and allocates nothing, so that a laptop can plan for a pod. It prints the memory, FLOPs and bytes of collectives of one
+device, and which common accelerators have enough memory. `--devices` plans for that many CPU devices instead of the
+available devices. `--tpu` compiles with the TPU compiler (the extra [tpu]), without a TPU, for a slice of that size,
+and adds its estimate of the time by class of operation; `--profile` lists the most expensive source lines. Other
+arguments are those of train.py. For a sweep it plans every run, but only one of runs that differ in their seed.
 """
 
 import re

@@ -131,7 +131,7 @@ def source_table(cost: ProgramCost, most: int = 10) -> str:
     """Returns the source lines with the largest estimates."""
     rows = [["share", "source", "operation"]]
     cycles = sum(one.cycles for one in cost.classes.values())
-    rows += [[f"{number / cycles:.1%}", place, kind] for place, kind, number in cost.sources[:most]]
+    rows += [[f"{number / cycles:.1%}", location, kind] for location, kind, number in cost.sources[:most]]
     return aligned(rows, left=(1, 2))
 
 

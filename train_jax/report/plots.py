@@ -57,8 +57,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path, title: str = "") -> 
       png: path to write.
       title: title of the figure, e.g. the run's name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes 0.5 s to import, used once per run
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes 0.5 s to import, and is needed once at the end
 
     curves = read_curves(metrics_jsonl)
     layout = panels(curves)
@@ -67,7 +66,6 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path, title: str = "") -> 
     columns = min(2, len(layout))
     rows = -(-len(layout) // columns)
     figure = Figure(figsize=(6.4 * columns, 3.4 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (heading, names) in zip(axes, layout.items(), strict=False):
         _draw(axis, heading, {name: curves[name] for name in names})

@@ -117,7 +117,7 @@ def accelerator_hint() -> str | None:
 
 
 def gpu_present() -> bool:
-    """Whether an NVIDIA device file exists or `nvidia-smi` finds a GPU."""
+    """Returns whether an NVIDIA device file exists or `nvidia-smi` finds a GPU."""
     if Path("/dev/nvidia0").exists():
         return True
     if shutil.which("nvidia-smi") is None:
@@ -129,5 +129,5 @@ def gpu_present() -> bool:
 
 
 def tpu_present() -> bool:
-    """Whether this seems to be a TPU machine, by its device file or environment variables."""
+    """Returns whether this seems to be a TPU machine, by its device file or environment variables."""
     return Path("/dev/accel0").exists() or any(name in os.environ for name in ("TPU_NAME", "TPU_ACCELERATOR_TYPE"))

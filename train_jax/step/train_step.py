@@ -37,7 +37,7 @@ def make_train_step(
     ema_decay: float | None = None,
     max_bad_steps: int = 1,
 ) -> Callable:
-    """Builds the training step.
+    """Returns the training step as a pure function.
 
     Args:
       merge: returns the model for all parameters by path.
@@ -54,13 +54,6 @@ def make_train_step(
       the metrics summed since the host last read them; `batch` holds arrays [A, b, ...], micro-batches first.
     """
 
-    def micro_batch_grads(params, frozen, batch, keys, scale):
-        def scaled(params):
-            value, metrics = loss(merge(params | frozen), batch, keys)
-            return value * scale, (value, metrics)
-
-        return jax.grad(scaled, has_aux=True)(params)
-
     def accumulate(state, frozen, batch):
         """Returns the gradient, the loss and the metrics of the whole batch."""
         scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
@@ -68,15 +61,21 @@ def make_train_step(
         keys = row_keys(seed, state.step, batch[ROW])
         loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
 
-        def one(batch, keys):
-            grads, (value, metrics) = micro_batch_grads(state.params, frozen, batch, keys, scale * loss_scale)
+        def of_micro_batch(batch, keys):
+            """Returns the float32 gradient of the micro-batch's scaled loss, its share of the loss, and its metrics."""
+            factor = scale * loss_scale
+
+            def scaled_loss(params):
+                value, metrics = loss(merge(params | frozen), batch, keys)
+                return value * factor, (value, metrics)
+
+            grads, (value, metrics) = jax.grad(scaled_loss, has_aux=True)(state.params)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value * scale, metrics
 
         def add(total, inputs):
-            new = one(*inputs)
-            return jax.tree.map(jnp.add, total, new), None
+            return jax.tree.map(jnp.add, total, of_micro_batch(*inputs)), None
 
-        total = one(jax.tree.map(lambda x: x[0], batch), keys[0])
+        total = of_micro_batch(jax.tree.map(lambda x: x[0], batch), keys[0])
         if len(batch[ROW]) > 1:
             total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
         grads, value, metrics = total

@@ -21,8 +21,7 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
       summary: content of sweep.json.
       png: path of the image to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import, needed once at the end
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes 0.5 s to import, and is needed once at the end
 
     views = [_view(summary, name) for name in (summary["metric"], *summary["more"])]
     views = [view for view in views if view["groups"]]
@@ -35,7 +34,6 @@ def plot(summary: Mapping[str, Any], png: str | Path) -> None:
     columns = 1 if len(heights) <= MAX_PANELS_IN_COLUMN else 2
     row_heights = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
     figure = Figure(figsize=(6.4 * columns, sum(row_heights)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(row_heights), columns, squeeze=False, height_ratios=row_heights).ravel()
     for axis in axes[len(heights) :]:
         axis.remove()

@@ -5,7 +5,7 @@ import logging
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether the error or one of its causes reports that no space or quota is left.
+    """Returns whether the error or one of its causes reports that no space or quota is left.
 
     TensorStore reports it only in the message of a ValueError.
     """

@@ -34,7 +34,7 @@ class Interrupt:
         self._signal = number
 
     def requested(self, agree: bool) -> bool:
-        """Whether to stop now.
+        """Returns whether to stop now.
 
         Args:
           agree: with several processes, exchange signals so that all stop at the same step. All processes must pass

@@ -136,8 +136,8 @@ def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str
     if jax.process_count() > 1:
         raise UserError(
             f"process {jax.process_index()} of {jax.process_count()} ran out of device memory in an evaluation of "
-            f"{size} examples at once, which it computes together with the others, so that none can go on with fewer: "
-            f"set config.{key} to {half} or less and run the same command again"
+            f"{size} examples at once, which it computes together with the others, so that none can use a smaller "
+            f"batch: set config.{key} to {half} or less and run the same command again"
         ) from error
     return half
 

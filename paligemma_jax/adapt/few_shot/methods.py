@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from flax import nnx
 
-from paligemma_jax.adapt.few_shot import prompts
+from paligemma_jax.adapt.few_shot import learned_prompts
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.adapt.method import Method, not_mergeable
 from paligemma_jax.models.dual_encoder import DualEncoder
@@ -24,7 +24,7 @@ class LearnedPrompts(Method[DualEncoder]):
     """
 
     name: ClassVar[str] = "prompts"
-    modules: ClassVar = (prompts.PromptedDualEncoder,)
+    modules: ClassVar = (learned_prompts.PromptedDualEncoder,)
 
     config: PromptConfig
     init_words: tuple[int, ...] | None = None
@@ -32,16 +32,16 @@ class LearnedPrompts(Method[DualEncoder]):
     @property
     def trainable(self) -> str:
         """Pattern of all parameters of the prompts and adapters."""
-        return prompts.TRAINABLE
+        return learned_prompts.TRAINABLE
 
     def attach(self, model: DualEncoder, rngs: nnx.Rngs) -> DualEncoder:
         """As in Method."""
-        return prompts.attach_prompts(model, self.config, init_words=self.init_words, rngs=rngs)
+        return learned_prompts.attach_prompts(model, self.config, init_words=self.init_words, rngs=rngs)
 
     @classmethod
     def detach(cls, model: DualEncoder) -> DualEncoder:
         """As in Method."""
-        return prompts.detach_prompts(model)
+        return learned_prompts.detach_prompts(model)
 
     @classmethod
     def merge(cls, model: DualEncoder) -> DualEncoder:
@@ -66,12 +66,14 @@ class FewShotMethod:
 
 FEW_SHOT_METHODS = {
     "zero_shot": FewShotMethod(None, None),
-    "coop": FewShotMethod(PromptConfig(4, 0, depth=1, coupled=False), prompts.TRAINABLE),
-    "maple": FewShotMethod(PromptConfig(), prompts.TRAINABLE),
+    "coop": FewShotMethod(PromptConfig(4, 0, depth=1, coupled=False), learned_prompts.TRAINABLE),
+    "maple": FewShotMethod(PromptConfig(), learned_prompts.TRAINABLE),
     "adapters": FewShotMethod(
-        PromptConfig(0, 0, coupled=False, text_adapter=128, image_adapter=128), prompts.TRAINABLE
+        PromptConfig(0, 0, coupled=False, text_adapter=128, image_adapter=128), learned_prompts.TRAINABLE
     ),
-    "coprompt": FewShotMethod(PromptConfig(text_adapter=128, image_adapter=128), prompts.TRAINABLE, consistency=True),
+    "coprompt": FewShotMethod(
+        PromptConfig(text_adapter=128, image_adapter=128), learned_prompts.TRAINABLE, consistency=True
+    ),
     "full": FewShotMethod(None, r".*"),
 }
 """Methods with the default sizes of the released code for CLIP B/16; `few_shot_method` changes them.
@@ -82,6 +84,10 @@ CoPrompt's code has other prompts for each data set (docs/coprompt.md).
 
 def few_shot_method(name: str, **changes) -> FewShotMethod:
     """Returns a method by name, with fields of its `PromptConfig` changed.
+
+    Args:
+      name: a key of `FEW_SHOT_METHODS`: zero_shot, coop, maple, adapters, coprompt or full.
+      **changes: fields of `PromptConfig` and their new values.
 
     Raises:
       UserError: an unknown name or field, or changes to a method without prompts and adapters.

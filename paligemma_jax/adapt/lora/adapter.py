@@ -151,7 +151,7 @@ def install(
 
 
 def detach_lora(model: nnx.Module) -> nnx.Module:
-    """Removes all LoRA adapters in place and returns the model."""
+    """Removes all LoRA adapters in place, which leaves the base, and returns the model."""
     for module in lora_projections(model).values():
         attachment.detach(module, LoraProjection)
     return model

@@ -68,7 +68,10 @@ def quantize(
 
 
 def dequantize(model: nnx.Module) -> nnx.Module:
-    """Replaces every quantised kernel by a plain one of its original dtype, in place; rounding errors remain."""
+    """Replaces every quantised kernel by a plain one of its original dtype, in place, and returns the model.
+
+    The rounding of quantisation is not undone. A model without quantised kernels is not changed.
+    """
     for module in projections(model).values():
         if isinstance(module.kernel, QuantizedKernel):
             module.kernel = nnx.Param(module.kernel.dequantize().astype(module.kernel.dtype))

@@ -29,14 +29,14 @@ def class_folders(folder: str | Path) -> dict[str, list[Path]]:
         logging.warning("Skipped in %s: %d in no class folder (first: %s).", root, len(below.loose), below.loose[0])
     classes: dict[str, list[Path]] = {}
     folders: dict[str, str] = {}
-    for place, files in below.classes.items():
-        name = place.replace("_", " ")
+    for class_folder, files in below.classes.items():
+        name = class_folder.replace("_", " ")
         if name in classes:
             raise UserError(
-                f"{folder} holds {folders[name]!r} and {place!r}, both of the class {name!r}, expected one folder per "
-                "class: move their images into one."
+                f"{folder} holds {folders[name]!r} and {class_folder!r}, both of the class {name!r}, expected one "
+                "folder per class: move their images into one."
             )
-        classes[name], folders[name] = [root / file for file in files], place
+        classes[name], folders[name] = [root / file for file in files], class_folder
     if len(classes) < 2:
         raise UserError(
             f"{folder} holds {len(classes)} folder(s) with images ({', '.join(ENDINGS)}), expected one per class, two "
@@ -56,7 +56,7 @@ def read_class_folders(
       folder: see `class_folders`.
       seed: of the division; `coop.write_split_file` stores the division.
       shares: of a class's images for train and val, rounded; the others are for test. Train and test get at least one.
-      cache: folder that stores digests of the images, by which copies are found; None computes them anew.
+      cache: folder that stores digests of the images, by which copies are found; None computes them every time.
 
     Raises:
       UserError: as `class_folders`, and for a class with one image (or copies of one), an image outside the folder (by

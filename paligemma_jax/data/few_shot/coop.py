@@ -56,7 +56,7 @@ def read_coop(folder: str | Path, images: str | None = None, cache: str | Path |
       folder: holds exactly one split_zhou_NAME.json.
       images: folder within it that the file's paths are relative to; None: the published one of NAME, else "images" if
         it exists, else `folder`, as `write_split_file` leaves class folders.
-      cache: folder that stores digests of the images, by which copies are found; None computes them anew.
+      cache: folder that stores digests of the images, by which copies are found; None computes them every time.
 
     Raises:
       UserError: no split file or several, no images, or a file that is not as above, names paths outside, gives a

@@ -111,9 +111,9 @@ class FewShot:
                 f"an order of {len(classes)} classes was given for the {len(self.classes)} of {self.name}, expected "
                 "each of them once: correct the names."
             )
-        places = {name: place for place, name in enumerate(classes)}
+        labels = {name: label for label, name in enumerate(classes)}
         splits = {
-            split: tuple(Example(image, places[self.classes[label]]) for image, label in examples)
+            split: tuple(Example(image, labels[self.classes[label]]) for image, label in examples)
             for split, examples in self.splits.items()
         }
         return dataclasses.replace(self, classes=tuple(classes), splits=splits)
@@ -158,7 +158,7 @@ class FewShot:
         examples = []
         for label, images in enumerate(by_class(self.splits[split], len(self.classes))):
             order = drawing_order(seed, f"{split}/{self.classes[label]}", len(images))
-            examples += [Example(images[place], label) for place in order[:count]]
+            examples += [Example(images[index], label) for index in order[:count]]
         return tuple(examples)
 
     def _part(self, part: str, first: int, end: int) -> "FewShot":

@@ -91,7 +91,7 @@ def uniform_of_step(seed: int, step: int) -> np.float32:
     return np.float32(int(rng.integers(_STEPS)) / _STEPS)
 
 
-def place(draw, lengths):
+def positions(draw, lengths):
     """Returns the position of each class's sentence in its list: floor(draw * length); numpy or JAX, int32 [C].
 
     Classes with equally long lists have equal positions; each position of a list is equally likely (to 2^-16).

@@ -84,9 +84,9 @@ class TunedRows(DataSource):
     """Rows {image, image_augmented uint8 [I, I, 3], label int32, weight, bad, draw} of the training split.
 
     `image` is a view for the tuned branch, `image_augmented` another view of the same image for the frozen branch;
-    `draw`, the same in all rows of a step, selects the sentences (`descriptions.place`). All are functions of the seed,
-    the step and the row, not of the process or thread, so a resumed run sees the same views; a row that is in a step
-    twice has the same views twice.
+    `draw`, the same in all rows of a step, selects the sentences (`descriptions.positions`). All are functions of the
+    seed, the step and the row, not of the process or thread, so a resumed run sees the same views; a row that is in a
+    step twice has the same views twice.
 
     Args:
       data: its training images.

@@ -41,7 +41,7 @@ class JsonlRecords:
       split: name of the file within a folder, such as "train" or "validation".
       caption: key of the caption, for pairs of an image and a text; it becomes the record's suffix, with an empty
         prefix. None: lines have a prefix and a suffix.
-      cache: folder that stores digests of the images; None computes them anew.
+      cache: folder that stores digests of the images; None computes them every time.
 
     Raises:
       UserError: if there is no such file, it has no rows, or an image path leaves its folder (naming file and line).
@@ -167,6 +167,7 @@ def open_questions(data: ConfigDict, split: str, progress: Callable[[str], objec
     return JsonlRecords(own_source(data), split, cache=data.cache_dir)
 
 
-def open_captions(data: ConfigDict, split: str) -> JsonlRecords:
-    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
+def open_captions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> JsonlRecords:
+    """Opens the captions of a contrastive run; see splits.open_source."""
+    del progress
     return JsonlRecords(data.source, split, data.caption, data.cache_dir)

@@ -45,7 +45,7 @@ class ParquetQuestions:
       split: "train", "validation" or "test", as in the names of the shards.
       prompt: the prefix, with {question} in place of the question.
       cache_bytes: size of the cached row groups, in bytes of Arrow memory.
-      cache: folder that stores the digests of the shards until one of them changes; None reads them anew.
+      cache: folder that stores the digests of the shards until one of them changes; None reads them every time.
 
     Raises:
       UserError: if pyarrow is not installed, there are no shards or rows, or a shard is damaged or lacks a column.
@@ -130,7 +130,7 @@ class ParquetQuestions:
     def _load(self, group: int, columns: tuple[str, ...]) -> tuple[Any, int]:
         number, group_in_file = self._groups[group]
         try:
-            # Opened anew: a shard's footer is small, and threads must not share a file object.
+            # Opened again: a shard's footer is small, and threads must not share a file object.
             table = _open(self._files[number]).read_row_group(group_in_file, columns=list(columns))
         except _UNREADABLE as error:
             raise BadRow(

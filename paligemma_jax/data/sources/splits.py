@@ -7,14 +7,13 @@ reported    the validation split
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import BadRow, Record, RecordSource, Subset
 from train_jax.core.errors import UserError
-from train_jax.core.import_path import check_arguments, named
+from train_jax.core.import_path import check_arguments, named, takes
 
 OPENERS = {
     "synthetic_clevr": "paligemma_jax.data.sources.synthetic:open_questions",
@@ -22,47 +21,41 @@ OPENERS = {
     "parquet": "paligemma_jax.data.sources.parquet:open_questions",
     "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
 }
-"""Short names of `data.name`, which may also be the import path of a function like `open_source`."""
+"""Short names of `data.name` for questions; it may also be the import path of an opener."""
 SOURCE_PARTS = ("__len__", "__getitem__", "fingerprint", "image_numbers")  # of a RecordSource
 # A description of the work -> context manager that yields on_progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Opener = Callable[[ConfigDict, str, Progress], RecordSource]
+"""Opens the records of a split: `open_split(data, split, progress)`; a user's own may leave out `progress`."""
 
 
-def open_source(data: ConfigDict, split: str, progress: Progress) -> RecordSource:
-    """Returns all questions of one split.
+def open_source(data: ConfigDict, split: str, progress: Progress, openers: Mapping[str, str] = OPENERS) -> RecordSource:
+    """Returns all records of one split, opened by the function that `data.name` names.
 
     Args:
       data: the config's `data`: name, source, cache_dir, prompt, and for synthetic scenes their numbers.
       split: "train", "validation", "test", or another split of the source.
       progress: see tasks.common.progress.
+      openers: {short name: import path of an `Opener`}; any other `data.name` is the import path itself.
 
     Raises:
-      UserError: an unknown name, a missing source, or data of another kind than the name says.
+      UserError: an unknown name, a function that takes other arguments or returns no records, a missing source, or
+        data of another kind than the name says.
     """
-    return open_by_name(data.name, OPENERS, data=data, split=split, progress=progress)
-
-
-def open_by_name(name: str, short_names: Mapping[str, str], **arguments: Any) -> RecordSource:
-    """Calls the function that `data.name` names, and checks what a function of a user's own returns.
-
-    Args:
-      name: a short name or an import path.
-      short_names: {short name: import path}.
-      **arguments: passed by position.
-
-    Raises:
-      UserError: there is no such function, it takes other arguments, or it returns no records.
-    """
-    function = named("data.name", name, short_names)
-    check_arguments(f"data.name={name!r}", function, *arguments)
-    source = function(*arguments.values())
+    name = data.name
+    function = named("data.name", name, openers)
+    if takes(function, 2) and not takes(function, 3):
+        source = function(data, split)
+    else:
+        check_arguments(f"data.name={name!r}", function, "data", "split", "progress")
+        source = function(data, split, progress)
     missing = [part for part in SOURCE_PARTS if not hasattr(source, part)]
     if missing:
         raise UserError(
             f"data.name={name!r} returned {type(source).__name__}, which has no {' and no '.join(missing)}, expected "
             "a RecordSource (paligemma_jax/data/records.py): correct the function."
         )
-    if name not in short_names:
+    if name not in openers:
         _check_first(name, source)
     return source
 

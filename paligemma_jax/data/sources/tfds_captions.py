@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class TfdsCaptions:
       caption: name of the feature with the text or texts; parts of nested features are joined by a slash, as in
         "captions/text".
       views: rows per example, usually its number of captions.
-      cache: folder that stores digests of the images, by which equal ones share an index; None computes them anew.
+      cache: folder that stores digests of the images, by which equal ones share an index; None computes them every
+        time.
 
     Raises:
       UserError: no such folder, split or feature, or files without random access.
@@ -114,6 +116,7 @@ def _check_feature(features: Any, name: str, folder: Path) -> None:
         features = inner[part]
 
 
-def open_captions(data: ConfigDict, split: str) -> TfdsCaptions:
-    """Opens the captions of a contrastive run, see tasks.contrastive.data."""
+def open_captions(data: ConfigDict, split: str, progress: Callable[[str], object]) -> TfdsCaptions:
+    """Opens the captions of a contrastive run; see splits.open_source."""
+    del progress
     return TfdsCaptions(data.source, split, data.image, data.caption, data.views, data.cache_dir)

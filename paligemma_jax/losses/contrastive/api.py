@@ -51,7 +51,9 @@ def sigmoid_loss(
     """Returns the mean over images of the sum over texts of `-log sigmoid(+-(exp(log_scale) * zimg @ ztxt.T + bias))`.
 
     The sign is + for a text of the image and - for all others (Zhai et al. 2023, algorithm 1); the result is float32.
-    The specification is losses.reference.sigmoid_loss, which computes the matrix of all pairs.
+    The specification is losses.reference.sigmoid_loss, which computes the matrix of all pairs. Differentiable in
+    embeddings, scale and bias in reverse mode, on one device and on many. Gradients that are not needed (of a locked
+    tower) are not computed.
 
     Args:
         zimg: embeddings of images, usually of unit length; any float dtype. Products accumulate in float32.
@@ -63,14 +65,13 @@ def sigmoid_loss(
         chunk_size: texts per chunk; a device holds its images x `chunk_size` float32 pairs at a time. None means 256.
         mask: the pairs that count, split by rows like `zimg`; the others add nothing. Takes B x T booleans of memory.
         text_ids: equal numbers for equal texts (hashes, for example). A text of another image that equals one of the
-            image's own texts does not count. Needs no B x T array.
-        image_ids: equal numbers for equal images: texts of one do not count with the other. Needs no B x T array.
+            image's own texts does not count. This needs no B x T array.
+        image_ids: equal numbers for equal images: texts of one do not count with the other. This needs no B x T array.
         valid: the images that count, with their texts; where False, neither adds anything to any sum.
 
-    Differentiable in embeddings, scale and bias in reverse mode, on one device and on many. Gradients that are not
-    needed (of a locked tower) are not computed.
-    Raises UserError if the number of texts is not a multiple of the number of images, or the number of images not a
-    multiple of the number of devices; for a `chunk_size` below 1; and for an axis that the mesh lacks.
+    Raises:
+        UserError: the number of texts is not a multiple of the number of images, or the number of images not a multiple
+            of the number of devices; a `chunk_size` below 1; or an axis that the mesh lacks.
     """
     static = _static_arguments(sigmoid_on_device, zimg, ztxt, mesh, axis, chunk_size)
     pair_mask = PairMask(mask, text_ids, image_ids, valid)
@@ -91,10 +92,17 @@ def softmax_loss(
 ) -> Float[Array, ""]:
     """Returns the mean of the cross entropies of images over texts and of texts over images, float32 (CLIP's loss).
 
-    Logits are `exp(log_scale) * zimg @ ztxt.T`. Each of the K texts of an image is a target of weight 1 / K, and the
-    cross entropy of texts is a mean over T texts. A pair that does not count is excluded from the sums of exponentials
-    and has target weight 0. A first round around the ring computes the log-sum-exps, a second one the gradients.
-    Arguments and errors are those of `sigmoid_loss`.
+    The specification is losses.reference.softmax_loss (Radford et al. 2021, figure 3), which computes the matrix of all
+    pairs. Logits are `exp(log_scale) * zimg @ ztxt.T`. Each of the K texts of an image is a target of weight 1 / K, and
+    the cross entropy of texts is a mean over T texts. A pair that does not count is excluded from the sums of
+    exponentials and has target weight 0. A first round around the ring computes the log-sum-exps, a second one the
+    gradients.
+
+    Args:
+        zimg, ztxt, log_scale, mesh, axis, chunk_size, mask, text_ids, image_ids, valid: as in `sigmoid_loss`.
+
+    Raises:
+        UserError: as `sigmoid_loss`.
     """
     static = _static_arguments(softmax_on_device, zimg, ztxt, mesh, axis, chunk_size)
     bias = jnp.zeros((), jnp.float32)

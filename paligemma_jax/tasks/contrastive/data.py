@@ -7,18 +7,19 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.records import RecordSource, Subset
 from paligemma_jax.data.sources.captioned import CaptionedRecords, CaptionedScenes
-from paligemma_jax.data.sources.splits import open_by_name
+from paligemma_jax.data.sources.splits import open_source
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.vit import ViTConfig
+from paligemma_jax.tasks import common
 from paligemma_jax.tasks.rendered import rendered
 
 OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_captions",
     "tfds": "paligemma_jax.data.sources.tfds_captions:open_captions",
 }
-"""Short names of `data.name` other than "scenes". It may also be the import path of a function that takes `data` and a
-split and returns records whose suffix is the caption."""
+"""Short names of `data.name` other than "scenes"; it may also be an import path of an opener (splits.py). Its records
+have the caption as suffix."""
 
 
 class ContrastiveData:
@@ -68,7 +69,7 @@ class ContrastiveData:
         )
 
     def _source(self, split: str) -> RecordSource:
-        return open_by_name(self._data.name, OPENERS, data=self._data, split=split)
+        return open_source(self._data, split, common.progress, OPENERS)
 
     def _scenes(self, stream: str, number: int, num_objects: tuple[int, int]) -> Path:
         """Returns the folder of a stream's scenes, rendered on first use."""

@@ -39,9 +39,9 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
         "tokens": jax.ShapeDtypeStruct((length,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((length,), jnp.bool_),
     }
-    place = sharding.replicated(mesh)
+    replicated = sharding.replicated(mesh)
     rows = {
-        name: jax.ShapeDtypeStruct((BATCH_SIZE, *leaf.shape), leaf.dtype, sharding=place)
+        name: jax.ShapeDtypeStruct((BATCH_SIZE, *leaf.shape), leaf.dtype, sharding=replicated)
         for name, leaf in example.items()
     }
     if config.cache_features:

@@ -112,11 +112,7 @@ def report(
 
 def save_calibration(bins: zero_shot.Calibration, file: Path) -> None:
     """Plots the share of true pairs, and the number of pairs, against the likelihood that the model gives them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(6, 6.5)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     filled = bins.count > 0
     above.plot([0, 1], [0, 1], color="gray", linestyle=":", label="calibrated")
@@ -130,11 +126,7 @@ def save_calibration(bins: zero_shot.Calibration, file: Path) -> None:
 
 def save_similarity(cosines: np.ndarray, captions: list[str], file: Path) -> None:
     """Plots a heat map of images (rows) against captions (columns); pairs are on the diagonal."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 8)
     axis = figure.subplots()
     heat_map = axis.imshow(cosines, cmap="viridis")
     axis.set_yticks(range(len(captions)), [f"image {number}" for number in range(len(captions))])
@@ -162,12 +154,8 @@ def save_neighbours(
       queries: number of captions.
       shown: number of images for each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     queries, shown = min(queries, len(captions)), min(shown, len(captions))
-    figure = Figure(figsize=(1.6 * shown, 1.9 * queries), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(1.6 * shown, 1.9 * queries)
     for query, part in enumerate(figure.subfigures(queries, 1, squeeze=False)[:, 0]):
         part.suptitle(drawable(textwrap.fill(captions[query], 90)), x=0.01, ha="left", fontsize=8, parse_math=False)
         best = np.argsort(-cosines[:, query], kind="stable")[:shown]
@@ -178,3 +166,10 @@ def save_neighbours(
                 for spine in axis.spines.values():
                     spine.set(color="green", linewidth=4)
     figure.savefig(file, dpi=100)
+
+
+def _figure(width: int | float, height: int | float) -> Any:
+    """Returns an empty figure of this size in inches."""
+    from matplotlib.figure import Figure  # takes 0.5 s to import, and is needed once at the end
+
+    return Figure(figsize=(width, height), layout="constrained")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from paligemma_jax import losses
@@ -25,8 +24,8 @@ from paligemma_jax.data.sources.captioned import (
     encode_scenes,
 )
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference import command
-from paligemma_jax.losses import reference as contrastive_reference
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.variants import MINI, TINY, variant
 from paligemma_jax.tasks import common
@@ -34,21 +33,23 @@ from paligemma_jax.tasks.contrastive import config as contrastive_config
 from paligemma_jax.tasks.contrastive import plan as contrastive_plan
 from paligemma_jax.tasks.contrastive import report as contrastive_report
 from paligemma_jax.tasks.contrastive.data import ContrastiveData
+from paligemma_jax.tasks.contrastive.pair_loss import pair_loss
 from paligemma_jax.tasks.process_cache import PROCESS_CACHE
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.vision_start import vision_config_of, with_vision
 from paligemma_jax.weights import reader
-from paligemma_jax.weights.fingerprint import check_digest, model_digest, write_digest
+from paligemma_jax.weights.fingerprint import model_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics, row_count
 from train_jax.parallel.sharding import Spec
-from train_jax.task import Blueprint, Task
+from train_jax.task import Blueprint
 
 TINY_TOKENIZER = (TINY, f"siglip-{TINY}", MINI)  # variants with the tiny model's tokenizer
 
 
-class Contrastive(Task):
+class Contrastive(StartsFromWeights):
     """Trains a dual encoder; see the module."""
 
     keys = contrastive_config.Keys
@@ -62,7 +63,7 @@ class Contrastive(Task):
         self.model_config = model_config
         self.tokenizer = load_text_tokenizer(self._tokenizer_path(), self.model_config.text.length)
         self.tokenizer.fits(self.model_config.text.vocab_size)
-        preprocessing = common.preprocessing_of(model_config)
+        preprocessing = preprocessing_of(model_config)
         self.data = ContrastiveData(config.data, self.tokenizer, preprocessing, model_config.vision)
 
     @classmethod
@@ -217,29 +218,8 @@ class Contrastive(Task):
 
         rows = {name: batch[name] for name in ("image", FEATURES, "tokens", "mask") if name in batch}
         zimg, ztxt = losses.embed_in_micro_batches(embed, rows, self.config.embed_micro_batch)
-        loss, metrics = self._pair_loss(model, zimg, ztxt, batch, keys)
+        loss, metrics = pair_loss(model, zimg, ztxt, batch, keys, self.config.loss, self.mesh)
         return loss * len(zimg), metrics
-
-    def _pair_loss(self, model: DualEncoder, zimg, ztxt, batch, keys) -> tuple[jax.Array, Metrics]:
-        """Returns the mean loss of all pairs of embeddings, and metrics."""
-        settings = self.config.loss
-        weight = batch.get("weight", jnp.ones(len(zimg)))
-        metrics = _cosines(zimg, ztxt, weight) | {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
-        ids = {"text_ids": batch["text_id"], "image_ids": batch["image_id"]} if settings.mask_duplicates else {}
-        chunked: dict[str, Any] = {"mesh": self.mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
-        if "weight" in batch:
-            chunked["valid"] = weight > 0
-            metrics["good_rows"] = weight.sum(), jnp.float32(len(zimg))
-        if settings.negatives is not None:
-            chunked["mask"] = select_negatives(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
-        module, options = (contrastive_reference, ids) if settings.full_matrix else (losses, ids | chunked)
-        scale, bias = model.logit_scale[...], model.logit_bias
-        if settings.name == "softmax":
-            return module.softmax_loss(zimg, ztxt, scale, **options), metrics
-        if bias is None:
-            return module.sigmoid_loss(zimg, ztxt, scale, jnp.zeros(()), **options), metrics
-        metrics["bias"] = bias[...], jnp.float32(1.0)
-        return module.sigmoid_loss(zimg, ztxt, scale, bias[...], **options), metrics
 
     # Evaluation.
 
@@ -249,22 +229,13 @@ class Contrastive(Task):
         zero_shot = contrastive_report.ZERO_SHOT if self.config.data.name == "scenes" else ()
         return (*contrastive_report.RETRIEVAL, *zero_shot)
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Compares the weights that the run starts from with those recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run started from others.
-        """
-        check_digest(workdir, *self._starting_weights())
-
-    def _starting_weights(self) -> tuple[str | None, ...]:
-        """Returns the paths of the model, of adapters (None) and of the vision tower that the run starts from."""
-        return self.config.model.path, None, self.config.init.vision
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the paths of the model and of the vision tower that the run starts from."""
+        return {"path": self.config.model.path, "vision": self.config.init.vision}
 
     def start(self, workdir: Path) -> None:
         """Writes the tokenizer, for `pg.load_text_tokenizer(workdir)`, and the digests of the starting weights."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_digest(workdir, *self._starting_weights())
+        super().start(workdir)
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def validate(self, model: DualEncoder) -> dict[str, float]:
@@ -287,20 +258,12 @@ class Contrastive(Task):
         if split not in (None, self.default_split):
             change = "" if self.config.data.name == "scenes" else ", or name it by --config.data.validation_split"
             raise UserError(
-                f"split is {split!r}, expected {self.default_split!r}, what is held out: leave --split out{change}."
+                f"split is {split!r}, expected {self.default_split!r}, the held-out data: leave --split out{change}."
             )
         objects = self.data.single_objects()
         results = contrastive_report.report(model, self.tokenizer, self.data.held_out(), objects, workdir)
         tuning = self.data.tuning()
         return results if tuning is None else results | {"tuning_mean_r1": contrastive_report.mean_r1(model, tuning)}
-
-
-def _cosines(zimg: jax.Array, ztxt: jax.Array, weight: jax.Array) -> Metrics:
-    """Returns the mean cosine of an image with its own text, and with any text; a useful model separates the two."""
-    rows = weight.sum()
-    own = (zimg * ztxt).astype(jnp.float32).sum(axis=1) @ weight
-    every = (weight @ zimg.astype(jnp.float32)) @ (weight @ ztxt.astype(jnp.float32))
-    return {"cosine_own": (own, rows), "cosine_mean": (every / jnp.maximum(rows, 1.0), rows)}
 
 
 def _encode(scenes: CaptionedScenes, model: DualEncoder) -> Float[np.ndarray, "N P D"]:
@@ -313,26 +276,3 @@ def _encode(scenes: CaptionedScenes, model: DualEncoder) -> Float[np.ndarray, "N
 def _tower_features(model: DualEncoder, images: jax.Array | np.ndarray) -> jax.Array:
     """Returns features [B, P, D] of images uint8 [B, I, I, 3]."""
     return model.vision(common.normalize(model, images))[0]
-
-
-def select_negatives(
-    zimg: Float[jax.Array, "B D"], ztxt: Float[jax.Array, "B D"], number: int, by: str, keys: jax.Array | None
-) -> Bool[jax.Array, "B B"]:
-    """Returns a mask of the positives and of `number` negatives of each image (an ablation of Zhai et al. 2023).
-
-    Args:
-      zimg: embeddings of the images.
-      ztxt: embeddings of their texts, in the same order.
-      number: negatives of each image; more where several are equally hard.
-      by: "random", "hard" (most similar) or "easy" (least similar).
-      keys: one for each image; used by "random" alone.
-    """
-    if by == "random":
-        scores = jax.vmap(lambda key: jax.random.uniform(key, (len(ztxt),)))(keys)
-    else:
-        cosines = jax.lax.stop_gradient(zimg @ ztxt.T)
-        scores = cosines if by == "hard" else -cosines
-    positive = jnp.eye(len(zimg), dtype=bool)
-    scores = jnp.where(positive, -jnp.inf, scores)
-    threshold = jax.lax.top_k(scores, number)[0][:, -1:]
-    return positive | (scores >= threshold)

@@ -5,8 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE
 from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, FewShotMethod, few_shot_method
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE
 from paligemma_jax.data.few_shot import protocols
 from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
@@ -174,7 +174,7 @@ def check(config: ConfigDict) -> None:
     check_declared(config)
     if config.template.count("{}") != 1:
         raise UserError(
-            f"template is {quoted(config.template)}, expected one {{}} where the class's name stands: change it."
+            f"template is {quoted(config.template)}, expected one {{}} where the class's name goes: change it."
         )
     if (few_shot_method(config.method).trainable != TRAINABLE) and config.consistency.weight:
         raise UserError(
@@ -198,7 +198,7 @@ def _check_sides(config: ConfigDict) -> None:
         if on in (side, "both") and not learned:
             raise UserError(
                 f"consistency.on is {on!r} but method {config.method!r} has neither prompts nor an adapter on the "
-                f"{side} side, whose embeddings stay what they are: set consistency.on={other}, or give it some."
+                f"{side} side, whose embeddings do not change: set consistency.on={other}, or give it some."
             )
 
 
@@ -241,14 +241,14 @@ def _check_images(config: ConfigDict) -> None:
 
 
 def weight(config: ConfigDict) -> float:
-    """Lambda, of the config or else of the method."""
+    """Returns lambda, of the config or else of the method."""
     if config.consistency.weight is not None:
         return float(config.consistency.weight)
     return 1.0 if few_shot_method(config.method).consistency else 0.0
 
 
 def needs_descriptions(config: ConfigDict) -> bool:
-    """Whether the frozen branch reads descriptions."""
+    """Returns whether the frozen branch reads descriptions."""
     return bool(weight(config)) and config.consistency.on != "image" and config.consistency.perturb
 
 
@@ -258,7 +258,7 @@ def _changes(config: ConfigDict) -> dict[str, Any]:
 
 
 def method(config: ConfigDict, model: DualEncoderConfig) -> FewShotMethod:
-    """What the config's method attaches to a model; layers that its towers lack are left out of the preset's.
+    """Returns the config's method; layers that the model's towers lack are left out of the preset's.
 
     Raises:
       UserError: an unknown method, or `prompts` of one that attaches nothing.

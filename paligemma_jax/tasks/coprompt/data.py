@@ -116,7 +116,7 @@ def tested_fingerprint(protocol: Protocol, cache: str | Path) -> str:
 def check_unseen(protocol: Protocol, workdir: Path) -> None:
     """Checks by the stored protocol that no test image is one that the run of a workdir was tuned on.
 
-    An image that was added since then splits class folders anew, and an image that was renamed is still the same.
+    Class folders are divided differently after an image is added; an image that was renamed is still the same.
 
     Raises:
       UserError: an image is in both, or the stored protocol is broken.

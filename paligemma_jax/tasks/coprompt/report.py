@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from paligemma_jax import zero_shot
-from paligemma_jax.adapt.few_shot.prompts import check_texts
+from paligemma_jax.adapt.few_shot.learned_prompts import check_texts
 from paligemma_jax.data.few_shot.dataset import BASE, NOVEL, FewShot
 from paligemma_jax.data.few_shot.descriptions import fill
 from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import LabelledRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.dual_encoder import DualEncoder
-from paligemma_jax.tasks.common import preprocessing_of
 from paligemma_jax.tasks.coprompt.scores import accuracy, harmonic_mean
 from paligemma_jax.tasks.image_sheet import save_image_sheet
 from train_jax.core import files
@@ -142,11 +142,9 @@ def confusion(scores: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -
 
 def save_confusion(by_set: Mapping[str, tuple[Scores, tuple[str, ...]]], workdir: Path) -> None:
     """Saves confusion.png: a heat map of `confusion` for each set, with class names for up to 60 classes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes 0.5 s to import, and is needed once at the end
 
     figure = Figure(figsize=(7.5 * len(by_set), 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(by_set), squeeze=False)[0]
     for axis, (name, (scores, classes)) in zip(axes, by_set.items(), strict=True):
         axis.imshow(confusion(scores.scores, scores.labels), cmap="viridis", vmin=0, vmax=1)

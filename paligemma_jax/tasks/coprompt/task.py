@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from paligemma_jax import zero_shot
+from paligemma_jax.adapt.few_shot.learned_prompts import PromptedDualEncoder, check_texts
 from paligemma_jax.adapt.few_shot.methods import attach_method
-from paligemma_jax.adapt.few_shot.prompts import PromptedDualEncoder, check_texts
-from paligemma_jax.data.few_shot.descriptions import fill, place
+from paligemma_jax.data.few_shot.descriptions import fill, positions
 from paligemma_jax.data.few_shot.protocols import Protocol
 from paligemma_jax.data.few_shot.rows import TunedRows
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_tokenizer
@@ -34,14 +34,14 @@ from paligemma_jax.tasks.coprompt import config as coprompt_config
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import plan as coprompt_plan
 from paligemma_jax.tasks.coprompt import report as coprompt_report
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.weights import reader, save_prompts
-from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from paligemma_jax.weights.tokenizer_files import copy_text_tokenizer
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel.sharding import Spec
-from train_jax.task import Blueprint, Task
+from train_jax.task import Blueprint
 
 AnyArray = jax.Array | np.ndarray
 ADAPTER = "adapter"  # folder of the workdir with the trained prompts and adapters
@@ -81,11 +81,11 @@ class ClassTexts(NamedTuple):
 
     def frozen_sentences(self, draw: Float[Array, ""]) -> Float[Array, "C E"]:
         """Returns the embedding of the sentence of each class that a draw in [0, 1) selects."""
-        places = place(draw, self.lengths)
-        return jnp.take_along_axis(jnp.asarray(self.frozen), places[:, None, None], axis=1)[:, 0]
+        chosen = positions(draw, self.lengths)
+        return jnp.take_along_axis(jnp.asarray(self.frozen), chosen[:, None, None], axis=1)[:, 0]
 
 
-class CoPrompt(Task):
+class CoPrompt(StartsFromWeights):
     """Tunes a dual encoder on a few images of each class; see the module."""
 
     keys = coprompt_config.Keys
@@ -269,13 +269,9 @@ class CoPrompt(Task):
 
     # Evaluation.
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Compares the base with the one recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run was trained on another base.
-        """
-        check_digest(workdir, self.config.model.path)
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the path of the base."""
+        return {"path": self.config.model.path}
 
     def start(self, workdir: Path) -> None:
         """Writes the protocol, the tokenizer, and a digest of the base to the workdir.
@@ -285,7 +281,7 @@ class CoPrompt(Task):
         """
         workdir.mkdir(parents=True, exist_ok=True)
         coprompt_data.store(self.protocol, workdir)
-        write_digest(workdir, self.config.model.path)
+        super().start(workdir)
         copy_text_tokenizer(self._tokenizer_path(), workdir, self.model_config.text.length)
 
     def export(self, model: DualEncoder, workdir: Path) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.loading import run_config
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig, variant
 from paligemma_jax.tasks import common
@@ -176,7 +177,7 @@ class SceneTask(Task):
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Converts uint8 [0, 255] images to float32 in the tower's range."""
-        return jnp.asarray(common.preprocessing_of(self.model_config).normalize(images))
+        return jnp.asarray(preprocessing_of(self.model_config).normalize(images))
 
     def evaluate(
         self, model: PretrainingModel, workdir: Path, split: str | None = None, control_results=None

@@ -35,8 +35,8 @@ from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.image_sheet import save_image_sheet
 from paligemma_jax.tasks.rendered import RenderKeys, rendered
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
-from paligemma_jax.weights.fingerprint import check_digest, write_digest
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError, quoted
 from train_jax.parallel import sharding
@@ -120,7 +120,7 @@ class Keys(ImageFlowKeys):
     data: SceneDataKeys = section(SceneDataKeys)
 
 
-class TextToImage(ImageFlowTask):
+class TextToImage(StartsFromWeights, ImageFlowTask):
     """A flow from noise to images of single objects, conditioned on their descriptions."""
 
     keys = Keys
@@ -270,22 +270,9 @@ class TextToImage(ImageFlowTask):
         """Returns the descriptions of a batch, one per line."""
         return "\n".join(self.descriptions.texts[int(label)] for label in batch["label"][0])
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Checks that the SigLIP that embeds the captions is the one recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run was trained with another SigLIP.
-        """
-        check_digest(workdir, None, siglip=self._caption_encoder())
-
-    def _caption_encoder(self) -> str | None:
-        """Returns the path of the SigLIP that embeds the captions, or None."""
-        return self.config.siglip if self.config.conditioning == "captions" else None
-
-    def start(self, workdir: Path) -> None:
-        """Records in the workdir the SigLIP that embeds the captions."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_digest(workdir, None, siglip=self._caption_encoder())
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the path of the SigLIP that embeds the captions; None for attributes."""
+        return {"siglip": self.config.siglip if self.config.conditioning == "captions" else None}
 
     def evaluate(
         self, model: nnx.Module, workdir: Path, split: str | None = None, control_results=None

@@ -10,8 +10,7 @@ from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
 from paligemma_jax.tasks.common import StackKeys
 from paligemma_jax.tasks.rendered import RenderKeys
-from paligemma_jax.tasks.vqa import adapter as vqa_adapter
-from paligemma_jax.tasks.vqa import consistency
+from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa.consistency import Keys as ConsistencyKeys
 from paligemma_jax.weights.reader import DTYPES
 from train_jax.config.base import check_declared
@@ -68,7 +67,7 @@ class AdapterKeys:
     name: str = key(
         "lora",
         "method by which the base is tuned; none trains the parameters that `trainable` matches",
-        choices=vqa_adapter.NAMES,
+        choices=adapter_config.NAMES,
         architecture=True,
     )
     targets: str | None = key(
@@ -284,7 +283,7 @@ def check(config: ConfigDict) -> None:
       UserError: the first fault found.
     """
     check_declared(config)
-    vqa_adapter.check(config.adapter, config_dict(AdapterKeys))
+    adapter_config.check(config.adapter, config_dict(AdapterKeys))
     if config.adapter.name != "none" and config.trainable is not None:
         raise UserError(
             f"trainable is {config.trainable!r} beside adapter.name={config.adapter.name!r}, which decides what "

@@ -37,7 +37,7 @@ SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "im
 
 
 class TunedForward(NamedTuple):
-    """The forward pass of the tuned model, which the loss has already computed."""
+    """Results of the forward pass of the tuned model on a batch, from which the loss is computed too."""
 
     features: jax.Array  # [B, P, D]
     hidden: jax.Array  # [B, T, D]
@@ -92,8 +92,8 @@ def check_paths(config: ConfigDict, trained: list[str]) -> None:
     on = config.consistency.on
     if config.consistency.weight and "images" in SIDES[on] and all(path.startswith("decoder/") for path in trained):
         raise UserError(
-            f"consistency.on is {on!r} but nothing of the tower or the projector trains, so image features stay what "
-            "they are: set consistency.on=answers, or let adapter.targets reach one of them."
+            f"consistency.on is {on!r} but nothing of the tower or the projector trains, so the image features do "
+            "not change: set consistency.on=answers, or let adapter.targets reach one of them."
         )
 
 
@@ -159,7 +159,7 @@ class Consistency:
 
 
 def _same_image_paths(model: PaliGemma, base: PaliGemma) -> bool:
-    """Whether image features equal those of the base: nothing is attached to the tower or to the projector."""
+    """Returns whether image features equal those of the base: nothing is attached to the tower or to the projector."""
     return all(
         param_tree.abstract(getattr(model, part)).keys() == param_tree.abstract(getattr(base, part)).keys()
         for part in ("vision", "projector")

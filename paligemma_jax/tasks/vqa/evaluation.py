@@ -1,13 +1,12 @@
-"""Answers questions batch by batch, in memory that depends neither on their number nor on the batch size asked for.
+"""Answers questions in batches, in memory that does not grow with their number.
 
-Logits of every token over the vocabulary (257,152 tokens) are never materialised: answers are generated with a KV
-cache, likelihoods and losses are computed in chunks, and only token ids and sums are kept of each batch. The batch
-starts at the size that the config allows, or for which the device has memory according to the compiler, and is halved
-whenever the device still runs out of memory.
+The array of logits of all tokens over the vocabulary (257,152 tokens) is never made: answers are generated with a KV
+cache, likelihoods and losses are computed in chunks, and only token ids and sums are kept of each batch. The first
+batch has the size that the config allows, or a smaller one for which the device has memory according to the compiler;
+it is halved whenever the device still runs out of memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.quantization.quantize import set_outlier_split
 from paligemma_jax.data.prompts import encode
-from paligemma_jax.data.records import BadRow, Record, RecordSource, blank_record
+from paligemma_jax.data.records import RecordSource
 from paligemma_jax.data.sources.question_families import question_family
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.generation.candidate_scoring import score_candidates
@@ -31,10 +30,10 @@ from paligemma_jax.metrics.text import Accuracy
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
-from paligemma_jax.tasks.vqa.features import Encode, FeatureCache, encode_images, encoder, feature_shape
+from paligemma_jax.tasks.vqa.features import QuestionReader, encode_images, encoder, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core import param_tree
-from train_jax.core.errors import UserError, cut
+from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
 from train_jax.system.memory import device_memory_limit, smaller_batch, step_memory
 
@@ -43,13 +42,13 @@ TokenLossFunction = Callable[[PaliGemma, Mapping[str, jax.Array]], tuple[jax.Arr
 
 
 def candidate_answers(candidates: str) -> tuple[str, ...]:
-    """Returns the answers that config.eval.candidates stands for."""
+    """Returns the candidate answers of config.eval.candidates: CLEVR's for "clevr", else those between the bars."""
     return ANSWERS if candidates == "clevr" else tuple(filter(None, candidates.split("|")))
 
 
 def initial_batch_size(config: ConfigDict, mesh: Mesh) -> int:
     """Returns `eval.batch_size`, rounded to a multiple of the parts into which the mesh splits rows."""
-    parts = common.row_divisor(mesh)
+    parts = sharding.row_divisor(mesh.shape)
     return max(config.eval.batch_size // parts, 1) * parts
 
 
@@ -82,7 +81,7 @@ class VQAEvaluation:
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
         self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
-        self._parts = common.row_divisor(mesh)
+        self._parts = sharding.row_divisor(mesh.shape)
         self._limit = initial_batch_size(config, mesh)  # no batch is larger; lowered where the device has less memory
         self._fitted = 0  # the largest batch known to fit
         self._candidates = self._tokenize_candidates()
@@ -115,7 +114,7 @@ class VQAEvaluation:
         start, good = 0, 0
         size = min(self._limit, -(-len(source) // self._parts) * self._parts)  # a split may be smaller than a batch
         encode, cache_bytes = encoder(self.model, self.mesh), self._cache_bytes()
-        with _Reader(self.processor, source, encode, size, cache_bytes, shuffled) as reader:
+        with QuestionReader(self.processor, source, encode, size, cache_bytes, shuffled) as reader:
             size = self._fit(reader, size, outputs)
             reader.resize(size)
             while start < len(source):
@@ -130,13 +129,13 @@ class VQAEvaluation:
                 yield from answers
             reader.check()
         if not good:
-            raise UserError(f"none of the {len(source)} rows to evaluate can be used: mend the data.")
+            raise UserError(f"none of the {len(source)} rows to evaluate can be used: correct the data.")
 
     def _cache_bytes(self) -> int:
         """Returns the bytes of image features to keep; none where several processes share the images of a batch."""
         return self.config.eval.feature_cache_mb << 20 if jax.process_count() == 1 else 0
 
-    def _batch(self, reader: "_Reader", rows: range, size: int, outputs: tuple[str, ...]) -> list[Answer]:
+    def _batch(self, reader: QuestionReader, rows: range, size: int, outputs: tuple[str, ...]) -> list[Answer]:
         """Reads and computes one batch, and returns the answers to its good rows."""
         records, arrays = reader.read(rows, size)
         out = self._compute(arrays, outputs)
@@ -191,13 +190,13 @@ class VQAEvaluation:
 
     # Memory.
 
-    def _fit(self, reader: "_Reader", size: int, outputs: tuple[str, ...]) -> int:
+    def _fit(self, reader: QuestionReader, size: int, outputs: tuple[str, ...]) -> int:
         """Halves a batch size until the compiled batch fits into the free memory, where devices report that."""
         limit = _free_memory()
         while limit is not None and size > max(self._fitted, self._parts):
             if self._all_activations(size) <= limit:  # saves a compilation, which takes half a minute on a CPU
                 break
-            needed = self._need(*self._shapes(reader, size), outputs)
+            needed = self._batch_needs(*self._shapes(reader, size), outputs)
             if needed is None or needed <= limit:
                 break
             need = needed
@@ -211,10 +210,10 @@ class VQAEvaluation:
         self._fitted = max(self._fitted, size)
         return size
 
-    def _need(self, batch, images, outputs: tuple[str, ...]) -> int | None:
-        """Returns the bytes that a batch of these shapes needs beside the model; None where the compiler has no number.
+    def _batch_needs(self, batch, images, outputs: tuple[str, ...]) -> int | None:
+        """Returns the bytes that a batch of these shapes needs beside the model; None if the compiler does not say.
 
-        Compiled once for all evaluations that share `batch_bytes`.
+        All evaluations that share `batch_bytes` compile it once.
         """
         key = outputs, str((batch, images)), str(param_tree.abstract(self.model))
         if key not in self._batch_bytes:
@@ -239,7 +238,7 @@ class VQAEvaluation:
         logits = 4 * config.loss.chunk_size * decoder.vocab_size
         return 4 * (size // self._parts * row + logits)
 
-    def _shapes(self, reader: "_Reader", size: int):
+    def _shapes(self, reader: QuestionReader, size: int):
         """Returns the shapes of a batch on the mesh and of its images."""
         rows = sharding.batch_sharding(self.mesh, accumulate=False)
 
@@ -280,76 +279,6 @@ class _Candidates(NamedTuple):
     texts: tuple[str, ...]
     ids: Int[jax.Array, "C M"]
     mask: Bool[jax.Array, "C M"]
-
-
-class _Reader:
-    """Reads rows of a source as prompts, targets and features, bad rows with weight 0; a context, as it has threads."""
-
-    def __init__(
-        self, processor: RowProcessor, source: RecordSource, encode: Encode, size: int, cache_bytes: int, shuffled: bool
-    ):
-        self._processor = processor
-        self._rows = processor.guarded(source, self._prepare)
-        # The share of bad rows is checked in `_rows`: an image may have one question or many.
-        self._images = processor.guarded(source, processor.image, max_bad_fraction=1.0)
-        self._numbers = np.asarray(source.image_numbers())
-        unique, first = np.unique(self._numbers, return_index=True)
-        self._row_of_image = dict(zip(unique.tolist(), first.tolist(), strict=True))
-        self._shown = other_images(unique) if shuffled else {number: number for number in self._row_of_image}
-        self._unusable: set[int] = set()
-        self._encode, self._cache_bytes, self._pool = encode, cache_bytes, ThreadPoolExecutor(2)
-        self._cache = FeatureCache(encode, size, cache_bytes)
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._pool.shutdown(wait=False)
-
-    def resize(self, size: int) -> None:
-        """Changes the number of images encoded at once; empties the cache."""
-        self._cache = FeatureCache(self._encode, size, self._cache_bytes)
-
-    def check(self) -> None:
-        """Raises UserError where too many rows were bad."""
-        self._rows.check()
-
-    def blank(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of an empty row, `image` among them."""
-        record = blank_record()
-        example = self._prepare(record) | self._processor.image(record) | {"weight": np.asarray(0, np.float32)}
-        return {name: value for name, value in example.items() if name != "record"}
-
-    def _prepare(self, record: Record) -> dict[str, Any]:
-        if record.weight and self._shown[record.image_index] in self._unusable:
-            raise BadRow(f"the image for {cut(record.image_name)} cannot be used; replace the file.")
-        return {"record": record} | self._processor.prompt_and_text(record)
-
-    def read(self, rows: range, size: int) -> tuple[list[Record], dict[str, np.ndarray]]:
-        """Returns records and arrays of some rows, padded to `size` rows with copies of weight 0."""
-        images = [self._shown[int(self._numbers[i])] for i in rows]
-        features = self._cache.get(images, self._fetch)
-        examples = [self._rows[i] for i in rows]  # after the images, as rows whose image cannot be used are bad
-        records = [example.pop("record") for example in examples]
-        batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        self._rows.on_rows(rows, batch.pop("bad"))
-        batch["features"] = features
-        padding = size - len(rows)
-        batch = {name: np.concatenate([array, np.repeat(array[:1], padding, 0)]) for name, array in batch.items()}
-        batch["weight"][len(rows) :] = 0
-        return records, batch
-
-    def _fetch(self, numbers: list[int]) -> list[np.ndarray]:
-        """Decodes the images with these numbers in threads."""
-        rows = list(self._pool.map(lambda number: self._images[self._row_of_image[number]], numbers))
-        self._unusable |= {number for number, row in zip(numbers, rows, strict=True) if row["weight"] == 0}
-        return [row["image"] for row in rows]
-
-
-def other_images(numbers: np.ndarray) -> dict[int, int]:
-    """Maps each of two or more different images to another one: a random cycle, so that none is mapped to itself."""
-    order = numbers[np.argsort(np.random.PCG64(0).random_raw(len(numbers)), kind="stable")]
-    return dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
 
 
 def _free_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""Measures what a model forgets that is tuned on some families of questions (config.data.families).
+"""Measures how much a model forgets when it is tuned on some families of questions (config.data.families).
 
     accuracy_tuned, accuracy_untuned   mean likelihood accuracy over the tuned families, and over the others
     change_tuned, change_untuned       the same minus that of the model before training

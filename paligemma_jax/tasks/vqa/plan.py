@@ -1,9 +1,9 @@
 """The shapes of a VQA run for train_jax.plan, from the config alone; the checkpoint need not exist on this machine.
 
 Sizes come from the checkpoint's config if it is on this machine, else from the name of a released checkpoint
-("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used:
-it decides the length of the candidate answers, nothing else. The training step is planned for rows of the longest text
-that the config allows, which a run computes only if it has them (data.buckets).
+("paligemma-3b-pt-224") or of a variant ("random:3b-224"). Without the checkpoint's tokenizer the tiny model's is used,
+which changes only the length of the candidate answers. The training step is planned for rows of the longest text that
+the config allows, which a run computes only if it has them (data.buckets).
 """
 
 import functools
@@ -23,7 +23,6 @@ from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.files import hub
 from paligemma_jax.metrics.model_flops import FULL, LORA, model_flops
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks import common
 from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, VQAEvaluation, initial_batch_size
 from paligemma_jax.tasks.vqa.features import ENCODE_BATCH, FEATURES, encode_images, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
@@ -97,7 +96,7 @@ def _programs(
     batch["features"] = jax.ShapeDtypeStruct((size, *feature_shape(model)), np.float32, sharding=rows)
     programs = {"image features": (encode_images, (shape(image),))}
     if config.cache_features:
-        parts = common.row_divisor(mesh)
+        parts = sharding.row_divisor(mesh.shape)
         programs["features of training images"] = (encode_images, (shape(image, -(-ENCODE_BATCH // parts) * parts),))
     names = OUTPUTS if config.eval.candidates else ("generate", "loss")
     return programs | {NAMES[name]: (functools.partial(_evaluate, evaluation, name), (batch,)) for name in names}

@@ -9,7 +9,7 @@ The numbers:
     accuracy_shuffled        accuracy where every question is shown the image of another scene
     accuracy_most_frequent   accuracy of the most frequent training answer of the question's family
     accuracy_question_only   accuracy of the same fine-tuning on black images
-    accuracy_blind           the largest of these last three: what the questions alone are worth
+    accuracy_blind           the largest of the last three: the accuracy that needs no image
 
 A run on some families of questions (data.families), or with eval.captions, also has the numbers of forgetting.py.
 

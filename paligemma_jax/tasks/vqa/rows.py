@@ -1,17 +1,23 @@
-"""Turns a record into the arrays of a row, without the weights, so that worker processes can have a copy."""
+"""Turns a record into the arrays of a row, without the weights, so that worker processes can have a copy.
 
+`warn_of_cut_references` reports answers that are too long to be generated.
+"""
+
+import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource, suffix_of
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
-from train_jax.core.errors import cut
+from train_jax.core.errors import cut, quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +103,21 @@ class RowProcessor:
             max_bad_fraction=data.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
             policies={prompts.TruncationError: data.on_truncation},
         )
+
+
+def warn_of_cut_references(tokenizer: Tokenizer, source: RecordSource, split: str, max_new_tokens: int) -> None:
+    """Logs how many references of a source are longer than `max_new_tokens` tokens, and the longest."""
+    counts = Counter()
+    for index in range(len(source)):
+        with contextlib.suppress(BadRow, OSError):  # reported when the row is read to be answered
+            counts[suffix_of(source, index)] += 1
+    lengths = {text: len(tokenizer.encode(text)) for text in counts}
+    longer = [text for text, length in lengths.items() if length > max_new_tokens]
+    if longer:
+        longest = max(longer, key=lengths.__getitem__)
+        logging.warning(
+            "%d of %d references of %r are longer than eval.max_new_tokens=%d, where answers are cut: none of these "
+            "can be answered right. The longest has %d tokens (%s): set eval.max_new_tokens=%d or more.",
+            sum(counts[text] for text in longer), counts.total(), split, max_new_tokens, lengths[longest],
+            quoted(longest), lengths[longest] + 1,
+        )  # fmt: skip

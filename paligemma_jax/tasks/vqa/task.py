@@ -7,7 +7,7 @@ the reported numbers and their controls in report.py. Axes: see models.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,38 +21,34 @@ from paligemma_jax.data import prompts
 from paligemma_jax.data.records import RecordSource, evenly_spaced
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
+from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference import command
 from paligemma_jax.losses import loss_weights, token_cross_entropy
 from paligemma_jax.losses.chunked_cross_entropy import counted_scores
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks import common
-from paligemma_jax.tasks.process_cache import PROCESS_CACHE
-from paligemma_jax.tasks.vqa import adapter as vqa_adapter
+from paligemma_jax.tasks.starting_weights import StartsFromWeights
+from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa import config as vqa_config
-from paligemma_jax.tasks.vqa import consistency
 from paligemma_jax.tasks.vqa import plan as vqa_plan
+from paligemma_jax.tasks.vqa.base_model import open_base
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features, feature_shape
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
-from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
 from paligemma_jax.tasks.vqa.report import report
-from paligemma_jax.tasks.vqa.rows import RowProcessor
+from paligemma_jax.tasks.vqa.rows import RowProcessor, warn_of_cut_references
 from paligemma_jax.tasks.vqa.trimmed import TrimmedRows
-from paligemma_jax.vision_start import with_vision
 from paligemma_jax.weights.adapters.peft import load_peft, open_peft
-from paligemma_jax.weights.fingerprint import base_digest, check_digest, model_digest, write_digest
-from paligemma_jax.weights.reader import load, stored_dtype
-from train_jax.config.base import leaves
 from train_jax.core import param_tree, patterns
 from train_jax.core.data_source import POSITIONS, SLOTS, DataSource, ExampleList, Lengths
 from train_jax.core.errors import UserError
 from train_jax.core.metrics import Metrics
 from train_jax.parallel import sharding
 from train_jax.step.randomness import STEP, step_key
-from train_jax.task import Blueprint, Task
+from train_jax.task import Blueprint
 
 
-class VQA(Task):
+class VQA(StartsFromWeights):
     """Fine-tunes a PaliGemma on questions; see the module."""
 
     keys = vqa_config.Keys
@@ -65,14 +61,14 @@ class VQA(Task):
         Args:
           config: of the run.
           mesh: of devices.
-          read: makes the base in place of weights.reader.load, with the same arguments; such a base is not cached.
+          read: reads the base in place of weights.reader.load, with the same arguments; such a base is not cached.
         """
         vqa_config.check(config)
         self.config, self.mesh, self._custom_read = config, mesh, read
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         # Opened here, so that its faults are reported before the base is read.
         self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
-        self._method = vqa_adapter.method_of(config.adapter)
+        self._method = adapter_config.method_of(config.adapter)
         self._consistency = None
         if config.consistency.weight:
             self._consistency = consistency.Consistency(config.consistency, config.adapter.name, self.tokenizer)
@@ -101,59 +97,17 @@ class VQA(Task):
         call reads it again.
         """
         if self._base is None:
-            config = self.config
-            if self._method is None or self._custom_read is not None:
-                self._base = self._read()  # trained arrays are donated, so no other task may share them
-            else:
-                options = tuple(leaves(config.model).items())
-                key = base_digest(config.model.path), options, config.compute_dtype, self.mesh, self._vision_digest()
-                self._base = PROCESS_CACHE.model(key, self._read)
+            self._base = open_base(self.config, self.mesh, self._leaf_sharding, self._custom_read)
             self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            preprocessing = common.preprocessing_of(self._base.config)
-            self._processor = RowProcessor(self.tokenizer, preprocessing, config.data)
+            preprocessing = preprocessing_of(self._base.config)
+            self._processor = RowProcessor(self.tokenizer, preprocessing, self.config.data)
         return self._base
-
-    def _vision_digest(self) -> str | None:
-        vision = self.config.init.vision
-        return None if vision is None else model_digest(vision)
-
-    def _read(self) -> PaliGemma:
-        config = self.config
-        model = (self._custom_read or load)(
-            config.model.path,
-            config.compute_dtype,
-            image_size=config.model.image_size,
-            param_dtype=config.model.param_dtype or self._default_param_dtype(),
-            remat=config.model.remat,
-            unroll=config.model.unroll,
-            attention=config.model.attention,
-            quantize=config.model.quantize or None,
-            block_size=config.model.quantize_block_size,
-            double=config.model.quantize_double,
-            shardings=self._leaf_sharding,
-        )
-        if not isinstance(model, PaliGemma):
-            raise UserError(
-                f"model.path is {config.model.path}, a {type(model).__name__}, expected a PaliGemma: give one. A "
-                "SigLIP's tower can be its vision tower: set init.vision."
-            )
-        if config.init.vision is None or self._custom_read:
-            return model
-        return cast(PaliGemma, with_vision(model, config.init.vision))  # of the same class
 
     def _leaf_sharding(
         self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct
     ) -> jax.sharding.NamedSharding:
         """Returns the sharding of a leaf of the model."""
         return sharding.shardings(self.mesh, self.sharding_rules(), {path: leaf})[0][path]
-
-    def _default_param_dtype(self) -> str:
-        if self._method is None:
-            return "float32"
-        if self.config.model.quantize:
-            # Not the compute dtype: a run evaluated or merged in another dtype must have the same quantised weights.
-            return stored_dtype(self.config.model.path)
-        return self.config.compute_dtype
 
     def init(self) -> PaliGemma:
         """Returns the base with the adapters that training starts with."""
@@ -183,7 +137,7 @@ class VQA(Task):
         if self._method is None:
             paths = patterns.select(self.trainable(), param_tree.abstract(model), what="trainable parameters")
         else:
-            paths = vqa_adapter.trained_paths(model, self.trainable(), self.attach)
+            paths = adapter_config.trained_paths(model, self.trainable(), self.attach)
         quantize.refuse_trained(paths)
         consistency.check_paths(self.config, paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
@@ -339,28 +293,20 @@ class VQA(Task):
 
     # Evaluation.
 
-    def check_workdir(self, workdir: Path) -> None:
-        """Compares the base, the adapters and the tower that the run starts from with those recorded in the workdir.
-
-        Raises:
-          UserError: the workdir's run started from others.
-        """
-        check_digest(workdir, *self._starting_weights())
+    def starting_weights(self) -> dict[str, str | None]:
+        """Returns the paths of the base, the adapters and the vision tower that training starts from."""
+        config = self.config
+        return {"path": config.model.path, "adapter": config.adapter.path, "vision": config.init.vision}
 
     def start(self, workdir: Path) -> None:
         """Writes the tokenizer and the digests of the starting weights to the workdir."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_digest(workdir, *self._starting_weights())
+        super().start(workdir)
         self.tokenizer.save(workdir)
-
-    def _starting_weights(self) -> tuple[str | None, ...]:
-        """Returns the paths of the base, of the adapters to go on from, and of the vision tower put in."""
-        return self.config.model.path, self.config.adapter.path, self.config.init.vision
 
     def export(self, model: PaliGemma, workdir: Path) -> None:
         """Writes the adapters, for peft and for the adapter.path of another run."""
         if self._method is not None:
-            vqa_adapter.export(model, workdir / vqa_adapter.FOLDER, self._method, self.config.model.path)
+            adapter_config.export(model, workdir / adapter_config.FOLDER, self._method, self.config.model.path)
 
     def control_runs(self) -> dict[str, ConfigDict]:
         """Returns the question-only control run: the same fine-tuning on black images."""

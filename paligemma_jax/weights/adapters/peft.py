@@ -32,14 +32,14 @@ Shardings = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class PeftFolder:
     """An opened peft folder: its config is checked, and no array is read yet."""
 
     config: PeftConfig
     arrays: Folder
 
 
-def open_peft(folder: str | Path) -> Adapter:
+def open_peft(folder: str | Path) -> PeftFolder:
     """Opens a folder, or "hf://owner/name", as peft's `save_pretrained` writes it.
 
     Raises:
@@ -51,12 +51,12 @@ def open_peft(folder: str | Path) -> Adapter:
         raise UserError(
             f"{folder} holds no {FILE}: save the adapter with safe_serialization=True, pickles are not read."
         )
-    return Adapter(config, Folder(folder, FILE, disk_name))
+    return PeftFolder(config, Folder(folder, FILE, disk_name))
 
 
 def load_peft(
     model: PaliGemma,
-    folder: str | Path | Adapter,
+    folder: str | Path | PeftFolder,
     *,
     dtype: str | None = None,
     dropout: int | float | None = None,
@@ -78,7 +78,7 @@ def load_peft(
       UserError: as `open_peft`; keys of the file that are not used, or modules that the config targets and the file
         lacks (lists both); shapes of another model or rank. The model is then unchanged.
     """
-    adapter = folder if isinstance(folder, Adapter) else open_peft(folder)
+    adapter = folder if isinstance(folder, PeftFolder) else open_peft(folder)
     config, arrays, modules = adapter.config, adapter.arrays, projections(model)
     release, adapted = _match(adapter, slots(model))
     check_free(modules, {slot.path for slot in adapted})
@@ -104,7 +104,7 @@ def load_peft(
     return model
 
 
-def _match(adapter: Adapter, candidates: list[Slot]) -> tuple[str, list[Slot]]:
+def _match(adapter: PeftFolder, candidates: list[Slot]) -> tuple[str, list[Slot]]:
     """Returns the release whose module names the config's targets match, and the modules that are adapted.
 
     A regular expression matches the names of some releases only, so each is tried, the file's own first.

@@ -14,9 +14,9 @@ from typing import Any, cast
 import numpy as np
 from flax import nnx
 
+from paligemma_jax.adapt.few_shot.learned_prompts import PromptedDualEncoder, attach_module
 from paligemma_jax.adapt.few_shot.methods import LearnedPrompts
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
-from paligemma_jax.adapt.few_shot.prompts import PromptedDualEncoder, attach_module
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.weights.adapters.method_folder import ARRAYS, DESCRIPTION, read_arrays, write_folder
 from train_jax.core import param_tree

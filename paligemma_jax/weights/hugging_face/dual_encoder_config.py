@@ -41,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Returns the folder's config.json with transformers' defaults; every key of it is accounted for.
 
     Raises:
-      UserError: it is missing or broken, of another architecture, or has a value that makes it an unsupported model.
+      UserError: it is missing or broken, of another architecture, or has a value that is not supported.
     """
     file = folder / "config.json"
     config = read_json(file)

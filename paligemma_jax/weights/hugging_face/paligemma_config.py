@@ -49,7 +49,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
       UserError: it is missing or broken, of another architecture, lacks a size that the arrays do not give, or has a
-        value that makes it an unsupported model.
+        value that is not supported.
     """
     file = folder / "config.json"
     config = read_json(file)

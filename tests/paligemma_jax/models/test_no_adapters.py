@@ -8,8 +8,12 @@ import pytest
 
 import paligemma_jax.models
 
-FILES = sorted(Path(paligemma_jax.models.__file__).parent.glob("*.py"))
-ALLOWED = {"paligemma_jax.models.attention.prefix_mask"}  # PaliGemma's prefix-LM mask
+FILES = sorted(Path(paligemma_jax.models.__file__).parent.rglob("*.py"))
+ATTENTION = "paligemma_jax.models.attention"
+ALLOWED = {  # of prefix-LM masks
+    "prefix",
+    *(f"{ATTENTION}.{name}" for name in ("prefix_mask", "prefix_lm_mask", "masks.prefix_mask", "masks.prefix_lm_mask")),
+}
 SLOTS = re.compile(r"lora|peft|adapter|prompt|prefix|bottleneck|last_layers", re.I)
 
 
@@ -29,7 +33,7 @@ def names_of(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_a_model_has_no_slots_of_adapters(file):
     names = names_of(file.read_text(encoding="utf-8"))
     assert not [name for name in names if name.startswith("paligemma_jax.adapt")]

@@ -97,14 +97,14 @@ def test_an_evaluation_of_one_row_that_runs_out_raises(monkeypatch):
 
 
 def test_running_out_with_several_processes_raises(monkeypatch):
-    """The other processes are inside the same program and cannot be told a smaller batch."""
+    """The other processes are inside the same program and cannot use a smaller batch."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError) as error:
         memory.smaller_batch(OUT, 48, 8, "eval.batch_size", "shorten the prompt")
     assert str(error.value) == (
         "process 0 of 2 ran out of device memory in an evaluation of 48 examples at once, which it computes together "
-        "with the others, so that none can go on with fewer: set config.eval.batch_size to 24 or less and run the same "
-        "command again"
+        "with the others, so that none can use a smaller batch: set config.eval.batch_size to 24 or less and run the "
+        "same command again"
     )
 
 

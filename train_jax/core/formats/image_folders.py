@@ -54,7 +54,7 @@ def find_images(root: str | Path) -> ImageFiles:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one; False for a broken link or a link to itself."""
+    """Returns whether an entry is a folder or a link to one; False for a broken link or a link to itself."""
     try:
         return entry.is_dir()
     except OSError:

@@ -8,7 +8,7 @@ import pytest
 
 from paligemma_jax.data.few_shot.descriptions import (
     fill_templates,
-    place,
+    positions,
     read_descriptions,
     uniform_of_step,
     write_descriptions,
@@ -71,15 +71,15 @@ def test_draws_are_a_function_of_seed_and_step():
     np.testing.assert_array_equal(draws[:5], [uniform_of_step(0, step) for step in range(5)])
     assert not np.array_equal(draws[:5], [uniform_of_step(1, step) for step in range(5)])
     assert draws.dtype == np.float32 and draws.min() >= 0 and draws.max() < 1
-    counts = np.bincount(place(draws, np.full(3000, 6)), minlength=6)
+    counts = np.bincount(positions(draws, np.full(3000, 6)), minlength=6)
     assert counts.sum() == 3000 and np.abs(counts - 500).max() < 90  # 4.4 standard deviations
 
 
 def test_positions_are_equal_for_lists_of_one_length_and_within_bounds():
     for value in (0.0, 0.3, 1 - 2.0**-16):
-        result = place(np.float32(value), np.array([5, 5, 1, 1000]))
+        result = positions(np.float32(value), np.array([5, 5, 1, 1000]))
         assert result.tolist() == [int(value * 5)] * 2 + [0, int(value * 1000)] and result.dtype == np.int32
-        np.testing.assert_array_equal(place(jnp.float32(value), jnp.array([5, 5, 1, 1000])), result)
+        np.testing.assert_array_equal(positions(jnp.float32(value), jnp.array([5, 5, 1, 1000])), result)
 
 
 @pytest.mark.parametrize("template", ["{} {photo}", "{0} of a {}", "a {{{}}}", "{} }", "{!r} {}", "%s {}"])

@@ -179,7 +179,7 @@ class Dicts(Rows):
 @pytest.mark.parametrize(
     "function, sentence",
     [
-        (lambda data, split: None, "takes (data, split), expected (data, split, progress): correct it"),
+        (lambda data: None, "takes (data), expected (data, split, progress): correct it"),
         (
             lambda data, split, progress: None,
             "returned NoneType, which has no __len__ and no __getitem__ and",
@@ -198,6 +198,10 @@ def test_a_function_that_returns_no_records(monkeypatch, function, sentence):
         sources.open_source(SimpleNamespace(name=f"{sources.__name__}:own"), "train", None)
 
 
-def test_a_function_of_ones_own(monkeypatch):
-    monkeypatch.setattr(sources, "own", lambda data, split, progress: rows([1, 2]), raising=False)
-    assert len(sources.open_by_name(f"{sources.__name__}:own", {}, data=None, split="train", progress=None)) == 3
+@pytest.mark.parametrize(
+    "function", [lambda data, split, progress: rows([1, 2]), lambda data, split: rows([1, 2])], ids=["three", "two"]
+)
+def test_a_function_of_ones_own(monkeypatch, function):
+    monkeypatch.setattr(sources, "own", function, raising=False)
+    data = SimpleNamespace(name=f"{sources.__name__}:own")
+    assert len(sources.open_source(data, "train", None)) == 3

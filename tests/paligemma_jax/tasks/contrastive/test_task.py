@@ -12,6 +12,7 @@ import paligemma_jax as pg
 from paligemma_jax import convert, losses, zero_shot
 from paligemma_jax.models.variants import variant
 from paligemma_jax.tasks.contrastive import task as contrastive
+from paligemma_jax.tasks.contrastive.pair_loss import select_negatives
 from paligemma_jax.tasks.contrastive.task import Contrastive
 from paligemma_jax.weights.reader import stored_dtype
 from tests.paligemma_jax.mini import ROOT, config_of, png
@@ -195,7 +196,7 @@ def test_other_splits_than_the_held_out_data_are_refused(options, tmp_path, chan
     """Another's results would be those of this one under its name."""
     task = task_of(options, **changes)
     assert task.default_split == "validation"
-    with pytest.raises(UserError, match=f"split is 'train', expected 'validation', what is held out: .*{repair}"):
+    with pytest.raises(UserError, match=f"split is 'train', expected 'validation', the held-out data: .*{repair}"):
         task.evaluate(task.abstract(), tmp_path, "train")
 
 
@@ -274,7 +275,7 @@ def test_features_that_change_or_do_not_fit_are_refused(options, changes, senten
 def test_selected_negatives(by):
     rng = np.random.default_rng(0)
     zimg, ztxt = (jnp.asarray(rng.normal(size=(6, 4)), jnp.float32) for _ in range(2))
-    mask = np.asarray(contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
+    mask = np.asarray(select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(0), 6)))
     cosines = np.asarray(zimg @ ztxt.T)
     for row in range(6):
         assert mask[row, row] and mask[row].sum() == 3
@@ -282,7 +283,7 @@ def test_selected_negatives(by):
         order = others[np.argsort(cosines[row, others])]
         if by != "random":
             assert set(np.flatnonzero(mask[row])) == {row, *(order[-2:] if by == "hard" else order[:2])}
-    other = contrastive.select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
+    other = select_negatives(zimg, ztxt, 2, by, jax.random.split(jax.random.key(1), 6))
     assert np.array_equal(mask, other) == (by != "random")
 
 
@@ -291,7 +292,7 @@ def test_the_loss_uses_the_mask_of_selected_negatives(options):
     model, batch = task.init(), batch_of(task)
     images = model.config.preprocessing.normalize(batch["image"])
     zimg, ztxt, _ = model(images, batch["tokens"], batch["mask"])
-    mask = contrastive.select_negatives(zimg, ztxt, 3, "hard", None)
+    mask = select_negatives(zimg, ztxt, 3, "hard", None)
     expected = losses.sigmoid_loss(zimg, ztxt, model.logit_scale[...], model.logit_bias[...], mask=mask)
     np.testing.assert_allclose(task.loss(model, batch, None)[0], 8 * expected, rtol=1e-5)
 

@@ -22,7 +22,7 @@ from paligemma_jax.losses.coprompt import coprompt_loss
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import report as coprompt_report
 from paligemma_jax.tasks.coprompt.task import ClassTexts, CoPrompt
-from tests.paligemma_jax.adapt.few_shot.test_prompts_golden import attached, ours
+from tests.paligemma_jax.adapt.few_shot.test_learned_prompts_golden import attached, ours
 from tests.paligemma_jax.mini import ROOT, config_of, png, read_lines, save_small_siglip
 from tests.train_jax.runs import stored
 from train_jax import loop

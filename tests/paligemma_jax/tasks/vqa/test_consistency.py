@@ -244,7 +244,7 @@ def test_memory_of_a_step_grows_by_less_than_half(mini_options, vocab, sizes):
          "adapter.name='bitfit', which trains parameters of the base, so that no frozen model is left, expected one of "
          "lora, bottleneck, prefix, prompt, diff_pruning: change one of the two."),
         ({"consistency.weight": 1.0, "consistency.on": "both"}, "consistency.on is 'both' but nothing of the tower or "
-         "the projector trains, so image features stay what they are: set consistency.on=answers, or let "
+         "the projector trains, so the image features do not change: set consistency.on=answers, or let "
          "adapter.targets reach one of them."),
     ],
 )  # fmt: skip

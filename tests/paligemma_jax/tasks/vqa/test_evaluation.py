@@ -15,8 +15,8 @@ from flax import nnx
 from paligemma_jax.data.records import Record
 from paligemma_jax.data.synthetic_clevr.attributes import ANSWERS
 from paligemma_jax.tasks.vqa import evaluation as vqa_evaluation
-from paligemma_jax.tasks.vqa.evaluation import candidate_answers, other_images
-from paligemma_jax.tasks.vqa.features import FeatureCache
+from paligemma_jax.tasks.vqa.evaluation import candidate_answers
+from paligemma_jax.tasks.vqa.features import FeatureCache, QuestionReader, other_images
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
 from train_jax.core.errors import UserError
 from train_jax.step import placement
@@ -180,7 +180,7 @@ def test_the_batch_is_fitted_to_the_devices_memory(monkeypatch, options, expecte
 
 def planned(evaluation, rows, size, outputs=ALL):
     """Bytes that the compiler plans for one batch, beside the model and the inputs."""
-    with vqa_evaluation._Reader(evaluation.processor, rows, lambda images: images, size, 0, False) as reader:
+    with QuestionReader(evaluation.processor, rows, lambda images: images, size, 0, False) as reader:
         batch, images = evaluation._shapes(reader, size)
     step = jax.jit(evaluation._everything, static_argnums=3).lower(evaluation.model, batch, images, outputs).compile()
     memory = step_memory(step)
@@ -259,7 +259,7 @@ def reader(options):
         task = task_of(options | {key.replace("__", "."): value for key, value in changes.items()})
         cache_bytes = task.config.eval.feature_cache_mb << 20
         encode = lambda images: images.astype(np.float32)  # noqa: E731
-        return vqa_evaluation._Reader(task.processor, rows, encode, size, cache_bytes, shuffled)
+        return QuestionReader(task.processor, rows, encode, size, cache_bytes, shuffled)
 
     return make
 

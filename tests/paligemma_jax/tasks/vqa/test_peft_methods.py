@@ -13,7 +13,7 @@ import paligemma_jax as pg
 from paligemma_jax.adapt.peft.diff_pruning import BETA, GAMMA, ZETA
 from paligemma_jax.convert import convert
 from paligemma_jax.tasks.common import SHARDING_RULES
-from paligemma_jax.tasks.vqa.adapter import PRESETS as CONFIGS
+from paligemma_jax.tasks.vqa.adapter_config import PRESETS as CONFIGS
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
 from train_jax.core import param_tree

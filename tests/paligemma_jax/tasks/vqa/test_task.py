@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from paligemma_jax.data.prompts import make_example
-from paligemma_jax.tasks.vqa import task as vqa
+from paligemma_jax.tasks.vqa import base_model
 from paligemma_jax.tasks.vqa.features import batch_features
 from paligemma_jax.tasks.vqa.task import VQA
 from paligemma_jax.weights import reader as load_module
@@ -161,13 +161,13 @@ def test_the_base_is_read_once_and_handed_over(mini_options, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """The paths that weights are read from."""
-    paths, real = [], vqa.load
+    paths, real = [], base_model.load
 
     def load(path, *args, **options):
         paths.append(path)
         return real(path, *args, **options)
 
-    monkeypatch.setattr(vqa, "load", load)
+    monkeypatch.setattr(base_model, "load", load)
     gc.collect()  # what earlier tests left is not alive
     return paths
 

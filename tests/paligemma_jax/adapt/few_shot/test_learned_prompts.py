@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE, attach_prompts, check_texts, detach_prompts
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.adapt.few_shot.prompted_towers import insert_placeholders
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE, attach_prompts, check_texts, detach_prompts
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, unit
 from paligemma_jax.models.text_encoder import TextConfig
 from paligemma_jax.models.variants import variant

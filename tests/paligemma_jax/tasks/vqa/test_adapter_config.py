@@ -180,7 +180,9 @@ def test_the_untrained_model_has_the_adapters_of_the_folder(mini_options, mini_f
 def test_mistakes_are_one_sentence_before_the_model_is_read(
     capsys, mini_options, tmp_path, monkeypatch, changes, sentence
 ):
-    monkeypatch.setattr("paligemma_jax.tasks.vqa.task.load", lambda *args, **options: pytest.fail("the model was read"))
+    monkeypatch.setattr(
+        "paligemma_jax.tasks.vqa.base_model.load", lambda *args, **options: pytest.fail("the model was read")
+    )
     assert re.search(sentence, mistake(capsys, mini_options | changes, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import paligemma_jax as pg
-from paligemma_jax.adapt.few_shot.prompts import TRAINABLE
+from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE
 from train_jax.core import param_tree, patterns
 
 # Tolerances as the golden README asks.

@@ -4,7 +4,7 @@ import pytest
 
 from paligemma_jax.data.records import BadRow, Record
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
-from paligemma_jax.tasks.vqa.lengths import warn_of_cut_references
+from paligemma_jax.tasks.vqa.rows import warn_of_cut_references
 from paligemma_jax.tasks.vqa.task import VQA
 from tests.paligemma_jax.mini import Rows, task_of
 
