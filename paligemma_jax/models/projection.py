@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from paligemma_jax.models.dropout import Keys
@@ -146,10 +147,15 @@ def _dot_backward(static: tuple[int, jnp.dtype], residuals: tuple[Array | None, 
         shape = (*cotangent.shape[: cotangent.ndim - outputs], *kernel.shape[:num_contracted])
         like = jax.ShapeDtypeStruct(shape, kernel.dtype)
         pull = jax.linear_transpose(lambda x: _plain_dot((num_contracted, kernel.dtype), x, kernel), like)
-        (d_x,) = pull(cotangent.astype(kernel.dtype))
+        (d_x,) = pull(_rounded(cotangent, kernel.dtype))
     if x is not None:
-        d_kernel = _kernel_gradient(x, cotangent.astype(x.dtype), num_contracted)
+        d_kernel = _kernel_gradient(x, _rounded(cotangent, x.dtype), num_contracted)
     return d_x, d_kernel
+
+
+def _rounded(cotangent: Array, dtype: DTypeLike) -> Array:
+    """Casts the cotangent. A barrier keeps the cast out of the product, which on TPUs would repeat it for each tile."""
+    return cotangent if cotangent.dtype == dtype else lax.optimization_barrier(cotangent.astype(dtype))
 
 
 _dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
