@@ -109,7 +109,7 @@ def test_commands_parse(page, command, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", read(page))):
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", BLOCK.sub("", read(page))):
         file, _, heading = target.partition("#")
         if "://" in target:
             continue

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from flow_jax.data import digit_scores, digits, synthetic_images
 from flow_jax.data.image_sets import ArrayImages, FolderImages, ImageSet, ImageSubset, TfdsImages
-from train_jax.core.config_keys import key
+from train_jax.core.config_keys import check_values, declared, key
 from train_jax.core.errors import UserError
 from train_jax.core.files import cache_dir
 from train_jax.core.import_path import check_arguments, check_named, imported
@@ -79,7 +79,17 @@ class DatasetSpec(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageDataKeys:
+class PixelKeys:
+    """Keys of `config.data` of every flow of images: what is done to the pixels."""
+
+    flip: bool = key(False, "whether half of the images, drawn anew in every step, are mirrored from left to right")
+    dequantize: bool = key(
+        True, "whether uniform noise of one grey value is added to the images; without it no likelihood is measured"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataKeys(PixelKeys):
     """`config.data`: a data set of images."""
 
     name: str = key("digits", "the data: digits, shapes (synthetic), folder, tfds, or the import path of a DatasetSpec")
@@ -109,10 +119,6 @@ class ImageDataKeys:
         None, "number of classes; None = as many as the data have", minimum=1, architecture=True
     )
     num_examples: int = key(2000, "number of synthetic images (shapes) to train on", minimum=2)
-    flip: bool = key(False, "whether half of the images, drawn anew in every step, are mirrored from left to right")
-    dequantize: bool = key(
-        True, "whether uniform noise of one grey value is added to the images; without it no likelihood is measured"
-    )
 
 
 def check_name(name: str) -> None:
@@ -143,10 +149,10 @@ def shape(config: ConfigDict) -> tuple[int, int, int]:
     for name, value, own in (("image_size", size, spec.size), ("channels", channels, spec.channels)):
         if own not in (None, value):
             raise UserError(f"data.{name} is {value}, but {config.name} have {own}: set it to None.")
-    if size is None or size < 1:
-        raise UserError(f"data.image_size is {size}, expected the side of the images in pixels: set it.")
-    if channels not in (1, 3):
-        raise UserError(f"data.channels is {channels}, expected 1 (grey) or 3 (RGB): change it.")
+    if size is None:
+        raise UserError("data.image_size is None, expected the side of the images in pixels: set it.")
+    # The config was checked, but not the sizes of a user's DatasetSpec.
+    check_values(declared(ImageDataKeys, "data."), {"data.image_size": size, "data.channels": channels})
     return size, channels, spec.levels
 
 

@@ -24,6 +24,8 @@ from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
 from train_jax.step.placement import own_copy
 
+DEFAULT_MULTIPLIERS = (1, 2)
+
 MODELS = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig)}
 
 
@@ -32,7 +34,9 @@ class UNetKeys:
     """`config.model.unet`."""
 
     width: int = key(32, "number of channels at the highest resolution", minimum=2)
-    multipliers: tuple[int, ...] = key((), "factors of the width, one for each resolution; () = (1, 2)", minimum=1)
+    multipliers: tuple[int, ...] = key(
+        (), f"factors of the width, one for each resolution; () = {DEFAULT_MULTIPLIERS}", minimum=1
+    )
     num_blocks: int = key(1, "number of residual blocks at each resolution", minimum=1)
     attention: tuple[int, ...] = key((), "side lengths of the feature maps that have attention", minimum=1)
     head_width: int = key(32, "number of channels of an attention head", minimum=1)
@@ -157,7 +161,7 @@ class ImageFlowTask(FlowTask):
         _, make_config = MODELS[settings.name]
         sizes = dict(settings[settings.name])
         if settings.name == "unet":
-            sizes["multipliers"] = sizes["multipliers"] or (1, 2)
+            sizes["multipliers"] = sizes["multipliers"] or DEFAULT_MULTIPLIERS
         dtype = self.config.compute_dtype
         sizes |= {"dropout": settings.dropout, "remat": settings.remat, **condition}
         sizes["dtype"] = None if dtype == "float32" else dtype

@@ -19,6 +19,9 @@ from paligemma_jax.models.paligemma import PaliGemma
 from train_jax.core.errors import UserError, cut, quoted
 
 BATCH = 16  # prompts per batch
+AS_GIVEN = {"prompt": "{question}", "special_tokens": "refuse"}
+"""Values of keys of `config.data` for a base model, and for runs of tasks without these keys: prompts stay as given."""
+
 _MAX_NAME = 1000  # characters of a file name that a message repeats
 
 
@@ -66,10 +69,10 @@ def predict(
     images, texts = _pairs(images, texts)
     make_sampler(sampler, **sampler_options)  # refuses bad options before the model is read
     if workdir is None:
-        template, default_marks, loaded = "{question}", "refuse", load(source, dtype or "float32")
+        settings, loaded = AS_GIVEN, load(source, dtype or "float32")
     else:
         config = config or run_config(workdir)
-        template, default_marks = _prompt_settings(config)
+        settings = _prompt_settings(config)
         loaded = load_run(workdir, config, checkpoint)
     if not isinstance(loaded, PaliGemma):
         raise UserError(f"{source} is no PaliGemma, the only model that answers prompts: give classes with --class.")
@@ -77,8 +80,8 @@ def predict(
     text_tokenizer.fits(loaded.config.decoder.vocab_size)
     preprocessing = preprocessing_of(loaded.config)
     pixels = {image: read_pixels(image, preprocessing) for image in dict.fromkeys(images)}
-    prompts = [template.replace("{question}", text) for text in texts]
-    rows = _prompt_rows(text_tokenizer, prompts, special_tokens or default_marks)
+    prompts = [settings["prompt"].replace("{question}", text) for text in texts]
+    rows = _prompt_rows(text_tokenizer, prompts, special_tokens or settings["special_tokens"])
     answers = []
     for start in range(0, len(images), BATCH):
         part = slice(start, start + BATCH)
@@ -126,10 +129,12 @@ def _repeated(values: Sequence[str], count: int) -> list[str]:
     return list(values) * (count if len(values) == 1 else 1)
 
 
-def _prompt_settings(config: ConfigDict) -> tuple[str, str]:
-    """Returns a run's prompt template and its treatment of special tokens; rows of JSONL are whole prompts."""
-    template = "{question}" if config.data.get("name") == "jsonl" else config.data.get("prompt", "{question}")
-    return template, config.data.get("special_tokens", "refuse")
+def _prompt_settings(config: ConfigDict) -> dict[str, str]:
+    """Returns a run's values of the keys of AS_GIVEN; rows of JSONL are whole prompts, without a template."""
+    own = {name: config.data[name] for name in AS_GIVEN if name in config.data}
+    if config.data.get("name") == "jsonl":
+        own.pop("prompt", None)
+    return AS_GIVEN | own
 
 
 def _prompt_rows(tokenizer: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:

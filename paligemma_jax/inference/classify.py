@@ -20,6 +20,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.errors import UserError
 
 BATCH = 32  # images per batch
+BARE_NAME = "{}"  # template of a text that is the name of the class
 
 
 def classify(
@@ -59,10 +60,11 @@ def classify(
     if is_run(model):
         config = config or run_config(model)
         config.compute_dtype = dtype or "float32"
-        encoder, template = load_run(model, config, checkpoint), config.get("template", "{}")  # set by few-shot runs
+        encoder = load_run(model, config, checkpoint)
+        template = config.template if "template" in config else BARE_NAME  # only few-shot runs have one
     else:
         options = {"which": checkpoint} if checkpoint != "best" else {}
-        encoder, template = load(model, dtype or "float32", **options), "{}"
+        encoder, template = load(model, dtype or "float32", **options), BARE_NAME
     if not isinstance(encoder, DualEncoder):
         raise UserError(f"{model} is no SigLIP or CLIP, which --class needs: give one, or leave --class out.")
     text_tokenizer = load_text_tokenizer(tokenizer or model, encoder.config.text.length)

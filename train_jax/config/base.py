@@ -188,6 +188,8 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """Returns the config that `to_json` wrote, locked; the task's base config restores tuples and types.
 
+    A key that the text lacks, as an earlier release did not have it, has its default.
+
     Raises:
       UserError: the text is not JSON or names no task, the task has no such key, or a value has another type.
     """

@@ -237,6 +237,22 @@ def declared(keys: Any, prefix: str = "", **known: bool) -> dict[str, Key]:
     return result
 
 
+def optional_keys(keys: type, none: str) -> type:
+    """Returns a dataclass of the same keys, each None unless a config sets it.
+
+    Args:
+      keys: a dataclass of keys.
+      none: what None means, for the tables. A key that may be None in `keys` has its own words for it.
+    """
+    hints = typing.get_type_hints(keys)
+    fields = []
+    for name, entry in declared(keys).items():
+        text = entry.help if entry.optional else f"{entry.help}; None = {none}"
+        field: Any = dataclasses.field(default=None, metadata={"key": dataclasses.replace(entry, help=text)})
+        fields.append((name, hints[name] | None, field))
+    return dataclasses.make_dataclass(keys.__name__, fields, frozen=True)
+
+
 def check_values(keys: Mapping[str, Key], values: Mapping[str, Any]) -> None:
     """Checks values by dotted key; keys without a value are skipped.
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
+from train_jax.core.config_keys import check_values, declared, key
 from train_jax.core.errors import UserError
 
 
@@ -10,24 +11,26 @@ from train_jax.core.errors import UserError
 class PromptConfig:
     """Sizes of prompts and adapters; the defaults are CoPrompt's prompts, without adapters.
 
-    Attributes:
-      text_tokens, vision_tokens: number of prompts M of either tower, 0 for none.
-      depth: number of layers K with prompts in the text tower; with 1 only the input has prompts.
-      vision_depth: K of the vision tower; None means `depth`.
-      coupled: whether vision prompts are linear maps of text prompts, or else parameters of their own.
-      text_adapter, image_adapter: hidden units of the adapters of the embeddings, 0 for none.
-      text_mix, image_mix: m, the weight of an adapter's output, 0 to 1.
+    The fields are also config keys (train_jax/core/config_keys.py). The papers call the number of tokens M, the depth K
+    and the mix m. A tower with 0 tokens has no prompts, and with depth 1 only its input has some. Without `coupled` the
+    tokens of the image tower are parameters of their own.
     """
 
-    text_tokens: int = 2
-    vision_tokens: int = 2
-    depth: int = 9
-    vision_depth: int | None = None
-    coupled: bool = True
-    text_adapter: int = 0
-    image_adapter: int = 0
-    text_mix: int | float = 0.2
-    image_mix: int | float = 0.1
+    text_tokens: int = key(2, "number of learned tokens in the text tower", minimum=0)
+    vision_tokens: int = key(2, "number of learned tokens in the image tower", minimum=0)
+    depth: int = key(9, "number of layers that have learned tokens, at most those of the tower", minimum=1)
+    vision_depth: int | None = key(
+        None, "number of layers of the image tower that have learned tokens; None = depth", minimum=1
+    )
+    coupled: bool = key(True, "whether the tokens of the image tower are linear functions of those of the text tower")
+    text_adapter: int = key(0, "number of hidden units of the adapter of text embeddings, 0 = no adapter", minimum=0)
+    image_adapter: int = key(0, "number of hidden units of the adapter of image embeddings, 0 = no adapter", minimum=0)
+    text_mix: int | float = key(
+        0.2, "share of the text adapter's output in the adapted embedding", minimum=0, maximum=1
+    )
+    image_mix: int | float = key(
+        0.1, "share of the image adapter's output in the adapted embedding", minimum=0, maximum=1
+    )
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -37,23 +40,17 @@ class PromptConfig:
 
 def check(config: PromptConfig, model: DualEncoderConfig) -> None:
     """Raises UserError for a config that is invalid or does not fit the model."""
-    sizes = dataclasses.asdict(config)
-    for key in ("text_tokens", "vision_tokens", "text_adapter", "image_adapter"):
-        if sizes[key] < 0:
-            raise UserError(f"{key} is {sizes[key]}, expected 0 or more: change it.")
-    for key in ("text_mix", "image_mix"):
-        if not 0.0 <= sizes[key] <= 1.0:
-            raise UserError(f"{key} is {sizes[key]}, expected a share between 0 and 1: change it.")
+    check_values(declared(PromptConfig), vars(config))
     if not any((config.text_tokens, config.vision_tokens, config.text_adapter, config.image_adapter)):
         raise UserError("text_tokens, vision_tokens and both adapters are 0, expected one to be learned: raise one.")
     text, vision = config.depths
-    for key, tokens, depth, tower in (
+    for name, tokens, depth, tower in (
         ("depth", config.text_tokens, text, model.text),
         ("vision_depth", config.vision_tokens, vision, model.vision),
     ):
-        if tokens and not 1 <= depth <= tower.depth:
+        if tokens and depth > tower.depth:
             raise UserError(
-                f"{key} is {depth}, expected 1 to {tower.depth}, the layers of its tower: change it (vision_depth is "
+                f"{name} is {depth}, expected 1 to {tower.depth}, the layers of its tower: change it (vision_depth is "
                 "depth where it is None)."
             )
     if config.coupled and config.vision_tokens:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE
 from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, FewShotMethod, few_shot_method
+from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.data.few_shot import protocols
 from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
@@ -17,7 +18,7 @@ from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks.common import StackKeys
 from paligemma_jax.tasks.rendered import RenderKeys
 from train_jax.config.base import check_declared, leaves
-from train_jax.core.config_keys import key, section
+from train_jax.core.config_keys import key, optional_keys, section
 from train_jax.core.errors import UserError, quoted
 
 SOURCES = ("scenes", "images")
@@ -33,53 +34,6 @@ class ModelKeys(StackKeys):
         "tiny-siglip",
         "the SigLIP or CLIP to tune: folder, hf://owner/name, .npz, or a name that ships with the package",
         architecture=True,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptKeys:
-    """`config.prompts`; None = the method's own value (adapt/few_shot/methods.py), limited by the towers' depth."""
-
-    text_tokens: int | None = key(
-        None, "number of learned tokens in the text tower; None = the method's own", minimum=0
-    )
-    vision_tokens: int | None = key(
-        None, "number of learned tokens in the image tower; None = the method's own", minimum=0
-    )
-    depth: int | None = key(
-        None,
-        "number of layers that have learned tokens; None = the method's own, at most those of the tower",
-        minimum=1,
-    )
-    vision_depth: int | None = key(
-        None, "number of layers of the image tower that have learned tokens; None = depth", minimum=1
-    )
-    coupled: bool | None = key(
-        None,
-        "whether the tokens of the image tower are linear functions of those of the text tower; None = the method's "
-        "own",
-    )
-    text_adapter: int | None = key(
-        None,
-        "number of hidden units of the adapter of text embeddings, 0 = no adapter; None = the method's own",
-        minimum=0,
-    )
-    image_adapter: int | None = key(
-        None,
-        "number of hidden units of the adapter of image embeddings, 0 = no adapter; None = the method's own",
-        minimum=0,
-    )
-    text_mix: float | None = key(
-        None,
-        "share of the text adapter's output in the adapted embedding; None = the method's own",
-        minimum=0,
-        maximum=1,
-    )
-    image_mix: float | None = key(
-        None,
-        "share of the image adapter's output in the adapted embedding; None = the method's own",
-        minimum=0,
-        maximum=1,
     )
 
 
@@ -148,7 +102,7 @@ class Keys:
     method: str = key(
         "coprompt", "few-shot method, which decides what is tuned", choices=FEW_SHOT_METHODS, architecture=True
     )
-    prompts: PromptKeys = section(PromptKeys, architecture=True)
+    prompts: Any = section(optional_keys(PromptConfig, "the method's own"), architecture=True)
     init_words: str | None = key(
         "a photo of a",
         "words whose embeddings are the initial learned tokens of the first layer of the text tower; None = random",

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 
-from flow_jax.data.image_datasets import BYTES, ImageData
+from flow_jax.data.image_datasets import BYTES, ImageData, PixelKeys
 from flow_jax.data.image_pairs import to_levels
 from flow_jax.data.image_sets import LabeledImage
 from flow_jax.ode import sampling
@@ -87,21 +87,13 @@ class SceneImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneDataKeys(RenderKeys):
-    """`config.data`: synthetic scenes."""
+class SceneDataKeys(PixelKeys, RenderKeys):
+    """`config.data`: synthetic scenes. Scenes that `flip` mirrors are lit from the other side."""
 
     num_scenes: int = key(8000, "number of scenes to train on", minimum=2)
     num_held_out: int = key(400, "number of scenes to evaluate on", minimum=2)
     image_size: int = key(32, "side of an image in pixels", minimum=1)
     views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
-    flip: bool = key(
-        False,
-        "whether half of the images, drawn anew in every step, are mirrored from left to right; mirrored scenes are "
-        "lit from the other side",
-    )
-    dequantize: bool = key(
-        True, "whether uniform noise of one grey value is added to the images; without it no likelihood is measured"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,7 +292,7 @@ def check(config: ConfigDict) -> None:
     _check_dtypes(config)
     _check_quantize(config)
     consistency.check(config)
-    if config.data.get("packing", False) and not config.data.buckets:
+    if config.data.packing and not config.data.buckets:
         raise UserError(
             "data.packing is True beside data.buckets=0, which leaves the one shape that holds one example a row, "
             "expected 1 or more shapes to pack into: raise it."

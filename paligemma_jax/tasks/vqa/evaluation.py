@@ -263,7 +263,7 @@ class VQAEvaluation:
 
     def _tokenize_candidates(self) -> "_Candidates":
         tokenizer, texts = self.processor.tokenizer, candidate_answers(self.config.eval.candidates)
-        special = self.config.data.get("special_tokens", "refuse")  # configs of older runs lack the key
+        special = self.config.data.special_tokens
         rows = [[*encode(tokenizer, text, special), tokenizer.eos_id] for text in texts]
         lengths = np.array([len(row) for row in rows], int)
         ids = np.full((len(rows), lengths.max(initial=0)), tokenizer.pad_id, np.int32)

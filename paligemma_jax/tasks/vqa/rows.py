@@ -54,19 +54,15 @@ class RowProcessor:
             self.text_limit,
             prefix_length=prefix_length,
             suffix_length=suffix_length,
-            special_tokens=self._special_tokens,
+            special_tokens=self.data.special_tokens,
         )
 
     def prompt(self, record: Record) -> dict[str, np.ndarray]:
         """Returns tokens [prefix_length] and masks of a row to be answered."""
         length = self.data.prefix_length
         return prompts.make_example(
-            self.tokenizer, record.prefix, None, length, prefix_length=length, special_tokens=self._special_tokens
+            self.tokenizer, record.prefix, None, length, prefix_length=length, special_tokens=self.data.special_tokens
         )
-
-    @property
-    def _special_tokens(self) -> str:
-        return self.data.get("special_tokens", "refuse")  # configs of older runs lack the key
 
     def prompt_and_text(self, record: Record) -> dict[str, np.ndarray]:
         """Returns `prompt` and `prompt_mask` of a row to be answered, and the arrays of `text`."""

@@ -205,7 +205,7 @@ class VQA(StartsFromWeights):
         else:
             source = self.processor.guarded(records, self.processor.image_and_text)
         self._warn_of_cut_references()
-        return self.trimmed(source, records) if self.config.data.get("buckets", 0) else source
+        return self.trimmed(source, records) if self.config.data.buckets else source
 
     def trimmed(self, source: DataSource, records: RecordSource) -> TrimmedRows:
         """Returns training rows with the lengths of their texts."""

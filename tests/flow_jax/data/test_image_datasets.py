@@ -115,7 +115,7 @@ def test_tfds_is_read_by_row(prepared):
         ({"name": "folder", "folder": "FOLDER", "num_classes": 4}, "data.num_classes is 4, but the data have 3"),
         ({"name": "folder", "folder": "FOLDER", "held_out_folder": "FOLDER/a"}, "other class folders"),
         ({"name": "folder", "folder": "FOLDER", "held_out_fraction": 0.01}, "of 30 images holds out 0"),
-        ({"name": "folder", "folder": "FOLDER", "channels": 4}, "data.channels is 4, expected 1 .grey. or 3"),
+        ({"name": "folder", "folder": "FOLDER", "channels": 4}, "config.data.channels=4, expected one of 1, 3"),
         ({"name": "folder", "folder": "FOLDER", "image_size": None}, "data.image_size is None, expected the side"),
         ({"name": "digits", "image_size": 16}, "data.image_size is 16, but digits have 8"),
         ({"name": "tfds", "folder": "FOLDER"}, "has no dataset_info.json"),

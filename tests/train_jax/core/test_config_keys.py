@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from train_jax.core.config_keys import Key, check_values, config_dict, declared, key, section
+from train_jax.core.config_keys import Key, check_values, config_dict, declared, key, optional_keys, section
 from train_jax.core.errors import UserError
 
 
@@ -142,3 +142,17 @@ def test_an_annotation_of_several_types_is_refused(annotation):
     keys = dataclasses.make_dataclass("K", [("x", annotation, key(None, "a value"))])
     with pytest.raises(UserError, match="the key x is annotated .*, expected one type, with `| None` or without"):
         declared(keys)
+
+
+def test_optional_keys_are_none_and_keep_their_ranges():
+    changes = optional_keys(Loss, "the method's own")
+    assert config_dict(changes).to_dict() == dict.fromkeys(config_dict(Loss).keys())
+    keys = declared(changes)
+    assert all(entry.optional and entry.default is None for entry in keys.values())
+    assert [keys[name].help for name in ("share", "negatives")] == ["of rows; None = the method's own", "per image"]
+    assert keys["name"].choices == ("sigmoid", "softmax") and keys["name"].architecture
+    config = config_dict(changes)
+    config.share = 0.25  # a typed placeholder
+    check_values(keys, config.to_dict())
+    with pytest.raises(UserError, match=r"config.share=2, expected a number from 0 to 1"):
+        check_values(keys, {"share": 2})

@@ -318,11 +318,11 @@ def test_methods_by_name():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (dict(text_tokens=-1), "text_tokens is -1, expected 0 or more"),
+        (dict(text_tokens=-1), "config.text_tokens=-1, expected 0 or more"),
         (dict(text_tokens=0, vision_tokens=0), "both adapters are 0, expected one to be learned"),
-        (dict(image_mix=1.5), "image_mix is 1.5, expected a share between 0 and 1"),
+        (dict(image_mix=1.5), "config.image_mix=1.5, expected a number from 0 to 1"),
         (dict(depth=3), "depth is 3, expected 1 to 2, the layers of its tower"),
-        (dict(depth=0), "depth is 0, expected 1 to 2"),
+        (dict(depth=0), "config.depth=0, expected 1 or more"),
         (dict(text_tokens=0, coupled=False, depth=4), "vision_depth is 4, expected 1 to 3"),
         (dict(depth=2, vision_depth=3), "vision_depth is 3, expected at most depth, 2, of coupled prompts"),
         (dict(vision_tokens=3), "text_tokens is 2 and vision_tokens is 3, expected equal numbers"),
