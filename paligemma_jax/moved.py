@@ -153,5 +153,8 @@ tasks.vqa.evaluation               Evaluation  VQAEvaluation
 tasks.vqa.report                   Frequent    MajorityBaseline
 tasks.vqa.rows                     Rows        RowProcessor
 weights.adapters.peft              Adapter     PeftFolder
+adapt.quantization.quantized_kernel  KINDS  QUANTIZATION_KINDS
+data.few_shot.protocols            KINDS       PROTOCOL_KINDS
+losses.coprompt                    KINDS       DISTANCES
 """,
 )

@@ -45,7 +45,7 @@ def test_our_packages_do_not_import_old_paths():
 
 NAMES = [
     (f"{package}.{module}", old, new)
-    for package in ("paligemma_jax", "flow_jax")
+    for package in ("train_jax", "paligemma_jax", "flow_jax")
     for module, old, new in re.findall(
         r"^([a-z]\S*) +(\S+) +(\S+)$", (ROOT / package / "moved.py").read_text(encoding="utf-8"), re.M
     )
@@ -57,6 +57,6 @@ def test_an_old_path_has_the_old_names_too(module, old, new):
     path = next(before for before, now in ROWS if now == module)
     sys.modules.pop(path, None)
     with pytest.warns(DeprecationWarning, match="has moved"):
-        found = importlib.import_module(path)
-    assert getattr(found, old) is getattr(found, new)
+        result = importlib.import_module(path)
+    assert getattr(result, old) is getattr(result, new)
     sys.modules.pop(path, None)

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from paligemma_jax.adapt.method import Arrays, Method
-from paligemma_jax.models.dropout import Keys, fold_in_name
+from paligemma_jax.models.dropout import DropoutKeys, fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.projection import Projection, contract, projections
 from train_jax.core import patterns
@@ -56,7 +56,7 @@ class DiffKernel(nnx.Module):
         """Dtype of the plain kernel."""
         return self.base.dtype
 
-    def contract(self, x: Array, keys: Keys | None) -> Array:
+    def contract(self, x: Array, keys: DropoutKeys | None) -> Array:
         """Returns x (W + z d) in float32; with keys (training) z is sampled with the first key, once per batch."""
         u = None
         if keys is not None:

@@ -12,7 +12,7 @@ from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.images import augment
 from paligemma_jax.images.augment import Augmentation
-from paligemma_jax.losses.coprompt import KINDS, SIDES
+from paligemma_jax.losses.coprompt import DISTANCES, SIDES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks.common import StackKeys
 from paligemma_jax.tasks.rendered import RenderKeys
@@ -93,7 +93,7 @@ class ConsistencyKeys:
         "0 for all others",
         minimum=0,
     )
-    kind: str = key("cosine", "distance of tuned and frozen embeddings", choices=KINDS)
+    kind: str = key("cosine", "distance of tuned and frozen embeddings", choices=DISTANCES)
     on: str = key("both", "whose embeddings are kept consistent", choices=SIDES)
     perturb: bool = key(
         True,
@@ -158,7 +158,7 @@ class Keys:
     protocol: str = key(
         "base_to_novel",
         "which classes and data sets the run is tuned on and tested on (docs/few_shot.md)",
-        choices=protocols.KINDS,
+        choices=protocols.PROTOCOL_KINDS,
     )
     shots: int = key(16, "number of training images of a class, drawn by the seed", minimum=1)
     data: SourceKeys = section(SourceKeys)
