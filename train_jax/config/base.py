@@ -87,7 +87,8 @@ def task_class(path: str | None) -> type:
     """Imports the class that `config.task` names.
 
     Raises:
-      UserError: as for `imported`, the task has moved, or it is no class with `defaults` or has a hook of before.
+      UserError: as for `imported`, the task has moved, it is not a class with `defaults`, or it defines a hook that
+        has been renamed.
     """
     if path in RENAMED_TASKS:
         raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
