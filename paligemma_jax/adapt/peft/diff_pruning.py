@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.adapt.method import Arrays, Method
+from paligemma_jax.adapt.method import Arrays, Axes, Method, ProjectionSplit
 from paligemma_jax.models.dropout import DropoutKeys, fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.projection import Projection, contract, projections
@@ -192,6 +192,11 @@ class DiffPruning(Method[PaliGemma]):
     def trainable(self) -> str:
         """Pattern of the differences and gates."""
         return TRAINABLE
+
+    @classmethod
+    def sharding_rules(cls, split: ProjectionSplit) -> tuple[tuple[str, Axes], ...]:
+        """Splits the arrays of `DiffKernel`, which have the kernel's shape, like the kernel."""
+        return ((f"{split.pattern}/kernel/(base|difference|log_alpha)", split.kernel),)
 
     def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
         """As in Method."""
