@@ -342,7 +342,7 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
             "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$",
         ),
         ("siglip_batch_size", "quick,bias", "write --config=configs/siglip_bias.py; .* whether it takes quick too$"),
-        ("siglip_batch_size", "full,quick", "quick and full .* expected one: quick is of the small model"),
+        ("siglip_batch_size", "full,quick", "quick and full .* expected one: quick shortens the sweep"),
     ],
 )
 def test_arguments_of_studies_that_are_refused(name, argument, sentence):
