@@ -23,7 +23,7 @@ from paligemma_jax.weights.reader import load
 from train_jax.core import param_tree
 from train_jax.system.memory import reported_peak
 
-KINDS = ("bfloat16", "int8", "nf4")
+WEIGHT_KINDS = ("bfloat16", "int8", "nf4")
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L4": 0.3e12, "T4": 0.32e12, "TPU v5 lite": 0.819e12}
 """Published bytes a second by `device_kind`; of an H100 with HBM3 and an A100 with 80 GB."""
 
@@ -31,7 +31,7 @@ BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L4": 0.3e12, "T4"
 def main() -> None:
     """Prints a row for each kind of weights and batch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--kinds", default=",".join(KINDS), help="weights of the layers: bfloat16, int8, nf4")
+    parser.add_argument("--kinds", default=",".join(WEIGHT_KINDS), help="weights of the layers: bfloat16, int8, nf4")
     parser.add_argument("--batches", default="1,16", help="numbers of rows")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens, 2 or more")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the shipped model instead of 3B, to test the script")
     options = parser.parse_args()
     kinds = options.kinds.split(",")
-    if not set(kinds) <= set(KINDS):
-        parser.error(f"--kinds is {options.kinds}, expected some of {', '.join(KINDS)}")
+    if not set(kinds) <= set(WEIGHT_KINDS):
+        parser.error(f"--kinds is {options.kinds}, expected some of {', '.join(WEIGHT_KINDS)}")
     if options.tokens < 2:
         parser.error(f"--tokens is {options.tokens}, expected 2 or more: the times of two lengths are compared")
     device = jax.devices()[0].device_kind

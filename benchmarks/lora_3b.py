@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {"bfloat16": "3b", "int8": "3b,int8", "nf4": "3b,qlora"}
+BASES = {"bfloat16": "3b", "int8": "3b,int8", "nf4": "3b,qlora"}
 OVERRIDES = {
     "model.path": "random:3b-224",
     "tokenizer": "tiny",
@@ -42,15 +42,15 @@ BATCH, MICRO = 4, 2  # of :3b
 def main() -> None:
     """Prints a row for each base."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kinds", default=",".join(KINDS), help="bases to train on: bfloat16, int8, nf4")
+    parser.add_argument("--kinds", default=",".join(BASES), help="bases to train on: bfloat16, int8, nf4")
     parser.add_argument("--steps", type=int, default=40, help="4 or more; a quarter of them is timed")
     parser.add_argument("--text", type=int, default=511, help="text tokens, of which up to 128 or half are questions")
     parser.add_argument("--peer", action="store_true", help="also time transformers and peft")
     parser.add_argument("--folder", type=Path, default=Path("runs/lora_3b"), help="folder of the runs")
     arguments = parser.parse_args()
     kinds = [kind for kind in arguments.kinds.split(",") if kind]
-    if not set(kinds) <= set(KINDS):
-        parser.error(f"--kinds is {arguments.kinds}, expected some of {', '.join(KINDS)}")
+    if not set(kinds) <= set(BASES):
+        parser.error(f"--kinds is {arguments.kinds}, expected some of {', '.join(BASES)}")
     if arguments.steps < 4:
         parser.error(f"--steps is {arguments.steps}, expected 4 or more")
     workdirs = {kind: arguments.folder.absolute() / f"{kind}-{arguments.text}" for kind in kinds}
@@ -70,7 +70,7 @@ def ours(kind: str, workdir: Path, steps: int, text: int) -> None:
     prefix = min(128, (text + 1) // 2)
     keys = OVERRIDES | {"total_steps": steps, "log_steps": steps // 4, "data.prefix_length": prefix}
     keys |= {"data.suffix_length": text + 1 - prefix}
-    command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'configs/clevr.py'}:{KINDS[kind]}"]
+    command = [sys.executable, ROOT / "train.py", f"--config={ROOT / 'configs/clevr.py'}:{BASES[kind]}"]
     command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in keys.items())]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with workdir.with_suffix(".log").open("a") as file:

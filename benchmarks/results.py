@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
         "commit": os.environ.get("BENCHMARK_COMMIT") or git.stdout.strip() or "unknown",
         "machine": f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores, Python "
         f"{platform.python_version()}",
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
 
@@ -108,11 +108,11 @@ def _rows_by_measurement(results: dict[str, Any], cases: Sequence[str], environm
 
 def _rows_by_case(results: dict[str, Any], cases: Sequence[str], environments: dict[str, str]) -> list[str]:
     """Returns a table with a row for each case and a column for each measurement."""
-    found = {case: _measurements(results.get(case)) for case in cases}
-    columns = max(found.values(), key=len)  # a case that does not fit has fewer
+    measured = {case: _measurements(results.get(case)) for case in cases}
+    columns = max(measured.values(), key=len)  # a case that does not fit has fewer
     heads = [f"{one.name}, {one.unit}" if one.unit else one.name for one in columns] or ["measured"]
     rows = [f"| case | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for case, measurements in found.items():
+    for case, measurements in measured.items():
         if missing := _missing(results.get(case)):
             rows.append(f"| {case} | {missing} |" + " |" * (len(heads) - 1))
             continue

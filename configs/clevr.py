@@ -67,9 +67,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """
     names = ("3b", "report", "fp16", "qlora", "int8", "full", "smoke")
     arg = parse_arg(arg, MOVED, peft="", **dict.fromkeys(names, False))
-    refuse_together(arg, ("3b", "smoke"), "smoke is of the tiny model")
-    refuse_together(arg, ("qlora", "int8"), "NF4 or int8")
-    refuse_together(arg, ("full", "peft"), "full is peft=full")
+    refuse_together(arg, ("3b", "smoke"), "smoke shrinks the run of the tiny model")
+    refuse_together(arg, ("qlora", "int8"), "the base has one quantization")
+    refuse_together(arg, ("full", "peft"), "full is short for peft=full")
     for name in ("qlora", "full", "peft"):
         refuse_together(arg, ("report", name), "the report's settings are fixed")
     if arg.fp16 and not (arg["3b"] or arg.report):

@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       UserError: an unknown argument, "turned" together with "clip_b16", or a data set without settings.
     """
     arg = parse_arg(arg, MOVED, turned=False, clip_b16=False, dataset="", smoke=False)
-    refuse_together(arg, ("turned", "clip_b16"), "turned is of the small SigLIP")
+    refuse_together(arg, ("turned", "clip_b16"), "turned changes the run of the small SigLIP")
     config = base_config("paligemma_jax.tasks.coprompt:CoPrompt")
     (clip_b16 if arg.clip_b16 else embedded)(config)
     if arg.turned:

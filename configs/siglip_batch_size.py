@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       UserError: another argument, or both.
     """
     arg = parse_arg(arg, MOVED, quick=False, full=False)
-    refuse_together(arg, ("quick", "full"), "quick is of the small model")
+    refuse_together(arg, ("quick", "full"), "quick shortens the sweep of the small model")
     if arg.full:
         return full_size()
     config = small_model(PAIRS, quick=arg.quick)

@@ -73,7 +73,7 @@ def _uses_current_arrays(function: Callable) -> bool:
     return not contents.unwrapped and read(contents.code).complete
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # more than there are programs
 def _compiled(program: Callable) -> Callable:
     return jax.jit(functools.partial(_traced, program), static_argnums=(0, 1))
 

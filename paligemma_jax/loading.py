@@ -10,7 +10,7 @@ from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.vit import ViT
-from paligemma_jax.weights import reader as checkpoint
+from paligemma_jax.weights import reader
 from paligemma_jax.weights.adapters import method_folder, peft, prompt_folder
 from train_jax.config import base as config
 from train_jax.core.errors import UserError
@@ -42,7 +42,7 @@ def load(
         is_ours = adapter is not None and method_folder.is_adapter(adapter)
         # Opened first, so that faults of the adapter are reported before the base is read.
         opened = None if adapter is None or is_ours else peft.open_peft(adapter)
-        model = checkpoint.load(path, dtype, **options)
+        model = reader.load(path, dtype, **options)
         if adapter is None:
             return model
         if is_ours and isinstance(model, DualEncoder):

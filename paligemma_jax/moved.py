@@ -65,6 +65,7 @@ data.tfds_captions                 data.sources.tfds_captions
 data.tokenizer                     data.tokenizers.paligemma
 few_shot_scores                    tasks.coprompt.scores
 data.synthetic_clevr.descriptions  data.synthetic_clevr.conditioning
+data.synthetic_clevr.render         data.synthetic_clevr.renderer
 generate                           generation.generate
 gradient_cache                     losses.gradient_cache
 hub                                files.hub
@@ -153,5 +154,8 @@ tasks.vqa.evaluation               Evaluation  VQAEvaluation
 tasks.vqa.report                   Frequent    MajorityBaseline
 tasks.vqa.rows                     Rows        RowProcessor
 weights.adapters.peft              Adapter     PeftFolder
+adapt.quantization.quantized_kernel  KINDS  QUANTIZATION_KINDS
+data.few_shot.protocols            KINDS       PROTOCOL_KINDS
+losses.coprompt                    KINDS       DISTANCES
 """,
 )

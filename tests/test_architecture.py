@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LINES = re.findall(r"^(\S.*?) {2,}(\S+:\S+ > .*)$", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M)
+PACKAGES = ("train_jax", "paligemma_jax", "flow_jax")
 README = ("train_jax/loop.py", "paligemma_jax/models/gemma.py", "flow_jax/tasks/flow_task.py")
 """Files of the README's reading path; everything is at most two jumps from one of them."""
 COMMAND = "train_jax/commands/train.py:main"  # what train.py calls
@@ -66,3 +67,15 @@ def test_the_readme_has_the_reading_path():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     path = text.partition("## Reading path")[2].partition("\n## ")[0]
     assert all(f"`{file}`" in path and (ROOT / file).is_file() for file in README)
+
+
+def test_memos_of_a_process_have_a_size():
+    """Memos of functions inside functions end with the call."""
+    unbounded = []
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+        for node in [child for owner in (module, *classes) for child in owner.body]:
+            decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
+            unbounded += [f"{file.name}: {one}" for one in decorators if re.search(r"\bcache$|lru_cache.*None", one)]
+    assert not unbounded

@@ -333,7 +333,7 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
     [
         ("coprompt", "clip_b16,dataset=pets", "dataset=pets has no settings, expected one of caltech101, dtd"),
         ("coprompt", "dataset=dtd", "dataset=dtd needs clip_b16: write :clip_b16,dataset=dtd"),
-        ("coprompt", "turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned is of the small"),
+        ("coprompt", "turned,clip_b16", "turned and clip_b16 exclude each other, expected one: turned changes the run"),
         ("coprompt", "turned,methods", "write --config=configs/coprompt_methods.py; .* whether it takes turned too$"),
         ("coprompt", "shots", "write --config=configs/coprompt_shots.py$"),
         (
@@ -342,7 +342,7 @@ def test_rates_of_the_batch_size_ablation_are_of_its_grid():
             "'grid' is now a config of its own: write --config=configs/siglip_learning_rates.py$",
         ),
         ("siglip_batch_size", "quick,bias", "write --config=configs/siglip_bias.py; .* whether it takes quick too$"),
-        ("siglip_batch_size", "full,quick", "quick and full .* expected one: quick is of the small model"),
+        ("siglip_batch_size", "full,quick", "quick and full .* expected one: quick shortens the sweep"),
     ],
 )
 def test_arguments_of_studies_that_are_refused(name, argument, sentence):

@@ -44,14 +44,14 @@ def code(page: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     """The calls of our scripts and modules in a page, without `python`; optional parts are written out."""
-    found = []
+    calls = []
     for line in code(page):
         for part in re.split(r" && | \| ", line.partition(" # ")[0]):
             command = re.search(r"(?:^|\s)python3? (-m \S+.*|\S+\.py.*)", part.strip())
             if command and not command[1].startswith("-m venv"):
                 words = shlex.split(re.sub(r"[\[\]]", " ", command[1]))
-                found.append(shlex.join(word for word in words if word not in ("...", "--config.key=value")))
-    return found
+                calls.append(shlex.join(word for word in words if word not in ("...", "--config.key=value")))
+    return calls
 
 
 NAMED = sorted({(page, command) for page in (*PAGES, *MODULES) for command in commands(page)})

@@ -51,4 +51,7 @@ training_step                      step.train_step
 untrained                          evaluate_only
 validation                         config.validate
 """,
+    """
+report.startup  KINDS  ARRAY_KINDS
+""",
 )

@@ -7,7 +7,7 @@ few_shot/methods.py has that of a dual encoder.
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,28 @@ from train_jax.core.errors import UserError, listed
 
 Model = TypeVar("Model", bound=nnx.Module)
 Arrays = Mapping[str, jax.Array | np.ndarray]
+Axes = tuple[str | None, ...]
+
+
+class ProjectionSplit(NamedTuple):
+    """How the mesh splits the kernels [*layers, *inputs, *outputs] of some projections: an axis or None for each.
+
+    Attributes:
+      pattern: of the projections' paths.
+      layers: (None,) for a stack of layers, () for a single kernel.
+      inputs: axes that split the inputs.
+      outputs: axes that split the outputs.
+    """
+
+    pattern: str
+    layers: Axes
+    inputs: Axes
+    outputs: Axes
+
+    @property
+    def kernel(self) -> Axes:
+        """The axes that split a kernel."""
+        return self.layers + self.inputs + self.outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +67,11 @@ class Method(abc.ABC, Generic[Model]):
     @abc.abstractmethod
     def trainable(self) -> str:
         """Pattern of the parameters that train."""
+
+    @classmethod
+    def sharding_rules(cls, split: ProjectionSplit) -> tuple[tuple[str, Axes], ...]:
+        """Returns (pattern, axes) for the arrays that the method adds to projections; others are on every device."""
+        return ()
 
     @property
     def extra_inputs(self) -> int:

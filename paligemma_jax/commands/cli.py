@@ -39,9 +39,9 @@ def dispatch(argv: Sequence[str]) -> None:
         print(usage())
         return
     if name not in SUBCOMMANDS:
-        found = "no subcommand" if name is None else f"unknown subcommand {quoted(name)}"
+        fault = "no subcommand" if name is None else f"unknown subcommand {quoted(name)}"
         near = "" if name is None else did_you_mean(name, SUBCOMMANDS)
-        raise UserError(f"{found}, expected one of {', '.join(SUBCOMMANDS)}{near or ': see --help'}")
+        raise UserError(f"{fault}, expected one of {', '.join(SUBCOMMANDS)}{near or ': see --help'}")
     module = importlib.import_module(SUBCOMMANDS[name][0])
     command_line.run(module.main, [f"{program} {name}", *arguments[1:]])
 

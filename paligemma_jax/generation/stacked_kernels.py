@@ -3,7 +3,7 @@
 A scan over layers hands every layer slices of the stacked parameters. XLA fuses such a slice into its own products, but
 copies it for a Pallas kernel. `read_in_place` replaces the kernels of a decoder, for generation, by modules that keep
 the whole stack and the layer's number. On TPUs these multiply few rows with Pallas kernels (few_rows.py, nf4_tpu.py);
-many rows, and all rows on other devices, take the product of before.
+many rows, and all rows on other devices, are multiplied as in training.
 
 Axes: L layers, I inputs, O outputs.
 """

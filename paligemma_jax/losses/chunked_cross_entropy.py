@@ -187,13 +187,14 @@ def _score_rows(chunk_size: int, vocab_chunk: int | None, softcap: float | None,
     chunks = token_chunks.chunks_of(targets.shape, chunk_size, counts)
 
     def step(index, scores: TokenScores) -> TokenScores:
-        inputs, ids = cast(chunks.take(hidden, index), embedding.dtype), chunks.take(targets, index)
+        inputs, ids = cast(chunks.slice(hidden, index), embedding.dtype), chunks.slice(targets, index)
         statistics = streamed_statistics(inputs, embedding, ids, softcap, vocab_chunk)
         log_probs, correct = statistics.target - statistics.log_sum_exp, statistics.target >= statistics.maximum
         if counts is not None:
-            counted = chunks.take(counts, index)
+            counted = chunks.slice(counts, index)
             log_probs, correct = jnp.where(counted, log_probs, 0.0), correct & counted
-        return TokenScores(chunks.put(scores.log_probs, index, log_probs), chunks.put(scores.correct, index, correct))
+        log_probs = chunks.update(scores.log_probs, index, log_probs)
+        return TokenScores(log_probs, chunks.update(scores.correct, index, correct))
 
     zeros = TokenScores(jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool))
     return tuple(lax.fori_loop(0, chunks.used, step, zeros))
@@ -253,13 +254,13 @@ def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: _NeedsGrad, hi
     )
 
     def step(index, sums: _Sums) -> _Sums:
-        states, ids, factors = (chunks.take(array, index) for array in (hidden, targets, weights))
+        states, ids, factors = (chunks.slice(array, index) for array in (hidden, targets, weights))
         nll, d_hidden, d_embedding = _chunk_loss(static, needs_grad, states, ids, factors, embedding, sums.embedding)
         return _Sums(
             sums.loss + token_chunks.apply_weights(factors, nll).sum(),
-            None if sums.hidden is None or d_hidden is None else chunks.put(sums.hidden, index, d_hidden),
+            None if sums.hidden is None or d_hidden is None else chunks.update(sums.hidden, index, d_hidden),
             d_embedding,
-            None if sums.weights is None else chunks.put(sums.weights, index, nll),
+            None if sums.weights is None else chunks.update(sums.weights, index, nll),
         )
 
     loss, *gradients = lax.fori_loop(0, chunks.used, step, zeros)

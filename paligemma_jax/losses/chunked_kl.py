@@ -105,10 +105,10 @@ def _value_and_grad_of_rows(static: _StaticArguments, needs_grad: bool, hidden, 
 
     def step(index, sums):
         value, gradient = sums
-        states, frozen_states, factors = (chunks.take(array, index) for array in (hidden, frozen, weights))
+        states, frozen_states, factors = (chunks.slice(array, index) for array in (hidden, frozen, weights))
         values, d_hidden = _chunk_divergence(static, needs_grad, states, frozen_states, factors, embedding)
         value += token_chunks.apply_weights(factors, values).sum()
-        return value, None if d_hidden is None else chunks.put(gradient, index, d_hidden)
+        return value, None if d_hidden is None else chunks.update(gradient, index, d_hidden)
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(hidden.shape, jnp.float32) if needs_grad else None
     return lax.fori_loop(0, chunks.used, step, zeros)

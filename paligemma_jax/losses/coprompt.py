@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from paligemma_jax.models.dual_encoder import DualEncoder, unit
 from train_jax.core.errors import UserError
 
-KINDS = ("cosine", "l1", "mse")
+DISTANCES = ("cosine", "l1", "mse")
 SIDES = ("text", "image", "both")
 
 
@@ -56,11 +56,11 @@ def consistency_loss(
     frozen = lax.stop_gradient(frozen)
     if kind == "cosine":
         distance = 1.0 - jnp.sum(unit(tuned) * unit(frozen), axis=-1)
-    elif kind in KINDS:
+    elif kind in DISTANCES:
         difference = tuned - frozen
         distance = (jnp.abs(difference) if kind == "l1" else jnp.square(difference)).mean(axis=-1)
     else:
-        raise UserError(f"the consistency is {kind!r}, expected one of {', '.join(KINDS)}: change it.")
+        raise UserError(f"the consistency is {kind!r}, expected one of {', '.join(DISTANCES)}: change it.")
     return _mean(distance, weights)
 
 

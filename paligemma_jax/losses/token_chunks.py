@@ -36,7 +36,7 @@ class TokenChunks(NamedTuple):
     order: jax.Array
     used: jax.Array | int
 
-    def take(self, array: jax.Array, chunk: jax.Array | int) -> jax.Array:
+    def slice(self, array: jax.Array, chunk: jax.Array | int) -> jax.Array:
         """Returns the values [N, ...] of one chunk's tokens in an array `[*shape, ...]`, zeros for padding."""
         order = self.order[:, chunk]
         values = jax.vmap(lambda group, index: group.at[index].get(mode="fill", fill_value=0))(
@@ -45,7 +45,7 @@ class TokenChunks(NamedTuple):
         # One token axis: with two, XLA would reshape the logits and not reuse their buffer for the gradient.
         return values.reshape(order.size, *values.shape[2:])
 
-    def put(self, array: jax.Array, chunk: jax.Array | int, values: jax.Array) -> jax.Array:
+    def update(self, array: jax.Array, chunk: jax.Array | int, values: jax.Array) -> jax.Array:
         """Returns an array `[*shape, ...]` with the values [N, ...] of one chunk's tokens replaced."""
         order = self.order[:, chunk]
         groups = jax.vmap(lambda group, index, new: group.at[index].set(new, mode="drop", unique_indices=True))(

@@ -11,17 +11,17 @@ from paligemma_jax.models.numerics import cast
 
 _LEVELS = 1 << 16  # probabilities are multiples of 1 / _LEVELS
 
-Keys: TypeAlias = Key[Array, " B"] | Key[Array, "B T"]
+DropoutKeys: TypeAlias = Key[Array, " B"] | Key[Array, "B T"]
 """One key for each example, or for each of its tokens."""
 
 
-def fold_in_name(keys: Keys, name: str | int | Array) -> Keys:
+def fold_in_name(keys: DropoutKeys, name: str | int | Array) -> DropoutKeys:
     """Folds a name or a number into every key."""
     data = zlib.crc32(name.encode()) if isinstance(name, str) else name
     return _for_each(keys, lambda key: jax.random.fold_in(key, data))
 
 
-def token_keys(keys: Keys, positions: Int[Array, "B T"]) -> Key[Array, "B T"]:
+def token_keys(keys: DropoutKeys, positions: Int[Array, "B T"]) -> Key[Array, "B T"]:
     """Returns a key for each token, a function of the key of its example and of its position in it.
 
     Args:
@@ -33,7 +33,7 @@ def token_keys(keys: Keys, positions: Int[Array, "B T"]) -> Key[Array, "B T"]:
     return jax.vmap(jax.vmap(jax.random.fold_in))(keys, positions)
 
 
-def example_dropout(x: Array, rate: float, keys: Keys) -> Array:
+def example_dropout(x: Array, rate: float, keys: DropoutKeys) -> Array:
     """Applies inverted dropout; the mask of an example or token depends on its key alone, not on where it stands.
 
     Splitting a batch into micro-batches or over devices therefore does not change the masks.
@@ -52,7 +52,7 @@ def _random_16_bits(key: Key[Array, ""], shape: tuple[int, ...]) -> UInt32[Array
     return both[..., :size].reshape(shape)
 
 
-def _for_each(keys: Keys, function):
+def _for_each(keys: DropoutKeys, function):
     """Maps a function over all axes of the keys."""
     for _ in range(keys.ndim):
         function = jax.vmap(function)

@@ -105,7 +105,7 @@ class DualEncoder(nnx.Module):
           images: float32, prepared by `config.preprocessing`.
           tokens: ids padded by the model's tokenizer (data/tokenizers/text_tower.py).
           mask: true on real tokens, for CLIP; None attends to all tokens, as SigLIP does.
-          dropout_keys: one key per pair switches adapter dropout on (training); None is deterministic.
+          dropout_keys: one key per pair switches the randomness of training on; None is deterministic.
           parts: see the class.
 
         Returns:

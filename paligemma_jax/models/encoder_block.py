@@ -120,7 +120,7 @@ class BlockConfig(Protocol):
 
 
 class EncoderAttention(nnx.Module):
-    """Multi-head attention with biases; `name` is the tower's, for the dropout keys of adapters."""
+    """Multi-head attention with biases; `name` is the tower's, on which the dropout of its projections depends."""
 
     def __init__(self, config: BlockConfig, name: str = "vision", *, rngs: nnx.Rngs):
         self.kernel = config.attention

@@ -88,7 +88,7 @@ class GemmaAttention(nnx.Module):
           mask: whether input t attends to key s, bool [B, T, S].
           cache: {"k", "v"} of [L, B, S, K, H] for all layers, or None.
           layer_and_slot: number of this layer and first slot of the cache to write.
-          dropout_keys: one key per example for adapter dropout, or None.
+          dropout_keys: one key per example for the randomness of training; None is deterministic.
         """
         config = self.config
         q = rotary(self.q_proj(x, dropout_keys), positions, config.rope_theta)
@@ -212,7 +212,7 @@ class Gemma(nnx.Module):
             `sliding_mask` narrows the mask in every other layer. A TokenMask is for calls without a cache.
           cache: from `empty_cache`, or None.
           start: first cache slot to write.
-          dropout_keys: one key per example or token for adapter dropout, or None.
+          dropout_keys: one key per example or token for the randomness of training; None is deterministic.
 
         Returns:
           Hidden states after the final norm (float32), the written cache, and the intermediate `encoded` (the residual

@@ -156,7 +156,7 @@ class PaliGemma(nnx.Module):
           tokens: text token ids only, without image placeholders.
           mask_ar: 0 over prefix and separator, 1 over suffix and padding; see the module's docstring.
           mask_input: true on real tokens; None means all are real. Padding may be on either side.
-          dropout_keys: one key per example switches adapter dropout on (training); None is deterministic.
+          dropout_keys: one key per example switches the randomness of training on; None is deterministic.
 
         Returns:
           logits: float32.

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from paligemma_jax.models.dropout import Keys
+from paligemma_jax.models.dropout import DropoutKeys
 from paligemma_jax.models.numerics import broadcast, cast
 
 
@@ -54,7 +54,7 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), self.in_shape + self.out_shape, jnp.dtype(param_dtype)))
         self.bias = nnx.Param(jnp.zeros(self.out_shape, jnp.dtype(param_dtype))) if use_bias else nnx.data(None)
 
-    def __call__(self, x: Array, dropout_keys: Keys | None = None, out_dtype=None) -> Array:
+    def __call__(self, x: Array, dropout_keys: DropoutKeys | None = None, out_dtype=None) -> Array:
         """Maps [B, ..., *in_shape] to [B, ..., *out_shape].
 
         Args:
@@ -66,13 +66,13 @@ class Projection(nnx.Module):
         out_dtype = jnp.dtype(out_dtype or dtype)
         return cast(self.affine(cast(x, dtype), dropout_keys, out_dtype), out_dtype)
 
-    def affine(self, x: Array, dropout_keys: Keys | None, out_dtype=jnp.float32) -> Array:
+    def affine(self, x: Array, dropout_keys: DropoutKeys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W + b in float32, or x W in `out_dtype` if there is no bias."""
         if self.bias is None:
             return self.product(x, dropout_keys, out_dtype)
         return self.add_bias(self.product(x, dropout_keys))
 
-    def product(self, x: Array, keys: Keys | None, out_dtype=jnp.float32) -> Array:
+    def product(self, x: Array, keys: DropoutKeys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W, accumulated in float32, in `out_dtype`; that of a kernel in another form in float32."""
         if isinstance(self.kernel, nnx.Variable):
             return contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape), out_dtype)

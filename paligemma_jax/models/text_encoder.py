@@ -92,7 +92,7 @@ class TextEncoder(nnx.Module):
         Args:
           tokens: at most `config.length` ids per text. SigLIP pools the last position of the array: pad to full length.
           mask: true on tokens to attend to; None means all, padding included, as SigLIP was trained.
-          dropout_keys: one key per example switches adapter dropout on.
+          dropout_keys: one key per example switches the randomness of training on; None is deterministic.
 
         Returns:
           The pooled vectors, float32, and the named intermediates `embedded`, `encoded` [B, T, D] and `pooled`.

@@ -93,7 +93,7 @@ class ViT(nnx.Module):
 
         Args:
           images: float32 in the checkpoint's value range (SigLIP: [-1, 1]).
-          dropout_keys: one key per example switches adapter dropout on.
+          dropout_keys: one key per example switches the randomness of training on; None is deterministic.
 
         Returns:
           Patch features after the final norm, float32, in row-major order, preceded by those of the class token if

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from paligemma_jax.adapt.method import ProjectionSplit
+from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.models.attention import KERNELS
@@ -50,29 +52,25 @@ class StackKeys:
     )
 
 
-WITH_GATES = r"(/(base|difference|log_alpha))?"  # diff pruning's arrays: below the kernel's path, of its shape
-# Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width; an
-# adapter is split like its base. Layers (axis 0 of stacked leaves), norms, biases and the rank are not split.
+# Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width. Layers,
+# norms and biases are not split.
+PROJECTIONS = (
+    ProjectionSplit(r".*layers/self_attn/[qkv]_proj", (None,), ("fsdp",), ("tensor", None)),
+    ProjectionSplit(r".*layers/self_attn/(o|out)_proj", (None,), ("tensor", None), ("fsdp",)),
+    ProjectionSplit(r".*layers/mlp/(gate_proj|up_proj|fc1)", (None,), ("fsdp",), ("tensor",)),
+    ProjectionSplit(r".*layers/mlp/(down_proj|fc2)", (None,), ("tensor",), ("fsdp",)),
+    ProjectionSplit(r".*projector/linear", (), (None,), ("fsdp",)),
+)
+"""How the projections of the towers and the decoder are split; a method splits the arrays that it adds likewise."""
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     *quantize.SHARDING_RULES,
-    (r".*layers/self_attn/[qkv]_proj/kernel" + WITH_GATES, (None, "fsdp", "tensor", None)),
-    (r".*layers/self_attn/[qkv]_proj/lora_a", (None, "fsdp", None)),
-    (r".*layers/self_attn/[qkv]_proj/lora_b", (None, None, "tensor", None)),
-    (r".*layers/self_attn/(o|out)_proj/kernel" + WITH_GATES, (None, "tensor", None, "fsdp")),
-    (r".*layers/self_attn/(o|out)_proj/lora_a", (None, "tensor", None, None)),
-    (r".*layers/self_attn/(o|out)_proj/lora_b", (None, None, "fsdp")),
-    (r".*layers/mlp/(gate_proj|up_proj|fc1)/kernel" + WITH_GATES, (None, "fsdp", "tensor")),
-    (r".*layers/mlp/(gate_proj|up_proj|fc1)/lora_a", (None, "fsdp", None)),
-    (r".*layers/mlp/(gate_proj|up_proj|fc1)/lora_b", (None, None, "tensor")),
-    (r".*layers/mlp/(down_proj|fc2)/kernel" + WITH_GATES, (None, "tensor", "fsdp")),
-    (r".*layers/mlp/(down_proj|fc2)/lora_a", (None, "tensor", None)),
-    (r".*layers/mlp/(down_proj|fc2)/lora_b", (None, None, "fsdp")),
+    *(rule for split in PROJECTIONS for method in METHODS.values() for rule in method.sharding_rules(split)),
+    *((f"{split.pattern}/kernel", split.kernel) for split in PROJECTIONS),
     (r".*image_head/attention/[qkv]_proj/kernel", ("fsdp", "tensor", None)),
     (r".*image_head/attention/out_proj/kernel", ("tensor", None, "fsdp")),
     (r".*image_head/mlp/fc1/kernel", ("fsdp", "tensor")),
     (r".*image_head/mlp/fc2/kernel", ("tensor", "fsdp")),
     (r".*/(embed_tokens|token_embedding)/embedding", ("tensor", "fsdp")),
-    (r".*projector/linear/(kernel|lora_b)" + WITH_GATES, (None, "fsdp")),
     (r".*", ()),
 )
 

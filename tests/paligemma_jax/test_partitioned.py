@@ -157,7 +157,7 @@ class Stack(nnx.Module):
 
 
 DEPTH, PROJECTIONS = 24, r"decoder/layers/.*_proj"
-KINDS = {
+ADAPTED = {
     "plain": lambda model: model,
     "nf4": lambda model: quantize(model, "nf4", targets="decoder/layers/mlp/.*"),
     "lora": lambda model: attach_lora(model, PROJECTIONS, 2, dropout=0.1, rngs=nnx.Rngs(0)),
@@ -175,7 +175,7 @@ KINDS = {
 def gradient_of(kind: str, remat: str):
     """A loss of a stack over 8 devices in parts: of what trains and of rows, given what does not; shapes of these."""
     mesh = sharding.make_mesh(MESHES["fsdp"] | {"tensor": 1})
-    model = nnx.eval_shape(lambda: KINDS[kind](Stack(remat)))
+    model = nnx.eval_shape(lambda: ADAPTED[kind](Stack(remat)))
     places, _ = sharding.shardings(mesh, SHARDING_RULES, param_tree.abstract(model))
     graph, arrays = param_tree.split(row_sharding.mark(model, places))
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in arrays.items()}
@@ -193,7 +193,7 @@ def gradient_of(kind: str, remat: str):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTED)
 def test_no_stack_of_weights_is_held_whole(kind, remat):
     """Every kernel is gathered once forwards and once backwards, a layer at a time, also where layers are unrolled."""
     mesh, loss, shapes = gradient_of(kind, remat)
@@ -206,7 +206,7 @@ def test_no_stack_of_weights_is_held_whole(kind, remat):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTED)
 def test_nothing_made_of_weights_is_kept_for_the_backward_pass(kind, remat):
     """Neither gathered kernels nor W + z d, A B, or what codes stand for: of such a size, kernels alone are there."""
     mesh, loss, shapes = gradient_of(kind, remat)

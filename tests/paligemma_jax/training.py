@@ -69,7 +69,7 @@ class Training:
 
     def run(self, steps: int) -> list[dict[str, float]]:
         """Runs a number of steps; returns the means of each."""
-        found = []
+        history = []
         for step in range(steps):
             batch = sharding.to_global(self.batch(step), self.mesh, sharding.batch_sharding(self.mesh).spec)
             zeros = jax.device_put(metrics.zeros_like(measured(self.task)), sharding.replicated(self.mesh))
@@ -78,8 +78,8 @@ class Training:
                 jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
                 self._compiled = jitted.lower(self.state, zeros, self.placed.frozen, batch).compile()
             self.state, totals = self._compiled(self.state, zeros, self.placed.frozen, batch)
-            found.append(metrics.means(totals))
-        return found
+            history.append(metrics.means(totals))
+        return history
 
     def trained(self) -> dict[str, np.ndarray]:
         """The adapters by path, on the host."""

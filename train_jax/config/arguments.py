@@ -16,7 +16,7 @@ def parse_arg(arg: str | None, moved: Mapping[str, str] = MappingProxyType({}), 
 
     Args:
       arg: comma-separated flags (`3b` sets a bool to True) and `key=value` pairs; None or "" keeps the defaults.
-      moved: {key: config file} of keys of before that have become a config of their own.
+      moved: {key: config file} of former keys whose config is now a file of its own.
       **defaults: every accepted key. A value is read with its default's type; with None as default, as a number if it
         looks like one, else as text. Keys that are no identifiers: `parse_arg(arg, **{"3b": False})["3b"]`.
 
@@ -67,7 +67,8 @@ def refuse_together(arg: ConfigDict, names: Iterable[str], reason: str) -> None:
     """Checks that at most one of some keys of a parsed argument is set.
 
     Raises:
-      UserError: several are; the message names them and gives `reason`, such as "NF4 or int8".
+      UserError: several are; the message names them and gives `reason`, a clause such as "the base has one
+        quantization".
     """
     given = [name for name in names if arg[name]]
     if len(given) > 1:

@@ -62,8 +62,8 @@ def steps(
     units = [f"{prefix}_{unit}" for unit in UNITS if f"{prefix}_{unit}" in config]
     given = {name: config[name] for name in units if config[name] is not None}
     if len(given) > 1:
-        found = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{found} are both set, expected exactly one of {', '.join(units)}: set the others to None")
+        settings = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{settings} are both set, expected exactly one of {', '.join(units)}: set the others to None")
     if not given:
         if default is not None:
             return default
@@ -87,14 +87,15 @@ def task_class(path: str | None) -> type:
     """Imports the class that `config.task` names.
 
     Raises:
-      UserError: as for `imported`, the task has moved, or it is no class with `defaults` or has a hook of before.
+      UserError: as for `imported`, the task has moved, it is not a class with `defaults`, or it defines a hook that
+        has been renamed.
     """
     if path in RENAMED_TASKS:
         raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
     task = imported("config.task", path, "package.module:Class")
     if not isinstance(task, type) or not callable(getattr(task, "defaults", None)):
-        found = f"{task.__name__}, a class without defaults()" if isinstance(task, type) else type(task).__name__
-        raise UserError(f"config.task={path!r} is {found}, expected a subclass of train_jax.task.Task: name another")
+        actual = f"{task.__name__}, a class without defaults()" if isinstance(task, type) else type(task).__name__
+        raise UserError(f"config.task={path!r} is {actual}, expected a subclass of train_jax.task.Task: name another")
     for old, new in RENAMED_HOOKS.items():
         if hasattr(task, old):
             raise UserError(f"config.task={path!r} defines {old}, which is now {new}: rename it")

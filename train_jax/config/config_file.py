@@ -114,8 +114,8 @@ def _one_line(error: Exception) -> str:
     )
     if wrong:
         wanted = re.sub(r".*\W(\w+)'>$", r"\1", text)
-        found = "another section" if wrong[2].strip() in ("", "{}") else wrong[2]
-        return f"the key {wrong[1]!r} is set to {found}, expected {'a section' if wanted == 'ConfigDict' else wanted}"
+        value = "another section" if wrong[2].strip() in ("", "{}") else wrong[2]
+        return f"the key {wrong[1]!r} is set to {value}, expected {'a section' if wanted == 'ConfigDict' else wanted}"
     guess = re.search(r"[Dd]id you mean \"([^\"]+)\" instead of \"([^\"]+)\"", text)
     if guess:
         return f"there is no key {guess[2]!r}; did you mean {guess[1]!r}?"

@@ -59,12 +59,12 @@ def check_keys(config: ConfigDict) -> ConfigDict:
       UserError: the first key too many (with the nearest right one) or too few.
     """
     base = base_config(config.get("task"))
-    found, expected = leaves(config), leaves(base)
-    for key in found:
+    actual, expected = leaves(config), leaves(base)
+    for key in actual:
         if key not in expected:
             raise unknown_key(key, base)
     for key in expected:
-        if key not in found:
+        if key not in actual:
             raise UserError(f"config.{key} is missing: start the config from base_config({config.task!r})")
     return base
 
@@ -72,8 +72,8 @@ def check_keys(config: ConfigDict) -> ConfigDict:
 def _check_type(key: str, value: Any, base: ConfigDict) -> None:
     wanted = wrong_type(base, key, value)
     if wanted is not None:
-        found, remedy = ("", "set a value") if value is None else (f" is {type(value).__name__}", "change it")
-        raise UserError(f"config.{key}={quoted(value)}{found}, expected {wanted.__name__}: {remedy}")
+        actual, remedy = ("", "set a value") if value is None else (f" is {type(value).__name__}", "change it")
+        raise UserError(f"config.{key}={quoted(value)}{actual}, expected {wanted.__name__}: {remedy}")
     parent, name = node(base, key)
     default = parent[name]
     if isinstance(value, tuple) and isinstance(default, tuple) and default and not _same_structure(value, default):

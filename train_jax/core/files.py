@@ -1,4 +1,4 @@
-"""Writes small files atomically, and converts values to JSON."""
+"""Writes files and folders through drafts, so that no partly written one is seen, and converts values to JSON."""
 
 import contextlib
 import json
@@ -41,11 +41,34 @@ def atomic(path: str | Path) -> Iterator[Path]:
     folder is unique and in the parent of `path`, which is created, so that several processes may write at once.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        draft = Path(scratch) / path.name
+    with _scratch(path.parent, path.name) as scratch:
+        draft = scratch / path.name
         yield draft
         draft.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(folder: str | Path, stale: str) -> Iterator[Path]:
+    """Yields an empty folder for new files, and moves them into `folder` when the block ends.
+
+    Before they are moved, files of `folder` that match the glob pattern `stale` are removed; others stay, unless a new
+    file has their name. If the block raises, `folder` is unchanged, but created if missing.
+    """
+    folder = Path(folder)
+    with _scratch(folder, folder.name) as draft:
+        yield draft
+        for file in folder.glob(stale):
+            file.unlink()
+        for file in sorted(draft.iterdir()):
+            file.replace(folder / file.name)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path, name: str) -> Iterator[Path]:
+    """Yields a hidden folder in `folder`, which is created if missing; it is removed when the block ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
+        yield Path(scratch)
 
 
 def write_atomically(path: str | Path, text: str) -> None:

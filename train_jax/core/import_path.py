@@ -81,8 +81,8 @@ def check_arguments(what: str, function: Callable, *names: str) -> None:
     """
     if not takes(function, len(names)):
         parameters = inspect.signature(function).parameters.values()
-        found = ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
-        raise UserError(f"{what} takes ({found}), expected ({', '.join(names)}): correct it")
+        actual = ", ".join(str(parameter.replace(annotation=parameter.empty)) for parameter in parameters)
+        raise UserError(f"{what} takes ({actual}), expected ({', '.join(names)}): correct it")
 
 
 def check_named(key: str, name: str, short_names: Iterable[str]) -> None:

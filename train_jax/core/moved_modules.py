@@ -21,7 +21,6 @@ def install(package: str, table: str, names: str = "") -> None:
     renamed: dict[str, list[tuple[str, str]]] = {}
     for module, old, new in (line.split() for line in names.strip().splitlines()):
         renamed.setdefault(f"{package}.{module}", []).append((old, new))
-    sys.modules[package].__class__ = _Package
     sys.meta_path.append(_Moved({f"{package}.{old}": f"{package}.{new}" for old, new in rows}, renamed))
 
 
@@ -52,6 +51,7 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = self._moved[spec.name]
         warnings.warn(f"{spec.name} has moved: import {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
+        sys.modules[spec.name.rpartition(".")[0]].__class__ = _Package  # before the old name is set in it
         for old_name, name in self._renamed.get(new, ()):
             setattr(module, old_name, getattr(module, name))
         self._specs[spec.name] = module.__spec__

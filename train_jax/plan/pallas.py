@@ -67,7 +67,7 @@ def kernel_cost(instruction: Instruction, types: Mapping[str, str]) -> KernelCos
     return _module_cost(body[1], tuple(in_hbm))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # a program with unrolled layers calls the same few kernels many times
 def _module_cost(body: str, in_hbm: tuple[bool, ...]) -> KernelCost | None:
     """Returns the cost of a serialized module, whose arguments and results are in HBM or on the chip."""
     try:

@@ -12,7 +12,7 @@ import jax
 
 from train_jax.system.memory import format_bytes, step_memory
 
-KINDS = ("trainable", "frozen", "optimizer")
+ARRAY_KINDS = ("trainable", "frozen", "optimizer")
 
 
 def startup_report(
@@ -51,11 +51,11 @@ def parameter_table(
     towers = count_parameters(trainable, frozen, opt_state, counts)
     totals = {
         kind: (sum(row[kind][0] for row in towers.values()), sum(row[kind][1] for row in towers.values()))
-        for kind in KINDS
+        for kind in ARRAY_KINDS
     }
-    rows: list[tuple[str, ...]] = [("", *KINDS)]
+    rows: list[tuple[str, ...]] = [("", *ARRAY_KINDS)]
     for tower, row in [*sorted(towers.items()), ("total", totals)]:
-        rows.append((tower, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in KINDS)))
+        rows.append((tower, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in ARRAY_KINDS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, len(row)))])
@@ -76,7 +76,7 @@ def count_parameters(
       opt_state: the optimizer's state for `trainable`.
       counts: number of parameters by path, for arrays whose size differs from it (two 4-bit weights in a byte).
     """
-    towers: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(KINDS, (0, 0)))
+    towers: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(ARRAY_KINDS, (0, 0)))
     counts = counts or {}
 
     def count(tower, kind, leaf, number):

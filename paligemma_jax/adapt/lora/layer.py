@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from paligemma_jax.adapt.lora import low_rank
 from paligemma_jax.adapt.lora.spec import LoraSpec
-from paligemma_jax.models.dropout import Keys, example_dropout, fold_in_name
+from paligemma_jax.models.dropout import DropoutKeys, example_dropout, fold_in_name
 from paligemma_jax.models.numerics import broadcast, cast
 from paligemma_jax.models.projection import Projection, contract
 
@@ -34,7 +34,7 @@ class LoraProjection(Projection):
     lora_dropout: float
     lora_spec: LoraSpec
 
-    def affine(self, x: Array, dropout_keys: Keys | None, out_dtype=jnp.float32) -> Array:
+    def affine(self, x: Array, dropout_keys: DropoutKeys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W + b and the update, in float32."""
         base = self.product(x, dropout_keys)
         y = self.add_bias(base)

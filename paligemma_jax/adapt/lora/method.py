@@ -7,7 +7,7 @@ from flax import nnx
 
 from paligemma_jax.adapt.lora import adapter
 from paligemma_jax.adapt.lora.layer import LoraProjection
-from paligemma_jax.adapt.method import Method
+from paligemma_jax.adapt.method import Axes, Method, ProjectionSplit
 from paligemma_jax.models.paligemma import PaliGemma
 
 
@@ -36,6 +36,14 @@ class Lora(Method[PaliGemma]):
     def trainable(self) -> str:
         """Pattern of the factors and magnitudes."""
         return adapter.TRAINABLE
+
+    @classmethod
+    def sharding_rules(cls, split: ProjectionSplit) -> tuple[tuple[str, Axes], ...]:
+        """Splits A [*layers, *inputs, r] and B [*layers, r, *outputs] like the kernel; the rank is not split."""
+        return (
+            (f"{split.pattern}/lora_a", (*split.layers, *split.inputs, None)),
+            (f"{split.pattern}/lora_b", (*split.layers, None, *split.outputs)),
+        )
 
     def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
         """As in Method."""

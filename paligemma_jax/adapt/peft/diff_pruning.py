@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paligemma_jax.adapt.method import Arrays, Method
-from paligemma_jax.models.dropout import Keys, fold_in_name
+from paligemma_jax.adapt.method import Arrays, Axes, Method, ProjectionSplit
+from paligemma_jax.models.dropout import DropoutKeys, fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.projection import Projection, contract, projections
 from train_jax.core import patterns
@@ -56,7 +56,7 @@ class DiffKernel(nnx.Module):
         """Dtype of the plain kernel."""
         return self.base.dtype
 
-    def contract(self, x: Array, keys: Keys | None) -> Array:
+    def contract(self, x: Array, keys: DropoutKeys | None) -> Array:
         """Returns x (W + z d) in float32; with keys (training) z is sampled with the first key, once per batch."""
         u = None
         if keys is not None:
@@ -192,6 +192,11 @@ class DiffPruning(Method[PaliGemma]):
     def trainable(self) -> str:
         """Pattern of the differences and gates."""
         return TRAINABLE
+
+    @classmethod
+    def sharding_rules(cls, split: ProjectionSplit) -> tuple[tuple[str, Axes], ...]:
+        """Splits the arrays of `DiffKernel`, which have the kernel's shape, like the kernel."""
+        return ((f"{split.pattern}/kernel/(base|difference|log_alpha)", split.kernel),)
 
     def attach(self, model: PaliGemma, rngs: nnx.Rngs) -> PaliGemma:
         """As in Method."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 DECADES = 7
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def levels(signed: bool = True) -> Float[np.ndarray, "256"]:
     """Returns the 256 levels in [-1, 1] (signed) or [0, 1], ascending.
 

@@ -21,13 +21,13 @@ from paligemma_jax.adapt.quantization import blocks, int8, nf4_tpu
 from paligemma_jax.adapt.quantization.int4 import Int4
 from paligemma_jax.adapt.quantization.int8 import Int8PerChannel
 from paligemma_jax.adapt.quantization.nf4 import NF4
-from paligemma_jax.models.dropout import Keys
+from paligemma_jax.models.dropout import DropoutKeys
 from paligemma_jax.models.numerics import broadcast
 from train_jax.core import devices
 from train_jax.core.errors import UserError
 
 Codec = NF4 | Int4 | Int8PerChannel
-KINDS = ("nf4", "int8", "int4")
+QUANTIZATION_KINDS = ("nf4", "int8", "int4")
 Arrays = TypeVar("Arrays", Array, dict[str, Array])
 
 
@@ -42,8 +42,8 @@ def make_codec(kind: str, block_size: int = 64, double: bool = False) -> Codec:
     Raises:
       UserError: an unknown kind or block size, or double quantisation of another kind than NF4.
     """
-    if kind not in KINDS:
-        raise UserError(f"quantize is {kind!r}, expected one of {', '.join(KINDS)}: choose one of these.")
+    if kind not in QUANTIZATION_KINDS:
+        raise UserError(f"quantize is {kind!r}, expected one of {', '.join(QUANTIZATION_KINDS)}: choose one of these.")
     if double and kind != "nf4":
         raise UserError(f"double quantisation is set for {kind}, expected nf4: leave double at False.")
     if kind == "nf4":
@@ -100,7 +100,7 @@ class QuantizedKernel(nnx.Module):
 
     @property
     def kind(self) -> str:
-        """One of KINDS."""
+        """One of QUANTIZATION_KINDS."""
         return {NF4: "nf4", Int8PerChannel: "int8", Int4: "int4"}[type(self.codec)]
 
     @property
@@ -142,7 +142,7 @@ class QuantizedKernel(nnx.Module):
         new.dtype, new.outlier_threshold = self.dtype, self.outlier_threshold
         return new
 
-    def contract(self, x: Float[Array, "..."], keys: Keys | None = None) -> Float[Array, "..."]:
+    def contract(self, x: Float[Array, "..."], keys: DropoutKeys | None = None) -> Float[Array, "..."]:
         """Contracts the last axes of x [B, ..., *in_shape] with one layer's kernel, accumulating in float32.
 
         The kernel is dequantised to the dtype of x in the forward and again in the backward pass; nothing of its full

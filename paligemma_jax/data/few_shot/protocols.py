@@ -16,7 +16,7 @@ from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import fingerprint_of
 from train_jax.core.errors import UserError, quoted
 
-KINDS = ("few_shot", "base_to_novel", "cross_dataset", "domain_generalization")
+PROTOCOL_KINDS = ("few_shot", "base_to_novel", "cross_dataset", "domain_generalization")
 SHOTS = (1, 2, 4, 8, 16)
 
 
@@ -25,7 +25,7 @@ class Protocol:
     """Images to tune on, and sets of images to test on.
 
     Attributes:
-      kind: one of KINDS.
+      kind: one of PROTOCOL_KINDS.
       tuned: the drawn shots of train (and val).
       tested: data sets with their test splits, by the name of their result.
 
@@ -129,7 +129,7 @@ def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is no protocol ({error!r}), expected a file of `to_json`: give one.") from None
-    if digest != protocol.digest or protocol.kind not in KINDS:
+    if digest != protocol.digest or protocol.kind not in PROTOCOL_KINDS:
         raise UserError(
             f"{file} has the digest {protocol.digest}, expected {digest}, since it was edited: restore the original."
         )

@@ -17,7 +17,7 @@ from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
 from paligemma_jax.data.synthetic_clevr.build import split_scene
 from paligemma_jax.data.synthetic_clevr.geometry import cast
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
-from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.renderer import render
 from train_jax.core.files import atomic
 
 TEXTS = zlib.crc32(b"pretraining texts")

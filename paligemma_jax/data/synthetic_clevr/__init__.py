@@ -20,7 +20,7 @@ from paligemma_jax.data.synthetic_clevr.meanings import FAMILIES
 from paligemma_jax.data.synthetic_clevr.pretraining_texts import pretraining_segments
 from paligemma_jax.data.synthetic_clevr.programs import InvalidProgram, answer, execute, last_function
 from paligemma_jax.data.synthetic_clevr.questions import AnswerBalance, generate_questions
-from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.renderer import render
 from paligemma_jax.data.synthetic_clevr.scenes import relationships, sample_scene
 
 __all__ = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from paligemma_jax.data.synthetic_clevr.geometry import WINDOW
 from paligemma_jax.data.synthetic_clevr.questions import AnswerBalance, generate_questions
-from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.renderer import render
 from paligemma_jax.data.synthetic_clevr.scenes import sample_scene
 from train_jax.core.files import atomic, write_atomically
 

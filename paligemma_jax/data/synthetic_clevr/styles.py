@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from paligemma_jax.data.synthetic_clevr.render import render
+from paligemma_jax.data.synthetic_clevr.renderer import render
 
 _NOISE = zlib.crc32(b"sensor noise")
 

@@ -13,7 +13,7 @@ from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.images import augment
 from paligemma_jax.images.augment import Augmentation
-from paligemma_jax.losses.coprompt import KINDS, SIDES
+from paligemma_jax.losses.coprompt import DISTANCES, SIDES
 from paligemma_jax.models.dual_encoder import DualEncoderConfig
 from paligemma_jax.tasks.common import StackKeys
 from paligemma_jax.tasks.rendered import RenderKeys
@@ -47,7 +47,7 @@ class ConsistencyKeys:
         "0 for all others",
         minimum=0,
     )
-    kind: str = key("cosine", "distance of tuned and frozen embeddings", choices=KINDS)
+    kind: str = key("cosine", "distance of tuned and frozen embeddings", choices=DISTANCES)
     on: str = key("both", "whose embeddings are kept consistent", choices=SIDES)
     perturb: bool = key(
         True,
@@ -112,7 +112,7 @@ class Keys:
     protocol: str = key(
         "base_to_novel",
         "which classes and data sets the run is tuned on and tested on (docs/few_shot.md)",
-        choices=protocols.KINDS,
+        choices=protocols.PROTOCOL_KINDS,
     )
     shots: int = key(16, "number of training images of a class, drawn by the seed", minimum=1)
     data: SourceKeys = section(SourceKeys)
@@ -159,21 +159,25 @@ def _check_sides(config: ConfigDict) -> None:
 def _check_scenes(config: ConfigDict) -> None:
     data = config.data
     if data.source is not None:
-        raise UserError(f"data.source is {data.source!r} of synthetic classes: set data.name=images.")
+        raise UserError(
+            f"data.source is {data.source!r} and data.name is 'scenes', whose images are rendered, expected no folder: "
+            "set data.name=images, or leave data.source out."
+        )
     if config.protocol == "cross_dataset":
         raise UserError(
-            "protocol is 'cross_dataset' of synthetic classes, which are one data set: set data.name=images."
+            "protocol is 'cross_dataset' and data.name is 'scenes', which is one data set, expected several: choose "
+            "another protocol, or set data.name=images."
         )
     if bool(data.target_styles) != (config.protocol in OTHERS) or data.targets:
         raise UserError(
-            f"data.target_styles is {data.target_styles} and data.targets {data.targets} with protocol "
-            f"{config.protocol!r} of synthetic classes, expected styles with domain_generalization and nothing "
-            "otherwise: change one."
+            f"data.target_styles is {data.target_styles}, data.targets is {data.targets} and protocol is "
+            f"{config.protocol!r}, but synthetic classes take target styles with domain_generalization only, and never "
+            "targets: change one of the three."
         )
     if data.style in data.target_styles:
         raise UserError(
-            f"data.target_styles is {data.target_styles} beside data.style={data.style!r}, expected other styles than "
-            "that of the run: change one of the two."
+            f"data.target_styles is {data.target_styles}, which holds data.style={data.style!r}, expected styles that "
+            "the run is not tuned on: change one of the two."
         )
 
 
@@ -183,9 +187,9 @@ def _check_images(config: ConfigDict) -> None:
         raise UserError("data.name is 'images' but data.source is not set: add --config.data.source=FOLDER.")
     if bool(data.targets) != (config.protocol in OTHERS) or data.target_styles:
         raise UserError(
-            f"data.targets is {data.targets} and data.target_styles {data.target_styles} with protocol "
-            f"{config.protocol!r} of images, expected folders with {' and '.join(OTHERS)} and nothing otherwise: "
-            "change one."
+            f"data.targets is {data.targets}, data.target_styles is {data.target_styles} and protocol is "
+            f"{config.protocol!r}, but images take targets with {' and '.join(OTHERS)} only, and never target styles: "
+            "change one of the three."
         )
     if needs_descriptions(config) and data.descriptions is None:
         raise UserError(

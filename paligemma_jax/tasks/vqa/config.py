@@ -5,7 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.quantization.nf4 import BLOCK_SIZES
-from paligemma_jax.adapt.quantization.quantized_kernel import KINDS, make_codec
+from paligemma_jax.adapt.quantization.quantized_kernel import QUANTIZATION_KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
 from paligemma_jax.tasks.common import StackKeys
@@ -39,7 +39,7 @@ class ModelKeys(StackKeys):
         "",
         "format in which frozen kernels are kept, rounded from param_dtype or else from the dtype of the files; '' "
         "= not quantised",
-        choices=("", *KINDS),
+        choices=("", *QUANTIZATION_KINDS),
         architecture=True,
     )
     quantize_block_size: int = key(

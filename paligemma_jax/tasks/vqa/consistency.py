@@ -25,7 +25,7 @@ from paligemma_jax.adapt.peft.methods import KEEP_BASE, base_of
 from paligemma_jax.data.prompts import make_example, training_arrays
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.losses import consistency_loss, token_divergence
-from paligemma_jax.losses.coprompt import KINDS
+from paligemma_jax.losses.coprompt import DISTANCES
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa.features import batch_features
@@ -56,7 +56,7 @@ class Keys:
         "projector), or both",
         choices=SIDES,
     )
-    kind: str = key("cosine", "distance of image features", choices=KINDS)
+    kind: str = key("cosine", "distance of image features", choices=DISTANCES)
     temperature: float = key(1.0, "temperature of both distributions of the next token", above=0)
     prompts: tuple = key(
         (),

@@ -1,13 +1,14 @@
 """Writes a Hugging Face folder: config.json, and safetensors in one file or in shards with an index."""
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from train_jax.core.files import replacing
 
 SHARD_SIZE = 5 * 10**9  # bytes, transformers' own default
 
@@ -26,26 +27,21 @@ def write_folder(
       arrays: by their names there, written in this order.
       max_shard_size: largest size of a weight file in bytes (one larger array is still one file).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[list[str]] = []
     total = 0
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as scratch:
-        drafts: list[Path] = []
-        for shard in _shards(arrays, max_shard_size):
-            drafts.append(Path(scratch) / f"{len(drafts)}.safetensors")
-            save_file(shard, drafts[-1], metadata={"format": "pt"})
+    with replacing(folder, stale="model*.safetensors*") as draft:
+        for number, shard in enumerate(_shards(arrays, max_shard_size)):
+            save_file(shard, draft / f"{number}.safetensors", metadata={"format": "pt"})
             written.append(list(shard))
             total += sum(array.nbytes for array in shard.values())
-        for stale in folder.glob("model*.safetensors*"):
-            stale.unlink()
         names = ["model.safetensors"]
-        if len(drafts) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(drafts):05d}.safetensors" for i in range(len(drafts))]
+        if len(written) > 1:
+            names = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
             where = {array: name for shard, name in zip(written, names, strict=True) for array in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            write_json(folder / "model.safetensors.index.json", index)
-        for draft, name in zip(drafts, names, strict=True):
-            draft.replace(folder / name)
+            write_json(draft / "model.safetensors.index.json", index)
+        for number, name in enumerate(names):
+            (draft / f"{number}.safetensors").rename(draft / name)
     write_json(folder / "config.json", config)
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from paligemma_jax.adapt.quantization.quantize import FROZEN, quantize, quantized_kernels
-from paligemma_jax.adapt.quantization.quantized_kernel import KINDS
+from paligemma_jax.adapt.quantization.quantized_kernel import QUANTIZATION_KINDS
 from paligemma_jax.files.side_files import read_json
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -161,7 +161,7 @@ def quantized_from_dict(values: dict[str, Any], file: Path) -> dict[str, dict[st
     """
     kernels = values.get("quantized", {})
     for path, options in kernels.items() if isinstance(kernels, dict) else [("", kernels)]:
-        valid = isinstance(options, dict) and options.keys() <= OPTIONS and options.get("kind") in KINDS
+        valid = isinstance(options, dict) and options.keys() <= OPTIONS and options.get("kind") in QUANTIZATION_KINDS
         if not valid or options.get("dtype") not in DTYPES or type(options.get("double", False)) is not bool:
             raise UserError(
                 f"{file} has {options!r} for the quantised kernel {path!r}, expected its kind and dtype: convert it "

@@ -99,8 +99,8 @@ def test_a_method_keeps_the_protocol(method, base, small_batch):
 @pytest.mark.parametrize("method", METHODS_WITH_OPTIONS[:-1], ids=lambda method: method.name)
 def test_an_attached_method_is_recognised(method, small_model):
     assert attached_to(small_model) == []
-    found = attached_to(method.attach(nnx.clone(small_model), nnx.Rngs(1)))
-    assert found == ([] if method.name == "bitfit" else [type(method)])
+    attached = attached_to(method.attach(nnx.clone(small_model), nnx.Rngs(1)))
+    assert attached == ([] if method.name == "bitfit" else [type(method)])
 
 
 def test_methods_that_keep_the_base():

@@ -61,8 +61,8 @@ def test_threads_load_different_values_at_the_same_time():
     """Each load waits for the other to have begun: one after the other they would wait for ever."""
     cache, both = ByteLRU(100), threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda key: cache.get(key, lambda: (both.wait(), (key, 1))[1]), "ab")
-        assert list(found) == ["a", "b"] and cache.nbytes == 2
+        values = pool.map(lambda key: cache.get(key, lambda: (both.wait(), (key, 1))[1]), "ab")
+        assert list(values) == ["a", "b"] and cache.nbytes == 2
 
 
 def test_waiting_threads_get_the_error_of_a_failed_load_and_the_next_call_loads_again():

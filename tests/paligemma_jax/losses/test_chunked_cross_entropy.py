@@ -177,7 +177,7 @@ def test_tokens_that_count_fill_the_first_chunks(shape, chunk_size, groups, shar
     array = jnp.arange(math.prod(shape) * 2).reshape(*shape, 2)
     copy = jnp.zeros_like(array)
     for chunk in range(orders.shape[1]):
-        copy = chunks.put(copy, chunk, chunks.take(array, chunk))
+        copy = chunks.update(copy, chunk, chunks.slice(array, chunk))
     np.testing.assert_array_equal(copy, array)
 
 

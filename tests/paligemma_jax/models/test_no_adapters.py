@@ -19,18 +19,18 @@ SLOTS = re.compile(r"lora|peft|adapter|prompt|prefix|bottleneck|last_layers", re
 
 def names_of(source: str) -> set[str]:
     """Returns the names of attributes, parameters, and arguments given by name, and of imported modules."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
-                found.add(name)
+                names.add(name)
             case ast.AnnAssign(target=ast.Name(id=name)):  # attributes of a class
-                found.add(name)
+                names.add(name)
             case ast.ImportFrom(module=str(name)):
-                found |= {f"{name}.{alias.name}" for alias in node.names}
+                names |= {f"{name}.{alias.name}" for alias in node.names}
             case ast.Import(names=aliases):
-                found |= {alias.name for alias in aliases}
-    return found
+                names |= {alias.name for alias in aliases}
+    return names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")

@@ -72,6 +72,21 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "set", tmp_path / "set/a"]
 
 
+def test_new_files_replace_the_stale_ones_once_all_are_written(tmp_path):
+    folder = tmp_path / "deep" / "model"
+    for failing, count in ((False, 2), (True, 3), (False, 1)):
+        with contextlib.suppress(ZeroDivisionError), files.replacing(folder, stale="part*") as draft:
+            before = sorted(folder.glob("part*"))
+            for number in range(count):
+                (draft / f"part{number}").write_text(f"{count} parts")
+            assert sorted(folder.glob("part*")) == before  # the old files stay while the new ones are written
+            if failing:
+                raise ZeroDivisionError
+        (folder / "config").touch()
+    assert sorted(folder.iterdir()) == [folder / "config", folder / "part0"]
+    assert (folder / "part0").read_text() == "1 parts"
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     with files.atomic(tmp_path / "x") as first, files.atomic(tmp_path / "x") as second:
         first.write_text("first")

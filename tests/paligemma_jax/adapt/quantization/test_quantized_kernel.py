@@ -13,7 +13,7 @@ from paligemma_jax.models.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-KINDS = [("nf4", 64, False), ("nf4", 128, True), ("int8", 64, False), ("int4", 64, False)]
+CODECS = [("nf4", 64, False), ("nf4", 128, True), ("int8", 64, False), ("int4", 64, False)]
 
 
 def projection(in_shape, out_shape, seed=0, **options):
@@ -48,7 +48,7 @@ def test_a_projection_equals_linear4bit(golden, name, suffix):
     np.testing.assert_allclose(dx, stored[f"linear4/{name}/dx_of_sum_y2{suffix}"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, block_size, double", KINDS)
+@pytest.mark.parametrize("kind, block_size, double", CODECS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_product_and_gradient_equal_those_of_the_dequantised_kernel(kind, block_size, double, dtype):
     plain = projection((4, 6), (3, 5), dtype=dtype)
@@ -78,7 +78,7 @@ def test_blocks_lie_as_in_torch_s_weight(in_shape, out_shape):
     np.testing.assert_array_equal(arrays["absmax"].reshape(-1), absmax)
 
 
-@pytest.mark.parametrize("kind, block_size, double", KINDS)
+@pytest.mark.parametrize("kind, block_size, double", CODECS)
 def test_shapes_are_known_beforehand(kind, block_size, double):
     kernel = np.random.default_rng(3).standard_normal((8, 9, 16)).astype(np.float32)
     arrays = quantize_array(kind, kernel, 2, block_size, double)

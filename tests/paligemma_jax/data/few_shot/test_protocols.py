@@ -26,7 +26,7 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("kind", protocols.KINDS)
+@pytest.mark.parametrize("kind", protocols.PROTOCOL_KINDS)
 def test_protocols_round_trip(kind, tmp_path):
     protocol = ALL[kind]()
     (tmp_path / "protocol.json").write_text(protocol.to_json())
@@ -35,7 +35,7 @@ def test_protocols_round_trip(kind, tmp_path):
     assert protocol.tuned.shots == 4 and protocol.tuned.seed == 1 and protocol.kind == kind
 
 
-@pytest.mark.parametrize("kind", protocols.KINDS)
+@pytest.mark.parametrize("kind", protocols.PROTOCOL_KINDS)
 def test_no_image_is_tuned_on_and_tested_on(kind):
     protocol = ALL[kind]()
     tuned = {(protocol.tuned.name, image) for rows in protocol.tuned.splits.values() for image, _ in rows}

@@ -477,8 +477,8 @@ def test_names_of_further_sets_must_be_unique(options, tmp_path, names):
         ({"shots": 0}, "config.shots=0, expected 1 or more"),
         ({"data.source": None}, "data.name is 'images' but data.source is not set"),
         ({"data.descriptions": None}, "data.descriptions is not set, which the frozen branch reads"),
-        ({"protocol": "cross_dataset"}, r"data.targets is \(\) .* expected folders with cross_dataset and"),
-        ({"data.name": "scenes"}, "data.source is .* of synthetic classes: set data.name=images"),
+        ({"protocol": "cross_dataset"}, r"data.targets is \(\), .* images take targets with cross_dataset and"),
+        ({"data.name": "scenes"}, "data.source is .* and data.name is 'scenes', .* set data.name=images, or leave"),
         ({"views.tuned.crop": 0.0}, "config.views.tuned.crop=0.0, expected a number above 0"),
     ],
 )
@@ -490,16 +490,16 @@ def test_invalid_configs_are_refused(options, changes, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"protocol": "cross_dataset"}, "protocol is 'cross_dataset' of synthetic classes"),
-        ({"protocol": "domain_generalization"}, r"data.target_styles is \(\) .* expected styles with domain"),
-        ({"data.target_styles": "('dim',)"}, r"data.target_styles is \('dim',\) .* and nothing otherwise"),
+        ({"protocol": "cross_dataset"}, "protocol is 'cross_dataset' and data.name is 'scenes'"),
+        ({"protocol": "domain_generalization"}, r"data.target_styles is \(\), .* take target styles with domain"),
+        ({"data.target_styles": "('dim',)"}, r"data.target_styles is \('dim',\), .* with domain_generalization only"),
         (
             {"protocol": "domain_generalization", "data.target_styles": "('dark',)"},
             r"config.data.target_styles holds 'dark', expected some of plain, dim",
         ),
         (
             {"protocol": "domain_generalization", "data.target_styles": "('dim', 'plain')"},
-            r"data.target_styles is .* beside data.style='plain', expected other styles",
+            r"data.target_styles is .* holds data.style='plain', expected styles that",
         ),
         ({"data.per_class": "(1, 1)"}, r"config.data.per_class=\(1, 1\), expected 3 whole numbers"),
     ],

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 import paligemma_jax as pg
 from paligemma_jax.adapt.peft.diff_pruning import BETA, GAMMA, ZETA
 from paligemma_jax.convert import convert
+from paligemma_jax.models.projection import projections
 from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.tasks.vqa.adapter_config import PRESETS as CONFIGS
 from tests.paligemma_jax.mini import mistake, task_of, train_main
@@ -131,3 +133,17 @@ def test_arrays_that_replace_kernels_are_sharded_like_them(mini_options):
     moved = shardings(mesh, SHARDING_RULES, {new: kernels[path] for new, path in last.items()})[0]
     assert {last[path]: place for path, place in moved.items()} == {path: expected[path] for path in last.values()}
     assert any(place.spec != PartitionSpec() for place in expected.values())
+
+
+def test_factors_are_sharded_like_their_kernels(mini_options):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    adapted = pg.attach_lora(task_of(mini_options).base(), "decoder/.*_proj|projector/linear", 2, rngs=nnx.Rngs(0))
+    places = shardings(mesh, SHARDING_RULES, param_tree.flatten(adapted))[0]
+    modules = {path: module for path, module in projections(adapted).items() if hasattr(module, "lora_a")}
+    assert {path.split("/")[0] for path in modules} == {"decoder", "projector"}
+    for path, module in modules.items():
+        kernel, a, b = (tuple(places[f"{path}/{name}"].spec) for name in ("kernel", "lora_a", "lora_b"))
+        outputs = len(kernel) - len(module.out_shape)
+        inputs = outputs - len(module.in_shape)
+        assert a == (*kernel[:outputs], None)
+        assert b == (*kernel[:inputs], None, *kernel[outputs:])

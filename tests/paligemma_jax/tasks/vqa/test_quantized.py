@@ -10,7 +10,7 @@ from paligemma_jax import convert, loading
 from paligemma_jax.adapt.lora.adapter import largest_logit_gap
 from paligemma_jax.adapt.lora.merge_quantized import merge_quantized, probe_inputs
 from paligemma_jax.adapt.quantization import quantize
-from paligemma_jax.adapt.quantization.quantized_kernel import KINDS
+from paligemma_jax.adapt.quantization.quantized_kernel import QUANTIZATION_KINDS
 from paligemma_jax.inference.answer import predict
 from paligemma_jax.tasks.vqa import report as vqa_report
 from paligemma_jax.weights.reader import load
@@ -62,7 +62,7 @@ def run_options(mini_options):
     return lambda kind: mini_options | short | {"model.quantize": kind, "optimizer.learning_rate": 0.02} | OPTIONS[kind]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=QUANTIZATION_KINDS)
 def run(request, run_options, tmp_path_factory):
     """A kind and the workdir of a finished run on it; read-only."""
     workdir = tmp_path_factory.mktemp("runs") / request.param
@@ -166,7 +166,7 @@ def test_two_steps_on_a_mesh_equal_one_device(training, kind, mesh):
         assert {shard.data.nbytes * parts for shard in codes.addressable_shards} == {codes.nbytes}, path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATION_KINDS)
 def test_training_does_not_change_the_base(training, mini_folder, kind):
     steps, _ = training(kind)
     frozen = {path: np.asarray(array) for path, array in steps.placed.frozen.items()}
@@ -176,7 +176,7 @@ def test_training_does_not_change_the_base(training, mini_folder, kind):
     assert all("/lora_" in path for path in steps.state.params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZATION_KINDS)
 def test_the_report_counts_weights_and_true_bytes(training, mini_folder, kind):
     steps, _ = training(kind)
     task, placed = steps.task, steps.placed
