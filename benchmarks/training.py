@@ -44,7 +44,15 @@ class TrainingRun:
             self._spec = sharding.batch_sharding(self.mesh).spec
             batch = sharding.to_global(self._pipeline(1).batch_at(0), self.mesh, self._spec)
             traced, totals = train_step.trace(
-                config, self.task, self.mesh, self.placed, optimizer, schedule, self.state, batch
+                config,
+                self.task.loss,
+                self.task.normalizer,
+                self.mesh,
+                self.placed,
+                optimizer,
+                schedule,
+                self.state,
+                batch,
             )
             began = time.perf_counter()
             self.step = traced.lower().compile()

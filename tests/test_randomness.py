@@ -85,7 +85,10 @@ class Step:
         rows = self.batch(self.config.micro_batch, processes)
         batch = sharding.to_global(rows, self.mesh, sharding.batch_sharding(self.mesh).spec)
         schedule = optimizers.make_schedule(self.config.optimizer, 100, 0)
-        traced, totals = train_step.trace(self.config, self.task, self.mesh, bundle, KEPT, schedule, start, batch)
+        loss, normalizer = self.task.loss, self.task.normalizer
+        traced, totals = train_step.trace(
+            self.config, loss, normalizer, self.mesh, bundle, KEPT, schedule, start, batch
+        )
         compiled, result = traced.lower().compile(), []
         for step in steps:
             zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)

@@ -224,7 +224,15 @@ class Trainer:
 
         def trace(batch: dict[str, jax.Array]) -> jax.stages.Traced:
             traced, totals = train_step.trace(
-                self.config, self.task, self.mesh, self.model, self.optimizer, self.schedule, self.state.train, batch
+                self.config,
+                self.task.loss,
+                self.task.normalizer,
+                self.mesh,
+                self.model,
+                self.optimizer,
+                self.schedule,
+                self.state.train,
+                batch,
             )
             names[:] = totals
             return traced

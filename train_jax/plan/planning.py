@@ -70,7 +70,8 @@ def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | N
     batch = batch_shapes(config, blueprint, mesh)
     state_bytes, programs = sharding.device_bytes((start, placed.frozen)), []
     if only is None or TRAINING in only:
-        traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+        loss, normalizer = blueprint.task.loss, blueprint.task.normalizer
+        traced, totals = train_step.trace(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch)
         programs = [compiler.compile(TRAINING, traced, state_bytes + sharding.device_bytes((totals, batch)))]
     programs += _evaluations(blueprint, placed, state_bytes, compiler, only)
     trainable = sharding.device_bytes(start.params)

@@ -47,8 +47,8 @@ def real(monkeypatch, tmp_path):
     def of(changes):
         seen, original = [], train_step.trace
 
-        def traced(config, task, mesh, bundle, optimizer, schedule, start, batch):
-            result, totals = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
+        def traced(config, loss, normalizer, mesh, bundle, optimizer, schedule, start, batch):
+            result, _ = original(config, loss, normalizer, mesh, bundle, optimizer, schedule, start, batch)
             seen.append(((start, bundle.frozen, batch), result))
             raise StoppedError
 
@@ -223,7 +223,8 @@ schedule = optimizers.make_schedule(config.optimizer, 2, 0)
 optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
 start = placement.abstract_state(placed, optimizer, mesh, ema=False, float16=False)
 batch = plan.batch_shapes(config, blueprint, mesh)
-traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+loss, normalizer = blueprint.task.loss, blueprint.task.normalizer
+traced, totals = train_step.trace(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch)
 step = traced.lower().compile()
 fill = lambda leaf: jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here on

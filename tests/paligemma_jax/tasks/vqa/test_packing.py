@@ -60,7 +60,8 @@ def gradient(options: dict, rows, step: int = 1) -> tuple[tuple[float, dict[str,
     start = dataclasses.replace(start, step=jax.device_put(jnp.int32(step), start.step.sharding))
     rows_on_mesh = sharding.to_global(batch, mesh, sharding.batch_sharding(mesh).spec)
     schedule = optimizers.make_schedule(config.optimizer, 100, 0)
-    traced, totals = train_step.trace(config, task, mesh, placed, KEPT, schedule, start, rows_on_mesh)
+    loss, normalizer = task.loss, task.normalizer
+    traced, totals = train_step.trace(config, loss, normalizer, mesh, placed, KEPT, schedule, start, rows_on_mesh)
     zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)
     after, sums = traced.lower().compile()(start, zeros, placed.frozen, rows_on_mesh)
     return (float(sums["loss"][0]), {path: np.array(leaf) for path, leaf in after.opt_state.items()}), batch

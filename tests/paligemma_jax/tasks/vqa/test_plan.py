@@ -35,8 +35,8 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     options = mini_options | {"cache_features": False, "data.buckets": 0} | changes
     seen, original = [], train_step.trace
 
-    def traced(config, task, mesh, placed, optimizer, schedule, start, batch):
-        step, _ = original(config, task, mesh, placed, optimizer, schedule, start, batch)
+    def traced(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch):
+        step, _ = original(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch)
         seen.append((start, placed.frozen, batch, step_memory(step.lower().compile())))
         raise TracedError
 
