@@ -35,7 +35,9 @@ class TrainingRun:
         with row_sharding.use_mesh(self.mesh):
             self.task = make_task(config, self.mesh)
             self._source = self.task.train_source()
-            self.placed = placement.build(self.task, self.mesh, training=True)
+            self.placed = placement.place(
+                self.task.init_for_training(), self.task.trainable(), self.task.sharding_rules(), self.mesh
+            )
             steps = Durations.of(config, len(self._source))
             schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
             optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.placed.trainable)
