@@ -35,7 +35,9 @@ class TrainingRun:
         with row_sharding.use_mesh(self.mesh):
             self.task = make_task(config, self.mesh)
             self._source = self.task.train_source()
-            self.placed = placement.build(self.task, self.mesh, training=True)
+            self.placed = placement.place(
+                self.task.init_for_training(), self.task.trainable(), self.task.sharding_rules(), self.mesh
+            )
             steps = Durations.of(config, len(self._source))
             schedule = optimizers.make_schedule(config.optimizer, steps.total, steps.warmup)
             optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.placed.trainable)
@@ -44,7 +46,15 @@ class TrainingRun:
             self._spec = sharding.batch_sharding(self.mesh).spec
             batch = sharding.to_global(self._pipeline(1).batch_at(0), self.mesh, self._spec)
             traced, totals = train_step.trace(
-                config, self.task, self.mesh, self.placed, optimizer, schedule, self.state, batch
+                config,
+                self.task.loss,
+                self.task.normalizer,
+                self.mesh,
+                self.placed,
+                optimizer,
+                schedule,
+                self.state,
+                batch,
             )
             began = time.perf_counter()
             self.step = traced.lower().compile()

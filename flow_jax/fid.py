@@ -11,7 +11,7 @@ in which FIDs differ. The other flags are those of eval.py; any key of the run's
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from absl import flags
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flow_jax.metrics.frechet import FrechetScore
 from train_jax.config import command_line
-from train_jax.config.base import leaves
+from train_jax.config.base import task_class
 from train_jax.core import files, row_sharding
 from train_jax.core.errors import UserError
 from train_jax.system import clock
@@ -47,21 +47,24 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     Raises:
       UserError: as `train_jax.loop.load_model`; or data are missing, or the features are not a function of images.
     """
-    from train_jax.evaluate import load_model, print_results  # slow to import: after the arguments have been checked
+    from flow_jax.tasks.image_flow_task import ImageFlowTask  # slow to import: after the arguments have been checked
+    from train_jax.evaluate import load_model, print_results
     from train_jax.parallel.sharding import make_mesh
     from train_jax.task import make_task
 
     began = time.perf_counter() if began is None else began
-    if "eval.reference_examples" not in leaves(config):
-        raise UserError(f"{workdir} is a run of {config.task}, expected one of flow_jax.tasks.images:ImageFlow.")
+    if not issubclass(task_class(config.task), ImageFlowTask):
+        raise UserError(
+            f"{workdir} is a run of {config.task}, expected one of flow_jax.tasks.images:ImageFlow or of another "
+            "ImageFlowTask: name its workdir"
+        )
     workdir, options = Path(workdir), config.eval
     number = options.num_samples or NUM_SAMPLES
     mesh = make_mesh(config.mesh)
-    task: Any = make_task(config, mesh)  # has `evaluation`, as its `eval` has `reference_examples`
-    evaluation = task.evaluation
+    evaluation = cast(ImageFlowTask, make_task(config, mesh)).evaluation
     evaluation.features  # noqa: B018 (fails on an unknown name before the model is loaded)
     model = load_model(config, workdir, checkpoint)
-    reference = getattr(evaluation.data, options.reference)
+    reference = evaluation.images(options.reference)
     with _progress_bar("real images", min(len(reference), options.reference_examples)) as bar:
         real = evaluation.moments(options.reference, bar.update)
     score = FrechetScore(evaluation.features, real)

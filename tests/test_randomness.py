@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.placed_model import placed_model
 from tests.randomness_cases import BATCH, CASES, Case, places, small_models, task_paths
 from train_jax.config.validate import validate
 from train_jax.core.errors import UserError
@@ -80,12 +81,15 @@ class Step:
 
     def gradients(self, processes: int, *steps: int) -> list[tuple[float, dict[str, np.ndarray]]]:
         """Returns the loss and the gradient by path of one batch, with the random keys of several steps."""
-        bundle = stirred(placement.build(self.task, self.mesh, training=True))
+        bundle = stirred(placed_model(self.task, training=True))
         start = placement.create_state(bundle, KEPT, self.mesh, ema=False, float16=False)
         rows = self.batch(self.config.micro_batch, processes)
         batch = sharding.to_global(rows, self.mesh, sharding.batch_sharding(self.mesh).spec)
         schedule = optimizers.make_schedule(self.config.optimizer, 100, 0)
-        traced, totals = train_step.trace(self.config, self.task, self.mesh, bundle, KEPT, schedule, start, batch)
+        loss, normalizer = self.task.loss, self.task.normalizer
+        traced, totals = train_step.trace(
+            self.config, loss, normalizer, self.mesh, bundle, KEPT, schedule, start, batch
+        )
         compiled, result = traced.lower().compile(), []
         for step in steps:
             zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)

@@ -10,7 +10,7 @@ from train_jax.core import files
 from train_jax.core.errors import UserError
 from train_jax.data.pipeline import training_batches
 from train_jax.parallel import sharding
-from train_jax.task import Task, make_task
+from train_jax.task import make_task
 
 DATA = "data"  # key of eval.json: fingerprint of the evaluation data
 
@@ -28,7 +28,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if latest is not None:
         source = task.train_records()
         check_data(latest[1]["fingerprint"], training_batches(config, source, num_steps=1).fingerprint, workdir)
-    stored, current = files.read_json_or_empty(workdir / "eval.json").get(DATA), data_entry(task).get(DATA)
+    stored, current = files.read_json_or_empty(workdir / "eval.json").get(DATA), task.reported_data()
     if stored is not None and stored != current:
         raise UserError(
             f"the evaluation data of {workdir / 'eval.json'} have changed (fingerprint {stored}, now {current}): "
@@ -36,7 +36,6 @@ def check(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def data_entry(task: Task) -> dict[str, str]:
-    """Returns the entry of eval.json with the fingerprint of a task's evaluation data; empty if it has none."""
-    fingerprint = task.reported_data()
+def data_entry(fingerprint: str | None) -> dict[str, str]:
+    """Returns the entry of eval.json with the fingerprint of the evaluation data; empty if there is none."""
     return {} if fingerprint is None else {DATA: fingerprint}

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.complete import data_entry
-from train_jax.config.base import known_keys, stored_config
+from train_jax.config.base import known_keys, stored_config, task_class
 from train_jax.config.resume_check import difference, refuse_sweep
 from train_jax.config.validate import validate
 from train_jax.core import files, row_sharding
@@ -65,7 +66,7 @@ def evaluate(
     controls = {name: results for name, results in controls.items() if results and split is None}
     with row_sharding.use_mesh(mesh):
         results = {"step": step} | task.evaluate(model, workdir, split, controls)
-    results |= data_entry(task) if split is None else {}
+    results |= data_entry(task.reported_data()) if split is None else {}
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began}
     if stored.get("finished") and split is None:
         results |= {name: stored[name] for name in TRAINING_KEYS if name in stored}
@@ -86,26 +87,37 @@ def _load(config: ConfigDict, workdir: Path, checkpoint: str | int, mesh: Mesh) 
     task = make_task(config, mesh)
     task.check_workdir(workdir)
     if not (workdir / "checkpoints").is_dir() and checkpoint == "best":
-        return task, placement.build(task, mesh).model(), 0
+        return task, initial_model(task, mesh).model(), 0
     if (workdir / "config.json").is_file():
-        _check_same_model(stored_config(workdir), config, task)
+        _check_same_model(stored_config(workdir), config, task.architecture_keys)
     checkpoints = Checkpoints(workdir / "checkpoints", config.best_metric, config.best_mode, read_only=True)
     try:
         step = resolve(checkpoints, checkpoint)
         item = "ema" if config.ema_decay is not None else "params"
-        placed = placement.build(task, mesh)  # slow, so after every check that does not need it
+        placed = initial_model(task, mesh)  # slow, so after every check that does not need it
         return task, placed.model(checkpoints.restore_params(step, placed.trainable, item)), step
     finally:
         checkpoints.close()
 
 
-def _check_same_model(stored: ConfigDict, config: ConfigDict, task: Task) -> None:
-    """Raises UserError if a key that shapes the model differs from the config that made the checkpoint."""
-    declared = {name for name, known in known_keys(type(task)).items() if known.architecture}
+def initial_model(task: Task, mesh: Mesh) -> placement.PlacedModel:
+    """Returns a task's model before training, on the mesh."""
+    return placement.place(task.init(), task.trainable(), task.sharding_rules(), mesh)
+
+
+def _check_same_model(stored: ConfigDict, config: ConfigDict, architecture_keys: Sequence[str]) -> None:
+    """Raises UserError if a key that shapes the model differs from the config that made the checkpoint.
+
+    Args:
+      stored: the config of the checkpoint.
+      config: the requested config.
+      architecture_keys: `Task.architecture_keys`, patterns beside the declared keys.
+    """
+    declared = {name for name, known in known_keys(task_class(config.task)).items() if known.architecture}
     changed = [
         f"{key}: {quoted(a)} -> {quoted(b)}"
         for key, a, b in difference(stored, config)
-        if key in declared or any(re.fullmatch(pattern, key) for pattern in task.architecture_keys)
+        if key in declared or any(re.fullmatch(pattern, key) for pattern in architecture_keys)
     ]
     if changed:
         raise UserError(

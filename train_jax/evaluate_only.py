@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from train_jax.complete import data_entry
 from train_jax.config.base import to_json
 from train_jax.core import files
-from train_jax.evaluate import print_results, write_results
-from train_jax.step import placement
+from train_jax.evaluate import initial_model, print_results, write_results
 from train_jax.system.memory import reported_peak
 from train_jax.task import Task
 
@@ -31,8 +30,9 @@ def fit(config: ConfigDict, workdir: Path, task: Task, mesh: Mesh, began: float)
     if jax.process_index() == 0:
         files.write_atomically(workdir / "config.json", to_json(config))
         task.start(workdir)
-    model = placement.build(task, mesh).model()
-    results = {"step": 0, "trainable_parameters": 0} | task.evaluate(model, workdir) | data_entry(task)
+    model = initial_model(task, mesh).model()
+    results = {"step": 0, "trainable_parameters": 0} | task.evaluate(model, workdir)
+    results |= data_entry(task.reported_data())
     results |= {"peak_memory_bytes": reported_peak(), "seconds": time.perf_counter() - began, "finished": True}
     write_results(workdir, results)
     print_results(results)

@@ -156,7 +156,7 @@ class Trainer:
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
         self.durations, self.checkpoints, self._began = durations, checkpoints, began
         self.pipeline = training_batches(config, source, durations.total)
-        self.model = placement.build(task, mesh, training=True)
+        self.model = placement.place(task.init_for_training(), task.trainable(), task.sharding_rules(), mesh)
         self.schedule = optimizers.make_schedule(config.optimizer, durations.total, durations.warmup)
         self.optimizer = optimizers.make_optimizer(config.optimizer, self.schedule, self.model.trainable)
         options = dict(ema=config.ema_decay is not None, float16=config.compute_dtype == "float16")
@@ -224,7 +224,15 @@ class Trainer:
 
         def trace(batch: dict[str, jax.Array]) -> jax.stages.Traced:
             traced, totals = train_step.trace(
-                self.config, self.task, self.mesh, self.model, self.optimizer, self.schedule, self.state.train, batch
+                self.config,
+                self.task.loss,
+                self.task.normalizer,
+                self.mesh,
+                self.model,
+                self.optimizer,
+                self.schedule,
+                self.state.train,
+                batch,
             )
             names[:] = totals
             return traced
@@ -323,7 +331,7 @@ class Trainer:
         controls = self._control_runs(progress)
         results: dict[str, Any] = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
         results |= self.task.evaluate(model, self.workdir, control_results=controls)
-        results |= complete.data_entry(self.task)
+        results |= complete.data_entry(self.task.reported_data())
         if self.state.step_temp_bytes is not None:
             results["step_temp_bytes"] = self.state.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": self.seconds, "finished": True}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax.config.base import task_class
-from train_jax.core.config_keys import config_dict
+from train_jax.config.configurable import Configurable
 from train_jax.core.data_source import DataSource
 from train_jax.core.errors import UserError
 from train_jax.core.import_path import check_arguments
@@ -40,26 +40,18 @@ class Blueprint(NamedTuple):
     model_flops: float | None = None
 
 
-class Task(abc.ABC):
+class Task(Configurable, abc.ABC):
     """A model, its data and its loss.
 
     The runtime constructs a task as `Class(config, mesh)` with the validated config. The constructor should check what
     it can without computing (files, vocabularies, patterns) and raise UserError. A task implements the abstract
-    methods; all other methods are hooks with a default.
+    methods; all other methods are hooks with a default. It declares its config keys as `Configurable` says, most simply
+    in the dataclass `keys`.
 
     Attributes:
       config: the config of the run.
       mesh: the mesh of the run.
     """
-
-    keys: type | None = None
-    """Dataclass of the task's own config keys, beside the runtime's (train_jax/core/config_keys.py)."""
-
-    resume_safe_keys: Sequence[str] = ()
-    """Patterns of keys that a resumed run may change, for keys that `defaults` returns without a declaration."""
-
-    architecture_keys: Sequence[str] = ()
-    """Patterns of keys that shape the model and that an evaluation may not change, also without a declaration."""
 
     validation_metrics: Sequence[str] | None = None
     """Names of the metrics that `validate` returns, to reject a misspelt `best_metric` before data are prepared.
@@ -148,11 +140,6 @@ class Task(abc.ABC):
         """
 
     # Hooks, in the order in which a run calls them.
-
-    @classmethod
-    def defaults(cls) -> ConfigDict:
-        """Returns the task's own config keys with their default values: by default those of `keys`."""
-        return ConfigDict() if cls.keys is None else config_dict(cls.keys)
 
     def check_workdir(self, workdir: Path) -> None:
         """Raises UserError if the run in `workdir` started from other weights than the config's.

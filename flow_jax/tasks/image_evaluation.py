@@ -132,7 +132,7 @@ class ImageEvaluation:
         `on_progress` is called with the number of new images after each batch.
         """
         if split not in self._moments:
-            image_set, moments = getattr(self.data, split), Moments()
+            image_set, moments = self.images(split), Moments()
             rows = rows_of(len(image_set), min(len(image_set), self.options.reference_examples))
             for images, _ in self.read(image_set, rows):
                 moments.add(self.features(images))
@@ -140,6 +140,10 @@ class ImageEvaluation:
                     on_progress(len(images))
             self._moments[split] = moments
         return self._moments[split]
+
+    def images(self, split: str) -> ImageSet:
+        """Returns the images of a split, "train" or "held_out"."""
+        return self.data.train if split == "train" else self.data.held_out
 
     def read(self, image_set: ImageSet, rows: Int[np.ndarray, " N"]):
         """Yields images and labels of the given rows in batches, without bad rows; see image_datasets.read."""

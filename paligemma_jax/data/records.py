@@ -5,12 +5,13 @@ reader state, and a row that cannot be used must keep its place. `GuardedSource`
 and returns a blank example of weight 0 in place of a row that fails.
 """
 
+import abc
 import dataclasses
 import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,8 +31,6 @@ __all__ = [
     "evenly_spaced",
     "fingerprint_of",
     "prompt_checked",
-    "suffix_of",
-    "texts_of",
 ]
 
 
@@ -56,26 +55,36 @@ class Record:
     weight: float = 1.0
 
 
-@runtime_checkable  # so that beartype can check it in tests
-class RecordSource(Protocol):
-    """Random access to records. `fingerprint` is a stable hash of the rows and their order.
+class RecordSource(abc.ABC):
+    """Random access to records.
 
     `source[i]` raises `BadRow` (or `OSError`) if row i cannot be read, and `IndexError` past the end. Sources are read
     by several threads at once, and are pickled to be read by worker processes.
+
+    Attributes:
+      fingerprint: a stable hash of the rows and their order.
     """
 
-    @property
-    def fingerprint(self) -> str:
-        """A stable hash of the rows and their order."""
-        ...
+    fingerprint: str
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Record: ...
 
+    @abc.abstractmethod
     def image_numbers(self) -> np.ndarray:
         """Returns `image_index` of every row, int [rows], without reading any row."""
-        ...
+
+    def texts(self, index: int) -> tuple[str, str]:
+        """Returns prefix and suffix of a row; raises as `source[index]`. Override it if the image need not be read."""
+        record = self[index]
+        return record.prefix, record.suffix
+
+    def suffix(self, index: int) -> str:
+        """Returns the suffix of a row, as `texts` does; override it if it takes less to read than both."""
+        return self.texts(index)[1]
 
 
 def fingerprint_of(**identity: Any) -> str:
@@ -101,7 +110,7 @@ def prompt_checked(prompt: str) -> str:
     return prompt
 
 
-class Subset:
+class Subset(RecordSource):
     """Some rows of a source: a seeded random fraction of them, or an explicit list of indices.
 
     A fraction takes the first `round(fraction * len(source))` rows (at least one) of a permutation drawn from `seed`,
@@ -160,27 +169,12 @@ class Subset:
         return self.source.image_numbers()[self.indices]
 
     def texts(self, index: int) -> tuple[str, str]:
-        """Returns prefix and suffix of a row, see `texts_of`."""
-        return texts_of(self.source, int(self.indices[checked_index(index, len(self))]))
+        """Returns prefix and suffix of a row."""
+        return self.source.texts(int(self.indices[checked_index(index, len(self))]))
 
     def suffix(self, index: int) -> str:
-        """Returns the suffix of a row, see `suffix_of`."""
-        return suffix_of(self.source, int(self.indices[checked_index(index, len(self))]))
-
-
-def suffix_of(source: RecordSource, index: int) -> str:
-    """Returns the suffix of a row, without reading its image if the source has a method `suffix`."""
-    suffix = getattr(source, "suffix", None)
-    return source[index].suffix if suffix is None else suffix(index)
-
-
-def texts_of(source: RecordSource, index: int) -> tuple[str, str]:
-    """Returns prefix and suffix of a row, without reading its image if the source has a method `texts`."""
-    texts = getattr(source, "texts", None)
-    if texts is not None:
-        return texts(index)
-    record = source[index]
-    return record.prefix, record.suffix
+        """Returns the suffix of a row."""
+        return self.source.suffix(int(self.indices[checked_index(index, len(self))]))
 
 
 def evenly_spaced(source: RecordSource, most: int | None) -> RecordSource:

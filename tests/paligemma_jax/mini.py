@@ -12,7 +12,7 @@ from PIL import Image
 
 import train
 from paligemma_jax import weights
-from paligemma_jax.data.records import Record
+from paligemma_jax.data.records import Record, RecordSource
 from paligemma_jax.data.sources.synthetic import synthetic_folder
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
@@ -140,7 +140,7 @@ def write_rows(folder: Path, split: str, rows: list[dict]) -> None:
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class Rows:
+class Rows(RecordSource):
     """Records in a list, as a source."""
 
     fingerprint = "rows"

@@ -22,9 +22,9 @@ from paligemma_jax.tasks.common import SHARDING_RULES
 from tests import partitioned
 from tests.paligemma_jax.mini import CLEVR, ROOT, save_small_siglip, task_of
 from tests.partitioned import MESHES, ONE, Case
+from tests.placed_model import placed_model
 from train_jax.core import param_tree, row_sharding
 from train_jax.parallel import sharding
-from train_jax.step import placement
 from train_jax.system.memory import step_memory
 
 SIGLIP = str(ROOT / "configs/siglip.py")
@@ -94,7 +94,7 @@ def test_greedy_answers_are_those_of_one_device(mini_options):
 
     def answers(sizes):
         task = task_of(mini_options | {f"mesh.{axis}": size for axis, size in sizes.items()})
-        model = placement.build(task, task.mesh).model()
+        model = placed_model(task).model()
         rows = sharding.batch_sharding(task.mesh, accumulate=False)
         with row_sharding.use_mesh(task.mesh):
             return np.asarray(generate(model, *jax.device_put((images, tokens, real), rows), 8, eos_id=-1))

@@ -11,6 +11,7 @@ from flax import nnx
 from paligemma_jax.data.records import Record
 from paligemma_jax.tasks.vqa import consistency
 from tests.paligemma_jax.mini import Rows, png, task_of
+from tests.placed_model import placed_model
 from train_jax.core import metrics, param_tree
 from train_jax.data.pipeline import training_batches
 from train_jax.optim import optimizers
@@ -53,7 +54,7 @@ class Training:
         task.base()
         source = task.processor.guarded(rows, task.processor.image_and_text, max_bad_fraction=1.0)
         self.batches = training_batches(config, source, num_steps=100)
-        self.placed = placement.build(task, self.mesh)
+        self.placed = placed_model(task)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, self.placed.trainable)
         self._step = train_step.make_train_step(

@@ -5,12 +5,15 @@ import re
 import pytest
 
 from tests.train_jax.toy_task import Toy, toy_config
+from train_jax.config.configurable import Configurable
 from train_jax.core.errors import UserError
 from train_jax.parallel.sharding import make_mesh
 from train_jax.task import Task, make_task
 
 
-class NoTask:
+class NoTask(Configurable):
+    """Has config keys and nothing to train."""
+
     defaults = Toy.defaults
 
 

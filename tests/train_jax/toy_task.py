@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.records import BadRow, GuardedSource, Record
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource
 from train_jax.config.base import base_config
 from train_jax.core.data_source import ExampleList
 from train_jax.data.pipeline import Pipeline
@@ -32,7 +32,7 @@ def record(index: int, weight: float) -> Record:
     return Record(b"", f"row{index}.png", index, "", "", weight)
 
 
-class Rows:
+class Rows(RecordSource):
     """Random rows with weights over two orders of magnitude, like numbers of answer tokens."""
 
     def __init__(self, seed: int, length: int):

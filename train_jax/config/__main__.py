@@ -34,7 +34,7 @@ def task_table(task: str) -> str:
       UserError: there is no such task.
     """
     keys, defaults = known_keys(task_class(task)), task_defaults(task)
-    own = getattr(task_class(task), "keys", None)
+    own = task_class(task).keys
     rows = {} if own is None else declared(own)
     for name, value in leaves(defaults).items():
         if name not in rows:

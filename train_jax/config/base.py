@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from train_jax.config import stored as stored_values
+from train_jax.config.configurable import Configurable
 from train_jax.config.renamed import RENAMED_HOOKS, RENAMED_TASKS
 from train_jax.config.run_keys import DURATIONS as DURATIONS
 from train_jax.config.run_keys import UNITS, RunKeys
@@ -26,13 +27,9 @@ def runtime_defaults() -> ConfigDict:
     return config_dict(RunKeys)
 
 
-def known_keys(task: type) -> dict[str, Key]:
-    """Returns the declarations of the keys of the runtime and of a task class, by dotted name.
-
-    The class need not be a `Task`: any class with `defaults` has configs.
-    """
-    keys = getattr(task, "keys", None)
-    return declared(RunKeys) | ({} if keys is None else declared(keys))
+def known_keys(task: type[Configurable]) -> dict[str, Key]:
+    """Returns the declarations of the keys of the runtime and of a task class, by dotted name."""
+    return declared(RunKeys) | ({} if task.keys is None else declared(task.keys))
 
 
 def steps(
@@ -87,15 +84,17 @@ def task_class(path: str | None) -> type:
     """Imports the class that `config.task` names.
 
     Raises:
-      UserError: as for `imported`, the task has moved, it is not a class with `defaults`, or it defines a hook that
-        has been renamed.
+      UserError: as for `imported`, the task has moved, it is no `Configurable`, or it defines a hook that has
+        been renamed.
     """
     if path in RENAMED_TASKS:
         raise UserError(f"config.task={path!r} has moved: write {RENAMED_TASKS[path]!r}")
     task = imported("config.task", path, "package.module:Class")
-    if not isinstance(task, type) or not callable(getattr(task, "defaults", None)):
-        actual = f"{task.__name__}, a class without defaults()" if isinstance(task, type) else type(task).__name__
-        raise UserError(f"config.task={path!r} is {actual}, expected a subclass of train_jax.task.Task: name another")
+    if not isinstance(task, type) or not issubclass(task, Configurable):
+        kind = f"the class {task.__name__}" if isinstance(task, type) else type(task).__name__
+        raise UserError(
+            f"config.task={path!r} is {kind}, expected a subclass of train_jax.task.Task: derive it, or name another"
+        )
     for old, new in RENAMED_HOOKS.items():
         if hasattr(task, old):
             raise UserError(f"config.task={path!r} defines {old}, which is now {new}: rename it")
@@ -106,7 +105,7 @@ def base_config(task: str | None) -> ConfigDict:
     """Returns the runtime's defaults updated by the task's `defaults()`, locked: only existing keys can be set.
 
     Args:
-      task: import path "package.module:Class" of a class with `defaults() -> ConfigDict`.
+      task: import path "package.module:Class" of a `Configurable`.
     """
     config = runtime_defaults()
     try:

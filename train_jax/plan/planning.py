@@ -55,10 +55,11 @@ def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | N
     validate(config, device_count=None if tpu is None else len(tpu.devices))
     mesh = sharding.make_mesh(config.mesh, None if tpu is None else tpu.devices)
     blueprint = task_class(config.task).blueprint(config, mesh)
-    placed = placement.abstract(blueprint.task, blueprint.model, mesh)
+    task = blueprint.task
+    placed = placement.abstract(blueprint.model, task.trainable(), task.sharding_rules(), mesh)
     device = mesh.devices.flat[0].device_kind
-    compiler = _Compiler(mesh, tpu, (*OP_CLASSES, *blueprint.task.op_classes))
-    if blueprint.task.trainable() is None:
+    compiler = _Compiler(mesh, tpu, (*OP_CLASSES, *task.op_classes))
+    if task.trainable() is None:
         frozen = sharding.device_bytes(placed.frozen)
         programs = _evaluations(blueprint, placed, frozen, compiler, only)
         return RunPlan(device, dict(mesh.shape), 0, frozen, 0, 0, programs)
@@ -70,7 +71,9 @@ def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | N
     batch = batch_shapes(config, blueprint, mesh)
     state_bytes, programs = sharding.device_bytes((start, placed.frozen)), []
     if only is None or TRAINING in only:
-        traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+        traced, totals = train_step.trace(
+            config, task.loss, task.normalizer, mesh, placed, optimizer, schedule, start, batch
+        )
         programs = [compiler.compile(TRAINING, traced, state_bytes + sharding.device_bytes((totals, batch)))]
     programs += _evaluations(blueprint, placed, state_bytes, compiler, only)
     trainable = sharding.device_bytes(start.params)

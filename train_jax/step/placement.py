@@ -1,7 +1,7 @@
-"""Splits a task's model into trainable and frozen arrays and puts them on the mesh."""
+"""Splits a model into trainable and frozen arrays and puts them on the mesh."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from train_jax.core import param_tree, patterns, row_sharding
 from train_jax.parallel import sharding
+from train_jax.parallel.sharding import Spec
 from train_jax.step import train_state
-from train_jax.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,45 +35,43 @@ class PlacedModel:
         return self.merge({**(self.trainable if trained is None else trained), **self.frozen})
 
 
-def build(task: Task, mesh: Mesh, training: bool = False) -> PlacedModel:
-    """Initializes the model and puts every array onto the mesh.
+def place(model: nnx.Module, trainable: str | None, rules: Sequence[tuple[str, Spec]], mesh: Mesh) -> PlacedModel:
+    """Splits a model by the trainable pattern and puts every array onto the mesh.
 
     Args:
-      task: defines the model.
+      model: with arrays (`Task.init`).
+      trainable: pattern of the paths that train; None freezes all (`Task.trainable`).
+      rules: (pattern, spec) pairs that cover every path (`Task.sharding_rules`).
       mesh: from `sharding.make_mesh`.
-      training: initialize the model that `Task.loss` reads (`Task.init_for_training`).
 
     Raises:
       UserError: the trainable pattern matches nothing, or a path has no sharding rule.
     """
-    return _place(task, task.init_for_training() if training else task.init(), mesh, jax.device_put)
+    return _place(model, trainable, rules, mesh, jax.device_put)
 
 
-def abstract(task: Task, model: nnx.Module, mesh: Mesh) -> PlacedModel:
-    """Returns what `build` does for an abstract model, without allocating arrays.
+def abstract(model: nnx.Module, trainable: str | None, rules: Sequence[tuple[str, Spec]], mesh: Mesh) -> PlacedModel:
+    """Returns what `place` does for an abstract model (nnx.eval_shape), without allocating arrays."""
 
-    Args:
-      task: of the model.
-      model: the module that `task.init` returns, made by `nnx.eval_shape`.
-      mesh: from `sharding.make_mesh`.
-    """
-    return _place(
-        task, model, mesh, lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    )
+    def put(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return _place(model, trainable, rules, mesh, put)
 
 
-def _place(task: Task, model: nnx.Module, mesh: Mesh, put: Callable) -> PlacedModel:
-    """Splits a model by the trainable pattern; `put(array, sharding)` returns each array with its sharding."""
+def _place(
+    model: nnx.Module, trainable: str | None, rules: Sequence[tuple[str, Spec]], mesh: Mesh, put: Callable
+) -> PlacedModel:
+    """Does what `place` says; `put(array, sharding)` returns each array with its sharding."""
     arrays = param_tree.flatten(model)
-    pattern = task.trainable()
-    trainable = set() if pattern is None else set(patterns.select(pattern, arrays, what="trainable parameters"))
-    shardings, notes = sharding.shardings(mesh, task.sharding_rules(), arrays)
+    trains = set() if trainable is None else set(patterns.select(trainable, arrays, what="trainable parameters"))
+    shardings, notes = sharding.shardings(mesh, rules, arrays)
     graph, _ = param_tree.split(row_sharding.mark(model, shardings))
     placed = {path: put(array, shardings[path]) for path, array in arrays.items()}
     return PlacedModel(
         graph,
-        {path: array for path, array in placed.items() if path in trainable},
-        {path: array for path, array in placed.items() if path not in trainable},
+        {path: array for path, array in placed.items() if path in trains},
+        {path: array for path, array in placed.items() if path not in trains},
         shardings,
         notes,
     )
@@ -96,7 +94,7 @@ def create_state(
     Donates the trainable arrays of `placed`, so that only one copy is in memory.
 
     Args:
-      placed: from `build`.
+      placed: from `place`.
       optimizer: over the trainable parameters.
       mesh: of the model.
       **options: of `train_state.create`.

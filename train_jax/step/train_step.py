@@ -23,13 +23,17 @@ from train_jax.parallel import sharding
 from train_jax.step.placement import PlacedModel
 from train_jax.step.randomness import ROW, numbered, row_keys
 from train_jax.step.train_state import Params, TrainState, update_guard, where
-from train_jax.task import Task
+
+Loss = Callable[[nnx.Module, dict[str, jax.Array], jax.Array], tuple[jax.Array, Metrics]]
+"""`Task.loss`: (model, micro-batch, random keys of its rows) -> (summed loss, metrics)."""
+Normalizer = Callable[[dict[str, jax.Array]], jax.Array]
+"""`Task.normalizer`: batch -> the scalar that divides its summed loss."""
 
 
 def make_train_step(
     merge: Callable[[Params], nnx.Module],
-    loss: Callable[[nnx.Module, dict, jax.Array], tuple[jax.Array, Metrics]],
-    normalizer: Callable[[dict], jax.Array],
+    loss: Loss,
+    normalizer: Normalizer,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     *,
@@ -107,7 +111,8 @@ def make_train_step(
 
 def trace(
     config: ConfigDict,
-    task: Task,
+    loss: Loss,
+    normalizer: Normalizer,
     mesh: Mesh,
     placed: PlacedModel,
     optimizer: optax.GradientTransformation,
@@ -115,11 +120,12 @@ def trace(
     start: TrainState,
     batch: dict[str, Any],
 ) -> tuple[jax.stages.Traced, dict[str, Any]]:
-    """Traces the training step of a task.
+    """Traces the training step of a loss.
 
     Args:
-      config: of the run.
-      task: defines the loss and its normalizer.
+      config: of the run; its seed, ema_decay and max_bad_steps are used.
+      loss: `Task.loss`.
+      normalizer: `Task.normalizer`.
       mesh: of the model.
       placed: the model.
       optimizer: over the trainable parameters.
@@ -133,8 +139,8 @@ def trace(
     """
     step = make_train_step(
         placed.merge,
-        task.loss,
-        task.normalizer,
+        loss,
+        normalizer,
         optimizer,
         schedule,
         seed=config.seed,
@@ -142,12 +148,12 @@ def trace(
         max_bad_steps=config.max_bad_steps,
     )
 
-    def task_metrics(start, frozen, batch):
+    def loss_metrics(start, frozen, batch):
         first = jax.tree.map(lambda x: x[0], numbered(batch, start.step))
         keys = row_keys(config.seed, start.step, first[ROW])
-        return task.loss(placed.merge(start.params | frozen), first, keys)[1]
+        return loss(placed.merge(start.params | frozen), first, keys)[1]
 
-    names = jax.eval_shape(row_sharding.with_mesh(mesh, task_metrics), start, placed.frozen, batch)
+    names = jax.eval_shape(row_sharding.with_mesh(mesh, loss_metrics), start, placed.frozen, batch)
     names = [*names, "loss", "grad_norm", "learning_rate"]
     replicated = sharding.replicated(mesh)
     totals = sharding.with_shardings(jax.eval_shape(lambda: metrics_lib.zeros_like(names)), lambda leaf: replicated)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from paligemma_jax.data.few_shot.dataset import FewShot
 from paligemma_jax.data.few_shot.descriptions import uniform_of_step
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, checked_index, fingerprint_of
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource, checked_index, fingerprint_of
 from paligemma_jax.images.augment import Augmentation
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core import digests
@@ -19,7 +19,7 @@ from train_jax.core.errors import cut
 _VIEWS = zlib.crc32(b"views")
 
 
-class FewShotRecords:
+class FewShotRecords(RecordSource):
     """The examples of one split as records: the suffix is the class name, the image number the row number."""
 
     def __init__(self, data: FewShot, split: str):

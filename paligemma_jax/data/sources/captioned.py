@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource, suffix_of
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource
 from paligemma_jax.data.synthetic_clevr.captions import caption
 from paligemma_jax.data.tokenizers.text_tower import TextTokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
@@ -153,7 +153,7 @@ class CaptionedRecords(GuardedSource):
 
     def text(self, index: int) -> str:
         """Returns the caption of a row."""
-        return suffix_of(self.source, index)
+        return self.source.suffix(index)
 
     def image(self, index: int) -> np.ndarray:
         """Returns the image of a row as the model gets it, uint8 [I, I, 3]."""

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from paligemma_jax.data.byte_lru import ByteLRU
-from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from paligemma_jax.data.records import BadRow, Record, RecordSource, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
 from paligemma_jax.data.sources.clevr_tree import SPLITS, ClevrTree
 from paligemma_jax.data.sources.folder_lock import locked
@@ -158,7 +158,7 @@ def _is_of(recorded: dict[str, Any], source: Path, data_dir: Path) -> bool:
     return all(recorded[split].items() <= identity[split].items() for split in identity)
 
 
-class ClevrQuestions:
+class ClevrQuestions(RecordSource):
     """The questions of one split, in the order of the prepared data (TFDS hashes file names).
 
     The image of a row is found from the cumulative number of questions. An index is built on first use, in one pass

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.paths import inside
-from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
+from paligemma_jax.data.records import BadRow, Record, RecordSource, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
 from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
@@ -30,7 +30,7 @@ from train_jax.core.errors import UserError, quoted
 FIELDS = ("image", "prefix", "suffix")
 
 
-class JsonlRecords:
+class JsonlRecords(RecordSource):
     """The lines of one JSONL file, in file order; empty lines are skipped.
 
     A malformed line keeps its row and raises `BadRow` when it is read; a path that leaves the folder is refused when

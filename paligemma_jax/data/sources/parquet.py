@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from paligemma_jax.data.byte_lru import ByteLRU
-from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of, prompt_checked
+from paligemma_jax.data.records import BadRow, Record, RecordSource, checked_index, fingerprint_of, prompt_checked
 from paligemma_jax.data.row_texts import check_texts
 from paligemma_jax.data.sources.splits import own_source
 from train_jax.core import digests
@@ -33,7 +33,7 @@ _BATCH = 64  # images in memory while all are digested
 _UNREADABLE = (ValueError, OSError, OverflowError, NotImplementedError, KeyError)
 
 
-class ParquetQuestions:
+class ParquetQuestions(RecordSource):
     """The rows of all shards of one split, ordered by file name, then row.
 
     Rows whose images have equal bytes share an image index, whatever their paths; a row without an image has one of its

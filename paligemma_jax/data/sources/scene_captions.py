@@ -12,7 +12,7 @@ from paligemma_jax.data.synthetic_clevr.pretraining_texts import plain_caption
 _NAME = re.compile(r"CLEVR_(\w+)_(\d+)\.png")
 
 
-class SceneCaptions:
+class SceneCaptions(RecordSource):
     """The first scenes of a source of questions about synthetic scenes, each with its caption instead of questions.
 
     Args:

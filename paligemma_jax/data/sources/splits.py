@@ -7,6 +7,7 @@ reported    the validation split
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,7 +23,6 @@ OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
 }
 """Short names of `data.name` for questions; it may also be the import path of an opener."""
-SOURCE_PARTS = ("__len__", "__getitem__", "fingerprint", "image_numbers")  # of a RecordSource
 # A description of the work -> context manager that yields on_progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 Opener = Callable[[ConfigDict, str, Progress], RecordSource]
@@ -49,15 +49,53 @@ def open_source(data: ConfigDict, split: str, progress: Progress, openers: Mappi
     else:
         check_arguments(f"data.name={name!r}", function, "data", "split", "progress")
         source = function(data, split, progress)
-    missing = [part for part in SOURCE_PARTS if not hasattr(source, part)]
-    if missing:
-        raise UserError(
-            f"data.name={name!r} returned {type(source).__name__}, which has no {' and no '.join(missing)}, expected "
-            "a RecordSource (paligemma_jax/data/records.py): correct the function."
-        )
-    if name not in openers:
-        _check_first(name, source)
+    if name in openers:
+        return source
+    if not isinstance(source, RecordSource):
+        source = _OtherRecords(name, source)
+    _check_first(name, source)
     return source
+
+
+@runtime_checkable
+class _Records(Protocol):
+    """What an object needs for `_OtherRecords`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def image_numbers(self) -> np.ndarray: ...
+
+
+class _OtherRecords(RecordSource):
+    """The records of a user's object that has the abstract methods and the fingerprint of a RecordSource, but is none.
+
+    Raises:
+      UserError: it lacks one of them.
+    """
+
+    def __init__(self, name: str, records: object):
+        if not isinstance(records, _Records):
+            raise UserError(
+                f"data.name={name!r} returned {type(records).__name__}, expected a RecordSource "
+                "(paligemma_jax/data/records.py), or an object with its __len__, __getitem__, fingerprint and "
+                "image_numbers: correct the function."
+            )
+        self._records, self.fingerprint = records, records.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def image_numbers(self) -> np.ndarray:
+        """Returns `image_index` of every row."""
+        return self._records.image_numbers()
 
 
 def _check_first(name: str, source: RecordSource) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from paligemma_jax.data.records import BadRow, Record, checked_index, fingerprint_of
+from paligemma_jax.data.records import BadRow, Record, RecordSource, checked_index, fingerprint_of
 from paligemma_jax.data.row_texts import check_texts
 from train_jax.core import digests
 from train_jax.core.errors import UserError
 from train_jax.core.formats.tfds import open_builder, open_split
 
 
-class TfdsCaptions:
+class TfdsCaptions(RecordSource):
     """Image and caption pairs; row i is a caption of example i % n of n examples, its captions in turn by i // n.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,6 +27,7 @@ from paligemma_jax.data.sources.captioned import (
 from paligemma_jax.data.tokenizers.text_tower import load_text_tokenizer
 from paligemma_jax.images.preprocessing import preprocessing_of
 from paligemma_jax.inference import command
+from paligemma_jax.losses import reference
 from paligemma_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from paligemma_jax.models.variants import MINI, TINY, variant
 from paligemma_jax.tasks import common
@@ -33,7 +35,7 @@ from paligemma_jax.tasks.contrastive import config as contrastive_config
 from paligemma_jax.tasks.contrastive import plan as contrastive_plan
 from paligemma_jax.tasks.contrastive import report as contrastive_report
 from paligemma_jax.tasks.contrastive.data import ContrastiveData
-from paligemma_jax.tasks.contrastive.pair_loss import pair_loss
+from paligemma_jax.tasks.contrastive.pair_options import pair_metrics, pair_options
 from paligemma_jax.tasks.process_cache import PROCESS_CACHE
 from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.vision_start import vision_config_of, with_vision
@@ -218,7 +220,17 @@ class Contrastive(StartsFromWeights):
 
         rows = {name: batch[name] for name in ("image", FEATURES, "tokens", "mask") if name in batch}
         zimg, ztxt = losses.embed_in_micro_batches(embed, rows, self.config.embed_micro_batch)
-        loss, metrics = pair_loss(model, zimg, ztxt, batch, keys, self.config.loss, self.mesh)
+        metrics = pair_metrics(model, zimg, ztxt, batch)
+        options = pair_options(zimg, ztxt, batch, keys, self.config.loss, self.mesh)
+        module = reference if self.config.loss.full_matrix else losses
+        scale = model.logit_scale[...]
+        if self.config.loss.name == "softmax":
+            loss = module.softmax_loss(zimg, ztxt, scale, **options)
+        else:
+            bias = jnp.zeros(()) if model.logit_bias is None else model.logit_bias[...]
+            if model.logit_bias is not None:
+                metrics["bias"] = bias, jnp.float32(1.0)
+            loss = module.sigmoid_loss(zimg, ztxt, scale, bias, **options)
         return loss * len(zimg), metrics
 
     # Evaluation.

@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from paligemma_jax.data import prompts
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource, suffix_of
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core.errors import cut, quoted
@@ -106,7 +106,7 @@ def warn_of_cut_references(tokenizer: Tokenizer, source: RecordSource, split: st
     counts = Counter()
     for index in range(len(source)):
         with contextlib.suppress(BadRow, OSError):  # reported when the row is read to be answered
-            counts[suffix_of(source, index)] += 1
+            counts[source.suffix(index)] += 1
     lengths = {text: len(tokenizer.encode(text)) for text in counts}
     longer = [text for text, length in lengths.items() if length > max_new_tokens]
     if longer:

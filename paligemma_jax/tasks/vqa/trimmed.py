@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from paligemma_jax.data.prompts import MASKS
-from paligemma_jax.data.records import RecordSource, texts_of
+from paligemma_jax.data.records import RecordSource
 from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core.data_source import Batch, DataSource, Lengths
 from train_jax.core.errors import UserError
@@ -50,7 +50,7 @@ class TrimmedRows(DataSource):
 
     def _count(self, index: int) -> int:
         try:
-            return self._processor.length(*texts_of(self._records, index))
+            return self._processor.length(*self._records.texts(index))
         except (UserError, OSError):  # a bad row, which is reported when it is read
             return self._blank
 

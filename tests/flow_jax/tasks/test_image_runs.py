@@ -21,7 +21,7 @@ from flow_jax.tasks.images import ImageFlow
 from tests.flow_jax.images_on_disk import colours, pixels, prepare, write_folder
 from tests.paligemma_jax.mini import ROOT, arguments, config_of, mistake
 from train_jax.config import command_line
-from train_jax.config.base import read_config
+from train_jax.config.base import base_config, read_config
 from train_jax.core.errors import UserError
 from train_jax.evaluate import load_model
 from train_jax.optim import optimizers
@@ -145,6 +145,11 @@ def test_fid_is_the_frechet_distance_of_all_samples_at_once(run, options, capsys
 def test_fid_refuses(flags, sentence, run, capsys):
     with pytest.raises(UserError, match=sentence):
         fid.main(["fid", str(run), *flags])
+
+
+def test_fid_refuses_a_run_without_images(tmp_path):
+    with pytest.raises(UserError, match="is a run of flow_jax.tasks.plane:PlaneFlow, expected one of flow_jax.tasks"):
+        fid.fid(base_config("flow_jax.tasks.plane:PlaneFlow"), tmp_path)
 
 
 # Scores and samples.

@@ -7,12 +7,12 @@ import grain
 import numpy as np
 import pytest
 
-from paligemma_jax.data.records import BadRow, GuardedSource, Record, Subset, blank_record, fingerprint_of
+from paligemma_jax.data.records import BadRow, GuardedSource, Record, RecordSource, Subset, blank_record, fingerprint_of
 from paligemma_jax.images.preprocessing import Preprocessing
 from train_jax.core.errors import UserError
 
 
-class Rows:
+class Rows(RecordSource):
     """n rows; those in `unreadable` raise, those in `undecodable` have broken image bytes."""
 
     def __init__(self, n, image, unreadable=(), undecodable=(), fingerprint="rows"):
@@ -27,6 +27,9 @@ class Rows:
             raise BadRow(f"line {i} is malformed")
         image = self.image[:40] if i in self.undecodable else self.image
         return Record(image, f"{i}.png", i // 2, f"question {i}", "answer")
+
+    def image_numbers(self):
+        return np.arange(self.n) // 2
 
 
 def prepare(record):
@@ -84,6 +87,14 @@ def test_subset_by_indices_keeps_their_order_and_bounds(image):
         subset[3]
 
 
+def test_texts_of_a_subset_are_those_of_its_source(image):
+    rows = Rows(10, image, unreadable=[3])
+    subset = Subset(rows, indices=[7, 3])
+    assert rows.texts(7) == subset.texts(0) == ("question 7", "answer") and subset.suffix(-2) == "answer"
+    with pytest.raises(BadRow, match="line 3"):
+        subset.suffix(1)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -136,9 +147,11 @@ def test_each_bad_row_is_logged_once_by_name(image, caplog):
 
 
 def test_a_record_of_weight_zero_keeps_its_weight(image):
-    row = dataclasses.replace(Rows(1, image)[0], weight=0.0)
-    source = type("One", (), {"fingerprint": "x", "__len__": lambda s: 1, "__getitem__": lambda s, i: row})()
-    example = GuardedSource(source, prepare)[0]
+    class Weightless(Rows):
+        def __getitem__(self, i):
+            return dataclasses.replace(super().__getitem__(i), weight=0.0)
+
+    example = GuardedSource(Weightless(1, image), prepare)[0]
     assert example["weight"] == 0 and not example["bad"]  # nothing is wrong with it
 
 

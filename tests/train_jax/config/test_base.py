@@ -16,12 +16,13 @@ from train_jax.config.base import (
     task_class,
     to_json,
 )
+from train_jax.config.configurable import Configurable
 from train_jax.core.errors import UserError
 
 TASK = f"{__name__}:Dummy"
 
 
-class Dummy:
+class Dummy(Configurable):
     @staticmethod
     def defaults() -> ConfigDict:
         config = ConfigDict(
@@ -99,11 +100,11 @@ def defaults(value):
 
 OLD_HOOKS = {"harmless_keys": (), "model_keys": (), "companions": dict, "single_split": True}
 TASKS = {
-    "NoDefaults": type("NoDefaults", (), {}),
-    "SelfDefaults": type("SelfDefaults", (), {"defaults": lambda self: ConfigDict()}),
-    "FailingDefaults": type("FailingDefaults", (), {"defaults": staticmethod(lambda: 1 / 0)}),
-    "DictDefaults": type("DictDefaults", (), {"defaults": defaults({})}),
-    "OtherTypes": type("OtherTypes", (), {"defaults": defaults(ConfigDict({"optimizer": 3}))}),
+    "NoTask": type("NoTask", (), {}),
+    "SelfDefaults": type("SelfDefaults", (Configurable,), {"defaults": lambda self: ConfigDict()}),
+    "FailingDefaults": type("FailingDefaults", (Configurable,), {"defaults": staticmethod(lambda: 1 / 0)}),
+    "DictDefaults": type("DictDefaults", (Configurable,), {"defaults": defaults({})}),
+    "OtherTypes": type("OtherTypes", (Configurable,), {"defaults": defaults(ConfigDict({"optimizer": 3}))}),
     **{f"Old_{name}": type("Old", (Dummy,), {name: value}) for name, value in OLD_HOOKS.items()},
 }
 globals().update(TASKS)
@@ -112,11 +113,11 @@ globals().update(TASKS)
 @pytest.mark.parametrize(
     "path, sentence",
     [
-        ("os:path", "config.task='os:path' is module, expected a subclass of train_jax.task.Task: name another"),
-        ("builtins:int", "is int, a class without defaults(), expected a subclass of train_jax.task.Task"),
+        ("os:path", "config.task='os:path' is module, expected a subclass of train_jax.task.Task: derive it, or n"),
+        ("builtins:int", "is the class int, expected a subclass of train_jax.task.Task"),
         (".x:Y", "config.task='.x:Y', expected 'package.module:Class'"),
         ("a b:Y", "config.task='a b:Y', expected 'package.module:Class'"),
-        (f"{__name__}:NoDefaults", "is NoDefaults, a class without defaults(), expected a subclass"),
+        (f"{__name__}:NoTask", "is the class NoTask, expected a subclass"),
         (f"{__name__}:SelfDefaults", "SelfDefaults.defaults takes (self), expected (): correct it"),
         (f"{__name__}:FailingDefaults", "FailingDefaults.defaults() failed (test_base.py, line "),
         (f"{__name__}:DictDefaults", "DictDefaults.defaults() returned dict, expected a ConfigDict: correct it"),

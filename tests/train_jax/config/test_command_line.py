@@ -11,12 +11,13 @@ from train_jax.config.__main__ import main as table_main
 from train_jax.config.__main__ import task_table
 from train_jax.config.base import base_config, to_json
 from train_jax.config.command_line import default_workdir, load_from_flags, parse, run
+from train_jax.config.configurable import Configurable
 from train_jax.core.errors import UserError
 
 TASK = f"{__name__}:Dummy"
 
 
-class Dummy:
+class Dummy(Configurable):
     @staticmethod
     def defaults() -> ConfigDict:
         model = {"width": 8, "betas": (0.9, 0.95), "causal": False, "name": "x"}

@@ -2,13 +2,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from train_jax.config.base import base_config
+from train_jax.config.configurable import Configurable
 from train_jax.config.resume_check import ABSENT, check_resume, difference
 from train_jax.core.errors import UserError
 
 TASK = f"{__name__}:Dummy"
 
 
-class Dummy:
+class Dummy(Configurable):
     resume_safe_keys = (r"eval\.batch_size",)
 
     @staticmethod

@@ -5,13 +5,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from train_jax.config.base import base_config
+from train_jax.config.configurable import Configurable
 from train_jax.config.validate import validate
 from train_jax.core.errors import UserError
 
 TASK = f"{__name__}:Dummy"
 
 
-class Dummy:
+class Dummy(Configurable):
     @staticmethod
     def defaults() -> ConfigDict:
         return ConfigDict(

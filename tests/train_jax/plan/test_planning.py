@@ -47,8 +47,8 @@ def real(monkeypatch, tmp_path):
     def of(changes):
         seen, original = [], train_step.trace
 
-        def traced(config, task, mesh, bundle, optimizer, schedule, start, batch):
-            result, totals = original(config, task, mesh, bundle, optimizer, schedule, start, batch)
+        def traced(config, loss, normalizer, mesh, bundle, optimizer, schedule, start, batch):
+            result, _ = original(config, loss, normalizer, mesh, bundle, optimizer, schedule, start, batch)
             seen.append(((start, bundle.frozen, batch), result))
             raise StoppedError
 
@@ -218,12 +218,13 @@ config = toy_config(mesh__data=1, model__width=2048, model__dropout=0.0, batch_s
 planned = plan.plan(config)
 mesh = sharding.make_mesh(config.mesh)
 blueprint = __import__("tests.train_jax.toy_task", fromlist=["Toy"]).Toy.blueprint(config, mesh)
-placed = placement.abstract(blueprint.task, blueprint.model, mesh)
+task = blueprint.task
+placed = placement.abstract(blueprint.model, task.trainable(), task.sharding_rules(), mesh)
 schedule = optimizers.make_schedule(config.optimizer, 2, 0)
 optimizer = optimizers.make_optimizer(config.optimizer, schedule, placed.trainable)
 start = placement.abstract_state(placed, optimizer, mesh, ema=False, float16=False)
 batch = plan.batch_shapes(config, blueprint, mesh)
-traced, totals = train_step.trace(config, blueprint.task, mesh, placed, optimizer, schedule, start, batch)
+traced, totals = train_step.trace(config, task.loss, task.normalizer, mesh, placed, optimizer, schedule, start, batch)
 step = traced.lower().compile()
 fill = lambda leaf: jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here on

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.placed_model import placed_model
 from tests.train_jax.runs import assert_same_run
 from tests.train_jax.toy_task import toy_config
 from train_jax import loop
@@ -43,7 +44,7 @@ def test_bytes_per_device(shape):
     """Kernels are split over fsdp and tensor, and moments are sharded like their parameters."""
     config = mesh_config(shape)
     mesh = sharding.make_mesh(config.mesh)
-    bundle = placement.build(task_class(config.task)(config, mesh), mesh)
+    bundle = placed_model(task_class(config.task)(config, mesh))
     schedule = optimizers.make_schedule(config.optimizer, 4, 0)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
     created = placement.create_state(bundle, optimizer, mesh, ema=True, float16=False)
@@ -72,7 +73,7 @@ def shards(leaf) -> int:
 def test_parameters_are_in_memory_once():
     config = mesh_config((1, 1, 1))
     mesh = sharding.make_mesh(config.mesh)
-    bundle = placement.build(task_class(config.task)(config, mesh), mesh)
+    bundle = placed_model(task_class(config.task)(config, mesh))
     before = {path: np.array(leaf) for path, leaf in bundle.trainable.items()}
     schedule = optimizers.make_schedule(config.optimizer, 4, 0)
     optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
@@ -85,7 +86,7 @@ def test_parameters_are_in_memory_once():
 def test_an_indivisible_dimension_is_not_split_and_is_noted():
     config = mesh_config((1, 8, 1), model__width=12)
     mesh = sharding.make_mesh(config.mesh)
-    bundle = placement.build(task_class(config.task)(config, mesh), mesh)
+    bundle = placed_model(task_class(config.task)(config, mesh))
     assert bundle.notes == [
         "layers/kernel: dimension 1 of (2, 12, 12) is not divisible by 8 (fsdp), kept whole",
     ]
@@ -98,4 +99,4 @@ def test_trainable_pattern_that_matches_nothing():
     with pytest.raises(
         UserError, match=r"trainable parameters: 'layer/\.\*' matches none of 6 paths \(nearest are lay"
     ):
-        placement.build(task_class(config.task)(config, mesh), mesh)
+        placed_model(task_class(config.task)(config, mesh))

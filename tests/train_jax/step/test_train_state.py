@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.placed_model import placed_model
 from tests.train_jax.toy_task import FEATURES, toy_config
 from train_jax.config.base import task_class
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
-from train_jax.step import placement, randomness, train_state, train_step
+from train_jax.step import randomness, train_state, train_step
 from train_jax.step.train_state import Guard, LossScale, TrainState
 
 pytestmark = pytest.mark.usefixtures("fast_runs")
@@ -26,7 +27,7 @@ class Steps:
         config = toy_config(**{"batch_size": ROWS, "optimizer__learning_rate": 0.1, **changes})
         mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
         task = task_class(config.task)(config, mesh)
-        bundle = placement.build(task, mesh)
+        bundle = placed_model(task)
         schedule = optimizers.make_schedule(config.optimizer, 100, 0)
         optimizer = optimizers.make_optimizer(config.optimizer, schedule, bundle.trainable)
         self.frozen = bundle.frozen
@@ -242,7 +243,7 @@ def test_merge_returns_the_model():
     config = toy_config()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     task = task_class(config.task)(config, mesh)
-    model = placement.build(task, mesh).model()
+    model = placed_model(task).model()
     x = jnp.ones((2, FEATURES))
     np.testing.assert_array_equal(model(x), task.init()(x))
     assert isinstance(model, nnx.Module)

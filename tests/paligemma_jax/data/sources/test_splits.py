@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paligemma_jax.data.records import Record
+from paligemma_jax.data.records import Record, RecordSource
 from paligemma_jax.data.sources import splits as sources
 from paligemma_jax.data.sources import synthetic as synthetic_source
 from tests.paligemma_jax.mini import Rows
@@ -171,6 +171,30 @@ def test_a_source_of_the_users_own(synthetic):
         sources.open_source(synthetic, "train", silent)
 
 
+class Plain:
+    """Not derived from RecordSource."""
+
+    def __init__(self):
+        self.fingerprint = "plain"
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return Record(b"", f"{index}", index, f"question {index}", f"answer {index}")
+
+    def image_numbers(self):
+        return np.arange(2)
+
+
+def test_an_object_with_the_methods_of_a_source(monkeypatch):
+    monkeypatch.setattr(sources, "own", lambda data, split: Plain(), raising=False)
+    source = sources.open_source(SimpleNamespace(name=f"{sources.__name__}:own"), "train", None)
+    assert isinstance(source, RecordSource)
+    assert (len(source), source.fingerprint, source.image_numbers().tolist()) == (2, "plain", [0, 1])
+    assert source[1].image_index == 1 and source.texts(1) == ("question 1", "answer 1")
+
+
 class Dicts(Rows):
     def __getitem__(self, index):
         return {"prefix": "a"}
@@ -182,11 +206,11 @@ class Dicts(Rows):
         (lambda data: None, "takes (data), expected (data, split, progress): correct it"),
         (
             lambda data, split, progress: None,
-            "returned NoneType, which has no __len__ and no __getitem__ and",
+            "returned NoneType, expected a RecordSource (paligemma_jax/data/records.py), or an object with its",
         ),
         (
             lambda data, split, progress: [1],
-            "returned list, which has no fingerprint and no image_numbers",
+            "returned list, expected a RecordSource",
         ),
         (lambda data, split, progress: Rows([]), "returned no rows, expected at least one: correct the function"),
         (lambda data, split, progress: Dicts([1]), "returned rows of dict, expected Record"),

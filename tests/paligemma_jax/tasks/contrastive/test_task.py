@@ -12,7 +12,7 @@ import paligemma_jax as pg
 from paligemma_jax import convert, losses, zero_shot
 from paligemma_jax.models.variants import variant
 from paligemma_jax.tasks.contrastive import task as contrastive
-from paligemma_jax.tasks.contrastive.pair_loss import select_negatives
+from paligemma_jax.tasks.contrastive.pair_options import select_negatives
 from paligemma_jax.tasks.contrastive.task import Contrastive
 from paligemma_jax.weights.reader import stored_dtype
 from tests.paligemma_jax.mini import ROOT, config_of, png

@@ -17,10 +17,10 @@ from paligemma_jax.weights.fingerprint import FILE, check_digest
 from paligemma_jax.weights.reader import load
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
+from tests.placed_model import placed_model
 from train_jax import loop
 from train_jax.core import param_tree, patterns
 from train_jax.core.errors import UserError
-from train_jax.step import placement
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 MANY = {
@@ -63,7 +63,7 @@ def test_trained_paths_are_known_before_adapters_are_attached(mini_options, quan
     paths = task.trainable_paths()
     assert paths == sorted(paths)
     assert {path.rpartition("/")[2] for path in paths} == {"lora_a", "lora_b", "lora_magnitude"}
-    assert paths == sorted(placement.build(task, task.mesh).trainable)
+    assert paths == sorted(placed_model(task).trainable)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

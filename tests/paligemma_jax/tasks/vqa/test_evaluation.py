@@ -18,8 +18,8 @@ from paligemma_jax.tasks.vqa import evaluation as vqa_evaluation
 from paligemma_jax.tasks.vqa.evaluation import candidate_answers
 from paligemma_jax.tasks.vqa.features import FeatureCache, QuestionReader, other_images
 from tests.paligemma_jax.mini import ROOT, Rows, task_of
+from tests.placed_model import placed_model
 from train_jax.core.errors import UserError
-from train_jax.step import placement
 from train_jax.system import memory
 from train_jax.system.memory import step_memory
 
@@ -83,7 +83,7 @@ def test_loss_chunks_change_nothing(answer, expected, mini_rows):
 @pytest.mark.parametrize("mesh", [{"mesh__data": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}])
 def test_devices_change_nothing(options, expected, mini_rows, mesh):
     task = task_of(options | {key.replace("__", "."): value for key, value in mesh.items()})
-    model = placement.build(task, task.mesh).model()
+    model = placed_model(task).model()
     assert_same(list(task.evaluation(model).answers(mini_rows, ALL)), expected)
 
 

@@ -12,6 +12,7 @@ from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.vit import ViTConfig
 from paligemma_jax.tasks.vqa.trimmed import TrimmedRows
 from tests.paligemma_jax.mini import Rows, png, read_lines, task_of, train_main, write_rows
+from tests.placed_model import placed_model
 from tests.test_randomness import KEPT, assert_same, stirred
 from train_jax import loop
 from train_jax.core.data_source import SLOTS, Lengths
@@ -55,12 +56,13 @@ def gradient(options: dict, rows, step: int = 1) -> tuple[tuple[float, dict[str,
     task = task_of(options)
     config, mesh = task.config, task.mesh
     batch = training_batches(config, source_of(task, rows), num_steps=9).batch_at(step)
-    placed = stirred(placement.build(task, mesh, training=True))
+    placed = stirred(placed_model(task, training=True))
     start = placement.create_state(placed, KEPT, mesh, ema=False, float16=False)
     start = dataclasses.replace(start, step=jax.device_put(jnp.int32(step), start.step.sharding))
     rows_on_mesh = sharding.to_global(batch, mesh, sharding.batch_sharding(mesh).spec)
     schedule = optimizers.make_schedule(config.optimizer, 100, 0)
-    traced, totals = train_step.trace(config, task, mesh, placed, KEPT, schedule, start, rows_on_mesh)
+    loss, normalizer = task.loss, task.normalizer
+    traced, totals = train_step.trace(config, loss, normalizer, mesh, placed, KEPT, schedule, start, rows_on_mesh)
     zeros = jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(()), leaf.sharding), totals)
     after, sums = traced.lower().compile()(start, zeros, placed.frozen, rows_on_mesh)
     return (float(sums["loss"][0]), {path: np.array(leaf) for path, leaf in after.opt_state.items()}), batch

@@ -18,9 +18,9 @@ from paligemma_jax.tasks.common import SHARDING_RULES
 from paligemma_jax.tasks.vqa.adapter_config import PRESETS as CONFIGS
 from tests.paligemma_jax.mini import mistake, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
+from tests.placed_model import placed_model
 from train_jax.core import param_tree
 from train_jax.parallel.sharding import make_mesh, shardings
-from train_jax.step import placement
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 STEP = {"data.suffix_length": 8, "adapter.dropout": 0.0, "adapter.size": "None"}
@@ -60,7 +60,7 @@ def test_a_run_is_saved_and_read_again(mini_options, tmp_path, name):
     logits = [each(images, tokens, jnp.zeros_like(tokens))[0] for each in (model, again)]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     task = task_of(given)
-    trained = set(placement.build(task, task.mesh).trainable)
+    trained = set(placed_model(task).trainable)
     held = {path for path in param_tree.flatten(model) if path in trained}
     assert held == trained and results["trainable_parameters"] == sum(
         param_tree.flatten(model)[path].size for path in held

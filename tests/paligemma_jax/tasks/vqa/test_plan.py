@@ -35,8 +35,8 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     options = mini_options | {"cache_features": False, "data.buckets": 0} | changes
     seen, original = [], train_step.trace
 
-    def traced(config, task, mesh, placed, optimizer, schedule, start, batch):
-        step, _ = original(config, task, mesh, placed, optimizer, schedule, start, batch)
+    def traced(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch):
+        step, _ = original(config, loss, normalizer, mesh, placed, optimizer, schedule, start, batch)
         seen.append((start, placed.frozen, batch, step_memory(step.lower().compile())))
         raise TracedError
 
@@ -46,7 +46,7 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
             loop.fit(config_of(options), tmp_path / "run", "none")
     ((start, frozen, batch, memory),) = seen
     task, model, example, *_ = blueprint(options)
-    shapes = placement.abstract(task, model, task.mesh)
+    shapes = placement.abstract(model, task.trainable(), task.sharding_rules(), task.mesh)
     expected = {path: (leaf.shape, leaf.dtype) for path, leaf in (start.params | frozen).items()}
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in (shapes.trainable | shapes.frozen).items()} == expected
     assert shapes.trainable.keys() == start.params.keys()
@@ -77,7 +77,7 @@ def test_a_plan_reads_no_files_and_leaves_no_arrays(mini_options, monkeypatch):
 )  # fmt: skip
 def test_a_released_model_is_known_by_its_name(mini_options, name, width, image):
     task, model, example, *_ = blueprint(mini_options | {"model.path": name, "cache_features": False})
-    arrays = placement.abstract(task, model, task.mesh)
+    arrays = placement.abstract(model, task.trainable(), task.sharding_rules(), task.mesh)
     leaves = arrays.trainable | arrays.frozen
     assert leaves["decoder/embed_tokens/embedding"].shape == (257_152, width)
     assert example["image"].shape == (image, image, 3) and example["image"].dtype == np.uint8

@@ -18,12 +18,12 @@ from paligemma_jax.tasks.vqa.features import batch_features
 from paligemma_jax.tasks.vqa.task import VQA
 from paligemma_jax.weights import reader as load_module
 from tests.paligemma_jax.mini import config_of, task_of
+from tests.placed_model import placed_model
 from train_jax import loop
 from train_jax.config.resume_check import check_resume
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.step import placement
 from train_jax.task import Task
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -181,12 +181,12 @@ def own_base(mini_folder, mini_options, tmp_path):
 
 def test_a_control_run_shares_the_arrays_of_the_run(own_base, reads):
     task = task_of(own_base)
-    placed = placement.build(task, task.mesh)
+    placed = placed_model(task)
     control = VQA(task.control_runs()["question_only"], task.mesh)
     base = param_tree.flatten(control.base())
     assert len(reads) == 1 and base.keys() == placed.frozen.keys()
     assert all(array is placed.frozen[path] for path, array in base.items())
-    other = placement.build(control, control.mesh)
+    other = placed_model(control)
     assert all(array is placed.frozen[path] for path, array in other.frozen.items())
     assert not any(array is placed.trainable[path] for path, array in other.trainable.items())
     assert len(reads) == 1
@@ -267,7 +267,7 @@ def test_weights_go_straight_into_their_shardings(mini_options, monkeypatch):
 def test_trained_paths_are_known_before_the_model_is_built(mini_options, changes):
     task = task_of(mini_options | changes | {"cache_features": False})
     paths = task.trainable_paths()
-    assert sorted(paths) == sorted(placement.build(task, task.mesh).trainable)
+    assert sorted(paths) == sorted(placed_model(task).trainable)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loss of all pairs of a batch's embeddings, and its metrics, as `config.loss` says."""
+"""The pairs that the loss of a batch counts, as `config.loss` says, and the metrics of the batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,49 +9,55 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
-from paligemma_jax import losses
-from paligemma_jax.losses import reference
 from paligemma_jax.models.dual_encoder import DualEncoder
 from train_jax.core.metrics import Metrics
 
 
-def pair_loss(
-    model: DualEncoder,
+def pair_options(
     zimg: Float[jax.Array, "B E"],
     ztxt: Float[jax.Array, "B E"],
     batch: Mapping[str, jax.Array],
     keys: jax.Array | None,
     settings: ConfigDict,
     mesh: Mesh,
-) -> tuple[jax.Array, Metrics]:
-    """Returns the mean loss of all pairs of embeddings, and metrics.
+) -> dict[str, Any]:
+    """Returns the keyword arguments of `losses.sigmoid_loss` that say which pairs count and how they are computed.
 
     Args:
-      model: its scale and bias are used.
       zimg: embeddings of the images, of unit length.
       ztxt: embeddings of their texts, in the same order.
       batch: `text_id` and `image_id` [B], equal for equal texts and images, and perhaps `weight` [B], 0 for bad rows.
       keys: one for each row; used to draw negatives.
-      settings: `config.loss`.
+      settings: `config.loss`; with `full_matrix` the arguments are those of `losses.reference.sigmoid_loss`.
       mesh: the devices over which rows are split.
     """
-    weight = batch.get("weight", jnp.ones(len(zimg)))
-    metrics = _cosines(zimg, ztxt, weight) | {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
-    ids = {"text_ids": batch["text_id"], "image_ids": batch["image_id"]} if settings.mask_duplicates else {}
-    chunked: dict[str, Any] = {"mesh": mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
+    options = {"text_ids": batch["text_id"], "image_ids": batch["image_id"]} if settings.mask_duplicates else {}
+    if settings.full_matrix:
+        return options
+    options |= {"mesh": mesh, "axis": ("data", "fsdp"), "chunk_size": settings.chunk_size}
     if "weight" in batch:
-        chunked["valid"] = weight > 0
-        metrics["good_rows"] = weight.sum(), jnp.float32(len(zimg))
+        options["valid"] = batch["weight"] > 0
     if settings.negatives is not None:
-        chunked["mask"] = select_negatives(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
-    module, options = (reference, ids) if settings.full_matrix else (losses, ids | chunked)
-    scale, bias = model.logit_scale[...], model.logit_bias
-    if settings.name == "softmax":
-        return module.softmax_loss(zimg, ztxt, scale, **options), metrics
-    if bias is None:
-        return module.sigmoid_loss(zimg, ztxt, scale, jnp.zeros(()), **options), metrics
-    metrics["bias"] = bias[...], jnp.float32(1.0)
-    return module.sigmoid_loss(zimg, ztxt, scale, bias[...], **options), metrics
+        options["mask"] = select_negatives(zimg, ztxt, settings.negatives, settings.negatives_by, keys)
+    return options
+
+
+def pair_metrics(
+    model: DualEncoder, zimg: Float[jax.Array, "B E"], ztxt: Float[jax.Array, "B E"], batch: Mapping[str, jax.Array]
+) -> Metrics:
+    """Returns metrics: mean cosines, the model's scale and, if rows have weights, the share of good rows.
+
+    Args:
+      model: its scale is read.
+      zimg: embeddings of the images, of unit length.
+      ztxt: embeddings of their texts, in the same order.
+      batch: perhaps has `weight` [B], 0 for bad rows.
+    """
+    metrics = _cosines(zimg, ztxt, batch.get("weight", jnp.ones(len(zimg))))
+    metrics |= {"scale": (jnp.exp(model.logit_scale[...]), jnp.float32(1.0))}
+    if "weight" in batch:
+        metrics["good_rows"] = batch["weight"].sum(), jnp.float32(len(zimg))
+    return metrics
 
 
 def _cosines(zimg: jax.Array, ztxt: jax.Array, weight: jax.Array) -> Metrics:
