@@ -143,7 +143,9 @@ def check(case: Case, mesh: str, monkeypatch) -> None:
         assert work <= 1.05, f"{name} computes {work:.3f} of its share"
         share = (part.temp - room) / whole.temp * DEVICES
         assert share <= 1.2, f"{name} takes {share:.2f} of its share of {whole.temp} bytes"
-        passes = {"training step": case.passes, "evaluation: generated answers": 2}.get(name, 1)  # prompt and one token
+        passes = case.passes if name == "training step" else 1
+        if name == "evaluation: generated answers":  # the prompt, and every token
+            passes = 1 + _config(case, ONE).eval.max_new_tokens
         for key, number in arrays_of(shapes).items():
             assert part.exchanged["all-gather", key] <= passes * number, f"{name} gathers {key} too often"
 

@@ -303,7 +303,7 @@ def test_predict_names_the_image_it_cannot_read(mini_folder, tmp_path, capsys):
         ({"adapter.targets": ".*/q_proj"}, "cache_features is on but vision/layers/self_attn/q_proj/lora_a trains"),
         ({"adapter.name": "none", "trainable": "nothing", "cache_features": False}, "trainable parameters: 'nothing'"),
         ({"trainable": "decoder/.*"}, "trainable is 'decoder/.*' beside adapter.name='lora'"),
-        ({"adapter.name": "qlora"}, "config.adapter.name='qlora', expected one of lora, none"),
+        ({"adapter.name": "qlora"}, "config.adapter.name='qlora', expected one of lora, bottleneck, prefix"),
         ({"adapter.rank": 0}, "config.adapter.rank=0, expected 1 or more"),
         ({"adapter.dropout": 1.0}, "config.adapter.dropout=1.0, expected 0 or more and below 1"),
         ({"model.remat": "all"}, "config.model.remat='all', expected one of none, block, dots"),

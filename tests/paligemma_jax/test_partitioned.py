@@ -143,7 +143,7 @@ def test_samplers_choose_for_their_own_rows(sampler, mesh):
     gathered = partitioned.arrays_of({path: x.shape for path, x in arrays.items()})
     assert {size for _, size in divided.exchanged} <= {(), *gathered}
     for size, number in gathered.items():
-        assert divided.exchanged["all-gather", size] <= 2 * number  # in the prefill, and for a token
+        assert divided.exchanged["all-gather", size] <= (1 + 5) * number  # in the prefill, and for each token
     assert divided.exchanged["all-gather", (40, 56)] <= 1
 
 
