@@ -51,15 +51,19 @@ def open_source(data: ConfigDict, split: str, progress: Progress, openers: Mappi
         source = function(data, split, progress)
     if name in openers:
         return source
-    if not isinstance(source, RecordSource):
-        source = _OtherRecords(name, source)
+    if not isinstance(source, _Records):
+        raise UserError(
+            f"data.name={name!r} returned {type(source).__name__}, expected a RecordSource "
+            "(paligemma_jax/data/records.py), or an object with its __len__, __getitem__, fingerprint and "
+            "image_numbers: correct the function."
+        )
     _check_first(name, source)
-    return source
+    return source if isinstance(source, RecordSource) else _OtherRecords(source)
 
 
 @runtime_checkable
 class _Records(Protocol):
-    """What an object needs for `_OtherRecords`."""
+    """What a user's object needs to be read as a RecordSource; also a RecordSource may lack a fingerprint."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -72,19 +76,9 @@ class _Records(Protocol):
 
 
 class _OtherRecords(RecordSource):
-    """The records of a user's object that has the abstract methods and the fingerprint of a RecordSource, but is none.
+    """The records of a user's object that is not derived from RecordSource."""
 
-    Raises:
-      UserError: it lacks one of them.
-    """
-
-    def __init__(self, name: str, records: object):
-        if not isinstance(records, _Records):
-            raise UserError(
-                f"data.name={name!r} returned {type(records).__name__}, expected a RecordSource "
-                "(paligemma_jax/data/records.py), or an object with its __len__, __getitem__, fingerprint and "
-                "image_numbers: correct the function."
-            )
+    def __init__(self, records: _Records):
         self._records, self.fingerprint = records, records.fingerprint
 
     def __len__(self) -> int:
@@ -98,7 +92,7 @@ class _OtherRecords(RecordSource):
         return self._records.image_numbers()
 
 
-def _check_first(name: str, source: RecordSource) -> None:
+def _check_first(name: str, source: _Records) -> None:
     """Raises UserError if a source is empty or its first row is no Record; a row that cannot be read passes."""
     if not len(source):
         raise UserError(f"data.name={name!r} returned no rows, expected at least one: correct the function.")

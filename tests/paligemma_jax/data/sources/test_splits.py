@@ -195,6 +195,12 @@ def test_an_object_with_the_methods_of_a_source(monkeypatch):
     assert source[1].image_index == 1 and source.texts(1) == ("question 1", "answer 1")
 
 
+class Unnamed(RecordSource):
+    """Derived from RecordSource, without a fingerprint."""
+
+    __len__, __getitem__, image_numbers = Plain.__len__, Plain.__getitem__, Plain.image_numbers
+
+
 class Dicts(Rows):
     def __getitem__(self, index):
         return {"prefix": "a"}
@@ -212,6 +218,7 @@ class Dicts(Rows):
             lambda data, split, progress: [1],
             "returned list, expected a RecordSource",
         ),
+        (lambda data, split, progress: Unnamed(), "returned Unnamed, expected a RecordSource"),
         (lambda data, split, progress: Rows([]), "returned no rows, expected at least one: correct the function"),
         (lambda data, split, progress: Dicts([1]), "returned rows of dict, expected Record"),
     ],
