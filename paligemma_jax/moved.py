@@ -65,7 +65,7 @@ data.tfds_captions                 data.sources.tfds_captions
 data.tokenizer                     data.tokenizers.paligemma
 few_shot_scores                    tasks.coprompt.scores
 data.synthetic_clevr.descriptions  data.synthetic_clevr.conditioning
-data.synthetic_clevr.render         data.synthetic_clevr.renderer
+data.synthetic_clevr.render        data.synthetic_clevr.renderer
 generate                           generation.generate
 gradient_cache                     losses.gradient_cache
 hub                                files.hub
