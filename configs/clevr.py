@@ -3,7 +3,7 @@ r"""LoRA fine-tuning of PaliGemma on CLEVR questions, evaluated with blind contr
     python train.py --config=configs/clevr.py
 
 trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes. It downloads nothing and takes about
-6 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the results). The same model on the real CLEVR, once you
+3 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the results). The same model on the real CLEVR, once you
 have it (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip

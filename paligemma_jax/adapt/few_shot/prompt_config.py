@@ -1,4 +1,4 @@
-"""Sizes of the learned prompts and adapters of a dual encoder (prompts.py)."""
+"""Sizes of the learned prompts and adapters of a dual encoder (learned_prompts.py)."""
 
 import dataclasses
 

@@ -4,7 +4,7 @@ Before layer k, 1 <= k < K, the prompts of layer k replace those of the layer be
 as part of the sequence (deep prompts: Jia et al. 2022; Khattak et al. 2023).
 
 They are attached to a copy of the model for the time of a call, since vision prompts may be computed from text prompts
-(prompts.py). Axes: see models; M prompts per layer, K layers with prompts.
+(learned_prompts.py). Axes: see models; M prompts per layer, K layers with prompts.
 """
 
 import jax.numpy as jnp

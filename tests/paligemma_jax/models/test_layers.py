@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from paligemma_jax.models.attention import attention, prefix_mask, rotary
-from paligemma_jax.models.dropout import example_dropout, fold_in_name
 from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.norms import LayerNorm, RMSNorm
 from paligemma_jax.models.numerics import cast, soft_cap
@@ -219,38 +218,6 @@ def test_a_decoder_at_gemmas_magnitudes_stays_finite_and_near_float32(make_rando
     assert hidden.dtype == half_encoded.dtype == jnp.float32
     assert bool(jnp.isfinite(hidden).all()) and bool(jnp.isfinite(half_encoded).all())
     np.testing.assert_allclose(hidden, expected, rtol=0, atol=tolerance)
-
-
-# Dropout.
-
-
-def test_a_rows_mask_depends_on_its_key_alone():
-    x, keys = normal(0, 4, 5, 6), jax.random.split(jax.random.key(1), 4)
-    together = example_dropout(x, 0.4, keys)
-    for row in range(4):
-        np.testing.assert_array_equal(example_dropout(x[row : row + 1], 0.4, keys[row : row + 1])[0], together[row])
-    order = jnp.asarray([2, 0, 3, 1])
-    np.testing.assert_array_equal(example_dropout(x[order], 0.4, keys[order]), together[order])
-
-
-def test_dropout_keeps_the_expectation():
-    x = jnp.ones((1000, 100))
-    out = np.asarray(example_dropout(x, 0.3, jax.random.split(jax.random.key(0), 1000)))
-    np.testing.assert_allclose(np.unique(out), [0.0, 1 / 0.7], rtol=2**-15)  # of 16 bits
-    assert abs((out == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / out.size) ** 0.5
-    assert len(np.unique(out, axis=0)) == 1000  # no two rows share a mask
-
-
-def test_dropout_in_float16_saturates():
-    out = example_dropout(jnp.full((1, 64), 65504, jnp.float16), 0.5, jax.random.split(jax.random.key(0), 1))
-    np.testing.assert_array_equal(np.unique(np.asarray(out)), np.asarray([0, 65504], np.float16))
-
-
-def test_names_and_numbers_fold_into_different_keys():
-    keys = jax.random.split(jax.random.key(0), 3)
-    folded = [fold_in_name(keys, name) for name in ("decoder/q_proj", "decoder/o_proj", 0, 1)]
-    bits = np.concatenate([jax.random.key_data(key) for key in [keys, *folded]])
-    assert len(np.unique(bits, axis=0)) == 15
 
 
 # Masks.
