@@ -1,5 +1,7 @@
 """Pairs of noise and points for training: drawn by (seed, step, row) and coupled on the host, ahead of the device."""
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -12,6 +14,13 @@ _NOISE = 1  # number of the random stream
 _BLOCK = 256  # rows of noise drawn at once
 
 
+def _identity(name: str) -> str:
+    """Returns a distribution's name, with a hash of some points where a user's function draws them."""
+    if name in toys.TOYS:
+        return name
+    return f"{name}-{hashlib.sha256(toys.draw(name, _BLOCK, 0).tobytes()).hexdigest()[:16]}"
+
+
 class ToyPairs(DataSource):
     """A source of {"x_0": [2], "x_1": [2]}: fresh noise in every step, and points of a training set in the plane.
 
@@ -20,7 +29,7 @@ class ToyPairs(DataSource):
     device pairs them in the step).
 
     Args:
-      data, noise: names of distributions, see toys.py.
+      data, noise: names or import paths of distributions, see toys.draw.
       size: of the training set.
       coupling: one of flow_task.COUPLINGS.
       seed: for the training set and the noise.
@@ -32,7 +41,7 @@ class ToyPairs(DataSource):
         toys.draw(noise, 1, 0)  # raises UserError for an unknown name before the run begins
         self._noise, self._coupling, self._seed = noise, coupling, seed
         self.group = group if coupling == "exact" else 1
-        self.fingerprint = f"{data}-{noise}-{size}-{coupling}-{seed}"
+        self.fingerprint = f"{_identity(data)}-{_identity(noise)}-{size}-{coupling}-{seed}"
 
     def __len__(self) -> int:
         return len(self._points)

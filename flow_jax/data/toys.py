@@ -5,6 +5,8 @@ checkerboard     eight squares of side 2 on [-4, 4]^2 (as in Lipman et al. 2023)
 moons            two half circles, noise 0.2, scaled by 3 and shifted by -1 (as in torchcfm)
 spirals          two arms of one and a half turns, noise 0.1
 gaussian         standard normal, the usual noise
+
+`draw` also takes the import path of a function `draw_points(rng, n)` of your own.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from jaxtyping import Float
 
 from flow_jax.argument_checks import check_whole
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import check_arguments, named
 
 Draws = Float[np.ndarray, "n 2"]
 
@@ -62,12 +65,35 @@ TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 def draw(name: str, n: int, seed: tuple[int, ...] | int) -> Draws:
     """Draws n points of a distribution; they depend only on name, n and seed.
 
+    Args:
+      name: a key of TOYS, or the import path, module:function, of a function of a numpy generator and n that returns
+        real numbers [n, 2].
+      n: number of points.
+      seed: of the generator.
+
     Raises:
-      UserError: the name is unknown, or n or the seed is not a whole number.
+      UserError: the name is unknown, n or the seed is not a whole number, or the function returns something else.
     """
     check_whole("n", n, 0)
-    if not isinstance(name, str) or name not in TOYS:
-        raise UserError(f"the distribution is {name!r}, expected one of {', '.join(TOYS)}: change it.")
+    if not isinstance(name, str) or (name not in TOYS and ":" not in name):
+        raise UserError(
+            f"the distribution is {name!r}, expected one of {', '.join(TOYS)}, or the import path of your own "
+            "function, module:function: change it."
+        )
     for number in seed if isinstance(seed, tuple) else (seed,):
         check_whole("seed", number, 0)
-    return TOYS[name](np.random.Generator(np.random.PCG64(seed)), n).astype(np.float32)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return (TOYS[name](rng, n) if name in TOYS else _own(name, rng, n)).astype(np.float32)
+
+
+def _own(name: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    """Returns the points of a user's function, named by its import path."""
+    function = named("the distribution", name, {})
+    check_arguments(f"the distribution {name!r}", function, "rng", "n")
+    points = np.asarray(function(rng, n))
+    if points.shape != (n, 2) or not np.issubdtype(points.dtype, np.number) or not np.isfinite(points).all():
+        raise UserError(
+            f"the distribution {name!r} returned an array {points.dtype} {list(points.shape)}, expected finite real "
+            f"numbers [{n}, 2]: correct the function."
+        )
+    return points

@@ -119,7 +119,7 @@ class FlowTask(Task):
                 "the bridge's under the entropic coupling alone, expected sinkhorn: change one of the two."
             )
         check_group(config)
-        self.config, self.mesh = config, mesh
+        super().__init__(config, mesh)
         self.path = path_choice.make_path(config.path)
         self.times = TIMES[config.times](*self.path.time_range)
 

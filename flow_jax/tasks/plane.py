@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flow_jax.data import toys
 from flow_jax.data.plane_pairs import ToyPairs
 from flow_jax.data.toys import TOYS
 from flow_jax.models.mlp import MLP, MLPConfig
@@ -16,6 +17,7 @@ from flow_jax.tasks import plane_evaluation
 from flow_jax.tasks.flow_task import FlowKeys, FlowTask, SolverKeys
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
+from train_jax.core.import_path import check_named
 from train_jax.step.placement import own_copy
 
 
@@ -33,11 +35,12 @@ class ModelKeys:
 class PointKeys:
     """`config.data`: distributions in the plane."""
 
-    name: str = key("checkerboard", "distribution of the data, at t = 1", choices=TOYS)
+    name: str = key(
+        "checkerboard", f"distribution of the data, at t = 1: {', '.join(TOYS)}, or the import path of your own"
+    )
     noise: str = key(
         "gaussian",
-        "distribution at t = 0; one other than gaussian makes a transport between two distributions",
-        choices=TOYS,
+        "distribution at t = 0, likewise; one other than gaussian makes a transport between two distributions",
     )
     num_examples: int = key(200_000, "number of points to train on", minimum=1)
 
@@ -69,6 +72,9 @@ class PlaneFlow(FlowTask):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
+        for name in ("name", "noise"):
+            check_named(f"data.{name}", config.data[name], TOYS)
+            toys.draw(config.data[name], 2, 0)  # raises UserError for a function that draws no points
         try:
             self._model_config = MLPConfig(dim=2, **config.model)
         except ValueError as error:

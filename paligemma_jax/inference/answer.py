@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.prompts import make_example
 from paligemma_jax.data.row_texts import check_prompt, is_text
+from paligemma_jax.data.sources.splits import template_of
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
 from paligemma_jax.generation.generate import generate
 from paligemma_jax.generation.token_sampling import make_sampler
@@ -130,11 +131,9 @@ def _repeated(values: Sequence[str], count: int) -> list[str]:
 
 
 def _prompt_settings(config: ConfigDict) -> dict[str, str]:
-    """Returns a run's values of the keys of AS_GIVEN; rows of JSONL are whole prompts, without a template."""
-    own = {name: config.data[name] for name in AS_GIVEN if name in config.data}
-    if config.data.get("name") == "jsonl":
-        own.pop("prompt", None)
-    return AS_GIVEN | own
+    """Returns a run's values of the keys of AS_GIVEN, and its own where the run's task does not have them."""
+    own = {"prompt": template_of(config.data), "special_tokens": config.data.get("special_tokens")}
+    return AS_GIVEN | {name: value for name, value in own.items() if value is not None}
 
 
 def _prompt_rows(tokenizer: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:

@@ -51,7 +51,6 @@ class Training:
         self.options, self.task = options, task_of(options)
         task = self.task
         config, self.mesh = task.config, task.mesh
-        task.base()
         source = task.processor.guarded(rows, task.processor.image_and_text, max_bad_fraction=1.0)
         self.batches = training_batches(config, source, num_steps=100)
         self.placed = placed_model(task)

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from train_jax.core.errors import UserError
+
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # numpy arrays and scalars
 
@@ -81,11 +83,11 @@ class DataSource(abc.ABC):
 
         Every process calls it for all examples of a step, so it should read as little of them as it can.
         """
-        raise NotImplementedError(f"{type(self).__name__} has `lengths`, expected a method lengths_of: add it")
+        raise UserError(f"{type(self).__name__} has `lengths`, expected a method lengths_of: add it.")
 
     def cut(self, batch: Batch, length: int) -> Batch:
         """Returns a batch whose examples have room for `length` tokens in place of `lengths.limit`."""
-        raise NotImplementedError(f"{type(self).__name__} has `lengths`, expected a method cut: add it")
+        raise UserError(f"{type(self).__name__} has `lengths`, expected a method cut: add it.")
 
     def on_rows(self, indices: np.ndarray, bad: np.ndarray) -> None:
         """Counts the rows of a batch; called in the training process when the batch is used, wherever it was read.

@@ -63,6 +63,11 @@ class FewShotMethod:
     trainable: str | None
     consistency: bool = False
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base stays as it is: nothing trains, or only what the method attaches."""
+        return self.trainable in (None, learned_prompts.TRAINABLE)
+
 
 FEW_SHOT_METHODS = {
     "zero_shot": FewShotMethod(None, None),

@@ -16,7 +16,6 @@ from paligemma_jax.data.paths import inside
 from paligemma_jax.data.records import fingerprint_of
 from train_jax.core.errors import UserError, quoted
 
-PROTOCOL_KINDS = ("few_shot", "base_to_novel", "cross_dataset", "domain_generalization")
 SHOTS = (1, 2, 4, 8, 16)
 
 
@@ -104,6 +103,24 @@ def _with_source(source: FewShot, others: Mapping[str, FewShot]) -> dict[str, Fe
             "change them."
         )
     return {source.name: source, **others}
+
+
+IN_ONE = {"few_shot": few_shot, "base_to_novel": base_to_novel}
+"""Protocols of one data set, by name."""
+ACROSS = {"cross_dataset": cross_dataset, "domain_generalization": domain_generalization}
+"""Protocols that test on further data sets, by name."""
+PROTOCOL_KINDS = (*IN_ONE, *ACROSS)
+
+
+def make_protocol(kind: str, source: FewShot, targets: Mapping[str, FewShot], shots: int, seed: int) -> Protocol:
+    """Returns the protocol of a kind, one of PROTOCOL_KINDS; protocols of one data set leave out `targets`.
+
+    Raises:
+      UserError: data that do not fit the protocol.
+    """
+    if kind in IN_ONE:
+        return IN_ONE[kind](source, shots, seed)
+    return ACROSS[kind](source, targets, shots, seed)
 
 
 def read_protocol(file: str | Path, roots: Mapping[str, str | Path]) -> Protocol:

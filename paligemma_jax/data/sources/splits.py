@@ -23,6 +23,9 @@ OPENERS = {
     "jsonl": "paligemma_jax.data.sources.jsonl:open_questions",
 }
 """Short names of `data.name` for questions; it may also be the import path of an opener."""
+WHOLE_PROMPTS = ("jsonl",)
+"""Names of `data.name` whose rows are whole prompts, which `data.prompt` does not wrap. For a function of your own set
+data.prompt="{question}"."""
 # A description of the work -> context manager that yields on_progress(done, total).
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 Opener = Callable[[ConfigDict, str, Progress], RecordSource]
@@ -105,6 +108,11 @@ def _check_first(name: str, source: _Records) -> None:
             f"data.name={name!r} returned rows of {type(row).__name__}, expected Record "
             "(paligemma_jax/data/records.py): correct the function."
         )
+
+
+def template_of(data: ConfigDict) -> str | None:
+    """Returns the template that wraps questions into prompts, "{question}" for none; None for data without the key."""
+    return "{question}" if data.get("name") in WHOLE_PROMPTS else data.get("prompt")
 
 
 def own_source(data: ConfigDict) -> str:

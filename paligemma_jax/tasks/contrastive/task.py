@@ -59,7 +59,7 @@ class Contrastive(StartsFromWeights):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         contrastive_config.check(config)
-        self.config, self.mesh = config, mesh
+        super().__init__(config, mesh)
         model_config = vision_config_of(self._model_config(), config.init.vision)
         assert isinstance(model_config, DualEncoderConfig)
         self.model_config = model_config

@@ -9,6 +9,7 @@ from paligemma_jax.adapt.few_shot.learned_prompts import TRAINABLE
 from paligemma_jax.adapt.few_shot.methods import FEW_SHOT_METHODS, FewShotMethod, few_shot_method
 from paligemma_jax.adapt.few_shot.prompt_config import PromptConfig
 from paligemma_jax.data.few_shot import protocols
+from paligemma_jax.data.few_shot.openers import OPENERS
 from paligemma_jax.data.synthetic_clevr.classes import COMBINATIONS, HALVES, IN_CAPTIONS, WORDS
 from paligemma_jax.data.synthetic_clevr.styles import PLAIN, STYLES
 from paligemma_jax.images import augment
@@ -20,10 +21,9 @@ from paligemma_jax.tasks.rendered import RenderKeys
 from train_jax.config.base import check_declared, leaves
 from train_jax.core.config_keys import key, optional_keys, section
 from train_jax.core.errors import UserError, quoted
+from train_jax.core.import_path import check_named
 
-SOURCES = ("scenes", "images")
 FULL_RATE = 0.1  # of the learning rate, where all weights train
-OTHERS = ("cross_dataset", "domain_generalization")  # protocols that test on further data sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,9 @@ class ConsistencyKeys:
 class SourceKeys(RenderKeys):
     """`config.data`: classes and their images (docs/few_shot.md)."""
 
-    name: str = key("scenes", "the data: scenes (synthetic classes) or images", choices=SOURCES)
+    name: str = key(
+        "scenes", "the data: scenes (synthetic classes), images (folders), or the import path of your own function"
+    )
     descriptions: str | None = key(
         None,
         "JSON file {class: [sentences]} that the frozen model reads; None = the descriptions of the synthetic classes",
@@ -136,7 +138,13 @@ def check(config: ConfigDict) -> None:
             "leaves the base as it is and trains prompts or adapters: change the method, or set the weight to None."
         )
     _check_sides(config)
-    (_check_scenes if config.data.name == "scenes" else _check_images)(config)
+    check_named("data.name", config.data.name, OPENERS)
+    if config.data.name == "scenes":
+        _check_scenes(config)
+    if config.data.name == "images":
+        _check_images(config)
+    if config.data.name != "scenes":
+        _check_descriptions(config)
 
 
 def _check_sides(config: ConfigDict) -> None:
@@ -168,7 +176,7 @@ def _check_scenes(config: ConfigDict) -> None:
             "protocol is 'cross_dataset' and data.name is 'scenes', which is one data set, expected several: choose "
             "another protocol, or set data.name=images."
         )
-    if bool(data.target_styles) != (config.protocol in OTHERS) or data.targets:
+    if bool(data.target_styles) != (config.protocol in protocols.ACROSS) or data.targets:
         raise UserError(
             f"data.target_styles is {data.target_styles}, data.targets is {data.targets} and protocol is "
             f"{config.protocol!r}, but synthetic classes take target styles with domain_generalization only, and never "
@@ -185,13 +193,17 @@ def _check_images(config: ConfigDict) -> None:
     data = config.data
     if data.source is None:
         raise UserError("data.name is 'images' but data.source is not set: add --config.data.source=FOLDER.")
-    if bool(data.targets) != (config.protocol in OTHERS) or data.target_styles:
+    if bool(data.targets) != (config.protocol in protocols.ACROSS) or data.target_styles:
         raise UserError(
             f"data.targets is {data.targets}, data.target_styles is {data.target_styles} and protocol is "
-            f"{config.protocol!r}, but images take targets with {' and '.join(OTHERS)} only, and never target styles: "
-            "change one of the three."
+            f"{config.protocol!r}, but images take targets with {' and '.join(protocols.ACROSS)} only, and never "
+            "target styles: change one of the three."
         )
-    if needs_descriptions(config) and data.descriptions is None:
+
+
+def _check_descriptions(config: ConfigDict) -> None:
+    """Raises UserError where the frozen branch reads descriptions and the config names none."""
+    if needs_descriptions(config) and config.data.descriptions is None:
         raise UserError(
             "data.descriptions is not set, which the frozen branch reads, expected a JSON file {class: [sentences]}: "
             "add it, or set consistency.perturb=False to let it read the class texts."

@@ -6,14 +6,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.few_shot import protocols
-from paligemma_jax.data.few_shot.class_folders import open_images
-from paligemma_jax.data.few_shot.dataset import SPLITS, FewShot
+from paligemma_jax.data.few_shot.dataset import FewShot
 from paligemma_jax.data.few_shot.descriptions import Sentences, fill, read_descriptions
-from paligemma_jax.data.few_shot.protocols import Protocol
-from paligemma_jax.data.few_shot.synthetic_classes import class_descriptions, synthetic_classes
+from paligemma_jax.data.few_shot.openers import open_data_sets
+from paligemma_jax.data.few_shot.protocols import Protocol, make_protocol
+from paligemma_jax.data.few_shot.synthetic_classes import class_descriptions
 from paligemma_jax.data.records import fingerprint_of
-from paligemma_jax.data.synthetic_clevr.classes import CLASSES, IN_OTHERS, in_halves
 from paligemma_jax.tasks.common import progress
 from paligemma_jax.tasks.coprompt.report import RESERVED
 from train_jax.core import digests, files
@@ -30,47 +28,17 @@ def read_data(config: ConfigDict, size: int) -> Protocol:
       size: pixels a side of synthetic images.
 
     Raises:
-      UserError: images are missing or do not fit the protocol; two further data sets have one name, or one has the
-        name of a number of eval.json.
+      UserError: images are missing or do not fit the protocol, or a further data set has the name of a number of
+        eval.json.
     """
-    source, targets = (_scenes if config.data.name == "scenes" else _images)(config, size)
-    draw = dict(shots=config.shots, seed=config.seed)
-    if config.protocol == "cross_dataset":
-        return protocols.cross_dataset(source, targets, **draw)
-    if config.protocol == "domain_generalization":
-        return protocols.domain_generalization(source, targets, **draw)
-    return getattr(protocols, config.protocol)(source, **draw)
-
-
-def _scenes(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
-    """Returns synthetic classes in the style of the run, and by name in those that are only tested."""
-    data = config.data
-    per_class: dict[str, int] = dict(zip(SPLITS, data.per_class, strict=True))
-
-    def read(style: str, per_class: dict[str, int]) -> FewShot:
-        with progress(f"rendering {style} classes") as on_progress:
-            images = synthetic_classes(data.cache_dir, size, per_class, style, 0, data.build_workers, on_progress)
-        images = images.ordered([values.name for values in in_halves(data.novel)])
-        if data.words == IN_OTHERS:
-            return images.renamed({values.name: values.in_other_words for values in CLASSES})
-        return images
-
-    test = {"test": per_class["test"]}
-    return read(data.style, per_class), {style: read(style, test) for style in data.target_styles}
-
-
-def _images(config: ConfigDict, size: int) -> tuple[FewShot, dict[str, FewShot]]:
-    """Returns the data set of image files that the run is tuned on, and by name those that are only tested."""
-    targets: dict[str, FewShot] = {}
-    for folder in config.data.targets:
-        target = open_images(folder, cache=config.data.cache_dir)
-        if target.name in targets or target.name in RESERVED:
-            raise UserError(
-                f"data.targets: {folder} is named {target.name!r}, as another of them or a number of eval.json is, "
-                f"expected names of their own, none of {', '.join(RESERVED)}: rename the folder or its split file."
-            )
-        targets[target.name] = target
-    return open_images(config.data.source, cache=config.data.cache_dir), targets
+    source, targets = open_data_sets(config.data, size, progress)
+    reserved = [name for name in targets if name in RESERVED]
+    if reserved:
+        raise UserError(
+            f"a further data set is named {reserved[0]!r}, as a number of eval.json is, expected none of "
+            f"{', '.join(RESERVED)}: rename its folder or its split file."
+        )
+    return make_protocol(config.protocol, source, targets, config.shots, config.seed)
 
 
 def read_sentences(config: ConfigDict, classes: tuple[str, ...]) -> Sentences:

@@ -56,9 +56,10 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     with config.unlocked():
         config.tokenizer = _tokenizer(config)
         config.model.path = _known_path(config.model.path)
+        if config.data.name != "scenes":
+            config.data.descriptions = config.data.descriptions or "."
         if config.data.name == "images":
             config.data.source = config.data.source or "."
-            config.data.descriptions = config.data.descriptions or "."
     task = make(config, mesh)
     size = task.model_config.vision.image_size
     frozen = coprompt_config.weight(config) and config.consistency.on != "image"

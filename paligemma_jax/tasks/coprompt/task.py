@@ -95,7 +95,7 @@ class CoPrompt(StartsFromWeights):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         coprompt_config.check(config)
-        self.config, self.mesh = config, mesh
+        super().__init__(config, mesh)
         self.weight = coprompt_config.weight(config)
         base = nnx.eval_shape(lambda: reader.new(config.model.path, **self._options()))
         if not isinstance(base, DualEncoder):
@@ -105,9 +105,6 @@ class CoPrompt(StartsFromWeights):
         self.tokenizer: TextTokenizer = load_text_tokenizer(self._tokenizer_path(), base.config.text.length)
         self.tokenizer.fits(base.config.text.vocab_size)
         self.abstract()  # raises where prompts do not fit
-        # Read or computed on first use.
-        self._base: DualEncoder | None = None
-        self._texts: ClassTexts | None = None
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -130,23 +127,28 @@ class CoPrompt(StartsFromWeights):
         return self.config.tokenizer or self.config.model.path
 
     def base(self) -> DualEncoder:
-        """Returns the model without prompts; read once, until `init` hands it over."""
-        if self._base is None:
-            model = reader.load(self.config.model.path, **self._options())
-            assert isinstance(model, DualEncoder)  # as the constructor has checked
-            self._base = model
-        return self._base
+        """Returns the model without prompts: a new module with each call.
+
+        It is read once, or with each call where the base itself trains, as training donates its arrays.
+        """
+        return nnx.clone(self._kept_base) if self.method.keeps_base else self._read_base()
+
+    @cached_property
+    def _kept_base(self) -> DualEncoder:
+        return self._read_base()
+
+    def _read_base(self) -> DualEncoder:
+        model = reader.load(self.config.model.path, **self._options())
+        assert isinstance(model, DualEncoder)  # as the constructor has checked
+        return model
 
     def init(self) -> DualEncoder:
         """Returns the base with new prompts and adapters."""
-        model = self.base()
-        self._base = None  # prompts are attached in place
-        return self._attach(model)
+        return self._attach(self.base())
 
     def init_for_training(self) -> DualEncoder:
         """Returns the model with the class texts, which the loss reads."""
-        texts = self.class_texts()  # before `init`, which hands over the base that encodes them
-        return texts.attach_to(self.init())
+        return self.class_texts.attach_to(self.init())
 
     def abstract(self, texts: ClassTexts | None = None) -> DualEncoder:
         """Returns the model with shapes in place of arrays; with class texts if some are given."""
@@ -198,7 +200,7 @@ class CoPrompt(StartsFromWeights):
 
     def train_source(self) -> TunedRows:
         """Returns the training rows."""
-        self.class_texts()  # first, so that faults of the texts are reported before training
+        _ = self.class_texts  # first, so that faults of the texts are reported before training
         return self.train_records()
 
     def train_records(self) -> TunedRows:
@@ -211,21 +213,17 @@ class CoPrompt(StartsFromWeights):
         """Returns the fingerprint of the test images."""
         return coprompt_data.tested_fingerprint(self.protocol, self.config.data.cache_dir)
 
+    @cached_property
     def class_texts(self) -> ClassTexts:
-        """Returns the class texts and, where the loss needs them, the frozen embeddings of sentences about the classes.
-
-        They are encoded once.
-        """
-        if self._texts is None:
-            classes = self.protocol.tuned.classes
-            tokens, mask = self.tokenizer([fill(self.config.template, name) for name in classes])
-            check_texts(self.abstract(), tokens)
-            frozen, lengths = None, np.ones(len(classes), np.int32)
-            if self.weight and self.config.consistency.on != "image":
-                sentences = coprompt_data.read_sentences(self.config, classes)
-                frozen, lengths = embed_sentences(self.base(), self.tokenizer, sentences)
-            self._texts = ClassTexts(tokens, None if mask.all() else mask, frozen, lengths)
-        return self._texts
+        """The class texts and, where the loss needs them, the frozen embeddings of sentences about the classes."""
+        classes = self.protocol.tuned.classes
+        tokens, mask = self.tokenizer([fill(self.config.template, name) for name in classes])
+        check_texts(self.abstract(), tokens)
+        frozen, lengths = None, np.ones(len(classes), np.int32)
+        if self.weight and self.config.consistency.on != "image":
+            sentences = coprompt_data.read_sentences(self.config, classes)
+            frozen, lengths = embed_sentences(self.base(), self.tokenizer, sentences)
+        return ClassTexts(tokens, None if mask.all() else mask, frozen, lengths)
 
     def blank_texts(self, classes: int, sentences: int) -> ClassTexts:
         """Returns texts of zeros with the shapes of a run, for a plan.

@@ -96,7 +96,7 @@ class SceneTask(Task):
             sizes = variant(config.model.variant)
         except ValueError as error:
             raise UserError(f"model.variant: {error}") from None
-        self.config, self.mesh = config, mesh
+        super().__init__(config, mesh)
         options = {name: config.model[name] for name in ("remat", "unroll", "attention")}
         sizes = sizes.replace(both=dict(dtype=config.compute_dtype, **options))
         model_config = vision_config_of(sizes, config.init.vision)

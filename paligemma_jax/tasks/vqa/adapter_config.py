@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from paligemma_jax.adapt.method import Method
@@ -136,13 +135,6 @@ def _check_pairs(key: str, pairs: tuple, expected: str, valid: Callable[[Any], b
                 r"((r'decoder/layers/0/.*', 4),): correct it."
             )
         patterns.compile_regex(pair[0])
-
-
-def trained_paths(model: PaliGemma, pattern: str, attach: Callable[[PaliGemma], PaliGemma]) -> list[str]:
-    """Returns the paths that match a pattern once adapters are attached; `model` is not changed."""
-    graph, arrays = param_tree.split(model)
-    attached = nnx.eval_shape(lambda arrays: attach(cast(PaliGemma, param_tree.merge(graph, arrays))), arrays)
-    return patterns.select(pattern, param_tree.abstract(attached), what="adapters")
 
 
 def export(model: PaliGemma, folder: Path, method: Method[PaliGemma], base: str) -> None:

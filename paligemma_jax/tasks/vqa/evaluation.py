@@ -52,6 +52,20 @@ def initial_batch_size(config: ConfigDict, mesh: Mesh) -> int:
     return max(config.eval.batch_size // parts, 1) * parts
 
 
+class BatchMemory:
+    """The bytes that compiled batches need; evaluations that share it compile each batch for them once."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple, int | None] = {}
+
+    def get(self, key: tuple, compile_batch: Callable[[], jax.stages.Compiled]) -> int | None:
+        """Returns the bytes of the batch of a key beside the model; None if the compiler does not say."""
+        if key not in self._bytes:
+            memory = step_memory(compile_batch())
+            self._bytes[key] = None if memory is None else memory.temp + memory.output
+        return self._bytes[key]
+
+
 class VQAEvaluation:
     """Answers the questions of any number of sources with one model."""
 
@@ -62,7 +76,7 @@ class VQAEvaluation:
         mesh: Mesh,
         processor: RowProcessor,
         token_loss: TokenLossFunction,
-        batch_bytes: dict[tuple, int | None] | None = None,
+        batch_memory: BatchMemory | None = None,
     ):
         """Tokenizes the candidate answers; nothing is computed yet.
 
@@ -72,7 +86,7 @@ class VQAEvaluation:
           mesh: of devices.
           processor: prepares the records.
           token_loss: see VQA.token_loss, compiled.
-          batch_bytes: a dictionary that evaluations of one run share: the bytes that compiled batches need.
+          batch_memory: of a run, whose evaluations share it; None: of this evaluation.
         """
         self.config, self.mesh, self.processor = config, mesh, processor
         self.model = model
@@ -80,7 +94,7 @@ class VQAEvaluation:
             # The clone shares the arrays, and training continues with dequantised weights.
             self.model = nnx.clone(model)
             set_outlier_split(self.model, config.eval.int8_outliers)
-        self._token_loss, self._batch_bytes = token_loss, {} if batch_bytes is None else batch_bytes
+        self._token_loss, self._batch_memory = token_loss, batch_memory or BatchMemory()
         self._parts = sharding.row_divisor(mesh.shape)
         self._limit = initial_batch_size(config, mesh)  # no batch is larger; lowered where the device has less memory
         self._fitted = 0  # the largest batch known to fit
@@ -90,7 +104,7 @@ class VQAEvaluation:
         """Returns the same evaluation with another model or another processor."""
         model = self.model if model is None else model
         processor = self.processor if processor is None else processor
-        return VQAEvaluation(model, self.config, self.mesh, processor, self._token_loss, self._batch_bytes)
+        return VQAEvaluation(model, self.config, self.mesh, processor, self._token_loss, self._batch_memory)
 
     def summary(self, source: RecordSource) -> dict[str, float]:
         """Returns accuracy and token loss on a source, for validation during training."""
@@ -211,16 +225,13 @@ class VQAEvaluation:
         return size
 
     def _batch_needs(self, batch, images, outputs: tuple[str, ...]) -> int | None:
-        """Returns the bytes that a batch of these shapes needs beside the model; None if the compiler does not say.
+        """Returns the bytes that a batch of these shapes needs beside the model; None if the compiler does not say."""
 
-        All evaluations that share `batch_bytes` compile it once.
-        """
+        def compile_batch() -> jax.stages.Compiled:
+            return jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, outputs).compile()
+
         key = outputs, str((batch, images)), str(param_tree.abstract(self.model))
-        if key not in self._batch_bytes:
-            step = jax.jit(self._everything, static_argnums=3).lower(self.model, batch, images, outputs).compile()
-            memory = step_memory(step)
-            self._batch_bytes[key] = None if memory is None else memory.temp + memory.output
-        return self._batch_bytes[key]
+        return self._batch_memory.get(key, compile_batch)
 
     def _all_activations(self, size: int) -> int:
         """Returns an upper bound of the bytes of a batch on a device: all activations of all layers, in float32."""

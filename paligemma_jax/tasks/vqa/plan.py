@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -26,7 +25,7 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa.evaluation import OUTPUTS, VQAEvaluation, initial_batch_size
 from paligemma_jax.tasks.vqa.features import ENCODE_BATCH, FEATURES, encode_images, feature_shape
 from paligemma_jax.tasks.vqa.rows import RowProcessor
-from paligemma_jax.weights.reader import RANDOM, new
+from paligemma_jax.weights.reader import RANDOM
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
 from train_jax.task import Blueprint
@@ -51,8 +50,9 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     with config.unlocked():
         config.tokenizer = _tokenizer(config)
         config.model.path = _known_path(config.model.path)
-    task = make(config, mesh, read=_shapes)
-    model = nnx.eval_shape(task.init)
+        config.init.vision = None  # which changes no shape
+    task = make(config, mesh)
+    model = task.initial_shapes()
     arrays = task.processor.image_and_text(blank_record())
     if config.cache_features:
         arrays = task.processor.text(blank_record()) | {FEATURES: np.zeros(feature_shape(model), np.float32)}
@@ -69,11 +69,6 @@ def _model_flops(config: ConfigDict, model: PaliGemma) -> float:
     if config.cache_features:
         passes = passes._replace(tower=0)
     return float(model_flops(model.config, rows, rows * length, rows * config.data.suffix_length, passes))
-
-
-def _shapes(path: str, dtype: str, *, shardings, **options) -> nnx.Module:
-    """Stands in for weights.reader.load under nnx.eval_shape; shapes have no shardings."""
-    return new(path, dtype, **options)
 
 
 def _programs(

@@ -31,8 +31,8 @@ from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa import config as vqa_config
 from paligemma_jax.tasks.vqa import plan as vqa_plan
-from paligemma_jax.tasks.vqa.base_model import open_base
-from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation
+from paligemma_jax.tasks.vqa.base_model import base_shapes, open_base
+from paligemma_jax.tasks.vqa.evaluation import BatchMemory, VQAEvaluation
 from paligemma_jax.tasks.vqa.features import FEATURES, FeatureStore, batch_features, feature_shape
 from paligemma_jax.tasks.vqa.forgetting import filter_by_family
 from paligemma_jax.tasks.vqa.report import report
@@ -55,16 +55,10 @@ class VQA(StartsFromWeights):
     op_classes = common.OP_CLASSES
     validation_metrics = ("accuracy", "loss", "examples")
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, read: Callable[..., nnx.Module] | None = None):
-        """Checks the config and opens the tokenizer and the adapter; the base is read later.
-
-        Args:
-          config: of the run.
-          mesh: of devices.
-          read: reads the base in place of weights.reader.load, with the same arguments; such a base is not cached.
-        """
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        """Checks the config and opens the tokenizer and the adapter; the base is read on first use."""
         vqa_config.check(config)
-        self.config, self.mesh, self._custom_read = config, mesh, read
+        super().__init__(config, mesh)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model.path)
         # Opened here, so that its faults are reported before the base is read.
         self._adapter = None if config.adapter.path is None else open_peft(config.adapter.path)
@@ -72,11 +66,7 @@ class VQA(StartsFromWeights):
         self._consistency = None
         if config.consistency.weight:
             self._consistency = consistency.Consistency(config.consistency, config.adapter.name, self.tokenizer)
-        # Read or computed on first use.
-        self._base: PaliGemma | None = None
-        self._processor: RowProcessor | None = None
-        self._splits: dict[str, RecordSource] = {}
-        self._batch_bytes: dict[tuple, int | None] = {}  # see VQAEvaluation
+        self._splits: dict[str, RecordSource] = {}  # opened on first use
 
     @classmethod
     def predict(cls, config: ConfigDict, workdir: str, flags: Mapping[str, Any]) -> Iterable[str]:
@@ -90,18 +80,31 @@ class VQA(StartsFromWeights):
 
     # Model.
 
-    def base(self) -> PaliGemma:
-        """Returns the model before training, without adapters, on the mesh.
+    @functools.cached_property
+    def shapes(self) -> PaliGemma:
+        """The base with shapes in place of arrays."""
+        shapes = base_shapes(self.config)
+        self.tokenizer.fits(shapes.config.decoder.vocab_size)
+        return shapes
 
-        It is read once; a frozen base is shared with the other tasks of this process. `init` hands it over, and a later
-        call reads it again.
+    def base(self) -> PaliGemma:
+        """Returns the model before training, without adapters, on the mesh: a new module with each call.
+
+        A base that stays as it is is read once, and shared with the other tasks of this process. One that trains is
+        read with each call, as training donates its arrays.
         """
-        if self._base is None:
-            self._base = open_base(self.config, self.mesh, self._leaf_sharding, self._custom_read)
-            self.tokenizer.fits(self._base.config.decoder.vocab_size)
-            preprocessing = preprocessing_of(self._base.config)
-            self._processor = RowProcessor(self.tokenizer, preprocessing, self.config.data)
-        return self._base
+        return nnx.clone(self._kept_base) if self._keeps_base else self._open_base()
+
+    @property
+    def _keeps_base(self) -> bool:
+        return self._method is not None and self._method.keeps_base
+
+    @functools.cached_property
+    def _kept_base(self) -> PaliGemma:
+        return self._open_base()
+
+    def _open_base(self) -> PaliGemma:
+        return open_base(self.config, self.mesh, self._leaf_sharding)
 
     def _leaf_sharding(
         self, path: str, leaf: np.ndarray | jax.Array | jax.ShapeDtypeStruct
@@ -111,8 +114,14 @@ class VQA(StartsFromWeights):
 
     def init(self) -> PaliGemma:
         """Returns the base with the adapters that training starts with."""
-        model = self.base()
-        self._base = None  # adapters are attached in place
+        return self._with_adapters(self.base())
+
+    def initial_shapes(self) -> PaliGemma:
+        """Returns the model of `init` with shapes in place of arrays."""
+        graph, shapes = param_tree.split(self.shapes)
+        return nnx.eval_shape(lambda arrays: self._with_adapters(param_tree.merge(graph, arrays)), shapes)
+
+    def _with_adapters(self, model: PaliGemma) -> PaliGemma:
         return model if self._method is None else self.attach(model)
 
     def attach(self, model: PaliGemma) -> PaliGemma:
@@ -133,11 +142,8 @@ class VQA(StartsFromWeights):
         Raises:
           UserError: a pattern that matches none, or `cache_features` with a tower that trains.
         """
-        model = self.base()
-        if self._method is None:
-            paths = patterns.select(self.trainable(), param_tree.abstract(model), what="trainable parameters")
-        else:
-            paths = adapter_config.trained_paths(model, self.trainable(), self.attach)
+        what = "trainable parameters" if self._method is None else "adapters"
+        paths = patterns.select(self.trainable(), param_tree.abstract(self.initial_shapes()), what=what)
         quantize.refuse_trained(paths)
         consistency.check_paths(self.config, paths)
         outside = [path for path in paths if not path.startswith("decoder/")]
@@ -168,13 +174,10 @@ class VQA(StartsFromWeights):
 
     # Data.
 
-    @property
+    @functools.cached_property
     def processor(self) -> RowProcessor:
         """Prepares rows for this model."""
-        if self._processor is None:
-            self.base()
-            assert self._processor is not None
-        return self._processor
+        return RowProcessor(self.tokenizer, preprocessing_of(self.shapes.config), self.config.data)
 
     def split(self, name: str) -> RecordSource:
         """Returns the records of "train", "tune", or a split of the source."""
@@ -209,8 +212,8 @@ class VQA(StartsFromWeights):
 
     def trimmed(self, source: DataSource, records: RecordSource) -> TrimmedRows:
         """Returns training rows with the lengths of their texts."""
-        data, decoder = self.config.data, self.base().config.decoder
-        patches, _ = feature_shape(self.base())
+        data, decoder = self.config.data, self.shapes.config.decoder
+        patches, _ = feature_shape(self.shapes)
         lengths = Lengths(
             context=patches + (0 if self._method is None else self._method.extra_inputs),
             limit=self.processor.text_limit,
@@ -322,8 +325,12 @@ class VQA(StartsFromWeights):
 
     def evaluation(self, model: PaliGemma) -> VQAEvaluation:
         """Returns the evaluation of a model by this task's config."""
-        shared = self._compiled_token_loss, self._batch_bytes
+        shared = self._compiled_token_loss, self._batch_memory
         return VQAEvaluation(model, self.config, self.mesh, self.processor, *shared)
+
+    @functools.cached_property
+    def _batch_memory(self) -> BatchMemory:
+        return BatchMemory()
 
     @functools.cached_property
     def _compiled_token_loss(self) -> Callable[..., tuple[jax.Array, jax.Array]]:

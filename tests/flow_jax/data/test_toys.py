@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flow_jax.data import toys
+from flow_jax.data.plane_pairs import ToyPairs
 from train_jax.core.errors import UserError
 
 N = 20_000
@@ -55,3 +56,46 @@ def test_spirals_are_two_arms_turned_by_half():
 def test_an_unknown_name_is_refused():
     with pytest.raises(UserError, match="'swissroll', expected one of checkerboard, 8gaussians"):
         toys.draw("swissroll", 3, 0)
+
+
+def ring(rng, n):
+    """Points of a user's own distribution."""
+    angle = rng.uniform(0, 2 * np.pi, n)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def column(rng, n):
+    """Too few numbers."""
+    return np.zeros((n, 1))
+
+
+def nothing(rng, n):
+    """Points that are no numbers."""
+    return np.full((n, 2), np.nan)
+
+
+HERE = "tests.flow_jax.data.test_toys"
+
+
+def test_points_of_an_own_function():
+    points = toys.draw(f"{HERE}:ring", 50, (1, 2))
+    assert points.shape == (50, 2) and points.dtype == np.float32
+    np.testing.assert_allclose(np.hypot(*points.T), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(points, toys.draw(f"{HERE}:ring", 50, (1, 2)))
+    pairs = [ToyPairs(f"{HERE}:ring", "gaussian", 50, "exact", seed) for seed in (0, 0, 1)]
+    assert pairs[0].fingerprint == pairs[1].fingerprint != pairs[2].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (f"{HERE}:column", r"returned an array float64 \[3, 1\], expected finite real numbers \[3, 2\]: correct"),
+        (f"{HERE}:nothing", r"expected finite real numbers \[3, 2\]"),
+        (f"{HERE}:N", "is int, expected a function"),
+        (f"{HERE}:sphere", "has no 'sphere'"),
+        (f"{HERE}:test_moons_are_two_half_circles", r"takes \(\), expected \(rng, n\)"),
+    ],
+)
+def test_a_function_that_draws_no_points_is_refused(name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        toys.draw(name, 3, 0)

@@ -50,8 +50,8 @@ def test_the_loss_reads_texts_by_their_mask(options):
     task = task_of(options)
     batch, model = batch_of(task), task.init_for_training()
     tokens, mask = tokens_of(task.tokenizer, [f"a photo of a {name}." for name in task.protocol.tuned.classes])
-    np.testing.assert_array_equal(task.class_texts().tokens, tokens)
-    np.testing.assert_array_equal(task.class_texts().mask, mask)
+    np.testing.assert_array_equal(task.class_texts.tokens, tokens)
+    np.testing.assert_array_equal(task.class_texts.mask, mask)
     assert 0 < mask.sum(1).min() < mask.sum(1).max() < mask.shape[1]
     place = int(float(batch["draw"][0]) * 2)
     chosen = [(f"one {name}", f"it is a {name}.")[place] for name in task.protocol.tuned.classes]
@@ -79,4 +79,4 @@ def test_prompts_that_would_replace_class_names_are_refused(options, template):
     with pytest.raises(UserError, match=sentence):
         task.validate(task.init())
     plain = task_of(options, template=template, method="zero_shot")  # without prompts nothing is replaced
-    assert plain.class_texts().frozen is None
+    assert plain.class_texts.frozen is None

@@ -12,6 +12,7 @@ import pytest
 
 import paligemma_jax as pg
 from paligemma_jax import zero_shot
+from paligemma_jax.data.few_shot.class_folders import open_images
 from paligemma_jax.data.few_shot.dataset import Example
 from paligemma_jax.data.few_shot.protocols import read_protocol
 from paligemma_jax.data.synthetic_clevr.attributes import ATTRIBUTES
@@ -19,6 +20,7 @@ from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.inference.answer import read_pixels
 from paligemma_jax.inference.classify import classify
 from paligemma_jax.losses.coprompt import coprompt_loss
+from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.coprompt import data as coprompt_data
 from paligemma_jax.tasks.coprompt import report as coprompt_report
 from paligemma_jax.tasks.coprompt.task import ClassTexts, CoPrompt
@@ -198,7 +200,7 @@ def test_methods_train_what_they_say(options, method):
     shapes = param_tree.abstract(task.abstract())
     assert sum(shapes[path].size for path in task.trainable_paths()) == SIZES[method]
     assert task.weight == (1.0 if method == "coprompt" else 0.0)
-    assert task.train_source() is not None and (task.class_texts().frozen is None) == (method != "coprompt")
+    assert task.train_source() is not None and (task.class_texts.frozen is None) == (method != "coprompt")
 
 
 def test_zero_shot_is_the_base_and_trains_nothing(options, folder, tmp_path, capsys):
@@ -439,10 +441,43 @@ def test_other_splits_than_the_test_images_are_refused(run, options):
 def test_names_of_further_sets_must_be_unique(options, tmp_path, names):
     folders = tuple(str(class_folders(tmp_path / name, ("car", "van"))) for name in names)
     task = task_of(options, protocol="cross_dataset", **{"data.targets": repr(folders)})
-    with pytest.raises(
-        UserError, match=f"data.targets: {folders[-1]} is named .* none of source, target_mean, examples"
-    ):
+    twice = f"data.targets: {folders[-1]} is named 'cars', as another of them is"
+    reserved = "a further data set is named .* none of source, target_mean, examples"
+    with pytest.raises(UserError, match=twice if names[-1] == "b/cars" else reserved):
         task.protocol  # noqa: B018
+
+
+def own_images(data, size, progress):
+    """Opens the images of `data.source` as a user's own function does."""
+    return open_images(data.source)
+
+
+def no_images(data, size, progress):
+    """Opens nothing."""
+    return []
+
+
+def test_data_of_an_own_function(options):
+    changes = {"data.name": f"{__name__}:own_images"}
+    task = task_of(options, **changes)
+    assert task.protocol.digest == task_of(options).protocol.digest
+    with pytest.raises(UserError, match="data.descriptions is not set, which the frozen branch reads"):
+        task_of(options, **changes | {"data.descriptions": None})
+    with pytest.raises(UserError, match="data.name is 'image', expected one of scenes, images, or an import path"):
+        task_of(options, **{"data.name": "image"})
+    with pytest.raises(UserError, match=r"no_images' returned list, expected a FewShot"):
+        task_of(options, **{"data.name": f"{__name__}:no_images"}).protocol  # noqa: B018
+
+
+@pytest.mark.parametrize("method", ["coprompt", "full"])
+def test_the_base_does_not_depend_on_the_order_of_calls(options, method):
+    task = task_of(options, method=method)
+    before, model, after = task.base(), task.init(), task.base()
+    assert type(before) is type(after) is DualEncoder
+    first, second, attached = (param_tree.flatten(each) for each in (before, after, model))
+    for path, array in first.items():
+        np.testing.assert_array_equal(array, second[path], err_msg=path)
+        assert (attached[path] is array) == (method == "coprompt"), path
 
 
 @pytest.mark.parametrize(
@@ -532,7 +567,7 @@ def test_the_plan_has_the_shapes_of_a_batch(options):
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in blueprint.example.items()} == {
         name: (array.shape[1:], array.dtype) for name, array in rows.items()
     }
-    assert param_tree.abstract(blueprint.model)["class_texts/tokens"].shape == task.class_texts().tokens.shape
+    assert param_tree.abstract(blueprint.model)["class_texts/tokens"].shape == task.class_texts.tokens.shape
     planned = plan(task.config)
     assert [program.name for program in planned.programs] == ["training step", "evaluation: image embeddings"]
     planned = plan(task_of(options, method="zero_shot").config)

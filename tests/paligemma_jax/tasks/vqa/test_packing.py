@@ -46,7 +46,6 @@ def rows():
 
 
 def source_of(task, rows):
-    task.base()
     source = task.processor.guarded(rows, task.processor.image_and_text, max_bad_fraction=1.0)
     return task.trimmed(source, rows) if task.config.data.buckets else source
 
@@ -111,7 +110,6 @@ def real_share(task, changes: dict) -> float:
     Batches of 32 over four devices. Image slots and tower tokens count, as each of them is a patch.
     """
     patches, data, records = ViTConfig().num_patches, task.config.data, task.split("train")
-    task.base()
     lengths = Lengths(patches, task.processor.text_limit, 4, data.packing, GemmaConfig().attention_share)
     source = TrimmedRows(task.processor.guarded(records, task.processor.text), records, task.processor, lengths)
     source.lengths = dataclasses.replace(lengths, **changes)

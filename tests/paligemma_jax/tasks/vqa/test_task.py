@@ -148,16 +148,6 @@ def test_prompts_are_the_beginning_of_training_rows(task, mini_rows):
         assert not row["mask_loss"][:length].any() and row["mask_loss"][length]
 
 
-def test_the_base_is_read_once_and_handed_over(mini_options, monkeypatch):
-    """Nothing keeps a second copy of the weights while training reads images."""
-    task = task_of(mini_options | {"cache_features": False})
-    source = task.train_source()
-    model = task.init()
-    monkeypatch.setattr(VQA, "base", lambda self: pytest.fail("the weights were read again"))
-    assert source[0]["image"].shape == (24, 24, 3)
-    assert task._base is None and isinstance(model, nnx.Module)
-
-
 @pytest.fixture
 def reads(monkeypatch):
     """The paths that weights are read from."""
@@ -170,6 +160,29 @@ def reads(monkeypatch):
     monkeypatch.setattr(base_model, "load", load)
     gc.collect()  # what earlier tests left is not alive
     return paths
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_base_is_read_once_and_does_not_depend_on_the_order_of_calls(own_base, reads, adapter):
+    """Nothing keeps a second copy of weights that train."""
+    task = task_of(own_base | {"adapter.name": adapter})
+    source = task.train_source()
+    assert task.processor and task.trainable_paths() and not reads  # shapes do
+    arrays = param_tree.flatten(task.init())
+    assert len(reads) == 1 and source[0]["image"].shape == (24, 24, 3)
+    base = task.base()
+    assert len(reads) == (1 if adapter == "lora" else 2)
+    for path, array in param_tree.flatten(base).items():
+        assert (array is arrays[path]) == (adapter == "lora"), path
+        np.testing.assert_array_equal(array, arrays[path], err_msg=path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.quantize": "nf4"}, {"adapter.name": "none"}, {"model.image_size": 48}])
+def test_shapes_are_those_of_the_base(mini_options, changes):
+    task = task_of(mini_options | {"cache_features": False} | changes)
+    for shapes, model in ((task.shapes, task.base()), (task.initial_shapes(), task.init())):
+        assert param_tree.split(shapes)[0] == param_tree.split(model)[0]
+        assert param_tree.abstract(shapes) == param_tree.abstract(model)
 
 
 @pytest.fixture
