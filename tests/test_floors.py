@@ -122,6 +122,12 @@ def floor_of(module: str) -> tuple[str, int | None, str]:
     return package, next((i for i, floor in enumerate(floors) if folder in floor), None), folder
 
 
+def test_every_folder_has_a_floor():
+    for package, floors in FLOORS.items():
+        folders = {folder.name for folder in (ROOT / package).iterdir() if (folder / "__init__.py").exists()}
+        assert folders == {folder for floor in floors for folder in floor if folder}
+
+
 def folder_pairs(graph: dict[str, set[str]], modules: dict[str, Path]) -> dict[tuple[str, str], list[str]]:
     """Returns {(folder, folder that it imports from): imports}, without imports by the packages' __init__.py."""
     pairs = defaultdict(list)

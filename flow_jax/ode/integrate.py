@@ -90,45 +90,42 @@ class SolverSettings:
         for name, number in dict(t0=t0, t1=t1).items():
             check_number(name, number)
         check_whole("max_steps", max_steps)
-        if not isinstance(solver, str):
+        if not isinstance(solver, str) or solver not in (*FIXED, *ADAPTIVE):
             raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
-        if solver in FIXED:
-            if (num_steps is None) == (times is None):
-                given = "neither" if times is None else "both"
-                raise UserError(
-                    f"solver={solver!r} has fixed steps: pass num_steps or times, one of them (got {given})."
-                )
-            if (rtol, atol) != (TOLERANCE, TOLERANCE):
-                raise UserError(
-                    f"solver={solver!r} has fixed steps, so rtol={rtol:g} and atol={atol:g} have no effect: leave them "
-                    f"out, or choose one of {', '.join(ADAPTIVE)}."
-                )
-            if max_steps != MAX_STEPS:
-                raise UserError(
-                    f"solver={solver!r} has fixed steps, so max_steps={max_steps} has no effect: leave it out."
-                )
-            if per_sample:
-                raise UserError(
-                    f"solver={solver!r} has fixed steps, the same for every row: leave out per_sample, or choose one "
-                    f"of {', '.join(ADAPTIVE)}."
-                )
-        elif solver in ADAPTIVE:
-            if num_steps is not None:
-                raise UserError(
-                    f"solver={solver!r} chooses its steps by tolerance: leave out num_steps={num_steps}, or choose one "
-                    f"of {', '.join(FIXED)}."
-                )
-            if max(rtol, atol) == 0:
-                raise UserError(
-                    f"rtol={rtol:g} and atol={atol:g} give no tolerance, expected numbers >= 0, not both 0."
-                )
-        else:
-            raise UserError(f"solver={solver!r} is unknown, expected one of {', '.join([*FIXED, *ADAPTIVE])}.")
-        return cls(solver, _grid(num_steps, t0, t1, times, ends), rtol, atol, per_sample, max_steps)
+        settings = cls(solver, _grid(solver, num_steps, t0, t1, times, ends), rtol, atol, per_sample, max_steps)
+        (_check_fixed if solver in FIXED else _check_adaptive)(settings)
+        return settings
 
 
-def _grid(num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[Number, Number]) -> np.ndarray:
-    """Returns the times of the settings, in float64."""
+def _check_fixed(settings: SolverSettings) -> None:
+    """Raises UserError for settings that have no effect on a solver of fixed steps."""
+    fixed, others = f"solver={settings.solver!r} has fixed steps", f"choose one of {', '.join(ADAPTIVE)}"
+    rtol, atol = settings.rtol, settings.atol
+    if (rtol, atol) != (TOLERANCE, TOLERANCE):
+        raise UserError(f"{fixed}, so rtol={rtol:g} and atol={atol:g} have no effect: leave them out, or {others}.")
+    if settings.max_steps != MAX_STEPS:
+        raise UserError(f"{fixed}, so max_steps={settings.max_steps} has no effect: leave it out.")
+    if settings.per_sample:
+        raise UserError(f"{fixed}, the same for every row: leave out per_sample, or {others}.")
+
+
+def _check_adaptive(settings: SolverSettings) -> None:
+    """Raises UserError for settings by which an adaptive solver cannot choose its steps."""
+    rtol, atol = settings.rtol, settings.atol
+    if max(rtol, atol) == 0:
+        raise UserError(f"rtol={rtol:g} and atol={atol:g} give no tolerance, expected numbers >= 0, not both 0.")
+
+
+def _grid(solver: str, num_steps: int | None, t0: Number, t1: Number, times, ends: tuple[Number, Number]) -> np.ndarray:
+    """Returns the times of the settings, in float64. Raises UserError."""
+    if solver in FIXED and (num_steps is None) == (times is None):
+        given = "neither" if times is None else "both"
+        raise UserError(f"solver={solver!r} has fixed steps: pass num_steps or times, one of them (got {given}).")
+    if solver in ADAPTIVE and num_steps is not None:
+        raise UserError(
+            f"solver={solver!r} chooses its steps by tolerance: leave out num_steps={num_steps}, or choose one of "
+            f"{', '.join(FIXED)}."
+        )
     if times is None:
         if t0 == t1:
             raise UserError(f"t0 and t1 are both {t0:g}: there is nothing to integrate.")

@@ -21,7 +21,8 @@ from flow_jax.arrays import (
     same_rows,
 )
 from flow_jax.callables import call_now
-from flow_jax.paths.affine import AffinePath, CondOT, PathSample, row_times
+from flow_jax.paths.affine import AffinePath, PathSample, row_times
+from flow_jax.paths.schedules import CondOT
 from train_jax.core.errors import UserError
 
 

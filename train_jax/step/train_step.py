@@ -58,35 +58,8 @@ def make_train_step(
       the metrics summed since the host last read them; `batch` holds arrays [A, b, ...], micro-batches first.
     """
 
-    def accumulate(state, frozen, batch):
-        """Returns the gradient, the loss and the metrics of the whole batch."""
-        scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
-        batch = numbered(batch, state.step)
-        keys = row_keys(seed, state.step, batch[ROW])
-        loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-
-        def of_micro_batch(batch, keys):
-            """Returns the float32 gradient of the micro-batch's scaled loss, its share of the loss, and its metrics."""
-            factor = scale * loss_scale
-
-            def scaled_loss(params):
-                value, metrics = loss(merge(params | frozen), batch, keys)
-                return value * factor, (value, metrics)
-
-            grads, (value, metrics) = jax.grad(scaled_loss, has_aux=True)(state.params)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value * scale, metrics
-
-        def add(total, inputs):
-            return jax.tree.map(jnp.add, total, of_micro_batch(*inputs)), None
-
-        total = of_micro_batch(jax.tree.map(lambda x: x[0], batch), keys[0])
-        if len(batch[ROW]) > 1:
-            total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
-        grads, value, metrics = total
-        return jax.tree.map(lambda g: g / loss_scale, grads), value, metrics
-
     def step(state: TrainState, totals: Metrics, frozen: Params, batch: dict) -> tuple[TrainState, Metrics]:
-        grads, value, metrics = accumulate(state, frozen, batch)
+        grads, value, metrics = gradient(merge, loss, normalizer, seed, state, frozen, batch)
         norm = optax.tree.norm(grads)
         guard, loss_scale, apply = update_guard(state, jnp.isfinite(value), jnp.isfinite(norm), max_bad_steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -107,6 +80,45 @@ def make_train_step(
         return new, metrics_lib.add(totals, metrics)
 
     return step
+
+
+def gradient(
+    merge: Callable[[Params], nnx.Module],
+    loss: Loss,
+    normalizer: Normalizer,
+    seed: int,
+    state: TrainState,
+    frozen: Params,
+    batch: dict[str, jax.Array],
+) -> tuple[Params, jax.Array, Metrics]:
+    """Returns the float32 gradient of the loss of a whole batch, the loss, and the summed metrics.
+
+    The gradients of micro-batches are added up. Arguments: see `make_train_step` and the step that it returns.
+    """
+    scale = 1.0 / jnp.maximum(normalizer(batch), 1e-8)
+    batch = numbered(batch, state.step)
+    keys = row_keys(seed, state.step, batch[ROW])
+    loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+
+    def of_micro_batch(batch, keys):
+        """Returns the float32 gradient of the micro-batch's scaled loss, its share of the loss, and its metrics."""
+        factor = scale * loss_scale
+
+        def scaled_loss(params):
+            value, metrics = loss(merge(params | frozen), batch, keys)
+            return value * factor, (value, metrics)
+
+        grads, (value, metrics) = jax.grad(scaled_loss, has_aux=True)(state.params)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), value * scale, metrics
+
+    def add(total, inputs):
+        return jax.tree.map(jnp.add, total, of_micro_batch(*inputs)), None
+
+    total = of_micro_batch(jax.tree.map(lambda x: x[0], batch), keys[0])
+    if len(batch[ROW]) > 1:
+        total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], (batch, keys)))
+    grads, value, metrics = total
+    return jax.tree.map(lambda g: g / loss_scale, grads), value, metrics
 
 
 def trace(
