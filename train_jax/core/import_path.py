@@ -90,5 +90,5 @@ def check_named(key: str, name: str, short_names: Iterable[str]) -> None:
     if name not in short_names and ":" not in str(name):
         raise UserError(
             f"{key} is {name!r}, expected one of {', '.join(short_names)}, or an import path such as "
-            f"'my_package.my_module:function'{did_you_mean(str(name), short_names)}: change it."
+            f"'my_package.my_module:function'{did_you_mean(str(name), short_names) or ': change it.'}"
         )

@@ -195,8 +195,8 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
          "polynomial, schroedinger_bridge, gaussian: change it"),
         ({"coupling.name": "emd"}, "config.coupling.name='emd', expected one of independent, exact, sinkhorn: change "
          "it"),
-        ({"data.name": "swiss"}, "config.data.name='swiss', expected one of checkerboard, 8gaussians, moons, spirals, "
-         "gaussian: change it"),
+        ({"data.name": "swiss"}, "data.name is 'swiss', expected one of checkerboard, 8gaussians, moons, spirals, "
+         "gaussian, or an import path such as 'my_package.my_module:function'; did you mean 'spirals'?"),
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
         ({"coupling.name": "sinkhorn", "coupling.group": 16, "micro_batch": 8}, "micro_batch is 8 beside "
