@@ -19,7 +19,7 @@ def nothing_runs(monkeypatch):
     def compiled(*args, **options):
         raise AssertionError("the run went on")
 
-    monkeypatch.setattr(placement, "build", compiled)
+    monkeypatch.setattr(placement, "place", compiled)
     monkeypatch.setattr(loop.Trainer, "train", compiled)
 
 
