@@ -25,19 +25,11 @@ from train_jax.core import files, row_sharding
 from train_jax.core.errors import UserError
 from train_jax.system import clock
 
-# Flags that abbreviate --config.eval.<name>.
-SHORT = {
-    "features": "module:function of uint8 images [N, I, I, C] to float features [N, F], or pixels",
-    "num_samples": "number of samples to draw; 50000 if absent",
-    "reference": "real images to compare with: train or held_out",
-    "reference_examples": "largest number of real images",
-    "solver": "ODE solver for sampling",
-    "num_steps": "number of steps of a fixed-step solver",
-    "tolerance": "tolerance of an adaptive solver",
-    "guidance": "weight of classifier-free guidance",
-    "batch_size": "number of samples drawn at once",
-    "seed": "seed of the noise",
-}
+EVAL_FLAGS = (
+    "features", "num_samples", "reference", "reference_examples", "solver", "num_steps", "tolerance", "guidance",
+    "batch_size", "seed",
+)  # fmt: skip
+"""Flags that abbreviate --config.eval.NAME, whose meaning is in docs/config.md."""
 NUM_SAMPLES = 50_000
 
 
@@ -71,7 +63,7 @@ def fid(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best",
     with _progress_bar("samples", number) as bar, row_sharding.use_mesh(mesh):
         nfe = evaluation.score(model, evaluation.labels(number), [score], bar.update)
     settings = {
-        name: options[name] for name in SHORT if name not in ("num_samples", "reference_examples", "batch_size")
+        name: options[name] for name in EVAL_FLAGS if name not in ("num_samples", "reference_examples", "batch_size")
     }
     results: dict[str, Any] = score.results() | {"nfe": nfe, "samples": number, "real_images": real.count} | settings
     results |= {"checkpoint": checkpoint, "seconds": time.perf_counter() - began}
@@ -88,8 +80,9 @@ def _progress_bar(description: str, total: int) -> tqdm:
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step", flag_values=values)
-    for name, text in SHORT.items():
-        flags.DEFINE_string(name, None, text, flag_values=values)
+    for name in EVAL_FLAGS:
+        default = f"; {NUM_SAMPLES} if absent" if name == "num_samples" else ""
+        flags.DEFINE_string(name, None, f"short for --config.eval.{name}{default}", flag_values=values)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1 and not argv[1].startswith("-"):
         argv = [argv[0], f"--workdir={argv[1]}", *argv[2:]]
     config, workdir, values = command_line.load_from_flags(argv, __doc__ or "", _flags)
-    overrides = {f"eval.{name}": str(values[name].value) for name in SHORT if values[name].value is not None}
+    overrides = {f"eval.{name}": str(values[name].value) for name in EVAL_FLAGS if values[name].value is not None}
     command_line.override(config, overrides)
     fid(config, workdir, values.checkpoint, clock.process_began())
 

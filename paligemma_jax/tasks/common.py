@@ -52,6 +52,24 @@ class StackKeys:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class FeatureCacheKeys:
+    """Keys of a task that can train on features of a frozen tower."""
+
+    cache_features: bool = key(
+        False,
+        "whether each training image is encoded once and its features are kept in memory, which is exact while the "
+        "tower is frozen",
+        resume_safe=True,
+    )
+    cache_features_mb: int = key(
+        2048,
+        "largest size of these features in MiB of host memory; if they need more, the run stops at its start",
+        minimum=0,
+        resume_safe=True,
+    )
+
+
 # Kernels are split over "fsdp" along the model width and over "tensor" along heads or the feed-forward width. Layers,
 # norms and biases are not split.
 PROJECTIONS = (

@@ -20,6 +20,13 @@ class RenderKeys:
     build_workers: int = key(2, "number of processes that render scenes", minimum=1, resume_safe=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionKeys(RenderKeys):
+    """Keys of `config.data` of a task that trains on captions of scenes."""
+
+    views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
+
+
 def rendered(
     data: ConfigDict, stream: str, number: int, size: int, grid: int, num_objects: tuple[int, int] = (1, 10)
 ) -> Path:

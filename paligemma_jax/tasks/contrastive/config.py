@@ -5,9 +5,9 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from paligemma_jax.data.sources.captioned import NOISE
-from paligemma_jax.tasks.common import StackKeys
+from paligemma_jax.tasks.common import FeatureCacheKeys, StackKeys
 from paligemma_jax.tasks.contrastive.data import OPENERS
-from paligemma_jax.tasks.rendered import RenderKeys
+from paligemma_jax.tasks.rendered import CaptionKeys
 from train_jax.config.base import check_declared
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
@@ -73,11 +73,10 @@ class LossKeys:
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceKeys(RenderKeys):
+class SourceKeys(CaptionKeys):
     """`config.data`: pairs of images and texts."""
 
     name: str = key("scenes", "the data: scenes (synthetic), jsonl, tfds, or the import path of your own function")
-    views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
     text_length: int = key(64, "number of tokens of a text in a new model; one that is read has its own", minimum=2)
     source: str | None = key(None, "folder of jsonl or tfds")
     split: str = key("train", "name of the split of jsonl or tfds to train on")
@@ -109,7 +108,7 @@ class SourceKeys(RenderKeys):
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class Keys(FeatureCacheKeys):
     """The keys of the task."""
 
     model: ModelKeys = section(lambda: ModelKeys(unroll=True))
@@ -119,16 +118,6 @@ class Keys:
     )
     tokenizer: str | None = key(
         None, "folder or file of the tokenizer; None = beside model.path, or that of the tiny model"
-    )
-    cache_features: bool = key(
-        False,
-        "whether each training image is encoded once and its features are kept in memory, which is exact while "
-        "vision/ is locked",
-    )
-    cache_features_mb: int = key(
-        2048,
-        "largest size of these features in MiB of host memory; if they need more, the run stops at its start",
-        minimum=0,
     )
     loss: LossKeys = section(LossKeys)
     embed_micro_batch: int | None = key(
@@ -160,9 +149,9 @@ def check(config: ConfigDict) -> None:
     if config.data.name == "scenes" and config.data.source is not None:
         raise UserError(
             f"data.source is {config.data.source!r} but data.name is 'scenes', which are rendered: set data.name to "
-            "jsonl or tfds."
+            "jsonl, tfds or the import path of your own function."
         )
-    if config.data.name != "scenes" and config.data.source is None:
+    if config.data.name in OPENERS and config.data.source is None:
         raise UserError(f"data.name is {config.data.name!r} but data.source is not set: add --config.data.source=PATH.")
     if config.data.name != "scenes" and config.data.num_tuning:
         raise UserError(f"data.num_tuning is {config.data.num_tuning}, which is for data.name=scenes: set it to 0.")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.data.sources.captioned import FEATURES
 from paligemma_jax.models.variants import TINY
+from paligemma_jax.tasks.contrastive.data import OPENERS
 from paligemma_jax.zero_shot import BATCH_SIZE, embed_rows
 from train_jax.parallel import sharding
 from train_jax.task import Blueprint
@@ -29,7 +30,7 @@ def blueprint(make: Callable[..., Any], config: ConfigDict, mesh: Mesh) -> Bluep
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.tokenizer = config.tokenizer or (None if config.model.path else TINY)  # only its size matters
-        if config.data.name != "scenes":
+        if config.data.name in OPENERS:
             config.data.source = config.data.source or "."
     task = make(config, mesh)
     model = task.abstract()

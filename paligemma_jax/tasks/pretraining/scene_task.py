@@ -149,7 +149,7 @@ class SceneTask(Task):
     def _check_preprocessing(self, run: str) -> None:
         """Raises UserError if the run's images were prepared differently from this model's."""
         settings = run_config(run)
-        vision = settings.get("init", {}).get("vision")
+        vision = settings.init.vision
         preprocessing = vision_config_of(variant(settings.model.variant), vision).preprocessing
         if preprocessing != self.model_config.preprocessing:
             raise UserError(

@@ -34,7 +34,7 @@ from paligemma_jax.data.tokenizers.text_tower import TextTokenizer, load_text_to
 from paligemma_jax.loading import load, load_run
 from paligemma_jax.models.dual_encoder import DualEncoder
 from paligemma_jax.tasks.image_sheet import save_image_sheet
-from paligemma_jax.tasks.rendered import RenderKeys, rendered
+from paligemma_jax.tasks.rendered import CaptionKeys, rendered
 from paligemma_jax.tasks.starting_weights import StartsFromWeights
 from paligemma_jax.tasks.text_to_image.siglip_scorer import SigLIPScorer
 from train_jax.core.config_keys import key, section
@@ -87,13 +87,12 @@ class SceneImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class SceneDataKeys(PixelKeys, RenderKeys):
+class CaptionedSceneKeys(PixelKeys, CaptionKeys):
     """`config.data`: synthetic scenes. Scenes that `flip` mirrors are lit from the other side."""
 
     num_scenes: int = key(8000, "number of scenes to train on", minimum=2)
     num_held_out: int = key(400, "number of scenes to evaluate on", minimum=2)
     image_size: int = key(32, "side of an image in pixels", minimum=1)
-    views: int = key(100, "number of captions of a scene before they repeat", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Keys(ImageFlowKeys):
         "scored",
         architecture=True,
     )
-    data: SceneDataKeys = section(SceneDataKeys)
+    data: CaptionedSceneKeys = section(CaptionedSceneKeys)
 
 
 class TextToImage(StartsFromWeights, ImageFlowTask):

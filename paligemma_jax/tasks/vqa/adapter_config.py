@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.lora.method import Lora
 from paligemma_jax.adapt.method import Method
 from paligemma_jax.adapt.peft.methods import METHODS
 from paligemma_jax.models.paligemma import PaliGemma
@@ -23,11 +24,11 @@ from train_jax.parallel import sharding
 FOLDER = "adapter"
 """Folder of the workdir to which a run writes its adapters, for peft and for the adapter.path of another run."""
 
-FROM_FILES = ("targets", "rank", "alpha", "rslora", "dora", "layers", "rank_pattern", "alpha_pattern")
+FROM_FILES = tuple(field.name for field in dataclasses.fields(Lora) if field.name != "dropout")
 """Keys that the files of adapter.path determine."""
 
-REFUSED = ("size", "targets", "penalty", "rslora", "dora", "layers", "rank_pattern", "alpha_pattern", "path")
-"""Keys that are refused beside a method that does not have them; others have no effect there."""
+NO_EFFECT = ("rank", "alpha", "dropout")
+"""Keys that have no effect beside a method that does not have them, where all others are refused."""
 
 NAMES = (*METHODS, "none")
 
@@ -93,9 +94,9 @@ def _is_alpha(value: Any) -> bool:
 
 def _check_method(adapter: ConfigDict, changed: list[str]) -> None:
     """Raises UserError for keys that the method does not have."""
-    for key in REFUSED:
+    for key in changed:
         having = [name for name in METHODS if key in keys_of(name)]
-        if key in changed and adapter.name not in having:
+        if key not in ("name", *NO_EFFECT) and adapter.name not in having:
             raise UserError(
                 f"adapter.{key} is {adapter[key]!r} beside adapter.name={adapter.name!r}, which has none, expected "
                 f"{'one of ' if len(having) > 1 else ''}{', '.join(having)}: leave it out or change the name."

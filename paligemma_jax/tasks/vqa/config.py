@@ -4,11 +4,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.adapt.lora.method import Lora
 from paligemma_jax.adapt.quantization.nf4 import BLOCK_SIZES
 from paligemma_jax.adapt.quantization.quantized_kernel import QUANTIZATION_KINDS, make_codec
 from paligemma_jax.data.prompts import SPECIAL_TOKENS
 from paligemma_jax.data.sources.question_families import QUESTION_FAMILIES
-from paligemma_jax.tasks.common import StackKeys
+from paligemma_jax.tasks.common import FeatureCacheKeys, StackKeys
 from paligemma_jax.tasks.rendered import RenderKeys
 from paligemma_jax.tasks.vqa import adapter_config, consistency
 from paligemma_jax.tasks.vqa.consistency import Keys as ConsistencyKeys
@@ -73,7 +74,7 @@ class AdapterKeys:
     targets: str | None = key(
         None,
         "pattern of the modules (lora, diff_pruning) or parameters (bitfit) that are adapted; None = the method's "
-        "own. That of lora is decoder/.*/(q_proj|o_proj), and .*/(q_proj|o_proj) adapts the tower too, as peft does",
+        f"own. That of lora is {Lora.targets}, and .*/(q_proj|o_proj) adapts the tower too, as peft does",
         architecture=True,
     )
     size: int | None = key(
@@ -248,7 +249,7 @@ class EvalKeys:
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class Keys(FeatureCacheKeys):
     """The keys of the task."""
 
     model: ModelKeys = section(lambda: ModelKeys(remat="block"))
@@ -257,18 +258,6 @@ class Keys:
     adapter: AdapterKeys = section(AdapterKeys)
     trainable: str | None = key(
         None, "pattern of the parameters that train with adapter.name=none; None = all", architecture=True
-    )
-    cache_features: bool = key(
-        False,
-        "whether each training image is encoded once and its features are kept in memory, which is exact while the "
-        "tower is frozen",
-        resume_safe=True,
-    )
-    cache_features_mb: int = key(
-        2048,
-        "largest size of these features in MiB of host memory; if they need more, the run stops at its start",
-        minimum=0,
-        resume_safe=True,
     )
     data: SourceKeys = section(SourceKeys)
     loss: LossKeys = section(LossKeys)

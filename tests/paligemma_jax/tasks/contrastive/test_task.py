@@ -10,12 +10,13 @@ import pytest
 
 import paligemma_jax as pg
 from paligemma_jax import convert, losses, zero_shot
+from paligemma_jax.data.records import Record
 from paligemma_jax.models.variants import variant
 from paligemma_jax.tasks.contrastive import task as contrastive
 from paligemma_jax.tasks.contrastive.pair_options import select_negatives
 from paligemma_jax.tasks.contrastive.task import Contrastive
 from paligemma_jax.weights.reader import stored_dtype
-from tests.paligemma_jax.mini import ROOT, config_of, png
+from tests.paligemma_jax.mini import ROOT, Rows, config_of, png
 from train_jax import loop
 from train_jax.config.base import from_json
 from train_jax.core import param_tree
@@ -175,7 +176,7 @@ def test_training_starts_from_the_tower_of_another_model(options, run):
         ({"loss.negatives": 8}, "loss.negatives is 8, expected 1 to 7, one fewer than the batch"),
         ({"loss.negatives": 2, "loss.name": "softmax"}, "loss.negatives leaves pairs out of the sigmoid loss"),
         ({"data.name": "jsonl"}, "data.name is 'jsonl' but data.source is not set"),
-        ({"data.source": "x"}, "but data.name is 'scenes', which are rendered: set data.name to jsonl or tfds"),
+        ({"data.source": "x"}, "but data.name is 'scenes', which are rendered: set data.name to jsonl, tfds or"),
         ({"loss.full_matrix": True, "loss.negatives": 4}, "expected no loss.negatives and data.name=scenes with it"),
         ({"data.name": "jsonl", "data.source": "x", "data.num_tuning": 4}, "which is for data.name=scenes"),
         ({"data.noise": "colours"}, "config.data.noise='colours', expected one of '', images, texts, pairs"),
@@ -223,6 +224,17 @@ def test_captions_from_a_file_train(options, own, tmp_path):
     assert not any(name.startswith("zero_shot") for name in results)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert next(line["good_rows"] for line in lines if "good_rows" in line) == pytest.approx(7 / 8)
+
+
+def own_captions(data, split):
+    """Opens the pairs of a module constant, as a user's own function may: it needs no `data.source`."""
+    return Rows([Record(png(i), f"{i}.png", i, "", f"number {i} of {split}") for i in range(8)])
+
+
+def test_captions_of_an_own_function(options):
+    task = task_of(options, **{"data.name": f"{__name__}:own_captions"})
+    assert (batch_of(task)["weight"] == 1).all()
+    assert Contrastive.blueprint(task.config, task.mesh).example["weight"].shape == ()
 
 
 def test_a_bad_row_adds_nothing(options, own):

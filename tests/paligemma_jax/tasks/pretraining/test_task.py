@@ -278,7 +278,7 @@ def test_micro_batches_are_refused():
 def test_a_variant_of_a_released_model_is_trained_on_images_prepared_for_it(argument):
     changes = {"model.variant": "3b-224", "model.unroll": False, "batch_size": 2, "init_from": "()"}
     config = config_of(changes, config=str(ROOT / f"configs/pretrain.py{argument}"))
-    task = task_class(config.task)(config, None)
+    task = task_class(config.task)(config, sharding.make_mesh(config.mesh))
     row = task.blank_row()
     assert row["image"].shape == (224, 224, 3) and task.model_config.preprocessing.size == 224
     np.testing.assert_allclose(task.normalize(jnp.array([0, 255, 0], jnp.uint8)), [-1, 1, -1])
