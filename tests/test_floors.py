@@ -246,16 +246,26 @@ def test_circles_of_a_folder_and_a_module_beside_it_are_found(tmp_path, imported
     assert set(circle(graph_of_folders(graph, modules_of(tmp_path)))) == expected
 
 
-def test_importing_everything_loads_neither_tensorflow_nor_torch():
-    """Not even through the packages that we import."""
-    names = sorted(modules_of(ROOT))
+def loaded(names: list[str], looked_for: set[str]) -> str:
+    """Returns those of some packages that a process loads when it imports modules, as a list in a string."""
     script = (
         f"import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n"
-        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'tensorflow', 'torch', 'jax'}))"
+        f"print(sorted(set(sys.modules) & {looked_for}))"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "['jax']"
+    return result.stdout.splitlines()[-1]
+
+
+def test_importing_everything_loads_neither_tensorflow_nor_torch():
+    """Not even through the packages that we import."""
+    assert loaded(sorted(modules_of(ROOT)), {"tensorflow", "torch", "jax"}) == "['jax']"
+
+
+def test_answering_a_question_loads_no_package_that_evaluation_alone_needs():
+    """They take as long to import as JAX."""
+    names = ["paligemma_jax.commands.predict", "paligemma_jax.tasks.vqa.task"]
+    assert loaded(names, {"jax", "matplotlib", "nltk", "rouge_score", "scipy"}) == "['jax']"
 
 
 def normalized(requirement: str) -> str:

@@ -18,9 +18,9 @@ import functools
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from rouge_score import rouge_scorer, tokenizers
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rouge3", "rougeL", "rougeS", "rougeW")
 _FIELDS = ("precision", "recall", "f1")
@@ -105,20 +105,29 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, di
     return sums.result()
 
 
-class _UnicodeTokenizer(tokenizers.Tokenizer):
+class _UnicodeTokenizer:
+    """The tokenizer of the module's docstring, as rouge-score calls it."""
+
     def tokenize(self, text: str) -> list[str]:
         characters = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
         return "".join(characters).split()
 
 
 _TOKENIZER = _UnicodeTokenizer()
-_SCORER = rouge_scorer.RougeScorer(_LIBRARY_TYPES, tokenizer=_TOKENIZER)
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer() -> Any:
+    """Returns the scorer of the library, which is slow to import (nltk) and not needed to answer questions."""
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(_LIBRARY_TYPES, tokenizer=_TOKENIZER)
 
 
 @functools.lru_cache(maxsize=4096)  # a validation set of one-word answers has few different pairs
 def _score_pair(prediction: str, reference: str) -> np.ndarray:
     """Returns the scores of one pair, [6, 3]: rows ROUGE_TYPES, columns precision, recall, F1."""
-    library = _SCORER.score(reference, prediction)
+    library = _scorer().score(reference, prediction)
     words = _TOKENIZER.tokenize(prediction), _TOKENIZER.tokenize(reference)
     scores = [library[name][:2] for name in _LIBRARY_TYPES]
     scores += [_skip_bigrams(*words), _weighted_subsequence(*words, _WEIGHT)]

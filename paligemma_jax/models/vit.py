@@ -8,7 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -166,8 +165,10 @@ def resample_positions(positions: np.ndarray, new_grid: int, method: str) -> np.
         return positions
     table = np.asarray(positions, np.float32).reshape(grid, grid, -1)
     if method == "bilinear":
+        from scipy import ndimage  # slow to import, and few models are resampled
+
         zoom = (new_grid / grid, new_grid / grid, 1)
-        table = np.asarray(scipy.ndimage.zoom(table, zoom, order=1))
+        table = np.asarray(ndimage.zoom(table, zoom, order=1))
     elif method == "bicubic":
         weights = _bicubic_weights(grid, new_grid)
         table = np.einsum("Yy,Xx,yxD->YXD", weights, weights, table)

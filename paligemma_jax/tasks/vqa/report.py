@@ -35,7 +35,6 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.tasks.vqa import forgetting
 from paligemma_jax.tasks.vqa.answer_record import Answer, TokenLoss, question_of
 from paligemma_jax.tasks.vqa.evaluation import VQAEvaluation, candidate_answers
-from paligemma_jax.tasks.vqa.figures import save_answer_sheet
 from train_jax import loop
 from train_jax.core.errors import UserError
 from train_jax.core.files import atomic, to_json
@@ -91,6 +90,8 @@ def report(
     if config.data.families:
         results |= forgetting.changes(config.data.families, results)
     if jax.process_index() == 0:
+        from paligemma_jax.tasks.vqa.figures import save_answer_sheet  # slow to import: matplotlib
+
         # CLEVR's view is 3:2, even where its images are stored as squares.
         ratio = 1.5 if config.data.name in ("synthetic_clevr", "clevr") else None
         save_answer_sheet(source, shown, workdir / f"scenes{suffix}.png", view_ratio=ratio)
