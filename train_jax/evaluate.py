@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from train_jax.checkpoints.manager import Checkpoints
-from train_jax.complete import data_entry
+from train_jax.completed_run import data_entry
 from train_jax.config.base import known_keys, stored_config, task_class
 from train_jax.config.resume_check import difference, refuse_sweep
 from train_jax.config.validate import validate

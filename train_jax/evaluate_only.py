@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax.complete import data_entry
+from train_jax.completed_run import data_entry
 from train_jax.config.base import to_json
 from train_jax.core import files
 from train_jax.evaluate import initial_model, print_results, write_results

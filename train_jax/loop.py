@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from train_jax import complete, evaluate_only
+from train_jax import completed_run, evaluate_only
 from train_jax.checkpoints.best_metric import check_metric
 from train_jax.checkpoints.manager import Checkpoints
 from train_jax.config.base import to_json
@@ -72,7 +72,7 @@ def fit(config: ConfigDict, workdir: str | Path, progress: str = "auto", began: 
     existing = inspect_workdir(workdir, config)
     if existing is not None:
         if existing.results is not None:
-            complete.check(config, workdir)
+            completed_run.check(config, workdir)
         for note in existing.notes:
             _print_once(note)
         if existing.results is not None:
@@ -191,7 +191,7 @@ class Trainer:
             while not self.done:
                 batch = sharding.to_global(next(batches), self.mesh, batch_spec)
                 wait_seconds += batches.wait_seconds
-                step = steps.of(batch)
+                step = steps.for_batch(batch)
                 state.train, totals = step(state.train, totals, self.model.frozen, batch)
                 state.step += 1
                 state.step_temp_bytes = steps.temp_bytes
@@ -238,7 +238,7 @@ class Trainer:
             return traced
 
         steps = CompiledSteps(trace, reporter.say)
-        compiled = steps.of(batch)
+        compiled = steps.for_batch(batch)
         zeros = jax.device_put(metrics.zeros_like(names), sharding.replicated(self.mesh))
         model = self.model.model(state.params)
         counts = self.task.parameter_counts(model)
@@ -331,7 +331,7 @@ class Trainer:
         controls = self._control_runs(progress)
         results: dict[str, Any] = {"step": step, "trainable_parameters": sum(leaf.size for leaf in trained.values())}
         results |= self.task.evaluate(model, self.workdir, control_results=controls)
-        results |= complete.data_entry(self.task.reported_data())
+        results |= completed_run.data_entry(self.task.reported_data())
         if self.state.step_temp_bytes is not None:
             results["step_temp_bytes"] = self.state.step_temp_bytes
         results |= {"peak_memory_bytes": reported_peak(), "seconds": self.seconds, "finished": True}

@@ -14,6 +14,7 @@ checkpoint_files                   checkpoints.metadata
 checkpoint_trees                   checkpoints.trees
 clock                              system.clock
 command_line                       config.command_line
+complete                           completed_run
 core.picture_folders               core.formats.image_folders
 core.tfds                          core.formats.tfds
 disk                               system.disk

@@ -52,7 +52,6 @@ class Method(abc.ABC, Generic[Model]):
       modules: classes of the modules that it attaches; () if it attaches none.
       keeps_base: whether the base's parameters stay what they are, so that `detach` is possible.
       noise_per_step: whether it draws noise once per training step, the same for all rows.
-      size_is: meaning of the option `size`, if the method has it.
       in_peft_format: whether its files are those of the library peft.
     """
 
@@ -60,7 +59,6 @@ class Method(abc.ABC, Generic[Model]):
     modules: ClassVar[tuple[type[nnx.Module], ...]] = ()
     keeps_base: ClassVar[bool] = True
     noise_per_step: ClassVar[bool] = False
-    size_is: ClassVar[str] = ""
     in_peft_format: ClassVar[bool] = False
 
     @property

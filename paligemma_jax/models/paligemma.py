@@ -219,7 +219,7 @@ class PaliGemma(nnx.Module):
         hidden, _, _ = self.decoder(rows.pack(x), positions, mask, dropout_keys=keys)
         return rows.unpack(hidden, context.shape[1])
 
-    def hidden_of_packed(
+    def hidden_of_texts_behind_one_image(
         self,
         features: Float[Array, "B P D"],
         tokens: Int[Array, "B T"],
@@ -227,7 +227,7 @@ class PaliGemma(nnx.Module):
         suffix: Int[Array, "B T"],
         offset: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """Returns hidden states of several texts packed behind one image, which do not attend to one another.
+        """Returns hidden states of several texts behind one image, which do not attend to one another.
 
         Args:
           features: image features, P patches.

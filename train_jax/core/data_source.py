@@ -14,7 +14,7 @@ Example = dict[str, Any]  # numpy arrays and scalars
 
 BAD = "bad"  # key of an example, see DataSource
 ROW = "row_number"  # key of a batch: index of each example in the global batch, int32
-SLOTS, POSITIONS = "slots", "positions"  # keys of a batch of packed rows, see data.layout.Placement
+SLOTS, POSITIONS = "slots", "positions"  # keys of a batch of packed rows, see data.layout.StepLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DataSource(abc.ABC):
     Attributes:
       fingerprint: stable hash of the examples and their order, or None. A run may only resume with an equal one.
       group: number of rows that are read together, see `get_batch`.
-      lengths: for examples of different lengths, which the methods `lengths_of` and `cut` then serve; None if all
+      lengths: for examples of different lengths, which the methods `lengths_of` and `trim` then serve; None if all
         examples have one length. Only with `group` 1.
       bad_rows: {index: name} of the bad rows counted so far.
     """
@@ -85,9 +85,10 @@ class DataSource(abc.ABC):
         """
         raise UserError(f"{type(self).__name__} has `lengths`, expected a method lengths_of: add it.")
 
-    def cut(self, batch: Batch, length: int) -> Batch:
+    def trim(self, batch: Batch, length: int) -> Batch:
         """Returns a batch whose examples have room for `length` tokens in place of `lengths.limit`."""
-        raise UserError(f"{type(self).__name__} has `lengths`, expected a method cut: add it.")
+        change = "rename its method cut, the name in earlier releases" if hasattr(self, "cut") else "add it"
+        raise UserError(f"{type(self).__name__} has `lengths`, expected a method trim: {change}.")
 
     def on_rows(self, indices: np.ndarray, bad: np.ndarray) -> None:
         """Counts the rows of a batch; called in the training process when the batch is used, wherever it was read.

@@ -38,9 +38,6 @@ def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-over = use_mesh  # its name in earlier releases
-
-
 def with_mesh(mesh: Mesh, function: Callable) -> Callable:
     """Returns `function` for `jax.jit`, traced for a mesh."""
 

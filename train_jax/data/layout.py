@@ -19,7 +19,8 @@ The shapes (r, L) are chosen once, for steps drawn from the lengths of the first
 resumed run chooses the same: first the cheapest shape in which all of these steps fit, then further ones as long as
 each saves a share SAVING of the cost. The cost of a shape counts its positions, and attention by the square of the row
 length. A step takes the cheapest shape in which it fits. The shape with one example of the limit in each row is always
-there; it is compiled if ever a step needs it. All is a function of lengths, which all processes know.
+there; it is compiled if ever a step needs it. Every process computes the same layout, because it depends only on the
+lengths.
 """
 
 import heapq
@@ -34,7 +35,7 @@ from train_jax.core.errors import UserError
 MULTIPLE = 8  # of row lengths and of room for tokens
 SAVING, PACKED_SAVING = 0.1, 0.01  # share of the cost that a shape must save, as it takes a compilation
 SAMPLE = 512  # examples by whose lengths shapes are chosen
-FEWEST, MOST, DRAWN = 8, 128, 8192  # steps drawn from them, and their examples, about
+MIN_STEPS, MAX_STEPS, SAMPLED_EXAMPLES = 8, 128, 8192  # steps drawn from these, of about so many examples in all
 EXAMPLES = 8  # of average length in a packed row at most
 ROW_NUMBERS = 8  # numbers of rows that are tried
 QUANTILES = (1.0, 0.95, 0.85, 0.7, 0.5, 0.25)  # of the row lengths that the steps need, of which shapes are made
@@ -48,8 +49,8 @@ class Shape(NamedTuple):
     tokens: int  # T, most tokens of an example
 
 
-class Placement(NamedTuple):
-    """Where the examples of a step are. A micro-batches, G devices, g examples, C + T positions of an example.
+class StepLayout(NamedTuple):
+    """Where the examples of a step are. Axes: A micro-batches, G devices, g examples, C + T positions of an example.
 
     Attributes:
       numbers: index of each example in the global batch.
@@ -65,10 +66,10 @@ class Placement(NamedTuple):
 
 
 class Layout:
-    """Chooses shapes for a stream of examples, and places the examples of each step.
+    """Chooses shapes for a stream of examples, and lays out the examples of each step.
 
     Attributes:
-      shapes: those chosen, the cheapest first; every step fits in the last.
+      shapes: the chosen shapes, the cheapest first; every step fits in the last.
     """
 
     def __init__(self, lengths: Lengths, size: tuple[int, int, int], sample: Int[np.ndarray, " n"]):
@@ -81,22 +82,30 @@ class Layout:
         """
         self._lengths, self._size = lengths, size
         batch = size[0] * size[1] * size[2]
-        drawn = np.random.PCG64(0).random_raw(max(FEWEST, min(MOST, DRAWN // batch)) * batch)  # stable over releases
-        steps = sample[(drawn % len(sample)).astype(int)].reshape(-1, batch)
+        steps = max(MIN_STEPS, min(MAX_STEPS, SAMPLED_EXAMPLES // batch))
+        drawn = np.random.PCG64(0).random_raw(steps * batch)  # stable over releases
+        tokens = sample[(drawn % len(sample)).astype(int)].reshape(steps, batch)
         full = Shape(size[2], lengths.context + lengths.limit, lengths.limit)
-        fits = self._packed_shapes(steps) if lengths.packed else self._buckets(steps)
+        fits = self._packed_shapes(tokens) if lengths.packed else self._buckets(tokens)
         self.shapes = sorted([full, *self._choose(full, fits)], key=self._cost)
 
-    def place(self, tokens: Int[np.ndarray, " n"]) -> Placement:
-        """Returns the placement of the examples of a step, given their numbers of tokens in the order of the batch."""
+    def for_step(self, tokens: Int[np.ndarray, " n"]) -> StepLayout:
+        """Returns the layout of a step.
+
+        Args:
+          tokens: number of tokens of each example, in the order of the batch.
+
+        Raises:
+          UserError: an example has more tokens than the limit of its source.
+        """
         fitting = [shape for shape in self.shapes if tokens.max() <= shape.tokens]
         if not self._lengths.packed and fitting:
-            return Placement(fitting[0], np.arange(tokens.size).reshape(self._size))
+            return StepLayout(fitting[0], np.arange(tokens.size).reshape(self._size))
         numbers, sizes = self._divided(tokens), tokens + self._lengths.context
         for shape in fitting:
             rows = [_first_fit(sizes[group], shape.length, shape.rows) for group in numbers.reshape(-1, self._size[2])]
             if None not in rows:
-                return self._placement(numbers, sizes, shape, rows)
+                return self._packed(numbers, sizes, shape, rows)
         raise UserError(
             f"an example has {tokens.max()} tokens, expected at most {self._lengths.limit}, the limit that its source "
             "gives: correct the source"
@@ -114,8 +123,8 @@ class Layout:
                 heapq.heappush(least, (total + int(tokens[number]), group))
         return np.sort(np.array(groups).reshape(A, G, g), axis=2)
 
-    def _placement(self, numbers: np.ndarray, sizes: np.ndarray, shape: Shape, rows: list) -> Placement:
-        """Returns the index arrays; `rows` holds the rows and first positions of the examples of each device."""
+    def _packed(self, numbers: np.ndarray, sizes: np.ndarray, shape: Shape, rows: list) -> StepLayout:
+        """Returns the layout of a packed step; `rows` has the rows and first positions of each device's examples."""
         A, G, g = self._size
         width = self._lengths.context + shape.tokens
         slots = np.full((A * G, shape.rows * shape.length), -1, np.int32)
@@ -126,7 +135,7 @@ class Layout:
                 slots[group, first : first + size] = example * width + np.arange(size)
                 positions[group, example, :size] = first + np.arange(size)
         slots = slots.reshape(A, G, shape.rows, shape.length)
-        return Placement(shape, numbers, slots, positions.reshape(A, G, g, width))
+        return StepLayout(shape, numbers, slots, positions.reshape(A, G, g, width))
 
     # Choosing shapes.
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from train_jax.core.data_source import BAD, POSITIONS, ROW, SLOTS, Batch, DataSource
 from train_jax.core.errors import UserError
-from train_jax.data.layout import SAMPLE, Layout, Placement
+from train_jax.data.layout import SAMPLE, Layout
 from train_jax.data.shuffle import Order
 from train_jax.parallel.sharding import local_rows, mesh_shape
 
@@ -180,20 +180,20 @@ class Pipeline:
     def _laid_out(self, step: int, layout: Layout) -> Batch:
         """Reads the batch of one step in the shape that the lengths of its examples ask for."""
         assert self.source.group == 1, "examples of different lengths are read one by one"
-        placement: Placement = layout.place(self.source.lengths_of(self._indices(step)))
-        own = placement.numbers[:, self._groups]  # [A, G_local, g]
+        laid_out = layout.for_step(self.source.lengths_of(self._indices(step)))
+        own = laid_out.numbers[:, self._groups]  # [A, G_local, g]
         order = np.argsort(own.ravel())
         batch = self._examples(step, own.ravel()[order])
         batch = {name: values[np.argsort(order)] for name, values in batch.items()}
-        batch = self.source.cut(batch, placement.shape.tokens)
+        batch = self.source.trim(batch, laid_out.shape.tokens)
         batch_shape = (len(own), own[0].size)  # [A, b_local]
         batch = {name: values.reshape(batch_shape + values.shape[1:]) for name, values in batch.items()}
-        if placement.slots is None or placement.positions is None:
+        if laid_out.slots is None or laid_out.positions is None:
             return batch
-        positions = placement.positions[:, self._groups]
+        positions = laid_out.positions[:, self._groups]
         return batch | {
             ROW: own.reshape(batch_shape).astype(np.int32),
-            SLOTS: placement.slots[:, self._groups],
+            SLOTS: laid_out.slots[:, self._groups],
             POSITIONS: positions.reshape(*batch_shape, -1),
         }
 

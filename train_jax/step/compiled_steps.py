@@ -27,7 +27,7 @@ class CompiledSteps:
         self._steps: dict[tuple, jax.stages.Compiled] = {}
         self.temp_bytes: int | None = None
 
-    def of(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
+    def for_batch(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         """Returns the step for batches of this one's shapes."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch))
         if shapes not in self._steps:

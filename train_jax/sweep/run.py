@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from train_jax import complete, loop
+from train_jax import completed_run, loop
 from train_jax.config import command_line
 from train_jax.config.base import from_json, leaves, to_json
 from train_jax.config.resume_check import SWEEP_FILE, inspect_workdir
@@ -196,7 +196,7 @@ def _completed_results(workdir: Path, run: SweepRun) -> dict[str, Any] | None:
     try:
         existing = inspect_workdir(workdir / run.name, run.config)
         if existing and existing.results is not None:
-            complete.check(run.config, workdir / run.name)
+            completed_run.check(run.config, workdir / run.name)
     except UserError as error:
         raise UserError(f"{workdir / run.name}: {error}") from error
     return existing.results if existing else None

@@ -99,9 +99,8 @@ class Bottlenecks(Method[PaliGemma]):
 
     name: ClassVar[str] = "bottleneck"
     modules: ClassVar = (BottleneckBlock,)
-    size_is: ClassVar[str] = "width"
 
-    size: int = 16
+    size: int = 16  # width
 
     @property
     def trainable(self) -> str:

@@ -97,9 +97,8 @@ class LastLayers(Method[PaliGemma]):
     name: ClassVar[str] = "last_layers"
     modules: ClassVar = (SplitGemma,)
     keeps_base: ClassVar[bool] = False
-    size_is: ClassVar[str] = "number of layers"
 
-    size: int = 1
+    size: int = 1  # number of layers
 
     @property
     def trainable(self) -> str:

@@ -120,9 +120,8 @@ class Prefix(Method[PaliGemma]):
 
     name: ClassVar[str] = "prefix"
     modules: ClassVar = (PrefixAttention,)
-    size_is: ClassVar[str] = "length"
 
-    size: int = 16
+    size: int = 16  # length in tokens
 
     @property
     def trainable(self) -> str:
@@ -150,9 +149,8 @@ class Prompt(Method[PaliGemma]):
 
     name: ClassVar[str] = "prompt"
     modules: ClassVar = (PromptedGemma,)
-    size_is: ClassVar[str] = "length"
 
-    size: int = 16
+    size: int = 16  # length in tokens
 
     @property
     def trainable(self) -> str:

@@ -27,7 +27,7 @@ class DataSets(NamedTuple):
     targets: Mapping[str, FewShot] = {}
 
 
-Opener = Callable[[ConfigDict, int, Progress], DataSets]
+DataSetsOpener = Callable[[ConfigDict, int, Progress], DataSets]
 """Opens data sets: `open_data(data, size, progress)`, with the config's `data` and the pixels a side of the model."""
 
 

@@ -149,7 +149,7 @@ class Pretraining(SceneTask):
         images = self.normalize(batch["image"])
         features, out = model.model.encode_image(images)
         packed = {name: batch[name] for name in ("tokens", "segment", "suffix", "offset")}
-        return model.model.hidden_of_packed(features, **packed), out["vision/encoded"]
+        return model.model.hidden_of_texts_behind_one_image(features, **packed), out["vision/encoded"]
 
     def loss(self, model: PretrainingModel, batch, keys) -> tuple[jax.Array, Metrics]:
         """Returns the weighted cross-entropy of the texts plus the patch loss times the sum of the weights."""

@@ -33,7 +33,7 @@ from train_jax.core import param_tree
 from train_jax.core.config_keys import key
 from train_jax.core.errors import UserError, quoted
 
-SIDES = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
+TERMS = {"answers": ("answers",), "images": ("images",), "both": ("answers", "images")}
 
 
 class TunedForward(NamedTuple):
@@ -54,7 +54,7 @@ class Keys:
         "answers",
         "what is kept consistent: distributions of answer tokens, image features (of an adapted tower or "
         "projector), or both",
-        choices=SIDES,
+        choices=TERMS,
     )
     kind: str = key("cosine", "distance of image features", choices=DISTANCES)
     temperature: float = key(1.0, "temperature of both distributions of the next token", above=0)
@@ -90,7 +90,7 @@ def check(config: ConfigDict) -> None:
 def check_paths(config: ConfigDict, trained: list[str]) -> None:
     """Raises UserError if consistency of image features is asked for but none of the `trained` paths changes them."""
     on = config.consistency.on
-    if config.consistency.weight and "images" in SIDES[on] and all(path.startswith("decoder/") for path in trained):
+    if config.consistency.weight and "images" in TERMS[on] and all(path.startswith("decoder/") for path in trained):
         raise UserError(
             f"consistency.on is {on!r} but nothing of the tower or the projector trains, so the image features do "
             "not change: set consistency.on=answers, or let adapter.targets reach one of them."
@@ -99,7 +99,7 @@ def check_paths(config: ConfigDict, trained: list[str]) -> None:
 
 def parts(consistency: ConfigDict) -> tuple[str, ...]:
     """Returns the terms that are computed, of "answers" and "images"."""
-    return SIDES[consistency.on] if consistency.weight else ()
+    return TERMS[consistency.on] if consistency.weight else ()
 
 
 class Consistency:

@@ -1,4 +1,4 @@
-"""Training rows whose texts are cut to what a step needs, see train_jax/data/layout.py."""
+"""Training rows whose texts are trimmed to what a step needs, see train_jax/data/layout.py."""
 
 from collections.abc import Mapping, Sequence
 
@@ -54,7 +54,7 @@ class TrimmedRows(DataSource):
         except (UserError, OSError):  # a bad row, which is reported when it is read
             return self._blank
 
-    def cut(self, batch: Batch, length: int) -> Batch:
+    def trim(self, batch: Batch, length: int) -> Batch:
         """Returns a batch [n, ...] with room for `length` tokens beside the last target.
 
         Raises:

@@ -25,11 +25,11 @@ def test_a_step_takes_the_shortest_bucket_that_its_longest_example_fits_in():
     # What all of the sample fit in, and what saves most beside it.
     assert [tuple(shape) for shape in layout.shapes] == [(2, 24, 8), (2, 48, 32), (2, 80, 64)]
     for longest, length in ((1, 24), (8, 24), (9, 48), (32, 48), (33, 80), (64, 80)):
-        placement = layout.place(np.array([1, longest]))
-        assert placement.shape.length == length and placement.slots is None
-        assert placement.numbers.tolist() == [[[0, 1]]]
+        laid_out = layout.for_step(np.array([1, longest]))
+        assert laid_out.shape.length == length and laid_out.slots is None
+        assert laid_out.numbers.tolist() == [[[0, 1]]]
     with pytest.raises(UserError, match="an example has 65 tokens, expected at most 64"):
-        layout.place(np.array([1, 65]))
+        layout.for_step(np.array([1, 65]))
 
 
 def test_a_shape_that_saves_little_is_not_chosen():
@@ -44,7 +44,7 @@ def test_packed_examples_have_places_of_their_own(size):
     A, G, g = size
     layout = Layout(lengths_of(packed=True), size, steps(16).ravel())
     for tokens in steps(8, seed=1):
-        shape, numbers, slots, positions = layout.place(tokens)
+        shape, numbers, slots, positions = layout.for_step(tokens)
         assert sorted(numbers.ravel()) == list(range(32)) and numbers.shape == size
         assert slots.shape == (A, G, shape.rows, shape.length)
         width = CONTEXT + shape.tokens
@@ -63,10 +63,10 @@ def test_packing_leaves_little_padding():
     """Also on lengths with a long tail, and over micro-batches and devices."""
     for size in ((1, 1, 32), (2, 2, 8)):
         layout = Layout(lengths_of(packed=True, context=64, shapes=4), size, steps(32).ravel())
-        placed = [(tokens, layout.place(tokens)) for tokens in steps(32, seed=2)]
+        placed = [(tokens, layout.for_step(tokens)) for tokens in steps(32, seed=2)]
         real = sum((64 + tokens).sum() for tokens, _ in placed)
-        assert real > 0.93 * sum(placement.slots.size for _, placement in placed)
-        assert len({placement.shape for _, placement in placed}) <= 4
+        assert real > 0.93 * sum(laid_out.slots.size for _, laid_out in placed)
+        assert len({laid_out.shape for _, laid_out in placed}) <= 4
 
 
 def test_long_rows_cost_their_attention():
@@ -91,7 +91,7 @@ class Words(DataSource):
     def lengths_of(self, indices):
         return 1 + indices % 40
 
-    def cut(self, batch, length):
+    def trim(self, batch, length):
         return batch | {"tokens": batch["tokens"][:, :length]}
 
     def on_rows(self, indices, bad):
@@ -138,3 +138,15 @@ def test_bad_rows_of_packed_batches_are_counted_by_their_index():
     counted = pipeline.source.counted
     assert sorted(index for index, _ in counted) == sorted(plain().rows_at(0).ravel().tolist())
     assert all(bad == (index % 5 == 0) for index, bad in counted)
+
+
+def test_a_source_with_lengths_and_without_trim_is_refused():
+    class Without(Words):
+        trim = DataSource.trim
+
+    class Former(Without):
+        def cut(self, batch, length): ...
+
+    for source, change in ((Without(False), "add it"), (Former(False), "rename its method cut")):
+        with pytest.raises(UserError, match=f"has `lengths`, expected a method trim: {change}"):
+            Pipeline(source, **OPTIONS).batch_at(0)

@@ -173,6 +173,6 @@ def test_a_row_that_has_grown_since_it_was_counted_stops_the_run(mini_options, r
     source = source_of(task, rows)
     batch = source.get_batch(np.arange(16), 0, np.arange(16))
     longest = int(source.lengths_of(np.arange(16)).max())
-    assert source.cut(batch, longest)["tokens"].shape == (16, longest + 1)
+    assert source.trim(batch, longest)["tokens"].shape == (16, longest + 1)
     with pytest.raises(UserError, match=f"more than the {longest - 1} tokens that were counted"):
-        source.cut(batch, longest - 1)
+        source.trim(batch, longest - 1)
