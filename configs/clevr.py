@@ -3,7 +3,7 @@ r"""LoRA fine-tuning of PaliGemma on CLEVR questions, evaluated with blind contr
     python train.py --config=configs/clevr.py
 
 trains the tiny PaliGemma that ships with the package on synthetic CLEVR scenes. It downloads nothing and takes about
-3 minutes and 1.3 GB of memory on 2 CPU cores (README.md has the results). The same model on the real CLEVR, once you
+2 minutes and 1.1 GiB of memory on 2 CPU cores (README.md has the results). The same model on the real CLEVR, once you
 have it (docs/data.md):
 
     python train.py --config=configs/clevr.py --config.data.name=clevr --config.data.source=CLEVR_v1.0.zip
@@ -16,7 +16,7 @@ Arguments, written after a colon and joined by commas:
     :peft=NAME    another method (docs/peft.md): lora, dora, bottleneck, prefix, prompt, bitfit, diff_pruning,
                   last_layers, decoder, full; `:3b,peft=NAME` too
     :full         trains all weights, as `:peft=full`; `:3b,full` needs a large accelerator or several
-    :3b,report    the settings of the report, row by row
+    :3b,report    the reference settings: int8, 8-bit AdamW, LoRA in the vision tower too
     :report       the same settings on the tiny model
     :smoke        runs everything in a minute, to show that it works; its scores mean nothing
 
@@ -33,8 +33,8 @@ and short answers, training and evaluation took 7.0 GiB of GPU memory, 3.8 with 
 
 `:3b,report` has an int8 base, 8-bit AdamW, float16 with loss scaling, and LoRA on all layers named q_proj or o_proj,
 those of the vision tower too (1,677,312 parameters). It accumulates two micro-batches of 2, evaluates and saves after
-the epoch, and chooses the checkpoint by loss. Settings that the report does not give are those of `:3b`. The report's
-rate of 2e-5 is too low for the tiny model to learn much in `:report` (docs/memory.md).
+the epoch, and chooses the checkpoint by loss. All other settings are those of `:3b`. The rate
+of 2e-5 is too low for the tiny model to learn much in `:report` (docs/memory.md).
 
 The learning rates of `peft=NAME` were tuned on the tiny model. `:3b,peft=NAME` uses them too, except where weights of
 the base train: there it uses 1e-5, as most of PaliGemma's own transfers do.
@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     refuse_together(arg, ("qlora", "int8"), "the base has one quantization")
     refuse_together(arg, ("full", "peft"), "full is short for peft=full")
     for name in ("qlora", "full", "peft"):
-        refuse_together(arg, ("report", name), "the report's settings are fixed")
+        refuse_together(arg, ("report", name), "the reference settings are fixed")
     if arg.fp16 and not (arg["3b"] or arg.report):
         raise UserError("config argument 'fp16' needs 3b: write :3b,fp16, or --config.compute_dtype=float16.")
     config = base_config("paligemma_jax.tasks.vqa:VQA")
@@ -114,7 +114,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def large(config: ConfigDict, dtype: str) -> None:
-    """Sets PaliGemma-3B on CLEVR: the report's data, lengths, batch and rate, without quantisation."""
+    """Sets PaliGemma-3B on CLEVR: data, lengths, batch and rate of the reference settings, without quantisation."""
     config.model.path = "paligemma-3b-pt-224"
     config.compute_dtype = dtype
     config.data.name = "clevr"
@@ -137,12 +137,12 @@ def large(config: ConfigDict, dtype: str) -> None:
 
 
 def report(config: ConfigDict) -> None:
-    """Sets the rows of the report's table on either model; data, lengths and schedule stay those of the model."""
+    """Applies the reference settings to either model, whose data, lengths and schedule stay."""
     config.compute_dtype = "float16"  # with loss scaling
     quantized(config, "int8")
     config.adapter.targets = r".*/(q_proj|o_proj)"  # by suffix, as peft matches: also the tower's q_proj
     config.adapter.rank, config.adapter.alpha, config.adapter.dropout = 8, 32.0, 0.1
-    config.cache_features = False  # they would change, since the tower trains
+    config.cache_features = False  # the tower trains, so its features change
     config.optimizer.name = "adamw_8bit"
     config.optimizer.learning_rate = 2e-5
     config.optimizer.weight_decay = 0.01

@@ -18,7 +18,7 @@ DEPTH, WEIGHT = 9, 1.0  # the released code's default number of layers with prom
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep; arg is that of configs/coprompt.py."""
+    """Returns the sweep; arg is an argument of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     key, weight = "consistency.weight", config.consistency.weight or WEIGHT
     runs = {f"both-{weight}": {}, "no_consistency": {key: 0.0}}

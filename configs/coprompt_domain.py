@@ -18,7 +18,7 @@ STYLES = ("plain", "turned", "bright", "dark_floor", "noise", "low_resolution")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep; arg is that of configs/coprompt.py."""
+    """Returns the sweep; arg is an argument of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.protocol = "domain_generalization"
     if config.data.name == "scenes":

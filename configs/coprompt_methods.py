@@ -16,7 +16,7 @@ METHODS = ("zero_shot", "coop", "maple", "adapters", "coprompt", "full")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep; arg is that of configs/coprompt.py."""
+    """Returns the sweep; arg is an argument of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.sweep.metric, config.sweep.more = "harmonic_mean", ("base", "novel")
     config.sweep.runs = over_seeds({name: method_overrides(config, name) for name in METHODS})

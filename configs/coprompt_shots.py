@@ -18,7 +18,7 @@ METHODS = ("coop", "maple", "adapters", "coprompt")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Returns the sweep; arg is that of configs/coprompt.py."""
+    """Returns the sweep; arg is an argument of configs/coprompt.py."""
     config = coprompt.get_config(arg)
     config.protocol = "few_shot"
     config.sweep.metric, config.sweep.x, config.sweep.series = "accuracy", "shots", "method"

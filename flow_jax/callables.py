@@ -67,7 +67,7 @@ def call_now(function: Callable, *args):
 
 
 def _uses_current_arrays(function: Callable) -> bool:
-    """Returns whether a function reads no arrays but those of its modules, and no wrapper caches traces over these."""
+    """Returns whether a function reads only the arrays of its modules, and no wrapper caches traces over them."""
     contents = _Contents()
     _split(function, contents)
     return not contents.unwrapped and read(contents.code).complete

@@ -76,7 +76,7 @@ def evaluate(
 
 
 def load_model(config: ConfigDict, workdir: str | Path, checkpoint: str | int = "best") -> nnx.Module:
-    """Returns the model of a run, for use outside the loop; arguments and errors are those of `evaluate`."""
+    """Returns the model of a run, for use outside the loop; it has the arguments and errors of `evaluate`."""
     validate(config, training=False)
     refuse_sweep(config, Path(workdir))
     return _load(config, Path(workdir), checkpoint, sharding.make_mesh(config.mesh))[1]

@@ -166,7 +166,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run: that of this process, and of earlier ones up to the last save of each."""
+        """Seconds of this process, plus those of each earlier process up to its last save."""
         return self.state.earlier_seconds + time.perf_counter() - self._began
 
     @property
@@ -308,7 +308,7 @@ class Trainer:
         self._save(reporter, results)
 
     def _save(self, reporter: Reporter, results: dict[str, float] | None = None) -> None:
-        """Saves the state unless its last update was bad; `results` are those of its evaluation, if there was one."""
+        """Saves the state unless its last update was bad, with the `results` of its evaluation if there was one."""
         guard, state = self._check_guard(), self.state
         if guard.in_a_row:
             if state.step == self.durations.total:

@@ -36,7 +36,7 @@ class RunState:
     step_temp_bytes: int | None = None
 
     def rank(self, score: float, patience: int | None, last: bool) -> None:
-        """Updates the counters of early stopping with an evaluation; that of the `last` step never stops the run."""
+        """Updates the early-stopping counters; the evaluation after the last step never stops the run."""
         if score > self.best_score:
             self.best_score, self.without_improvement = score, 0
         else:

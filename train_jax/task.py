@@ -197,8 +197,8 @@ class Task(Configurable, abc.ABC):
           UserError: the task does not define this method, or does not accept one of the flags.
         """
         raise UserError(
-            f"{config.task} does not predict, expected a task with that method: add it (see train_jax/task.py), or "
-            "evaluate the run with eval.py"
+            f"{config.task} does not define predict, which the predict command needs: define it (see "
+            "train_jax/task.py), or evaluate the run with eval.py"
         )
 
     @classmethod
@@ -209,7 +209,7 @@ class Task(Configurable, abc.ABC):
           UserError: the task does not define this method.
         """
         raise UserError(
-            f"{config.task} has no blueprint, expected one to plan by: add that method (see train_jax/task.py)"
+            f"{config.task} does not define blueprint, which the plan command needs: define it (see train_jax/task.py)"
         )
 
 
@@ -223,7 +223,8 @@ def make_task(config: ConfigDict, mesh: Mesh) -> Task:
     if not issubclass(cls, Task):
         raise UserError(f"config.task={config.task!r} is no train_jax.task.Task, expected a subclass: derive it")
     if inspect.isabstract(cls):
-        raise UserError(f"{config.task} lacks {', '.join(sorted(cls.__abstractmethods__))}, expected them: define them")
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise UserError(f"{config.task} does not define {missing}, which every task needs: define what is missing")
     check_arguments(f"{config.task}(...)", cls, "config", "mesh")
     task = cls(config, mesh)
     for name, method in vars(Task).items():

@@ -71,7 +71,7 @@ class Solution(NamedTuple):
         return (self.f[:, None] + self.g[None] - cost) / self.epsilon
 
     def plan(self, cost: Float[AnyArray, "N M"]) -> Float[Array, "N M"]:
-        """Returns the plan [N, M], whose sum is that of the weights."""
+        """Returns the plan [N, M], whose entries sum to the sum of the weights."""
         return jnp.exp(self.log_plan(cost))
 
     def transport_cost(self, cost: Float[AnyArray, "N M"]) -> Float[Array, ""]:

@@ -288,7 +288,7 @@ class Quality(NamedTuple):
 
 
 def quality(x_0: CheckedBatch, x_1: CheckedBatch, i: Int[AnyArray, "..."], j: Int[AnyArray, "..."]) -> Quality:
-    """Compares the cost of pairs with those of the independent and the exact coupling.
+    """Compares the cost of pairs with the costs of the independent and the exact coupling.
 
     Raises:
       UserError: as `exact`; or i and j are not row indices of one length.

@@ -30,7 +30,7 @@ class DigitScores:
         self._batches.append(Digits(images, labels))
 
     def results(self) -> dict[str, float]:
-        """Returns the scores, and the ratios of `mmd` and `nearest` to those of real images."""
+        """Returns the scores, and the ratios of `mmd` and `nearest` to the values of real images."""
         samples = Digits(*(np.concatenate(arrays) for arrays in zip(*self._batches, strict=True)))
         train, held_out = digits.load("train"), digits.load("held_out")
         classifier = digits.classifier(train)

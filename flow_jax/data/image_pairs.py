@@ -96,7 +96,7 @@ class ImagePairs(DataSource):
 
     @property
     def bad_rows(self) -> dict[int, str]:
-        """Name by row number of the bad rows counted so far."""
+        """{row number: name} of the bad rows counted so far."""
         return self._bad_row_counts.names
 
     def check(self) -> None:

@@ -40,7 +40,8 @@ class PointKeys:
     )
     noise: str = key(
         "gaussian",
-        "distribution at t = 0, likewise; one other than gaussian makes a transport between two distributions",
+        "distribution at t = 0, with the choices of `name`; if it is not gaussian, the flow maps one distribution to "
+        "the other",
     )
     num_examples: int = key(200_000, "number of points to train on", minimum=1)
 

@@ -108,7 +108,7 @@ class Method(abc.ABC, Generic[Model]):
         return any(isinstance(module, cls.modules) for _, module in nnx.iter_modules(model))
 
     def export(self, model: Model) -> dict[str, Any]:
-        """Returns the trained arrays by path, without those of the base; see `load`."""
+        """Returns the trained arrays by path, without the base; see `load`."""
         arrays = param_tree.flatten(model)
         return {path: arrays[path] for path in patterns.select(self.trainable, arrays, what="adapters")}
 

@@ -61,7 +61,7 @@ class StackedKernel(nnx.Module):
 
 
 class StackedQuantizedKernel(nnx.Module):
-    """The same for a kernel in NF4 or int8.
+    """A stacked NF4 or int8 kernel, read in place.
 
     Attributes:
       codec: of `arrays`; NF4 without double quantisation.
@@ -130,7 +130,7 @@ def logits(decoder: Gemma, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V
 
 
 def _applies(decoder: Gemma) -> bool:
-    """Whether the context is that of one TPU, and the decoder computes in bfloat16."""
+    """Whether the program is traced for one TPU, and the decoder computes in bfloat16."""
     on_one_tpu = devices.is_one_device() and devices.device_kind().startswith("TPU")
     return on_one_tpu and decoder.config.dtype == "bfloat16"
 

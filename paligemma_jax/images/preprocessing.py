@@ -105,17 +105,17 @@ class Preprocessing:
 
     @classmethod
     def big_vision(cls, size: int, antialias: bool = False) -> "Preprocessing":
-        """Returns that of PaliGemma and SigLIP in big_vision: `resize(size[, antialias])|value_range(-1, 1)`."""
+        """Returns big_vision's preprocessing (PaliGemma, SigLIP): `resize(size[, antialias])|value_range(-1, 1)`."""
         return cls(size, "big_vision", "bilinear", antialias)
 
     @classmethod
     def siglip(cls, size: int) -> "Preprocessing":
-        """Returns that of PaliGemma and SigLIP in transformers (SiglipImageProcessor): PIL bicubic to a square."""
+        """Returns the preprocessing of SiglipImageProcessor in transformers (PaliGemma, SigLIP): PIL bicubic to a square."""
         return cls(size, "transformers", "bicubic", True)
 
     @classmethod
     def clip(cls, size: int = 224) -> "Preprocessing":
-        """Returns CLIP's (OpenAI, transformers): PIL bicubic on the short side, centre crop, CLIP's mean and std."""
+        """Returns the preprocessing of CLIP: PIL bicubic on the short side, centre crop, CLIP's mean and std."""
         return cls(size, "transformers", "bicubic", True, CLIP_MEAN, CLIP_STD, crop=True)
 
     @staticmethod

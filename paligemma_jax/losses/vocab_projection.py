@@ -69,7 +69,7 @@ def logit_gradient(logits: jax.Array, log_sum_exp: jax.Array, targets: jax.Array
 
 
 def project_back(d_logits: jax.Array, block: jax.Array) -> jax.Array:
-    """Returns the gradient of the hidden states, float32 [N, D], given that of their logits [N, v] over a block."""
+    """Returns the gradient of the hidden states, float32 [N, D], given the gradient [N, v] of a block of logits."""
     scale = _FLOAT16_SCALE if block.dtype == jnp.float16 else 1.0
     d_logits = (d_logits * scale).astype(block.dtype)
     return jnp.einsum("NV,VD->ND", d_logits, block, preferred_element_type=jnp.float32) / scale

@@ -110,7 +110,7 @@ class BlockConfig(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Compute dtype: that of the inputs of matrix products."""
+        """Compute dtype, to which inputs of matrix products are cast."""
         ...
 
     @property

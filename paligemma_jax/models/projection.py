@@ -73,7 +73,7 @@ class Projection(nnx.Module):
         return self.add_bias(self.product(x, dropout_keys))
 
     def product(self, x: Array, keys: DropoutKeys | None, out_dtype=jnp.float32) -> Array:
-        """Returns x W, accumulated in float32, in `out_dtype`; that of a kernel in another form in float32."""
+        """Returns x W as `out_dtype`, accumulated in float32; a quantized kernel returns float32."""
         if isinstance(self.kernel, nnx.Variable):
             return contract(x, self.kernel[...].astype(x.dtype), len(self.in_shape), out_dtype)
         return self.kernel.contract(x, keys)

@@ -79,7 +79,7 @@ PROJECTIONS = (
     ProjectionSplit(r".*layers/mlp/(down_proj|fc2)", (None,), ("tensor",), ("fsdp",)),
     ProjectionSplit(r".*projector/linear", (), (None,), ("fsdp",)),
 )
-"""How the projections of the towers and the decoder are split; a method splits the arrays that it adds likewise."""
+"""How the projections of the towers and the decoder are split; a method splits the arrays that it adds alike."""
 SHARDING_RULES: tuple[tuple[str, Spec], ...] = (
     *quantize.SHARDING_RULES,
     *(rule for split in PROJECTIONS for method in METHODS.values() for rule in method.sharding_rules(split)),

@@ -24,7 +24,7 @@ PIECE = 64 << 10
 
 
 def base_digest(path: str | Path) -> str:
-    """Returns the SHA-256 of a base's weight files, 64 hexadecimal digits; for "random:...", that of the name.
+    """Returns the SHA-256 of a base's weight files, 64 hexadecimal digits; of the name for "random:...".
 
     Of a file above 64 MiB, its size and 1024 pieces of 64 KiB are digested, the first and the last among them: training
     changes every array, and almost every part of it.

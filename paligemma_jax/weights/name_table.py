@@ -166,7 +166,7 @@ def read_rows(
     """Reads every leaf of `shapes` by the table, layer by layer into stacked arrays, one leaf at a time.
 
     At any time, only the leaf being built and one layer of it are in memory, so a caller that places each leaf as it
-    comes needs little more than the model. Leaves without layers, such as the large word embedding, come first, when
+    comes needs little more than the model. Leaves without layers, such as the large token embedding, come first, when
     the fewest leaves are in memory.
 
     Args:

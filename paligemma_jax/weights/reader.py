@@ -61,7 +61,7 @@ def load(
 ) -> PaliGemma | DualEncoder | ViT | Gemma:
     """Reads a PaliGemma, SigLIP or CLIP layer by layer.
 
-    While loading, a host holds the leaves placed so far, the leaf being stacked (a kernel of all layers, or the word
+    While loading, a host holds the leaves placed so far, the leaf being stacked (a kernel of all layers, or the token
     embedding) and one layer of it.
 
     Args:
@@ -76,7 +76,7 @@ def load(
       remat, unroll: what the backward pass recomputes, and whether layers are compiled without a loop; see
         models.stack.scan_stack.
       attention: the kernel of attention, see models.attention.has_flash.
-      vocab_size: rows of the word embedding, if not the checkpoint's (257,152 in big_vision, 257,216 in transformers):
+      vocab_size: rows of the token embedding, if not the checkpoint's (257,152 in big_vision, 257,216 in transformers):
         the last rows are removed, or rows are added with the mean of all others, whose logit is never the largest.
       quantize, block_size, double: "nf4", "int8" or "int4" quantises kernels while loading, with the same result as
         adapt.quantization.quantize.quantize.

@@ -37,7 +37,7 @@ def tokenizer_files(source: str | Path) -> list[Path]:
 
 
 def check_added_tokens(folder: Path, rows: int) -> None:
-    """Refuses tokens that a folder's files add beyond a word embedding with `rows` rows.
+    """Refuses tokens that a folder's files add beyond a token embedding with `rows` rows.
 
     The tokenizer's own pieces, and PaliGemma's tokens for images, locations and segments, are not checked: a task
     checks the tokenizer that it uses.
@@ -50,8 +50,8 @@ def check_added_tokens(folder: Path, rows: int) -> None:
         if token.id >= first and not OF_PALIGEMMA.fullmatch(token.content):
             raise UserError(
                 f"{folder} adds the token {token.content!r} = {token.id} to its tokenizer, expected ids below the "
-                f"{rows:,} rows of the word embedding: give the weights that belong to it, or of a PaliGemma load them "
-                f"with vocab_size={token.id + 1}."
+                f"{rows:,} rows of the token embedding: give the weights that belong to it, or of a PaliGemma load "
+                f"them with vocab_size={token.id + 1}."
             )
 
 

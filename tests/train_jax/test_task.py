@@ -40,7 +40,7 @@ class OldConstructor(Toy):
         ("NoTask", "NoTask' is no train_jax.task.Task, expected a subclass: derive it"),
         (
             "Abstract",
-            "Abstract lacks evaluate, init, loss, normalizer, sharding_rules, train_source, validate",
+            "Abstract does not define evaluate, init, loss, normalizer, sharding_rules, train_source, validate, which",
         ),
         ("OldConstructor", "OldConstructor(...) takes (config), expected (config, mesh): correct it"),
         (

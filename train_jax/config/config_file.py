@@ -84,7 +84,7 @@ def _call(config_flag: str, path: Path, function: Callable, *arguments: Any) -> 
 
 
 def _make_importable(path: Path) -> None:
-    """Adds the folders that a config may import from: that of its own folder, as `configs`, and the current one.
+    """Lets a config import from its own folder, as `configs`, and from the current one.
 
     A script has its own folder on the path; an installed command has neither.
     """

@@ -21,5 +21,5 @@ class Configurable:
 
     @classmethod
     def defaults(cls) -> ConfigDict:
-        """Returns the task's own config keys with their default values: by default those of `keys`."""
+        """Returns the task's own config keys with their default values, by default from `keys`."""
         return ConfigDict() if cls.keys is None else config_dict(cls.keys)

@@ -144,7 +144,7 @@ def check_resume(old: ConfigDict, new: ConfigDict, epoch_examples: int | None = 
 
 
 def check_data(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Compares the fingerprint of the data in a checkpoint with that of the current data (data.pipeline.Pipeline).
+    """Compares the fingerprint of the data in a checkpoint with the one of the current data (data.pipeline.Pipeline).
 
     Raises:
       UserError: they differ; the message names the entries.

@@ -1,4 +1,4 @@
-"""The devices that a program is traced for: those of the mesh in the context (row_sharding.use_mesh)."""
+"""The devices that a program is traced for: the mesh in the context has them (row_sharding.use_mesh)."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from train_jax.core import row_sharding
 
 
 def platform() -> str:
-    """Returns "cpu", "gpu" or "tpu"; without a mesh in the context, that of JAX's default device."""
+    """Returns "cpu", "gpu" or "tpu": the platform of the mesh in the context, or else of JAX's default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

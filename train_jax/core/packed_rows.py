@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class PackedRows(NamedTuple):
-    """Which position of which example stands where.
+    """The mapping between positions of examples and positions of rows.
 
     Attributes:
       slots: for each position of a row, the one among the g S positions of the group's examples; -1 is padding.
@@ -44,13 +44,13 @@ class PackedRows(NamedTuple):
         return _move(x.reshape(G, r * L, x.shape[-1]), places, back).reshape(B, width - first, x.shape[-1])
 
     def of_positions(self, x: Array) -> Array:
-        """Returns integers or booleans [B, S] in rows [R, L]; those of padding are of any position."""
+        """Returns integers or booleans [B, S] in rows [R, L]; values at padding are arbitrary."""
         G, r, L = self.slots.shape
         values = jnp.take_along_axis(x.reshape(G, -1), jnp.maximum(self.slots, 0).reshape(G, r * L), axis=1)
         return values.reshape(G * r, L)
 
     def of_examples(self, keys: Key[Array, " B"]) -> Key[Array, "R L"]:
-        """Returns the key of the example at each position of the rows, [R, L], from those of the examples, [B]."""
+        """Returns the key of the example at each position of the rows, [R, L], given one key per example, [B]."""
         G, r, L = self.slots.shape
         example = jnp.maximum(self.slots, 0) // self.positions.shape[1]
         return jax.vmap(lambda keys, example: keys[example])(keys.reshape(G, -1), example).reshape(G * r, L)

@@ -1,7 +1,7 @@
 """Lays out the examples of a step in a batch of one of a few static shapes, so that little of it is padding.
 
-A compiled step has one shape, and examples differ in length. Two means, both exact: value and gradient of the loss are
-those of rows that are padded to the limit, up to rounding.
+A compiled step has one shape, and examples differ in length. There are two ways to save padding. Neither
+changes the value or the gradient of the loss, up to rounding, compared with rows that are padded to the limit.
 
   buckets   A step takes the shortest of a few lengths in which its longest example fits.
   packing   Several examples share a row, in which they do not see one another. Every device has
@@ -10,10 +10,11 @@ those of rows that are padded to the limit, up to rounding.
     three examples, r = 2      image a  text a   image b  text b
                                image c  text c c c c c c  padding
 
-A step always holds exactly `batch_size` examples. They are those that the step holds without packing, under the same
-numbers, from which their random keys are made. Packing only divides them differently among micro-batches and devices:
-the longest first, each to the device with the fewest positions so far that still lacks one of its g examples; then
-into the rows of the device, the longest first, each into the first row with room (first-fit decreasing, Johnson 1973).
+A step always holds exactly `batch_size` examples: the same ones as without packing, with the same numbers, from which
+their random keys are made. Packing only divides them differently among micro-batches and devices. It takes the longest
+example first and gives each to the device with the fewest positions so far that still lacks one of its g examples.
+Within a device it again takes the longest first and puts each into the first row with room (first-fit decreasing,
+Johnson 1973).
 
 The shapes (r, L) are chosen once, for steps drawn from the lengths of the first examples of the stream, so that a
 resumed run chooses the same: first the cheapest shape in which all of these steps fit, then further ones as long as

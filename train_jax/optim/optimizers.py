@@ -28,7 +28,7 @@ from train_jax.core.errors import UserError
 from train_jax.core.patterns import compile_regex, cover, select
 from train_jax.optim.adamw_8bit import scale_by_adam_8bit
 
-# Matrices of the model and of adapters; not biases, norm scales, logit scales or position embeddings.
+# Names of weight matrices, those of adapters included; not biases, norm scales, logit scales or position embeddings.
 DEFAULT_WEIGHT_DECAY_MASK = r"(.*/)?(\w*kernel|embedding|lora_a|lora_b|difference)"
 
 Step = int | Array  # number of updates made so far

@@ -47,15 +47,15 @@ def startup_report(
 def parameter_table(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
 ) -> str:
-    """Returns a table of parameters and bytes for each tower, the first part of a path; arguments as above."""
-    towers = count_parameters(trainable, frozen, opt_state, counts)
+    """Returns a table of parameters and bytes for each module, the first part of a path; arguments as above."""
+    modules = count_parameters(trainable, frozen, opt_state, counts)
     totals = {
-        kind: (sum(row[kind][0] for row in towers.values()), sum(row[kind][1] for row in towers.values()))
+        kind: (sum(row[kind][0] for row in modules.values()), sum(row[kind][1] for row in modules.values()))
         for kind in ARRAY_KINDS
     }
     rows: list[tuple[str, ...]] = [("", *ARRAY_KINDS)]
-    for tower, row in [*sorted(towers.items()), ("total", totals)]:
-        rows.append((tower, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in ARRAY_KINDS)))
+    for module, row in [*sorted(modules.items()), ("total", totals)]:
+        rows.append((module, *(f"{row[kind][0]:,} ({format_bytes(row[kind][1])})" for kind in ARRAY_KINDS)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, len(row)))])
@@ -66,9 +66,9 @@ def parameter_table(
 def count_parameters(
     trainable: Mapping[str, Any], frozen: Mapping[str, Any], opt_state: Any, counts: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """Returns `{tower: {kind: (elements, bytes)}}` over all devices; kinds are "trainable", "frozen" and "optimizer".
+    """Returns `{module: {kind: (elements, bytes)}}` over all devices; kinds are "trainable", "frozen" and "optimizer".
 
-    Optimizer state belongs to the tower of its parameter; state without a parameter, such as step counters, to "other".
+    Optimizer state belongs to the module of its parameter; state without one, such as step counters, to "other".
 
     Args:
       trainable: arrays or `jax.ShapeDtypeStruct` by path.
@@ -76,12 +76,12 @@ def count_parameters(
       opt_state: the optimizer's state for `trainable`.
       counts: number of parameters by path, for arrays whose size differs from it (two 4-bit weights in a byte).
     """
-    towers: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(ARRAY_KINDS, (0, 0)))
+    modules: dict[str, dict[str, tuple[int, int]]] = defaultdict(lambda: dict.fromkeys(ARRAY_KINDS, (0, 0)))
     counts = counts or {}
 
-    def count(tower, kind, leaf, number):
-        elements, size = towers[tower][kind]
-        towers[tower][kind] = (elements + number, size + leaf.size * leaf.dtype.itemsize)
+    def count(module, kind, leaf, number):
+        elements, size = modules[module][kind]
+        modules[module][kind] = (elements + number, size + leaf.size * leaf.dtype.itemsize)
 
     for kind, params in (("trainable", trainable), ("frozen", frozen)):
         for path, leaf in params.items():
@@ -89,7 +89,7 @@ def count_parameters(
     for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         owners = [key.key for key in keys if getattr(key, "key", None) in trainable]
         count(owners[0].split("/")[0] if owners else "other", "optimizer", leaf, leaf.size)
-    return dict(towers)
+    return dict(modules)
 
 
 def device_summary() -> str:

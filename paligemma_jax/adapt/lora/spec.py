@@ -30,7 +30,7 @@ class LoraSpec:
 
     @property
     def rank(self) -> int:
-        """The largest rank, which is that of the arrays."""
+        """The largest rank, which the arrays have."""
         return max(self.ranks)
 
     @property

@@ -72,7 +72,7 @@ class QuantizedKernel(nnx.Module):
         dtype: jnp.dtype,
         arrays: Mapping[str, Array],
     ):
-        """Stores arrays made by `encode`; `dtype` is that of the plain kernel, to which a merge returns."""
+        """Stores arrays made by `encode`; a merge returns to a plain kernel of `dtype`."""
         self.codec = codec
         self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
         self.dtype = np.dtype(dtype)

@@ -102,5 +102,5 @@ def slice_chunk(tree, start, size: int):
 
 
 def update_chunk(tree, part, start):
-    """Returns arrays with the elements from `start` on replaced by those of `part`."""
+    """Returns arrays with the elements from `start` on replaced by `part`."""
     return jax.tree.map(lambda array, new: lax.dynamic_update_slice_in_dim(array, new, start, 0), tree, part)

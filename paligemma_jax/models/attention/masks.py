@@ -42,7 +42,7 @@ class TokenMask(NamedTuple):
 
     @property
     def length(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.segment.shape[1]
 
     def _in_range(self) -> Bool[Array, "B T T"]:

@@ -25,8 +25,8 @@ def on_each_device(
 ) -> Float[Array, "B T N H"]:
     """Returns `kernel(q, k, v, mask)` over the mesh of the context.
 
-    Rows that the mesh does not divide, and heads likewise, are computed on every device. A single key/value head is
-    copied to the devices that share its query heads.
+    Rows or heads that the mesh does not divide are computed on every device. A single key/value head is copied to the
+    devices that share its query heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = _automatic_axes(mesh)

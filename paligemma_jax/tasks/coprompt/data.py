@@ -119,7 +119,7 @@ def _tested(stored: dict[str, Any], name: str) -> set[str]:
 
 
 def _copies(images: list[str], others: list[str], root: Path) -> set[str]:
-    """Returns those of `others` whose bytes equal those of one of `images`."""
+    """Returns the files in `others` that are byte-identical to a file in `images`."""
     if not others:
         return set()
     ours, theirs = (digests.keys(digests.of_files([root / name for name in part])) for part in (images, others))

@@ -125,7 +125,7 @@ class Consistency:
         keys,
         lm_head: Mapping[str, Any],
     ) -> dict[str, Float[Array, ""]]:
-        """Returns C_answers and C_images, those of `parts`, each times the sum of the weights.
+        """Returns the terms of `parts` among C_answers and C_images, each times the sum of the weights.
 
         Args:
           model: the tuned model.
@@ -159,7 +159,7 @@ class Consistency:
 
 
 def _same_image_paths(model: PaliGemma, base: PaliGemma) -> bool:
-    """Returns whether image features equal those of the base: nothing is attached to the tower or to the projector."""
+    """Returns whether the base has the same image features, as nothing is attached to its tower or projector."""
     return all(
         param_tree.abstract(getattr(model, part)).keys() == param_tree.abstract(getattr(base, part)).keys()
         for part in ("vision", "projector")

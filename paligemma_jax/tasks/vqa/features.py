@@ -33,7 +33,7 @@ def encode_images(model: PaliGemma, images: jax.Array | np.ndarray) -> jax.Array
 def batch_features(
     model: PaliGemma, batch: Mapping[str, jax.Array], keys: jax.Array | None = None
 ) -> Float[jax.Array, "B P D"]:
-    """Returns the image features of a batch: those it has, or else those of its images.
+    """Returns a batch's image features, encoding its images if it has none.
 
     Args:
       model: with the tower.

@@ -36,7 +36,7 @@ class Values:
     """One object of a config.json, with its place for error messages."""
 
     def __init__(self, values: Mapping[str, Any], file: Path, section: str = ""):
-        """`section` is the prefix of key names in messages: "text_config."."""
+        """Keeps `values`; `section` is the prefix of key names in messages, such as "text_config."."""
         self._values, self.file, self.section = values, file, section
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -19,7 +19,7 @@ def write_folder(
     arrays: Iterable[tuple[str, np.ndarray]],
     max_shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Writes config.json and the weights; those of an earlier save are replaced once all are written.
+    """Writes config.json and the weights; replaces the weights of an earlier save once all are written.
 
     Args:
       folder: created if missing.

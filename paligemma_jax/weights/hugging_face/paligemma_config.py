@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(config: dict[str, Any], arrays: Folder) -> PaliGemmaConfig:
-    """Returns our config from theirs; missing keys are read from the arrays or are those of the released models.
+    """Returns our config from theirs; missing keys come from the arrays or from the released models.
 
     Raises:
       UserError: values that are invalid, not supported, or contradict the arrays.

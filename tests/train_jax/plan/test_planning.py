@@ -143,7 +143,7 @@ def test_cards_fit_or_do_not():
 
 def test_a_task_without_a_blueprint_is_refused(monkeypatch):
     monkeypatch.delattr(Toy, "blueprint")
-    with pytest.raises(UserError, match="has no blueprint, expected one to plan by"):
+    with pytest.raises(UserError, match="does not define blueprint, which the plan command needs: define it"):
         plan(config())
 
 

@@ -14,7 +14,7 @@ FROZEN = {
 }
 
 
-def test_counts_per_tower():
+def test_counts_per_module():
     state = {"optimizer": optax.adam(1e-3).init(TRAINABLE), "guard": jnp.zeros((), jnp.int32)}
     assert startup.count_parameters(TRAINABLE, FROZEN, state) == {
         "decoder": {"trainable": (16, 64), "frozen": (16, 32), "optimizer": (32, 128)},
@@ -31,7 +31,7 @@ def test_packed_weights_count_parameters_not_elements():
     assert "32 (32 B)" in startup.startup_report({}, packed, (), counts=counts)
 
 
-def test_table_has_a_row_per_tower_and_totals():
+def test_table_has_a_row_per_module_and_totals():
     table = startup.parameter_table(TRAINABLE, FROZEN, optax.adam(1e-3).init(TRAINABLE))
     rows = [line.split("  ") for line in table.splitlines()]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
