@@ -110,7 +110,7 @@ class Preprocessing:
 
     @classmethod
     def siglip(cls, size: int) -> "Preprocessing":
-        """Returns the preprocessing of SiglipImageProcessor in transformers (PaliGemma, SigLIP): PIL bicubic to a square."""
+        """Returns transformers' preprocessing (PaliGemma, SigLIP; SiglipImageProcessor): PIL bicubic to a square."""
         return cls(size, "transformers", "bicubic", True)
 
     @classmethod
