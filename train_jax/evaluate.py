@@ -38,8 +38,8 @@ def evaluate(
     Args:
       config: the run's config; changes must not alter the model.
       workdir: folder of the run.
-      split: data split. None is the task's default, whose results go to `eval.json`; those of another split go to
-        `eval-<split>.json`.
+      split: data split. The results of the task's default split, None, go to `eval.json`; the results of another split
+        go to `eval-<split>.json`.
       checkpoint: "best" (the latest if no checkpoint was ranked), "latest", or a step.
       began: time (`time.perf_counter`) from which the `seconds` of the results count; None = now.
 

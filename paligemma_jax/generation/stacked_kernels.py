@@ -65,7 +65,8 @@ class StackedQuantizedKernel(nnx.Module):
 
     Attributes:
       codec: of `arrays`; NF4 without double quantisation.
-      codes, constants: the arrays of all layers, and `by_block`, those of NF4's constants as [L, M, O], or None.
+      codes, constants: the arrays of all layers.
+      by_block: NF4's constants as [L, M, O], or None.
     """
 
     def __init__(self, kernel: QuantizedKernel):

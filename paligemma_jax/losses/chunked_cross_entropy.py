@@ -105,9 +105,9 @@ def token_cross_entropy(
     The specification is losses.reference.token_cross_entropy, which computes the logits of all tokens at once.
 
     Differentiable in hidden, embedding and weights in reverse mode. The gradient of a frozen embedding is not computed;
-    that of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the rows
-    (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once. Tokens of
-    weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
+    the gradient of a trained one is accumulated in one float32 `[V, D]` array. Where the mesh of the context splits the
+    rows (row_sharding.use_mesh), every device splits its own rows into chunks, and the embedding is gathered once.
+    Tokens of weight 0 are not projected, except to fill the last chunk, or for the gradient of the weights.
 
     Args:
         hidden: final hidden states, `[B, T, D]` or `[N, D]`, any float dtype.

@@ -14,7 +14,7 @@ from paligemma_jax.models.vit import ViTConfig
 class Passes(NamedTuple):
     """FLOPs per weight and token of each part.
 
-    The forward pass takes 2, the gradient of the activations 2, that of the weights 2.
+    The forward pass takes 2, the gradient of the activations 2, and the gradient of the weights 2.
     """
 
     tower: int

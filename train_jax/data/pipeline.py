@@ -210,7 +210,7 @@ class Pipeline:
 
         Args:
           step: of the run.
-          rows: those of a batch whose examples are packed, its ROW.
+          rows: `ROW` of a batch whose examples are packed.
         """
         return self._indices(step, self._rows if rows is None else rows)
 

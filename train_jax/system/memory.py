@@ -57,9 +57,9 @@ def peak_memory_bytes() -> PeakMemory:
 def reported_peak() -> int:
     """Returns the `peak_memory_bytes` of a run's results.
 
-    This is the peak of the fullest device or, if devices do not report it, that of the largest process: this one or one
-    of its children. Peaks of processes are not added, since they need not coincide and the kernel reports only the
-    largest child.
+    This is the peak of the fullest device. If devices do not report it, it is the peak of the largest process among
+    this one and its children. Peaks of processes are not added, since they need not coincide and the kernel reports
+    only the largest child.
     """
     peak = peak_memory_bytes()
     return peak.device or max(peak.process, peak.children)

@@ -1,8 +1,8 @@
 """Learned prompts in both towers of a dual encoder, and adapters of its embeddings.
 
 CoOp (Zhou et al. 2022, https://arxiv.org/abs/2109.01134): M learned vectors in place of a text's first tokens.
-MaPLe (Khattak et al. 2023, https://arxiv.org/abs/2210.03117): prompts in the first K layers of both towers; those of
-the vision tower are linear maps of those of the text tower, P_v[k] = P_t[k] W[k] + b[k] (coupled). Each of these layers
+MaPLe (Khattak et al. 2023, https://arxiv.org/abs/2210.03117): prompts in the first K layers of both towers. A
+linear map of the text prompts gives the vision prompts, P_v[k] = P_t[k] W[k] + b[k] (coupled). Each of these layers
 replaces the prompts of the layer before by its own; layers after the K-th keep them as part of the sequence.
 CoPrompt (Roy and Etemad 2024, https://arxiv.org/abs/2306.01195): MaPLe with adapters on the features z of both towers,
 m relu(relu(z D) U) + (1 - m) z, before these are scaled to length 1.

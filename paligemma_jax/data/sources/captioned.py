@@ -67,7 +67,7 @@ class CaptionedScenes(DataSource):
 
     @property
     def num_images(self) -> int:
-        """Number of distinct images of the rows: those of the scenes, then those of noise."""
+        """Number of distinct images of the rows: first the images of scenes, then the noise images."""
         return len(self.scenes) + NOISE_IMAGES * (self._noise == "images")
 
     def image_number(self, index: int) -> int:

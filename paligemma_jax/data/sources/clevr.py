@@ -121,7 +121,7 @@ def _no_object(name: str, field: str, value: Any, expected: str) -> UserError:
 def prepare_clevr(source: str | Path, data_dir: str | Path) -> Path:
     """Writes CLEVR as array_record under `data_dir`/clevr/3.1.0, unless it is there already; returns that folder.
 
-    An interrupted run leaves no incomplete data set. Disk space needed: that of the images.
+    An interrupted run leaves no incomplete data set. The data set takes as much disk space as the images.
 
     Args:
       source: folder or zip in the layout of `ClevrTree`; may be deleted once the data are prepared.

@@ -78,7 +78,7 @@ def in_halves(novel: str) -> tuple[ObjectClass, ...]:
 def class_scenes(seed: int, stream: str, per_class: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (label, scene) for the first `per_class` scenes of each class in a stream of one-object scenes.
 
-    Scenes come in the order of the stream; those of a smaller `per_class` are among those of a larger one.
+    Scenes come in the order of the stream. A larger `per_class` yields all scenes of a smaller one, and more.
     """
     labels = {values: label for label, values in enumerate(CLASSES)}
     missing = dict.fromkeys(labels.values(), per_class)

@@ -1,4 +1,4 @@
-"""Adapter folders without the base, of the methods in adapt/peft/methods.py; those of LoRA are peft's, see peft.py.
+"""Adapter folders without the base, of the methods in adapt/peft/methods.py; LoRA has peft's folders, see peft.py.
 
 Dual encoders have folders of the same form (prompt_folder.py).
 

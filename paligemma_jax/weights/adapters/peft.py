@@ -68,7 +68,7 @@ def load_peft(
       model: changed in place; plain or quantised, without adapters on the same modules.
       folder: see `open_peft`, or the result of that.
       dtype: of A, B and magnitudes; None: as stored.
-      dropout: for further training; None: that of the folder's config.
+      dropout: for further training; None takes the dropout of the folder's config.
       shardings: maps a leaf's path and shape to its sharding; None: the default device.
 
     Returns:

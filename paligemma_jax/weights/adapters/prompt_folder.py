@@ -1,4 +1,4 @@
-"""Folders with the prompts and adapters of a dual encoder, without the base; the form is that of method_folder.py.
+"""Folders with the prompts and adapters of a dual encoder, without the base, in the form of method_folder.py.
 
 adapter.json            {"method": "prompts", "config": {"text_tokens": 2, ...}, "base": {"text/...": [...], ...}}
 adapter.safetensors     the trained arrays by path
