@@ -1,4 +1,4 @@
-"""Every config in configs/: valid with each of its arguments; the report's settings; the tables of docs/config.md."""
+"""Every config in configs/: valid with each of its arguments; the reference settings; the tables of docs/config.md."""
 
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def test_the_settings_of_the_report(argument):
     assert total == steps(config, "eval", **epoch) == steps(config, "checkpoint", **epoch) == 1662
 
 
-# Of a large model: what the report says beside the settings that any model can have.
+# Of a large model: the reference settings beside the settings that any model can have.
 LARGE = {
     "model.path": "paligemma-3b-pt-224",
     "data.name": "clevr",
@@ -167,7 +167,7 @@ def test_the_large_model_has_the_reports_data_and_lengths(argument, dtype):
 
 
 def test_3b_differs_from_the_report_in_what_it_rounds_adapts_and_chooses_by():
-    """`:3b,report` is the report's own run; `:3b` the same on a base that is not quantised, with our defaults."""
+    """`:3b,report` has the reference settings; `:3b` the same on a base that is not quantised, with our defaults."""
     plain, report = (leaves(load("clevr", argument)) for argument in ("3b,fp16", "3b,report"))
     assert {key: (plain[key], value) for key, value in report.items() if plain[key] != value} == {
         "model.quantize": ("", "int8"),
@@ -209,7 +209,7 @@ def test_full_fine_tuning_of_the_large_model():
     [
         (
             "3b,report,qlora",
-            "report and qlora exclude each other, expected one: the report's settings are fixed",
+            "report and qlora exclude each other, expected one: the reference settings are fixed",
         ),
         ("report,peft=dora", "report and peft exclude each other"),
         ("3b,full,peft=dora", "full and peft exclude each other"),
