@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 ROW_AXES = ("data", "fsdp")
 _WEIGHTS = "fsdp"  # the axis over which `gather` gathers
 _PRODUCTS = ("dot_general", "conv_general_dilated", "pallas_call")  # expensive to recompute
+_NAMED = "name"  # of jax.ad_checkpoint.checkpoint_name, which the models use for activations
 _METADATA = "gathered_spec"  # metadata of a Variable that "fsdp" splits: its spec without "fsdp"
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def without_weights(policy: Callable, state: nnx.State, *, stacked: bool) -> Cal
     def saveable(primitive, *operands, **parameters):
         if not policy(primitive, *operands, **parameters):
             return False
-        if primitive.name in _PRODUCTS or "call_jaxpr" in parameters:
+        if primitive.name in (*_PRODUCTS, _NAMED) or "call_jaxpr" in parameters:
             return not _is_low_rank_update(primitive, operands, parameters, sizes)
         return sizes.isdisjoint(x.size for x in _results(primitive, operands, parameters))
 
