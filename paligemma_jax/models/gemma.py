@@ -64,8 +64,8 @@ class Embedder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the scaled embeddings of tokens, float32; an id outside the vocabulary gives NaN."""
-        x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
-        return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
+        x = row_sharding.look_up(self.embedding, tokens).astype(jnp.float32)
+        return x * x.shape[-1] ** 0.5
 
 
 class GemmaAttention(nnx.Module):
