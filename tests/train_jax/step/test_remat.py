@@ -41,8 +41,12 @@ def place(*remats):
     return placement.place(Towers(*remats), ".*", ((".*", ()),), mesh)
 
 
+def configs(placed):
+    return [module.config for _, module in nnx.iter_modules(placed.model()) if isinstance(module, Tower)]
+
+
 def remats(placed):
-    return [tower.config.remat for tower in placed.model().towers]
+    return [config.remat for config in configs(placed)]
 
 
 class Step(NamedTuple):
@@ -75,7 +79,7 @@ SIZES = {"mlp": 9 * GB, "block": 2 * GB}
 def test_the_first_step_that_leaves_a_tenth_of_the_free_memory_is_chosen(free, chosen, compiled):
     step, sentence, tried = choose(int(free), SIZES, "auto", "auto")
     assert step == [chosen, chosen] and tried == list(remat.LADDER[:compiled])
-    assert sentence.startswith(f"model.remat=auto chooses {chosen}: with ")
+    assert f"model.remat=auto chooses {chosen}: with " in str(sentence)
 
 
 def test_the_sentence_has_the_memory():
@@ -122,6 +126,6 @@ def test_only_auto_is_a_choice():
 def test_a_choice_changes_nothing_but_the_field():
     placed = place("auto")
     changed = remat.with_remat(placed, "mlp")
-    assert remats(placed) == ["auto"] and changed.model().towers[0].config == Config("mlp")
+    assert remats(placed) == ["auto"] and configs(changed) == [Config("mlp")]
     assert changed.trainable is placed.trainable and changed.shardings is placed.shardings
     assert remat.with_remat(changed, "none").graph == changed.graph
