@@ -27,9 +27,10 @@ Arguments, written after a colon and joined by commas:
 
 It trains for one epoch on 1 % of the questions and evaluates on 2,000 of the 149,991 validation questions, evenly
 spread (`--config.eval.max_examples=None` for all). The 1 % is drawn with seed 42 by our own permutation, not by that of
-the `datasets` library, from the 95 % of questions that are not kept for choosing the checkpoint. With random weights
-and short answers, training and evaluation took 7.0 GiB of GPU memory, 3.8 with `qlora` and 4.8 with `int8`
-(docs/memory.md). No run on the real CLEVR has been made, so its score is unknown.
+the `datasets` library, from the 95 % of questions that are not kept for choosing the checkpoint. With random weights,
+short answers and `--config.model.remat=block`, training and evaluation took 7.0 GiB of GPU memory, 3.8 with `qlora` and
+4.8 with `int8`; by default a step uses more memory to be faster, where it is free (docs/memory.md). No run on the real
+CLEVR has been made, so its score is unknown.
 
 `:3b,report` has an int8 base, 8-bit AdamW, float16 with loss scaling, and LoRA on all layers named q_proj or o_proj,
 those of the vision tower too (1,677,312 parameters). It accumulates two micro-batches of 2, evaluates and saves after

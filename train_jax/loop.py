@@ -35,6 +35,7 @@ from train_jax.report.startup import startup_report
 from train_jax.run_state import RunState
 from train_jax.step import placement, train_state, train_step
 from train_jax.step.compiled_steps import CompiledSteps
+from train_jax.step.placement import PlacedModel
 from train_jax.system.interrupt import Interrupt
 from train_jax.system.memory import reported_peak
 from train_jax.task import Task, make_task
@@ -222,13 +223,13 @@ class Trainer:
         batch = sharding.to_global(batch, self.mesh, sharding.batch_sharding(self.mesh).spec)
         names: list[str] = []
 
-        def trace(batch: dict[str, jax.Array]) -> jax.stages.Traced:
+        def trace(model: PlacedModel, batch: dict[str, jax.Array]) -> jax.stages.Traced:
             traced, totals = train_step.trace(
                 self.config,
                 self.task.loss,
                 self.task.normalizer,
                 self.mesh,
-                self.model,
+                model,
                 self.optimizer,
                 self.schedule,
                 self.state.train,
@@ -237,7 +238,7 @@ class Trainer:
             names[:] = totals
             return traced
 
-        steps = CompiledSteps(trace, reporter.say)
+        steps = CompiledSteps(trace, self.model, reporter.say)
         compiled = steps.for_batch(batch)
         zeros = jax.device_put(metrics.zeros_like(names), sharding.replicated(self.mesh))
         model = self.model.model(state.params)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models import numerics
@@ -17,7 +18,7 @@ from paligemma_jax.models.attention import attention
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import LayerNorm
 from paligemma_jax.models.projection import Projection
-from paligemma_jax.models.stack import scan_stack
+from paligemma_jax.models.stack import MLP, scan_stack
 
 
 def quick_gelu(x: Array) -> Array:
@@ -180,8 +181,8 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = activate(self.activation, self.fc1(x, dropout_keys, jnp.float32))
-        return self.fc2(hidden, dropout_keys, jnp.float32)
+        hidden = checkpoint_name(self.fc1(x, dropout_keys, jnp.float32), MLP)
+        return self.fc2(activate(self.activation, hidden), dropout_keys, jnp.float32)
 
 
 class EncoderBlock(nnx.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from paligemma_jax.models import encoder_block
@@ -18,7 +19,7 @@ from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import RMSNorm
 from paligemma_jax.models.numerics import cast, soft_cap
 from paligemma_jax.models.projection import Projection
-from paligemma_jax.models.stack import make_stack, scan_stack
+from paligemma_jax.models.stack import MLP, make_stack, scan_stack
 from train_jax.core import row_sharding
 
 
@@ -63,8 +64,8 @@ class Embedder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the scaled embeddings of tokens, float32; an id outside the vocabulary gives NaN."""
-        x = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
-        return row_sharding.pin_rows(x) * x.shape[-1] ** 0.5
+        x = row_sharding.look_up(self.embedding, tokens).astype(jnp.float32)
+        return x * x.shape[-1] ** 0.5
 
 
 class GemmaAttention(nnx.Module):
@@ -134,7 +135,7 @@ class GemmaMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        gate, up = self.gate_proj(x, dropout_keys), self.up_proj(x, dropout_keys)
+        gate, up = (checkpoint_name(project(x, dropout_keys), MLP) for project in (self.gate_proj, self.up_proj))
         return self.down_proj(encoder_block.activate(self.activation, gate, up), dropout_keys, jnp.float32)
 
 

@@ -9,9 +9,14 @@ from jax import lax
 
 from train_jax.core import row_sharding
 
+MLP = "mlp"
+"""The `checkpoint_name` of the arguments of an MLP's activation, which take most of the work and memory of a block."""
+
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(MLP),
+    "auto": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -53,7 +58,8 @@ def scan_stack(
       carry: pytree passed from layer to layer.
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
-        "dots" keeps the results of matrix products without batch axes.
+        "dots" keeps the results of matrix products without batch axes, "mlp" keeps what is named MLP. The trainer
+        replaces "auto" by one of these (train_jax/step/remat.py); elsewhere it is "block".
       unroll: whether to unroll the loop over layers: faster on CPU, slower to compile. Ignored where weights are
         gathered from other devices.
       row_axes: the batch axis of the carry's arrays, see row_sharding.pin_rows.

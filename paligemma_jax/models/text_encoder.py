@@ -64,8 +64,7 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens; an id outside the vocabulary gives NaN."""
-        rows = jnp.take(row_sharding.gathered(self.embedding), tokens, axis=0).astype(jnp.float32)
-        return row_sharding.pin_rows(rows)
+        return row_sharding.look_up(self.embedding, tokens).astype(jnp.float32)
 
 
 class TextEncoder(nnx.Module):

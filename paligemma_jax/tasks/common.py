@@ -34,7 +34,8 @@ class StackKeys:
 
     remat: str = key(
         "none",
-        "what the backward pass recomputes: nothing, whole blocks, or all but matrix products",
+        "what the backward pass recomputes: nothing, whole blocks, all but matrix products, or all but the products "
+        "before an MLP's activation; auto = mlp if that fits the device, else block (docs/memory.md)",
         choices=REMAT,
         resume_safe=True,
     )

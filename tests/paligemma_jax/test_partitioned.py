@@ -116,7 +116,7 @@ SMALL = PaliGemmaConfig(
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("sampler", ["temperature", "top_k", "nucleus", "beam"])
 def test_samplers_choose_for_their_own_rows(sampler, mesh):
-    """No logits, caches or hypotheses are exchanged; weights come once a pass; answers are those of one device."""
+    """Logits, caches and hypotheses are not exchanged; weights come once a pass; answers are those of one device."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32)
     tokens, real = rng.integers(3, 56, (16, 6)).astype(np.int32), np.arange(6)[None] < rng.integers(2, 7, (16, 1))
@@ -141,7 +141,8 @@ def test_samplers_choose_for_their_own_rows(sampler, mesh):
     np.testing.assert_array_equal(answers, expected)
     assert len(np.unique(expected, axis=0)) > 8
     gathered = partitioned.arrays_of({path: x.shape for path, x in arrays.items()})
-    assert {size for _, size in divided.exchanged} <= {(), *gathered}
+    prompts = partitioned.sizes((16 // 8, 6, 40 // MESHES[mesh]["fsdp"]))  # embeddings of a device's rows and columns
+    assert {size for _, size in divided.exchanged} <= {(), *gathered, prompts}
     for size, number in gathered.items():
         assert divided.exchanged["all-gather", size] <= (1 + 5) * number  # in the prefill, and for each token
     assert divided.exchanged["all-gather", (40, 56)] <= 1

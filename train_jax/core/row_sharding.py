@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
@@ -25,6 +26,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 ROW_AXES = ("data", "fsdp")
 _WEIGHTS = "fsdp"  # the axis over which `gather` gathers
 _PRODUCTS = ("dot_general", "conv_general_dilated", "pallas_call")  # expensive to recompute
+_NAMED = "name"  # of jax.ad_checkpoint.checkpoint_name, which the models use for activations
 _METADATA = "gathered_spec"  # metadata of a Variable that "fsdp" splits: its spec without "fsdp"
 
 T = TypeVar("T")
@@ -83,30 +85,56 @@ def by_rows(function: Callable, rows: Any, out_rows: Any) -> Callable:
     Args:
       function: of arrays or trees; returns arrays with the same rows, or sums over rows.
       rows: whether each argument has rows on axis 0, as a prefix of the arguments; others are gathered.
-      out_rows: the same for results; results without rows are summed over devices.
+      out_rows: the same for results; results without rows are summed over devices. Sums of matrices, as the gradients
+        of weights, are split by columns over "fsdp" where it splits weights.
 
     Returns:
       A function of the whole arrays. It cannot be differentiated.
     """
 
-    def summed(*arguments):
-        total = lambda has_rows, part: part if has_rows else lax.psum(part, ROW_AXES)  # noqa: E731
-        return jax.tree.map(total, out_rows, function(*arguments))
-
     def mapped(*arguments):
         lengths = lambda has_rows, part: [len(x) for x in jax.tree.leaves(part)] if has_rows else []  # noqa: E731
         if 1 in map(row_parts, jax.tree.leaves(jax.tree.map(lengths, rows, arguments))):
             return function(*arguments)
-        specs = functools.partial(jax.tree.map, lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows))
+        spec = lambda has_rows: PartitionSpec(*[ROW_AXES] * has_rows)  # noqa: E731
+        out_specs = jax.tree.map(spec, out_rows)
+        if gathers():
+            sums = functools.partial(jax.tree.map, _spec_of_sum)
+            place = lambda has_rows, part: spec(True) if has_rows else sums(part)  # noqa: E731
+            out_specs = jax.tree.map(place, out_rows, jax.eval_shape(function, *arguments))
+
+        def summed(*arguments):
+            return jax.tree.map(_sum, out_specs, function(*arguments))
+
         return jax.shard_map(
             summed,
-            in_specs=specs(rows),
-            out_specs=specs(out_rows),
+            in_specs=jax.tree.map(spec, rows),
+            out_specs=out_specs,
             axis_names=set(ROW_AXES),
             check_vma=False,  # needed for derivatives only
         )(*arguments)
 
     return mapped
+
+
+def _spec_of_sum(x: jax.ShapeDtypeStruct) -> PartitionSpec:
+    """Returns how a sum over devices is split where "fsdp" splits weights: a matrix by its columns, if they divide."""
+    mesh = _mesh()
+    assert mesh is not None
+    divisible = x.ndim > 1 and x.shape[-1] % mesh.shape[_WEIGHTS] == 0
+    return PartitionSpec(*[None] * (x.ndim - 1), _WEIGHTS) if divisible else PartitionSpec()
+
+
+def _sum(spec: PartitionSpec, tree: Any) -> Any:
+    """Returns the arrays of a spec of `by_rows` summed over the devices, unless they have rows of their own."""
+
+    def of_array(x: jax.Array) -> jax.Array:
+        if spec == PartitionSpec():
+            return lax.psum(x, ROW_AXES)
+        x = lax.psum_scatter(x, _WEIGHTS, scatter_dimension=x.ndim - 1, tiled=True)
+        return lax.psum(x, tuple(axis for axis in ROW_AXES if axis != _WEIGHTS))
+
+    return tree if spec == PartitionSpec(ROW_AXES) else jax.tree.map(of_array, tree)
 
 
 def mark(model: nnx.Module, shardings: Mapping[str, NamedSharding]) -> nnx.Module:
@@ -141,6 +169,25 @@ def gathered(variable: nnx.Variable) -> jax.Array:
     if spec is None or not gathers() or not isinstance(value, Tracer):
         return value
     return lax.with_sharding_constraint(value, PartitionSpec(*spec[len(spec) - value.ndim :]))
+
+
+def look_up(table: nnx.Variable, index: jax.Array) -> jax.Array:
+    """Returns rows of a table [V, D] for an index [B, T], pinned to the rows of the index.
+
+    Every device looks up the columns that it has, of a table that "fsdp" splits, for the rows of all devices of that
+    axis, and exchanges them for its own rows: less than the table, which is not gathered, and neither is its gradient.
+    The table is gathered if it has fewer rows than the index has entries on a device, and for one entry a row: a loop
+    of decoding gathers it once, for the logits.
+    """
+    value, (rows, length) = table.get_value(), index.shape
+    split = _METADATA in table.get_metadata() and gathers() and isinstance(index, Tracer)
+    parts = row_parts(rows)
+    if not split or parts == 1 or length == 1 or rows // parts * length > value.shape[0]:
+        return pin_rows(jnp.take(gathered(table), index, axis=0))
+    others = tuple(axis for axis in ROW_AXES if axis != _WEIGHTS)
+    index = lax.with_sharding_constraint(index, PartitionSpec(others))
+    columns = PartitionSpec(others, None, _WEIGHTS)
+    return pin_rows(lax.with_sharding_constraint(jnp.take(value, index, axis=0), columns))
 
 
 def gathers() -> bool:
@@ -180,7 +227,7 @@ def without_weights(policy: Callable, state: nnx.State, *, stacked: bool) -> Cal
     def saveable(primitive, *operands, **parameters):
         if not policy(primitive, *operands, **parameters):
             return False
-        if primitive.name in _PRODUCTS or "call_jaxpr" in parameters:
+        if primitive.name in (*_PRODUCTS, _NAMED) or "call_jaxpr" in parameters:
             return not _is_low_rank_update(primitive, operands, parameters, sizes)
         return sizes.isdisjoint(x.size for x in _results(primitive, operands, parameters))
 

@@ -32,8 +32,9 @@ from train_jax.plan.report import Program, RunPlan, report
 from train_jax.plan.tpu import DoesNotFitError, Slice, open_slice
 from train_jax.step import placement, train_step
 from train_jax.step.placement import PlacedModel
+from train_jax.step.remat import compile_step
 from train_jax.sweep import run as sweep
-from train_jax.system.memory import step_memory
+from train_jax.system.memory import free_device_memory, ran_out_of_memory, step_memory
 from train_jax.task import Blueprint
 
 OP_CLASSES = (("optimizer", r"train_jax/optim/|/optax/|train_state\.py:"),)
@@ -69,12 +70,18 @@ def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | N
     float16 = config.compute_dtype == "float16"
     start = placement.abstract_state(placed, optimizer, mesh, ema=config.ema_decay is not None, float16=float16)
     batch = batch_shapes(config, blueprint, mesh)
-    state_bytes, programs = sharding.device_bytes((start, placed.frozen)), []
+    state_bytes, programs, remat = sharding.device_bytes((start, placed.frozen)), [], None
     if only is None or TRAINING in only:
-        traced, totals = train_step.trace(
-            config, task.loss, task.normalizer, mesh, placed, optimizer, schedule, start, batch
-        )
-        programs = [compiler.compile(TRAINING, traced, state_bytes + sharding.device_bytes((totals, batch)))]
+        held = state_bytes + sharding.device_bytes(batch)
+
+        def compile(model: PlacedModel) -> Program:
+            traced, totals = train_step.trace(
+                config, task.loss, task.normalizer, mesh, model, optimizer, schedule, start, batch
+            )
+            return compiler.compile(TRAINING, traced, held + sharding.device_bytes(totals))
+
+        step, remat = compile_step(placed, compile, lambda step: step.temp + step.output, lambda: compiler.free(held))
+        programs = [step]
     programs += _evaluations(blueprint, placed, state_bytes, compiler, only)
     trainable = sharding.device_bytes(start.params)
     return RunPlan(
@@ -86,6 +93,7 @@ def plan(config: ConfigDict, tpu: Slice | None = None, only: Collection[str] | N
         batch=sharding.device_bytes(batch),
         programs=programs,
         model_flops=None if blueprint.model_flops is None else blueprint.model_flops / mesh.size,
+        remat=remat,
     )
 
 
@@ -96,6 +104,11 @@ class _Compiler(NamedTuple):
     tpu: Slice | None
     op_classes: Sequence[tuple[str, str]]
 
+    def free(self, held: int) -> int | None:
+        """Returns the memory of a device beside `held` bytes; None if it is not reported."""
+        memory = free_device_memory() if self.tpu is None else int(self.tpu.chip.memory)
+        return None if memory is None else memory - held
+
     def compile(self, name: str, traced: jax.stages.Traced, held: int) -> Program:
         """Returns the plan of a program that runs while `held` bytes are in use. Raises DoesNotFitError."""
         if self.tpu is None:
@@ -103,7 +116,7 @@ class _Compiler(NamedTuple):
         try:
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not ran_out_of_memory(error):
                 raise
             raise DoesNotFitError(name, self.tpu.chip, error) from error
         program = program_of(name, compiled, held, self.mesh)

@@ -51,6 +51,7 @@ class RunPlan(NamedTuple):
     batch: int
     programs: list[Program]
     model_flops: float | None = None  # of a training step, without padding and recomputation
+    remat: str | None = None  # what was chosen for model.remat=auto, as a sentence
 
     @property
     def peak(self) -> int:
@@ -81,6 +82,7 @@ def report(plan: RunPlan, profile: bool = False) -> str:
         "",
         programs_table(plan),
     ]
+    lines += [] if plan.remat is None else ["", plan.remat]
     copies = max(program.copies for program in plan.programs)
     if copies:
         lines += [

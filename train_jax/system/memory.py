@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from train_jax.core.errors import UserError
 from train_jax.system.host_memory import host_memory_left
@@ -42,9 +44,14 @@ class StepMemory(NamedTuple):
     alias: int
 
     @property
+    def needed(self) -> int:
+        """Memory that the function needs beside its arguments."""
+        return self.output - self.alias + self.temp
+
+    @property
     def total(self) -> int:
         """Memory in use while the function runs."""
-        return self.argument + self.output - self.alias + self.temp
+        return self.argument + self.needed
 
 
 def peak_memory_bytes() -> PeakMemory:
@@ -107,6 +114,11 @@ def format_bytes(size: int | float) -> str:
     return f"{size:.{decimals}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Returns whether an exception, or the one that caused it, says that the memory of a device is exhausted."""
+    return any("RESOURCE_EXHAUSTED" in str(each) for each in (error, error.__cause__))
+
+
 def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str) -> int:
     """Returns the batch size to retry with, about half, after an evaluation ran out of device memory.
 
@@ -125,7 +137,7 @@ def smaller_batch(error: Exception, size: int, parts: int, key: str, remedy: str
       UserError: one row on each device does not fit, or there are several processes.
       Exception: `error` itself, if it is not an out-of-memory error.
     """
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not ran_out_of_memory(error):
         raise error
     half = max(size // 2 // parts, 1) * parts
     if size <= parts:
@@ -148,10 +160,21 @@ def device_memory_limit() -> int | None:
     CPU devices do not report memory; each gets an equal part of three quarters of the host's free memory. The last
     quarter is left for other programs and for memory that the compiler does not plan.
     """
-    devices = jax.local_devices()
-    stats = [device.memory_stats() or {} for device in devices]
-    free = [stat["bytes_limit"] - stat["bytes_in_use"] for stat in stats if "bytes_limit" in stat]
-    if free or jax.default_backend() != "cpu":
-        return min(free, default=None)
+    free = free_device_memory()
+    if free is not None or jax.default_backend() != "cpu":
+        return free
     left = host_memory_left()
-    return None if left is None else left * 3 // 4 // len(devices)
+    return None if left is None else left * 3 // 4 // jax.local_device_count()
+
+
+def free_device_memory() -> int | None:
+    """Returns the bytes that the fullest local device reports to be free; None if none reports them (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min((stat["bytes_limit"] - stat["bytes_in_use"] for stat in stats if "bytes_limit" in stat), default=None)
+
+
+def least_of_processes(limit: int | None) -> int | None:
+    """Returns the smallest limit of all processes, which all choose by it alike, in steps of 1 MiB; None stays None."""
+    if limit is None or jax.process_count() == 1:
+        return limit
+    return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20

@@ -252,7 +252,7 @@ class EvalKeys:
 class Keys(FeatureCacheKeys):
     """The keys of the task."""
 
-    model: ModelKeys = section(lambda: ModelKeys(remat="block"))
+    model: ModelKeys = section(lambda: ModelKeys(remat="auto"))
     init: InitKeys = section(InitKeys)
     tokenizer: str | None = key(None, "folder or tokenizer.model of the tokenizer; None = beside the model")
     adapter: AdapterKeys = section(AdapterKeys)

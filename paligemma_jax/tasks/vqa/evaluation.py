@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
@@ -35,7 +34,7 @@ from paligemma_jax.tasks.vqa.rows import RowProcessor
 from train_jax.core import param_tree
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.system.memory import device_memory_limit, smaller_batch, step_memory
+from train_jax.system.memory import device_memory_limit, least_of_processes, smaller_batch, step_memory
 
 OUTPUTS = ("generate", "likelihood", "loss")
 TokenLossFunction = Callable[[PaliGemma, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
@@ -206,7 +205,7 @@ class VQAEvaluation:
 
     def _fit(self, reader: QuestionReader, size: int, outputs: tuple[str, ...]) -> int:
         """Halves a batch size until the compiled batch fits into the free memory, where devices report that."""
-        limit = _free_memory()
+        limit = least_of_processes(device_memory_limit())
         while limit is not None and size > max(self._fitted, self._parts):
             if self._all_activations(size) <= limit:  # saves a compilation, which takes half a minute on a CPU
                 break
@@ -290,12 +289,3 @@ class _Candidates(NamedTuple):
     texts: tuple[str, ...]
     ids: Int[jax.Array, "C M"]
     mask: Bool[jax.Array, "C M"]
-
-
-def _free_memory() -> int | None:
-    """Returns the bytes free on the fullest device of all processes, in steps of 1 MiB; None where unknown."""
-    limit = device_memory_limit()
-    if limit is None or jax.process_count() == 1:
-        return limit
-    # Every process must choose the same batch size.
-    return int(multihost_utils.process_allgather(np.int32(limit >> 20)).min()) << 20

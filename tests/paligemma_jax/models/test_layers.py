@@ -11,7 +11,7 @@ from paligemma_jax.models.gemma import Gemma, GemmaConfig
 from paligemma_jax.models.norms import LayerNorm, RMSNorm
 from paligemma_jax.models.numerics import cast, soft_cap
 from paligemma_jax.models.projection import Projection
-from paligemma_jax.models.stack import make_stack, scan_stack
+from paligemma_jax.models.stack import REMAT_POLICIES, make_stack, scan_stack
 from train_jax.core import param_tree
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -280,7 +280,9 @@ def test_a_stack_runs_its_layers_in_order(stack):
     np.testing.assert_allclose(each, sums, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("block", False), ("dots", False), ("none", True), ("block", True)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [(each, False) for each in REMAT_POLICIES] + [("none", True), ("block", True)]
+)
 def test_remat_and_unroll_change_neither_values_nor_gradients(stack, remat, unroll):
     graph, arrays = stack
     x = normal(1, 2, 4)

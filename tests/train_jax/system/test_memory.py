@@ -133,6 +133,14 @@ def test_free_memory_of_devices_or_else_of_the_host(monkeypatch):
     assert memory.device_memory_limit() == 30
 
 
+@pytest.mark.parametrize(("processes", "least"), [(1, 5 << 20 | 7), (2, 3 << 20)])
+def test_processes_agree_on_the_least_memory(monkeypatch, processes, least):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(memory.multihost_utils, "process_allgather", lambda own: np.stack([own, np.int32(3)]))
+    assert memory.least_of_processes(5 << 20 | 7) == least
+    assert memory.least_of_processes(None) is None
+
+
 def test_step_memory_counts_arguments_outputs_and_donation():
     def step(state, batch):
         return state + 1.0, jnp.tanh(batch @ batch.T) @ batch  # [512, 512] between the two products

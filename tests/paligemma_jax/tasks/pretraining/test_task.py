@@ -299,7 +299,7 @@ def test_an_unknown_remat_is_refused():
         VisionPretraining(config, None)
     assert (
         str(error.value)
-        == "config.model.remat='blocks', expected one of none, block, dots: change it; did you mean 'block'?"
+        == "config.model.remat='blocks', expected one of none, block, dots, mlp, auto: change it; did you mean 'block'?"
     )
 
 

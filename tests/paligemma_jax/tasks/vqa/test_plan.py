@@ -13,8 +13,10 @@ from tests.paligemma_jax.mini import config_of
 from train_jax import loop
 from train_jax.core.errors import UserError
 from train_jax.parallel import sharding
-from train_jax.plan.planning import plan
-from train_jax.step import placement, train_step
+from train_jax.plan import planning
+from train_jax.plan.planning import TRAINING, plan
+from train_jax.plan.report import report
+from train_jax.step import compiled_steps, placement, train_step
 from train_jax.system.memory import step_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -57,6 +59,27 @@ def test_the_plan_equals_the_run(mini_options, tmp_path, monkeypatch, changes):
     live = sum(leaf.nbytes for leaf in jax.tree.leaves((start, frozen)))
     assert planned.trainable + planned.frozen + planned.optimizer == live
     assert planned.programs[0].temp == memory.temp
+
+
+@pytest.mark.parametrize(("memory", "chosen"), [(None, "block"), (1 << 40, "mlp")])
+def test_plan_and_run_choose_alike_what_is_recomputed(mini_options, tmp_path, monkeypatch, capsys, memory, chosen):
+    """By the memory that devices report; CPUs report none."""
+
+    def stop(*arguments):
+        raise TracedError
+
+    for module in (planning, compiled_steps):
+        monkeypatch.setattr(module, "free_device_memory", lambda: memory)
+    monkeypatch.setattr(loop, "startup_report", stop)
+    options = mini_options | {"model.remat": "auto", "data.buckets": 0}
+    planned, explicit = (
+        plan(config_of(options | {"model.remat": remat}), only=[TRAINING]) for remat in ("auto", chosen)
+    )
+    assert planned.programs == explicit.programs and explicit.remat is None
+    assert planned.remat.startswith(f"model.remat=auto chooses {chosen}: ") and planned.remat in report(planned)
+    with pytest.raises(TracedError):
+        loop.fit(config_of(options), tmp_path / "run", "plain")
+    assert f"model.remat=auto chooses {chosen}: " in capsys.readouterr().out
 
 
 def test_a_plan_reads_no_files_and_leaves_no_arrays(mini_options, monkeypatch):
