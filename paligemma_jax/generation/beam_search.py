@@ -74,32 +74,34 @@ def beam_search(
     )
     root = empty._replace(scores=empty.scores.at[:, 0].set(0.0))
     state = _BeamState(root, empty, jnp.zeros_like(empty.tokens), jnp.zeros((rows,), bool))
-    extend_rows = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
-
-    def extend(state: _BeamState, step, logits) -> _BeamState:
-        return extend_rows(state, step, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
+    extend = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
 
     def body(carry):
         state, step, cache = carry
         newest = step - 1
         tokens = jnp.take(state.open.tokens, newest, axis=2)
         logits, cache = advance(cache, tokens, newest, _own_slots(state.paths, newest), newest)
-        return extend(state, step, logits), step + 1, cache
+        return extend(state, step, logits, eos_id, length_penalty), step + 1, cache
 
-    state = extend(state, jnp.zeros((), jnp.int32), jnp.repeat(logits[:, None], num_beams, axis=1))
+    logits = jnp.repeat(logits[:, None], num_beams, axis=1)
+    state = extend(state, jnp.zeros((), jnp.int32), logits, eos_id, length_penalty)
     carry = state, jnp.ones((), jnp.int32), cache
     state, steps, _ = lax.while_loop(lambda c: (c[1] < num_tokens) & ~c[0].done.all(), body, carry)
     return state.closed.tokens[:, 0], state.closed.scores[:, 0], steps
 
 
 def _extend(
-    state: _BeamState, step: Int[Array, ""], log_probs: Float[Array, "B K V"], eos_id, length_penalty
+    state: _BeamState, step: Int[Array, ""], logits: Float[Array, "B K V"], eos_id, length_penalty
 ) -> _BeamState:
-    """Runs one step of every row, given the log-probabilities of token `step` of each open hypothesis."""
-    rows, num_beams, vocab = log_probs.shape
+    """Runs one step of every row, given the logits of token `step` of each open hypothesis."""
+    rows, num_beams, vocab = logits.shape
+    # The best of a row are among the best of each hypothesis, so no array of all totals is made.
+    best, words = lax.top_k(logits, min(2 * num_beams, vocab))
+    log_probs = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
     scores, index = lax.top_k(totals, 2 * num_beams)
-    parents, new_tokens = index // vocab, (index % vocab).astype(jnp.int32)
+    parents = index // words.shape[2]
+    new_tokens = jnp.take_along_axis(words.reshape(rows, -1), index, axis=1).astype(jnp.int32)
     tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
     candidates = Hypotheses(tokens.at[:, :, step].set(new_tokens), scores)  # [B, C]
 

@@ -235,9 +235,10 @@ def _advance(
     parts = (jnp.broadcast_to(part, (*tokens.shape, part.shape[2])) for part in (valid[:, None], seen))
     positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + numbers
     positions = jnp.broadcast_to(positions, tokens.shape)
-    x, start = model.decoder.embed_tokens(tokens), valid.shape[1] + step * tokens.shape[1]
-    hidden, cache, _ = model.decoder(x, positions, jnp.concatenate(list(parts), axis=2), cache, start)
-    return decoder_logits(model.decoder, hidden), cache
+    mask, start = jnp.concatenate(list(parts), axis=2), valid.shape[1] + step * tokens.shape[1]
+    hidden, written, _ = model.decoder(model.decoder.embed_tokens(tokens), positions, mask, cache, start)
+    assert written is not None, "the decoder returns a cache when it is given one"
+    return decoder_logits(model.decoder, hidden), written
 
 
 def last_real(hidden: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:
