@@ -95,12 +95,14 @@ def _extend(
 ) -> _BeamState:
     """Runs one step of every row, given the logits of token `step` of each open hypothesis."""
     rows, num_beams, vocab = logits.shape
-    # The best of a row are among the best of each hypothesis, so no array of all totals is made.
-    best, words = lax.top_k(logits, min(2 * num_beams, vocab))
-    log_probs = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
+    # The best of a row are among the best of each hypothesis, so no array of all totals is made. Of a matrix, the
+    # compiler for TPUs finds the best without sorting it.
+    matrix = logits.reshape(rows * num_beams, vocab)
+    best, words = lax.top_k(matrix, min(2 * num_beams, vocab))
+    log_probs = best - jax.nn.logsumexp(matrix, axis=-1, keepdims=True)
+    totals = (state.open.scores.reshape(-1, 1) + log_probs).reshape(rows, -1)
     scores, index = lax.top_k(totals, 2 * num_beams)
-    parents = index // words.shape[2]
+    parents = index // words.shape[1]
     new_tokens = jnp.take_along_axis(words.reshape(rows, -1), index, axis=1).astype(jnp.int32)
     tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
     candidates = Hypotheses(tokens.at[:, :, step].set(new_tokens), scores)  # [B, C]
