@@ -10,8 +10,9 @@ https://arxiv.org/abs/2211.17192), so that every step has at least the one new t
   choices       small red sphere ,         of the model
   new tokens    small red sphere           the draft "cube" is not its choice "sphere"
 
-One pass of few tokens takes about the time of one token, as both read all weights. The tokens are those of plain
-decoding, except where two logits are equal up to the rounding of a product with more rows.
+While a step's time is that of reading the weights, as for few rows, drafts cost little; in a batch on a CPU, whose time
+grows with the rows, they cost more than they save. The tokens are those of plain decoding, except where two logits are
+equal up to the rounding of a product with more rows.
 
 Axes: B rows, T prompt tokens, N new tokens, D drafts, Q = 1 + D inputs of a row in a step, M = N Q new slots of the
 cache, V vocabulary.
