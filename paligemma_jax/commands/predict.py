@@ -53,6 +53,9 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("top_p", None, "for sampler nucleus: probability mass to keep", **options)
     flags.DEFINE_integer("num_beams", None, "for sampler beam: number of beams", **options)
     flags.DEFINE_float("length_penalty", None, "for sampler beam: exponent of the length", **options)
+    flags.DEFINE_integer(
+        "draft_tokens", None, "for sampler greedy: tokens of earlier text that each step tries; same answers", **options
+    )
     flags.DEFINE_integer("seed", 0, "random seed of samplers and of generated images", **options)
     flags.DEFINE_string("special_tokens", None, "<bos> and the like in prompts: refuse, or parse as tokens", **options)
     flags.DEFINE_string("dtype", None, "compute dtype of a base model; float32 if absent", **options)

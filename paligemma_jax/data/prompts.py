@@ -93,6 +93,15 @@ def make_example(
     }
 
 
+def padded_length(length: int) -> int:
+    """Returns the length, at least `length`, to which prompts are padded: one of a few, as each compiles a program.
+
+    These are 16, 32, 48, 64, 96, 128, 192, 256, 384, ...: multiples of a quarter of the next power of two.
+    """
+    step = max(16, 1 << (length - 1).bit_length() >> 2)
+    return -(-length // step) * step
+
+
 def training_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a training step's inputs, targets and float32 weights, each `[..., T]`, from `[..., T + 1]` arrays.
 

@@ -9,7 +9,11 @@ transformers' default (`early_stopping=False`), a heuristic, since a longer hypo
 
 With K = 1 this is greedy decoding; with K at least the number of open hypotheses it is exhaustive search.
 
-Axes: B rows, K beams, C = 2 K candidates, N new tokens, V vocabulary, S cache slots.
+The beams of a row share its cache. Step i writes the K newest tokens to new slots i K to i K + K - 1, and a hypothesis
+attends to the prompt and to the slots of its own tokens. These stay where they are when hypotheses branch or end: a
+hypothesis only keeps the path of beams through which it came.
+
+Axes: B rows, K beams, C = 2 K candidates, N new tokens, M = N K new slots, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -35,7 +39,7 @@ class _BeamState(NamedTuple):
 
     open: Hypotheses
     closed: Hypotheses
-    parents: Int[Array, "B K"]  # the beam that each open hypothesis extends
+    paths: Int[Array, "B K N"]  # the beam in whose slot each token of an open hypothesis is
     done: Bool[Array, " B"]  # whether the closed hypotheses are final
 
 
@@ -46,7 +50,6 @@ def beam_search(
     *,
     num_beams: int,
     num_tokens: int,
-    prompt_slots: int,
     eos_id: Int[Array, ""] | int,
     length_penalty: Float[Array, ""] | float,
 ) -> tuple[Int[Array, "B N"], Float[Array, " B"], Int[Array, ""]]:
@@ -54,11 +57,11 @@ def beam_search(
 
     Args:
       logits: float32 logits of the first new token.
-      cache: {"k", "v"} of [L, B, S, heads, width], with the prompt in its first slots.
-      advance: (cache of B K rows, tokens [B K], index of these tokens) -> (logits [B K, V] of the next token, cache).
+      cache: what `advance` takes and returns: keys and values of the prompt, and room for M new slots.
+      advance: (cache, tokens [B, K], their number i, new slots [B, K, M] that each attends to, number of earlier calls)
+        -> (logits [B, K, V] of the next token, cache).
       num_beams: K.
       num_tokens: N.
-      prompt_slots: number of slots of the prompt, which the beams of a row share, so they are not reordered.
       eos_id: id that ends a hypothesis, or -1 for none.
       length_penalty: exponent of the length; 0 ranks by the sum, 1 by the mean log-probability.
 
@@ -70,34 +73,37 @@ def beam_search(
         jnp.zeros((rows, num_beams, num_tokens), jnp.int32), jnp.full((rows, num_beams), -jnp.inf, jnp.float32)
     )
     root = empty._replace(scores=empty.scores.at[:, 0].set(0.0))
-    parents = jnp.zeros((rows, num_beams), jnp.int32)
-    state = _BeamState(root, empty, parents, jnp.zeros((rows,), bool))
-    extend_rows = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
-
-    def extend(state: _BeamState, step, logits) -> _BeamState:
-        return extend_rows(state, step, jax.nn.log_softmax(logits, axis=-1), eos_id, length_penalty)
+    state = _BeamState(root, empty, jnp.zeros_like(empty.tokens), jnp.zeros((rows,), bool))
+    extend = row_sharding.by_rows(_extend, (True, False, True, False, False), True)
 
     def body(carry):
         state, step, cache = carry
-        cache = _reorder(cache, state.parents, prompt_slots)
-        logits, cache = advance(cache, jnp.take(state.open.tokens, step - 1, axis=2).reshape(-1), step - 1)
-        return extend(state, step, logits.reshape(rows, num_beams, -1)), step + 1, cache
+        newest = step - 1
+        tokens = jnp.take(state.open.tokens, newest, axis=2)
+        logits, cache = advance(cache, tokens, newest, _own_slots(state.paths, newest), newest)
+        return extend(state, step, logits, eos_id, length_penalty), step + 1, cache
 
-    state = extend(state, jnp.zeros((), jnp.int32), jnp.repeat(logits[:, None], num_beams, axis=1))
-    cache = {name: jnp.repeat(array, num_beams, axis=1) for name, array in cache.items()}
+    logits = jnp.repeat(logits[:, None], num_beams, axis=1)
+    state = extend(state, jnp.zeros((), jnp.int32), logits, eos_id, length_penalty)
     carry = state, jnp.ones((), jnp.int32), cache
     state, steps, _ = lax.while_loop(lambda c: (c[1] < num_tokens) & ~c[0].done.all(), body, carry)
     return state.closed.tokens[:, 0], state.closed.scores[:, 0], steps
 
 
 def _extend(
-    state: _BeamState, step: Int[Array, ""], log_probs: Float[Array, "B K V"], eos_id, length_penalty
+    state: _BeamState, step: Int[Array, ""], logits: Float[Array, "B K V"], eos_id, length_penalty
 ) -> _BeamState:
-    """Runs one step of every row, given the log-probabilities of token `step` of each open hypothesis."""
-    rows, num_beams, vocab = log_probs.shape
-    totals = (state.open.scores[..., None] + log_probs).reshape(rows, -1)
+    """Runs one step of every row, given the logits of token `step` of each open hypothesis."""
+    rows, num_beams, vocab = logits.shape
+    # The best of a row are among the best of each hypothesis, so no array of all totals is made. Of a matrix, the
+    # compiler for TPUs finds the best without sorting it.
+    matrix = logits.reshape(rows * num_beams, vocab)
+    best, words = lax.top_k(matrix, min(2 * num_beams, vocab))
+    log_probs = best - jax.nn.logsumexp(matrix, axis=-1, keepdims=True)
+    totals = (state.open.scores.reshape(-1, 1) + log_probs).reshape(rows, -1)
     scores, index = lax.top_k(totals, 2 * num_beams)
-    parents, new_tokens = index // vocab, (index % vocab).astype(jnp.int32)
+    parents = index // words.shape[1]
+    new_tokens = jnp.take_along_axis(words.reshape(rows, -1), index, axis=1).astype(jnp.int32)
     tokens = jnp.take_along_axis(state.open.tokens, parents[..., None], axis=1)
     candidates = Hypotheses(tokens.at[:, :, step].set(new_tokens), scores)  # [B, C]
 
@@ -112,8 +118,10 @@ def _extend(
     unfinished = candidates._replace(scores=jnp.where(new_tokens == eos_id, -jnp.inf, scores))
     still_open, indices = _best(unfinished, num_beams)
     done = state.done | (closed.scores[:, -1] >= still_open.scores[:, 0] / normalizer)
-    parents = jnp.take_along_axis(parents, indices, axis=1).astype(jnp.int32)
-    return _BeamState(still_open, closed, parents, done)
+    parents = jnp.take_along_axis(parents, indices, axis=1)
+    paths = jnp.take_along_axis(state.paths, parents[..., None], axis=1)
+    paths = paths.at[:, :, step].set(jnp.arange(num_beams, dtype=jnp.int32)[None])
+    return _BeamState(still_open, closed, paths, done)
 
 
 def _best(hypotheses: Hypotheses, count: int) -> tuple[Hypotheses, Int[Array, "B K"]]:
@@ -126,15 +134,9 @@ def _expand_like(row_flags: Bool[Array, " B"], array: Array) -> Bool[Array, "B .
     return row_flags.reshape(-1, *[1] * (array.ndim - 1))
 
 
-def _reorder(cache: dict[str, Array], parents: Int[Array, "B K"], start: int) -> dict[str, Array]:
-    """Copies to every beam its parent's slots from `start` on."""
-    rows, num_beams = parents.shape
-
-    def reordered(array):
-        new_slots = array[:, :, start:]
-        beams = new_slots.reshape(len(new_slots), rows, num_beams, -1)
-        # Beams are gathered within a row, since rows may lie on different devices.
-        of_parents = jnp.take_along_axis(beams, parents[None, :, :, None], axis=2).reshape(new_slots.shape)
-        return lax.dynamic_update_slice_in_dim(array, of_parents, start, axis=2)
-
-    return jax.tree.map(reordered, cache)
+def _own_slots(paths: Int[Array, "B K N"], newest: Int[Array, ""]) -> Bool[Array, "B K M"]:
+    """Returns the new slots of every open hypothesis' tokens, up to token number `newest`."""
+    rows, num_beams, num_tokens = paths.shape
+    written = jnp.arange(num_tokens) <= newest
+    own = jax.nn.one_hot(paths, num_beams, dtype=bool) & written[None, None, :, None]
+    return own.reshape(rows, num_beams, -1)

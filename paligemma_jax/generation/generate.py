@@ -1,6 +1,6 @@
 r"""Text generation: one prefill of image and prompt, then a `lax.while_loop` over a key/value cache, in one jit.
 
-The cache has one slot per input; every row writes its i-th new token to the same slot, whatever its prompt's length:
+The cache has one slot per input; every row writes its i-th input to the same slot, whatever its prompt's length:
 
   slots       image patches | prompt, padded on either side | new tokens
   left pads     i  i  i  i  |   _    _   bos  how  many  \n |  2  eos
@@ -9,7 +9,11 @@ The cache has one slot per input; every row writes its i-th new token to the sam
   positions     0  1  2  3  |   4    5    6    7    .    .  |  8   9
 
 Positions count real tokens and no token attends to padding, so neither padding nor the other rows of a batch affect the
-result. Axes: B rows, P patches, T prompt tokens, S = P + T prompt slots, N new tokens, D width, V vocabulary.
+result. Beams and drafts are several inputs of a row in one step (`TokenSampler.inputs`). They take as many slots, and
+attend to the slots of the prompt, which they share, and of the new tokens before them; no slot is moved or copied.
+
+Axes: B rows, P patches, T prompt tokens, S = P + T prompt slots, N new tokens, Q inputs of a row in a step, M = N Q new
+slots, D width, V vocabulary.
 """
 
 import functools
@@ -25,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from paligemma_jax.generation.beam_search import beam_search
 from paligemma_jax.generation.inputs import PAD, check_images, check_integers, check_prompt
 from paligemma_jax.generation.layers_apart import take_apart
+from paligemma_jax.generation.prompt_lookup import NO_TOKEN, decode_with_drafts
 from paligemma_jax.generation.stacked_kernels import logits as decoder_logits
 from paligemma_jax.generation.stacked_kernels import read_in_place
 from paligemma_jax.generation.token_sampling import TokenSampler, make_sampler, row_keys, sample_tokens
@@ -51,11 +56,12 @@ def generate(
     top_p: float | None = None,
     num_beams: int | None = None,
     length_penalty: float | None = None,
+    draft_tokens: int | None = None,
     image_features: ArrayLike | None = None,
     cache_dtype: str | None = None,
     return_out: bool = False,
 ) -> Int[Array, "B N"] | tuple[Int[Array, "B N"], dict[str, Any]]:
-    """Generates a continuation of every prompt; compiles once for each set of shapes, sampler, top_k and num_beams.
+    """Generates a continuation of every prompt; compiles once for each set of shapes, sampler and whole-number options.
 
     Args:
       model: a PaliGemma, with or without adapters.
@@ -65,7 +71,8 @@ def generate(
       max_new_tokens: N.
       eos_id: id that ends a row, or -1 for none.
       sampler: how the next token is chosen (`token_sampling.OPTIONS` has the defaults of its keywords):
-        "greedy", the most likely token;
+        "greedy", the most likely token; `draft_tokens` above 0 gives the same tokens in fewer steps where the text
+          repeats itself, with 1 + draft_tokens slots of the cache for each new token (see prompt_lookup.py);
         "temperature", a sample from softmax(logits / temperature); 0 equals greedy;
         "top_k", a sample at `temperature` from the `top_k` most likely tokens;
         "nucleus", a sample at `temperature` from the smallest set of tokens of probability mass `top_p`;
@@ -86,8 +93,9 @@ def generate(
       UserError: an unknown sampler or option, or arguments of a wrong shape, dtype or value.
     """
     token_sampler = make_sampler(
-        sampler, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=num_beams, length_penalty=length_penalty
-    )
+        sampler, temperature=temperature, top_k=top_k, top_p=top_p, num_beams=num_beams, length_penalty=length_penalty,
+        draft_tokens=draft_tokens,
+    )  # fmt: skip
     check_integers(max_new_tokens=max_new_tokens, eos_id=eos_id, seed=seed, first_row=first_row)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1: raise it.")
@@ -130,22 +138,31 @@ def _generate(
     # Gather the embedding once, before the loop over tokens, every step of which uses it twice.
     model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
     read_in_place(model.decoder)
-    logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens, cache_dtype)
+    logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens * sampler.inputs, cache_dtype)
     take_apart(model.decoder, num_tokens)
+    advance = functools.partial(_advance, model, valid)
     if sampler.name == "beam":
-        advance = functools.partial(_advance, model, jnp.repeat(valid, sampler.num_beams, axis=0))
         new_tokens, score, steps = beam_search(
             logits,
             cache,
             advance,
             num_beams=sampler.num_beams,
             num_tokens=num_tokens,
-            prompt_slots=valid.shape[1],
             eos_id=eos_id,
             length_penalty=sampler.length_penalty,
         )
         return new_tokens, {"score": score, "steps": steps}
-    advance = functools.partial(_advance, model, valid)
+    if sampler.draft_tokens:
+        return decode_with_drafts(
+            logits,
+            jnp.where(mask_input, tokens, NO_TOKEN),
+            cache,
+            advance,
+            num_drafts=sampler.draft_tokens,
+            num_tokens=num_tokens,
+            eos_id=eos_id,
+            keep_logits=keep_logits,
+        )
     sample_rows = row_sharding.by_rows(sample_tokens, (False, True, True, False), True)
     keys = row_keys(key, len(tokens), first_row)
     sample = lambda logits, step: sample_rows(sampler, logits, keys, step)  # noqa: E731
@@ -154,7 +171,7 @@ def _generate(
 
 def _decode(logits: Float[Array, "B V"], cache, advance, sample, eos_id, num_tokens: int, keep_logits: bool):
     """Samples one token per row and step until every row has ended; the model does not run on the last token."""
-    rows, vocab = logits.shape
+    (rows, vocab), slots = logits.shape, jnp.arange(num_tokens)
 
     def store(step, logits, done, out):
         token = jnp.where(done, PAD, sample(logits, step))
@@ -165,8 +182,9 @@ def _decode(logits: Float[Array, "B V"], cache, advance, sample, eos_id, num_tok
 
     def body(carry):
         cache, step, token, done, out = carry
-        logits, cache = advance(cache, token, step - 1)
-        return cache, *store(step, logits, done, out)
+        newest = step - 1
+        logits, cache = advance(cache, token[:, None], newest, (slots <= newest)[None, None], newest)
+        return cache, *store(step, logits[:, 0], done, out)
 
     out = {"tokens": jnp.full((rows, num_tokens), PAD, jnp.int32)}
     if keep_logits:
@@ -177,30 +195,50 @@ def _decode(logits: Float[Array, "B V"], cache, advance, sample, eos_id, num_tok
 
 
 def _prefill(
-    model: PaliGemma, features, tokens, mask_input, num_tokens: int, cache_dtype: str | None
+    model: PaliGemma, features, tokens, mask_input, new_slots: int, cache_dtype: str | None
 ) -> tuple[Array, dict[str, Array], Array]:
-    """Runs image and prompt; returns logits [B, V] of the first new token, the cache, and the mask of prompt slots."""
+    """Runs image and prompt; returns logits [B, V] of the first new token, the cache, and the mask of prompt slots.
+
+    The cache has `new_slots` more.
+    """
     features = model.context(features)
     valid, _ = join_masks(features.shape[1], mask_input, jnp.zeros(tokens.shape, jnp.int32))
     rows, prompt = valid.shape
-    cache = model.decoder.empty_cache(rows, prompt + num_tokens, cache_dtype)
-    mask = jnp.pad(valid[:, None, :] & valid[:, :, None], ((0, 0), (0, 0), (0, num_tokens)))
+    cache = model.decoder.empty_cache(rows, prompt + new_slots, cache_dtype)
+    mask = jnp.pad(valid[:, None, :] & valid[:, :, None], ((0, 0), (0, 0), (0, new_slots)))
     x = jnp.concatenate([features.astype(jnp.float32), model.decoder.embed_tokens(tokens)], axis=1)
     hidden, cache, _ = model.decoder(x, positions_of(valid), mask, cache, 0)
     assert cache is not None, "the decoder returns a cache when it is given one"
     return decoder_logits(model.decoder, last_real(hidden, valid)[:, None])[:, 0], cache, valid
 
 
-def _advance(model: PaliGemma, valid: Bool[Array, "B S"], cache, tokens: Int[Array, " B"], index: Int[Array, ""]):
-    """Runs new token number `index` of every row; returns logits [B, V] of the next token, and the cache."""
-    prompt = valid.shape[1]
-    slots = jnp.arange(cache["k"].shape[2])
-    written = (slots >= prompt) & (slots <= prompt + index)
-    mask = jnp.pad(valid, ((0, 0), (0, len(slots) - prompt))) | written[None, :]
-    positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + index
-    x = model.decoder.embed_tokens(tokens[:, None])
-    hidden, cache, _ = model.decoder(x, positions, mask[:, None, :], cache, prompt + index)
-    return decoder_logits(model.decoder, hidden)[:, 0], cache
+def _advance(
+    model: PaliGemma,
+    valid: Bool[Array, "B S"],
+    cache: dict[str, Array],
+    tokens: Int[Array, "B Q"],
+    numbers: Int[Array, ""] | Int[Array, "B Q"],
+    seen: Bool[Array, "#B #Q M"],
+    step: Int[Array, ""],
+) -> tuple[Float[Array, "B Q V"], dict[str, Array]]:
+    """Runs one step; returns logits of the token after each input, and the cache with the inputs written.
+
+    Args:
+      model: of the tokens.
+      valid: prompt slots that hold a real token.
+      cache: with S + M slots.
+      tokens: the inputs.
+      numbers: each input's index among the new tokens of its text.
+      seen: the new slots that each input attends to, beside the prompt's.
+      step: number of earlier steps; the inputs take the new slots from step * Q on.
+    """
+    parts = (jnp.broadcast_to(part, (*tokens.shape, part.shape[2])) for part in (valid[:, None], seen))
+    positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + numbers
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    mask, start = jnp.concatenate(list(parts), axis=2), valid.shape[1] + step * tokens.shape[1]
+    hidden, written, _ = model.decoder(model.decoder.embed_tokens(tokens), positions, mask, cache, start)
+    assert written is not None, "the decoder returns a cache when it is given one"
+    return decoder_logits(model.decoder, hidden), written
 
 
 def last_real(hidden: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from train_jax.core.errors import UserError, quoted
 
 OPTIONS: dict[str, dict[str, float | int]] = {
-    "greedy": {},
+    "greedy": {"draft_tokens": 0},
     "temperature": {"temperature": 1.0},
     "top_k": {"temperature": 1.0, "top_k": 50},
     "nucleus": {"temperature": 1.0, "top_p": 0.9},
@@ -36,9 +36,15 @@ class TokenSampler:
     name: str = dataclasses.field(metadata=_static)
     top_k: int = dataclasses.field(default=0, metadata=_static)
     num_beams: int = dataclasses.field(default=1, metadata=_static)
+    draft_tokens: int = dataclasses.field(default=0, metadata=_static)
     temperature: float | Array = 1.0
     top_p: float | Array = 1.0
     length_penalty: float | Array = 1.0
+
+    @property
+    def inputs(self) -> int:
+        """Number of tokens that a step runs for each row: one for each beam, or the newest and its drafts."""
+        return self.num_beams + self.draft_tokens
 
 
 def make_sampler(name: str, **options: float | int | None) -> TokenSampler:
@@ -62,7 +68,7 @@ def make_sampler(name: str, **options: float | int | None) -> TokenSampler:
             kind = "whole" if isinstance(default, int) else "finite"
             raise UserError(f"{option} is {quoted(value)}, expected a {kind} number: set it to, say, {default}.")
     settings = OPTIONS[name] | given
-    for option, smallest in (("temperature", 0), ("top_k", 1), ("num_beams", 1)):
+    for option, smallest in (("temperature", 0), ("top_k", 1), ("num_beams", 1), ("draft_tokens", 0)):
         if settings.get(option, smallest) < smallest:
             raise UserError(f"{option} is {settings[option]}, expected at least {smallest}: raise it.")
     if not 0 < settings.get("top_p", 1.0) <= 1:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from paligemma_jax.data.prompts import make_example
+from paligemma_jax.data.prompts import make_example, padded_length
 from paligemma_jax.data.row_texts import check_prompt, is_text
 from paligemma_jax.data.sources.splits import template_of
 from paligemma_jax.data.tokenizers.paligemma import Tokenizer, load_tokenizer
@@ -137,9 +137,10 @@ def _prompt_settings(config: ConfigDict) -> dict[str, str]:
 
 
 def _prompt_rows(tokenizer: Tokenizer, prefixes: list[str], special_tokens: str) -> list[dict[str, np.ndarray]]:
-    """Returns tokens and masks of prompts, all padded to the length of the longest."""
+    """Returns tokens and masks of prompts, all padded to one of the lengths of `padded_length`."""
     longest = max(len(tokenizer.encode(prefix)) for prefix in prefixes) + 1 + len(tokenizer.separator_ids)
-    return [make_example(tokenizer, prefix, None, longest, special_tokens=special_tokens) for prefix in prefixes]
+    length = padded_length(longest)
+    return [make_example(tokenizer, prefix, None, length, special_tokens=special_tokens) for prefix in prefixes]
 
 
 def read_pixels(file: str, prepare: Preprocessing) -> np.ndarray:

@@ -13,7 +13,7 @@ from paligemma_jax.inference import answer
 from paligemma_jax.inference.classify import classify
 from train_jax.core.errors import UserError, quoted
 
-SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty")
+SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "num_beams", "length_penalty", "draft_tokens")
 _ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r"})
 
 

@@ -114,14 +114,15 @@ SMALL = PaliGemmaConfig(
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("sampler", ["temperature", "top_k", "nucleus", "beam"])
+@pytest.mark.parametrize("sampler", ["temperature", "top_k", "nucleus", "beam", "greedy"])
 def test_samplers_choose_for_their_own_rows(sampler, mesh):
     """Logits, caches and hypotheses are not exchanged; weights come once a pass; answers are those of one device."""
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (16, 24, 24, 3)).astype(np.float32)
     tokens, real = rng.integers(3, 56, (16, 6)).astype(np.int32), np.arange(6)[None] < rng.integers(2, 7, (16, 1))
     real[::2] = real[::2, ::-1]
-    chosen = make_sampler(sampler, **{"top_k": {"top_k": 5}, "beam": {"num_beams": 3}}.get(sampler, {}))
+    options = {"top_k": {"top_k": 5}, "beam": {"num_beams": 3}, "greedy": {"draft_tokens": 2}}
+    chosen = make_sampler(sampler, **options.get(sampler, {}))
 
     def answered(sizes):
         devices = sharding.make_mesh(sizes | {"tensor": 1})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, Shaped, UInt8
 
 from paligemma_jax.adapt.quantization.nf4 import LEVELS
 
@@ -121,7 +121,7 @@ def product(
 def _stripe(levels, codes, constants, index: Int[Array, ""], *, block_size: int) -> BFloat16[Array, "O 256"]:
     """Returns stripe number `index` of the matrix, from references to levels, codes and constants [O, M]."""
     packed = codes[:, pl.ds(index * LANES, LANES)].astype(jnp.int32)
-    lane = lax.broadcasted_iota(jnp.int32, packed.shape, 1)
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)  # one row, as the lanes of all outputs are the same
     high_nibble_first = 4 * (1 - (lane & 1))
     table = jnp.broadcast_to(levels[...], packed.shape)
     halves = []
@@ -139,9 +139,9 @@ def _levels() -> Float[Array, "1 128"]:
     return jnp.pad(jnp.asarray(LEVELS), (0, LANES - len(LEVELS)))[None]
 
 
-def _take(values: Array, lanes: Int[Array, "O 128"]) -> Array:
-    """Gathers along the lanes of each row."""
-    return jnp.take_along_axis(values, lanes, axis=1, mode="promise_in_bounds")
+def _take(values: Shaped[Array, "O 128"], lanes: Int[Array, "#O 128"]) -> Shaped[Array, "O 128"]:
+    """Gathers along the lanes of each row, from the same lanes in all rows if these are given once."""
+    return jnp.take_along_axis(values, jnp.broadcast_to(lanes, values.shape), axis=1, mode="promise_in_bounds")
 
 
 def _by_output(absmax: Float[Array, "M O"]) -> Float[Array, "O lanes"]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.data import prompts
-from paligemma_jax.data.prompts import TruncationError, format_batch, make_example, training_arrays
+from paligemma_jax.data.prompts import TruncationError, format_batch, make_example, padded_length, training_arrays
 from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from train_jax.core.errors import UserError
 
@@ -79,6 +79,13 @@ def test_lengths_at_the_limits_and_beyond():
             make_example(TINY, "how many cubes", "two red", length, **limits)
     with pytest.raises(TruncationError, match="5 tokens but 4 fit"):
         make_example(TINY, "how many cubes", None, 4)
+
+
+def test_prompts_are_padded_to_few_lengths_and_little():
+    lengths = range(1, 513)
+    padded = [padded_length(length) for length in lengths]
+    assert sorted(set(padded)) == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    assert all(0 <= more - length < max(16, length / 2) for length, more in zip(lengths, padded, strict=True))
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<bos>", "<eos>", "<pad>"])

@@ -11,7 +11,7 @@ from paligemma_jax.generation.beam_search import beam_search
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-VOCAB, LENGTH, PROMPT, EOS = 4, 4, 2, 3
+VOCAB, LENGTH, EOS = 4, 4, 3
 TABLE = jax.random.normal(jax.random.key(0), (2, VOCAB**LENGTH, VOCAB)) * 1.5  # by row, and history as a number
 
 
@@ -21,21 +21,20 @@ def next_logits(row, history):
     return TABLE[row, (code * 7919) % TABLE.shape[1]]
 
 
-def advance(cache, tokens, index):
-    """The toy model: writes tokens (plus 1) to the cache and predicts from the tokens in it."""
-    written = cache["k"].at[0, :, PROMPT + index, 0, 0].set(tokens + 1)
-    row = written[0, :, 0, 0, 0]  # the prompt's first slot has the number of the row
-    return next_logits(row, written[0, :, PROMPT:, 0, 0]), {"k": written}
+def advance(cache, tokens, _, seen, step):
+    """The toy model: writes tokens (plus 1) to the cache and predicts from those that each beam attends to."""
+    rows, num_beams = tokens.shape
+    written = jax.lax.dynamic_update_slice(cache["new"], tokens + 1, (0, step * num_beams))
+    histories = jnp.where(seen, written[:, None], 0).reshape(rows, num_beams, LENGTH, num_beams)
+    return next_logits(cache["row"][:, None], histories.sum(axis=-1)), cache | {"new": written}
 
 
 def search(num_beams, length_penalty, eos_id=EOS):
-    cache = jnp.zeros((1, 2, PROMPT + LENGTH, 1, 1), jnp.int32).at[0, :, 0, 0, 0].set(jnp.arange(2))
+    cache = {"row": jnp.arange(2), "new": jnp.zeros((2, LENGTH * num_beams), jnp.int32)}
     first = next_logits(jnp.arange(2), jnp.zeros((2, LENGTH), jnp.int32))
-    options = dict(num_beams=num_beams, num_tokens=LENGTH, prompt_slots=PROMPT)
+    options = dict(num_beams=num_beams, num_tokens=LENGTH)
     run = jax.jit(
-        lambda eos_id, penalty: beam_search(
-            first, {"k": cache}, advance, **options, eos_id=eos_id, length_penalty=penalty
-        )
+        lambda eos_id, penalty: beam_search(first, cache, advance, **options, eos_id=eos_id, length_penalty=penalty)
     )
     return jax.tree.map(np.asarray, run(eos_id, length_penalty))
 

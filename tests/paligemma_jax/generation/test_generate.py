@@ -185,7 +185,7 @@ def test_row_numbers_may_go_on_from_an_earlier_batch(big_vision):
 BAD = [
     (dict(first_row=-1), "first_row is -1, expected 0 or more"),
     (dict(sampler="best"), "sampler is 'best', expected one of greedy"),
-    (dict(top_k=4), "'greedy' takes no option, not top_k"),
+    (dict(top_k=4), "'greedy' takes draft_tokens, not top_k"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"),
     (dict(eos_id=192), "eos_id is 192"),
     (dict(cache_dtype="int8"), "cache_dtype is 'int8'"),

@@ -85,6 +85,7 @@ def test_steps_and_rows_use_different_keys():
         ("temperature", dict(temperature=-1), "temperature is -1"),
         ("top_k", dict(top_k=0), "top_k is 0"),
         ("beam", dict(num_beams=0), "num_beams is 0"),
+        ("greedy", dict(draft_tokens=-1), "draft_tokens is -1"),
         ("nucleus", dict(top_p=0.0), "top_p is 0.0"),
         ("nucleus", dict(top_p=1.5), "top_p is 1.5"),
         ("temperature", dict(temperature=float("nan")), "temperature is nan, expected a finite number"),

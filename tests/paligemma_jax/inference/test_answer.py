@@ -45,6 +45,23 @@ def test_batches_and_pairing(mini_folder, scenes, monkeypatch):
     assert other[0] == together[0]  # the neighbour's length does not matter
 
 
+def test_prompts_of_several_lengths_share_a_program_and_padding_changes_no_answer(mini_folder, scenes, monkeypatch):
+    images, lengths = [str(image) for image in sorted(scenes.iterdir())[:2]], []
+    options = {"model": str(mini_folder), "max_new_tokens": 3}
+
+    def generate(model, images, tokens, *rest, **more):
+        lengths.append(tokens.shape[1])
+        return pg.generate(model, images, tokens, *rest, **more)
+
+    monkeypatch.setattr(predict_module, "generate", generate)
+    prompts = ["caption en", "count the cubes", "any red cube left of a ball?"]
+    padded = [predict(images, [prompt], **options) for prompt in prompts]
+    assert lengths == [16] * 3
+    monkeypatch.setattr(predict_module, "padded_length", lambda length: length)
+    assert predict(images, prompts[:1], **options) == padded[0]
+    assert lengths[3] < 16
+
+
 def test_the_image_is_prepared_by_the_models_preprocessing(mini_folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
