@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -83,23 +83,22 @@ def predict(
     pixels = {image: read_pixels(image, preprocessing) for image in dict.fromkeys(images)}
     prompts = [settings["prompt"].replace("{question}", text) for text in texts]
     rows = _prompt_rows(text_tokenizer, prompts, special_tokens or settings["special_tokens"])
+    rows = [row | {"image": pixels[image]} for image, row in zip(images, rows, strict=True)]
+    options = dict(max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, **sampler_options)
+    return list(zip(images, texts, _answers(loaded, rows, text_tokenizer, options), strict=True))
+
+
+def _answers(
+    model: PaliGemma, rows: list[dict[str, np.ndarray]], tokenizer: Tokenizer, options: dict[str, Any]
+) -> list[str]:
+    """Returns the generated text of each row, which has an image, tokens and their mask; `options` as of generate."""
     answers = []
-    for start in range(0, len(images), BATCH):
-        part = slice(start, start + BATCH)
-        tokens = generate(
-            loaded,
-            np.stack([pixels[image] for image in images[part]]),
-            np.stack([row["tokens"] for row in rows[part]]),
-            np.stack([row["mask_input"] for row in rows[part]]),
-            max_new_tokens,
-            text_tokenizer.eos_id,
-            sampler,
-            seed,
-            first_row=start,
-            **cast(dict[str, Any], sampler_options),
-        )
-        answers += [text_tokenizer.decode(row.tolist()) for row in np.asarray(tokens)]
-    return list(zip(images, texts, answers, strict=True))
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        images, tokens, mask = (np.stack([row[name] for row in part]) for name in ("image", "tokens", "mask_input"))
+        new_tokens = generate(model, images, tokens, mask, eos_id=tokenizer.eos_id, first_row=start, **options)
+        answers += [tokenizer.decode(row.tolist()) for row in np.asarray(new_tokens)]
+    return answers
 
 
 def _one_of(workdir: str | None, model: str | None) -> str:
