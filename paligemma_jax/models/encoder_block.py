@@ -135,10 +135,10 @@ class EncoderAttention(nnx.Module):
         x: Float[Array, "B T D"],
         dropout_keys=None,
         *,
-        mask: Bool[Array, "B T S"] | None = None,
+        mask: Bool[Array, "B #T S"] | None = None,
         keys_from: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attends to x, or to `keys_from`; `mask` is True where query t attends to key s, None for all keys."""
+        """Attends to x, or to `keys_from`; `mask` is as of `attention`."""
         source = x if keys_from is None else keys_from
         q, k, v = self.q_proj(x, dropout_keys), self.k_proj(source, dropout_keys), self.v_proj(source, dropout_keys)
         out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=self.kernel)
@@ -194,13 +194,13 @@ class EncoderBlock(nnx.Module):
         self.mlp = EncoderMlp(config, name, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B T T"] | None = None
+        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B #T T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after the block, in float32."""
         x = x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask)
         return x + self.mlp(self.layer_norm2(x), dropout_keys)
 
-    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B T T"] | None = None) -> Float[Array, "B 1 D"]:
+    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B #T T"] | None = None) -> Float[Array, "B 1 D"]:
         """Returns the block's output at the last position without computing the others."""
         source = self.layer_norm1(x)
         mask = None if mask is None else mask[:, -1:]
@@ -231,7 +231,7 @@ def run_blocks(
     dropout_keys=None,
     *,
     depth: int,
-    mask: Bool[Array, "B T T"] | None = None,
+    mask: Bool[Array, "B #T T"] | None = None,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T D"]:

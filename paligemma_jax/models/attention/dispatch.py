@@ -1,4 +1,4 @@
-"""Attention: one function in front of the plain kernel and the flash kernels of TPUs and GPUs."""
+"""Attention: one function in front of the plain kernel and the kernels of TPUs and GPUs that hold no matrix of scores."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from paligemma_jax.models.attention import gpu, partition, tpu
+from paligemma_jax.models.attention import gpu, partition, short, tpu
 from paligemma_jax.models.attention.masks import TokenMask
 from paligemma_jax.models.attention.plain import plain_attention
 from train_jax.core import devices
@@ -23,7 +23,7 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | TokenMask | None,
+    mask: Bool[Array, "B #T S"] | TokenMask | None,
     *,
     scale: float,
     cap: float | None = None,
@@ -33,16 +33,19 @@ def attention(
 
     Args:
       q, k, v: in the compute dtype; N is a multiple of K, query head n uses key/value head n // (N / K).
-      mask: True where query t attends to key s, or the same stored by token; None attends to all keys. The output of a
-        query without keys, as of padding, depends on the kernel.
+      mask: True where query t attends to key s, or the same stored by token; None attends to all keys. [B, 1, S] holds
+        for all queries. The output of a query without keys, as of padding, depends on the kernel.
       scale: factor on the scores, usually H ** -0.5.
       cap: soft cap on the scaled scores (Gemma 2), applied before the mask.
-      kernel: one of KERNELS, see `has_flash`. A mask of every query and key is left to the plain kernel.
+      kernel: one of KERNELS, see `has_flash` and `has_short`. A mask of every query and key is left to the plain kernel.
 
     Raises:
       ValueError: see `has_flash`.
     """
-    (_, T, _, H), S = q.shape, k.shape[1]
+    (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    by_key = mask is None or (not isinstance(mask, TokenMask) and mask.shape[1] == 1)
+    if by_key and T == S and N == K and has_short(kernel, T, q.dtype, cap):
+        return partition.on_each_device(functools.partial(short.short_attention, scale=scale), q, k, v, mask)
     if (mask is None or isinstance(mask, TokenMask)) and T == S and has_flash(kernel, T, H, q.dtype, cap):
         return partition.on_each_device(_flash_kernel(scale, cap), q, k, v, mask)
     return plain_attention(q, k, v, mask.dense() if isinstance(mask, TokenMask) else mask, scale=scale, cap=cap)
@@ -79,6 +82,17 @@ def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: fl
     if platform == "tpu":
         fits = jnp.dtype(dtype) == jnp.bfloat16
     return fits and length >= SHORTEST.get(platform, length + 1) and not partition.is_partitioned_unseen()
+
+
+def has_short(kernel: str, length: int, dtype: DTypeLike, cap: float | None = None) -> bool:
+    """Returns whether attention of as many keys as queries uses the TPU's kernel for short sequences (short.py).
+
+    Args:
+      kernel, dtype, cap: see `has_flash`.
+      length: T.
+    """
+    fits = cap is None and length <= short.LONGEST and jnp.dtype(dtype) == jnp.bfloat16
+    return kernel != "plain" and fits and devices.platform() == "tpu" and not partition.is_partitioned_unseen()
 
 
 def _flash_kernel(scale: float, cap: float | None):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models.attention.masks import TokenMask
 from train_jax.core import row_sharding
@@ -21,7 +21,7 @@ def on_each_device(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    mask: TokenMask | None,
+    mask: TokenMask | Bool[Array, "B 1 S"] | None,
 ) -> Float[Array, "B T N H"]:
     """Returns `kernel(q, k, v, mask)` over the mesh of the context.
 
