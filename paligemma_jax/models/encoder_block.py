@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models import numerics
-from paligemma_jax.models.attention import attention
+from paligemma_jax.models.attention import attention, has_short, short_attention
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import LayerNorm
 from paligemma_jax.models.projection import Projection
@@ -135,10 +135,15 @@ class EncoderAttention(nnx.Module):
         x: Float[Array, "B T D"],
         dropout_keys=None,
         *,
-        mask: Bool[Array, "B #T S"] | None = None,
+        mask: Bool[Array, "B _ S"] | None = None,
         keys_from: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends to x, or to `keys_from`; `mask` is as of `attention`."""
+        num_heads, head_dim = self.q_proj.out_shape
+        if keys_from is None and has_short(self.kernel, x.shape[1], num_heads, head_dim, self.q_proj.dtype, mask):
+            q, k, v = (projection.flat(x, dropout_keys) for projection in (self.q_proj, self.k_proj, self.v_proj))
+            out = short_attention(q, k, v, mask, num_heads=num_heads, scale=head_dim**-0.5)
+            return self.out_proj.flat(out, dropout_keys, jnp.float32)
         source = x if keys_from is None else keys_from
         q, k, v = self.q_proj(x, dropout_keys), self.k_proj(source, dropout_keys), self.v_proj(source, dropout_keys)
         out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=self.kernel)
@@ -180,7 +185,7 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = activate(self.activation, self.fc1(x, dropout_keys, jnp.float32))
+        hidden = activate(self.activation, numerics.materialized(self.fc1(x, dropout_keys)))
         return self.fc2(hidden, dropout_keys, jnp.float32)
 
 
@@ -194,13 +199,17 @@ class EncoderBlock(nnx.Module):
         self.mlp = EncoderMlp(config, name, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B #T T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        dropout_keys=None,
+        *,
+        mask: Bool[Array, "B _ T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after the block, in float32."""
         x = x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask)
         return x + self.mlp(self.layer_norm2(x), dropout_keys)
 
-    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B #T T"] | None = None) -> Float[Array, "B 1 D"]:
+    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B _ T"] | None = None) -> Float[Array, "B 1 D"]:
         """Returns the block's output at the last position without computing the others."""
         source = self.layer_norm1(x)
         mask = None if mask is None else mask[:, -1:]
@@ -231,7 +240,7 @@ def run_blocks(
     dropout_keys=None,
     *,
     depth: int,
-    mask: Bool[Array, "B #T T"] | None = None,
+    mask: Bool[Array, "B _ T"] | None = None,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T D"]:

@@ -7,11 +7,13 @@ import jax
 from flax import nnx
 from jax import lax
 
+from paligemma_jax.models.norms import STATISTICS
+from paligemma_jax.models.projection import PROJECTED
 from train_jax.core import row_sharding
 
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, STATISTICS),
 }
 
 

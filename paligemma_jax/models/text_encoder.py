@@ -145,7 +145,7 @@ class TextEncoder(nnx.Module):
         return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
 
 
-def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B #T T"] | None:
+def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B _ T"] | None:
     """Returns the attention mask of padding and causality; None if every token attends to every token."""
     if mask is None and not causal:
         return None

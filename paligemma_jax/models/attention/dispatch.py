@@ -1,4 +1,4 @@
-"""Attention: one function in front of the plain kernel and the kernels of TPUs and GPUs that hold no matrix of scores."""
+"""Attention: one function in front of the plain and the flash kernels, and one for the kernel of short sequences."""
 
 import functools
 
@@ -23,7 +23,7 @@ def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B #T S"] | TokenMask | None,
+    mask: Bool[Array, "B _ S"] | TokenMask | None,
     *,
     scale: float,
     cap: float | None = None,
@@ -37,18 +37,55 @@ def attention(
         for all queries. The output of a query without keys, as of padding, depends on the kernel.
       scale: factor on the scores, usually H ** -0.5.
       cap: soft cap on the scaled scores (Gemma 2), applied before the mask.
-      kernel: one of KERNELS, see `has_flash` and `has_short`. A mask of every query and key is left to the plain kernel.
+      kernel: one of KERNELS, see `has_flash`. A mask of every query and key is left to the plain kernel.
 
     Raises:
       ValueError: see `has_flash`.
     """
-    (_, T, N, H), (S, K) = q.shape, k.shape[1:3]
-    by_key = mask is None or (not isinstance(mask, TokenMask) and mask.shape[1] == 1)
-    if by_key and T == S and N == K and has_short(kernel, T, q.dtype, cap):
-        return partition.on_each_device(functools.partial(short.short_attention, scale=scale), q, k, v, mask)
+    (_, T, _, H), S = q.shape, k.shape[1]
     if (mask is None or isinstance(mask, TokenMask)) and T == S and has_flash(kernel, T, H, q.dtype, cap):
         return partition.on_each_device(_flash_kernel(scale, cap), q, k, v, mask)
     return plain_attention(q, k, v, mask.dense() if isinstance(mask, TokenMask) else mask, scale=scale, cap=cap)
+
+
+def short_attention(
+    q: Float[Array, "B T D"],
+    k: Float[Array, "B T D"],
+    v: Float[Array, "B T D"],
+    mask: Bool[Array, "B 1 T"] | None,
+    *,
+    num_heads: int,
+    scale: float,
+) -> Float[Array, "B T D"]:
+    """Attention of flattened heads, D = N * H, by the kernel for short sequences; requires `has_short`.
+
+    Args:
+      q, k, v, mask, scale: as of `attention`; every query head has a key/value head of its own.
+      num_heads: N.
+    """
+    head_dim, interpret = q.shape[2] // num_heads, devices.platform() == "cpu"
+    kernel = functools.partial(short.short_attention, head_dim=head_dim, scale=scale, interpret=interpret)
+    return partition.on_each_device(kernel, q, k, v, mask, heads=(num_heads, num_heads))
+
+
+def has_short(
+    kernel: str, length: int, num_heads: int, head_dim: int, dtype: DTypeLike, mask: Bool[Array, "B _ S"] | None
+) -> bool:
+    """Returns whether self-attention without a soft cap uses the TPU's kernel for short sequences (short.py).
+
+    Args:
+      kernel, length, head_dim, dtype: see `has_flash`.
+      num_heads: N, of queries and of keys.
+      mask: as of `attention`; one of every query and key is left to the plain kernel.
+    """
+    fits = length <= short.LONGEST and jnp.dtype(dtype) == jnp.bfloat16 and (mask is None or mask.shape[1] == 1)
+    return (
+        kernel != "plain"
+        and devices.platform() == "tpu"
+        and fits
+        and short.block_width(length, num_heads * head_dim, head_dim, dtype) is not None
+        and not partition.is_partitioned_unseen()
+    )
 
 
 def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: float | None = None) -> bool:
@@ -82,17 +119,6 @@ def has_flash(kernel: str, length: int, head_dim: int, dtype: DTypeLike, cap: fl
     if platform == "tpu":
         fits = jnp.dtype(dtype) == jnp.bfloat16
     return fits and length >= SHORTEST.get(platform, length + 1) and not partition.is_partitioned_unseen()
-
-
-def has_short(kernel: str, length: int, dtype: DTypeLike, cap: float | None = None) -> bool:
-    """Returns whether attention of as many keys as queries uses the TPU's kernel for short sequences (short.py).
-
-    Args:
-      kernel, dtype, cap: see `has_flash`.
-      length: T.
-    """
-    fits = cap is None and length <= short.LONGEST and jnp.dtype(dtype) == jnp.bfloat16
-    return kernel != "plain" and fits and devices.platform() == "tpu" and not partition.is_partitioned_unseen()
 
 
 def _flash_kernel(scale: float, cap: float | None):

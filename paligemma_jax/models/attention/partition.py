@@ -18,22 +18,29 @@ _HEADS = "tensor"  # the axis of the mesh that splits heads
 
 def on_each_device(
     kernel: Callable[..., Array],
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    q: Float[Array, "B T *N"],
+    k: Float[Array, "B S *K"],
+    v: Float[Array, "B S *K"],
     mask: TokenMask | Bool[Array, "B 1 S"] | None,
-) -> Float[Array, "B T N H"]:
+    heads: tuple[int, int] | None = None,
+) -> Float[Array, "B T *N"]:
     """Returns `kernel(q, k, v, mask)` over the mesh of the context.
 
     Rows that the mesh does not divide, and heads likewise, are computed on every device. A single key/value head is
     copied to the devices that share its query heads.
+
+    Args:
+      kernel: of one device.
+      q, k, v: with heads and their width as two axes, or flattened to one.
+      mask: with rows on the first axis.
+      heads: of queries and of keys, where they are flattened.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = _automatic_axes(mesh)
     if not axes or mesh.size == 1:
         return kernel(q, k, v, mask)
     rows = row_sharding.ROW_AXES if row_sharding.row_parts(len(q)) > 1 else None
-    query_heads, key_heads = _head_axes(mesh, axes, q.shape[2], k.shape[2])
+    query_heads, key_heads = _head_axes(mesh, axes, *(heads or (q.shape[2], k.shape[2])))
     queries, keys = PartitionSpec(rows, None, query_heads), PartitionSpec(rows, None, key_heads)
     return jax.shard_map(
         kernel,

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paligemma_jax.losses import embed_in_micro_batches, sigmoid_loss, softmax_loss
+from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.models.variants import variant
 from tests.paligemma_jax.contrastive import mesh_of
 from train_jax.core.errors import UserError
-from train_jax.plan import hlo
+from train_jax.plan import flops, hlo
 from train_jax.system.memory import step_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -69,6 +72,33 @@ def test_memory_is_that_of_a_micro_batch():
         return step_memory(step.lower(params, batch, micro_batch).compile()).temp
 
     assert temporary(64) < temporary(None) / 4
+
+
+def test_no_product_is_computed_more_than_twice_forward():
+    """A step costs the products of the first pass, of the second pass and twice those of a backward pass; three forward
+    ones if blocks are recomputed within the second pass."""
+    sizes = {"depth": 3, "mlp_dim": 64, "width": 32, "num_heads": 2}
+    config = variant("mini").replace(
+        vision={"image_size": 28, "patch_size": 14} | sizes, text={"length": 6} | sizes, embed_dim=32
+    )
+    images, tokens = jnp.ones((8, 28, 28, 3)), jnp.ones((8, 6), jnp.int32)
+
+    def flops_of(remat, micro_batch, grad):
+        model = nnx.eval_shape(lambda: DualEncoder(config.replace(both={"remat": remat}), rngs=nnx.Rngs(0)))
+        graph, arrays = nnx.split(model)
+
+        def loss(arrays):
+            embed = lambda rows: nnx.merge(graph, arrays)(*rows)[:2]  # noqa: E731
+            return sum(embeds.sum() for embeds in embed_in_micro_batches(embed, (images, tokens), micro_batch))
+
+        return flops.product_flops(
+            hlo.parse(jax.jit(jax.grad(loss) if grad else loss).lower(arrays).compile().as_text())
+        )
+
+    forward = flops_of("none", None, grad=False)
+    for remat in ("none", "dots"):
+        assert 3.7 * forward < flops_of(remat, 4, grad=True) < 4.1 * forward
+    assert flops_of("block", 4, grad=True) > 4.6 * forward
 
 
 def test_every_device_embeds_its_own_rows():
