@@ -10,13 +10,14 @@ from typing import Any, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models import numerics
 from paligemma_jax.models.attention import attention, has_short, short_attention
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import LayerNorm
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.projection import PROJECTED, Projection
 from paligemma_jax.models.stack import scan_stack
 
 
@@ -185,8 +186,8 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = activate(self.activation, numerics.materialized(self.fc1(x, dropout_keys)))
-        return self.fc2(hidden, dropout_keys, jnp.float32)
+        hidden = checkpoint_name(numerics.materialized(self.fc1(x, dropout_keys)), PROJECTED)
+        return self.fc2(activate(self.activation, hidden), dropout_keys, jnp.float32)
 
 
 class EncoderBlock(nnx.Module):
@@ -206,7 +207,7 @@ class EncoderBlock(nnx.Module):
         mask: Bool[Array, "B _ T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after the block, in float32."""
-        x = x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask)
+        x = checkpoint_name(x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask), PROJECTED)
         return x + self.mlp(self.layer_norm2(x), dropout_keys)
 
     def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B _ T"] | None = None) -> Float[Array, "B 1 D"]:

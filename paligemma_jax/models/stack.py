@@ -55,7 +55,8 @@ def scan_stack(
       carry: pytree passed from layer to layer.
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
-        "dots" keeps the results of matrix products without batch axes.
+        "dots" keeps the results of projections, in their dtype, and the statistics of norms, and computes what follows
+        from them again: norms, activations, attention.
       unroll: whether to unroll the loop over layers: faster on CPU, slower to compile. Ignored where weights are
         gathered from other devices.
       row_axes: the batch axis of the carry's arrays, see row_sharding.pin_rows.

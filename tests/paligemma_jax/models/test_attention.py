@@ -293,12 +293,12 @@ def test_what_the_tpu_holds_apart_from_products_has_the_gradient_of_the_identity
         ({"length": 257}, False),
         ({"dtype": "float32"}, False),
         ({"head_dim": 88}, False),
-        ({"mask": jnp.ones((2, 1, 196), bool)}, True),
-        ({"mask": jnp.ones((2, 196, 196), bool)}, False),
+        ({"mask": jnp.ones((2, 1, 256), bool)}, True),
+        ({"mask": jnp.ones((2, 256, 256), bool)}, False),
     ],
 )
 def test_short_sequences_in_bfloat16_use_their_kernel_on_tpus(monkeypatch, changes, expected):
-    arguments = {"kernel": "auto", "length": 196, "num_heads": 16, "head_dim": 72, "dtype": "bfloat16", "mask": None}
+    arguments = {"kernel": "auto", "length": 256, "num_heads": 16, "head_dim": 72, "dtype": "bfloat16", "mask": None}
     monkeypatch.setattr(partition, "is_partitioned_unseen", lambda: False)
     assert not has_short(**arguments | changes)
     monkeypatch.setattr(devices, "platform", lambda: "tpu")
