@@ -67,7 +67,7 @@ def gradient_round(
             d_logits = materialized(d_logits.astype(images.vectors.dtype))
             if needs_grad.texts:
                 d_texts = update_chunk(d_texts, project_back(d_logits.T, images.vectors), start)
-            if needs_grad.images:
+            if sums.images is not None:
                 d_images = project_back(d_logits, slice_chunk(texts.vectors, start, size))
                 sums = sums._replace(images=sums.images + d_images)
             return sums, d_texts
