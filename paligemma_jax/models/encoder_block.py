@@ -17,8 +17,9 @@ from paligemma_jax.models import numerics
 from paligemma_jax.models.attention import attention, has_short, short_attention
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import LayerNorm
-from paligemma_jax.models.projection import PROJECTED, Projection
+from paligemma_jax.models.projection import PROJECTED, Projection, contract, is_plain
 from paligemma_jax.models.stack import scan_stack
+from train_jax.core import devices
 
 
 def quick_gelu(x: Array) -> Array:
@@ -169,10 +170,7 @@ class EncoderAttention(nnx.Module):
     @property
     def has_plain_kernels(self) -> bool:
         """Whether every projection is a `Projection` itself, no subclass, whose kernel is one array."""
-        return all(
-            type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        )
+        return all(is_plain(projection) for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj))
 
 
 class EncoderMlp(nnx.Module):
@@ -186,8 +184,35 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = checkpoint_name(numerics.materialized(self.fc1(x, dropout_keys)), PROJECTED)
+        hidden = self.fc1(x, dropout_keys)
+        if is_plain(self.fc2) and hidden.dtype != jnp.float32 and devices.platform() == "tpu":
+            kernel = self.fc2.kernel[...].astype(hidden.dtype)
+            return self.fc2.add_bias(_activated_product(self.activation, hidden, kernel))
         return self.fc2(activate(self.activation, hidden), dropout_keys, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activated_product(activation: str, x: Array, kernel: Array) -> Array:
+    """Returns act(x) W in float32; the backward pass computes act(x) again.
+
+    XLA on TPUs would compute x, itself a product, within this one, again for each tile of the result. In the backward
+    pass, where x has been saved, it reads x within the products.
+    """
+    return _plain_activated_product(activation, numerics.materialized(x), kernel)
+
+
+def _plain_activated_product(activation: str, x: Array, kernel: Array) -> Array:
+    return contract(numerics.cast(activate(activation, x), kernel.dtype), kernel, 1)
+
+
+def _activated_product_backward(activation: str, arguments: tuple[Array, Array], cotangent: Array):
+    _, pull = jax.vjp(functools.partial(_plain_activated_product, activation), *arguments)
+    return pull(cotangent)
+
+
+_activated_product.defvjp(
+    lambda activation, x, kernel: (_activated_product(activation, x, kernel), (x, kernel)), _activated_product_backward
+)
 
 
 class EncoderBlock(nnx.Module):

@@ -75,7 +75,7 @@ class Projection(nnx.Module):
 
         The product is one of two matrices, so that the result is laid out as one, without padding of the last axis.
         """
-        if type(self) is not Projection or not isinstance(self.kernel, nnx.Variable):
+        if not is_plain(self):
             y = self(x.reshape(*x.shape[:-1], *self.in_shape), dropout_keys, out_dtype)
             return y.reshape(*x.shape[:-1], -1)
         dtype = jnp.dtype(self.dtype)
@@ -107,6 +107,11 @@ class Projection(nnx.Module):
         return (
             self.kernel[...].astype(jnp.float32) if isinstance(self.kernel, nnx.Variable) else self.kernel.dequantize()
         )
+
+
+def is_plain(projection: Projection) -> bool:
+    """Whether a projection is a `Projection` itself, no subclass, whose kernel is one array."""
+    return type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
 
 
 def projections(model: nnx.Module) -> dict[str, Projection]:

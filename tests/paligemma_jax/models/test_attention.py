@@ -1,6 +1,7 @@
 """Masks stored by token, and flash attention beside the plain one; the TPU's kernel runs in an interpreter."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +272,24 @@ def test_a_block_computes_alike_with_the_kernel_for_short_sequences(monkeypatch,
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), output_and_gradients(), want
     )
+
+
+def test_the_mlp_of_tpus_computes_alike(monkeypatch):
+    config = ViTConfig(width=16, mlp_dim=32, num_heads=2, dtype="bfloat16")
+    graph, arrays = nnx.split(jax.tree.map(lambda x: x + 0.1, encoder_block.EncoderMlp(config, rngs=nnx.Rngs(0))))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.bfloat16)
+
+    def output_and_gradients():
+        return jax.value_and_grad(lambda arrays, x: jnp.sin(nnx.merge(graph, arrays)(x)).sum(), (0, 1))(arrays, x)
+
+    want = output_and_gradients()
+    monkeypatch.setattr(encoder_block.devices, "platform", lambda: "tpu")
+    monkeypatch.setattr(
+        encoder_block, "_plain_activated_product", spy := mock.Mock(wraps=encoder_block._plain_activated_product)
+    )
+    got = output_and_gradients()
+    assert spy.call_count == 2  # forward, and within the backward pass
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.float32(one), np.float32(other)), got, want)
 
 
 def test_what_the_tpu_holds_apart_from_products_has_the_gradient_of_the_identity(monkeypatch):
