@@ -119,6 +119,7 @@ def run_name(loss: str, batch_size: int, rate: float) -> str:
 def full_size() -> ConfigDict:
     """Returns the sweep of the paper's size, at its learning rate and bias; large batches are embedded in parts."""
     config = siglip.get_config("b16")
+    config.model.remat = "block"  # with parts of 4,096 rows, so that it fits on fewer devices
     total_examples(config, 3_000_000_000)
     config.sweep.metric, config.sweep.more = "mean_r1", ("step_temp_bytes",)
     config.sweep.x, config.sweep.series = "batch_size", "loss.name"

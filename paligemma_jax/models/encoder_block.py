@@ -14,11 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models import numerics
-from paligemma_jax.models.attention import attention
+from paligemma_jax.models.attention import attention, has_short, short_attention
 from paligemma_jax.models.dropout import fold_in_name
 from paligemma_jax.models.norms import LayerNorm
-from paligemma_jax.models.projection import Projection
+from paligemma_jax.models.projection import PROJECTED, Projection, contract, is_plain
 from paligemma_jax.models.stack import MLP, scan_stack
+from train_jax.core import devices
 
 
 def quick_gelu(x: Array) -> Array:
@@ -136,10 +137,15 @@ class EncoderAttention(nnx.Module):
         x: Float[Array, "B T D"],
         dropout_keys=None,
         *,
-        mask: Bool[Array, "B T S"] | None = None,
+        mask: Bool[Array, "B _ S"] | None = None,
         keys_from: Float[Array, "B S D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attends to x, or to `keys_from`; `mask` is True where query t attends to key s, None for all keys."""
+        """Attends to x, or to `keys_from`; `mask` is as of `attention`."""
+        num_heads, head_dim = self.q_proj.out_shape
+        if keys_from is None and has_short(self.kernel, x.shape[1], num_heads, head_dim, self.q_proj.dtype, mask):
+            q, k, v = (projection.flat(x, dropout_keys) for projection in (self.q_proj, self.k_proj, self.v_proj))
+            out = short_attention(q, k, v, mask, num_heads=num_heads, scale=head_dim**-0.5)
+            return self.out_proj.flat(out, dropout_keys, jnp.float32)
         source = x if keys_from is None else keys_from
         q, k, v = self.q_proj(x, dropout_keys), self.k_proj(source, dropout_keys), self.v_proj(source, dropout_keys)
         out = attention(q, k, v, mask, scale=q.shape[-1] ** -0.5, kernel=self.kernel)
@@ -164,10 +170,7 @@ class EncoderAttention(nnx.Module):
     @property
     def has_plain_kernels(self) -> bool:
         """Whether every projection is a `Projection` itself, no subclass, whose kernel is one array."""
-        return all(
-            type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
-            for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        )
+        return all(is_plain(projection) for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj))
 
 
 class EncoderMlp(nnx.Module):
@@ -181,8 +184,35 @@ class EncoderMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], dropout_keys=None) -> Float[Array, "B T D"]:
         """Returns the MLP's output in float32."""
-        hidden = checkpoint_name(self.fc1(x, dropout_keys, jnp.float32), MLP)
+        hidden = checkpoint_name(self.fc1(x, dropout_keys), MLP)
+        if is_plain(self.fc2) and hidden.dtype != jnp.float32 and devices.platform() == "tpu":
+            kernel = self.fc2.kernel[...].astype(hidden.dtype)
+            return self.fc2.add_bias(_activated_product(self.activation, hidden, kernel))
         return self.fc2(activate(self.activation, hidden), dropout_keys, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activated_product(activation: str, x: Array, kernel: Array) -> Array:
+    """Returns act(x) W in float32; the backward pass computes act(x) again.
+
+    XLA on TPUs would compute x, itself a product, within this one, again for each tile of the result. In the backward
+    pass, where x has been saved, it reads x within the products.
+    """
+    return _plain_activated_product(activation, numerics.materialized(x), kernel)
+
+
+def _plain_activated_product(activation: str, x: Array, kernel: Array) -> Array:
+    return contract(numerics.cast(activate(activation, x), kernel.dtype), kernel, 1)
+
+
+def _activated_product_backward(activation: str, arguments: tuple[Array, Array], cotangent: Array):
+    _, pull = jax.vjp(functools.partial(_plain_activated_product, activation), *arguments)
+    return pull(cotangent)
+
+
+_activated_product.defvjp(
+    lambda activation, x, kernel: (_activated_product(activation, x, kernel), (x, kernel)), _activated_product_backward
+)
 
 
 class EncoderBlock(nnx.Module):
@@ -195,13 +225,17 @@ class EncoderBlock(nnx.Module):
         self.mlp = EncoderMlp(config, name, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B T T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        dropout_keys=None,
+        *,
+        mask: Bool[Array, "B _ T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after the block, in float32."""
-        x = x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask)
+        x = checkpoint_name(x + self.self_attn(self.layer_norm1(x), dropout_keys, mask=mask), PROJECTED)
         return x + self.mlp(self.layer_norm2(x), dropout_keys)
 
-    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B T T"] | None = None) -> Float[Array, "B 1 D"]:
+    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B _ T"] | None = None) -> Float[Array, "B 1 D"]:
         """Returns the block's output at the last position without computing the others."""
         source = self.layer_norm1(x)
         mask = None if mask is None else mask[:, -1:]
@@ -232,7 +266,7 @@ def run_blocks(
     dropout_keys=None,
     *,
     depth: int,
-    mask: Bool[Array, "B T T"] | None = None,
+    mask: Bool[Array, "B _ T"] | None = None,
     remat: str = "none",
     unroll: bool = False,
 ) -> Float[Array, "B T D"]:

@@ -1,8 +1,11 @@
 """Numerics shared by models and losses: saturating casts, broadcasting, soft caps."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
+
+from train_jax.core import devices
 
 
 def cast(x: Array, dtype) -> Array:
@@ -16,6 +19,18 @@ def cast(x: Array, dtype) -> Array:
         limit = float(jnp.finfo(dtype).max)
         x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit))
     return x.astype(dtype)
+
+
+@jax.custom_vjp
+def materialized(x: Array) -> Array:
+    """Returns x, which the compiler does not compute within the products that use it; the backward pass is free.
+
+    XLA on TPUs computes a product's operand within the product, if it can, and repeats that for each tile.
+    """
+    return lax.optimization_barrier(x) if x.dtype != jnp.float32 and devices.platform() == "tpu" else x
+
+
+materialized.defvjp(lambda x: (materialized(x), None), lambda _, cotangent: (cotangent,))
 
 
 def broadcast(x: Array, like: Array) -> Array:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from paligemma_jax.models.dropout import DropoutKeys
 from paligemma_jax.models.numerics import broadcast, cast
+
+PROJECTED = "projected"  # name of results for policies of `jax.checkpoint`
 
 
 def fan_in_normal(num_contracted: int) -> Callable:
@@ -64,7 +67,24 @@ class Projection(nnx.Module):
         """
         dtype = jnp.dtype(self.dtype)
         out_dtype = jnp.dtype(out_dtype or dtype)
-        return cast(self.affine(cast(x, dtype), dropout_keys, out_dtype), out_dtype)
+        y = cast(self.affine(cast(x, dtype), dropout_keys, out_dtype), out_dtype)
+        return checkpoint_name(y, PROJECTED)
+
+    def flat(self, x: Array, dropout_keys: DropoutKeys | None = None, out_dtype=None) -> Array:
+        """Like `__call__`, from [B, ..., I] to [B, ..., O] with the axes of `in_shape` and of `out_shape` flattened.
+
+        The product is one of two matrices, so that the result is laid out as one, without padding of the last axis.
+        """
+        if not is_plain(self):
+            y = self(x.reshape(*x.shape[:-1], *self.in_shape), dropout_keys, out_dtype)
+            return y.reshape(*x.shape[:-1], -1)
+        dtype = jnp.dtype(self.dtype)
+        out_dtype = jnp.dtype(out_dtype or dtype)
+        kernel = self.kernel[...].astype(dtype).reshape(x.shape[-1], -1)
+        y = contract(cast(x, dtype), kernel, 1, out_dtype if self.bias is None else jnp.float32)
+        if self.bias is not None:
+            y += broadcast(self.bias[...].astype(jnp.float32).reshape(-1), y)
+        return checkpoint_name(cast(y, out_dtype), PROJECTED)
 
     def affine(self, x: Array, dropout_keys: DropoutKeys | None, out_dtype=jnp.float32) -> Array:
         """Returns x W + b in float32, or x W in `out_dtype` if there is no bias."""
@@ -87,6 +107,11 @@ class Projection(nnx.Module):
         return (
             self.kernel[...].astype(jnp.float32) if isinstance(self.kernel, nnx.Variable) else self.kernel.dequantize()
         )
+
+
+def is_plain(projection: Projection) -> bool:
+    """Whether a projection is a `Projection` itself, no subclass, whose kernel is one array."""
+    return type(projection) is Projection and isinstance(projection.kernel, nnx.Variable)
 
 
 def projections(model: nnx.Module) -> dict[str, Projection]:

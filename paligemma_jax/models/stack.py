@@ -7,6 +7,8 @@ import jax
 from flax import nnx
 from jax import lax
 
+from paligemma_jax.models.norms import STATISTICS
+from paligemma_jax.models.projection import PROJECTED
 from train_jax.core import row_sharding
 
 MLP = "mlp"
@@ -14,7 +16,7 @@ MLP = "mlp"
 
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, STATISTICS),
     "mlp": jax.checkpoint_policies.save_only_these_names(MLP),
     "auto": jax.checkpoint_policies.nothing_saveable,
 }
@@ -58,8 +60,9 @@ def scan_stack(
       carry: pytree passed from layer to layer.
       per_layer: pytree whose leaves have a leading layer axis, or None.
       remat: "none" keeps activations for the backward pass, "block" recomputes each block from its input,
-        "dots" keeps the results of matrix products without batch axes, "mlp" keeps what is named MLP. The trainer
-        replaces "auto" by one of these (train_jax/step/remat.py); elsewhere it is "block".
+        "dots" keeps the results of projections, in their dtype, and the statistics of norms, and computes what follows
+        from them again: norms, activations, attention; "mlp" keeps what is named MLP.
+        The trainer replaces "auto" by one of these (train_jax/step/remat.py); elsewhere it is "block".
       unroll: whether to unroll the loop over layers: faster on CPU, slower to compile. Ignored where weights are
         gathered from other devices.
       row_axes: the batch axis of the carry's arrays, see row_sharding.pin_rows.

@@ -144,10 +144,10 @@ class TextEncoder(nnx.Module):
         return jnp.take_along_axis(encoded, position[:, None, None], axis=1)[:, 0]
 
 
-def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B T T"] | None:
+def _attention_mask(mask: Array | None, tokens: Int[Array, "B T"], causal: bool) -> Bool[Array, "B _ T"] | None:
     """Returns the attention mask of padding and causality; None if every token attends to every token."""
     if mask is None and not causal:
         return None
     B, T = tokens.shape
     keys = jnp.ones((B, 1, T), bool) if mask is None else mask.astype(bool)[:, None]
-    return jnp.broadcast_to(keys & jnp.tri(T, dtype=bool)[None] if causal else keys, (B, T, T))
+    return keys & jnp.tri(T, dtype=bool)[None] if causal else keys

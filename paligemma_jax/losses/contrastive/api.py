@@ -21,9 +21,11 @@ from paligemma_jax.losses.contrastive.backward import NeedsGrad
 from paligemma_jax.losses.contrastive.pairs import PairMask, local_arrays
 from paligemma_jax.losses.contrastive.ring import Ring, ring_of
 from paligemma_jax.losses.contrastive.sigmoid_softmax import sigmoid_on_device, softmax_on_device
+from train_jax.core import devices
 from train_jax.core.errors import UserError
 
-DEFAULT_CHUNK = 256  # texts
+DEFAULT_CHUNK = {"cpu": 256, "gpu": 256, "tpu": 2048}
+"""Texts by platform. Each chunk adds to the gradient of all images of a device: on TPUs, small ones wait for memory."""
 
 
 class _StaticArguments(NamedTuple):
@@ -62,7 +64,8 @@ def sigmoid_loss(
         bias: added to the scaled cosines.
         mesh: the devices over which the rows of both embeddings are split; None means one device.
         axis: name, or names from outermost to innermost, of the mesh axes that split the rows.
-        chunk_size: texts per chunk; a device holds its images x `chunk_size` float32 pairs at a time. None means 256.
+        chunk_size: texts per chunk; a device holds its images x `chunk_size` float32 pairs at a time. None means
+            DEFAULT_CHUNK, 256 on CPUs.
         mask: the pairs that count, split by rows like `zimg`; the others add nothing. Takes B x T booleans of memory.
         text_ids: equal numbers for equal texts (hashes, for example). A text of another image that equals one of the
             image's own texts does not count. This needs no B x T array.
@@ -123,7 +126,7 @@ def _static_arguments(on_device: Callable, zimg, ztxt, mesh, axis, chunk_size) -
         raise UserError(
             f"the loss has {images} images on {ring.size} devices, expected a multiple: change the batch size."
         )
-    chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
+    chunk_size = DEFAULT_CHUNK[devices.platform()] if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise UserError(f"the loss has chunk_size={chunk_size}, expected 1 or more: change it.")
     return _StaticArguments(on_device, mesh, ring, chunk_size)

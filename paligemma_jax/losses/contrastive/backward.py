@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from paligemma_jax.losses.contrastive.pairs import LocalImages, PairLogits, TextBlock, pair_logits
 from paligemma_jax.losses.contrastive.ring import Ring, fold_chunks, fold_ring, slice_chunk, update_chunk
 from paligemma_jax.losses.vocab_projection import project_back
+from paligemma_jax.models.numerics import materialized
 
 
 class NeedsGrad(NamedTuple):
@@ -61,9 +62,15 @@ def gradient_round(
             pairs = pair_logits(images, texts, origin, start, size)
             loss, d_logits = score(pairs, slice_chunk(columns, start, size))
             sums, d_texts = carry
+            sums = _add_chunk(sums, loss, d_logits, pairs, images)
+            # Both products read what the first one's epilogue computed, instead of computing it again from the logits.
+            d_logits = materialized(d_logits.astype(images.vectors.dtype))
             if needs_grad.texts:
                 d_texts = update_chunk(d_texts, project_back(d_logits.T, images.vectors), start)
-            return _add_chunk(sums, loss, d_logits, pairs, images, slice_chunk(texts.vectors, start, size)), d_texts
+            if sums.images is not None:
+                d_images = project_back(d_logits, slice_chunk(texts.vectors, start, size))
+                sums = sums._replace(images=sums.images + d_images)
+            return sums, d_texts
 
         return fold_chunks(step, (sums, d_texts), texts.vectors.shape[0], chunk_size)
 
@@ -83,11 +90,9 @@ def gradient_round(
     return loss, Gradients(d_images, d_texts, d_log_scale, d_bias)
 
 
-def _add_chunk(sums: _Sums, loss, d_logits, pairs: PairLogits, images: LocalImages, vectors) -> _Sums:
-    """Adds the pairs of all images and a chunk of texts `vectors` [c, D]."""
+def _add_chunk(sums: _Sums, loss, d_logits, pairs: PairLogits, images: LocalImages) -> _Sums:
+    """Adds the loss and the gradients of scale and bias of the pairs of all images and a chunk of texts."""
     _, d_images, d_log_scale, d_bias = sums
-    if d_images is not None:
-        d_images += project_back(d_logits, vectors)
     if d_log_scale is not None:
         d_log_scale += (d_logits * (pairs.logits - images.bias)).sum()
     if d_bias is not None:

@@ -1,6 +1,6 @@
-"""Rotary positions, attention masks, and attention by one of three kernels (dispatch.py). Axes: see models."""
+"""Rotary positions, attention masks, and attention by one of several kernels (dispatch.py). Axes: see models."""
 
-from paligemma_jax.models.attention.dispatch import KERNELS, attention, has_flash
+from paligemma_jax.models.attention.dispatch import KERNELS, attention, has_flash, has_short, short_attention
 from paligemma_jax.models.attention.masks import TokenMask, block_mask, packed_mask, prefix_lm_mask, prefix_mask
 from paligemma_jax.models.attention.positions import rotary
 
@@ -10,8 +10,10 @@ __all__ = [
     "attention",
     "block_mask",
     "has_flash",
+    "has_short",
     "packed_mask",
     "prefix_lm_mask",
     "prefix_mask",
     "rotary",
+    "short_attention",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from paligemma_jax.models.attention.masks import TokenMask
 from train_jax.core import row_sharding
@@ -18,22 +18,29 @@ _HEADS = "tensor"  # the axis of the mesh that splits heads
 
 def on_each_device(
     kernel: Callable[..., Array],
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: TokenMask | None,
-) -> Float[Array, "B T N H"]:
+    q: Float[Array, "B T *N"],
+    k: Float[Array, "B S *K"],
+    v: Float[Array, "B S *K"],
+    mask: TokenMask | Bool[Array, "B 1 S"] | None,
+    heads: tuple[int, int] | None = None,
+) -> Float[Array, "B T *N"]:
     """Returns `kernel(q, k, v, mask)` over the mesh of the context.
 
-    Rows or heads that the mesh does not divide are computed on every device. A single key/value head is copied to the
-    devices that share its query heads.
+    Rows or heads that the mesh does not divide are computed on every device. A single key/value head is
+    copied to the devices that share its query heads.
+
+    Args:
+      kernel: of one device.
+      q, k, v: with heads and their width as two axes, or flattened to one.
+      mask: with rows on the first axis.
+      heads: of queries and of keys, where they are flattened.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = _automatic_axes(mesh)
     if not axes or mesh.size == 1:
         return kernel(q, k, v, mask)
     rows = row_sharding.ROW_AXES if row_sharding.row_parts(len(q)) > 1 else None
-    query_heads, key_heads = _head_axes(mesh, axes, q.shape[2], k.shape[2])
+    query_heads, key_heads = _head_axes(mesh, axes, *(heads or (q.shape[2], k.shape[2])))
     queries, keys = PartitionSpec(rows, None, query_heads), PartitionSpec(rows, None, key_heads)
     return jax.shard_map(
         kernel,

@@ -11,7 +11,7 @@ def plain_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"] | None,
+    mask: Bool[Array, "B _ S"] | None,
     *,
     scale: float,
     cap: float | None = None,

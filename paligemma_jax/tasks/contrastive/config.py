@@ -53,7 +53,12 @@ class LossKeys:
     name: str = key(
         "sigmoid", "loss of all pairs of a batch: SigLIP's sigmoid or CLIP's softmax", choices=("sigmoid", "softmax")
     )
-    chunk_size: int = key(256, "number of texts whose logits exist at one time", minimum=1, resume_safe=True)
+    chunk_size: int | None = key(
+        None,
+        "number of texts whose logits exist at one time; None = 256, on TPUs 2048",
+        minimum=1,
+        resume_safe=True,
+    )
     full_matrix: bool = key(
         False, "whether the plain loss is used, which holds the logits of all pairs and is the reference for the other"
     )

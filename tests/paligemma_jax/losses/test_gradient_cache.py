@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paligemma_jax.losses import embed_in_micro_batches, sigmoid_loss, softmax_loss
+from paligemma_jax.models.dual_encoder import DualEncoder
+from paligemma_jax.models.variants import variant
 from tests.paligemma_jax.contrastive import mesh_of
 from train_jax.core.errors import UserError
-from train_jax.plan import hlo
+from train_jax.plan import flops, hlo
 from train_jax.system.memory import step_memory
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -69,6 +72,33 @@ def test_memory_is_that_of_a_micro_batch():
         return step_memory(step.lower(params, batch, micro_batch).compile()).temp
 
     assert temporary(64) < temporary(None) / 4
+
+
+def test_no_product_is_computed_more_than_twice_forward():
+    """A step takes both forward passes and a backward pass of twice that; with remat="block" a third forward pass."""
+    sizes = {"depth": 3, "mlp_dim": 64, "width": 32, "num_heads": 2}
+    config = variant("mini").replace(
+        vision={"image_size": 8, "patch_size": 2} | sizes, text={"length": 16} | sizes, embed_dim=32
+    )
+    rows = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32), jax.ShapeDtypeStruct((4, 16), jnp.int32)
+
+    def forward_passes(remat):
+        """Returns the FLOPs of a step over those of embedding once."""
+        model = nnx.eval_shape(lambda: DualEncoder(config.replace(both={"remat": remat}), rngs=nnx.Rngs(0)))
+        graph, arrays = nnx.split(model)
+
+        def embed(arrays, rows, micro_batch=None):
+            return embed_in_micro_batches(lambda rows: nnx.merge(graph, arrays)(*rows)[:2], rows, micro_batch)
+
+        def step(arrays, rows):
+            return jax.value_and_grad(lambda arrays: jnp.multiply(*embed(arrays, rows, 2)).sum())(arrays)
+
+        programs = (jax.jit(one).lower(arrays, rows).compile().as_text() for one in (step, embed))
+        whole, once = (flops.product_flops(hlo.parse(text)) for text in programs)
+        return whole / once
+
+    assert 3.6 < forward_passes("dots") < 4.3
+    assert forward_passes("block") > 4.6
 
 
 def test_every_device_embeds_its_own_rows():

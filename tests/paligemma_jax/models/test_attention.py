@@ -1,6 +1,7 @@
 """Masks stored by token, and flash attention beside the plain one; the TPU's kernel runs in an interpreter."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,24 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from paligemma_jax.models import encoder_block, numerics
 from paligemma_jax.models.attention import (
     attention,
     block_mask,
     dispatch,
     gpu,
     has_flash,
+    has_short,
     partition,
     prefix_lm_mask,
+    short,
+    short_attention,
     tpu,
 )
+from paligemma_jax.models.attention.plain import plain_attention
 from paligemma_jax.models.gemma import sliding_mask
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.vit import ViTConfig
 from tests.paligemma_jax.mini import MINI
 from train_jax.core import devices, param_tree, row_sharding
 from train_jax.parallel.sharding import make_mesh
@@ -193,7 +200,128 @@ def test_a_model_computes_alike_with_either_kernel(make_random):
     assert np.abs(logits(decoder={"sliding_window": None}) - plain).max() > 1e-2 * np.abs(plain).max()
 
 
+# Short sequences.
+
+
+def by_key(rows=2, length=LENGTH):
+    """A mask of keys [B, 1, S]."""
+    return jnp.asarray(np.random.default_rng(1).random((rows, 1, length)) < 0.7)
+
+
+def flattened(heads, mask):
+    """Returns `short_attention` as a function of arrays with heads."""
+
+    def call(q, k, v):
+        flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+        return short_attention(*flat, mask, num_heads=heads, scale=0.3).reshape(q.shape)
+
+    return call
+
+
+def with_gradients(function, q, k, v, cotangent):
+    out, backward = jax.vjp(function, q, k, v)
+    return [out, *backward(cotangent)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "length", "masked", "dtype", "tolerance"),
+    [(4, 64, 20, False, "float32", 2e-6), (3, 72, 13, True, "float32", 2e-6), (2, 16, 20, True, "bfloat16", 0.02)],
+)
+def test_short_sequences(monkeypatch, heads, width, length, masked, dtype, tolerance):
+    """With heads of 64, two blocks of two."""
+    monkeypatch.setattr(short, "_BLOCKS", 4 * short._ARRAYS * 32 * 2 * 64 * 4)
+    arrays, mask = inputs(heads, heads, width, dtype, length), by_key(length=length) if masked else None
+    got = with_gradients(flattened(heads, mask), *arrays)
+    want = with_gradients(lambda *qkv: plain_attention(*qkv, mask, scale=0.3), *arrays)
+    for one, other in zip(got, want, strict=True):
+        one, other = (np.asarray(array, np.float32) for array in (one, other))
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+def test_blocks_of_short_sequences_are_whole_heads_and_registers():
+    assert short.block_width(196, 768, 64, "bfloat16") == 768
+    assert short.block_width(256, 1152, 72, "bfloat16") == 1152
+    assert short.block_width(256, 1536, 64, "bfloat16") == 768
+    assert short.block_width(256, 1408, 88, "bfloat16") is None  # 16 heads of 88 share their registers
+
+
+def test_short_sequences_are_split_over_the_mesh():
+    mask, arrays = by_key(length=20), inputs(4, 4, 16, length=20)
+    want = with_gradients(lambda *qkv: plain_attention(*qkv, mask, scale=0.3), *arrays)
+    on_mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
+    run = jax.jit(row_sharding.with_mesh(on_mesh, lambda *all_: with_gradients(flattened(4, mask), *all_)))
+    rows = NamedSharding(on_mesh, PartitionSpec(row_sharding.ROW_AXES))
+    compiled = run.lower(*jax.device_put(arrays, rows)).compile()
+    assert "f32[1,20,32]" in compiled.as_text()  # a kernel has half of the rows and heads
+    for one, other in zip(compiled(*jax.device_put(arrays, rows)), want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_computes_alike_with_the_kernel_for_short_sequences(monkeypatch, masked):
+    block = encoder_block.EncoderBlock(ViTConfig(width=32, mlp_dim=64, num_heads=2), rngs=nnx.Rngs(0))
+    graph, arrays = nnx.split(jax.tree.map(lambda x: x + 0.1, block))
+    x, mask = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 32)), jnp.float32), by_key(length=9)
+
+    def output_and_gradients():
+        loss = lambda arrays, x: jnp.sin(nnx.merge(graph, arrays)(x, mask=mask if masked else None)).sum()  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(arrays, x)
+
+    want = output_and_gradients()
+    monkeypatch.setattr(encoder_block, "has_short", lambda *_: True)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), output_and_gradients(), want
+    )
+
+
+def test_the_mlp_of_tpus_computes_alike(monkeypatch):
+    config = ViTConfig(width=16, mlp_dim=32, num_heads=2, dtype="bfloat16")
+    graph, arrays = nnx.split(jax.tree.map(lambda x: x + 0.1, encoder_block.EncoderMlp(config, rngs=nnx.Rngs(0))))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 16)), jnp.bfloat16)
+
+    def output_and_gradients():
+        return jax.value_and_grad(lambda arrays, x: jnp.sin(nnx.merge(graph, arrays)(x)).sum(), (0, 1))(arrays, x)
+
+    want = output_and_gradients()
+    monkeypatch.setattr(encoder_block.devices, "platform", lambda: "tpu")
+    monkeypatch.setattr(
+        encoder_block, "_plain_activated_product", spy := mock.Mock(wraps=encoder_block._plain_activated_product)
+    )
+    got = output_and_gradients()
+    assert spy.call_count == 2  # forward, and within the backward pass
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.float32(one), np.float32(other)), got, want)
+
+
+def test_what_the_tpu_holds_apart_from_products_has_the_gradient_of_the_identity(monkeypatch):
+    monkeypatch.setattr(devices, "platform", lambda: "tpu")
+    x = jnp.arange(3, dtype=jnp.bfloat16)
+    assert "optimization_barrier" in str(jax.make_jaxpr(numerics.materialized)(x))
+    assert "optimization_barrier" not in str(jax.make_jaxpr(numerics.materialized)(x.astype(jnp.float32)))
+    np.testing.assert_array_equal(jax.vjp(numerics.materialized, x)[1](2 * x)[0], 2 * x)
+
+
 # Choice.
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"kernel": "flash"}, True),
+        ({"kernel": "plain"}, False),
+        ({"length": 257}, False),
+        ({"dtype": "float32"}, False),
+        ({"head_dim": 88}, False),
+        ({"mask": jnp.ones((2, 1, 256), bool)}, True),
+        ({"mask": jnp.ones((2, 256, 256), bool)}, False),
+    ],
+)
+def test_short_sequences_in_bfloat16_use_their_kernel_on_tpus(monkeypatch, changes, expected):
+    arguments = {"kernel": "auto", "length": 256, "num_heads": 16, "head_dim": 72, "dtype": "bfloat16", "mask": None}
+    monkeypatch.setattr(partition, "is_partitioned_unseen", lambda: False)
+    assert not has_short(**arguments | changes)
+    monkeypatch.setattr(devices, "platform", lambda: "tpu")
+    assert has_short(**arguments | changes) is expected
 
 
 @pytest.mark.parametrize(
