@@ -29,12 +29,14 @@ class Measurement:
       value: in `unit`.
       unit: as printed.
       aim: what it should be, such as "at most 1.3" or "at least 50"; empty if there is none.
+      spread: lower and upper quartile of repeated measurements, whose median `value` is; empty for a single one.
     """
 
     name: str
     value: float
     unit: str
     aim: str = ""
+    spread: Sequence[float] = ()
 
     @property
     def met(self) -> bool | None:
@@ -43,6 +45,20 @@ class Measurement:
             if self.aim.startswith(words) and not math.isnan(self.value):
                 return holds(float(self.value), float(self.aim.removeprefix(words)))
         return None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the aim is met in a word; "" without an aim, or if nothing was measured."""
+        return {None: "", True: "met", False: "missed"}[self.met]
+
+    def text(self, digits: int) -> str:
+        """Returns the value with its spread."""
+        spread = " to ".join(f"{value:.{digits}g}" for value in self.spread)
+        return f"{self.value:.{digits}g}" + (f" ({spread})" if spread else "")
+
+
+class NotInstalledError(Exception):
+    """Raised by a case that needs packages that are missing, which its message names."""
 
 
 def environment() -> dict[str, Any]:
@@ -100,9 +116,10 @@ def _rows_by_measurement(results: dict[str, Any], cases: Sequence[str], environm
             rows.append(f"| {case} | {missing} | | | |")
             continue
         mark = _mark(entry, environments)
-        for one in _measurements(entry):
-            met = {None: "", True: "met", False: "missed"}[one.met]
-            rows.append(f"| {case} ({mark}): {one.name} | {one.value:.4g} | {one.unit} | {one.aim} | {met} |")
+        rows += [
+            f"| {case} ({mark}): {one.name} | {one.text(4)} | {one.unit} | {one.aim} | {one.verdict} |"
+            for one in _measurements(entry)
+        ]
     return rows
 
 
@@ -116,7 +133,9 @@ def _rows_by_case(results: dict[str, Any], cases: Sequence[str], environments: d
         if missing := _missing(results.get(case)):
             rows.append(f"| {case} | {missing} |" + " |" * (len(heads) - 1))
             continue
-        numbers = {one.name: f"{one.value:.3g}" for one in measurements}
+        numbers = {
+            one.name: one.text(3) + (f", {one.aim}: {one.verdict}" if one.verdict else "") for one in measurements
+        }
         cells = " | ".join(numbers.get(one.name, "") for one in columns)
         rows.append(f"| {case} ({_mark(results[case], environments)}) | {cells} |")
     return rows
@@ -126,6 +145,8 @@ def _missing(entry: dict[str, Any] | None) -> str:
     """Returns why a case has no measurements; "" if it has."""
     if entry is None:
         return "not run"
+    if "needs" in entry:
+        return f"not run: needs {entry['needs']}"
     return f"failed: {entry['error']}" if "error" in entry else ""
 
 
