@@ -48,7 +48,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--only names {unknown[0]!r}, expected some of {', '.join(cases)}")
     file = options.folder / f"{options.suite}{TINY if options.tiny else ''}.json"
-    missing = [name for name in names if "measurements" not in results.load(file).get(name, {})]
+    missing = [name for name in names if not results.complete(results.load(file).get(name))]
     began = time.monotonic()
     for name in tqdm(missing, unit="case", disable=None):
         if time.monotonic() - began > 60 * options.minutes:

@@ -1,17 +1,19 @@
-"""Times two programs in turns, so that other work on the machine slows both alike.
+"""Times programs in turns, so that other work on the machine slows all of them alike.
 
 Each is a process that does one repetition when it is told (peers/turns.py). A peer runs in the first environment that
 has its packages: those of the interpreters in BENCHMARK_PEERS, separated by commas, and then this one.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,14 @@ class Program(NamedTuple):
     def command(self, folder: Path, work: str) -> list[str]:
         """Returns the command that starts the program. Raises NotInstalledError."""
         return [self.interpreter(), "-m", f"benchmarks.peers.{self.module}", str(folder), work]
+
+
+class Peer(NamedTuple):
+    """A program that ours is compared with, and the aims of its time and its peak memory over ours."""
+
+    program: Program
+    time: str = ""
+    memory: str = ""
 
 
 class Times(NamedTuple):
@@ -107,28 +117,38 @@ def in_turns(commands: Sequence[Sequence[str]], rounds: int) -> list[Times]:
     ]
 
 
-def beside(ours: Program, theirs: Program, folder: Path, work: str, rounds: int, aim: str) -> list[Measurement]:
-    """Compares a work of two programs: medians with quartiles, ratios of a round's times, and peak memory.
+def beside(ours: Program, peers: Mapping[str, Peer], folder: Path, work: str, rounds: int) -> list[Measurement]:
+    """Compares a work of ours with that of peers: medians with quartiles, ratios of a round's times, and peak memory.
 
     Args:
-      ours: the program that the aim is about.
-      theirs: the one that it is compared with.
+      ours: the program that the aims are about.
+      peers: by name.
       folder: of the model.
       work: its name.
       rounds: repetitions of each program.
-      aim: of their time over ours.
     """
-    own, other = in_turns([program.command(folder, work) for program in (ours, theirs)], rounds)
-    if theirs.same_weights:
-        np.testing.assert_allclose(own.result, other.result, rtol=1e-3)
-    return [
-        measured("ours", 1000 * own.seconds, "ms"),
-        measured("theirs", 1000 * other.seconds, "ms"),
-        measured("theirs over ours", other.seconds / own.seconds, "", aim),
-        measured("by CPU time", other.cpu_seconds / own.cpu_seconds, ""),
-        Measurement("our peak", own.peak_bytes / GIB, "GiB", f"at most {other.peak_bytes / GIB:.3g}"),
-        Measurement("their peak", other.peak_bytes / GIB, "GiB"),
-    ]
+    absent, installed = [], {}
+    for name, peer in peers.items():
+        try:
+            installed[name] = peer.program.command(folder, work)
+        except NotInstalledError as error:
+            absent.append(Measurement("time", math.nan, "ms", of=name, needs=str(error)))
+    own, *others = in_turns([ours.command(folder, work), *installed.values()], rounds)
+    found = [measured("time", 1000 * own.seconds, "ms"), Measurement("peak memory", own.peak_bytes / GIB, "GiB")]
+    found = [dataclasses.replace(one, of="ours") for one in found]
+    for name, other in zip(installed, others, strict=True):
+        peer = peers[name]
+        if peer.program.same_weights:
+            np.testing.assert_allclose(own.result, other.result, rtol=1e-3)
+        of_peer = [
+            measured("time", 1000 * other.seconds, "ms"),
+            measured("time over ours", other.seconds / own.seconds, "", peer.time),
+            measured("CPU time over ours", other.cpu_seconds / own.cpu_seconds, ""),
+            Measurement("peak memory", other.peak_bytes / GIB, "GiB"),
+            Measurement("memory over ours", other.peak_bytes / own.peak_bytes, "", peer.memory),
+        ]
+        found += [dataclasses.replace(one, of=name) for one in of_peer]
+    return found + absent
 
 
 def measured(name: str, values: np.ndarray, unit: str, aim: str = "") -> Measurement:

@@ -30,6 +30,8 @@ class Measurement:
       unit: as printed.
       aim: what it should be, such as "at most 1.3" or "at least 50"; empty if there is none.
       spread: lower and upper quartile of repeated measurements, whose median `value` is; empty for a single one.
+      of: part of the case that it belongs to, such as a peer; each gets its row where cases have rows.
+      needs: packages without which nothing was measured; empty if it was.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Measurement:
     unit: str
     aim: str = ""
     spread: Sequence[float] = ()
+    of: str = ""
+    needs: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -51,8 +55,15 @@ class Measurement:
         """Whether the aim is met in a word; "" without an aim, or if nothing was measured."""
         return {None: "", True: "met", False: "missed"}[self.met]
 
+    @property
+    def judgement(self) -> str:
+        """The aim and whether it is met, to follow the value; "" without an aim, or if nothing was measured."""
+        return f", {self.aim}: {self.verdict}" if self.verdict else ""
+
     def text(self, digits: int) -> str:
-        """Returns the value with its spread."""
+        """Returns the value with its spread, or what it needs."""
+        if self.needs:
+            return f"not run: needs {self.needs}"
         spread = " to ".join(f"{value:.{digits}g}" for value in self.spread)
         return f"{self.value:.{digits}g}" + (f" ({spread})" if spread else "")
 
@@ -83,6 +94,11 @@ def _version(name: str) -> str | None:
 def load(file: Path) -> dict[str, Any]:
     """Returns the results by case; empty if the file does not exist."""
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def complete(entry: dict[str, Any] | None) -> bool:
+    """Returns whether a case was measured with all peers."""
+    return bool(found := _measurements(entry)) and not any(one.needs for one in found)
 
 
 def add(file: Path, case: str, entry: dict[str, Any]) -> None:
@@ -126,18 +142,18 @@ def _rows_by_measurement(results: dict[str, Any], cases: Sequence[str], environm
 def _rows_by_case(results: dict[str, Any], cases: Sequence[str], environments: dict[str, str]) -> list[str]:
     """Returns a table with a row for each case and a column for each measurement."""
     measured = {case: _measurements(results.get(case)) for case in cases}
-    columns = max(measured.values(), key=len)  # a case that does not fit has fewer
+    columns = list({one.name: one for found in measured.values() for one in found}.values())
     heads = [f"{one.name}, {one.unit}" if one.unit else one.name for one in columns] or ["measured"]
     rows = [f"| case | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for case, measurements in measured.items():
         if missing := _missing(results.get(case)):
             rows.append(f"| {case} | {missing} |" + " |" * (len(heads) - 1))
             continue
-        numbers = {
-            one.name: one.text(3) + (f", {one.aim}: {one.verdict}" if one.verdict else "") for one in measurements
-        }
-        cells = " | ".join(numbers.get(one.name, "") for one in columns)
-        rows.append(f"| {case} ({_mark(results[case], environments)}) | {cells} |")
+        for part in dict.fromkeys(one.of for one in measurements):
+            numbers = {one.name: one.text(3) + one.judgement for one in measurements if one.of == part}
+            cells = " | ".join(numbers.get(one.name, "") for one in columns)
+            title = f"{case}, {part}" if part else case
+            rows.append(f"| {title} ({_mark(results[case], environments)}) | {cells} |")
     return rows
 
 

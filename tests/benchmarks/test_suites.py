@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from benchmarks import cpu, gpu, paired, results
-from benchmarks.__main__ import measure
 from benchmarks.peers.ours import works
 from benchmarks.suites import SUITES
 
@@ -60,11 +59,17 @@ def test_a_program_that_ends_is_named():
         paired.in_turns([[sys.executable, "-c", "import nothing"]], rounds=1)
 
 
-def test_a_peer_that_is_not_installed_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(cpu.PEERS, cpu.KERAS, paired.Program("keras_hub", ("no_such_package",)))
-    name = "LoRA step beside KerasHub"
-    entry = measure(cpu.CASES[name], True)
-    assert f"| {name} | not run: needs no_such_package |" in results.table({name: entry}, [name], [name])
+def test_a_peer_that_is_not_installed_says_what_it_needs(monkeypatch, tmp_path):
+    alone = paired.Times(np.ones(3), np.ones(3), 2**30, 0.5)
+    monkeypatch.setattr(paired, "in_turns", lambda commands, rounds: [alone] * len(commands))
+    absent = paired.Peer(paired.Program("x", ("no_such_package",)))
+    peers = {"X": absent, "again": paired.Peer(cpu.OURS, "at least 2", "at least 1")}
+    found = paired.beside(cpu.OURS, peers, tmp_path, "work", 3)
+    entry = {"commit": "abc", "machine": "m", "versions": {}, "measurements": list(map(dataclasses.asdict, found))}
+    text = results.table({"w": entry}, ["w"], ["w"])
+    assert "| w, X (a) | not run: needs no_such_package |" in text
+    assert "| w, again (a) | 1e+03 (1e+03 to 1e+03) | 1 | 1 (1 to 1), at least 2: missed |" in text
+    assert not results.complete(entry)
 
 
 def test_a_suite_runs_what_is_missing_and_prints_one_table(tmp_path):
