@@ -41,7 +41,7 @@ TINY = PaliGemmaConfig(
     decoder=GemmaConfig(vocab_size=1792, width=32, depth=2, mlp_dim=64, num_heads=2, head_dim=16),
     preprocessing=Preprocessing.siglip(28),
 )
-THREADS = 2
+THREADS, ROUNDS = 2, 7
 QUESTIONS_PER_SCENE = 4
 
 OURS = Program("ours")
@@ -72,7 +72,7 @@ def beside_peers(tiny: bool, work: str) -> list[Measurement]:
     use_threads()
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), tiny)
-        return beside(OURS, WORKS[work], Path(folder), work, 2 if tiny else 10)
+        return beside(OURS, WORKS[work], Path(folder), work, 2 if tiny else ROUNDS)
 
 
 def use_threads() -> None:

@@ -25,6 +25,7 @@ def make_config(folder: Path, unroll: bool, **keys):
     keys |= {
         "model.path": folder,
         "model.unroll": unroll,
+        "model.remat": "none",  # as the peers
         "mesh.data": 1,
         "batch_size": inputs.BATCH,
         "total_steps": 1000,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WARM_UP = 2
+WARM_UP = 1
 
 
 class Work(NamedTuple):
