@@ -87,7 +87,7 @@ def write_folder(folder: Path, tiny: bool) -> None:
     scenes = {
         "data.cache_dir": folder / "scenes",
         "data.num_train_scenes": 2,  # the least
-        "data.num_validation_scenes": 2 if tiny else 16,
+        "data.num_validation_scenes": 2 if tiny else 8,
         "data.questions_per_scene": QUESTIONS_PER_SCENE,
     }
     data = clevr_config(tiny=False, argument="", **scenes).data
