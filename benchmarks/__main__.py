@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("--peers", default="", help="of the suite cpu: interpreters that have its peers, by commas")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process of a case
     options = parser.parse_args()
-    os.environ.setdefault(PEERS, options.peers)  # the process of a case reads it
+    if options.peers:
+        os.environ[PEERS] = options.peers  # the process of a case reads it
     cases, compared = SUITES[options.suite]
     if options.case:
         print(json.dumps(measure(cases[options.case], options.tiny)))

@@ -132,16 +132,16 @@ def beside(ours: Program, peers: Mapping[str, Peer], folder: Path, work: str, ro
         try:
             installed[name] = peer.program.command(folder, work)
         except NotInstalledError as error:
-            absent.append(Measurement("time", math.nan, "ms", of=name, needs=str(error)))
+            absent.append(Measurement("time", math.nan, "s", of=name, needs=str(error)))
     own, *others = in_turns([ours.command(folder, work), *installed.values()], rounds)
-    found = [measured("time", 1000 * own.seconds, "ms"), Measurement("peak memory", own.peak_bytes / GIB, "GiB")]
+    found = [measured("time", own.seconds, "s"), Measurement("peak memory", own.peak_bytes / GIB, "GiB")]
     found = [dataclasses.replace(one, of="ours") for one in found]
     for name, other in zip(installed, others, strict=True):
         peer = peers[name]
         if peer.program.same_weights:
             np.testing.assert_allclose(own.result, other.result, rtol=1e-3)
         of_peer = [
-            measured("time", 1000 * other.seconds, "ms"),
+            measured("time", other.seconds, "s"),
             measured("time over ours", other.seconds / own.seconds, "", peer.time),
             measured("CPU time over ours", other.cpu_seconds / own.cpu_seconds, ""),
             Measurement("peak memory", other.peak_bytes / GIB, "GiB"),

@@ -68,7 +68,7 @@ def test_a_peer_that_is_not_installed_says_what_it_needs(monkeypatch, tmp_path):
     entry = {"commit": "abc", "machine": "m", "versions": {}, "measurements": list(map(dataclasses.asdict, found))}
     text = results.table({"w": entry}, ["w"], ["w"])
     assert "| w, X (a) | not run: needs no_such_package |" in text
-    assert "| w, again (a) | 1e+03 (1e+03 to 1e+03) | 1 | 1 (1 to 1), at least 2: missed |" in text
+    assert "| w, again (a) | 1 (1 to 1) | 1 | 1 (1 to 1), at least 2: missed |" in text
     assert not results.complete(entry)
 
 
