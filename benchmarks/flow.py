@@ -14,9 +14,9 @@ with our weights copied to their model.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +32,8 @@ from torchcfm.models import MLP
 from torchdiffeq import odeint
 
 import flow_jax as fj
+from benchmarks.paired import measured
+from benchmarks.results import Measurement
 from benchmarks.training import TrainingRun
 from flow_jax.data import toys
 from train_jax.config.base import base_config
@@ -40,6 +42,7 @@ from train_jax.core import param_tree
 NOISE, DATA, POINTS = "8gaussians", "moons", 200_000
 WIDTH, RATE, SIGMA = 256, 1e-3, 0.1
 TOLERANCE = 1e-5
+CASES = ("step", "coupled", "sample")
 PACKAGES = ("jax", "flax", "diffrax", "torch", "torchcfm", "torchdiffeq", "POT", "numpy", "scipy")
 
 
@@ -62,7 +65,8 @@ def make_config(batch_size: int, coupling: str, threads: int) -> ConfigDict:
     config.path.name, config.path.sigma = "cfm", SIGMA
     config.coupling.name = coupling
     config.optimizer.learning_rate = RATE  # of adamw without weight decay
-    config.total_steps = config.eval_steps = config.checkpoint_steps = 1_000_000  # the caller says how many
+    config.total_steps = 1_000_000  # the caller says how many
+    config.log_steps = config.eval_steps = config.checkpoint_steps = 1_000_000
     return config
 
 
@@ -149,8 +153,16 @@ def sample_case(ours: TrainingRun, solves: int) -> Case:
     return Case("sample", lambda: repeat(lambda: our_sample().x), lambda: repeat(their_sample), solves, 2.0)
 
 
-def compare(case: Case, rounds: int) -> bool:
-    """Runs the rounds after one of warm-up and prints a row; returns whether the ratio reaches its minimum."""
+def make_case(name: str, options: argparse.Namespace) -> Case:
+    """Returns a case by name."""
+    if name == "coupled":
+        return coupled_case(options.steps, options.threads)
+    ours = TrainingRun(make_config(256, "independent", options.threads))
+    return step_case(ours, options.steps) if name == "step" else sample_case(ours, options.solves)
+
+
+def compare(case: Case, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns our and their seconds for a step or a sampling in each round, after one of warm-up."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(-1, rounds):
         for index in (0, 1) if number % 2 else (1, 0):
@@ -159,44 +171,61 @@ def compare(case: Case, rounds: int) -> bool:
             (case.ours, case.theirs)[index]()
             if number >= 0:
                 seconds[index].append((time.perf_counter() - began) / case.work)
-    ours, theirs = (1e3 * statistics.median(times) for times in seconds)
-    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    return np.array(seconds[0]), np.array(seconds[1])
+
+
+def measure(name: str) -> list[Measurement]:
+    """Compares a case for the CPU suite."""
+    case = make_case(name, arguments().parse_args([]))
+    ours, theirs = compare(case, rounds=11)
+    return [
+        dataclasses.replace(measured("time", ours, "s"), of="ours"),
+        dataclasses.replace(measured("time", theirs, "s"), of="theirs"),
+        dataclasses.replace(measured("time over ours", theirs / ours, "", f"at least {case.min_ratio}"), of="theirs"),
+    ]
+
+
+def check(case: Case, rounds: int) -> bool:
+    """Compares a case and prints a row; returns whether the ratio reaches its minimum."""
+    seconds = compare(case, rounds)
+    ours, theirs = 1e3 * np.median(seconds, axis=1)
+    ratios = seconds[1] / seconds[0]
     reached = theirs / ours >= case.min_ratio
     print(
         f"{case.title:<9} {ours:>9.2f} {theirs:>9.2f} {theirs / ours:>7.2f} {min(ratios):>7.2f} {max(ratios):>7.2f} "
         f"{case.min_ratio:>8.2f} {'' if reached else 'too low'}",
         flush=True,
     )
-    return reached
+    return bool(reached)
 
 
-def main() -> int:
-    """Prints a row for each case and returns the exit status."""
+def arguments() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="training steps in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--solves", type=int, default=5, help="samplings in a round")
-    parser.add_argument("--cases", default="step,coupled,sample", help="separated by commas")
+    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas")
     parser.add_argument("--threads", type=int, default=2, help="our data.threads, which read and couple batches")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a ratio is below its minimum")
+    return parser
+
+
+def main() -> int:
+    """Prints a row for each case and returns the exit status."""
+    parser = arguments()
     options = parser.parse_args()
+    names = options.cases.split(",")
+    if unknown := set(names) - set(CASES):
+        parser.error(f"--cases has {', '.join(sorted(unknown))}, expected some of {', '.join(CASES)}")
     cores = len(os.sched_getaffinity(0))
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(cores)
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     print(f"{cores} cores, torch {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; float32 on the CPU")
-    ours = TrainingRun(make_config(256, "independent", options.threads))
-    makers = {
-        "step": lambda: step_case(ours, options.steps),
-        "coupled": lambda: coupled_case(options.steps, options.threads),
-        "sample": lambda: sample_case(ours, options.solves),
-    }
-    names = options.cases.split(",")
-    if unknown := set(names) - set(makers):
-        parser.error(f"--cases has {', '.join(sorted(unknown))}, expected some of {', '.join(makers)}")
-    cases = [makers[name]() for name in names]
+    cases = [make_case(name, options) for name in names]
     print(f"{'':<9} {'ours, ms':>9} {'theirs':>9} {'ratio':>7} {'min':>7} {'max':>7} {'required':>8}")
-    reached = [compare(case, options.rounds) for case in cases]
+    reached = [check(case, options.rounds) for case in cases]
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     return int(options.check and not all(reached))
 

@@ -7,6 +7,7 @@ from the question. Compares losses, memory and speed of the three. A complete ru
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from paligemma_jax.data.tokenizers.paligemma import load_tokenizer
 from paligemma_jax.images.preprocessing import Preprocessing
 from paligemma_jax.models.gemma import GemmaConfig
 from paligemma_jax.models.paligemma import PaliGemma, PaliGemmaConfig
@@ -49,13 +51,19 @@ def main() -> None:
     folder = parser.parse_args().folder.absolute()
     base = folder / "base"
     if not base.is_dir():
-        model = PaliGemma(CONFIG, rngs=nnx.Rngs(0))
-        print(f"{sum(leaf.size for leaf in param_tree.flatten(model).values()) / 1e6:.1f} M parameters")
-        save_hugging_face(model, base, tokenizer="tiny")
+        print(f"{write_base(base, CONFIG) / 1e6:.1f} M parameters")
     print("| base | arguments | temporary | first loss | last loss | accuracy | steps/s | peak of the process |")
     print("|---|---|---|---|---|---|---|---|")
     for kind in ("", "int8", "nf4"):
         run(base, folder / (kind or "bfloat16"), kind)
+
+
+def write_base(folder: Path, config: PaliGemmaConfig) -> int:
+    """Writes a model with random weights as transformers does, with the tiny tokenizer; returns its parameters."""
+    config = dataclasses.replace(config, image_token=load_tokenizer("tiny").image_id)
+    model = PaliGemma(config, rngs=nnx.Rngs(0))
+    save_hugging_face(model, folder, tokenizer="tiny")
+    return sum(leaf.size for leaf in param_tree.flatten(model).values())
 
 
 def run(base: Path, workdir: Path, kind: str) -> None:

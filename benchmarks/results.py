@@ -29,12 +29,18 @@ class Measurement:
       value: in `unit`.
       unit: as printed.
       aim: what it should be, such as "at most 1.3" or "at least 50"; empty if there is none.
+      spread: lower and upper quartile of repeated measurements, whose median `value` is; empty for a single one.
+      of: part of the case that it belongs to, such as a peer; each gets its row where cases have rows.
+      needs: packages without which nothing was measured; empty if it was.
     """
 
     name: str
     value: float
     unit: str
     aim: str = ""
+    spread: Sequence[float] = ()
+    of: str = ""
+    needs: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -43,6 +49,27 @@ class Measurement:
             if self.aim.startswith(words) and not math.isnan(self.value):
                 return holds(float(self.value), float(self.aim.removeprefix(words)))
         return None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the aim is met in a word; "" without an aim, or if nothing was measured."""
+        return {None: "", True: "met", False: "missed"}[self.met]
+
+    @property
+    def judgement(self) -> str:
+        """The aim and whether it is met, to follow the value; "" without an aim, or if nothing was measured."""
+        return f", {self.aim}: {self.verdict}" if self.verdict else ""
+
+    def text(self, digits: int) -> str:
+        """Returns the value with its spread, or what it needs."""
+        if self.needs:
+            return f"not run: needs {self.needs}"
+        spread = " to ".join(f"{value:.{digits}g}" for value in self.spread)
+        return f"{self.value:.{digits}g}" + (f" ({spread})" if spread else "")
+
+
+class NotInstalledError(Exception):
+    """Raised by a case that needs packages that are missing, which its message names."""
 
 
 def environment() -> dict[str, Any]:
@@ -67,6 +94,11 @@ def _version(name: str) -> str | None:
 def load(file: Path) -> dict[str, Any]:
     """Returns the results by case; empty if the file does not exist."""
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def complete(entry: dict[str, Any] | None) -> bool:
+    """Returns whether a case was measured with all peers."""
+    return bool(found := _measurements(entry)) and not any(one.needs for one in found)
 
 
 def add(file: Path, case: str, entry: dict[str, Any]) -> None:
@@ -100,25 +132,28 @@ def _rows_by_measurement(results: dict[str, Any], cases: Sequence[str], environm
             rows.append(f"| {case} | {missing} | | | |")
             continue
         mark = _mark(entry, environments)
-        for one in _measurements(entry):
-            met = {None: "", True: "met", False: "missed"}[one.met]
-            rows.append(f"| {case} ({mark}): {one.name} | {one.value:.4g} | {one.unit} | {one.aim} | {met} |")
+        rows += [
+            f"| {case} ({mark}): {one.name} | {one.text(4)} | {one.unit} | {one.aim} | {one.verdict} |"
+            for one in _measurements(entry)
+        ]
     return rows
 
 
 def _rows_by_case(results: dict[str, Any], cases: Sequence[str], environments: dict[str, str]) -> list[str]:
     """Returns a table with a row for each case and a column for each measurement."""
     measured = {case: _measurements(results.get(case)) for case in cases}
-    columns = max(measured.values(), key=len)  # a case that does not fit has fewer
+    columns = list({one.name: one for found in measured.values() for one in found}.values())
     heads = [f"{one.name}, {one.unit}" if one.unit else one.name for one in columns] or ["measured"]
     rows = [f"| case | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for case, measurements in measured.items():
         if missing := _missing(results.get(case)):
             rows.append(f"| {case} | {missing} |" + " |" * (len(heads) - 1))
             continue
-        numbers = {one.name: f"{one.value:.3g}" for one in measurements}
-        cells = " | ".join(numbers.get(one.name, "") for one in columns)
-        rows.append(f"| {case} ({_mark(results[case], environments)}) | {cells} |")
+        for part in dict.fromkeys(one.of for one in measurements):
+            numbers = {one.name: one.text(3) + one.judgement for one in measurements if one.of == part}
+            cells = " | ".join(numbers.get(one.name, "") for one in columns)
+            title = f"{case}, {part}" if part else case
+            rows.append(f"| {title} ({_mark(results[case], environments)}) | {cells} |")
     return rows
 
 
@@ -126,6 +161,8 @@ def _missing(entry: dict[str, Any] | None) -> str:
     """Returns why a case has no measurements; "" if it has."""
     if entry is None:
         return "not run"
+    if "needs" in entry:
+        return f"not run: needs {entry['needs']}"
     return f"failed: {entry['error']}" if "error" in entry else ""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks import gpu, tpu_compile
+from benchmarks import cpu, gpu, tpu_compile
 from benchmarks.results import Measurement
 
 Case = Callable[[bool], Sequence[Measurement]]
@@ -22,6 +22,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
+    "cpu": Suite(cpu.CASES, cpu.COMPARED),
     "gpu": Suite(gpu.CASES),
     "tpu-compile": Suite(tpu_compile.TARGETS | tpu_compile.SIZES, tpu_compile.SIZES),
 }

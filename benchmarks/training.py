@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from train_jax.config.durations import Durations
 from train_jax.core import metrics, row_sharding
-from train_jax.core.data_source import Batch
+from train_jax.core.data_source import Batch, DataSource
+from train_jax.core.metrics import Metrics
 from train_jax.data.pipeline import training_batches
 from train_jax.optim import optimizers
 from train_jax.parallel import sharding
@@ -30,11 +31,17 @@ class TrainingRun:
       done: number of steps so far.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, source: DataSource | None = None):
+        """Compiles the step.
+
+        Args:
+          config: of the run.
+          source: the examples; None: those of the task.
+        """
         self.config, self.mesh, self.done = config, sharding.make_mesh(config.mesh), 0
         with row_sharding.use_mesh(self.mesh):
             self.task = make_task(config, self.mesh)
-            self._source = self.task.train_source()
+            self._source = self.task.train_source() if source is None else source
             self.placed = placement.place(
                 self.task.init_for_training(), self.task.trainable(), self.task.sharding_rules(), self.mesh
             )
@@ -44,7 +51,7 @@ class TrainingRun:
             options = dict(ema=config.ema_decay is not None, float16=config.compute_dtype == "float16")
             self.state = placement.create_state(self.placed, optimizer, self.mesh, **options)
             self._spec = sharding.batch_sharding(self.mesh).spec
-            batch = sharding.to_global(self._pipeline(1).batch_at(0), self.mesh, self._spec)
+            batch = self.batch(0)
             traced, totals = train_step.trace(
                 config,
                 self.task.loss,
@@ -66,10 +73,26 @@ class TrainingRun:
     def _pipeline(self, num_steps: int):
         return training_batches(self.config, self._source, num_steps)
 
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """Returns the batch of a step on the mesh."""
+        return sharding.to_global(self._pipeline(step + 1).batch_at(step), self.mesh, self._spec)
+
     def batches(self, steps: int) -> Iterator[Batch]:
         """Yields the batches of the next steps, without running them."""
         pipeline = self._pipeline(self.done + steps)
         return (pipeline.batch_at(self.done + step) for step in range(steps))
+
+    def read(self, steps: int) -> None:
+        """Makes the batches of the next steps as training does, without running them."""
+        batches = self._pipeline(self.done + steps).iterate(self.done)
+        for _ in range(steps):
+            next(batches)
+        batches.close()
+
+    def take(self, batch: dict[str, jax.Array]) -> Metrics:
+        """Runs a step on a batch and returns the metrics summed so far, on the host."""
+        self.state, self.totals = self.step(self.state, self.totals, self.placed.frozen, batch)
+        return jax.device_get(self.totals)
 
     def train(self, steps: int) -> None:
         """Runs more steps and waits for them; prefetching starts in it, as in train_jax.loop.Trainer.train."""
