@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import eval as eval_script
 import predict as predict_script
 import train
-from paligemma_jax.tasks.vqa import report as vqa_report
+from paligemma_jax.tasks.vqa import figures as vqa_figures
 from tests.paligemma_jax.mini import ROOT, arguments, mistake, png, read_lines, train_main, write_rows
 from train_jax import loop
 from train_jax.config import command_line
@@ -29,7 +29,7 @@ QUICK = {"eval.controls": False, "eval.before": False, "eval.candidates": "", "c
 def no_pictures(monkeypatch):
     """Skips TensorBoard and curves, which take longer than the runs."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
-    monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(vqa_figures, "save_answer_sheet", lambda *args, **options: None)
 
 
 @pytest.fixture

@@ -275,7 +275,7 @@ def test_predict_with_a_tokenizer_from_elsewhere(mini_folder, pictures, tmp_path
         (["--workdir=x", "--model=tiny", "--prompt=x"], "give either --workdir=DIR (a run) or --model=PATH"),
         (["--model=tiny", "--image=a", "--prompt=x", "--out=y.png"], "--out=y.png is given, but only runs of"),
         (["--model=tiny", "--image=a", "--prompt=x", "--class=cat"], "found 'x' beside --class, expected no prompt"),
-        (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes no option, not top_k"),
+        (["--model=tiny", "--image=a", "--prompt=x", "--top_k=3"], "sampler 'greedy' takes draft_tokens, not top_k"),
     ],
 )
 def test_errors_of_predict(capsys, more, sentence):

@@ -136,7 +136,7 @@ def _generate(
         assert images is not None, "check_images lets exactly one of both through"
         features, _ = model.encode_image(images)
     # Gather the embedding once, before the loop over tokens, every step of which uses it twice.
-    model.decoder.embed_tokens = row_sharding.gather(model.decoder.embed_tokens)
+    model.decoder.embed_tokens = row_sharding.gather_once(model.decoder.embed_tokens)
     read_in_place(model.decoder)
     logits, cache, valid = _prefill(model, features, tokens, mask_input, num_tokens * sampler.inputs, cache_dtype)
     take_apart(model.decoder, num_tokens)

@@ -30,6 +30,7 @@ _NAMED = "name"  # of jax.ad_checkpoint.checkpoint_name, which the models use fo
 _METADATA = "gathered_spec"  # metadata of a Variable that "fsdp" splits: its spec without "fsdp"
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nnx.Module)
 
 
 def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -163,6 +164,16 @@ def gather(module: T) -> T:
     return jax.tree.map(lambda leaf: leaf.replace(gathered(leaf)), module, is_leaf=_is_variable)
 
 
+def gather_once(module: M) -> M:
+    """Returns a copy as `gather` does, for the rest of the program: nothing gathers its arrays again."""
+    if not gathers():
+        return module
+    copy = gather(module)
+    for _, variable in nnx.to_flat_state(nnx.state(copy)):
+        variable.set_metadata(_METADATA, None)
+    return copy
+
+
 def gathered(variable: nnx.Variable) -> jax.Array:
     """Returns the array of one Variable, gathered."""
     value, spec = variable.get_value(), variable.get_metadata().get(_METADATA)
@@ -176,13 +187,12 @@ def look_up(table: nnx.Variable, index: jax.Array) -> jax.Array:
 
     Every device looks up the columns that it has, of a table that "fsdp" splits, for the rows of all devices of that
     axis, and exchanges them for its own rows: less than the table, which is not gathered, and neither is its gradient.
-    The table is gathered if it has fewer rows than the index has entries on a device, and for one entry a row: a loop
-    of decoding gathers it once, for the logits.
+    The table is gathered if it has fewer rows than the index has entries on a device.
     """
     value, (rows, length) = table.get_value(), index.shape
-    split = _METADATA in table.get_metadata() and gathers() and isinstance(index, Tracer)
+    split = table.get_metadata().get(_METADATA) is not None and gathers() and isinstance(index, Tracer)
     parts = row_parts(rows)
-    if not split or parts == 1 or length == 1 or rows // parts * length > value.shape[0]:
+    if not split or parts == 1 or rows // parts * length > value.shape[0]:
         return pin_rows(jnp.take(gathered(table), index, axis=0))
     others = tuple(axis for axis in ROW_AXES if axis != _WEIGHTS)
     index = lax.with_sharding_constraint(index, PartitionSpec(others))

@@ -33,12 +33,12 @@ class PromptedBlock(EncoderBlock):
     start: int
 
     def __call__(
-        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B T T"] | None = None
+        self, x: Float[Array, "B T D"], dropout_keys=None, *, mask: Bool[Array, "B _ T"] | None = None
     ) -> Float[Array, "B T D"]:
         """As in EncoderBlock."""
         return super().__call__(self._replaced(x), dropout_keys, mask=mask)
 
-    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B T T"] | None = None) -> Float[Array, "B 1 D"]:
+    def last(self, x: Float[Array, "B T D"], *, mask: Bool[Array, "B _ T"] | None = None) -> Float[Array, "B 1 D"]:
         """As in EncoderBlock."""
         return super().last(self._replaced(x), mask=mask)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import paligemma_jax as pg
 from paligemma_jax.adapt.lora.adapter import lora_projections
-from paligemma_jax.tasks.vqa import report as vqa_report
+from paligemma_jax.tasks.vqa import figures as vqa_figures
 from paligemma_jax.weights import load_peft, save_peft
 from paligemma_jax.weights.fingerprint import FILE, check_digest
 from paligemma_jax.weights.reader import load
@@ -121,7 +121,7 @@ def test_the_plan_takes_a_folder_too(mini_options, folder):
 def no_pictures(monkeypatch):
     """They take longer than the steps."""
     monkeypatch.setattr(loop, "plot_curves", lambda *paths: None)
-    monkeypatch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(vqa_figures, "save_answer_sheet", lambda *args, **options: None)
 
 
 def test_a_run_writes_its_adapters_for_peft(mini_run, mini_folder):

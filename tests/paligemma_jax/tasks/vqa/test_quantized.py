@@ -12,7 +12,7 @@ from paligemma_jax.adapt.lora.merge_quantized import merge_quantized, probe_inpu
 from paligemma_jax.adapt.quantization import quantize
 from paligemma_jax.adapt.quantization.quantized_kernel import QUANTIZATION_KINDS
 from paligemma_jax.inference.answer import predict
-from paligemma_jax.tasks.vqa import report as vqa_report
+from paligemma_jax.tasks.vqa import figures as vqa_figures
 from paligemma_jax.weights.reader import load
 from tests.paligemma_jax.mini import mistake, png, read_lines, task_of, train_main
 from tests.paligemma_jax.training import SMOOTH, Training, long_answers
@@ -50,7 +50,7 @@ def assert_same_arrays(arrays, expected):
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:  # they take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_figures, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 

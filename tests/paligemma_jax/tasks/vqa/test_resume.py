@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from paligemma_jax.tasks.vqa import report as vqa_report
+from paligemma_jax.tasks.vqa import figures as vqa_figures
 from tests.paligemma_jax.mini import ROOT, arguments, read_lines, train_main
 from tests.train_jax.runs import assert_same_run, logged, steps_kept
 from train_jax import loop
@@ -57,7 +57,7 @@ def compiled_alike(fast_compilation):
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:  # pictures take longer than the steps
         patch.setattr(loop, "plot_curves", lambda *paths: None)
-        patch.setattr(vqa_report, "save_answer_sheet", lambda *args, **options: None)
+        patch.setattr(vqa_figures, "save_answer_sheet", lambda *args, **options: None)
         yield
 
 
