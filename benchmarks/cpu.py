@@ -101,7 +101,7 @@ def write_folder(folder: Path, tiny: bool) -> None:
 def input_pipeline(tiny: bool) -> list[Measurement]:
     """Compares the batches that the main job's input pipeline makes with those that its step takes."""
     use_threads()
-    run = TrainingRun(clevr_config(tiny, argument="", **{"data.num_train_scenes": 400}))
+    run = TrainingRun(clevr_config(tiny, argument="", **{"model.path": "tiny", "data.num_train_scenes": 400}))
     steps, rounds = (2, 2) if tiny else (20, 9)
     batch, made, taken = run.batch(0), [], []
     run.take(batch)
