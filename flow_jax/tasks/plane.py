@@ -17,7 +17,7 @@ from flow_jax.tasks import plane_evaluation
 from flow_jax.tasks.flow_task import FlowKeys, FlowTask, SolverKeys
 from train_jax.core.config_keys import key, section
 from train_jax.core.errors import UserError
-from train_jax.core.import_path import check_named
+from train_jax.core.import_path import check_named, named
 from train_jax.step.placement import own_copy
 
 
@@ -73,9 +73,12 @@ class PlaneFlow(FlowTask):
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         super().__init__(config, mesh)
-        for name in ("name", "noise"):
-            check_named(f"data.{name}", config.data[name], TOYS)
-            toys.draw(config.data[name], 2, 0)  # raises UserError for a function that draws no points
+        for side in ("name", "noise"):
+            name = config.data[side]
+            check_named(f"data.{side}", name, TOYS)
+            if name not in TOYS:
+                named(f"data.{side}", name, {})
+                toys.draw(name, 2, 0)  # raises UserError for a function that draws no points
         try:
             self._model_config = MLPConfig(dim=2, **config.model)
         except ValueError as error:

@@ -197,6 +197,8 @@ def test_gradients_of_a_run_do_not_depend_on_its_micro_batches(tmp_path):
          "it"),
         ({"data.name": "swiss"}, "data.name is 'swiss', expected one of checkerboard, 8gaussians, moons, spirals, "
          "gaussian, or an import path such as 'my_package.my_module:function'; did you mean 'spirals'?"),
+        ({"data.noise": "nowhere:points"}, "data.noise='nowhere:points': there is no module 'nowhere': correct the "
+         "import path"),
         ({"coupling.name": "sinkhorn", "micro_batch": 8}, "micro_batch is 8 beside coupling.name='sinkhorn', which "
          "pairs the rows of a step: set micro_batch=None."),
         ({"coupling.name": "sinkhorn", "coupling.group": 16, "micro_batch": 8}, "micro_batch is 8 beside "
